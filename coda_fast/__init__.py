@@ -1,0 +1,27 @@
+"""coda_fast: Convolutional Dynamic Alignment Networks, exact and fast."""
+
+from coda_fast import functional
+from coda_fast._version import __version__
+from coda_fast.backends import BackendUnavailable, backend_info
+from coda_fast.checkpoints import CheckpointError, load, save
+from coda_fast.explain import Explanation
+from coda_fast.models import CoDANet, create_model, list_models
+from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, explanation_mode
+
+__all__ = [
+    "AddInverse",
+    "BackendUnavailable",
+    "CheckpointError",
+    "CoDANet",
+    "DAUConv2d",
+    "Explanation",
+    "SumPool2d",
+    "__version__",
+    "backend_info",
+    "create_model",
+    "explanation_mode",
+    "functional",
+    "list_models",
+    "load",
+    "save",
+]

@@ -1,0 +1,363 @@
+"""The DAU layer without its dynamic weight: library matrix products over small chunks of patches, on any device.
+
+``w = A z + b`` is affine in ``z``, so with ``z~ = [z; 1]`` and ``A~ = [A b]`` (design: the factored form)
+
+    <w_o, u> = sum_k z~_k (A~_ok . u)          one matrix product with n (r + 1) columns, contracted with z~
+    |w_o|^2  = |R_o z~|^2                      R_o^T R_o = A~_o A~_o^T: a small triangular factor, never negative
+
+Patches are gathered chunk by chunk so that every intermediate stays in cache; only the output and two numbers per unit and pixel
+(<w, u> and |w|^2) are kept for the backward pass, which recomputes the rest:
+
+    du = gs (x) z~ . A~,   dA~ = (gs (x) z~)^T u + (sum_p t z~ z~^T) A~,   dz = sum_o gs_o A_o u + t_o A_o A~_o^T z~
+    gs = g s(q),   t = 2 g <w, u> s'(q)
+
+Inside, rows are pixels and a patch is laid out (kh, kw, C).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from coda_fast._geometry import Geometry
+from coda_fast.backends import reference
+
+# Bytes of the largest intermediate of a chunk. On a CPU it should share the last-level cache with the weights (measured by
+# bench/cpu_layers.py --chunk-bytes on 2 cores with 32 MB of L3: flat from 2 to 16 MiB); on a GPU it should fill the device.
+CHUNK_BYTES = {"cpu": 4 << 20, "other": 256 << 20}
+
+
+def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
+    """``F(x, u)``, differentiable to any order; ``applied is input`` (the layer itself) is the fast case."""
+    applied = None if applied is input else applied
+    return _Align.apply(input, applied, reduction_weight, weight, bias, geometry, norm, eps)
+
+
+def adjoint(input, value, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
+    """``G(x, v)``, differentiable to any order."""
+    return _Adjoint.apply(input, value, reduction_weight, weight, bias, geometry, norm, eps)
+
+
+class _Align(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, applied, reduction_weight, weight, bias, geometry, norm, eps):
+        layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps)
+        output, dot, square = layer.align(input, applied)
+        ctx.save_for_backward(input, applied, reduction_weight, weight, bias, dot, square)
+        ctx.layer = layer
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, applied, reduction_weight, weight, bias, dot, square = ctx.saved_tensors
+        layer, needs = ctx.layer, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: second derivatives come from the definition
+            inputs = (input, input if applied is None else applied, reduction_weight, weight, bias)
+            grads = _grads_by_definition(reference.align, inputs, layer, grad, (*needs[:1], applied is None or needs[1], *needs[2:]))
+            if applied is None and needs[0]:
+                grads[0], grads[1] = grads[0] + grads[1], None
+            return (*grads, None, None, None)
+        du, dx, db, da, dbias = layer.align_backward(input, applied, grad, dot, square, len(reduction_weight), needs[:5])
+        return dx, du, db, da, dbias, None, None, None
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, value, reduction_weight, weight, bias, geometry, norm, eps):
+        layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps)
+        ctx.save_for_backward(input, value, reduction_weight, weight, bias)
+        ctx.layer = layer
+        return layer.adjoint(input, value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, value, reduction_weight, weight, bias = ctx.saved_tensors
+        layer, needs = ctx.layer, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            inputs = (input, value, reduction_weight, weight, bias)
+            return (*_grads_by_definition(reference.adjoint, inputs, layer, grad, needs), None, None, None)
+        # <h, G(x, v)> = <v, F(x, h)>: dv is F itself, the rest is the backward of F without its direct term
+        dv, dot, square = layer.align(input, grad)
+        _, dx, db, da, dbias = layer.align_backward(input, grad, value, dot, square, len(reduction_weight), (needs[0], False, *needs[2:5]))
+        return dx, dv if needs[1] else None, db, da, dbias, None, None, None
+
+
+def _grads_by_definition(function, inputs, layer, grad, needs):
+    """Gradients of ``function`` that can themselves be differentiated; ``None`` where not needed."""
+    with torch.autocast(grad.device.type, enabled=False):
+        # fresh views, so that a tensor that enters twice has two gradients
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
+        output = function(*inputs, layer.geometry, layer.norm, layer.eps)
+        wanted = [i for i, t in enumerate(inputs) if t is not None and needs[i]]
+        found = torch.autograd.grad(output, [inputs[i] for i in wanted], grad, create_graph=True)
+    grads = [None] * len(inputs)
+    for i, g in zip(wanted, found, strict=True):
+        grads[i] = g
+    return grads
+
+
+def _plain(function):
+    """Run without a graph and without autocast, which would undo the precision chosen here."""
+
+    @functools.wraps(function)
+    def run(self, input, *args):
+        with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+            return function(self, input, *args)
+
+    return run
+
+
+@dataclasses.dataclass
+class _Layer:
+    """A DAU layer packed for matrix products. Shapes: P pixels, d = kh kw C, m = r + 1 (or r without bias)."""
+
+    reduce: torch.Tensor  # B, [m, d]: with a bias, a last row of zeros
+    one: torch.Tensor  # [0 .. 0 1] with a bias, zeros without, [m]: z~ = B x + one
+    generate: torch.Tensor  # A~, [n, m, d]: the bias is its last row
+    factor: torch.Tensor  # R~, [n, min(m, d), m]
+    geometry: Geometry
+    norm: str
+    eps: float
+
+    @classmethod
+    @_plain
+    def pack(cls, input, reduction_weight, weight, bias, geometry, norm, eps):
+        compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+        rows = weight if bias is None else torch.cat((weight, bias.unsqueeze(1)), 1)
+        generate = rows.to(compute).permute(0, 1, 3, 4, 2).flatten(2).contiguous()
+        reduce = reduction_weight.to(compute).permute(0, 2, 3, 1).flatten(1)
+        one = reduce.new_zeros(generate.shape[1])
+        if bias is not None:
+            reduce = F.pad(reduce, (0, 0, 0, 1))
+            one[-1] = 1
+        return cls(reduce.contiguous(), one, generate, norm_factor(generate), geometry, norm, eps)
+
+    # -- the three passes -------------------------------------------------------------------------------------------------------
+
+    @_plain
+    def align(self, input, applied):
+        """F(x, u) as [N, n, OH, OW], with <w, u> and |w|^2 as rows [P, n] for the backward pass."""
+        n, m, d = self.generate.shape
+        windows = _Windows(input, self)
+        applied_windows = windows if applied is None else _Windows(applied, self)
+        dot = windows.new_rows(n)
+        square, output = torch.empty_like(dot), torch.empty_like(dot)
+        for chunk in windows.chunks(max(n * m, d)):
+            x = windows.gather(chunk)
+            u = x if applied is None else applied_windows.gather(chunk)
+            z = self._reduce(x)
+            self._square(z, out=square[chunk.rows])
+            products = (u @ self.generate.view(n * m, d).t()).view(-1, n, m)
+            part = torch.bmm(products, z.unsqueeze(2)).squeeze(2)
+            length = square[chunk.rows].sqrt()
+            # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
+            bound = length * torch.linalg.vector_norm(u, dim=1, keepdim=True)
+            torch.clamp(part, -bound, bound, out=dot[chunk.rows])
+            torch.mul(self._scale(square[chunk.rows]), dot[chunk.rows], out=output[chunk.rows])
+        return windows.rows_to_image(output, input), dot, square
+
+    @_plain
+    def align_backward(self, input, applied, grad, dot, square, rank, needs):
+        """Gradients of F: (du, dx, dB, dA, db). With ``applied=None`` (u = x) du is part of dx and returned there.
+
+        ``needs`` follows the inputs (input, applied, reduction_weight, weight, bias).
+        """
+        need_x, need_u, need_reduce, need_weight, need_bias = needs
+        shared = applied is None
+        need_u = need_x if shared else need_u
+        need_z, need_generate = need_x or need_reduce, need_weight or need_bias
+        n, m, d = self.generate.shape
+        flat = self.generate.view(n * m, d)
+        windows = _Windows(input, self)
+        applied_windows = windows if shared else _Windows(applied, self)
+        grad_rows = windows.image_to_rows(grad)
+        dx = windows.new_canvas() if need_x else None
+        du = dx if shared else applied_windows.new_canvas() if need_u else None
+        d_reduce = torch.zeros_like(self.reduce[:rank]) if need_reduce else None
+        d_generate = torch.zeros_like(flat) if need_generate else None
+        moments = flat.new_zeros(n * m, m) if need_generate else None  # sum_p t z~ z~^T
+        gram = (self.generate @ self.generate.transpose(1, 2)).view(n * m, m) if need_z else None
+        for chunk in windows.chunks(max(n * m, d)):
+            x = windows.gather(chunk)
+            u = x if shared else applied_windows.gather(chunk)
+            z = self._reduce(x)
+            gs, t = self._grad_factors(grad_rows[chunk.rows], dot[chunk.rows], square[chunk.rows])
+            outer = gs.new_empty(len(z), n, m)  # one buffer for three operands in turn
+            dz = patch = None
+            if need_z:
+                torch.mm(u, flat.t(), out=outer.view(-1, n * m))
+                dz = torch.bmm(gs.unsqueeze(1), outer).squeeze(1)
+            if need_z or need_generate:
+                torch.mul(t.unsqueeze(2), z.unsqueeze(1), out=outer)
+                if need_z:
+                    dz.addmm_(outer.view(-1, n * m), gram)
+                if need_generate:
+                    moments.addmm_(outer.view(-1, n * m).t(), z)
+            if need_u or need_generate:
+                torch.mul(gs.unsqueeze(2), z.unsqueeze(1), out=outer)
+                if need_u:
+                    patch = outer.view(-1, n * m) @ flat
+                    if not shared:
+                        applied_windows.scatter_add(du, chunk, patch)
+                if need_generate:
+                    d_generate.addmm_(outer.view(-1, n * m).t(), u)
+            if need_reduce:
+                d_reduce.addmm_(dz[:, :rank].t(), x)
+            if need_x:
+                patch = torch.addmm(patch, dz, self.reduce) if shared else dz @ self.reduce
+                windows.scatter_add(dx, chunk, patch)
+        kernel = self.geometry.kernel
+        channels, dtype = input.shape[1], input.dtype
+        d_weight = d_bias = None
+        if need_generate:
+            d_rows = torch.baddbmm(d_generate.view(n, m, d), moments.view(n, m, m), self.generate)
+            d_rows = d_rows.view(n, m, *kernel, channels).permute(0, 1, 4, 2, 3)
+            d_weight = d_rows[:, :rank].to(dtype, memory_format=torch.contiguous_format, copy=True) if need_weight else None
+            d_bias = d_rows[:, rank].to(dtype, memory_format=torch.contiguous_format, copy=True) if need_bias else None
+        if need_reduce:
+            d_reduce = d_reduce.view(rank, *kernel, channels).permute(0, 3, 1, 2).to(dtype).contiguous()
+        return (
+            applied_windows.canvas_to_image(du, applied) if need_u and not shared else None,
+            windows.canvas_to_image(dx, input) if need_x else None,
+            d_reduce,
+            d_weight,
+            d_bias,
+        )
+
+    @_plain
+    def adjoint(self, input, value):
+        """G(x, v) as [N, C, H, W]."""
+        n, m, d = self.generate.shape
+        windows = _Windows(input, self)
+        rows = windows.image_to_rows(value)
+        canvas = windows.new_canvas()
+        for chunk in windows.chunks(max(n * m, d)):
+            z = self._reduce(windows.gather(chunk))
+            gs = rows[chunk.rows] * self._scale(self._square(z))
+            outer = (gs.unsqueeze(2) * z.unsqueeze(1)).reshape(-1, n * m)
+            windows.scatter_add(canvas, chunk, outer @ self.generate.view(n * m, d))
+        return windows.canvas_to_image(canvas, input)
+
+    # -- their pieces -----------------------------------------------------------------------------------------------------------
+
+    def _reduce(self, x):
+        """z~ = [B x; 1], [P, m]."""
+        return F.linear(x, self.reduce, self.one)
+
+    def _square(self, z, out=None):
+        """q = |R z~|^2, [P, n]."""
+        n, k, m = self.factor.shape
+        length = torch.linalg.vector_norm((z @ self.factor.view(n * k, m).t()).view(-1, n, k), dim=2)
+        return torch.square(length, out=out) if out is not None else length.square()
+
+    def _scale(self, square):
+        """s(q)."""
+        length = square.sqrt()
+        return length / (1 + square) if self.norm == "squash" else 1 / length.clamp_min(self.eps)
+
+    def _grad_factors(self, grad, dot, square):
+        """gs = g s(q) and t = 2 g <w, u> s'(q), with their limits (0) at q = 0."""
+        length = square.sqrt()
+        ratio = torch.where(length > 0, dot / length, 0)  # bounded by |u|
+        if self.norm == "squash":
+            return grad * (length / (1 + square)), grad * ratio * ((1 - square) / (1 + square)) / (1 + square)
+        t = torch.where(length > self.eps, -grad * ratio / square, 0)
+        return grad / length.clamp_min(self.eps), t
+
+
+def norm_factor(rows: torch.Tensor) -> torch.Tensor:
+    """R_o with ``|R_o v| = |rows_o^T v|`` for every v: [n, m, d] -> [n, min(m, d), m].
+
+    float64 takes a QR; float32 a Cholesky factor of the float64 Gram matrix, six times cheaper and no less accurate than a QR in
+    float32. Its relative jitter of 1e-14 is the square of float32's own resolution of w and keeps rank-deficient rows legal.
+    """
+    n, m, d = rows.shape
+    if m >= d:
+        return rows.transpose(1, 2).contiguous()
+    if rows.dtype == torch.float64:
+        return torch.linalg.qr(rows.transpose(1, 2), mode="r").R.contiguous()
+    wide = rows.double()
+    gram = wide @ wide.transpose(1, 2)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-14 * diagonal.sum(1, keepdim=True) + torch.finfo(torch.float64).tiny
+    return torch.linalg.cholesky(gram, upper=True).to(rows.dtype).contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    images: slice
+    lines: slice
+    rows: slice  # of the [P, ...] matrices
+
+
+class _Windows:
+    """The windows of an image batch as rows of a matrix, gathered and scattered a chunk at a time."""
+
+    def __init__(self, image, layer: _Layer):
+        g = layer.geometry
+        self.geometry = g
+        self.compute = layer.generate.dtype
+        self.batch, self.channels, height, width = image.shape
+        self.out = g.output_size(height, width)
+        self.canvas = F.pad(image.detach().permute(0, 2, 3, 1).to(self.compute), (0, 0, *g.padding)).contiguous()
+        self.windows = self._windows(self.canvas)
+
+    def _windows(self, canvas):
+        """[N, OH, OW, kh, kw, C], a view."""
+        g, (_, _, padded_width, channels) = self.geometry, canvas.shape
+        row, image = padded_width * channels, canvas.stride(0)
+        return canvas.as_strided(
+            (self.batch, *self.out, *g.kernel, channels),
+            (image, g.stride[0] * row, g.stride[1] * channels, g.dilation[0] * row, g.dilation[1] * channels, 1),
+        )
+
+    def chunks(self, numbers_per_row):
+        """Whole images where several fit the budget, else lines of one image."""
+        kind = "cpu" if self.canvas.device.type == "cpu" else "other"
+        budget = max(1, CHUNK_BYTES[kind] // (numbers_per_row * self.canvas.element_size()))
+        height, width = self.out
+        images, lines = max(1, budget // (height * width)), min(height, max(1, budget // width))
+        for i in range(0, self.batch, images):
+            stop = min(i + images, self.batch)
+            for h in range(0, height, lines):
+                end = min(h + lines, height)
+                first = (i * height + h) * width
+                count = (stop - i) * (end - h) * width
+                yield _Chunk(slice(i, stop), slice(h, end), slice(first, first + count))
+
+    def gather(self, chunk):
+        return self.windows[chunk.images, chunk.lines].reshape(chunk.rows.stop - chunk.rows.start, -1)
+
+    def scatter_add(self, canvas, chunk, patches):
+        windows = self._windows(canvas)[chunk.images, chunk.lines]
+        patches = patches.view(windows.shape)
+        for i in range(self.geometry.kernel[0]):
+            for j in range(self.geometry.kernel[1]):  # for one tap, windows do not overlap
+                windows[:, :, :, i, j] += patches[:, :, :, i, j]
+
+    def new_canvas(self):
+        return torch.zeros_like(self.canvas)
+
+    def new_rows(self, columns):
+        return self.canvas.new_empty(self.batch * self.out[0] * self.out[1], columns)
+
+    def canvas_to_image(self, canvas, like):
+        left, _, top, _ = self.geometry.padding
+        image = canvas[:, top : top + like.shape[2], left : left + like.shape[3]].permute(0, 3, 1, 2)
+        return image.to(like.dtype).contiguous(memory_format=_format_of(like))
+
+    def rows_to_image(self, rows, like):
+        image = rows.view(self.batch, *self.out, rows.shape[1]).permute(0, 3, 1, 2)
+        return image.to(like.dtype).contiguous(memory_format=_format_of(like))
+
+    def image_to_rows(self, image):
+        return image.detach().permute(0, 2, 3, 1).to(self.compute).reshape(-1, image.shape[1])
+
+
+def _format_of(image):
+    """A convolution's rule: channels_last in, channels_last out; anything else gives a contiguous result."""
+    last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

@@ -1,0 +1,189 @@
+"""The DAU convolution and its adjoint as functions of tensors: checks, autocast, choice of backend, explanation mode."""
+
+from __future__ import annotations
+
+import torch
+
+from coda_fast import backends
+from coda_fast._geometry import Geometry
+
+NORMS = ("squash", "l2")
+EPS = 1e-6
+
+
+def dau_conv2d(
+    input: torch.Tensor,
+    reduction_weight: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    norm: str = "squash",
+    eps: float = EPS,
+    detach: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""Convolution whose weight each unit computes from the patch it is applied to (Dynamic Alignment Unit).
+
+    For the patch ``x_p`` (d = C kh kw numbers) of output pixel p and the unit o, with rank r (arXiv:2104.00032, eq. 1-4):
+
+        z_p = B x_p,   w_po = A_o z_p + b_o,   y_po = s(|w_po|^2) <w_po, x_p>
+
+        norm="squash":  s(q) = sqrt(q) / (1 + q)       |y| <= |x_p|; 0 with zero gradient at w = 0
+        norm="l2":      s(q) = 1 / max(sqrt(q), eps)
+
+    Args:
+        input: x, [N, C, H, W] or [C, H, W].
+        reduction_weight: B, [r, C, kh, kw].
+        weight: A, [n, r, C, kh, kw].
+        bias: b, [n, C, kh, kw], or None.
+        stride, padding, dilation: as in ``torch.nn.functional.conv2d``; padding may be "same" or "valid".
+        norm: "squash" or "l2".
+        eps: least length of w under "l2"; "squash" needs none.
+        detach: explanation mode. The output is the same; every ``s * w`` counts as a constant, so the gradient of the input is
+            ``dau_conv2d_transpose(input, grad, ...)`` and the parameters get none. With ``create_graph=True`` that gradient can
+            be differentiated in turn, in the input and in the parameters.
+        backend: "auto", "reference", "factored" or "triton"; see ``coda_fast.backend_info``.
+
+    Returns:
+        y, [N, n, OH, OW] (or [n, OH, OW]), in the dtype and memory format of the input. Under autocast everything is cast to
+        the autocast dtype first, as for a convolution; sums and norms are float32 or better inside.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or options that do not fit.
+        BackendUnavailable: the backend cannot run here.
+
+    >>> import torch
+    >>> x, B, A = torch.randn(2, 6, 8, 8), torch.randn(4, 6, 3, 3), torch.randn(10, 4, 6, 3, 3)
+    >>> dau_conv2d(x, B, A, padding=1).shape
+    torch.Size([2, 10, 8, 8])
+    """
+    geometry = _check(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
+    implementation = backends.choose(backend)
+    input, reduction_weight, weight, bias = _autocast(input, reduction_weight, weight, bias)
+    batch = input if input.dim() == 4 else input.unsqueeze(0)
+    with torch.autocast(input.device.type, enabled=False):
+        if detach:
+            output = _DynamicLinear.apply(batch, reduction_weight, weight, bias, geometry, norm, eps, implementation)
+        else:
+            output = implementation.align(batch, batch, reduction_weight, weight, bias, geometry, norm, eps)
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+def dau_conv2d_transpose(
+    input: torch.Tensor,
+    value: torch.Tensor,
+    reduction_weight: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    norm: str = "squash",
+    eps: float = EPS,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""The adjoint of a DAU convolution: sends ``value`` back through the weights that ``input`` generates.
+
+    ``G(x, v) = fold(sum_o v_po s(|w_po|^2) w_po)`` with w computed from ``x``: the transpose of the matrix W(x) of
+    ``dau_conv2d(x) = W(x) x``. Linear in ``value`` and differentiable in every argument, to any order.
+
+    Args:
+        input: x, [N, C, H, W] or [C, H, W]: what the weights are computed from.
+        value: v, [N, n, OH, OW] or [n, OH, OW]: one number for every output of ``dau_conv2d(input, ...)``.
+        reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend: as in ``dau_conv2d``, raising the same.
+
+    Returns:
+        ``W(x)^T v``, in the shape of ``input``.
+
+    >>> import torch
+    >>> x, B, A = torch.randn(2, 6, 8, 8), torch.randn(4, 6, 3, 3), torch.randn(10, 4, 6, 3, 3)
+    >>> dau_conv2d_transpose(x, torch.randn(2, 10, 8, 8), B, A, padding=1).shape
+    torch.Size([2, 6, 8, 8])
+    """
+    geometry = _check(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"value: expected a tensor, got {type(value).__name__}")
+    expected = (*input.shape[:-3], weight.shape[0], *geometry.output_size(*input.shape[-2:]))
+    if value.shape != expected:
+        raise ValueError(f"value: expected shape {list(expected)}, got {list(value.shape)}")
+    if value.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise TypeError(f"value: expected dtype {input.dtype}, that of the input, got {value.dtype}")
+    if value.device != input.device:
+        raise ValueError(f"value: expected device {input.device}, that of the input, got {value.device}")
+    implementation = backends.choose(backend)
+    input, value, reduction_weight, weight, bias = _autocast(input, value, reduction_weight, weight, bias)
+    batch, values = (input, value) if input.dim() == 4 else (input.unsqueeze(0), value.unsqueeze(0))
+    with torch.autocast(input.device.type, enabled=False):
+        output = implementation.adjoint(batch, values, reduction_weight, weight, bias, geometry, norm, eps)
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+class _DynamicLinear(torch.autograd.Function):
+    """Explanation mode over any backend: the layer forward, its adjoint backward."""
+
+    @staticmethod
+    def forward(ctx, input, reduction_weight, weight, bias, geometry, norm, eps, implementation):
+        ctx.save_for_backward(input, reduction_weight, weight, bias)
+        ctx.rest = (geometry, norm, eps)
+        ctx.implementation = implementation
+        return implementation.align(input, input, reduction_weight, weight, bias, geometry, norm, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, *parameters = ctx.saved_tensors
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            with torch.autocast(grad.device.type, enabled=False):
+                gradient = ctx.implementation.adjoint(input, grad, *parameters, *ctx.rest)
+        return gradient, None, None, None, None, None, None, None
+
+
+def _autocast(*tensors):
+    """What autocast does to the inputs of a convolution: float32 and lower go to its dtype, float64 stays."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None else t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _check(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps) -> Geometry:
+    named = {"input": input, "reduction_weight": reduction_weight, "weight": weight}
+    if bias is not None:
+        named["bias"] = bias
+    for name, tensor in named.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if reduction_weight.dim() != 4:
+        raise ValueError(f"reduction_weight: expected [rank, C, kh, kw], got shape {list(reduction_weight.shape)}")
+    rank, channels, *kernel = reduction_weight.shape
+    if weight.dim() != 5 or weight.shape[1:] != (rank, channels, *kernel):
+        raise ValueError(f"weight: expected [units, {rank}, {channels}, {kernel[0]}, {kernel[1]}], got shape {list(weight.shape)}")
+    if bias is not None and bias.shape != (weight.shape[0], channels, *kernel):
+        raise ValueError(f"bias: expected {[weight.shape[0], channels, *kernel]}, got shape {list(bias.shape)}")
+    if min(*weight.shape) < 1:
+        raise ValueError(f"weight: expected at least one of everything, got shape {list(weight.shape)}")
+    if input.dim() not in (3, 4) or input.shape[-3] != channels:
+        raise ValueError(f"input: expected [N, {channels}, H, W] or [{channels}, H, W], got shape {list(input.shape)}")
+    check_norm(norm, eps)
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"input: expected a floating-point tensor, got {input.dtype}")
+    autocast = torch.is_autocast_enabled(input.device.type)
+    for name, tensor in named.items():
+        if tensor.dtype != input.dtype and not autocast:
+            raise TypeError(f"{name}: expected dtype {input.dtype}, that of the input, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"{name}: expected device {input.device}, that of the input, got {tensor.device}")
+    geometry = Geometry.make(tuple(kernel), stride, padding, dilation)
+    geometry.output_size(*input.shape[-2:])
+    return geometry
+
+
+def check_norm(norm: str, eps: float) -> None:
+    """ValueError unless ``norm`` is known and ``eps`` a positive number."""
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps!r}")

@@ -1,0 +1,173 @@
+"""The DAU layer as a module, the parameter-free layers around it, and explanation mode for any network built of them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from coda_fast import backends
+from coda_fast._geometry import Geometry, pair
+from coda_fast.functional import EPS, check_norm, dau_conv2d
+
+
+class DAUConv2d(nn.Module):
+    r"""Layer of Dynamic Alignment Units, in place of ``nn.Conv2d`` (same positional arguments).
+
+    Each unit computes its weight from the patch it is applied to and bounds its norm, so that the output is ``W(x) x``; see
+    ``coda_fast.functional.dau_conv2d`` for the equations, ``norm``, ``eps`` and ``backend``.
+
+    Args:
+        in_channels, out_channels: C and n, the number of units.
+        kernel_size, stride, padding, dilation: ints or pairs; padding may be "same" or "valid".
+        groups: 1 only.
+        bias: whether the generated weight has a constant part ``b``. It is a bias of the *weight*: the layer stays dynamic linear.
+        padding_mode: "zeros" only.
+        rank: r, the rank of the map from patch to weight; at least 1.
+
+    Shapes: input [N, C, H, W] or [C, H, W]; output [N, n, OH, OW] or [n, OH, OW].
+    Parameters: ``reduction_weight`` [r, C, kh, kw], ``weight`` [n, r, C, kh, kw], ``bias`` [n, C, kh, kw] or None.
+    Attribute ``detach``: explanation mode of this layer, set by ``explanation_mode``.
+
+    Raises:
+        ValueError, TypeError: at construction, for anything that the layer does not support, with the reason.
+
+    >>> import torch, coda_fast
+    >>> layer = coda_fast.DAUConv2d(6, 16, 3, padding=1, rank=32)
+    >>> layer(torch.rand(2, 6, 32, 32)).shape
+    torch.Size([2, 16, 32, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        rank: int = 32,
+        norm: str = "squash",
+        eps: float = EPS,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if groups != 1:
+            raise ValueError(f"groups: DAUConv2d supports 1 only (every unit aligns with all input channels), got {groups}")
+        if padding_mode != "zeros":
+            raise ValueError(
+                f'padding_mode: DAUConv2d supports "zeros" only (other modes would break the exact decomposition into pixels), '
+                f"got {padding_mode!r}"
+            )
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("rank", rank)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+        check_norm(norm, eps)
+        backends.check_name(backend)
+        self.in_channels, self.out_channels, self.rank = in_channels, out_channels, rank
+        self.kernel_size, self.stride, self.dilation = pair(kernel_size, "kernel_size"), pair(stride, "stride"), pair(dilation, "dilation")
+        self.padding = padding if isinstance(padding, str) else pair(padding, "padding", least=0)
+        _ = self.geometry  # refuses what does not fit together
+        self.groups, self.padding_mode = groups, padding_mode
+        self.norm, self.eps, self.backend = norm, eps, backend
+        self.detach = False
+        window = (in_channels, *self.kernel_size)
+        options = {"device": device, "dtype": dtype}
+        self.reduction_weight = nn.Parameter(torch.empty(rank, *window, **options))
+        self.weight = nn.Parameter(torch.empty(out_channels, rank, *window, **options))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, *window, **options)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        r"""Uniform: ``reduction_weight`` within ``1 / sqrt(d)``, ``weight`` and ``bias`` within ``1 / sqrt(r)``.
+
+        The fan-in of the weight generation is r, not the r C kh kw that the shape of ``weight`` suggests to
+        ``nn.init``: with that, ``|w|^2`` is d times smaller, "squash" passes about ``|w|^2`` of its input, and a deep stack is
+        silent from the start. As here, ``|w|^2`` is about ``d mean(x^2) / 9 + d / (3 r)`` and a unit passes on most of the
+        energy along its weight.
+        """
+        for tensor, fan_in in ((self.reduction_weight, self.reduction_weight[0].numel()), (self.weight, self.rank), (self.bias, self.rank)):
+            if tensor is not None:
+                nn.init.uniform_(tensor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry.make(self.kernel_size, self.stride, self.padding, self.dilation)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return dau_conv2d(
+            input,
+            self.reduction_weight,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.norm,
+            self.eps,
+            self.detach,
+            self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, rank={self.rank}"
+        plain = DAUConv2d.__init__.__kwdefaults__ | {"padding": (0, 0), "dilation": (1, 1)}
+        for name in ("padding", "dilation", "norm", "eps", "backend"):
+            if getattr(self, name) != plain[name]:
+                text += f", {name}={getattr(self, name)!r}"
+        return text + (", bias=False" if self.bias is None else "")
+
+
+class AddInverse(nn.Module):
+    """``x -> [x, 1 - x]`` along the channels, [N, C, H, W] -> [N, 2 C, H, W]: every colour, black too, has a direction of its own.
+
+    Images are expected in [0, 1] and unnormalised.
+    """
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat((images, 1 - images), -3)
+
+
+class SumPool2d(nn.Module):
+    """Sum over the pixels, [N, C, H, W] -> [N, C]."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input.sum((-2, -1))
+
+
+@contextlib.contextmanager
+def explanation_mode(module: nn.Module) -> Iterator[nn.Module]:
+    """Within it, every DAU layer of ``module`` treats its scaled weight as a constant in the backward pass.
+
+    The gradient of an output with respect to the input is then the row of the global linear map ``W(x)``. Modes are restored at
+    the end, also after an error.
+
+    >>> import torch, coda_fast
+    >>> net = torch.nn.Sequential(coda_fast.DAUConv2d(6, 8, 3, rank=4), coda_fast.DAUConv2d(8, 2, 3, rank=4))
+    >>> x = torch.rand(1, 6, 8, 8, requires_grad=True)
+    >>> with coda_fast.explanation_mode(net):
+    ...     total = net(x).sum()
+    ...     (row,) = torch.autograd.grad(total, x)
+    >>> torch.allclose((row * x).sum(), total, atol=1e-5)
+    True
+    """
+    layers = [m for m in module.modules() if isinstance(m, DAUConv2d)]
+    if not layers:
+        raise ValueError(f"explanation_mode: expected a module with at least one DAUConv2d, got {type(module).__name__} without any")
+    before = [layer.detach for layer in layers]
+    try:
+        for layer in layers:
+            layer.detach = True
+        yield module
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.detach = value
