@@ -1,0 +1,172 @@
+"""The command line: ``coda-fast demo``, ``coda-fast explain``, ``coda-fast info``. Bad input: one line, exit code 2, no file written."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from coda_fast import backends, checkpoints, plot
+from coda_fast._version import __version__
+
+try:
+    import click
+    from tqdm import tqdm
+except ImportError as error:
+    raise SystemExit(f"coda-fast: the command line needs {error.name}: pip install 'coda-fast[cli]'") from None
+
+BAD_INPUT = 2
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    try:
+        code = cli.main(arguments, prog_name="coda-fast", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        raise SystemExit(BAD_INPUT) from None
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except click.Abort:
+        raise SystemExit(130) from None
+    except (ValueError, ImportError, OSError, backends.BackendUnavailable) as error:
+        # what the library raises for bad input, each with one clear line; anything else is a bug and keeps its traceback
+        _fail(str(error))
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="coda-fast")
+def cli() -> None:
+    """Convolutional Dynamic Alignment Networks: image classifiers that explain themselves."""
+
+
+@cli.command()
+@click.option("--output", type=click.Path(path_type=Path), default=Path("coda_demo"), show_default=True, help="Folder for the results.")
+@click.option("--epochs", type=click.IntRange(min=1), default=30, show_default=True, help="Passes over the training images, for each T.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def demo(output: Path, epochs: int, seed: int) -> None:
+    """Train small CoDA-Nets on scans of digits, at a low and a high temperature, and draw why they decide as they do.
+
+    Takes about a minute on two cores. Writes a figure, a checkpoint and the numbers.
+    """
+    from coda_fast import demo as demonstration
+
+    result = demonstration.run(output, epochs=epochs, seed=seed, progress=lambda it, label: tqdm(it, desc=label, unit="epoch"))
+    chance = result.numbers["chance_localisation"]
+    click.echo(f"{'T':>6} {'accuracy':>9} {'completeness error':>19} {'localisation':>13}   (2x2 grids, chance {chance})")
+    for row in result.numbers["results"]:
+        click.echo(
+            f"{row['temperature']:6g} {row['accuracy']:9.1%} {row['relative_completeness_error']:19.1e} {row['localisation']:13.3f}"
+        )
+    click.echo(f"figure      {result.figure}\ncheckpoint  {result.checkpoint}\nnumbers     {result.numbers_file}")
+    click.echo(f"explain your own image: coda-fast explain IMAGE --checkpoint {result.checkpoint}")
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A file written by coda_fast.save or the demo.")
+@click.option("--target", "targets", multiple=True, help="Class to explain, by number or name; repeatable. Default: the two most likely.")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("."), show_default=True, help="Folder for the figures.")
+@click.option("--size", type=click.IntRange(min=0), help="Scale the shorter side to this many pixels; 0: as it is. Default: the model's.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+def explain(images: tuple[Path, ...], checkpoint: Path, targets: tuple[str, ...], output: Path, size: int | None, device: str) -> None:
+    """Draw which pixels of each IMAGE speak for and against a class, and prove that nothing is missing.
+
+    For IMAGE.png the figure is IMAGE_explained.png in the output folder.
+    """
+    from coda_fast.images import read_image, resize
+
+    model = checkpoints.load(checkpoint, device=_device(device))
+    classes = [_class_index(t, model) for t in targets]
+    size = model.image_size if size is None else size
+    # everything is read and checked before anything is written
+    tensors = [read_image(path, model.image_channels) for path in images]
+    if size:
+        tensors = [resize(tensor, size) for tensor in tensors]
+    figures = [output / f"{path.stem}_explained.png" for path in images]
+    twice = {f for f in figures if figures.count(f) > 1}
+    if twice:
+        raise click.UsageError(f"several images would be written to {', '.join(map(str, sorted(twice)))}; explain them one by one")
+    parameter = next(model.parameters())
+    rendered = []
+    for path, tensor in zip(images, tensors, strict=True):
+        batch = tensor[None].to(parameter)
+        with torch.no_grad():
+            logits = model(batch)
+        chosen = torch.tensor([classes]) if classes else logits.topk(min(2, model.num_classes)).indices
+        explanation = model.explain(batch, chosen)
+        rendered.append((plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names), explanation, path))
+    output.mkdir(parents=True, exist_ok=True)
+    for target, (figure, explanation, path) in zip(figures, rendered, strict=True):
+        plot.save_figure(figure, target)
+        best = int(explanation.logits[0].argmax())
+        probability = float(explanation.logits[0, best].sigmoid())
+        error = float(explanation.completeness_error.max())
+        click.echo(f"{path}: {_class_name(best, model)} (p = {probability:.3f}), completeness error {error:.1e} logits -> {target}")
+
+
+@cli.command()
+def info() -> None:
+    """Versions, devices and backends, and why each backend does or does not run here."""
+    try:
+        from importlib.metadata import version
+
+        triton = version("triton")
+    except ImportError:
+        triton = "not installed"
+    rows = {
+        "coda_fast": __version__,
+        "Python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "Triton": triton,
+        "CUDA": f"{torch.version.cuda or 'not in this build of torch'}, {torch.cuda.device_count()} devices",
+    }
+    devices = [torch.device("cpu")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        devices.append(torch.device("cuda", index))
+    for name, text in rows.items():
+        click.echo(f"{name:10} {text}")
+    for device in devices:
+        click.echo(str(backends.backend_info(device)))
+
+
+def _class_index(text, model):
+    """A class by number or by name."""
+    names = model.class_names or []
+    if text in names:
+        return names.index(text)
+    try:
+        index = int(text)
+    except ValueError:
+        known = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "") if names else f"numbers from 0 to {model.num_classes - 1}"
+        raise click.UsageError(f"--target: expected a class ({known}), got {text!r}") from None
+    if not 0 <= index < model.num_classes:
+        raise click.UsageError(f"--target: expected a class from 0 to {model.num_classes - 1}, got {index}")
+    return index
+
+
+def _class_name(index, model):
+    return model.class_names[index] if model.class_names else f"class {index}"
+
+
+def _device(name):
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(f"--device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _fail(message):
+    click.echo("coda-fast: " + " ".join(message.split()), err=True)
+    raise SystemExit(BAD_INPUT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Image files as tensors, with every way a file can be wrong named in one line."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class ImageError(ValueError):
+    """A file that is not a usable image; the message names the file, what was expected and what was found."""
+
+
+def read_image(path: str | os.PathLike, channels: int = 3) -> torch.Tensor:
+    """An image file as [channels, H, W] in [0, 1], float32, upright (EXIF orientation applied).
+
+    Grey images serve as colour (three equal channels) and colour images whose channels are equal serve as grey. 16-bit files are
+    scaled by 1/65535; floating-point files (TIFF) must lie in [0, 1]. Of an animation, the first frame is read.
+
+    Raises:
+        ImageError: missing, not an image, truncated, transparent, NaN, out of range, or colour where grey is needed.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    path = Path(path)
+    if not path.exists():
+        raise ImageError(f"{path}: no such file")
+    if path.is_dir():
+        raise ImageError(f"{path}: expected an image file, got a folder")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                image = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise ImageError(f"{path}: not an image that Pillow can read") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{path}: too large: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        raise ImageError(f"{path}: damaged or truncated image: {error}") from None
+    pixels = _to_array(image, path)  # [H, W] or [H, W, 3]
+    if channels == 3:
+        pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    if channels != 1:
+        raise ImageError(f"{path}: an image has 1 or 3 channels, the model expects {channels}")
+    if pixels.ndim == 3:
+        if np.ptp(pixels, axis=2).max() > 0:
+            raise ImageError(f"{path}: expected a grey image (1 channel), got a colour image (3 channels); convert it first")
+        pixels = pixels[..., 0]
+    return torch.from_numpy(np.ascontiguousarray(pixels))[None]
+
+
+def resize(image: torch.Tensor, size: int) -> torch.Tensor:
+    """``image`` [C, H, W] with its shorter side scaled to ``size`` pixels (bilinear, anti-aliased), aspect kept."""
+    height, width = image.shape[1:]
+    scale = size / min(height, width)
+    shape = (max(1, round(height * scale)), max(1, round(width * scale)))
+    if shape == (height, width):
+        return image
+    return torch.nn.functional.interpolate(image[None], shape, mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+def _to_array(image, path):
+    """float32 in [0, 1], [H, W] or [H, W, 3]."""
+    mode = image.mode
+    if mode.startswith("I;16") or mode == "I":
+        pixels = np.asarray(image).astype(np.float32)
+        if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
+            raise ImageError(f"{path}: expected at most 16 bits for each channel, got values {pixels.min():g} to {pixels.max():g}")
+        return pixels / 65535
+    if mode == "F":
+        pixels = np.asarray(image, np.float32)
+        if not np.isfinite(pixels).all():
+            raise ImageError(f"{path}: {int((~np.isfinite(pixels)).sum())} pixels are NaN or infinite")
+        if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 1:
+            raise ImageError(f"{path}: expected floating-point pixels in [0, 1], got {pixels.min():g} to {pixels.max():g}")
+        return pixels
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if np.asarray(image)[..., 3].min() < 255:
+            raise ImageError(f"{path}: expected an opaque image, got transparent pixels; flatten it on a background first")
+        mode = "RGB"
+    target = "L" if mode in ("1", "L") else "RGB"
+    return np.asarray(image.convert(target), np.float32) / 255

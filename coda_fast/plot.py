@@ -1,0 +1,161 @@
+"""Pictures of explanations: red-blue contribution maps, and the dynamic weight as a colour picture with transparency."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from coda_fast.checkpoints import atomic_path
+from coda_fast.explain import Explanation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = "bwr"  # blue: against the class, white: nothing, red: for it, as in the paper
+PERCENTILE = 99.5
+
+
+def symmetric_scale(maps: torch.Tensor) -> float:
+    """The end of a symmetric colour scale: the ``PERCENTILE`` of absolute contributions, so that single pixels do not bleach a map."""
+    values = maps.detach().abs().flatten().double()
+    if not len(values) or not (scale := float(np.percentile(values.cpu().numpy(), PERCENTILE))):
+        return float(values.max()) if len(values) and values.max() > 0 else 1.0
+    return scale
+
+
+def weight_rgba(dynamic_weight: torch.Tensor, contribution_map: torch.Tensor) -> np.ndarray:
+    """The dynamic weight as the picture that it looks for, [H, W, 4] in [0, 1].
+
+    Colour: per channel, the share of the positive weight on ``x`` in that on ``x`` and ``1 - x``: the colour to which the linear map
+    of this pixel responds most. Alpha: the pixel's contribution, 0 where it is negative, opaque from the ``PERCENTILE`` on.
+
+    Args:
+        dynamic_weight: [2 C, H, W] with C = 1 or 3 (as ``explanation.dynamic_weight[i, k]``).
+        contribution_map: [H, W].
+
+    Raises:
+        ValueError: shapes that do not fit, for example of an explanation with ``layer=``.
+    """
+    if dynamic_weight.dim() != 3 or dynamic_weight.shape[0] not in (2, 6):
+        raise ValueError(f"dynamic_weight: expected [6, H, W] or [2, H, W], that of an encoded image, got {list(dynamic_weight.shape)}")
+    if contribution_map.shape != dynamic_weight.shape[1:]:
+        raise ValueError(f"contribution_map: expected {list(dynamic_weight.shape[1:])}, got {list(contribution_map.shape)}")
+    positive = dynamic_weight.detach().double().clamp(min=0).cpu()
+    direct, inverse = positive.chunk(2)
+    total = direct + inverse
+    colour = torch.where(total > 0, direct / total.clamp(min=torch.finfo(torch.float64).tiny), 0.5)
+    colour = colour.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    evidence = contribution_map.detach().double().clamp(min=0).cpu().numpy()
+    top = np.percentile(evidence, PERCENTILE) or evidence.max() or 1.0
+    return np.concatenate((colour, np.clip(evidence / top, 0, 1)[..., None]), 2)
+
+
+def show_image(axes: Axes, image: torch.Tensor, title: str = "") -> None:
+    """Draw ``image`` [C, H, W] in [0, 1]."""
+    pixels = image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
+    axes.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    _bare(axes, title)
+
+
+def show_map(axes: Axes, contribution_map: torch.Tensor, scale: float, title: str = ""):
+    """Draw a contribution map [H, W] in red (for) and blue (against), white at 0, saturated at +-``scale``; returns the artist."""
+    pixels = contribution_map.detach().cpu().float().numpy()
+    artist = axes.imshow(pixels, cmap=COLOURS, vmin=-scale, vmax=scale, interpolation="nearest")
+    _bare(axes, title)
+    return artist
+
+
+def show_weight(axes: Axes, dynamic_weight: torch.Tensor, contribution_map: torch.Tensor, title: str = "") -> None:
+    """Draw ``weight_rgba`` on white."""
+    axes.imshow(weight_rgba(dynamic_weight, contribution_map), interpolation="nearest")
+    _bare(axes, title)
+
+
+def proof(explanation: Explanation, i: int, k: int, logit_bias: float) -> str:
+    """One line: the contributions and the bias add up to the logit."""
+    target = explanation.target[i, k]
+    total = float(explanation.contributions[i, k].sum(dtype=torch.float64))
+    logit, error = float(explanation.logits[i, target]), float(explanation.completeness_error[i, k])
+    return f"sum {total:+.2f}, bias {logit_bias:+.2f}: logit {logit:+.2f}\nerror {error:.0e}"
+
+
+def explanation_figure(
+    images: torch.Tensor, explanation: Explanation, logit_bias: float, class_names: Sequence[str] | None = None
+) -> Figure:
+    """One row for each image: the image, a contribution map for each explained class, the dynamic weight of the first of them.
+
+    All maps share one symmetric scale; below each stands the proof that it is complete.
+
+    Args:
+        images: [N, C, H, W], as given to ``model.explain``.
+        explanation: what it returned, with ``layer=None``.
+        logit_bias: ``model.logit_bias``.
+        class_names: one for each class; numbers if None.
+
+    Raises:
+        ValueError: images and explanation that do not belong together. ImportError: matplotlib is not installed.
+    """
+    if explanation.layer != 0 or explanation.contribution_map.shape[:1] + explanation.contribution_map.shape[2:] != (
+        len(images),
+        *images.shape[2:],
+    ):
+        raise ValueError(
+            f"explanation: expected maps of these images ({list(images.shape)}, layer 0), "
+            f"got {list(explanation.contribution_map.shape)}, layer {explanation.layer}"
+        )
+    count, classes = explanation.target.shape
+    aspect = images.shape[2] / images.shape[3]
+    figure = new_figure(width=2.3 * (classes + 2) + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
+    axes = figure.subplots(count, classes + 2, squeeze=False)
+    scale = symmetric_scale(explanation.contribution_map)
+    probability = explanation.logits.sigmoid()
+    for i in range(count):
+        show_image(axes[i, 0], images[i], "image")
+        for k in range(classes):
+            target = int(explanation.target[i, k])
+            name = class_names[target] if class_names else f"class {target}"
+            artist = show_map(axes[i, k + 1], explanation.contribution_map[i, k], scale, f"{name}: p = {probability[i, target]:.3f}")
+            axes[i, k + 1].set_xlabel(proof(explanation, i, k, logit_bias), fontsize=7)
+        first = int(explanation.target[i, 0])
+        title = f"weight of {class_names[first] if class_names else f'class {first}'}"
+        show_weight(axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title)
+    if count:
+        colour_bar(figure, artist, axes)
+    return figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches, outside pyplot's global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("figures need matplotlib: pip install 'coda-fast[cli]' or pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def colour_bar(figure: Figure, artist, axes, label: str = "contribution to the logit, per pixel", location: str = "right") -> None:
+    """The scale that the maps of ``axes`` share."""
+    bar = figure.colorbar(artist, ax=axes, location=location, shrink=0.8, aspect=25, pad=0.02, extend="both")
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> None:
+    """Write the figure (PNG, SVG or PDF by its ending), all or nothing."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+
+
+def _bare(axes, title):
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_linewidth(0.5)
+        spine.set_color("0.6")
+    if title:
+        axes.set_title(title, fontsize=9)
