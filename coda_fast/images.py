@@ -74,7 +74,7 @@ def _to_array(image, path):
             raise ImageError(f"{path}: expected at most 16 bits for each channel, got values {pixels.min():g} to {pixels.max():g}")
         return pixels / 65535
     if mode == "F":
-        pixels = np.asarray(image, np.float32)
+        pixels = np.array(image, np.float32)
         if not np.isfinite(pixels).all():
             raise ImageError(f"{path}: {int((~np.isfinite(pixels)).sum())} pixels are NaN or infinite")
         if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 1:

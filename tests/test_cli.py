@@ -1,0 +1,167 @@
+"""The command line as its users see it: what it prints, writes, and refuses."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import coda_fast
+from coda_fast import cli
+from coda_fast.demo import TEMPERATURES
+
+
+def run(*arguments):
+    """Exit code of the command line."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in arguments])
+    return stop.value.code or 0
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "net.safetensors"
+    coda_fast.save(coda_fast.create_model("coda_xs_digits", class_names=[f"digit {i}" for i in range(10)]), path)
+    return path
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "scan.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_explain(checkpoint, image, tmp_path, capsys):
+    output = tmp_path / "new" / "folder"
+    assert run("explain", image, "--checkpoint", checkpoint, "--output", output) == 0
+    assert [p.name for p in output.iterdir()] == ["scan_explained.png"]
+    Image.open(output / "scan_explained.png").verify()
+    printed = capsys.readouterr().out
+    assert "scan.png: digit" in printed
+    assert "completeness error" in printed
+
+
+def test_explain_several_with_targets(checkpoint, image, tmp_path, capsys):
+    second = tmp_path / "other.png"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(second)
+    options = ("--checkpoint", checkpoint, "--output", tmp_path, "--target", "digit 3", "--target", 7, "--size", 0)
+    assert run("explain", image, second, *options) == 0
+    assert (tmp_path / "scan_explained.png").exists()
+    assert (tmp_path / "other_explained.png").exists()
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "10"], "--target: expected a class from 0 to 9, got 10"),
+        (["--target", "cat"], "--target: expected a class (digit 0, digit 1"),
+        (["--device", "warp"], "--device: 'warp' cannot be used here"),
+        (["--size", "-1"], "--size"),
+        (["--checkpoint", "missing.safetensors"], "missing.safetensors: no such checkpoint"),
+        (["missing.png"], "missing.png: no such file"),
+        (["--colour"], "No such option"),
+    ],
+    ids=str,
+)
+def test_explain_refuses(checkpoint, image, tmp_path, capsys, options, message):
+    output = tmp_path / "out"
+    before = {p.name for p in tmp_path.iterdir()}
+    assert run("explain", image, "--checkpoint", checkpoint, "--output", output, *options) == 2
+    _one_line(capsys, message)
+    assert {p.name for p in tmp_path.iterdir()} == before, "nothing may be written"
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated", "colour", "nan"])
+def test_explain_refuses_images(checkpoint, image, tmp_path, capsys, kind):
+    """One bad image among good ones: nothing is written for any."""
+    bad = tmp_path / "bad.tif"
+    if kind == "text":
+        bad.write_text("not an image")
+    elif kind == "truncated":
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(bad)
+        bad.write_bytes(bad.read_bytes()[:1000])
+    elif kind == "colour":
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(bad)
+    else:
+        Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(bad)
+    assert run("explain", image, bad, "--checkpoint", checkpoint, "--output", tmp_path / "out") == 2
+    _one_line(capsys, "bad.tif: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_explain_refuses_equal_names(checkpoint, image, tmp_path, capsys):
+    twin = tmp_path / "sub" / "scan.png"
+    twin.parent.mkdir()
+    twin.write_bytes(image.read_bytes())
+    assert run("explain", image, twin, "--checkpoint", checkpoint, "--output", tmp_path / "out") == 2
+    _one_line(capsys, "several images would be written to")
+
+
+def test_explain_refuses_foreign_checkpoints(image, tmp_path, capsys):
+    assert run("explain", image, "--checkpoint", image) == 2
+    _one_line(capsys, "scan.png: not a safetensors file")
+
+
+def test_explain_when_the_folder_is_a_file(checkpoint, image, capsys):
+    assert run("explain", image, "--checkpoint", checkpoint, "--output", image) == 2
+    _one_line(capsys, "scan.png")
+
+
+def test_info(capsys):
+    assert run("info") == 0
+    printed = capsys.readouterr().out
+    for word in (coda_fast.__version__, torch.__version__, "factored", "reference", "triton"):
+        assert word in printed
+
+
+def test_version_and_usage(capsys):
+    assert run("--version") == 0
+    assert coda_fast.__version__ in capsys.readouterr().out
+    assert run("nonsense") == 2
+    _one_line(capsys, "No such command 'nonsense'")
+
+
+def test_without_click():
+    """Without the extra, one line says what to install."""
+    code = "import sys; sys.modules['click'] = None; from coda_fast import cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.strip() == "coda-fast: the command line needs click: pip install 'coda-fast[cli]'"
+
+
+def test_demo(tmp_path, capsys):
+    """Two epochs: every file is there, the numbers are what was printed, the checkpoint explains."""
+    assert run("demo", "--epochs", 2, "--output", tmp_path / "demo") == 0
+    files = {p.name for p in (tmp_path / "demo").iterdir()}
+    assert files == {"coda_demo.png", "coda_demo.safetensors", "coda_demo.json"}
+    numbers = json.loads((tmp_path / "demo" / "coda_demo.json").read_text())
+    assert [row["temperature"] for row in numbers["results"]] == list(TEMPERATURES)
+    printed = capsys.readouterr().out
+    for row in numbers["results"]:
+        assert f"{row['accuracy']:.1%}" in printed
+        assert row["accuracy"] > 0.5, "two epochs are enough to see that it learns"
+        assert row["relative_completeness_error"] < 1e-5
+    model = coda_fast.load(tmp_path / "demo" / "coda_demo.safetensors")
+    assert model.temperature == TEMPERATURES[-1]
+    assert coda_fast.checkpoints.read_metadata(tmp_path / "demo" / "coda_demo.safetensors")["accuracy"] == numbers["results"][-1]["accuracy"]
+    with Image.open(tmp_path / "demo" / "coda_demo.png") as figure:
+        assert min(figure.size) > 1000
+
+
+def test_demo_without_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert run("demo", "--output", tmp_path / "demo") == 2
+    _one_line(capsys, "scikit-learn: pip install 'coda-fast[cli]'")
+
+
+def _one_line(capsys, message):
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert "Traceback" not in error

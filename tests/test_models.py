@@ -1,0 +1,118 @@
+"""CoDANet and the named configurations."""
+
+import math
+
+import pytest
+import torch
+
+import coda_fast
+from coda_fast import CoDANet, create_model
+
+SMALL = dict(out_channels=[4, 3], ranks=[2, 5], kernel_sizes=[3, 1], strides=[2, 1])
+
+
+def _count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parameters"),
+    [
+        ("coda_s_cifar10", {}, 7_782_816),
+        ("coda_l_imagenet100", {}, 47_517_408),
+        # the paper's rank ablation, in millions: 1.08, 2.03, 3.95, 34.6
+        ("coda_s_cifar10", dict(rank=4), 1_076_984),
+        ("coda_s_cifar10", dict(rank=8), 2_034_960),
+        ("coda_s_cifar10", dict(rank=16), 3_950_912),
+        ("coda_s_cifar10", dict(rank=144), 34_606_144),
+    ],
+)
+def test_published_sizes(name, options, parameters):
+    assert _count(create_model(name, device="meta", **options)) == parameters
+
+
+@pytest.mark.parametrize("name", coda_fast.list_models())
+def test_every_model_is_what_its_name_says(name):
+    model = create_model(name, device="meta")
+    size = model.image_size
+    assert coda_fast.list_models()[name] in ("published", "coda_fast")
+    classes = {"cifar10": 10, "imagenet100": 100, "imagenet1k": 1000, "tinyimagenet": 200, "digits": 10, "mnist": 10}[name.split("_")[-1]]
+    assert model.num_classes == classes
+    height = size
+    for layer in model.layers:
+        height, _ = layer.geometry.output_size(height, height)
+    assert height >= 4, "the class evidence map should still be a map"
+
+
+def test_forward_is_the_formula():
+    model = CoDANet(**SMALL, temperature=7.0, logit_bias=-1.5)
+    images = torch.rand(2, 3, 9, 6)
+    x = torch.cat([images, 1 - images], 1)
+    for layer in model.layers:
+        x = layer(x)
+    assert torch.allclose(model(images), x.sum((2, 3)) / 7 - 1.5, rtol=1e-6)
+    assert create_model("coda_xs_digits").logit_bias == math.log(0.1 / 0.9)
+
+
+def test_any_image_size():
+    model = create_model("coda_xs_digits")
+    for size in ((8, 8), (16, 16), (5, 23)):
+        assert model(torch.rand(2, 1, *size)).shape == (2, 10)
+
+
+def test_overrides():
+    model = create_model("coda_xs_digits", num_classes=4, temperature=3, norm="l2", class_names=list("abcd"), backend="reference")
+    assert (model.num_classes, model.temperature, model.layers[0].norm, model.layers[0].backend) == (4, 3, "l2", "reference")
+    assert create_model("coda_xs_digits", rank=1).config()["ranks"] == [1, 2, 2]
+    assert create_model("coda_xs_digits", ranks=[1, 2, 3]).config()["ranks"] == [1, 2, 3]
+
+
+def test_config_builds_the_same_network():
+    model = CoDANet(
+        [4, 3], [2, 5], [(3, 1), 2], [2, (1, 2)], ["valid", 1], temperature=2.5, norm="l2", eps=1e-3, bias=False, image_channels=1, image_size=9
+    )
+    twin = CoDANet(**model.config())
+    assert twin.config() == model.config()
+    assert repr(twin) == repr(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(ranks=[2]), "ranks: expected 2 entries, as many as out_channels, got 1"),
+        (dict(paddings=[1, 1, 1]), "paddings: expected 2 entries"),
+        (dict(out_channels=[]), "at least one layer"),
+        (dict(temperature=0), "temperature: expected a positive number, got 0"),
+        (dict(temperature=math.nan), "temperature"),
+        (dict(class_names=["a"]), "class_names: expected 3 names"),
+        (dict(strides=[1, 0]), "stride"),
+    ],
+    ids=str,
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        CoDANet(**(SMALL | dict(temperature=1.0) | options))
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="model: expected one of coda_s_cifar10, .* got 'resnet50'"):
+        create_model("resnet50")
+    with pytest.raises(TypeError, match="widths"):
+        create_model("coda_xs_digits", widths=3)
+    with pytest.raises(ValueError, match="rank and ranks"):
+        create_model("coda_xs_digits", rank=1, ranks=[1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.rand(2, 1, 8, 8), ValueError, r"images: expected \[N, 3, H, W\], got shape \[2, 1, 8, 8\]"),
+        (torch.rand(3, 8, 8), ValueError, r"images: expected \[N, 3, H, W\]"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), TypeError, "images: expected floating point in .*got torch.uint8"),
+        ([[1.0]], TypeError, "images: expected a tensor, got list"),
+    ],
+    ids=["channels", "unbatched", "uint8", "list"],
+)
+def test_refuses_images(images, error, message):
+    with pytest.raises(error, match=message):
+        CoDANet(**SMALL, temperature=1.0)(images)

@@ -1,0 +1,97 @@
+"""Pictures whose pixels are known."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coda_fast import create_model, plot
+
+
+def test_symmetric_scale():
+    assert plot.symmetric_scale(torch.zeros(3, 4)) == 1.0
+    assert plot.symmetric_scale(torch.tensor([-2.0, 1.0, 2.0])) == 2.0
+    spiky = torch.ones(10_000)
+    spiky[0] = -1e6
+    assert plot.symmetric_scale(spiky) == 1.0
+    lonely = torch.zeros(10_000)
+    lonely[0] = -3.0
+    assert plot.symmetric_scale(lonely) == 3.0
+    assert plot.symmetric_scale(torch.zeros(0)) == 1.0
+
+
+def test_weight_rgba():
+    """Red wanted -> red; dark wanted (weight on 1 - x) -> black; no weight -> grey; alpha follows positive contribution."""
+    weight = torch.zeros(6, 2, 2)
+    weight[0, 0, 0] = 2.0  # red
+    weight[4, 0, 0] = weight[5, 0, 0] = 1.0  # no green, no blue
+    weight[3:, 0, 1] = 1.0  # dark
+    weight[:3, 1, 0] = -5.0  # negative weights want nothing
+    contribution = torch.tensor([[1.0, 0.5], [-1.0, 0.0]])
+    picture = plot.weight_rgba(weight, contribution)
+    assert picture.shape == (2, 2, 4)
+    assert np.allclose(picture[0, 0], [1, 0, 0, 1], atol=0.02)
+    assert np.allclose(picture[0, 1, :3], 0)
+    assert 0.45 < picture[0, 1, 3] < 0.55
+    assert np.allclose(picture[1, 0], [0.5, 0.5, 0.5, 0])
+    assert picture[1, 1, 3] == 0
+    grey = plot.weight_rgba(torch.rand(2, 3, 4), torch.rand(3, 4))
+    assert grey.shape == (3, 4, 4)
+    assert np.allclose(grey[..., 0], grey[..., 2])
+
+
+@pytest.mark.parametrize(("weight", "contribution"), [((16, 4, 4), (4, 4)), ((6, 4, 4), (3, 4)), ((1, 6, 4, 4), (4, 4))])
+def test_weight_rgba_refuses(weight, contribution):
+    with pytest.raises(ValueError, match="expected"):
+        plot.weight_rgba(torch.zeros(weight), torch.zeros(contribution))
+
+
+def test_map_colours(tmp_path):
+    """Positive red, negative blue, zero white, saturated at the scale."""
+    figure = plot.new_figure(2, 2)
+    axes = figure.subplots()
+    artist = plot.show_map(axes, torch.tensor([[1.0, -1.0], [0.0, 9.0]]), 1.0)
+    pixels = artist.to_rgba(artist.get_array())
+    assert np.allclose(pixels[0, 0], [1, 0, 0, 1])
+    assert np.allclose(pixels[0, 1], [0, 0, 1, 1])
+    assert np.allclose(pixels[1, 0], [1, 1, 1, 1], atol=0.01)
+    assert np.allclose(pixels[1, 1], [1, 0, 0, 1])
+
+
+def test_explanation_figure(tmp_path):
+    model = create_model("coda_xs_digits")
+    images = torch.rand(2, 1, 8, 8)
+    explanation = model.explain(images, [[0, 1], [2, 3]])
+    figure = plot.explanation_figure(images, explanation, model.logit_bias, list("abcdefghij"))
+    texts = [axes.get_title() for axes in figure.axes]
+    assert texts[0] == "image"
+    assert texts[1].startswith("a: p = 0.")
+    assert texts[6].startswith("d: p = 0.")
+    proof = figure.axes[1].get_xlabel()
+    logit = float(explanation.logits[0, 0])
+    assert f"logit {logit:+.2f}" in proof
+    assert f"bias {model.logit_bias:+.2f}" in proof
+    scales = {axes.images[0].get_clim() for axes in figure.axes if axes.images and axes.images[0].get_cmap().name == "bwr"}
+    assert len(scales) == 1, "all maps share one scale"
+    low, high = scales.pop()
+    assert low == -high
+    path = tmp_path / "figure.png"
+    plot.save_figure(figure, path)
+    assert Image.open(path).size[0] > 600
+    plot.save_figure(figure, tmp_path / "figure.svg")
+    assert "<svg" in (tmp_path / "figure.svg").read_text()[:1000]
+
+
+def test_explanation_figure_refuses_strangers():
+    model = create_model("coda_xs_digits")
+    images = torch.rand(2, 1, 8, 8)
+    for explanation in (model.explain(images[:1]), model.explain(images, layer=1)):
+        with pytest.raises(ValueError, match="explanation: expected maps of these images"):
+            plot.explanation_figure(images, explanation, model.logit_bias)
+
+
+def test_failed_figure_leaves_nothing(tmp_path):
+    figure = plot.new_figure(1, 1)
+    with pytest.raises(ValueError, match="xyz"):
+        plot.save_figure(figure, tmp_path / "figure.xyz")
+    assert list(tmp_path.iterdir()) == []
