@@ -1,0 +1,70 @@
+# Every verb sets up what it needs; "make help" lists them.
+PYTHON      ?= python3
+VENV        ?= .venv
+VENV_OLDEST ?= .venv-oldest
+PIP_ARGS    ?=
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+BENCH_ARGS  ?=
+
+READY        := $(VENV)/.coda-fast-ready
+READY_OLDEST := $(VENV_OLDEST)/.coda-fast-ready
+OLDEST       := torch==2.11.*
+VERSIONS     := import sys, numpy, torch; \
+	print("Python %d.%d.%d," % sys.version_info[:3], "torch", torch.__version__ + ",", "numpy", numpy.__version__)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-oldest lint format bench clean
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo 'Variables: PYTHON=python3.x  VENV=folder  PIP_ARGS="arguments of pip install"  DEMO_ARGS  PYTEST_ARGS  BENCH_ARGS'
+	@echo 'The first run downloads PyTorch. The build for CPUs only is far smaller: PIP_ARGS="--extra-index-url URL", with the URL that'
+	@echo 'the installation page of PyTorch names for it.'
+
+demo: $(READY) ## train small networks on digits, draw their explanations into ./coda_demo (about a minute)
+	$(VENV)/bin/coda-fast demo $(DEMO_ARGS)
+
+test: $(READY) ## all tests and doctests
+	@$(VENV)/bin/python -c '$(VERSIONS)'
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: $(READY_OLDEST) ## the tests that are not slow, with the oldest supported torch
+	@$(VENV_OLDEST)/bin/python -c '$(VERSIONS)'
+	$(VENV_OLDEST)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(READY) ## ruff check and ruff format --check
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+format: $(READY) ## apply ruff's fixes and format
+	$(VENV)/bin/python -m ruff check --fix-only .
+	$(VENV)/bin/python -m ruff format .
+
+bench: $(READY) ## time the layers on the CPU
+	$(VENV)/bin/python bench/cpu_layers.py $(BENCH_ARGS)
+
+clean: ## remove build products and caches; the environments and results stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find $(wildcard coda_fast kernels tests bench) -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# $(call environment,FOLDER,REQUIREMENTS)
+define environment
+	@command -v "$(PYTHON)" >/dev/null || { echo 'coda-fast: no $(PYTHON) here; name a Python >= 3.10 with make PYTHON=...' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'coda-fast: $(PYTHON) is older than 3.10; name a newer one with make PYTHON=...' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo 'coda-fast: $(PYTHON) has no venv module; install it (Debian, Ubuntu: the package python3-venv) or set PYTHON=...' >&2; exit 1; }
+	"$(PYTHON)" -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade pip $(PIP_ARGS)
+	$(1)/bin/python -m pip install -e $(2) $(PIP_ARGS)
+	@touch $@
+endef
+
+$(READY): setup.py coda_fast/_version.py
+	$(call environment,$(VENV),'.[dev]')
+
+$(READY_OLDEST): setup.py coda_fast/_version.py
+	$(call environment,$(VENV_OLDEST),'.[test]' '$(OLDEST)')

@@ -1,0 +1,41 @@
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).resolve().parent
+README = ROOT / "README.md"
+
+version = re.search(r'^__version__ = "([^"]+)"', (ROOT / "coda_fast" / "_version.py").read_text(encoding="utf-8"), re.MULTILINE)
+if version is None:
+    raise RuntimeError("coda_fast/_version.py has no line __version__ = ...")
+
+SETUPTOOLS = "setuptools>=77.0.3"  # the first with license_expression; also named in pyproject.toml
+CLI = ["click", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn"]
+TEST = [*CLI, "pytest>=8", "pytest-benchmark", "hypothesis", "psutil", "packaging", SETUPTOOLS]
+DEV = [*TEST, "ruff==0.17.6"]
+
+setup(
+    name="coda-fast",
+    version=version.group(1),
+    description="Convolutional Dynamic Alignment Networks for PyTorch, exact and fast",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(".", include=["coda_fast", "coda_fast.*"]),
+        *find_packages("kernels", include=["coda_kernels", "coda_kernels.*"]),
+    ],
+    package_dir={"coda_kernels": "kernels/coda_kernels"},
+    package_data={"coda_fast": ["recipes/*.yaml"], "coda_kernels": ["tables/*.json"]},
+    install_requires=["torch>=2.11", "numpy"],
+    extras_require={"cli": CLI, "test": TEST, "dev": DEV},
+    entry_points={"console_scripts": ["coda-fast = coda_fast.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
