@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -86,7 +87,18 @@ def time_in_turn(functions, repeats):
 
 def peak_bytes(case, batch, provider):
     """Measured by this script in a process of its own."""
-    command = [sys.executable, __file__, "--peak", case, "--batch", str(batch), "--provider", provider, "--threads", str(torch.get_num_threads())]
+    command = [
+        sys.executable,
+        __file__,
+        "--peak",
+        case,
+        "--batch",
+        str(batch),
+        "--provider",
+        provider,
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=_environment()).stdout.split()[-1])
 
 
@@ -133,7 +145,8 @@ def table(rows) -> str:
     by = {(r["op"], r["provider"]): r for r in rows}
     names = list(dict.fromkeys(r["op"] for r in rows))
     lines = [
-        "| | C, n, r, k, stride, size | definition, ms | factored, ms | speed-up (range) | ceiling | peak memory, MiB: definition | factored | share |",
+        "| | C, n, r, k, stride, size | definition, ms | factored, ms | speed-up (range) | ceiling "
+        "| peak memory, MiB: definition | factored | share |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     totals = {"reference": 0.0, "factored": 0.0, "product": 0.0}
@@ -158,8 +171,8 @@ def table(rows) -> str:
     r = rows[0]
     lines += [
         "",
-        f"Forward + backward, batch {r['batch']}, {r['dtype']}; {r['device']}, {r['threads']} threads; torch {r['torch']}, Python {r['python']}; "
-        f"commit {r['commit']}, {r['date']}.",
+        f"Forward + backward, batch {r['batch']}, {r['dtype']}; {r['device']}, {r['threads']} threads; torch {r['torch']}, "
+        f"Python {r['python']}; commit {r['commit']}, {r['date']}.",
     ]
     return "\n".join(lines)
 
@@ -193,11 +206,31 @@ def _status(key):
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 
+def _try_chunks(mib, batch, repeats):
+    """Sum of the layers with chunks of ``mib`` beside the default, in turn."""
+    from coda_fast.backends import factored
+
+    default, ratios, total = factored.CHUNK_BYTES["cpu"], [], [0.0, 0.0]
+
+    def with_chunks(size, step):
+        factored.CHUNK_BYTES["cpu"] = int(size)
+        step()
+
+    for shape in filter(None, cases().values()):
+        step = setup(shape, batch, "factored")
+        sizes = {"default": default, "other": mib * 2**20}
+        seconds = time_in_turn({name: functools.partial(with_chunks, size, step) for name, size in sizes.items()}, repeats)
+        total = [t + statistics.median(seconds[name]) for t, name in zip(total, sizes, strict=True)]
+        ratios.append(statistics.median(b / a for a, b in zip(seconds["default"], seconds["other"], strict=True)))
+    print(f"{mib:g} MiB: {1e3 * total[1]:.0f} ms, default: {1e3 * total[0]:.0f} ms; ratios by layer {[round(r, 2) for r in ratios]}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--chunk-mib", type=float, help="try another size of the factored backend's chunks; prints, stores nothing")
     parser.add_argument("--table", action="store_true", help="print the table of the stored results")
     parser.add_argument("--readme", action="store_true", help="put that table into README.md")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
@@ -206,6 +239,8 @@ def main():
     torch.set_num_threads(options.threads)
     if options.peak:
         return _report_peak(options.peak, options.batch, options.provider)
+    if options.chunk_mib:
+        return _try_chunks(options.chunk_mib, options.batch, options.repeats)
     if not (options.table or options.readme):
         rows = measure(options.batch, options.repeats)
         RESULTS.parent.mkdir(exist_ok=True)

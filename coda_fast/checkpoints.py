@@ -47,11 +47,10 @@ def save(model: CoDANet, path: str | os.PathLike, metadata: Mapping[str, object]
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     data = safetensors.torch.save(tensors, header)
-    with atomic_path(path) as temporary:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overrides) -> CoDANet:

@@ -58,9 +58,7 @@ def demo(output: Path, epochs: int, seed: int) -> None:
     chance = result.numbers["chance_localisation"]
     click.echo(f"{'T':>6} {'accuracy':>9} {'completeness error':>19} {'localisation':>13}   (2x2 grids, chance {chance})")
     for row in result.numbers["results"]:
-        click.echo(
-            f"{row['temperature']:6g} {row['accuracy']:9.1%} {row['relative_completeness_error']:19.1e} {row['localisation']:13.3f}"
-        )
+        click.echo(f"{row['temperature']:6g} {row['accuracy']:9.1%} {row['relative_completeness_error']:19.1e} {row['localisation']:13.3f}")
     click.echo(f"figure      {result.figure}\ncheckpoint  {result.checkpoint}\nnumbers     {result.numbers_file}")
     click.echo(f"explain your own image: coda-fast explain IMAGE --checkpoint {result.checkpoint}")
 

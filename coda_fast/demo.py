@@ -189,7 +189,8 @@ def figure(models: list[CoDANet], data: Data, rows: list[dict], seed: int):
         for column, which, k in ((1, 0, 0), (2, 1, 0), (3, 1, 1)):
             model, explained = models[which], digits_explained[which]
             target = int(explained.target[i, k])
-            title = f"T = {model.temperature:g}: {'why' if k == 0 else 'why not'} {target}  (p = {explained.logits[i, target].sigmoid():.3f})"
+            why = "why" if k == 0 else "why not"
+            title = f"T = {model.temperature:g}: {why} {target}  (p = {explained.logits[i, target].sigmoid():.3f})"
             artists[which] = plot.show_map(axes[i, column], explained.contribution_map[i, k], scales[which], title)
             axes[i, column].set_xlabel(plot.proof(explained, i, k, model.logit_bias), fontsize=7)
         high = digits_explained[1]

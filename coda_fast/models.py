@@ -162,7 +162,13 @@ _MODELS = {
     "coda_xs_digits": (
         10,
         dict(
-            out_channels=[8, 16], ranks=[16, 32, 32], kernel_sizes=[3] * 3, strides=[1, 2, 1], temperature=40.0, image_size=8, image_channels=1
+            out_channels=[8, 16],
+            ranks=[16, 32, 32],
+            kernel_sizes=[3] * 3,
+            strides=[1, 2, 1],
+            temperature=40.0,
+            image_size=8,
+            image_channels=1,
         ),
         "coda_fast",
     ),

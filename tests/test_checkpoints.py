@@ -72,7 +72,9 @@ def test_weights_that_do_not_fit(model, tmp_path):
     tensors["extra"] = tensors.pop("layers.1.bias").contiguous()
     header = {"format": "coda_fast.CoDANet", "config": json.dumps(model.config()), "metadata": "{}"}
     save_file(tensors, path, header)
-    with pytest.raises(CheckpointError, match=r"unknown key 'extra'; missing key 'layers.1.bias'; 'layers.0.weight': expected .* got \[1, 2, 3\]"):
+    with pytest.raises(
+        CheckpointError, match=r"unknown key 'extra'; missing key 'layers.1.bias'; 'layers.0.weight': expected .* got \[1, 2, 3\]"
+    ):
         coda_fast.load(path)
 
 
@@ -96,7 +98,10 @@ A1 = "1.weight_mod.weighting_f.1.weight"
         (lambda s: {k: v for k, v in s.items() if k != A1}, f"missing key '{A1}'"),
         (lambda s: s | {A1: s[A1][:, :3]}, rf"'{A1}': expected \[72 \* units, 8, 1, 1\], got \[576, 3, 1, 1\]"),
         (lambda s: s | {A1: s[A1][:100]}, rf"'{A1}': expected \[72 \* units, 8, 1, 1\], got \[100, 8, 1, 1\]"),
-        (lambda s: s | {A1.replace("1.weight", "1.bias", 2).replace("1.bias_", "1.weight_"): torch.zeros(5)}, r"expected \[576\], got \[5\]"),
+        (
+            lambda s: s | {A1.replace("1.weight", "1.bias", 2).replace("1.bias_", "1.weight_"): torch.zeros(5)},
+            r"expected \[576\], got \[5\]",
+        ),
         (lambda s: {k: v for k, v in s.items() if not k.startswith("1.")}, r"'2.weight_mod.weighting_f.0.weight'|strides"),
         (lambda s: s | {"module." + A1: s[A1]}, r"keys with different prefixes \['', 'module.'\]"),
         (lambda s: {}, "no layers"),

@@ -149,7 +149,9 @@ def test_demo(tmp_path, capsys):
         assert row["relative_completeness_error"] < 1e-5
     model = coda_fast.load(tmp_path / "demo" / "coda_demo.safetensors")
     assert model.temperature == TEMPERATURES[-1]
-    assert coda_fast.checkpoints.read_metadata(tmp_path / "demo" / "coda_demo.safetensors")["accuracy"] == numbers["results"][-1]["accuracy"]
+    assert (
+        coda_fast.checkpoints.read_metadata(tmp_path / "demo" / "coda_demo.safetensors")["accuracy"] == numbers["results"][-1]["accuracy"]
+    )
     with Image.open(tmp_path / "demo" / "coda_demo.png") as figure:
         assert min(figure.size) > 1000
 

@@ -116,7 +116,11 @@ def test_refuses_targets(target, error, message):
 
 @pytest.mark.parametrize(
     ("layer", "error", "message"),
-    [(3, ValueError, "layer: expected an index from -3 to 2, got 3"), ("head", TypeError, "layer: expected an int"), (1.0, TypeError, "layer")],
+    [
+        (3, ValueError, "layer: expected an index from -3 to 2, got 3"),
+        ("head", TypeError, "layer: expected an int"),
+        (1.0, TypeError, "layer"),
+    ],
 )
 def test_refuses_layers(layer, error, message):
     with pytest.raises(error, match=message):

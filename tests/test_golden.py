@@ -78,7 +78,9 @@ def test_explanation_of_net(dtype, backend):
     truth, golden = Golden("net_small"), Golden("net_small", dtype)
     m = golden.meta
     state = {key.removeprefix("param/"): golden[key] for key in golden.keys("param/")}
-    model = checkpoints.from_published(state, strides=m["strides"], paddings=m["paddings"], temperature=m["temperature"], logit_bias=m["logit_bias"])
+    model = checkpoints.from_published(
+        state, strides=m["strides"], paddings=m["paddings"], temperature=m["temperature"], logit_bias=m["logit_bias"]
+    )
     for layer in model.layers:
         layer.backend = backend
     explanation = model.explain(golden["image"], golden["target"])
@@ -90,7 +92,9 @@ def test_published_round_trip_is_bit_exact():
     golden = Golden("net_small")
     m = golden.meta
     state = {key.removeprefix("param/"): golden[key] for key in golden.keys("param/")}
-    model = checkpoints.from_published(state, strides=m["strides"], paddings=m["paddings"], temperature=m["temperature"], logit_bias=m["logit_bias"])
+    model = checkpoints.from_published(
+        state, strides=m["strides"], paddings=m["paddings"], temperature=m["temperature"], logit_bias=m["logit_bias"]
+    )
     back = checkpoints.to_published(model)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)

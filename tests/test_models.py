@@ -69,7 +69,17 @@ def test_overrides():
 
 def test_config_builds_the_same_network():
     model = CoDANet(
-        [4, 3], [2, 5], [(3, 1), 2], [2, (1, 2)], ["valid", 1], temperature=2.5, norm="l2", eps=1e-3, bias=False, image_channels=1, image_size=9
+        [4, 3],
+        [2, 5],
+        [(3, 1), 2],
+        [2, (1, 2)],
+        ["valid", 1],
+        temperature=2.5,
+        norm="l2",
+        eps=1e-3,
+        bias=False,
+        image_channels=1,
+        image_size=9,
     )
     twin = CoDANet(**model.config())
     assert twin.config() == model.config()

@@ -110,7 +110,9 @@ def test_inside_an_existing_network():
 def _response_and_gradient(initialise=None):
     """Over the nine layers of S-CoDA (channels and ranks divided by 4): output RMS per layer, and gradient over weight of the first."""
     torch.manual_seed(0)
-    model = coda_fast.create_model("coda_s_cifar10", ranks=[8] * 2 + [16] * 7, out_channels=[8, 8, 16, 16, 16, 32, 32, 32, 10], temperature=64)
+    model = coda_fast.create_model(
+        "coda_s_cifar10", ranks=[8] * 2 + [16] * 7, out_channels=[8, 8, 16, 16, 16, 32, 32, 32, 10], temperature=64
+    )
     if initialise:
         for layer in model.layers:
             for tensor in layer.parameters():

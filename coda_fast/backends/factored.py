@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from coda_fast._geometry import Geometry
 from coda_fast.backends import reference
 
-# Bytes of the largest intermediate of a chunk. On a CPU it should share the last-level cache with the weights (measured by
-# bench/cpu_layers.py --chunk-bytes on 2 cores with 32 MB of L3: flat from 2 to 16 MiB); on a GPU it should fill the device.
-CHUNK_BYTES = {"cpu": 4 << 20, "other": 256 << 20}
+# Bytes of the largest intermediate of a chunk. CPU: measured on 2 cores with 32 MB of shared L3, the sum over the S-CoDA layers at 8 MiB
+# is 0.90 of that at 4 MiB, and 1, 2 MiB take 1.5, 1.2 times as long as 4 MiB (bench/cpu_layers.py --chunk-mib). Others: a guess.
+CHUNK_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
 
 
 def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
@@ -271,8 +271,9 @@ class _Layer:
 def norm_factor(rows: torch.Tensor) -> torch.Tensor:
     """R_o with ``|R_o v| = |rows_o^T v|`` for every v: [n, m, d] -> [n, min(m, d), m].
 
-    float64 takes a QR; float32 a Cholesky factor of the float64 Gram matrix, six times cheaper and no less accurate than a QR in
-    float32. Its relative jitter of 1e-14 is the square of float32's own resolution of w and keeps rank-deficient rows legal.
+    float64 takes a QR. float32 takes a Cholesky factor of the float64 Gram matrix, which on a CPU costs 1/6 to 2/3 of a QR in float32
+    and is no less accurate: its relative jitter of 1e-14, which keeps rank-deficient rows legal, is the square of float32's own
+    resolution of w.
     """
     n, m, d = rows.shape
     if m >= d:
