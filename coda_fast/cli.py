@@ -101,9 +101,9 @@ def explain(images: tuple[Path, ...], checkpoint: Path, targets: tuple[str, ...]
     for target, (figure, explanation, path) in zip(figures, rendered, strict=True):
         plot.save_figure(figure, target)
         best = int(explanation.logits[0].argmax())
-        probability = float(explanation.logits[0, best].sigmoid())
+        sure = plot.probability(float(explanation.logits[0, best].sigmoid()))
         error = float(explanation.completeness_error.max())
-        click.echo(f"{path}: {_class_name(best, model)} (p = {probability:.3f}), completeness error {error:.1e} logits -> {target}")
+        click.echo(f"{path}: {_class_name(best, model)} ({sure}), completeness error {error:.1e} logits -> {target}")
 
 
 @cli.command()

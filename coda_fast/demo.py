@@ -190,7 +190,7 @@ def figure(models: list[CoDANet], data: Data, rows: list[dict], seed: int):
             model, explained = models[which], digits_explained[which]
             target = int(explained.target[i, k])
             why = "why" if k == 0 else "why not"
-            title = f"T = {model.temperature:g}: {why} {target}  (p = {explained.logits[i, target].sigmoid():.3f})"
+            title = f"T = {model.temperature:g}: {why} {target}  ({plot.probability(float(explained.logits[i, target].sigmoid()))})"
             artists[which] = plot.show_map(axes[i, column], explained.contribution_map[i, k], scales[which], title)
             axes[i, column].set_xlabel(plot.proof(explained, i, k, model.logit_bias), fontsize=7)
         high = digits_explained[1]
