@@ -11,7 +11,7 @@ if version is None:
     raise RuntimeError("coda_fast/_version.py has no line __version__ = ...")
 
 SETUPTOOLS = "setuptools>=77.0.3"  # the first with license_expression; also named in pyproject.toml
-CLI = ["click", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn"]
+CLI = ["click>=8.2", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn"]
 TEST = [*CLI, "pytest>=8", "pytest-benchmark", "hypothesis", "psutil", "packaging", SETUPTOOLS]
 DEV = [*TEST, "ruff==0.17.6"]
 

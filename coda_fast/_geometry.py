@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 
@@ -46,8 +47,20 @@ class Geometry:
 def pair(value: int | Sequence[int], name: str, least: int = 1) -> tuple[int, int]:
     """``value`` or ``(value, value)`` as two ints of at least ``least``."""
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
-    if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+    values = values * 2 if len(values) == 1 else values
+    try:
+        values = tuple(integer(v) for v in values)
+    except TypeError:
+        values = ()
+    if len(values) != 2:
         raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
     if min(values) < least:
         raise ValueError(f"{name}: expected at least {least}, got {value!r}")
     return values
+
+
+def integer(value) -> int:
+    """``value`` as an int, numpy's ints included; TypeError for floats and bools."""
+    if isinstance(value, bool):
+        raise TypeError("expected an int, got a bool")
+    return operator.index(value)

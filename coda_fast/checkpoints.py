@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
-import pickle
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ def save(model: CoDANet, path: str | os.PathLike, metadata: Mapping[str, object]
     Raises:
         ImportError: safetensors is not installed. OSError: the file cannot be written; an older one stays as it was.
     """
-    safetensors = _safetensors()
+    safetensors = require_safetensors()
     header = {
         "format": _FORMAT,
         "coda_fast_version": __version__,
@@ -63,23 +63,32 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
         FileNotFoundError: no such file. CheckpointError: not a checkpoint of coda_fast, damaged, or weights that do not fit.
     """
     header = _read_header(path)
-    safetensors = _safetensors()
+    safetensors = require_safetensors()
     try:
         tensors = safetensors.torch.load_file(path, device=str(device))
     except Exception as error:  # safetensors raises bare exceptions of its own
         raise CheckpointError(f"{path}: cannot read the tensors: {error}") from None
-    config = json.loads(header["config"]) | overrides
-    dtype = next(iter(tensors.values())).dtype if tensors else None
-    model = CoDANet(**config, device=device, dtype=dtype)
-    expected = model.state_dict()
-    _check_keys(str(path), tensors, {name: tuple(t.shape) for name, t in expected.items()})
-    model.load_state_dict(tensors)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point or dtype.itemsize < 2:
+        raise CheckpointError(
+            f"{path}: expected tensors of one dtype, float16 to float64, got {sorted(str(t.dtype) for t in tensors.values())[:4]}"
+        )
+    config = _json(header, "config", path)
+    unknown = set(config) - set(inspect.signature(CoDANet).parameters) | set(config) & {"device", "dtype", "backend"}
+    if unknown:
+        raise CheckpointError(f"{path}: unknown entries {sorted(unknown)} in the stored configuration")
+    try:  # on no device first: nothing is allocated for a configuration that does not fit the tensors
+        model = CoDANet(**(config | overrides), device="meta", dtype=dtype)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: the configuration does not give a network: {error}") from None
+    _check_keys(str(path), tensors, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    model.load_state_dict(tensors, assign=True)
     return model
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
     """The ``metadata`` that was given to ``save``."""
-    return json.loads(_read_header(path)["metadata"])
+    return _json(_read_header(path), "metadata", path)
 
 
 def from_published(
@@ -93,7 +102,7 @@ def from_published(
 ) -> CoDANet:
     """A CoDANet from a state dict of the published implementation; widths, ranks and kernel sizes follow from the tensors.
 
-    Keys are ``<layer>.weight_mod.weighting_f.{0.weight, 1.weight, 1.bias}`` with any numbers for the layers, in order, behind
+    Keys are ``<layer>.weight_mod.weighting_f.{0.weight, 1.weight, 1.bias}`` with the layers numbered from 0, behind
     any common prefix such as ``module.``.
 
     Raises:
@@ -104,9 +113,6 @@ def from_published(
     for name, values in (("strides", strides), ("paddings", paddings)):
         if len(values) != len(layers):
             raise CheckpointError(f"{name}: expected {len(layers)} entries, one for each layer of the state dict, got {len(values)}")
-    biased = [layer["bias"] is not None for layer in layers]
-    if len(set(biased)) > 1:
-        raise CheckpointError(f"state dict: expected a bias in all layers or in none, got {biased}")
     first = layers[0]["reduction_weight"]
     if first.shape[1] % 2:
         raise CheckpointError(f"state dict: expected an even number of encoded channels in the first layer, got {first.shape[1]}")
@@ -119,7 +125,7 @@ def from_published(
         temperature=temperature,
         logit_bias=logit_bias,
         norm=norm,
-        bias=biased[0],
+        bias=layers[0]["bias"] is not None,
         image_channels=first.shape[1] // 2,
         device=first.device,
         dtype=first.dtype,
@@ -155,7 +161,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # damaged files end in whatever exception their bytes lead to
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"{path}: expected a file of torch.save with tensors only: {reason}") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -167,7 +173,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place if the block ends well and vanishes if it does not."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -186,20 +192,33 @@ def _published_layers(state_dict):
     names = {key: name for name, key in _PUBLISHED.items()}
     found, problems, prefixes = {}, [], set()
     for key, tensor in state_dict.items():
-        match = pattern.fullmatch(key)
+        match = pattern.fullmatch(str(key))
         if match is None:
             problems.append(f"unknown key {key!r}")
             continue
         prefixes.add(match["prefix"])
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
+            what = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            problems.append(f"{key!r}: expected a floating-point tensor with something in it, got {what}")
+            continue
+        if names[match["key"]] in found.get(int(match["layer"]), {}):
+            problems.append(f"{key!r}: a second tensor for layer {int(match['layer'])}")
+            continue
         found.setdefault(int(match["layer"]), {})[names[match["key"]]] = tensor
     if len(prefixes) > 1:
         problems.append(f"keys with different prefixes {sorted(prefixes)}")
     if not found:
         problems.append("no layers")
+    biased = any("bias" in tensors for tensors in found.values())
+    if len({tensor.dtype for tensors in found.values() for tensor in tensors.values()}) > 1:
+        problems.append("tensors of different dtypes")
+    gaps = sorted(set(range(max(found, default=-1) + 1)) - set(found))
+    problems += [f"no keys for layer {index}" for index in gaps]
     layers, channels = [], None
     for index in sorted(found):
         tensors = found[index]
-        problems += [f"missing key '{index}.{_PUBLISHED[k]}'" for k in ("reduction_weight", "weight") if k not in tensors]
+        wanted = ("reduction_weight", "weight", "bias") if biased else ("reduction_weight", "weight")
+        problems += [f"missing key '{index}.{_PUBLISHED[k]}'" for k in wanted if k not in tensors]
         if "reduction_weight" not in tensors or "weight" not in tensors:
             channels = None
             continue
@@ -211,7 +230,7 @@ def _published_layers(state_dict):
             )
             channels = None
             continue
-        rank, units = len(reduction), len(weight) // d
+        rank, units = len(reduction), (len(weight) if weight.dim() else 0) // d
         if weight.shape != (units * d, rank, 1, 1) or units == 0:
             problems.append(f"'{index}.{_PUBLISHED['weight']}': expected [{d} * units, {rank}, 1, 1], got {list(weight.shape)}")
             channels = None
@@ -245,10 +264,22 @@ def _check_keys(source, tensors, expected):
         raise CheckpointError(f"{source}: " + "; ".join(problems))
 
 
+def _json(header, key, path):
+    try:
+        value = json.loads(header[key])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: {key} is missing or not JSON ({type(error).__name__}: {error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {key}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
 def _read_header(path):
-    safetensors = _safetensors()
-    if not Path(path).is_file():
+    safetensors = require_safetensors()
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: expected a file, got a folder")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -259,7 +290,8 @@ def _read_header(path):
     return header
 
 
-def _safetensors():
+def require_safetensors():
+    """The safetensors module; ImportError with what to install."""
     try:
         import safetensors
         import safetensors.torch

@@ -46,7 +46,7 @@ def cli() -> None:
 @cli.command()
 @click.option("--output", type=click.Path(path_type=Path), default=Path("coda_demo"), show_default=True, help="Folder for the results.")
 @click.option("--epochs", type=click.IntRange(min=1), default=30, show_default=True, help="Passes over the training images, for each T.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 def demo(output: Path, epochs: int, seed: int) -> None:
     """Train small CoDA-Nets on scans of digits, at a low and a high temperature, and draw why they decide as they do.
 
@@ -58,7 +58,8 @@ def demo(output: Path, epochs: int, seed: int) -> None:
     chance = result.numbers["chance_localisation"]
     click.echo(f"{'T':>6} {'accuracy':>9} {'completeness error':>19} {'localisation':>13}   (2x2 grids, chance {chance})")
     for row in result.numbers["results"]:
-        click.echo(f"{row['temperature']:6g} {row['accuracy']:9.1%} {row['relative_completeness_error']:19.1e} {row['localisation']:13.3f}")
+        score = demonstration.score_text(row["localisation"])
+        click.echo(f"{row['temperature']:6g} {row['accuracy']:9.1%} {row['relative_completeness_error']:19.1e} {score:>13}")
     click.echo(f"figure      {result.figure}\ncheckpoint  {result.checkpoint}\nnumbers     {result.numbers_file}")
     click.echo(f"explain your own image: coda-fast explain IMAGE --checkpoint {result.checkpoint}")
 
@@ -68,7 +69,7 @@ def demo(output: Path, epochs: int, seed: int) -> None:
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A file written by coda_fast.save or the demo.")
 @click.option("--target", "targets", multiple=True, help="Class to explain, by number or name; repeatable. Default: the two most likely.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("."), show_default=True, help="Folder for the figures.")
-@click.option("--size", type=click.IntRange(min=0), help="Scale the shorter side to this many pixels; 0: as it is. Default: the model's.")
+@click.option("--size", type=click.IntRange(0, 4096), help="Scale the shorter side to this many pixels; 0: as it is. Default: the model's.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 def explain(images: tuple[Path, ...], checkpoint: Path, targets: tuple[str, ...], output: Path, size: int | None, device: str) -> None:
     """Draw which pixels of each IMAGE speak for and against a class, and prove that nothing is missing.
@@ -94,12 +95,16 @@ def explain(images: tuple[Path, ...], checkpoint: Path, targets: tuple[str, ...]
         batch = tensor[None].to(parameter)
         with torch.no_grad():
             logits = model(batch)
+        if not torch.isfinite(logits).all():
+            raise click.UsageError(f"{path}: the network of {checkpoint} gives logits that are not finite: {logits.flatten().tolist()[:4]}")
         chosen = torch.tensor([classes]) if classes else logits.topk(min(2, model.num_classes)).indices
         explanation = model.explain(batch, chosen)
-        rendered.append((plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names), explanation, path))
+        picture = plot.render(plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names))
+        rendered.append((picture, explanation, path))
     output.mkdir(parents=True, exist_ok=True)
-    for target, (figure, explanation, path) in zip(figures, rendered, strict=True):
-        plot.save_figure(figure, target)
+    for target, (picture, explanation, path) in zip(figures, rendered, strict=True):
+        with checkpoints.atomic_path(target) as temporary:
+            temporary.write_bytes(picture)
         best = int(explanation.logits[0].argmax())
         sure = plot.probability(float(explanation.logits[0, best].sigmoid()))
         error = float(explanation.completeness_error.max())
@@ -155,8 +160,8 @@ def _class_name(index, model):
 def _device(name):
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise click.UsageError(f"--device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,9 +59,11 @@ def run(folder: str | os.PathLike, *, epochs: int = 40, seed: int = 0, progress:
     Raises:
         ImportError: scikit-learn, matplotlib or safetensors is not installed. OSError: the folder cannot be written.
     """
-    folder = Path(folder)
+    folder, data = Path(folder), digits(seed)
+    plot.new_figure(1, 1), checkpoints.require_safetensors()  # what is missing is said before the work
     folder.mkdir(parents=True, exist_ok=True)
-    data = digits(seed)
+    with tempfile.TemporaryFile(dir=folder):
+        pass  # so is a folder that cannot be written
     models, rows = [], []
     for temperature in TEMPERATURES:
         torch.manual_seed(seed)
@@ -89,7 +92,7 @@ def run(folder: str | os.PathLike, *, epochs: int = 40, seed: int = 0, progress:
     plot.save_figure(figure(models, data, rows, seed), result.figure)
     checkpoints.save(models[-1], result.checkpoint, {"data": numbers["data"], **rows[-1]})
     with checkpoints.atomic_path(result.numbers_file) as temporary:
-        temporary.write_text(json.dumps(numbers, indent=2) + "\n")
+        temporary.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     return result
 
 
@@ -134,26 +137,31 @@ def evaluate(model: CoDANet, data: Data, seed: int = 0) -> dict:
         "accuracy": round(float(correct.double().mean()), 4),
         "completeness_error": float(explanation.completeness_error.max()),
         "relative_completeness_error": float((explanation.completeness_error / chosen.abs().clamp_min(1)).max()),
-        "localisation": round(score, 4),
+        "localisation": None if score is None else round(score, 4),
         "localisation_grids": grids,
     }
 
 
-def localisation(model, images, labels, logits, seed: int, grids: int = 100) -> tuple[float, int]:
+def localisation(model, images, labels, logits, seed: int, grids: int = 100) -> tuple[float | None, int]:
     """Mean score of the grid pointing game (arXiv:2104.00032, section 4.3) and the number of grids.
 
     Images that are classified correctly with p > 0.5 are laid out in ``GRID x GRID`` grids of distinct classes; the score of a class
-    is the share of the positive contributions that lies in its own cell.
+    is the share of the positive contributions that lies in its own cell. None where fewer than four classes have such images.
     """
     sure = torch.nonzero((logits.argmax(1) == labels) & (logits.max(1).values > 0)).flatten()
     if len(labels[sure].unique()) < GRID**2:
-        return float("nan"), 0
+        return None, 0
     canvases, targets = make_grids(images[sure], labels[sure], grids, seed)
     maps = model.explain(canvases, targets).contribution_map.clamp(min=0)  # [grids, cells, H, W]
     height, width = images.shape[2:]
     cells = maps.unflatten(2, (GRID, height)).unflatten(4, (GRID, width)).sum((3, 5)).flatten(2)  # [grids, classes, cells]
     own = cells.diagonal(dim1=1, dim2=2)
     return float((own / cells.sum(2).clamp_min(1e-12)).mean()), len(canvases)
+
+
+def score_text(score: float | None) -> str:
+    """A localisation score for people."""
+    return "unknown" if score is None else f"{score:.3f}"
 
 
 def make_grids(images, labels, grids: int, seed: int):
@@ -207,6 +215,8 @@ def figure(models: list[CoDANet], data: Data, rows: list[dict], seed: int):
                 line(size - 0.5, color="0.5", linewidth=0.7)
     for artist, model, below in zip(artists, models, (axes[-1, :2], axes[-1, 2:]), strict=True):
         plot.colour_bar(page, artist, below, f"contribution to the logit, per pixel, T = {model.temperature:g}", location="bottom")
-    found = ";  ".join(f"T = {r['temperature']:g}: accuracy {r['accuracy']:.1%}, localisation {r['localisation']:.2f}" for r in rows)
+    found = ";  ".join(
+        f"T = {r['temperature']:g}: accuracy {r['accuracy']:.1%}, localisation {score_text(r['localisation'])}" for r in rows
+    )
     page.suptitle(f"{found}  (chance {1 / GRID**2:.2f}).  Red speaks for the class, blue against it.", fontsize=10)
     return page

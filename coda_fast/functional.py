@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from coda_fast import backends
+from coda_fast._autocast import autocasting, without_autocast
 from coda_fast._geometry import Geometry
 
 NORMS = ("squash", "l2")
@@ -63,7 +64,7 @@ def dau_conv2d(
     implementation = backends.choose(backend)
     input, reduction_weight, weight, bias = _autocast(input, reduction_weight, weight, bias)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input.device.type):
         if detach:
             output = _DynamicLinear.apply(batch, reduction_weight, weight, bias, geometry, norm, eps, implementation)
         else:
@@ -108,14 +109,14 @@ def dau_conv2d_transpose(
     expected = (*input.shape[:-3], weight.shape[0], *geometry.output_size(*input.shape[-2:]))
     if value.shape != expected:
         raise ValueError(f"value: expected shape {list(expected)}, got {list(value.shape)}")
-    if value.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+    if value.dtype != input.dtype and not autocasting(input.device.type):
         raise TypeError(f"value: expected dtype {input.dtype}, that of the input, got {value.dtype}")
     if value.device != input.device:
         raise ValueError(f"value: expected device {input.device}, that of the input, got {value.device}")
     implementation = backends.choose(backend)
     input, value, reduction_weight, weight, bias = _autocast(input, value, reduction_weight, weight, bias)
     batch, values = (input, value) if input.dim() == 4 else (input.unsqueeze(0), value.unsqueeze(0))
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input.device.type):
         output = implementation.adjoint(batch, values, reduction_weight, weight, bias, geometry, norm, eps)
     return output if input.dim() == 4 else output.squeeze(0)
 
@@ -135,7 +136,7 @@ class _DynamicLinear(torch.autograd.Function):
         input, *parameters = ctx.saved_tensors
         gradient = None
         if ctx.needs_input_grad[0]:
-            with torch.autocast(grad.device.type, enabled=False):
+            with without_autocast(grad.device.type):
                 gradient = ctx.implementation.adjoint(input, grad, *parameters, *ctx.rest)
         return gradient, None, None, None, None, None, None, None
 
@@ -143,7 +144,7 @@ class _DynamicLinear(torch.autograd.Function):
 def _autocast(*tensors):
     """What autocast does to the inputs of a convolution: float32 and lower go to its dtype, float64 stays."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not autocasting(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if t is None else t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
@@ -170,7 +171,7 @@ def _check(input, reduction_weight, weight, bias, stride, padding, dilation, nor
     check_norm(norm, eps)
     if not input.dtype.is_floating_point:
         raise TypeError(f"input: expected a floating-point tensor, got {input.dtype}")
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocasting(input.device.type)
     for name, tensor in named.items():
         if tensor.dtype != input.dtype and not autocast:
             raise TypeError(f"{name}: expected dtype {input.dtype}, that of the input, got {tensor.dtype}")

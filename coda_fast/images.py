@@ -40,8 +40,8 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> torch.Tensor:
         raise ImageError(f"{path}: not an image that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{path}: too large: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        raise ImageError(f"{path}: damaged or truncated image: {error}") from None
+    except Exception as error:  # decoders raise whatever the damage leads them to
+        raise ImageError(f"{path}: damaged or truncated image: {error or type(error).__name__}") from None
     pixels = _to_array(image, path)  # [H, W] or [H, W, 3]
     if channels == 3:
         pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels

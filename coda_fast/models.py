@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from coda_fast._geometry import pair
 from coda_fast.explain import MEMORY_BUDGET, Explanation, explain
 from coda_fast.functional import EPS
 from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, explanation_mode
@@ -63,15 +64,20 @@ class CoDANet(nn.Module):
     ):
         super().__init__()
         if paddings is None:
-            paddings = [(k - 1) // 2 for k in kernel_sizes]
+            paddings = [tuple((n - 1) // 2 for n in pair(k, "kernel_size")) for k in kernel_sizes]
         lists = {"ranks": ranks, "kernel_sizes": kernel_sizes, "strides": strides, "paddings": paddings}
         if not len(out_channels):
             raise ValueError("out_channels: expected at least one layer, got none")
         for name, values in lists.items():
             if len(values) != len(out_channels):
                 raise ValueError(f"{name}: expected {len(out_channels)} entries, as many as out_channels, got {len(values)}")
-        if not (math.isfinite(temperature) and temperature > 0):
+        temperature, logit_bias = _number(temperature, "temperature"), _number(logit_bias, "logit_bias")
+        if temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
+        if image_size is not None and not (isinstance(image_size, int) and image_size > 0):
+            raise ValueError(f"image_size: expected a positive int or None, got {image_size!r}")
+        if class_names is not None and not all(isinstance(name, str) for name in class_names):
+            raise ValueError(f"class_names: expected a list of strings, got {class_names!r}")
         if class_names is not None and len(class_names) != out_channels[-1]:
             raise ValueError(f"class_names: expected {out_channels[-1]} names, one for each class, got {len(class_names)}")
         self.temperature, self.logit_bias = temperature, logit_bias
@@ -246,8 +252,21 @@ def create_model(name: str, *, num_classes: int | None = None, rank: int | None 
     if rank is not None:
         if "ranks" in overrides:
             raise ValueError("rank and ranks: expected one of them, got both")
+        if rank < 1:
+            raise ValueError(f"rank: expected at least 1, got {rank!r}")
         config["ranks"] = [max(1, rank * r // config["ranks"][0]) for r in config["ranks"]]
     return CoDANet(**(config | overrides))
+
+
+def _number(value, name):
+    """``value`` as a finite float; numpy's numbers included."""
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a number, got {value!r}") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return value
 
 
 def _plain(value):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from coda_fast import backends
-from coda_fast._geometry import Geometry, pair
+from coda_fast._geometry import Geometry, integer, pair
 from coda_fast.functional import EPS, check_norm, dau_conv2d
 
 
@@ -68,9 +68,15 @@ class DAUConv2d(nn.Module):
                 f'padding_mode: DAUConv2d supports "zeros" only (other modes would break the exact decomposition into pixels), '
                 f"got {padding_mode!r}"
             )
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("rank", rank)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        counts = {"in_channels": in_channels, "out_channels": out_channels, "rank": rank}
+        for name, value in counts.items():
+            try:
+                counts[name] = integer(value)
+            except TypeError:
+                counts[name] = 0
+            if counts[name] < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+        in_channels, out_channels, rank = counts.values()
         check_norm(norm, eps)
         backends.check_name(backend)
         self.in_channels, self.out_channels, self.rank = in_channels, out_channels, rank
@@ -117,6 +123,13 @@ class DAUConv2d(nn.Module):
             self.detach,
             self.backend,
         )
+
+    def _apply(self, fn, recurse=True):
+        # module.to(memory_format=torch.channels_last) would refuse the five dimensions of ``weight``: it travels as four
+        def four_dimensional(tensor):
+            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]) if tensor.dim() == 5 else fn(tensor)
+
+        return super()._apply(four_dimensional, recurse)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, rank={self.rank}"

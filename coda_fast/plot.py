@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -114,7 +115,7 @@ def explanation_figure(
             f"got {list(explanation.contribution_map.shape)}, layer {explanation.layer}"
         )
     count, classes = explanation.target.shape
-    aspect = images.shape[2] / images.shape[3]
+    aspect = min(4.0, max(0.25, images.shape[2] / images.shape[3]))  # a strip is drawn small rather than on a page of metres
     figure = new_figure(width=2.3 * (classes + 2) + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
     axes = figure.subplots(count, classes + 2, squeeze=False)
     scale = symmetric_scale(explanation.contribution_map)
@@ -152,6 +153,13 @@ def colour_bar(figure: Figure, artist, axes, label: str = "contribution to the l
     bar = figure.colorbar(artist, ax=axes, location=location, shrink=0.8, aspect=25, pad=0.02, extend="both")
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
+
+
+def render(figure: Figure, dpi: int = 150) -> bytes:
+    """The figure as a PNG file in memory."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> None:

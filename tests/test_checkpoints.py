@@ -78,6 +78,56 @@ def test_weights_that_do_not_fit(model, tmp_path):
         coda_fast.load(path)
 
 
+def _header(model, **changes):
+    return {"format": "coda_fast.CoDANet", "config": json.dumps(model.config()), "metadata": "{}"} | changes
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "config is missing"),
+        ("{", "config is missing or not JSON"),
+        ("[]", "config: expected a JSON object, got list"),
+        ({"widths": 3}, r"unknown entries \['widths'\]"),
+        ({"device": "cuda"}, r"unknown entries \['device'\]"),
+        ({"out_channels": None}, "does not give a network"),
+        ({"strides": None}, "does not give a network"),
+        ({"temperature": "hot"}, "temperature: expected a number, got 'hot'"),
+        ({"logit_bias": "x"}, "logit_bias: expected a number"),
+        ({"image_size": -8}, "image_size: expected a positive int"),
+        ({"class_names": [1, 2, 3]}, "class_names: expected a list of strings"),
+        ({"ranks": [10**13, 5]}, r"'layers.0.weight': expected \[4, 10000000000000, 6, 3, 3\]"),
+    ],
+    ids=str,
+)
+def test_bad_configurations(model, tmp_path, config, message):
+    path = tmp_path / "net.safetensors"
+    header = _header(model)
+    if isinstance(config, dict):
+        header["config"] = json.dumps(model.config() | config)
+    elif config is None:
+        del header["config"]
+    else:
+        header["config"] = config
+    save_file(dict(model.state_dict()), path, header)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        coda_fast.load(path)
+    assert "net.safetensors: " in str(caught.value)
+
+
+def test_bad_tensors(model, tmp_path):
+    path = tmp_path / "net.safetensors"
+    for tensors in (
+        {k: v.to(torch.int8) for k, v in model.state_dict().items()},
+        {**model.state_dict(), "layers.0.bias": torch.zeros(1).double()},
+    ):
+        save_file(tensors, path, _header(model))
+        with pytest.raises(CheckpointError, match="expected tensors of one dtype"):
+            coda_fast.load(path)
+    with pytest.raises(CheckpointError, match="expected a file, got a folder"):
+        coda_fast.load(tmp_path)
+
+
 # -- the published format ---------------------------------------------------------------------------------------------------------------
 
 OPTIONS = dict(strides=[1, 2, 1, 1], paddings=[1, 1, 1, 0], temperature=20, logit_bias=-2.2)
@@ -88,7 +138,7 @@ def _state():
     return {key.removeprefix("param/"): golden[key] for key in golden.keys("param/")}
 
 
-A1 = "1.weight_mod.weighting_f.1.weight"
+A1, BIAS1 = "1.weight_mod.weighting_f.1.weight", "1.weight_mod.weighting_f.1.bias"
 
 
 @pytest.mark.parametrize(
@@ -98,13 +148,16 @@ A1 = "1.weight_mod.weighting_f.1.weight"
         (lambda s: {k: v for k, v in s.items() if k != A1}, f"missing key '{A1}'"),
         (lambda s: s | {A1: s[A1][:, :3]}, rf"'{A1}': expected \[72 \* units, 8, 1, 1\], got \[576, 3, 1, 1\]"),
         (lambda s: s | {A1: s[A1][:100]}, rf"'{A1}': expected \[72 \* units, 8, 1, 1\], got \[100, 8, 1, 1\]"),
-        (
-            lambda s: s | {A1.replace("1.weight", "1.bias", 2).replace("1.bias_", "1.weight_"): torch.zeros(5)},
-            r"expected \[576\], got \[5\]",
-        ),
-        (lambda s: {k: v for k, v in s.items() if not k.startswith("1.")}, r"'2.weight_mod.weighting_f.0.weight'|strides"),
+        (lambda s: s | {BIAS1: torch.zeros(5, dtype=torch.float64)}, rf"'{BIAS1}': expected \[576\], got \[5\]"),
+        (lambda s: {k: v for k, v in s.items() if not k.startswith("1.")}, "no keys for layer 1"),
         (lambda s: s | {"module." + A1: s[A1]}, r"keys with different prefixes \['', 'module.'\]"),
         (lambda s: {}, "no layers"),
+        (lambda s: s | {A1: torch.tensor(1.0, dtype=torch.float64)}, rf"'{A1}': expected \[72 \* units, 8, 1, 1\], got \[\]"),
+        (lambda s: s | {A1: None}, f"'{A1}': expected a floating-point tensor .* got NoneType"),
+        (lambda s: s | {A1: s[A1].long()}, f"'{A1}': expected a floating-point tensor .* got torch.int64"),
+        (lambda s: s | {A1: s[A1].float()}, "tensors of different dtypes"),
+        (lambda s: {k: v for k, v in s.items() if k != BIAS1}, f"missing key '{BIAS1}'"),
+        (lambda s: s | {"01." + A1[2:]: s[A1]}, "a second tensor for layer 1"),
     ],
 )
 def test_from_published_names_the_problem(change, message):

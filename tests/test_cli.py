@@ -63,6 +63,8 @@ def test_explain_several_with_targets(checkpoint, image, tmp_path, capsys):
         (["--target", "cat"], "--target: expected a class (digit 0, digit 1"),
         (["--device", "warp"], "--device: 'warp' cannot be used here"),
         (["--size", "-1"], "--size"),
+        (["--size", "100000"], "--size"),
+        (["--checkpoint", "."], "expected a file, got a folder"),
         (["--checkpoint", "missing.safetensors"], "missing.safetensors: no such checkpoint"),
         (["missing.png"], "missing.png: no such file"),
         (["--colour"], "No such option"),
@@ -106,6 +108,24 @@ def test_explain_refuses_equal_names(checkpoint, image, tmp_path, capsys):
 def test_explain_refuses_foreign_checkpoints(image, tmp_path, capsys):
     assert run("explain", image, "--checkpoint", image) == 2
     _one_line(capsys, "scan.png: not a safetensors file")
+
+
+def test_explain_refuses_networks_that_diverged(checkpoint, image, tmp_path, capsys):
+    model = coda_fast.load(checkpoint)
+    with torch.no_grad():
+        model.layers[0].weight.fill_(float("nan"))
+    coda_fast.save(model, checkpoint)
+    assert run("explain", image, "--checkpoint", checkpoint, "--output", tmp_path / "out") == 2
+    _one_line(capsys, "logits that are not finite")
+    assert not (tmp_path / "out").exists()
+
+
+def test_explain_a_strip(checkpoint, tmp_path):
+    strip = tmp_path / "strip.png"
+    Image.fromarray(np.zeros((600, 2), np.uint8)).save(strip)
+    assert run("explain", strip, "--checkpoint", checkpoint, "--output", tmp_path, "--size", 0) == 0
+    with Image.open(tmp_path / "strip_explained.png") as figure:
+        assert max(figure.size) < 3000
 
 
 def test_explain_when_the_folder_is_a_file(checkpoint, image, capsys):
@@ -160,6 +180,7 @@ def test_demo_without_data(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert run("demo", "--output", tmp_path / "demo") == 2
     _one_line(capsys, "scikit-learn: pip install 'coda-fast[cli]'")
+    assert not (tmp_path / "demo").exists()
 
 
 def _one_line(capsys, message):

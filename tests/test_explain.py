@@ -160,11 +160,11 @@ def test_memory_budget_bounds_the_chunk(monkeypatch):
         model(images)
     parameters = {p.data_ptr() for p in model.parameters()}
     numbers = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in parameters)
-    assert numbers <= 4 * module._bytes_per_image(model, images)
+    assert numbers <= 4 * module._bytes_per_image(model, images, 1)
     sizes = []
     chunked = module._explain_chunk
     monkeypatch.setattr(module, "_explain_chunk", lambda m, x, *rest: sizes.append(len(x)) or chunked(m, x, *rest))
-    model.explain(images, memory_budget=3 * module._bytes_per_image(model, images))
+    model.explain(images, memory_budget=3 * module._bytes_per_image(model, images, 1))
     assert sizes == [3, 1]
 
 
@@ -182,7 +182,12 @@ def test_leaves_nothing_behind(context):
     images = torch.rand(2, 3, 8, 8, requires_grad=True)
     with context():
         inside = torch.rand(2, 3, 8, 8)  # under inference_mode, an inference tensor
-        results = [model.explain(images), model.explain(inside)]
+        results = [
+            model.explain(images),
+            model.explain(inside),
+            model.explain(inside, 2),
+            model.explain(inside, inside.sum((1, 2, 3)).long() % 5),
+        ]
     for e in results:
         for name in (*MAPS, "logits", "completeness_error"):
             tensor = getattr(e, name)

@@ -194,6 +194,35 @@ def test_frozen_tensors(frozen):
         assert_close(ours, truth, 1e-14, name)
 
 
+@FACTORED_AND_REFERENCE
+@pytest.mark.parametrize("frozen", range(5))
+def test_create_graph_with_frozen_tensors(frozen, backend):
+    """A gradient penalty works whatever is frozen; the input of a first layer always is."""
+    tensors = [torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True), *random_layer(2, 2, 2, (2, 2), grad=True)]
+    if frozen < 4:
+        tensors[frozen] = tensors[frozen].detach()
+    wanted = [t for t in tensors if t.requires_grad]
+
+    def penalty(backend):
+        y = dau_conv2d(*tensors, backend=backend)
+        grads = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), wanted)
+
+    for ours, truth in zip(penalty(backend), penalty("reference"), strict=True):
+        assert_close(ours, truth, 1e-12)
+
+
+@FACTORED_AND_REFERENCE
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_weights_that_are_not_finite_give_nan(dtype, backend):
+    """A diverged run shows as NaN in the loss, not as an exception of a factorisation."""
+    x, (reduction, weight, bias) = torch.randn(1, 5, 6, 6, dtype=dtype), random_layer(dtype=dtype)
+    weight[1, 0, 0, 0, 0] = float("nan")
+    y = dau_conv2d(x, reduction, weight, bias, backend=backend)
+    assert y[:, 1].isnan().all()
+    assert y[:, 0].isfinite().all()
+
+
 def test_same_bits_twice():
     tensors = [torch.randn(3, 5, 16, 16, requires_grad=True), *random_layer(dtype=torch.float32, grad=True)]
     first, second = (output_and_grads(lambda *t: dau_conv2d(*t, padding=1), tensors) for _ in range(2))
@@ -316,7 +345,9 @@ def test_factored_keeps_no_weight_sized_tensor():
     kept = []
     tensors = [torch.randn(2, 8, 12, 12, requires_grad=True), *random_layer(8, 6, 5, dtype=torch.float32, grad=True)]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        dau_conv2d(*tensors, padding=1, backend="factored")
+        output = dau_conv2d(*tensors, padding=1, backend="factored")
+    assert vars(output.grad_fn) == {"options": output.grad_fn.options}, "nothing may be kept past the saved tensors"
+    assert not any(isinstance(option, torch.Tensor) for option in output.grad_fn.options)
     parameters = {t.data_ptr() for t in tensors[1:]}
     numbers = sum(t.numel() for t in kept if t.data_ptr() not in parameters)
     pixels = 2 * 12 * 12

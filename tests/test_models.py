@@ -95,6 +95,7 @@ def test_config_builds_the_same_network():
         (dict(temperature=0), "temperature: expected a positive number, got 0"),
         (dict(temperature=math.nan), "temperature"),
         (dict(class_names=["a"]), "class_names: expected 3 names"),
+        (dict(logit_bias=math.nan), "logit_bias: expected a finite number"),
         (dict(strides=[1, 0]), "stride"),
     ],
     ids=str,
@@ -104,11 +105,18 @@ def test_refuses(options, message):
         CoDANet(**(SMALL | dict(temperature=1.0) | options))
 
 
+def test_default_padding_of_rectangular_kernels():
+    model = CoDANet([4, 3], [2, 2], [(3, 1), (1, 5)], [1, 1], temperature=1.0)
+    assert [layer.padding for layer in model.layers] == [(1, 0), (0, 2)]
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="model: expected one of coda_s_cifar10, .* got 'resnet50'"):
         create_model("resnet50")
     with pytest.raises(TypeError, match="widths"):
         create_model("coda_xs_digits", widths=3)
+    with pytest.raises(ValueError, match="rank: expected at least 1, got 0"):
+        create_model("coda_xs_digits", rank=0)
     with pytest.raises(ValueError, match="rank and ranks"):
         create_model("coda_xs_digits", rank=1, ranks=[1, 1, 1])
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,12 +188,41 @@ def test_matrix_regulariser_trains():
     assert sizes[-1] < 0.7 * sizes[0], sizes
 
 
-def test_torch_compile_agrees():
-    """Compiled (graph breaks allowed so far), the layer gives the eager numbers, gradients included."""
-    layer = DAUConv2d(4, 3, 3, padding=1, rank=2, dtype=torch.float64)
-    compiled = torch.compile(layer, backend="aot_eager")
-    x = torch.rand(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
-    grads = [torch.autograd.grad(f(x).square().sum(), [x, *layer.parameters()]) for f in (layer, compiled)]
-    assert torch.allclose(layer(x), compiled(x), rtol=1e-12)
-    for a, b in zip(*grads, strict=True):
-        assert torch.allclose(a, b, rtol=1e-10)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_torch_compile_agrees(dynamic):
+    """Compiled (a graph break at the layer), it gives the eager numbers, gradients included, for every batch size."""
+    torch._dynamo.reset()
+    layer = nn.Sequential(DAUConv2d(4, 3, 3, padding=1, rank=2, dtype=torch.float64), nn.ReLU())
+    compiled = torch.compile(layer, backend="aot_eager", dynamic=dynamic)
+    for batch in (2, 3, 5):
+        x = torch.rand(batch, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+        grads = [torch.autograd.grad(f(x).square().sum(), [x, *layer.parameters()]) for f in (layer, compiled)]
+        assert torch.allclose(layer(x), compiled(x), rtol=1e-12)
+        for a, b in zip(*grads, strict=True):
+            assert torch.allclose(a, b, rtol=1e-10)
+
+
+def test_channels_last_and_half():
+    """Module.to with a memory format and a dtype, as for a network of convolutions."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), DAUConv2d(4, 3, 3, rank=2))
+    x = torch.rand(2, 3, 8, 8)
+    before = net(x)
+    net.to(memory_format=torch.channels_last)
+    assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert net[1].weight.shape == (3, 2, 4, 3, 3)
+    assert torch.allclose(net(x.to(memory_format=torch.channels_last)), before, atol=1e-6)
+    net.bfloat16()
+    assert net(x.bfloat16()).dtype == torch.bfloat16
+    net(x.bfloat16()).sum().backward()
+    assert net[1].weight.grad.shape == net[1].weight.shape
+
+
+def test_forward_on_the_meta_device():
+    assert DAUConv2d(3, 8, 3, stride=2, device="meta")(torch.empty(2, 3, 9, 9, device="meta")).shape == (2, 8, 4, 4)
+
+
+def test_numpy_ints_and_pairs_of_one():
+    one = np.int64(1)
+    layer = DAUConv2d(one * 3, one * 4, one * 3, one, (1,), rank=one * 2)
+    assert layer(torch.rand(1, 3, 5, 5)).shape == (1, 4, 5, 5)
+    assert all(type(n) is int for n in (layer.in_channels, layer.out_channels, layer.rank, *layer.kernel_size))

@@ -22,6 +22,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from coda_fast._autocast import without_autocast
 from coda_fast._geometry import Geometry
 from coda_fast.backends import reference
 
@@ -30,12 +31,14 @@ from coda_fast.backends import reference
 CHUNK_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
 
 
+@torch.compiler.disable  # its loop over chunks is not for tracing: a graph break, no recompilation from batch size
 def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
     """``F(x, u)``, differentiable to any order; ``applied is input`` (the layer itself) is the fast case."""
     applied = None if applied is input else applied
     return _Align.apply(input, applied, reduction_weight, weight, bias, geometry, norm, eps)
 
 
+@torch.compiler.disable
 def adjoint(input, value, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
     """``G(x, v)``, differentiable to any order."""
     return _Adjoint.apply(input, value, reduction_weight, weight, bias, geometry, norm, eps)
@@ -47,50 +50,54 @@ class _Align(torch.autograd.Function):
         layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps)
         output, dot, square = layer.align(input, applied)
         ctx.save_for_backward(input, applied, reduction_weight, weight, bias, dot, square)
-        ctx.layer = layer
+        ctx.options = (geometry, norm, eps)
         return output
 
     @staticmethod
     def backward(ctx, grad):
         input, applied, reduction_weight, weight, bias, dot, square = ctx.saved_tensors
-        layer, needs = ctx.layer, ctx.needs_input_grad
+        needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # create_graph=True: second derivatives come from the definition
-            inputs = (input, input if applied is None else applied, reduction_weight, weight, bias)
-            grads = _grads_by_definition(reference.align, inputs, layer, grad, (*needs[:1], applied is None or needs[1], *needs[2:]))
-            if applied is None and needs[0]:
+            shared = applied is None
+            inputs = (input, input if shared else applied, reduction_weight, weight, bias)
+            needs = (needs[0], needs[0] if shared else needs[1], *needs[2:])
+            grads = _grads_by_definition(reference.align, inputs, ctx.options, grad, needs)
+            if shared and needs[0]:
                 grads[0], grads[1] = grads[0] + grads[1], None
             return (*grads, None, None, None)
-        du, dx, db, da, dbias = layer.align_backward(input, applied, grad, dot, square, len(reduction_weight), needs[:5])
+        # packed anew rather than kept: what waits for the backward pass is of the size of the activations
+        layer = _Layer.pack(input, reduction_weight, weight, bias, *ctx.options, factor=False)
+        du, dx, db, da, dbias = layer.align_backward(input, applied, grad, dot, square, len(reduction_weight), needs)
         return dx, du, db, da, dbias, None, None, None
 
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, value, reduction_weight, weight, bias, geometry, norm, eps):
-        layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps)
         ctx.save_for_backward(input, value, reduction_weight, weight, bias)
-        ctx.layer = layer
-        return layer.adjoint(input, value)
+        ctx.options = (geometry, norm, eps)
+        return _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps).adjoint(input, value)
 
     @staticmethod
     def backward(ctx, grad):
         input, value, reduction_weight, weight, bias = ctx.saved_tensors
-        layer, needs = ctx.layer, ctx.needs_input_grad
+        needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             inputs = (input, value, reduction_weight, weight, bias)
-            return (*_grads_by_definition(reference.adjoint, inputs, layer, grad, needs), None, None, None)
+            return (*_grads_by_definition(reference.adjoint, inputs, ctx.options, grad, needs), None, None, None)
+        layer = _Layer.pack(input, reduction_weight, weight, bias, *ctx.options)
         # <h, G(x, v)> = <v, F(x, h)>: dv is F itself, the rest is the backward of F without its direct term
         dv, dot, square = layer.align(input, grad)
-        _, dx, db, da, dbias = layer.align_backward(input, grad, value, dot, square, len(reduction_weight), (needs[0], False, *needs[2:5]))
+        _, dx, db, da, dbias = layer.align_backward(input, grad, value, dot, square, len(reduction_weight), (needs[0], False, *needs[2:]))
         return dx, dv if needs[1] else None, db, da, dbias, None, None, None
 
 
-def _grads_by_definition(function, inputs, layer, grad, needs):
+def _grads_by_definition(function, inputs, options, grad, needs):
     """Gradients of ``function`` that can themselves be differentiated; ``None`` where not needed."""
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad.device.type):
         # fresh views, so that a tensor that enters twice has two gradients
         inputs = [None if t is None else t.view_as(t) for t in inputs]
-        output = function(*inputs, layer.geometry, layer.norm, layer.eps)
+        output = function(*inputs, *options)
         wanted = [i for i, t in enumerate(inputs) if t is not None and needs[i]]
         found = torch.autograd.grad(output, [inputs[i] for i in wanted], grad, create_graph=True)
     grads = [None] * len(inputs)
@@ -103,9 +110,9 @@ def _plain(function):
     """Run without a graph and without autocast, which would undo the precision chosen here."""
 
     @functools.wraps(function)
-    def run(self, input, *args):
-        with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-            return function(self, input, *args)
+    def run(self, input, *args, **options):
+        with torch.no_grad(), without_autocast(input.device.type):
+            return function(self, input, *args, **options)
 
     return run
 
@@ -117,14 +124,14 @@ class _Layer:
     reduce: torch.Tensor  # B, [m, d]: with a bias, a last row of zeros
     one: torch.Tensor  # [0 .. 0 1] with a bias, zeros without, [m]: z~ = B x + one
     generate: torch.Tensor  # A~, [n, m, d]: the bias is its last row
-    factor: torch.Tensor  # R~, [n, min(m, d), m]
+    factor: torch.Tensor | None  # R~, [n, min(m, d), m]; the backward of align does without
     geometry: Geometry
     norm: str
     eps: float
 
     @classmethod
     @_plain
-    def pack(cls, input, reduction_weight, weight, bias, geometry, norm, eps):
+    def pack(cls, input, reduction_weight, weight, bias, geometry, norm, eps, factor=True):
         compute = torch.float64 if input.dtype == torch.float64 else torch.float32
         rows = weight if bias is None else torch.cat((weight, bias.unsqueeze(1)), 1)
         generate = rows.to(compute).permute(0, 1, 3, 4, 2).flatten(2).contiguous()
@@ -133,7 +140,7 @@ class _Layer:
         if bias is not None:
             reduce = F.pad(reduce, (0, 0, 0, 1))
             one[-1] = 1
-        return cls(reduce.contiguous(), one, generate, norm_factor(generate), geometry, norm, eps)
+        return cls(reduce.contiguous(), one, generate, norm_factor(generate) if factor else None, geometry, norm, eps)
 
     # -- the three passes -------------------------------------------------------------------------------------------------------
 
@@ -284,7 +291,9 @@ def norm_factor(rows: torch.Tensor) -> torch.Tensor:
     gram = wide @ wide.transpose(1, 2)
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal += 1e-14 * diagonal.sum(1, keepdim=True) + torch.finfo(torch.float64).tiny
-    return torch.linalg.cholesky(gram, upper=True).to(rows.dtype).contiguous()
+    factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
+    # only weights that are not finite get here; like any layer, answer with NaN, where the user's own check looks for it
+    return factor.masked_fill((failed > 0)[:, None, None], float("nan")).to(rows.dtype).contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
