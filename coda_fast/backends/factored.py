@@ -31,17 +31,26 @@ from coda_fast.backends import reference
 CHUNK_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
 
 
-@torch.compiler.disable  # its loop over chunks is not for tracing: a graph break, no recompilation from batch size
 def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
     """``F(x, u)``, differentiable to any order; ``applied is input`` (the layer itself) is the fast case."""
     applied = None if applied is input else applied
-    return _Align.apply(input, applied, reduction_weight, weight, bias, geometry, norm, eps)
+    return _apply(_Align, input, applied, reduction_weight, weight, bias, geometry, norm, eps)
 
 
-@torch.compiler.disable
 def adjoint(input, value, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
     """``G(x, v)``, differentiable to any order."""
-    return _Adjoint.apply(input, value, reduction_weight, weight, bias, geometry, norm, eps)
+    return _apply(_Adjoint, input, value, reduction_weight, weight, bias, geometry, norm, eps)
+
+
+def _apply(function, *args):
+    # The loop over chunks is not for tracing: under torch.compile, a graph break. Asked for only then, because marking a function with
+    # torch.compiler.disable imports the compiler: seconds and 110 MB for those who never compile.
+    return _untraced(function, *args) if torch.compiler.is_compiling() else function.apply(*args)
+
+
+@torch._disable_dynamo  # torch.compiler.disable, resolved at the first call; torch.optim uses it so
+def _untraced(function, *args):
+    return function.apply(*args)
 
 
 class _Align(torch.autograd.Function):
