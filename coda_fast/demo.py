@@ -49,7 +49,7 @@ class Result:
     numbers: dict
 
 
-def run(folder: str | os.PathLike, *, epochs: int = 40, seed: int = 0, progress: Callable | None = None) -> Result:
+def run(folder: str | os.PathLike, *, epochs: int = 30, seed: int = 0, progress: Callable | None = None) -> Result:
     """Train at both ``TEMPERATURES``, evaluate, and write figure, checkpoint (of the higher T) and numbers into ``folder``.
 
     Args:

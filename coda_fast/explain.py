@@ -30,8 +30,8 @@ class Explanation:
         dynamic_weight: ``[W(x)]_c / T``: the row of the global linear map that gives each logit, [N, K, C, H, W].
         contributions: ``dynamic_weight * activations``, in logits, [N, K, C, H, W].
         contribution_map: contributions summed over channels, [N, K, H, W].
-        completeness_error: ``|sum of contributions + logit bias - logit|``, in logits, [N, K]: rounding only, so proportional to the sum
-            of absolute contributions (about 1e-6 of it in float32, 1e-2 in bfloat16).
+        completeness_error: ``|sum of contributions + logit bias - logit|``, in logits, [N, K]: rounding, below 1e-6 (float32), 1e-14
+            (float64) or 2e-2 (bfloat16) of the logit plus the sum of absolute contributions.
         layer: index of the DAU layer whose inputs are the terms of the decomposition; 0: the encoded image.
     """
 

@@ -49,6 +49,18 @@ def test_complete_in_published_depth(name):
     assert (e.completeness_error <= 1e-5 * chosen).all(), e.completeness_error / chosen
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("name", ["coda_s_cifar10", "coda_xs_digits"])
+def test_completeness_error_is_rounding(name, dtype, bound):
+    """The bounds of the README: a share of what is added up, for all classes, the unlikely ones too."""
+    torch.manual_seed(0)
+    model = create_model(name, dtype=dtype)
+    images = torch.rand(2, model.image_channels, model.image_size, model.image_size).to(dtype)
+    e = model.explain(images, [list(range(10))] * 2)
+    added_up = e.contributions.double().abs().sum((2, 3, 4)) + e.logits.gather(1, e.target).double().abs()
+    assert (e.completeness_error <= bound * added_up).all(), (e.completeness_error / added_up).max()
+
+
 def test_completeness_error_sees_what_is_missing():
     """A network that is not dynamic linear (a constant in the middle) shows in the error."""
     model = _model()
