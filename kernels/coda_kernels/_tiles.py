@@ -1,0 +1,67 @@
+"""What the kernels share: where the window of an output pixel starts, where its entries lie, and products in the operands' dtype.
+
+Names: i_ program index, o_ offsets, m_ mask, p_ pointers, b_ loaded block; upper case is a compile-time constant. Images are "canvases":
+zero-padded, channels last, channels rounded up to CP, so that no load needs a mask and a window is one constant pattern of offsets.
+Pixels are int64 (any tensor may pass 2^31 elements); offsets inside one window are int32.
+"""
+
+import triton
+import triton.language as tl
+
+# NumPy has no bfloat16. The interpreter keeps its bits in integers, multiplies those, and cuts off where a GPU rounds (Triton 3.6 to
+# 3.9): under it, arithmetic goes through float32 and rounding is done by hand, with the results of a GPU.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def pixel_tile(i_p, P, BP: tl.constexpr):
+    """The first pixel of tile ``i_p``, all of them, clamped to the last of all (safe to load from), and which exist. int64."""
+    first = tl.cast(i_p, tl.int64) * BP
+    o_p = first + tl.arange(0, BP)
+    return first, tl.minimum(o_p, P - 1), o_p < P
+
+
+@triton.jit
+def window_starts(first, o_p, OH, OW, HP, WP, CP: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr):
+    """Offset in the canvas [N, HP, WP, CP] of the first entry of the window of every output pixel, int64.
+
+    ``first``: a pixel shortly before all of them, so that one wide division serves the tile.
+    """
+    image = first // (OH * OW)
+    rest = (o_p - image * (OH * OW)).to(tl.int32)
+    o_n, rest = rest // (OH * OW), rest % (OH * OW)
+    o_h, o_w = rest // OW, rest % OW
+    return (image + o_n) * (HP * WP * CP) + (o_h * SH).to(tl.int64) * (WP * CP) + o_w * SW * CP
+
+
+@triton.jit
+def window_offsets(o_k, WP, CP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr):
+    """Offset of entry k = (kh, kw, c) of a window from its start; entries past the end, where weights are zero, read its first tap."""
+    tap, o_c = o_k // CP, o_k % CP
+    o_x = (tap // KW) * (DH * WP * CP) + (tap % KW) * (DW * CP) + o_c
+    return tl.where(o_k < KH * KW * CP, o_x, o_c)
+
+
+@triton.jit
+def narrow(b_x, dtype: tl.constexpr):
+    """float32 to ``dtype``, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = b_x.to(tl.uint32, bitcast=True)
+        b_x = tl.where(b_x == b_x, (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True), b_x)
+    return b_x.to(dtype)
+
+
+@triton.jit
+def times(b_x, b_y):
+    """``x * y`` in the dtype of x, one rounding."""
+    if INTERPRETED:
+        return narrow(b_x.to(tl.float32) * b_y.to(tl.float32), b_x.dtype)
+    return b_x * b_y
+
+
+@triton.jit
+def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr):
+    """``acc + x y`` with the accumulator's precision; PRECISION says how float32 operands are multiplied."""
+    if INTERPRETED:
+        b_x, b_y = b_x.to(b_acc.dtype), b_y.to(b_acc.dtype)
+    return tl.dot(b_x, b_y, b_acc, input_precision=PRECISION, out_dtype=b_acc.dtype)

@@ -1,0 +1,60 @@
+"""z = B x_p and beta_o = <b_o, u_p>: the small convolution before a layer, and the squared length of every patch."""
+
+import triton
+import triton.language as tl
+
+from coda_kernels._tiles import dot, narrow, pixel_tile, window_offsets, window_starts
+
+
+@triton.jit
+def project(
+    x_ptr,  # canvas [N, HP, WP, CP]
+    w_ptr,  # [rows of B up to R | rows of b up to NB | zeros, K]
+    z_ptr,  # out [P, R]
+    beta_ptr,  # out [P, NB], float32
+    length_ptr,  # out [P], float32
+    P: "i64",
+    OH: "i32",
+    OW: "i32",
+    HP: "i64",
+    WP: "i32",
+    CP: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    NB: tl.constexpr,
+    LENGTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``[z | beta] = x_p [B; b]^T`` and, with LENGTH, ``|x_p|^2``; R = 0 or NB = 0 leaves that part out."""
+    columns: tl.constexpr = (R + NB + BN - 1) // BN
+    i_m, i_n = tl.program_id(0) // columns, tl.program_id(0) % columns
+    first, o_p, m_p = pixel_tile(i_m, P, BM)
+    p_row = x_ptr + window_starts(first, o_p, OH, OW, HP, WP, CP, SH, SW)
+    o_j = i_n * BN + tl.arange(0, BN)
+    b_acc = tl.zeros((BM, BN), tl.float32)
+    b_length = tl.zeros((BM,), tl.float32)
+    for k in range(0, K, BK):
+        o_k = k + tl.arange(0, BK)
+        b_x = tl.load(p_row[:, None] + window_offsets(o_k, WP, CP, KH, KW, DH, DW)[None, :])
+        b_w = tl.load(w_ptr + o_j[None, :] * K + o_k[:, None])
+        b_acc = dot(b_x, b_w, b_acc, PRECISION)
+        if LENGTH:
+            b_wide = tl.where(o_k[None, :] < KH * KW * CP, b_x.to(tl.float32), 0)
+            b_length += tl.sum(b_wide * b_wide, 1)
+    if R > 0:
+        m_z = m_p[:, None] & (o_j < R)[None, :]
+        tl.store(z_ptr + o_p[:, None] * R + o_j[None, :], narrow(b_acc, z_ptr.dtype.element_ty), m_z)
+    if NB > 0:
+        m_b = m_p[:, None] & ((o_j >= R) & (o_j < R + NB))[None, :]
+        tl.store(beta_ptr + o_p[:, None] * NB + (o_j - R)[None, :], b_acc, m_b)
+    if LENGTH:
+        tl.store(length_ptr + o_p, b_length, m_p & (i_n == 0))
