@@ -15,10 +15,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def pixel_tile(i_p, P, BP: tl.constexpr):
-    """The first pixel of tile ``i_p``, all of them, clamped to the last of all (safe to load from), and which exist. int64."""
+    """The first pixel of tile ``i_p``, all of them, and the same clamped to the last that exists, safe to load from. int64."""
     first = tl.cast(i_p, tl.int64) * BP
     o_p = first + tl.arange(0, BP)
-    return first, tl.minimum(o_p, P - 1), o_p < P
+    return first, o_p, tl.minimum(o_p, P - 1)
 
 
 @triton.jit

@@ -18,49 +18,60 @@ def grad_factors(
     grad_ptr,  # strides g_image, g_unit, g_row, g_column
     dot_ptr,  # [n, P], or unused without T
     square_ptr,  # [n, P]
-    gs_ptr,  # out [n, P]
-    t_ptr,  # out [n, P]
+    gs_ptr,  # out [n, PP], with zeros past P
+    t_ptr,  # out [n, PP], likewise
+    e_ptr,  # out: column E - NB + o of [PP, E] is gs_o too, with NB > 0
     P: "i64",
+    PP: "i64",
     OH: "i32",
     OW: "i32",
     g_image: "i64",
     g_unit: "i64",
     g_row: "i64",
     g_column: "i64",
+    N_UNITS: tl.constexpr,
+    E: tl.constexpr,
+    NB: tl.constexpr,
     SQUASH: tl.constexpr,
     EPS: tl.constexpr,
     T: tl.constexpr,
     BP: tl.constexpr,
+    BO: tl.constexpr,
 ):
     """gs and, with T, t; both 0 in the limit q = 0. Reads an upstream gradient of any strides."""
-    i_o = tl.program_id(1).to(tl.int64)
-    _, o_p, m_p = pixel_tile(tl.program_id(0), P, BP)
-    o_n, rest = o_p // (OH * OW), (o_p % (OH * OW)).to(tl.int32)
-    p_grad = grad_ptr + o_n * g_image + i_o * g_unit + (rest // OW) * g_row + (rest % OW) * g_column
-    b_grad = tl.load(p_grad).to(tl.float32)
-    b_square = tl.load(square_ptr + i_o * P + o_p)
+    first, o_p, o_known = pixel_tile(tl.program_id(0), P, BP)
+    o_o = tl.program_id(1) * BO + tl.arange(0, BO)
+    m_o, m_g = (o_o < N_UNITS)[None, :] & (o_p < PP)[:, None], (o_o < N_UNITS)[None, :] & (o_p < P)[:, None]
+    o_n, rest = o_known // (OH * OW), (o_known % (OH * OW)).to(tl.int32)
+    p_grad = grad_ptr + (o_n * g_image + (rest // OW) * g_row + (rest % OW) * g_column)[:, None]
+    b_grad = tl.load(p_grad + (o_o * g_unit)[None, :], mask=m_g, other=0).to(tl.float32)
+    o_kept, o_out = o_p[:, None] + (o_o * P)[None, :], o_p[:, None] + (o_o * PP)[None, :]
+    b_square = tl.load(square_ptr + o_kept, mask=m_g, other=0)
     b_length = tl.sqrt(b_square)
     if SQUASH:
         b_gs = b_grad * (b_length / (1 + b_square))
     else:
         b_gs = b_grad / tl.maximum(b_length, EPS, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(gs_ptr + i_o * P + o_p, narrow(b_gs, gs_ptr.dtype.element_ty), m_p)
+    b_gs = narrow(b_gs, gs_ptr.dtype.element_ty)
+    tl.store(gs_ptr + o_out, b_gs, m_o)
+    if NB > 0:  # columns past the last unit are written too, with zeros
+        tl.store(e_ptr + o_p[:, None] * E + (E - NB + o_o)[None, :], b_gs, (o_p < PP)[:, None] & (o_o < NB)[None, :])
     if T:
-        b_ratio = tl.load(dot_ptr + i_o * P + o_p) / b_length  # bounded by |u|
+        b_ratio = tl.load(dot_ptr + o_kept, mask=m_g, other=0) / tl.where(b_length == 0, 1, b_length)  # bounded by |u|
         if SQUASH:
             b_t = tl.where(b_length == 0, 0, b_grad * b_ratio * ((1 - b_square) / (1 + b_square)) / (1 + b_square))
         else:
             b_t = tl.where(b_length <= EPS, 0, -b_grad * b_ratio / b_square)
-        tl.store(t_ptr + i_o * P + o_p, narrow(b_t, t_ptr.dtype.element_ty), m_p)
+        tl.store(t_ptr + o_out, narrow(b_t, t_ptr.dtype.element_ty), m_o)
 
 
 @triton.jit
-def _per_unit(p_image, p_scale, p_matrix, b_acc, P, s_unit: tl.constexpr, N_UNITS: tl.constexpr, PRECISION: tl.constexpr):
+def _per_unit(p_image, p_scale, p_matrix, b_acc, PP, units, s_unit: tl.constexpr, PRECISION: tl.constexpr):
     """``acc + sum_o (image * scale_o) matrix_o``: one block of the image in registers, units in the inner loop."""
     b_image = tl.load(p_image)
-    for _ in range(N_UNITS):
+    for _ in range(units):
         b_acc = dot(times(b_image, tl.load(p_scale)[:, None]), tl.load(p_matrix), b_acc, PRECISION)
-        p_scale += P
+        p_scale += PP
         p_matrix += s_unit
     return b_acc
 
@@ -69,18 +80,22 @@ def _per_unit(p_image, p_scale, p_matrix, b_acc, P, s_unit: tl.constexpr, N_UNIT
 def grad_z(
     u_ptr,  # canvas [N, HP, WP, CP]
     a_ptr,  # [n, R, K]
-    z_ptr,  # [P, R]
-    gs_ptr,  # [n, P]
-    t_ptr,  # [n, P]
+    z_ptr,  # [PP, R]
+    gs_ptr,  # [n, PP]
+    t_ptr,  # [n, PP]
     gram_ptr,  # [n, R, R]
     cross_ptr,  # [n, R]: A_o b_o
     contraction_ptr,  # [P, n R]: A_o^T u, where forward kept it
-    dz_ptr,  # out [P, R]
+    e_ptr,  # out: dz, with zeros past P, is the first R columns of [PP, E]
     P: "i64",
+    PP: "i64",
     OH: "i32",
     OW: "i32",
     HP: "i64",
     WP: "i32",
+    units: "i32",  # n, K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
+    depth: "i32",
+    ranks: "i32",
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -90,6 +105,7 @@ def grad_z(
     DW: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
+    E: tl.constexpr,
     N_UNITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -102,54 +118,64 @@ def grad_z(
     """``dz = sum_o gs_o A_o^T u + t_o (G_o z + A_o b_o)``, BR ranks a program."""
     tiles: tl.constexpr = R // BR
     i_m, i_r = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    first, o_p, m_p = pixel_tile(i_m, P, BM)
+    first, o_all, o_p = pixel_tile(i_m, P, BM)
     o_r = i_r * BR + tl.arange(0, BR)
     b_acc = tl.zeros((BM, BR), tl.float32)
     if KEPT:
         p_c = contraction_ptr + o_p[:, None] * (N_UNITS * R) + o_r[None, :]
-        for o in range(N_UNITS):
-            b_gs = tl.load(gs_ptr + o * P + o_p).to(tl.float32)
+        for o in range(units):
+            b_gs = tl.load(gs_ptr + o * PP + o_p).to(tl.float32)
             b_acc += b_gs[:, None] * tl.load(p_c + o * R).to(tl.float32)
     else:
         p_row = u_ptr + window_starts(first, o_p, OH, OW, HP, WP, CP, SH, SW)
-        for k in range(0, K, BK):
+        for k in range(0, depth, BK):
             o_k = k + tl.arange(0, BK)
             p_u = p_row[:, None] + window_offsets(o_k, WP, CP, KH, KW, DH, DW)[None, :]
             p_a = a_ptr + (o_r * K)[None, :] + o_k[:, None]
-            b_acc = _per_unit(p_u, gs_ptr + o_p, p_a, b_acc, P, R * K, N_UNITS, PRECISION)
-    for k in range(0, R, BU):
+            b_acc = _per_unit(p_u, gs_ptr + o_p, p_a, b_acc, PP, units, R * K, PRECISION)
+    for k in range(0, ranks, BU):
         o_k = k + tl.arange(0, BU)
         p_z = z_ptr + o_p[:, None] * R + o_k[None, :]
         p_g = gram_ptr + (o_r * R)[None, :] + o_k[:, None]
-        b_acc = _per_unit(p_z, t_ptr + o_p, p_g, b_acc, P, R * R, N_UNITS, PRECISION)
+        b_acc = _per_unit(p_z, t_ptr + o_p, p_g, b_acc, PP, units, R * R, PRECISION)
     if HAS_BIAS:
-        for o in range(0, N_UNITS, 16):
+        for o in range(0, units, 16):
             o_o = o + tl.arange(0, 16)
-            b_t = tl.load(t_ptr + o_p[:, None] + (tl.minimum(o_o, N_UNITS - 1).to(tl.int64) * P)[None, :])
+            b_t = tl.load(t_ptr + o_p[:, None] + (tl.minimum(o_o, N_UNITS - 1) * PP)[None, :])
             b_h = tl.load(cross_ptr + (o_o * R)[:, None] + o_r[None, :], mask=(o_o < N_UNITS)[:, None], other=0)
             b_acc = dot(b_t, b_h, b_acc, PRECISION)
-    tl.store(dz_ptr + o_p[:, None] * R + o_r[None, :], narrow(b_acc, dz_ptr.dtype.element_ty), m_p[:, None])
+    b_acc = tl.where((o_all < P)[:, None], b_acc, 0)
+    tl.store(e_ptr + o_all[:, None] * E + o_r[None, :], narrow(b_acc, e_ptr.dtype.element_ty), (o_all < PP)[:, None])
+
+
+@triton.jit
+def _class_pixels(i_m, o_i, N, class_h, class_w, BM: tl.constexpr):
+    """Image, row and column, within their class, of the input pixels of tile ``i_m``, and which exist."""
+    first = tl.cast(i_m, tl.int64) * BM
+    o_x = tl.minimum(first + o_i, N * class_h * class_w - 1)
+    image = first // (class_h * class_w)
+    rest = (o_x - image * (class_h * class_w)).to(tl.int32)
+    o_n, rest = image + rest // (class_h * class_w), rest % (class_h * class_w)
+    return o_n, rest // class_w, rest % class_w, first + o_i < N * class_h * class_w
 
 
 @triton.jit
 def fold(
     a_ptr,  # [n, R, K]
-    b_ptr,  # [n, K]
-    reduce_ptr,  # [R, K]: B
-    z_ptr,  # [P, R]
-    gs_ptr,  # [n, P]
-    dz_ptr,  # [P, R]
-    dx_ptr,  # out, strides s_image, s_channel, s_row, s_column
+    rows_ptr,  # [E, K]: rows of B, of b, or both
+    z_ptr,  # [PP, R]
+    gs_ptr,  # [n, PP]
+    e_ptr,  # [PP, E]: dz, gs, or both
+    dx_ptr,  # out [N, H, W, C]
     N: "i64",
     H: "i32",
     W: "i32",
     OH: "i32",
     OW: "i32",
-    P: "i64",
-    s_image: "i64",
-    s_channel: "i64",
-    s_row: "i64",
-    s_column: "i64",
+    PP: "i64",
+    units: "i32",  # n, kh kw and E, as bounds of loops
+    taps: "i32",
+    columns_e: "i32",
     C: tl.constexpr,
     CP: tl.constexpr,
     KH: tl.constexpr,
@@ -162,16 +188,15 @@ def fold(
     LEFT: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
-    N_UNITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    E: tl.constexpr,
     DIRECT: tl.constexpr,
-    REDUCED: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     BR: tl.constexpr,
+    BE: tl.constexpr,
 ):
-    """dx for one tile of input pixels and channels: DIRECT, the term ``sum_o gs_o w_o`` (alone: explanation mode); REDUCED, ``B^T dz``.
+    """dx for one tile of input pixels and channels: the transposed convolution of [dz | gs] with [B; b] and, with DIRECT, of gs (x) z with A.
 
     A gather over taps, so no atomics. Input pixels are taken by their remainder modulo the stride: pixels of one class see the same taps.
     """
@@ -179,46 +204,41 @@ def fold(
     i_m, i_c = tl.program_id(0) // columns, tl.program_id(0) % columns
     i_h, i_w = tl.program_id(1) // SW, tl.program_id(1) % SW
     class_h, class_w = (H + SH - 1) // SH, (W + SW - 1) // SW
-    first, o_x, m_x = pixel_tile(i_m, N * class_h * class_w, BM)
-    image = first // (class_h * class_w)
-    rest = (o_x - image * (class_h * class_w)).to(tl.int32)
-    o_n, rest = image + rest // (class_h * class_w), rest % (class_h * class_w)
-    o_h, o_w = rest // class_w * SH + i_h, rest % class_w * SW + i_w
-    m_x = m_x & (o_h < H) & (o_w < W)
+    o_n, o_a, o_b, m_x = _class_pixels(i_m, tl.arange(0, BM), N, class_h, class_w, BM)
+    m_x = m_x & (o_a * SH + i_h < H) & (o_b * SW + i_w < W)
+    # the output pixel on the same spot; a tap adds a constant. Relative to the tile's first, so that a row costs 32 bits
+    n_first, a_first, b_first, m_first = _class_pixels(i_m, 0, N, class_h, class_w, BM)
+    first_p = (n_first * OH + a_first) * OW + b_first
+    o_rel = ((o_n * OH + o_a) * OW + o_b - first_p).to(tl.int32)
     o_c = i_c * BC + tl.arange(0, BC)
     o_known = o_c % CP  # past the last channel: any, not stored
-    o_r = tl.arange(0, BR)
+    o_r, o_e = tl.arange(0, BR), tl.arange(0, BE)
     b_acc = tl.zeros((BM, BC), tl.float32)
-    for tap in range(KH * KW):
-        k_h, k_w = tap // KW, tap % KW
+    for tap in range(taps):
+        t_h, t_w = i_h + TOP - tap // KW * DH, i_w + LEFT - tap % KW * DW
         # the tap reaches this class of pixels, or none of it
-        if ((i_h + TOP - k_h * DH) % SH == 0) & ((i_w + LEFT - k_w * DW) % SW == 0):
-            o_oh, o_ow = (o_h + TOP - k_h * DH) // SH, (o_w + LEFT - k_w * DW) // SW
-            m_p = m_x & (o_oh >= 0) & (o_oh < OH) & (o_ow >= 0) & (o_ow < OW)
-            o_p = tl.where(m_p, (o_n * OH + o_oh) * OW + o_ow, 0)
+        if (t_h % SH == 0) & (t_w % SW == 0):
+            t_h, t_w = t_h // SH, t_w // SW
+            m_p = m_x & (o_a + t_h >= 0) & (o_a + t_h < OH) & (o_b + t_w >= 0) & (o_b + t_w < OW)
+            o_p = tl.where(m_p, o_rel + t_h * OW + t_w, 0)
             o_k = tap * CP + o_known
-            for r in range(0, R, BR):
-                if DIRECT:
-                    b_z = tl.load(z_ptr + o_p[:, None] * R + (r + o_r)[None, :], mask=m_p[:, None], other=0)
-                    p_gs = gs_ptr + o_p
+            if DIRECT:
+                for r in range(0, R, BR):
+                    b_z = tl.load(z_ptr + first_p * R + o_p[:, None] * R + (r + o_r)[None, :], mask=m_p[:, None], other=0)
+                    p_gs = gs_ptr + first_p + o_p
                     p_a = a_ptr + ((r + o_r) * K)[:, None] + o_k[None, :]
-                    for _ in range(N_UNITS):
+                    for _ in range(units):
                         b_gs = tl.load(p_gs, mask=m_p, other=0)
                         b_acc = dot(times(b_z, b_gs[:, None]), tl.load(p_a), b_acc, PRECISION)
-                        p_gs += P
+                        p_gs += PP
                         p_a += R * K
-                if REDUCED:
-                    b_dz = tl.load(dz_ptr + o_p[:, None] * R + (r + o_r)[None, :], mask=m_p[:, None], other=0)
-                    b_b = tl.load(reduce_ptr + ((r + o_r) * K)[:, None] + o_k[None, :])
-                    b_acc = dot(b_dz, b_b, b_acc, PRECISION)
-            if DIRECT and HAS_BIAS:
-                for o in range(0, N_UNITS, 16):
-                    o_o = o + tl.arange(0, 16)
-                    m_o = o_o < N_UNITS
-                    b_gs = tl.load(
-                        gs_ptr + o_p[:, None] + (o_o.to(tl.int64) * P)[None, :], mask=m_p[:, None] & m_o[None, :], other=0
-                    )
-                    b_b = tl.load(b_ptr + (o_o * K)[:, None] + o_k[None, :], mask=m_o[:, None], other=0)
-                    b_acc = dot(b_gs, b_b, b_acc, PRECISION)
-    p_dx = dx_ptr + (o_n * s_image + o_h * s_row + o_w * s_column)[:, None] + (o_c * s_channel)[None, :]
+            for e in range(0, columns_e, BE):
+                b_e = tl.load(e_ptr + first_p * E + o_p[:, None] * E + (e + o_e)[None, :], mask=m_p[:, None], other=0)
+                b_rows = tl.load(rows_ptr + ((e + o_e) * K)[:, None] + o_k[None, :])
+                b_acc = dot(b_e, b_rows, b_acc, PRECISION)
+    # found anew, not carried through the loop in the layout of the store: 64 registers (a range that looks different keeps it so)
+    o_n, o_a, o_b, m_x = _class_pixels(i_m, tl.arange(BM, 2 * BM) - BM, N, class_h, class_w, BM)
+    o_h, o_w = o_a * SH + i_h, o_b * SW + i_w
+    m_x = m_x & (o_h < H) & (o_w < W)
+    p_dx = dx_ptr + (((o_n * H + o_h) * W + o_w) * C)[:, None] + o_c[None, :]
     tl.store(p_dx, narrow(b_acc, dx_ptr.dtype.element_ty), m_x[:, None] & (o_c < C)[None, :])

@@ -106,7 +106,7 @@ def candidates(kernel: str, shape: Shape, device: Device) -> tuple[Tile, ...]:
     """Tiles for ``kernel``, the wanted one first, each of the others needing less of the device; at least one.
 
     >>> candidates("contracted", Shape(64, 64, 64, (3, 3)), Device(90))[0]
-    Tile(blocks=(('BM', 128), ('BO', 4), ('BK', 64)), warps=8, stages=3)
+    Tile(blocks=(('BM', 128), ('BO', 4), ('BK', 64), ('BR', 32)), warps=8, stages=3)
     """
     wanted = _heuristic(kernel, shape, device)
     fitting = [tile for tile in wanted if shared_bytes(kernel, shape, tile) <= device.shared_bytes] or [wanted[-1]]
@@ -128,14 +128,14 @@ def shared_bytes(kernel: str, shape: Shape, tile: Tile) -> int:
         return stages * (t["BM"] + t["BN"]) * t["BK"] * size
     if kernel == "contracted":
         columns = t["BO"] * shape.R
-        return max(stages * (t["BM"] + columns) * t["BK"], (t["BM"] + columns) * shape.R) * size
+        return stages * max((t["BM"] + columns) * t["BK"], columns * t["BR"]) * size
     if kernel == "generated":
         columns, resident = t["BO"] * t["BD"], t["BR"] == shape.R
         return (t["BM"] * t["BR"] * (1 if resident else stages) + (t["BM"] * t["BD"] + columns * t["BR"]) * stages) * size
     if kernel == "grad_z":
         return (stages * t["BR"] * max(t["BK"], t["BU"]) + t["BM"] * max(t["BK"], t["BU"])) * size
     if kernel == "fold":
-        return (stages * t["BR"] * t["BC"] + t["BM"] * t["BR"]) * size
+        return (stages * max(t["BR"], t["BE"]) * t["BC"] + t["BM"] * max(t["BR"], t["BE"])) * size
     if kernel in ("outer_scaled", "outer_plain"):
         return stages * t["BP"] * (t["BN"] + t["BR"] + t["BO"]) * size
     if kernel == "gram":
@@ -156,7 +156,7 @@ def power_of_two(number: int) -> int:
 def _heuristic(kernel: str, s: Shape, device: Device) -> list[Tile]:
     half = s.bits == 16
     if kernel == "project":
-        width = min(128, max(16, power_of_two(s.R + (s.units if s.bias else 0))))
+        width = min(128, max(16, power_of_two(s.R + (-(-s.units // 16) * 16 if s.bias else 0))))
         sizes = [(128, width, 4, 3), (64, min(64, width), 4, 2), (32, 16, 4, 1)]
         return [Tile.make(w, st, BM=m, BN=n, BK=s.block_k) for m, n, w, st in sizes[0 if half else 1 :]]
     if kernel == "contracted":
@@ -166,7 +166,7 @@ def _heuristic(kernel: str, s: Shape, device: Device) -> list[Tile]:
             sizes = sizes[1:]
         units = power_of_two(s.units)
         block = s.block_k if half else min(32, s.block_k)
-        return [Tile.make(w, st, BM=m, BO=max(1, min(units, c // s.R)), BK=block) for m, c, w, st in sizes[0 if half else 2 :]]
+        return [Tile.make(w, st, BM=m, BO=max(1, min(units, c // s.R)), BK=block, BR=min(s.R, 32)) for m, c, w, st in sizes[0 if half else 2 :]]
     if kernel == "generated":
         width, rank = min(64, s.block_k), min(s.R, 256)
         sizes = [(128, 2 * width, 256, 8, 2), (128, width, 256, 8, 1), (64, width, 128, 4, 2), (64, width, 64, 4, 1), (32, 16, 16, 4, 1)]
@@ -182,8 +182,8 @@ def _heuristic(kernel: str, s: Shape, device: Device) -> list[Tile]:
         ]
     if kernel == "fold":
         width = min(64, max(16, power_of_two(s.CP)))
-        sizes = [(128, width, 64, 4, 3), (64, width, 64, 4, 2), (64, min(32, width), 32, 4, 1), (32, 16, 16, 4, 1)]
-        return [Tile.make(w, st, BM=m, BC=c, BR=min(s.R, r)) for m, c, r, w, st in sizes[0 if half else 1 :]]
+        sizes = [(128, width, 32, 4, 3), (64, width, 32, 4, 2), (64, min(32, width), 32, 4, 1), (32, 16, 16, 4, 1)]
+        return [Tile.make(w, st, BM=m, BC=c, BR=min(s.R, r), BE=16) for m, c, r, w, st in sizes[0 if half else 1 :]]
     if kernel == "outer_scaled":
         sizes = [(256, 128, 64, 8, 3), (256, 64, 64, 8, 2), (128, 64, 32, 4, 2), (64, 32, 32, 4, 1), (16, 16, 16, 4, 1)]
         tiles = []
@@ -200,7 +200,7 @@ def _heuristic(kernel: str, s: Shape, device: Device) -> list[Tile]:
     if kernel == "norm_factor":
         return [Tile.make(8, 1, BK=min(16 if s.bits == 32 else 32, s.block_k))]
     if kernel == "grad_factors":
-        return [Tile.make(4, 1, BP=1024)]
+        return [Tile.make(4, 1, BP=64, BO=16)]
     raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
 
 

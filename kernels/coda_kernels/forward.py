@@ -31,24 +31,19 @@ def _finish(
     m_p,
     o_o,
     P,
-    pixels,
-    s_image,
-    s_unit,
-    s_pixel,
     N_UNITS: tl.constexpr,
     SQUASH: tl.constexpr,
     EPS: tl.constexpr,
     KEEP_DOT: tl.constexpr,
     KEEP_SQUARE: tl.constexpr,
 ):
-    """Scale, and store y (any strides) and what backward needs as [n, P]."""
+    """Scale, and store y as [P, n] and what backward needs as [n, P]."""
     # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
     b_bound = tl.sqrt(b_square) * tl.sqrt(tl.load(length_ptr + o_p))[:, None]
     b_dot = tl.clamp(b_dot, -b_bound, b_bound, propagate_nan=tl.PropagateNan.ALL)
     m_y = m_p[:, None] & (o_o < N_UNITS)[None, :]
-    o_image = (o_p // pixels) * s_image + (o_p % pixels) * s_pixel
     b_y = _scaled(b_square, SQUASH, EPS) * b_dot
-    tl.store(y_ptr + o_image[:, None] + (o_o.to(tl.int64) * s_unit)[None, :], narrow(b_y, y_ptr.dtype.element_ty), m_y)
+    tl.store(y_ptr + o_p[:, None] * N_UNITS + o_o[None, :], narrow(b_y, y_ptr.dtype.element_ty), m_y)
     o_kept = o_p[:, None] + (o_o.to(tl.int64) * P)[None, :]
     if KEEP_DOT:
         tl.store(dot_ptr + o_kept, b_dot, m_y)
@@ -59,15 +54,15 @@ def _finish(
 @triton.jit
 def contracted(
     u_ptr,  # canvas [N, HP, WP, CP]
-    a_ptr,  # [n, R, K]
+    a_ptr,  # [n', R, K], n' = n rounded up to whole blocks, as for everything of a unit that is read by blocks
     z_ptr,  # [P, R]
-    beta_ptr,  # [P, n], float32
+    beta_ptr,  # [P, NB], float32, NB = n' or 0
     length_ptr,  # [P]: |u_p|^2
-    factor_ptr,  # [n, R, R]
-    shift_ptr,  # [n, R]
-    rest_ptr,  # [n]
-    scale_ptr,  # [n]
-    y_ptr,  # out, strides s_image, s_unit, s_pixel
+    factor_ptr,  # [n', R, R]: L_o^T over its largest entry
+    shift_ptr,  # [n', R], over the same
+    rest_ptr,  # [n']
+    scale_ptr,  # [n']: that largest entry
+    y_ptr,  # out [P, n]
     dot_ptr,  # out [n, P]
     square_ptr,  # out [n, P]
     contraction_ptr,  # out [P, n R]
@@ -76,9 +71,8 @@ def contracted(
     OW: "i32",
     HP: "i64",
     WP: "i32",
-    s_image: "i64",
-    s_unit: "i64",
-    s_pixel: "i64",
+    depth: "i32",  # K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
+    ranks: "i32",
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -89,7 +83,7 @@ def contracted(
     K: tl.constexpr,
     R: tl.constexpr,
     N_UNITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    NB: tl.constexpr,
     SQUASH: tl.constexpr,
     EPS: tl.constexpr,
     KEEP_DOT: tl.constexpr,
@@ -100,6 +94,7 @@ def contracted(
     BM: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
+    BR: tl.constexpr,
 ):
     """Implicit GEMM [pixels, d] x [d, n R]; its tile is contracted with z in registers, then the norm reuses the same registers.
 
@@ -107,55 +102,59 @@ def contracted(
     """
     blocks: tl.constexpr = (N_UNITS + BO - 1) // BO
     i_m, i_n = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    first, o_p, m_p = pixel_tile(i_m, P, BM)
+    first, o_all, o_p = pixel_tile(i_m, P, BM)
+    m_p = o_all < P
     p_row = u_ptr + window_starts(first, o_p, OH, OW, HP, WP, CP, SH, SW)
-    o_j = tl.arange(0, BO * R)
-    o_unit = tl.minimum(i_n * BO + o_j // R, N_UNITS - 1)
-    o_r = tl.arange(0, R)
-    p_a = a_ptr + (o_unit * R + o_j % R).to(tl.int64) * K
+    o_j, o_r = tl.arange(0, BO * R), tl.arange(0, R)
+    i_j = tl.cast(i_n, tl.int64) * (BO * R)
+    p_a = a_ptr + i_j * K + o_j * K
     b_acc = tl.zeros((BM, BO * R), tl.float32)
-    for k in range(0, 0 if NORM_ONLY else K, BK):
+    for k in range(0, 0 if NORM_ONLY else depth, BK):
         o_k = k + tl.arange(0, BK)
         b_u = tl.load(p_row[:, None] + window_offsets(o_k, WP, CP, KH, KW, DH, DW)[None, :])
         b_a = tl.load(p_a[None, :] + o_k[:, None])
         b_acc = dot(b_u, b_a, b_acc, PRECISION)
     o_o = i_n * BO + tl.arange(0, BO)
-    o_known = tl.minimum(o_o, N_UNITS - 1)
     if KEEP_CONTRACTION:
-        m_c = m_p[:, None] & (i_n * BO + o_j // R < N_UNITS)[None, :]
-        p_c = contraction_ptr + o_p[:, None] * (N_UNITS * R) + (i_n * BO * R + o_j)[None, :]
+        m_c = m_p[:, None] & (i_j + o_j < N_UNITS * R)[None, :]
+        p_c = contraction_ptr + o_p[:, None] * (N_UNITS * R) + (i_j + o_j)[None, :]
         tl.store(p_c, narrow(b_acc, contraction_ptr.dtype.element_ty), m_c)
     # <w, u> is reduced before the norm is begun: one accumulator alive at a time (the other order spilled 592 bytes)
     b_z = tl.load(z_ptr + o_p[:, None] * R + o_r[None, :])
     b_wide = b_z.to(tl.float32)
     b_dot = tl.sum(tl.reshape(b_acc, (BM, BO, R)) * b_wide[:, None, :], 2)
-    if HAS_BIAS and not NORM_ONLY:
-        b_dot += tl.load(beta_ptr + o_p[:, None] * N_UNITS + o_known[None, :])
-    # |L^T z + shift|^2 + rest, z scaled to its largest entry: 16-bit z is exact in float16, and L loses less than z did
-    b_top = tl.max(tl.abs(b_wide), 1)
-    b_unit = b_wide * tl.where(b_top > 0, 1 / b_top, 0)[:, None]
-    b_l = tl.load(factor_ptr + (o_unit * (R * R) + o_j % R)[None, :] + (o_r * R)[:, None])
-    b_v = dot(narrow(b_unit, b_l.dtype), b_l, tl.zeros((BM, BO * R), tl.float32), PRECISION)
-    b_v = tl.reshape(b_v, (BM, BO, R)) * (b_top[:, None] * tl.load(scale_ptr + o_known)[None, :])[:, :, None]
-    if HAS_BIAS:
-        b_v += tl.reshape(tl.load(shift_ptr + o_unit * R + o_j % R), (1, BO, R))
-    b_square = tl.sum(b_v * b_v, 2)
-    if HAS_BIAS:
-        b_square += tl.load(rest_ptr + o_known)[None, :]
+    if NB > 0 and not NORM_ONLY:
+        b_dot += tl.load(beta_ptr + o_p[:, None] * NB + o_o[None, :])
+    # |L^T z + shift|^2 + rest in units of the largest entries of z and of L: 16-bit z is exact in float16, and L loses less than z did
+    b_inverse = 1 / tl.maximum(tl.max(tl.abs(b_wide), 1), 1e-12)
+    o_b = tl.arange(0, BR)
+    p_l = factor_ptr + i_j * R + (o_j * R)[None, :] + o_b[:, None]
+    p_z = z_ptr + o_p[:, None] * R + o_b[None, :]
+    b_v = tl.zeros((BM, BO * R), tl.float32)
+    if NB > 0:
+        b_v += b_inverse[:, None] * tl.load(shift_ptr + i_j + o_j)[None, :]
+    for k in range(0, ranks, BR):  # z again, a piece at a time: all of L at once took 40 registers
+        b_l = tl.load(p_l + k)
+        b_unit = tl.load(p_z + k).to(tl.float32) * b_inverse[:, None]
+        b_v = dot(narrow(b_unit, b_l.dtype), b_l, b_v, PRECISION)
+    b_size = tl.load(scale_ptr + o_o)[None, :] / b_inverse[:, None]
+    b_square = tl.sum(tl.reshape(b_v * b_v, (BM, BO, R)), 2) * (b_size * b_size)
+    if NB > 0:
+        b_square += tl.load(rest_ptr + o_o)[None, :]
     _finish(
-        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, OH * OW, s_image, s_unit, s_pixel,
-        N_UNITS, SQUASH, EPS, KEEP_DOT, KEEP_SQUARE,
+        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, N_UNITS, SQUASH, EPS,
+        KEEP_DOT, KEEP_SQUARE,
     )  # fmt: skip
 
 
 @triton.jit
 def generated(
     u_ptr,  # canvas [N, HP, WP, CP]
-    a_ptr,  # [n, R, K]
-    b_ptr,  # [n, K]
+    a_ptr,  # [n', R, K]
+    b_ptr,  # [n', K]
     z_ptr,  # [P, R]
     length_ptr,  # [P]: |u_p|^2
-    y_ptr,  # out, strides s_image, s_unit, s_pixel
+    y_ptr,  # out [P, n]
     dot_ptr,  # out [n, P]
     square_ptr,  # out [n, P]
     P: "i64",
@@ -163,9 +162,8 @@ def generated(
     OW: "i32",
     HP: "i64",
     WP: "i32",
-    s_image: "i64",
-    s_unit: "i64",
-    s_pixel: "i64",
+    depth: "i32",  # K and R, as above
+    ranks: "i32",
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -190,22 +188,22 @@ def generated(
     """GEMM [pixels, R] x [R, BD of d] a unit: a tile of w, multiplied by u and by itself where it stands. z stays put if BR = R."""
     blocks: tl.constexpr = (N_UNITS + BO - 1) // BO
     i_m, i_n = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    first, o_p, m_p = pixel_tile(i_m, P, BM)
+    first, o_all, o_p = pixel_tile(i_m, P, BM)
+    m_p = o_all < P
     p_row = u_ptr + window_starts(first, o_p, OH, OW, HP, WP, CP, SH, SW)
     o_j = tl.arange(0, BO * BD)
-    o_unit = tl.minimum(i_n * BO + o_j // BD, N_UNITS - 1)
-    o_r = tl.arange(0, BR)
+    o_unit, o_r = i_n * BO + o_j // BD, tl.arange(0, BR)
     p_a = a_ptr + o_unit.to(tl.int64) * (R * K) + o_j % BD
     p_z = z_ptr + o_p[:, None] * R + o_r[None, :]
     b_z = tl.load(p_z)
     b_dot = tl.zeros((BM, BO), tl.float32)
     b_square = tl.zeros((BM, BO), tl.float32)
-    for k in range(0, K, BD):
+    for k in range(0, depth, BD):
         b_w = tl.zeros((BM, BO * BD), tl.float32)
         if BR == R:
             b_w = dot(b_z, tl.load(p_a[None, :] + (o_r * K)[:, None] + k), b_w, PRECISION)
         else:
-            for r in range(0, R, BR):
+            for r in range(0, ranks, BR):
                 b_w = dot(tl.load(p_z + r), tl.load(p_a[None, :] + ((r + o_r) * K)[:, None] + k), b_w, PRECISION)
         if HAS_BIAS:
             b_w += tl.load(b_ptr + o_unit * K + o_j % BD + k).to(tl.float32)[None, :]
@@ -216,6 +214,6 @@ def generated(
         b_square += tl.sum(b_w * b_w, 2)
     o_o = i_n * BO + tl.arange(0, BO)
     _finish(
-        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, OH * OW, s_image, s_unit, s_pixel,
-        N_UNITS, SQUASH, EPS, KEEP_DOT, KEEP_SQUARE,
+        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, N_UNITS, SQUASH, EPS,
+        KEEP_DOT, KEEP_SQUARE,
     )  # fmt: skip

@@ -49,18 +49,23 @@ class Layer:
         self.canvas_size = (height + top + bottom, width + left + right)
         extent = [d * (k - 1) + 1 for k, d in zip(window.kernel, window.dilation, strict=True)]
         self.out = tuple((size - e) // s + 1 for size, e, s in zip(self.canvas_size, extent, window.stride, strict=True))
-        self.reduce = self._pack(reduce.unsqueeze(0), self.shape.R)[0]  # [R, K]
-        self.weight = self._pack(weight, self.shape.R)  # [n, R, K]
-        self.bias = None if bias is None else self._pack(bias.unsqueeze(0), units)[0]  # [n, K]
+        self.padded_units = -(-units // 16) * 16  # whole blocks of the largest kind, so that the kernels read without masks
+        self.weight = self._pack(weight, self.padded_units, self.shape.R)  # [n', R, K]
+        parts = [self._pack(reduce.unsqueeze(0), 1, self.shape.R)[0]]
+        if bias is not None:
+            parts.append(self._pack(bias.unsqueeze(0), 1, self.padded_units)[0])
+        self.rows = torch.cat(parts)  # [R + NB, K]: B and b, a small convolution one way and its transpose the other
+        self.NB = len(self.rows) - self.shape.R
+        self.reduce, self.bias = self.rows[: self.shape.R], self.rows[self.shape.R :] if bias is not None else None
 
-    def _pack(self, tensor, rows):
-        """[m, rows, C, kh, kw] -> [m, rows, K], patches as (kh, kw, C'), zeros where padded."""
+    def _pack(self, tensor, count, rows):
+        """[m, rows, C, kh, kw] -> [count, rows', K], patches as (kh, kw, C'), zeros where padded."""
         s = self.shape
         last = tensor.detach().permute(0, 1, 3, 4, 2)
-        if (rows, s.CP, s.K) == (tensor.shape[1], s.channels, s.taps * s.channels):
-            return last.contiguous().view(len(tensor), rows, s.K)
-        packed = tensor.new_zeros(len(tensor), rows, s.K)
-        inner = packed[:, : tensor.shape[1], : s.taps * s.CP].unflatten(2, (*s.kernel, s.CP))
+        if (count, rows, s.CP, s.K) == (*tensor.shape[:2], s.channels, s.taps * s.channels):
+            return last.contiguous().view(count, rows, s.K)
+        packed = tensor.new_zeros(count, rows, s.K)
+        inner = packed[: len(tensor), : tensor.shape[1], : s.taps * s.CP].unflatten(2, (*s.kernel, s.CP))
         inner[..., : s.channels] = last
         return packed
 
@@ -76,34 +81,34 @@ class Layer:
         canvas[:, top : top + last.shape[1], left : left + last.shape[2], : s.channels] = last
         return canvas
 
-    def project(self, canvas, reduce=True, bias=False):
-        """z [P, R], beta [P, n] (float32) and |x_p|^2 [P] of the windows; what is not asked for is empty."""
+    def project(self, canvas, reduce=True, bias=False, starts=False):
+        """z [P, R], beta [P, n'] (float32), |x_p|^2 [P] and the starts of the windows [P]; what is not asked for is empty.
+
+        P is rounded up to whole blocks here and in all that the backward pass makes, so that its loops need no masks.
+        """
         s, pixels = self.shape, len(canvas) * self.out[0] * self.out[1]
-        bias_rows = s.units if bias and self.bias is not None else 0
-        ranks = s.R if reduce else 0
-        z = canvas.new_empty(pixels, ranks)
-        beta = canvas.new_empty(pixels, bias_rows, dtype=torch.float32)
-        length = canvas.new_empty(pixels if bias else 0, dtype=torch.float32)
-        parts = ([self.reduce] if reduce else []) + ([self.bias] if bias_rows else [])
-        if not parts:  # the length of the patches alone: one row of zeros carries it
-            parts = [self.reduce[:0]]
+        whole = whole_blocks(pixels)
+        ranks, units = s.R if reduce else 0, self.NB if bias else 0
+        z = canvas.new_empty(whole, ranks)
+        beta = canvas.new_empty(whole, units, dtype=torch.float32)
+        length = canvas.new_empty(whole if bias else 0, dtype=torch.float32)
+        start = canvas.new_empty(whole if starts else 0, dtype=torch.int64)
+        rows = self.rows[0 if reduce else s.R :][: ranks + units] if ranks + units else self.rows[:16]  # for the length alone: any
 
         def launch(tile):
-            rows = max(1, -(-(ranks + bias_rows) // tile["BN"])) * tile["BN"]
-            matrix = torch.cat([*parts, canvas.new_zeros(rows - ranks - bias_rows, s.K)])
-            project.project[(triton.cdiv(pixels, tile["BM"]) * (rows // tile["BN"]),)](
-                canvas, matrix, z, beta, length, pixels, *self._sizes(), **self._geometry(), K=s.K, R=ranks, NB=bias_rows,
-                LENGTH=bias, PRECISION=self.precision, **tile.options(),
+            project.project[(triton.cdiv(whole, tile["BM"]) * triton.cdiv(len(rows), tile["BN"]),)](
+                canvas, rows, z, beta, length, start, pixels, whole, *self._sizes(), s.K, **self._geometry(), K=s.K, R=ranks, NB=units,
+                ROWS=len(rows), LENGTH=bias, STARTS=starts, PRECISION=self.precision, **tile.options(),
             )  # fmt: skip
 
         self._launch("project", launch)
-        return z, beta, length
+        return z, beta, length, start
 
     def _factor(self):
         s = self.shape
-        new = functools.partial(torch.empty, device=self.torch_device)
-        factor = new(s.units, s.R, s.R, dtype=torch.float16 if self.bits == 16 else torch.float32)
-        shift, rest, scale = new(s.units, s.R), new(s.units), new(s.units)
+        new = functools.partial(torch.empty if s.units == self.padded_units else torch.zeros, device=self.torch_device)
+        factor = new(self.padded_units, s.R, s.R, dtype=torch.float16 if self.bits == 16 else torch.float32)
+        shift, rest, scale = new(self.padded_units, s.R), new(self.padded_units), new(self.padded_units)
 
         def launch(tile):
             norm_factor.norm_factor[(s.units,)](
@@ -134,37 +139,36 @@ class Layer:
         """F(x, u) [N, n, OH, OW], and what backward needs: <w, u> and |w|^2 as [n, P] float32, the contraction [P, n R], or None."""
         s, pixels = self.shape, len(canvas) * self.out[0] * self.out[1]
         with self._on_device():
-            output = torch.empty(len(canvas), s.units, *self.out, dtype=self.dtype, device=self.torch_device, memory_format=memory_format)
+            output = torch.empty(len(canvas), *self.out, s.units, dtype=self.dtype, device=self.torch_device)
             kept = functools.partial(torch.empty, device=self.torch_device)
             dot = kept(s.units, pixels) if keep in ("products", "contraction") else None
             square = kept(s.units, pixels) if keep != "nothing" else None
             save = keep == "contraction" and keeps_contraction(s)
             contraction = kept(pixels, s.units * s.R, dtype=self.dtype) if save else None
             if not pixels:
-                return output, dot, square, contraction
+                return _as_image(output, memory_format), dot, square, contraction
             if applied is None:
-                z, beta, length = self.project(canvas, bias=True)
+                z, beta, length, _ = self.project(canvas, bias=True)
             else:
-                z, _, _ = self.project(canvas)
-                _, beta, length = self.project(applied, reduce=False, bias=True)
+                z, _, _, _ = self.project(canvas)
+                _, beta, length, _ = self.project(applied, reduce=False, bias=True)
             u = canvas if applied is None else applied
-            strides = (output.stride(0), output.stride(1), output.stride(3))
             common = dict(
-                **self._geometry(), K=s.K, R=s.R, N_UNITS=s.units, HAS_BIAS=s.bias, SQUASH=self.norm == "squash", EPS=self.eps,
+                **self._geometry(), K=s.K, R=s.R, N_UNITS=s.units, SQUASH=self.norm == "squash", EPS=self.eps,
                 KEEP_DOT=dot is not None, KEEP_SQUARE=square is not None, PRECISION=self.precision,
             )  # fmt: skip
             kept = [self._or_dummy(t) for t in (dot, square)]
 
             def generated(tile):
                 forward.generated[self._grid(pixels, tile)](
-                    u, self.weight, self._or_dummy(self.bias), z, length, output, *kept, pixels, *self._sizes(), *strides,
-                    **common, **tile.options(),
+                    u, self.weight, self._or_dummy(self.bias), z, length, output, *kept, pixels, *self._sizes(), s.K, s.R,
+                    HAS_BIAS=s.bias, **common, **tile.options(),
                 )  # fmt: skip
 
             def contracted(tile):
                 forward.contracted[self._grid(pixels, tile)](
                     u, self.weight, z, beta, length, *factor, output, *kept, self._or_dummy(contraction), pixels, *self._sizes(),
-                    *strides, **common, KEEP_CONTRACTION=contraction is not None, NORM_ONLY=norm_only, **tile.options(),
+                    s.K, s.R, NB=self.NB, **common, KEEP_CONTRACTION=contraction is not None, NORM_ONLY=norm_only, **tile.options(),
                 )  # fmt: skip
 
             if s.generated:
@@ -172,99 +176,103 @@ class Layer:
             else:
                 factor = self._factor()
                 self._launch("contracted", contracted)
-        return output, dot, square, contraction
+            return _as_image(output, memory_format), dot, square, contraction
 
-    def grad_factors(self, grad, dot, square):
-        """gs and t [n, P] in the dtype of the layer; t is None without ``dot``."""
-        gs = torch.empty(square.shape, dtype=self.dtype, device=self.torch_device)
+    def grad_factors(self, grad, dot, square, ranks=0):
+        """gs and t, [n, P] in the dtype of the layer (t is None without ``dot``), and [dz | gs], [P, ranks + NB], dz still to come.
+
+        ``ranks`` is R where dz will be needed, else 0.
+        """
+        s, pixels = self.shape, square.shape[1]
+        whole = whole_blocks(pixels)
+        gs = torch.empty(s.units, whole, dtype=self.dtype, device=self.torch_device)
         t = None if dot is None else torch.empty_like(gs)
+        e = gs.new_empty(whole, ranks + self.NB)
 
         def launch(tile):
-            backward_input.grad_factors[(triton.cdiv(gs.shape[1], tile["BP"]), gs.shape[0])](
-                grad, self._or_dummy(dot), square, gs, self._or_dummy(t), gs.shape[1], *self.out, *grad.stride(),
-                SQUASH=self.norm == "squash", EPS=self.eps, T=t is not None, **tile.options(),
+            backward_input.grad_factors[(triton.cdiv(whole, tile["BP"]), self.padded_units // tile["BO"])](
+                grad, self._or_dummy(dot), square, gs, self._or_dummy(t), e, pixels, whole, *self.out, *grad.stride(), N_UNITS=s.units,
+                E=e.shape[1], NB=self.NB, SQUASH=self.norm == "squash", EPS=self.eps, T=t is not None, **tile.options(),
             )  # fmt: skip
 
         self._launch("grad_factors", launch)
-        return gs, t
+        return gs, t, e
 
-    def grad_z(self, applied, z, gs, t, contraction):
-        """dz [P, R]."""
-        s, pixels = self.shape, len(z)
+    def grad_z(self, applied, z, gs, t, e, contraction):
+        """dz, into the first R columns of ``e``."""
+        s, pixels, whole = self.shape, len(applied) * self.out[0] * self.out[1], len(z)
         gram, cross = self._gram()
-        dz = torch.empty_like(z)
 
         def launch(tile):
-            backward_input.grad_z[(triton.cdiv(pixels, tile["BM"]) * (s.R // tile["BR"]),)](
-                applied, self.weight, z, gs, t, gram, cross, self._or_dummy(contraction), dz, pixels, *self._sizes(),
-                **self._geometry(), K=s.K, R=s.R, N_UNITS=s.units, HAS_BIAS=s.bias, KEPT=contraction is not None,
+            backward_input.grad_z[(triton.cdiv(whole, tile["BM"]) * (s.R // tile["BR"]),)](
+                applied, self.weight, z, gs, t, gram, cross, self._or_dummy(contraction), e, pixels, whole, *self._sizes(), s.units, s.K,
+                s.R, **self._geometry(), K=s.K, R=s.R, E=e.shape[1], N_UNITS=s.units, HAS_BIAS=s.bias, KEPT=contraction is not None,
                 PRECISION=self.precision, **tile.options(),
             )  # fmt: skip
 
         self._launch("grad_z", launch)
-        return dz
 
-    def fold(self, like, z, gs, dz, memory_format):
-        """An image like ``like``: the direct term where ``gs`` is given, and B^T dz where ``dz`` is."""
+    def fold(self, like, z, gs, e, rows, memory_format):
+        """An image like ``like``: the transposed convolution of ``e`` [P, E] with ``rows`` [E, K] and, with z and gs, of gs (x) z with A."""
         s, (left, _, top, _) = self.shape, self.window.padding
-        dx = torch.empty(like.shape, dtype=self.dtype, device=self.torch_device, memory_format=memory_format)
         batch, _, height, width = like.shape
+        dx = torch.empty(batch, height, width, s.channels, dtype=self.dtype, device=self.torch_device)
         classes = s.stride[0] * s.stride[1]
         pixels = batch * -(-height // s.stride[0]) * -(-width // s.stride[1])
 
         def launch(tile):
             backward_input.fold[(triton.cdiv(pixels, tile["BM"]) * triton.cdiv(s.CP, tile["BC"]), classes)](
-                self.weight, self._or_dummy(self.bias), self.reduce, self._or_dummy(z), self._or_dummy(gs), self._or_dummy(dz), dx,
-                batch, height, width, *self.out, batch * self.out[0] * self.out[1], *dx.stride(), C=s.channels, **self._geometry(),
-                TOP=top, LEFT=left, K=s.K, R=s.R, N_UNITS=s.units, HAS_BIAS=s.bias, DIRECT=gs is not None, REDUCED=dz is not None,
-                PRECISION=self.precision, **tile.options(),
+                self.weight, rows, self._or_dummy(z), self._or_dummy(gs), e, dx, batch, height, width, *self.out, len(e), s.units,
+                s.taps, len(rows), C=s.channels, **self._geometry(), TOP=top, LEFT=left, K=s.K, R=s.R, E=e.stride(0),
+                DIRECT=gs is not None, PRECISION=self.precision, **tile.options(),
             )  # fmt: skip
 
         if dx.numel():
             self._launch("fold", launch)
-        return dx
+        return _as_image(dx, memory_format)
 
-    def outer_sum(self, rows, scale=None, canvas=None):
-        """``sum_p row_p (x) u_p`` in float32. rows: [P, R], or transposed [m, P]; scale: [n, P]; canvas None: u is ``rows`` itself.
-
-        [n, R, K] where scaled, else [m, K]; K is R for a ``canvas`` of [P, R].
+    def outer_sum(self, image, starts, rows, scale=None):
+        """``sum_p row_p (x) u_p`` in float32: [n, R, K] with row (o, k) = scale_o z_k from rows = z [P, R] and scale [n, P], else [m, K]
+        from rows [m, P], either dimension first in memory. ``image``: the canvas and where its windows start, or z [P, R] itself (K is R then).
         """
-        s, geometry, image, size = self.shape, self._geometry(), canvas, (*self.out, *self.canvas_size)
-        depth, pixels = s.K, scale.shape[1] if scale is not None else rows.shape[1]
-        if canvas.dim() == 2:  # z: a 1 x 1 window on an image of one pixel
-            depth, size = canvas.shape[1], (1, 1, 1, 1)
-            geometry = dict(CP=depth, KH=1, KW=1, SH=1, SW=1, DH=1, DW=1)
-        count = s.units * s.R if scale is not None else rows.shape[0]
-        strides = (rows.stride(1), rows.stride(0)) if scale is not None else rows.stride()
-        kernel = "outer_plain" if scale is None else "outer_scaled"
+        s, geometry, width, depth = self.shape, self._geometry(), self.canvas_size[1], self.shape.K
+        if image.dim() == 2:
+            width, depth, geometry = 1, image.shape[1], dict(CP=image.shape[1], KH=1, KW=1, DH=1, DW=1)
+        pixels, scaled = len(starts), scale is not None
+        count = s.units * s.R if scaled else len(rows)
+        pixels_first = scaled or rows.stride(0) == 1
+        stride = rows.stride(0) if scaled else rows.stride(1 if pixels_first else 0)
 
         def launch(tile):
-            tiles = triton.cdiv(count, tile["BR"]) if scale is None else triton.cdiv(s.units, tile["BO"]) * (s.R // tile["BR"])
+            tiles = triton.cdiv(s.units, tile["BO"]) * (s.R // tile["BR"]) if scaled else triton.cdiv(count, tile["BR"])
             tiles *= triton.cdiv(depth, tile["BN"])
             parts = config.splits(tiles, pixels, tile["BP"], self.device)
             chunk = triton.cdiv(triton.cdiv(pixels, parts), tile["BP"]) * tile["BP"]
             parts = triton.cdiv(pixels, chunk)
             partial = torch.empty(parts, count, depth, device=self.torch_device)
             backward_weight.outer_sum[(tiles, parts)](
-                image, rows, self._or_dummy(scale), partial, pixels, chunk, *strides, *size[:2], *size[2:], **geometry, K=depth,
-                ROWS=count, R=s.R, SCALED=scale is not None, PRECISION=self.precision, **tile.options(),
+                image, starts, rows, self._or_dummy(scale), partial, pixels, chunk, stride, width,
+                **{key: geometry[key] for key in ("CP", "KH", "KW", "DH", "DW")}, K=depth, ROWS=count, R=s.R, SCALED=scaled,
+                PIXELS_FIRST=pixels_first, PRECISION=self.precision, **tile.options(),
             )  # fmt: skip
             return partial[0] if parts == 1 else partial.sum(0)
 
-        return self._launch(kernel, launch)
+        total = self._launch("outer_scaled" if scaled else "outer_plain", launch)
+        return total.view(s.units, s.R, depth) if scaled else total
 
-    def grad_parameters(self, canvas_u, z, gs, t):
+    def grad_parameters(self, canvas_u, starts, z, gs, t):
         """(dA, db), packed as the parameters are, float32: ``gs (x) [z; 1] (x) u + (sum_p t [z; 1] [z; 1]^T) [A b]``."""
         s = self.shape
-        direct = self.outer_sum(z, gs, canvas_u).view(s.units, s.R, s.K)
-        moments = self.outer_sum(z, t, z).view(s.units, s.R, s.R)
-        weight = self.weight.float()
+        rows = torch.arange(len(z), device=self.torch_device) * s.R
+        direct = self.outer_sum(canvas_u, starts, z, gs)
+        moments = self.outer_sum(z, rows, z, t)
+        weight = self.weight[: s.units].float()
         d_weight = torch.baddbmm(direct, moments, weight)
         if not s.bias:
             return d_weight, None
-        d_bias = self.outer_sum(gs, None, canvas_u)
-        first = self.outer_sum(t, None, z)  # sum_p t z, [n, R]
-        bias = self.bias.float()
+        d_bias = self.outer_sum(canvas_u, starts, gs)
+        first = self.outer_sum(z, rows, t)  # sum_p t z, [n, R]
+        bias = self.bias[: s.units].float()
         d_weight += first.unsqueeze(2) * bias.unsqueeze(1)
         d_bias += torch.bmm(first.unsqueeze(1), weight).squeeze(1) + t.sum(1, dtype=torch.float32).unsqueeze(1) * bias
         return d_weight, d_bias
@@ -312,6 +320,16 @@ class Layer:
 
 
 _first_fitting: dict = {}
+
+
+def whole_blocks(pixels):
+    """``pixels`` rounded up to whole blocks of the longest kind."""
+    return -(-pixels // 64) * 64
+
+
+def _as_image(last, memory_format):
+    """[N, H, W, C] as [N, C, H, W] in that format: for channels_last, as it is."""
+    return last.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 
 
 @functools.cache

@@ -45,10 +45,10 @@ def gram(
 def norm_factor(
     a_ptr,  # [n, R, K]
     b_ptr,  # [n, K]
-    factor_ptr,  # out [n, R, R]: L_o over its largest entry, so that it fits any dtype
-    shift_ptr,  # out [n, R], float32
+    factor_ptr,  # out [n, R, R]: L_o^T over its largest entry, so that it fits any dtype
+    shift_ptr,  # out [n, R], float32: over the same
     rest_ptr,  # out [n], float32
-    scale_ptr,  # out [n], float32: that largest entry
+    scale_ptr,  # out [n], float32: that largest entry, at least 1e-12
     K: tl.constexpr,
     R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -96,10 +96,9 @@ def norm_factor(
             b_shift = tl.where(o_r == j, shift, b_shift)
             b_cross -= b_column * shift
             rest -= shift * shift
-    scale = tl.max(tl.max(tl.abs(b_factor), 1), 0)
-    b_factor = b_factor * tl.where(scale > 0, 1 / scale, 0)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(b_factor), 1), 0), 1e-12, propagate_nan=tl.PropagateNan.ALL)
     p_factor = factor_ptr + i_o * (R * R)
-    tl.store(p_factor + o_r[:, None] * R + o_r[None, :], narrow(b_factor.to(tl.float32), factor_ptr.dtype.element_ty))
+    tl.store(p_factor + o_r[None, :] * R + o_r[:, None], narrow((b_factor / scale).to(tl.float32), factor_ptr.dtype.element_ty))
     tl.store(scale_ptr + i_o, scale.to(tl.float32))
-    tl.store(shift_ptr + i_o * R + o_r, b_shift.to(tl.float32))
+    tl.store(shift_ptr + i_o * R + o_r, (b_shift / scale).to(tl.float32))
     tl.store(rest_ptr + i_o + tl.arange(0, 1), tl.maximum(rest, 0).to(tl.float32))

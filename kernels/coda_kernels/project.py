@@ -9,15 +9,18 @@ from coda_kernels._tiles import dot, narrow, pixel_tile, window_offsets, window_
 @triton.jit
 def project(
     x_ptr,  # canvas [N, HP, WP, CP]
-    w_ptr,  # [rows of B up to R | rows of b up to NB | zeros, K]
-    z_ptr,  # out [P, R]
-    beta_ptr,  # out [P, NB], float32
-    length_ptr,  # out [P], float32
+    w_ptr,  # [ROWS, K]: R rows of B, NB of b
+    z_ptr,  # out [PP, R], PP = P rounded up to whole blocks, as for everything that is read by blocks of pixels
+    beta_ptr,  # out [PP, NB], float32
+    length_ptr,  # out [PP], float32
+    starts_ptr,  # out [PP], int64
     P: "i64",
+    PP: "i64",
     OH: "i32",
     OW: "i32",
     HP: "i64",
     WP: "i32",
+    depth: "i32",  # K, as the bound of a loop: known at run time only, so that it is pipelined and not unrolled
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -28,24 +31,29 @@ def project(
     K: tl.constexpr,
     R: tl.constexpr,
     NB: tl.constexpr,
+    ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
+    STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``[z | beta] = x_p [B; b]^T`` and, with LENGTH, ``|x_p|^2``; R = 0 or NB = 0 leaves that part out."""
-    columns: tl.constexpr = (R + NB + BN - 1) // BN
+    """``[z | beta] = x_p [B; b]^T`` and, with LENGTH, ``|x_p|^2``, with STARTS, where the window of p starts; R = 0 or NB = 0: not that part.
+    """
+    columns: tl.constexpr = (ROWS + BN - 1) // BN
     i_m, i_n = tl.program_id(0) // columns, tl.program_id(0) % columns
-    first, o_p, m_p = pixel_tile(i_m, P, BM)
-    p_row = x_ptr + window_starts(first, o_p, OH, OW, HP, WP, CP, SH, SW)
+    first, o_p, o_known = pixel_tile(i_m, P, BM)
+    m_p = o_p < PP
+    o_start = window_starts(first, o_known, OH, OW, HP, WP, CP, SH, SW)
+    p_row = x_ptr + o_start
     o_j = i_n * BN + tl.arange(0, BN)
     b_acc = tl.zeros((BM, BN), tl.float32)
     b_length = tl.zeros((BM,), tl.float32)
-    for k in range(0, K, BK):
+    for k in range(0, depth, BK):
         o_k = k + tl.arange(0, BK)
         b_x = tl.load(p_row[:, None] + window_offsets(o_k, WP, CP, KH, KW, DH, DW)[None, :])
-        b_w = tl.load(w_ptr + o_j[None, :] * K + o_k[:, None])
+        b_w = tl.load(w_ptr + (o_j % ROWS * K)[None, :] + o_k[:, None])
         b_acc = dot(b_x, b_w, b_acc, PRECISION)
         if LENGTH:
             b_wide = tl.where(o_k[None, :] < KH * KW * CP, b_x.to(tl.float32), 0)
@@ -58,3 +66,5 @@ def project(
         tl.store(beta_ptr + o_p[:, None] * NB + (o_j - R)[None, :], b_acc, m_b)
     if LENGTH:
         tl.store(length_ptr + o_p, b_length, m_p & (i_n == 0))
+    if STARTS:
+        tl.store(starts_ptr + o_p, o_start, m_p & (i_n == 0))

@@ -1,0 +1,325 @@
+"""Compile every kernel in its shipped configuration for GPUs that need not be here, and report what the compiler made of it.
+
+    python bench/aot.py                       all layers, dtypes and architectures; writes bench/results/aot_triton<version>.json
+    python bench/aot.py --layers S7 --arch 90 --dtype bfloat16     a part, printed only
+    python bench/aot.py --table               print the tables of the stored results
+    python bench/aot.py --docs                put them between their markers in docs/kernels.md
+
+Nothing is simulated: launches are recorded from the launchers themselves (shapes, constants, alignment), compiled by the installed
+Triton, and registers, stack, shared memory and instructions are read off the result. Exit status 1 if a kernel spills, exceeds the
+device, lacks tensor-core instructions, or has its wgmma serialised by the assembler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+ARCHITECTURES = (80, 90, 100, "gfx942")
+DTYPES = ("bfloat16", "float16", "float32")
+WITHOUT_MMA = {"grad_factors"}
+BATCH = {"S": 256, "L": 64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of one kernel; ``loop_ratio``: instructions a warp issues per tensor-core clock in the main loop, above 1 issue-bound."""
+
+    kernel: str
+    layers: str
+    dtype: str
+    arch: int | str
+    warps: int
+    stages: int
+    blocks: str
+    registers: int
+    spills: int  # instructions to or from local memory (NVIDIA), spilled registers (AMD)
+    stack_bytes: int
+    shared_bytes: int
+    occupancy: int  # programs a processor
+    mma: str
+    loop_ratio: float | None
+    serialised: str  # the assembler's warning, if it gave one
+    faults: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One compilation: a kernel, its types and constants, and how it is launched."""
+
+    kernel: str
+    signature: tuple
+    constants: tuple
+    divisible: tuple
+    options: tuple
+    arch: int | str
+    dtype: str
+
+
+def layers():
+    """{"S1": (C, n, r, k, stride, size, batch), ...}: the layers of both published networks."""
+    from coda_fast import create_model
+
+    found = {}
+    for letter, name in (("S", "coda_s_cifar10"), ("L", "coda_l_imagenet100")):
+        model = create_model(name, device="meta")
+        size = model.image_size
+        for i, layer in enumerate(model.layers):
+            shape = (layer.in_channels, layer.out_channels, layer.rank, layer.kernel_size[0], layer.stride[0], size, BATCH[letter])
+            found[f"{letter}{i + 1}"] = shape
+            size, _ = layer.geometry.output_size(size, size)
+    return found
+
+
+def record(shape, dtype, arch, norm="squash"):
+    """Every launch of forward, backward and explanation of a layer, without running any: on meta tensors."""
+    import torch
+
+    from coda_kernels import backward_input, backward_weight, config, forward, layer, norm_factor, project
+
+    launches = []
+
+    class Recorder:
+        def __init__(self, function):
+            self.function, self.name = function, function.__name__
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launches.append(self._launch(args, kwargs))
+
+        def _launch(self, args, kwargs):
+            options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
+            signature, constants, divisible = [], [], []
+            bound = dict(zip((p.name for p in self.function.params), args, strict=False)) | kwargs
+            for parameter in self.function.params:
+                value = bound[parameter.name]
+                if parameter.is_constexpr:
+                    constants.append((parameter.name, value))
+                elif isinstance(value, torch.Tensor):
+                    kind = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64"}[str(value.dtype)[6:]]
+                    signature.append((parameter.name, f"*{kind}"))
+                    divisible.append(parameter.name)
+                else:
+                    signature.append((parameter.name, parameter.annotation_type))
+                    divisible += [parameter.name] if value % 16 == 0 else []
+            return Launch(self.name, *map(tuple, (signature, constants, divisible, options.items())), arch, dtype)
+
+    channels, units, rank, kernel, stride, size, batch = shape
+    modules = (backward_input, backward_weight, forward, norm_factor, project)
+    kernels = ("contracted", "generated", "norm_factor", "gram", "project", "grad_factors", "grad_z", "fold", "outer_sum")
+    places = [(module, name) for module in modules for name in kernels if name in module.__dict__]
+    places = [(module, name) for module, name in places if module.__dict__[name].__module__ == module.__name__]
+    before = [module.__dict__[name] for module, name in places]
+    device_of = layer.device_of
+    try:
+        layer.device_of = lambda _: config.Device(arch, 132)
+        for module, name in places:
+            setattr(module, name, Recorder(module.__dict__[name]))
+        options = dict(dtype=getattr(torch, dtype), device="meta")
+        window = layer.Window((kernel, kernel), (stride, stride), (1, 1), ((kernel - 1) // 2,) * 4)
+        image = torch.empty(batch, channels, size, size, **options).to(memory_format=torch.channels_last)
+        parameters = [torch.empty(*s, channels, kernel, kernel, **options) for s in ((rank,), (units, rank), (units,))]
+        packed = layer.Layer((size, size), *parameters, window, norm, 1e-6)
+        canvas = packed.canvas(image)
+        output, dot, square, _ = packed.align(canvas, None, torch.channels_last, "products")
+        z, _, _, starts = packed.project(canvas, starts=True)
+        gs, t, e = packed.grad_factors(output, dot, square, packed.shape.R)
+        packed.grad_z(canvas, z, gs, t, e, None)
+        packed.fold(image, z, gs, e, packed.rows, torch.channels_last)
+        packed.fold(image, z, gs, e[:, packed.shape.R :], packed.rows[packed.shape.R :], torch.channels_last)  # explanation
+        packed.grad_parameters(canvas, starts, z, gs, t)
+        packed.outer_sum(canvas, starts, e[:, : packed.shape.R].t())
+    finally:
+        layer.device_of = device_of
+        for (module, name), function in zip(places, before, strict=True):
+            setattr(module, name, function)
+    return launches
+
+
+def compile_launch(launch: Launch, layers: str) -> Report:
+    """Compile one launch and read the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from coda_kernels import backward_input, backward_weight, config, forward, norm_factor, project
+
+    modules = (forward, backward_input, backward_weight, norm_factor, project)
+    function = next(m.__dict__[launch.kernel] for m in modules if launch.kernel in m.__dict__)
+    names = [p.name for p in function.params]
+    constants = dict(launch.constants)
+    signature = {name: dict(launch.signature).get(name, "constexpr") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
+    amd = isinstance(launch.arch, str)
+    target = GPUTarget("hip", launch.arch, 64) if amd else GPUTarget("cuda", launch.arch, 32)
+    source = ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    read = _read_amd if amd else _read_nvidia
+    found = read(compiled, launch)
+    options, blocks = dict(launch.options), {k: v for k, v in constants.items() if re.fullmatch("B[A-Z]", k)}
+    report = Report(
+        kernel=launch.kernel,
+        layers=layers,
+        dtype=launch.dtype,
+        arch=launch.arch,
+        warps=options["num_warps"],
+        stages=options["num_stages"],
+        blocks=" ".join(f"{k}{v}" for k, v in blocks.items()),
+        shared_bytes=compiled.metadata.shared,
+        **found,
+    )
+    return dataclasses.replace(report, faults=tuple(_faults(report, config)))
+
+
+def _faults(report, config):
+    if report.spills or report.stack_bytes:
+        yield f"{report.spills} spills, {report.stack_bytes} bytes of stack"
+    if report.shared_bytes > config.SHARED_BYTES[report.arch]:
+        yield f"{report.shared_bytes} bytes of shared memory, {config.SHARED_BYTES[report.arch]} there"
+    if not report.mma and report.kernel not in WITHOUT_MMA and not (report.kernel == "norm_factor" and report.dtype == "float32"):
+        yield "no tensor-core instructions"
+    wanted = {90: "HGMMA", 100: "UTC"}.get(report.arch)
+    if wanted and report.mma and report.kernel in ("contracted", "generated", "fold", "grad_z") and wanted not in report.mma:
+        yield f"no {wanted}"
+    if report.serialised:
+        yield report.serialised
+
+
+def _read_nvidia(compiled, launch):
+    from triton.backends import nvidia
+
+    folder = Path(nvidia.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as scratch:
+        cubin, ptx = Path(scratch, "k.cubin"), Path(scratch, "k.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = _run(folder / "cuobjdump", "--dump-resource-usage", cubin)
+        code = _run(folder / "nvdisasm", cubin)
+        log = ""
+        if launch.arch == 90:
+            log = _run(folder / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", "/dev/null")
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    lines = re.findall(r"^\s*(\.L_x_\d+):|^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code, re.MULTILINE)
+    opcodes = [opcode for _, opcode, _ in lines if opcode]
+    mma = collections.Counter(o for o in opcodes if _is_mma(o))
+    spills = sum(o.split(".")[0] in ("LDL", "STL") for o in opcodes)
+    threads, shared = dict(launch.options)["num_warps"] * 32, compiled.metadata.shared
+    room = {80: 167_936, 90: 233_472, 100: 233_472}[launch.arch]
+    occupancy = min(65_536 // (-(-registers // 8) * 8 * threads), room // (shared + 1024), 2048 // threads)
+    return dict(
+        registers=registers,
+        spills=spills,
+        stack_bytes=stack,
+        occupancy=occupancy,
+        mma=" ".join(f"{count}x{name}" for name, count in mma.most_common(3)),
+        loop_ratio=_loop_ratio(lines) if launch.arch in (80, 90) else None,
+        serialised="; ".join(sorted(set(re.findall(r"C75\d\d[^\n]*serialized[^\n]*", log)))),
+    )
+
+
+def _is_mma(opcode):
+    return re.match(r"(HG?|Q|I|D|UTC\w*)MMA|HGMMA", opcode) is not None
+
+
+def _loop_ratio(lines):
+    """Instructions over tensor-core clocks of the innermost loop with most tensor-core work; of everything where there is no loop."""
+    position, loops, count = {}, [], 0
+    for label, opcode, operands in lines:
+        if label:
+            position[label] = count
+            continue
+        target = re.search(r"\(?(\.L_x_\d+)", operands) if opcode.startswith("BRA") else None
+        count += 1
+        if target and target[1] in position:
+            loops.append((position[target[1]], count))
+    opcodes = [opcode for _, opcode, _ in lines if opcode]
+    clocks = [_clocks(o) for o in opcodes]
+    bodies = [(a, b) for a, b in loops if sum(clocks[a:b])]
+    bodies = [x for x in bodies if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in bodies)] or [(0, len(opcodes))]
+    a, b = max(bodies, key=lambda body: sum(clocks[body[0] : body[1]]))
+    return round((b - a) / sum(clocks[a:b]), 2) if sum(clocks[a:b]) else None
+
+
+def _clocks(opcode):
+    """Tensor-core clocks of an instruction a warp: H100 2048 16-bit multiply-adds a clock and processor, A100 1024; float32 half."""
+    if found := re.match(r"HGMMA\.64x(\d+)x", opcode):
+        return int(found[1]) / 2
+    if re.match(r"HMMA\.(16816|1688)", opcode):
+        return 8
+    return 0
+
+
+def _read_amd(compiled, launch):
+    text = compiled.asm["amdgcn"]
+    number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])  # noqa: E731
+    registers = number("vgpr_count")
+    mma = collections.Counter(re.findall(r"\b(v_mfma\w+)", text))
+    waves = min(8, 512 // max(1, -(-registers // 8) * 8)) * 4 // dict(launch.options)["num_warps"]
+    shared = compiled.metadata.shared
+    return dict(
+        registers=registers,
+        spills=number("vgpr_spill_count"),
+        stack_bytes=number("private_segment_fixed_size"),
+        occupancy=min(waves, 65_536 // max(1, shared)),
+        mma=" ".join(f"{count}x{name}" for name, count in mma.most_common(3)),
+        loop_ratio=None,
+        serialised="",
+    )
+
+
+def _run(*command):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def sweep(wanted, dtypes, architectures, kernels=None, jobs=None, progress=lambda text: None):
+    """Reports of every distinct compilation that these layers need."""
+    known = layers()
+    jobs_by_launch = collections.defaultdict(list)
+    for arch in architectures:
+        for dtype in dtypes:
+            for name in wanted:
+                for launch in record(known[name], dtype, arch):
+                    if (not kernels or launch.kernel in kernels) and name not in jobs_by_launch[launch]:
+                        jobs_by_launch[launch].append(name)
+    reports = []
+    with concurrent.futures.ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
+        futures = {pool.submit(compile_launch, launch, " ".join(names)): launch for launch, names in jobs_by_launch.items()}
+        for future in concurrent.futures.as_completed(futures):
+            reports.append(future.result())
+            report = reports[-1]
+            progress(f"{len(reports)}/{len(futures)} sm_{report.arch} {report.dtype} {report.kernel} {report.layers} {report.faults}")
+    return sorted(reports, key=lambda r: (str(r.arch), r.dtype, r.kernel, r.layers, r.blocks))
+
+
+def main(argv=None):
+    import triton
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", nargs="+", default=None)
+    parser.add_argument("--arch", nargs="+", default=None)
+    parser.add_argument("--dtype", nargs="+", default=None)
+    parser.add_argument("--kernel", nargs="+", default=None)
+    parser.add_argument("--jobs", type=int, default=None)
+    options = parser.parse_args(argv)
+    architectures = [int(a) if a.isdigit() else a for a in options.arch or map(str, ARCHITECTURES)]
+    reports = sweep(options.layers or layers(), options.dtype or DTYPES, architectures, options.kernel, options.jobs, lambda t: print(t, file=sys.stderr))
+    for r in reports:
+        print(r.arch, r.dtype, r.kernel, "|", r.layers, "|", r.blocks, f"w{r.warps} s{r.stages} | reg {r.registers} spill {r.spills} stack {r.stack_bytes} smem {r.shared_bytes} occ {r.occupancy} i/c {r.loop_ratio} | {r.mma} | {r.faults}")
+    return any(r.faults for r in reports)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
