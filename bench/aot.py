@@ -1,13 +1,13 @@
 """Compile every kernel in its shipped configuration for GPUs that need not be here, and report what the compiler made of it.
 
-    python bench/aot.py                       all layers, dtypes and architectures; writes bench/results/aot_triton<version>.json
+    python bench/aot.py                       all layers; bfloat16 everywhere, all dtypes on sm_90; bench/results/aot_triton<version>.json
     python bench/aot.py --layers S7 --arch 90 --dtype bfloat16     a part, printed only
     python bench/aot.py --table               print the tables of the stored results
     python bench/aot.py --docs                put them between their markers in docs/kernels.md
 
 Nothing is simulated: launches are recorded from the launchers themselves (shapes, constants, alignment), compiled by the installed
 Triton, and registers, stack, shared memory and instructions are read off the result. Exit status 1 if a kernel spills, exceeds the
-device, lacks tensor-core instructions, or has its wgmma serialised by the assembler.
+device, lacks tensor-core instructions, or (from Triton 3.9 on) has its wgmma serialised by the assembler.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import datetime
 import json
 import os
 import re
@@ -67,6 +68,12 @@ class Launch:
     options: tuple
     arch: int | str
     dtype: str
+
+
+def triton_version() -> tuple[int, int]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def layers():
@@ -193,7 +200,7 @@ def _faults(report, config):
     wanted = {90: "HGMMA", 100: "UTC"}.get(report.arch)
     if wanted and report.mma and report.kernel in ("contracted", "generated", "fold", "grad_z") and wanted not in report.mma:
         yield f"no {wanted}"
-    if report.serialised:
+    if report.serialised and triton_version() >= (3, 9):  # older compilers do it to some loops over register operands, and to correct ones
         yield report.serialised
 
 
@@ -304,21 +311,105 @@ def sweep(wanted, dtypes, architectures, kernels=None, jobs=None, progress=lambd
     return sorted(reports, key=lambda r: (str(r.arch), r.dtype, r.kernel, r.layers, r.blocks))
 
 
-def main(argv=None):
+# -- the stored results and their tables -----------------------------------------------------------------------------------------------
+
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
+
+
+def store(reports):
+    """Rows of this Triton's file, those of the same kernel, dtype, architecture and layers replaced; written whole or not at all."""
     import triton
 
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--layers", nargs="+", default=None)
-    parser.add_argument("--arch", nargs="+", default=None)
-    parser.add_argument("--dtype", nargs="+", default=None)
-    parser.add_argument("--kernel", nargs="+", default=None)
-    parser.add_argument("--jobs", type=int, default=None)
+    path = RESULTS / f"aot_triton{'.'.join(map(str, triton_version()))}.json"
+    commit = _run("git", "-C", ROOT, "rev-parse", "--short", "HEAD").strip()
+    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    done = {(r.arch, r.dtype) for r in reports}
+    rows = [row for row in old if (row["arch"], row["dtype"]) not in done] + [dataclasses.asdict(r) for r in reports]
+    rows.sort(key=lambda row: (str(row["arch"]), row["dtype"], row["kernel"], row["layers"], row["blocks"]))
+    head = {"triton": triton.__version__, "commit": commit, "date": datetime.date.today().isoformat()}
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = json.dumps(head)[:-1] + ', "rows": [\n' + lines + "\n]}\n"
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+    return path
+
+
+def tables() -> str:
+    """Markdown of all stored results: the worst of each kernel over the layers, an architecture and dtype a row."""
+    parts = []
+    for path in sorted(RESULTS.glob("aot_triton*.json"), reverse=True):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        groups = collections.defaultdict(list)
+        for row in found["rows"]:
+            groups[row["kernel"], str(row["arch"]), row["dtype"]].append(row)
+        faults = sum(bool(row["faults"]) for row in found["rows"])
+        serialised = sum(bool(row["serialised"]) for row in found["rows"])
+        parts.append(
+            f"Triton {found['triton']}, commit {found['commit']}, {found['date']}: {len(found['rows'])} compilations, {faults} faults, "
+            f"{serialised} with serialised wgmma. Ranges over the layers of both networks.\n\n"
+            "| kernel | for | dtype | n | registers | spills | stack | shared, KiB | programs an SM | instructions / tensor clock |\n"
+            "|---|---|---|---|---|---|---|---|---|---|"
+        )
+        for (kernel, arch, dtype), rows in sorted(groups.items()):
+            span = lambda key, rows=rows, scale=1: _span([row[key] / scale for row in rows if row[key] is not None])  # noqa: E731
+            parts.append(
+                f"| {kernel} | {arch if arch.startswith('gfx') else f'sm_{arch}'} | {dtype} | {len(rows)} | {span('registers')} | "
+                f"{span('spills')} | {span('stack_bytes')} | {span('shared_bytes', scale=1024)} | {span('occupancy')} | "
+                f"{span('loop_ratio')} |"
+            )
+        parts.append("")
+    return "\n".join(parts).strip()
+
+
+def _span(values):
+    if not values:
+        return ""
+    texts = list(dict.fromkeys(f"{v:.2f}".rstrip("0").rstrip(".") for v in (min(values), max(values))))
+    return " to ".join(texts)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", nargs="+", metavar="S1", help="S1 to S9, L1 to L9")
+    parser.add_argument("--arch", nargs="+", metavar="90", help=f"of {', '.join(map(str, ARCHITECTURES))}")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
+    parser.add_argument("--kernel", nargs="+", metavar="fold")
+    parser.add_argument("--jobs", type=int, help="processes; all cores")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     options = parser.parse_args(argv)
+    if options.table:
+        print(tables())
+        return 0
+    if options.docs:
+        text = DOCS.read_text(encoding="utf-8")
+        before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+        DOCS.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{after}", encoding="utf-8")
+        return 0
+    known = layers()
+    if unknown := set(options.layers or []) - known.keys():
+        parser.error(f"--layers: expected some of {' '.join(known)}, got {' '.join(sorted(unknown))}")
     architectures = [int(a) if a.isdigit() else a for a in options.arch or map(str, ARCHITECTURES)]
-    reports = sweep(options.layers or layers(), options.dtype or DTYPES, architectures, options.kernel, options.jobs, lambda t: print(t, file=sys.stderr))
-    for r in reports:
-        print(r.arch, r.dtype, r.kernel, "|", r.layers, "|", r.blocks, f"w{r.warps} s{r.stages} | reg {r.registers} spill {r.spills} stack {r.stack_bytes} smem {r.shared_bytes} occ {r.occupancy} i/c {r.loop_ratio} | {r.mma} | {r.faults}")
-    return any(r.faults for r in reports)
+    if unknown := set(architectures) - set(ARCHITECTURES):
+        parser.error(f"--arch: expected some of {ARCHITECTURES}, got {unknown}")
+    part = options.layers or options.kernel
+    failed = 0
+    for arch in architectures:
+        for dtype in options.dtype or (DTYPES if arch == 90 else ("bfloat16",)):
+            reports = sweep(options.layers or known, [dtype], [arch], options.kernel, options.jobs, lambda t: print(t, file=sys.stderr))
+            failed += sum(bool(r.faults) for r in reports)
+            for r in reports:
+                print(
+                    f"{r.arch} {r.dtype} {r.kernel} | {r.layers} | {r.blocks} w{r.warps} s{r.stages} | reg {r.registers} spill {r.spills} "
+                    f"stack {r.stack_bytes} smem {r.shared_bytes} occ {r.occupancy} i/c {r.loop_ratio} | {r.mma} | "
+                    f"{'; '.join(r.faults) or ('serialised' if r.serialised else 'ok')}"
+                )
+            if not part:
+                print(f"stored in {store(reports)}")
+    print(f"{failed} faults")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,15 @@ import torch
 
 def autocasting(kind: str) -> bool:
     """Whether autocast is on for device type ``kind``."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # torch 2.11 cannot compile torch.amp.is_autocast_available
 
 
 def without_autocast(kind: str) -> contextlib.AbstractContextManager:
     """Context in which autocast leaves dtypes alone."""
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if autocasting(kind) else contextlib.nullcontext()
+
+
+def cast_as_convolution(kind: str, arguments) -> tuple:
+    """What autocast does to the inputs of a convolution: float32 and lower go to its dtype, float64 (and what is no tensor) stays."""
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.dtype != torch.float64 else a for a in arguments)

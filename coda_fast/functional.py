@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from coda_fast import backends
-from coda_fast._autocast import autocasting, without_autocast
+from coda_fast import backends, ops
+from coda_fast._autocast import autocasting, cast_as_convolution, without_autocast
 from coda_fast._geometry import Geometry
+from coda_fast.backends import reference
 
 NORMS = ("squash", "l2")
 EPS = 1e-6
@@ -24,6 +25,7 @@ def dau_conv2d(
     eps: float = EPS,
     detach: bool = False,
     backend: str = "auto",
+    save_contraction: bool = False,
 ) -> torch.Tensor:
     r"""Convolution whose weight each unit computes from the patch it is applied to (Dynamic Alignment Unit).
 
@@ -46,6 +48,9 @@ def dau_conv2d(
             ``dau_conv2d_transpose(input, grad, ...)`` and the parameters get none. With ``create_graph=True`` that gradient can
             be differentiated in turn, in the input and in the parameters.
         backend: "auto", "reference", "factored" or "triton"; see ``coda_fast.backend_info``.
+        save_contraction: keep the contraction [P, n r] from forward for a cheaper backward: only the fused kernels of the triton
+            backend use it, and only where the layer is computed in the contracted form (rank <= 64 and more than 64 numbers in a
+            patch); elsewhere there is nothing to keep and it changes nothing. Costs P n r numbers of memory a layer.
 
     Returns:
         y, [N, n, OH, OW] (or [n, OH, OW]), in the dtype and memory format of the input. Under autocast everything is cast to
@@ -61,14 +66,19 @@ def dau_conv2d(
     torch.Size([2, 10, 8, 8])
     """
     geometry = _check(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
-    implementation = backends.choose(backend)
-    input, reduction_weight, weight, bias = _autocast(input, reduction_weight, weight, bias)
+    kind = input.device.type
+    tensors = (input, reduction_weight, weight, bias)
+    input, *parameters = cast_as_convolution(kind, tensors) if autocasting(kind) else tensors
+    name = backends.choose(backend, input.device, input.dtype)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
-    with without_autocast(input.device.type):
-        if detach:
-            output = _DynamicLinear.apply(batch, reduction_weight, weight, bias, geometry, norm, eps, implementation)
+    with without_autocast(kind):
+        if name != "reference":
+            keep = _keep(tensors, detach, save_contraction)
+            output = ops.align(batch, None, *parameters, *geometry.lists(), norm, float(eps), bool(detach), keep, name)[0]
+        elif detach:
+            output = _DynamicLinear.apply(batch, *parameters, geometry, norm, eps)
         else:
-            output = implementation.align(batch, batch, reduction_weight, weight, bias, geometry, norm, eps)
+            output = reference.align(batch, batch, *parameters, geometry, norm, eps)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
@@ -113,23 +123,27 @@ def dau_conv2d_transpose(
         raise TypeError(f"value: expected dtype {input.dtype}, that of the input, got {value.dtype}")
     if value.device != input.device:
         raise ValueError(f"value: expected device {input.device}, that of the input, got {value.device}")
-    implementation = backends.choose(backend)
-    input, value, reduction_weight, weight, bias = _autocast(input, value, reduction_weight, weight, bias)
+    kind = input.device.type
+    tensors = (input, value, reduction_weight, weight, bias)
+    input, value, *parameters = cast_as_convolution(kind, tensors) if autocasting(kind) else tensors
+    name = backends.choose(backend, input.device, input.dtype)
     batch, values = (input, value) if input.dim() == 4 else (input.unsqueeze(0), value.unsqueeze(0))
-    with without_autocast(input.device.type):
-        output = implementation.adjoint(batch, values, reduction_weight, weight, bias, geometry, norm, eps)
+    with without_autocast(kind):
+        if name != "reference":
+            output = ops.adjoint(batch, values, *parameters, *geometry.lists(), norm, float(eps), name)
+        else:
+            output = reference.adjoint(batch, values, *parameters, geometry, norm, eps)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
 class _DynamicLinear(torch.autograd.Function):
-    """Explanation mode over any backend: the layer forward, its adjoint backward."""
+    """Explanation mode of the reference: the layer forward, its adjoint backward."""
 
     @staticmethod
-    def forward(ctx, input, reduction_weight, weight, bias, geometry, norm, eps, implementation):
+    def forward(ctx, input, reduction_weight, weight, bias, geometry, norm, eps):
         ctx.save_for_backward(input, reduction_weight, weight, bias)
         ctx.rest = (geometry, norm, eps)
-        ctx.implementation = implementation
-        return implementation.align(input, input, reduction_weight, weight, bias, geometry, norm, eps)
+        return reference.align(input, input, reduction_weight, weight, bias, geometry, norm, eps)
 
     @staticmethod
     def backward(ctx, grad):
@@ -137,17 +151,16 @@ class _DynamicLinear(torch.autograd.Function):
         gradient = None
         if ctx.needs_input_grad[0]:
             with without_autocast(grad.device.type):
-                gradient = ctx.implementation.adjoint(input, grad, *parameters, *ctx.rest)
-        return gradient, None, None, None, None, None, None, None
+                gradient = reference.adjoint(input, grad, *parameters, *ctx.rest)
+        return gradient, None, None, None, None, None, None
 
 
-def _autocast(*tensors):
-    """What autocast does to the inputs of a convolution: float32 and lower go to its dtype, float64 stays."""
-    kind = tensors[0].device.type
-    if not autocasting(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def _keep(tensors, detach, save_contraction):
+    """What forward leaves for a backward pass, if there can be one; in explanation mode only the input has a gradient."""
+    wanted = tensors[:1] if detach else tensors
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)):
+        return "nothing"
+    return "norm" if detach else "contraction" if save_contraction else "products"
 
 
 def _check(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps) -> Geometry:

@@ -28,7 +28,7 @@ class CoDANet(nn.Module):
         paddings: one entry for each layer; None: ``(k - 1) // 2``.
         temperature: T; larger T asks the layers for better alignment (paper, section 3.3).
         logit_bias: added to every logit; ``log(0.1 / 0.9)`` starts all classes at 10 %.
-        norm, eps, bias, backend: as in ``DAUConv2d``, for all layers.
+        norm, eps, bias, backend, save_contraction: as in ``DAUConv2d``, for all layers.
         image_channels: 3 for colour, 1 for grey images.
         image_size: native size in pixels: a hint for tools, any size is accepted.
         class_names: a hint for tools, one for each class.
@@ -59,6 +59,7 @@ class CoDANet(nn.Module):
         image_size: int | None = None,
         class_names: Sequence[str] | None = None,
         backend: str = "auto",
+        save_contraction: bool = False,
         device=None,
         dtype=None,
     ):
@@ -85,7 +86,9 @@ class CoDANet(nn.Module):
         self.class_names = None if class_names is None else list(class_names)
         self.encoder = AddInverse()
         widths = [2 * image_channels, *out_channels]
-        options = {"norm": norm, "eps": eps, "backend": backend, "device": device, "dtype": dtype}
+        options = {
+            "norm": norm, "eps": eps, "backend": backend, "save_contraction": save_contraction, "device": device, "dtype": dtype,
+        }  # fmt: skip
         self.layers = nn.ModuleList(
             DAUConv2d(widths[i], widths[i + 1], kernel_sizes[i], strides[i], paddings[i], bias=bias, rank=ranks[i], **options)
             for i in range(len(out_channels))
@@ -97,7 +100,7 @@ class CoDANet(nn.Module):
         return self.layers[-1].out_channels
 
     def config(self) -> dict:
-        """The constructor's arguments, as plain JSON values (device and dtype left out)."""
+        """The constructor's arguments, as plain JSON values (device, dtype, backend and save_contraction left out)."""
         layers = self.layers
         return {
             "out_channels": [layer.out_channels for layer in layers],

@@ -18,7 +18,7 @@ class DAUConv2d(nn.Module):
     r"""Layer of Dynamic Alignment Units, in place of ``nn.Conv2d`` (same positional arguments).
 
     Each unit computes its weight from the patch it is applied to and bounds its norm, so that the output is ``W(x) x``; see
-    ``coda_fast.functional.dau_conv2d`` for the equations, ``norm``, ``eps`` and ``backend``.
+    ``coda_fast.functional.dau_conv2d`` for the equations, ``norm``, ``eps``, ``backend`` and ``save_contraction``.
 
     Args:
         in_channels, out_channels: C and n, the number of units.
@@ -59,6 +59,7 @@ class DAUConv2d(nn.Module):
         norm: str = "squash",
         eps: float = EPS,
         backend: str = "auto",
+        save_contraction: bool = False,
     ):
         super().__init__()
         if groups != 1:
@@ -84,7 +85,7 @@ class DAUConv2d(nn.Module):
         self.padding = padding if isinstance(padding, str) else pair(padding, "padding", least=0)
         _ = self.geometry  # refuses what does not fit together
         self.groups, self.padding_mode = groups, padding_mode
-        self.norm, self.eps, self.backend = norm, eps, backend
+        self.norm, self.eps, self.backend, self.save_contraction = norm, eps, backend, save_contraction
         self.detach = False
         window = (in_channels, *self.kernel_size)
         options = {"device": device, "dtype": dtype}
@@ -122,6 +123,7 @@ class DAUConv2d(nn.Module):
             self.eps,
             self.detach,
             self.backend,
+            self.save_contraction,
         )
 
     def _apply(self, fn, recurse=True):
@@ -134,7 +136,7 @@ class DAUConv2d(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, rank={self.rank}"
         plain = DAUConv2d.__init__.__kwdefaults__ | {"padding": (0, 0), "dilation": (1, 1)}
-        for name in ("padding", "dilation", "norm", "eps", "backend"):
+        for name in ("padding", "dilation", "norm", "eps", "backend", "save_contraction"):
             if getattr(self, name) != plain[name]:
                 text += f", {name}={getattr(self, name)!r}"
         return text + (", bias=False" if self.bias is None else "")

@@ -1,7 +1,24 @@
-"""Shared by all tests: deterministic seeds, and memory that is not zero by accident."""
+"""Shared by all tests: deterministic seeds, memory that is not zero by accident, and where the fused kernels run."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports the kernels: they run on the CPU then
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests need a GPU and were skipped; the kernels ran under Triton's interpreter")
 
 
 @pytest.fixture(autouse=True)

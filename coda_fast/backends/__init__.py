@@ -1,13 +1,15 @@
-"""Choice of the implementation. A backend is a module with two functions, differentiable to any order:
+"""Choice of the implementation. ``reference`` is two functions that automatic differentiation goes through:
 
 ``align(input, applied, reduction_weight, weight, bias, geometry, norm, eps)``   F(x, u), the layer where u is x
 ``adjoint(input, value, reduction_weight, weight, bias, geometry, norm, eps)``   G(x, v), its transpose in u
+
+The others are fused: ``align`` also takes ``keep`` and returns what the backward pass wants, and there are ``align_backward`` and
+``kept_shapes``. They know nothing of autograd; ``coda_fast.ops`` makes operators of them, ``backends/factored.py`` is the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
 import torch
 
@@ -38,13 +40,17 @@ def backend_info(device: torch.device | str = "cpu") -> BackendInfo:
     >>> coda_fast.backend_info("cpu").auto
     'factored'
     """
-    missing = _triton_unavailable()
+    device = torch.device(device)
+    missing = _triton_unavailable(device.type)
+    state = (
+        "verified on such a device" if not missing and _verified(device) else 'not yet verified on such a device, so not what "auto" picks'
+    )
     reasons = {
         "reference": "available: the definition, weights materialised, for tests",
-        "factored": "available: library matrix products, memory-lean, any device",
-        "triton": f"not available: {missing}" if missing else "available: fused kernels",
+        "factored": "available: library matrix products, memory-lean, any device and dtype",
+        "triton": f"not available: {missing}" if missing else f"available: fused kernels, {state}; float64 goes to factored",
     }
-    return BackendInfo(str(torch.device(device)), "factored", reasons)
+    return BackendInfo(str(device), _auto(device), reasons)
 
 
 def check_name(name: str) -> None:
@@ -53,19 +59,36 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, (*BACKENDS, 'auto')))}, got {name!r}")
 
 
-def choose(name: str):
-    """The module that implements backend ``name``. Raises ValueError, BackendUnavailable."""
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to use for tensors of this device and dtype: "reference", "factored" or "triton". ValueError, BackendUnavailable."""
     check_name(name)
-    if name == "auto":
-        name = "factored"
-    if name == "triton" and (missing := _triton_unavailable()):
+    if name == "triton" and (missing := _triton_unavailable(device.type)):
         raise BackendUnavailable(f'backend="triton" is not available: {missing}; use backend="auto" or "factored"')
-    return importlib.import_module(f"coda_fast.backends.{name}")
+    name = _auto(device) if name == "auto" else name
+    # tensor cores have no float64 worth a kernel; the factored backend computes the same thing
+    return "factored" if name == "triton" and dtype == torch.float64 else name
 
 
-def _triton_unavailable() -> str | None:
+def _auto(device: torch.device) -> str:
+    """Fused kernels only on GPUs whose table says that they passed their tests there."""
+    return "triton" if device.type == "cuda" and not _triton_unavailable("cuda") and _verified(device) else "factored"
+
+
+def _verified(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    from coda_kernels.config import verified
+
+    return verified(torch.cuda.get_device_capability(device), torch.version.hip)
+
+
+def _triton_unavailable(kind: str) -> str | None:
     try:
         import coda_kernels
     except ImportError:
         return "the package coda_kernels is not importable (install coda-fast, or put kernels/ on PYTHONPATH)"
-    return coda_kernels.unavailable()
+    return coda_kernels.unavailable(kind)
+
+
+# Constants under torch.compile, which need not trace them: torch.compiler.assume_constant_result without importing the compiler
+_triton_unavailable._dynamo_marked_constant = _auto._dynamo_marked_constant = True

@@ -17,113 +17,44 @@ Inside, rows are pixels and a patch is laid out (kh, kw, C).
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 import torch.nn.functional as F
 
-from coda_fast._autocast import without_autocast
 from coda_fast._geometry import Geometry
-from coda_fast.backends import reference
 
 # Bytes of the largest intermediate of a chunk. CPU: measured on 2 cores with 32 MB of shared L3, the sum over the S-CoDA layers at 8 MiB
 # is 0.90 of that at 4 MiB, and 1, 2 MiB take 1.5, 1.2 times as long as 4 MiB (bench/cpu_layers.py --chunk-mib). Others: a guess.
 CHUNK_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
 
 
-def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
-    """``F(x, u)``, differentiable to any order; ``applied is input`` (the layer itself) is the fast case."""
-    applied = None if applied is input else applied
-    return _apply(_Align, input, applied, reduction_weight, weight, bias, geometry, norm, eps)
+def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float, keep: str):
+    """``F(x, u)``, with what ``keep`` leaves for the backward pass; ``applied=None`` is u = x."""
+    layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps)
+    return (*layer.align(input, applied, keep), None)
+
+
+def align_backward(
+    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, geometry, norm, eps, detach, needs
+):  # fmt: skip
+    """Gradients of ``F`` (dx, du, dB, dA, db), ``None`` where not needed; with ``detach`` the direct term du alone, as dx where u = x."""
+    # packed anew rather than kept: what waits for the backward pass is of the size of the activations
+    layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps, factor=False)
+    if not detach:
+        return layer.align_backward(input, applied, grad, dot, square, len(reduction_weight), needs)
+    direct = layer.adjoint(input, grad, input if applied is None else applied, square)
+    return (direct, None, None, None, None) if applied is None else (None, direct, None, None, None)
 
 
 def adjoint(input, value, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
-    """``G(x, v)``, differentiable to any order."""
-    return _apply(_Adjoint, input, value, reduction_weight, weight, bias, geometry, norm, eps)
+    """``G(x, v)``."""
+    return _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps).adjoint(input, value, input)
 
 
-def _apply(function, *args):
-    # The loop over chunks is not for tracing: under torch.compile, a graph break. Asked for only then, because marking a function with
-    # torch.compiler.disable imports the compiler: seconds and 110 MB for those who never compile.
-    return _untraced(function, *args) if torch.compiler.is_compiling() else function.apply(*args)
-
-
-@torch._disable_dynamo  # torch.compiler.disable, resolved at the first call; torch.optim uses it so
-def _untraced(function, *args):
-    return function.apply(*args)
-
-
-class _Align(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, input, applied, reduction_weight, weight, bias, geometry, norm, eps):
-        layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps)
-        output, dot, square = layer.align(input, applied)
-        ctx.save_for_backward(input, applied, reduction_weight, weight, bias, dot, square)
-        ctx.options = (geometry, norm, eps)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        input, applied, reduction_weight, weight, bias, dot, square = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():  # create_graph=True: second derivatives come from the definition
-            shared = applied is None
-            inputs = (input, input if shared else applied, reduction_weight, weight, bias)
-            needs = (needs[0], needs[0] if shared else needs[1], *needs[2:])
-            grads = _grads_by_definition(reference.align, inputs, ctx.options, grad, needs)
-            if shared and needs[0]:
-                grads[0], grads[1] = grads[0] + grads[1], None
-            return (*grads, None, None, None)
-        # packed anew rather than kept: what waits for the backward pass is of the size of the activations
-        layer = _Layer.pack(input, reduction_weight, weight, bias, *ctx.options, factor=False)
-        du, dx, db, da, dbias = layer.align_backward(input, applied, grad, dot, square, len(reduction_weight), needs)
-        return dx, du, db, da, dbias, None, None, None
-
-
-class _Adjoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, input, value, reduction_weight, weight, bias, geometry, norm, eps):
-        ctx.save_for_backward(input, value, reduction_weight, weight, bias)
-        ctx.options = (geometry, norm, eps)
-        return _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps).adjoint(input, value)
-
-    @staticmethod
-    def backward(ctx, grad):
-        input, value, reduction_weight, weight, bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():
-            inputs = (input, value, reduction_weight, weight, bias)
-            return (*_grads_by_definition(reference.adjoint, inputs, ctx.options, grad, needs), None, None, None)
-        layer = _Layer.pack(input, reduction_weight, weight, bias, *ctx.options)
-        # <h, G(x, v)> = <v, F(x, h)>: dv is F itself, the rest is the backward of F without its direct term
-        dv, dot, square = layer.align(input, grad)
-        _, dx, db, da, dbias = layer.align_backward(input, grad, value, dot, square, len(reduction_weight), (needs[0], False, *needs[2:]))
-        return dx, dv if needs[1] else None, db, da, dbias, None, None, None
-
-
-def _grads_by_definition(function, inputs, options, grad, needs):
-    """Gradients of ``function`` that can themselves be differentiated; ``None`` where not needed."""
-    with without_autocast(grad.device.type):
-        # fresh views, so that a tensor that enters twice has two gradients
-        inputs = [None if t is None else t.view_as(t) for t in inputs]
-        output = function(*inputs, *options)
-        wanted = [i for i, t in enumerate(inputs) if t is not None and needs[i]]
-        found = torch.autograd.grad(output, [inputs[i] for i in wanted], grad, create_graph=True)
-    grads = [None] * len(inputs)
-    for i, g in zip(wanted, found, strict=True):
-        grads[i] = g
-    return grads
-
-
-def _plain(function):
-    """Run without a graph and without autocast, which would undo the precision chosen here."""
-
-    @functools.wraps(function)
-    def run(self, input, *args, **options):
-        with torch.no_grad(), without_autocast(input.device.type):
-            return function(self, input, *args, **options)
-
-    return run
+def kept_shapes(input_shape, weight_shape, pixels, geometry: Geometry, keep: str):
+    """Shapes of what ``align`` keeps: <w, u>, |w|^2 and the contraction, which this backend never does."""
+    rows = (pixels, weight_shape[0])
+    return rows if keep in ("products", "contraction") else (0,), rows if keep != "nothing" else (0,), (0,)
 
 
 @dataclasses.dataclass
@@ -139,7 +70,6 @@ class _Layer:
     eps: float
 
     @classmethod
-    @_plain
     def pack(cls, input, reduction_weight, weight, bias, geometry, norm, eps, factor=True):
         compute = torch.float64 if input.dtype == torch.float64 else torch.float32
         rows = weight if bias is None else torch.cat((weight, bias.unsqueeze(1)), 1)
@@ -153,31 +83,29 @@ class _Layer:
 
     # -- the three passes -------------------------------------------------------------------------------------------------------
 
-    @_plain
-    def align(self, input, applied):
-        """F(x, u) as [N, n, OH, OW], with <w, u> and |w|^2 as rows [P, n] for the backward pass."""
+    def align(self, input, applied, keep):
+        """F(x, u) as [N, n, OH, OW]; <w, u> and |w|^2 as rows [P, n] where ``keep`` asks for them."""
         n, m, d = self.generate.shape
         windows = _Windows(input, self)
         applied_windows = windows if applied is None else _Windows(applied, self)
-        dot = windows.new_rows(n)
-        square, output = torch.empty_like(dot), torch.empty_like(dot)
+        output = windows.new_rows(n)
+        square = windows.new_rows(n) if keep != "nothing" else None
+        dot = windows.new_rows(n) if keep in ("products", "contraction") else None
         for chunk in windows.chunks(max(n * m, d)):
             x = windows.gather(chunk)
             u = x if applied is None else applied_windows.gather(chunk)
             z = self._reduce(x)
-            self._square(z, out=square[chunk.rows])
+            q = self._square(z, out=None if square is None else square[chunk.rows])
             products = (u @ self.generate.view(n * m, d).t()).view(-1, n, m)
             part = torch.bmm(products, z.unsqueeze(2)).squeeze(2)
-            length = square[chunk.rows].sqrt()
             # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
-            bound = length * torch.linalg.vector_norm(u, dim=1, keepdim=True)
-            torch.clamp(part, -bound, bound, out=dot[chunk.rows])
-            torch.mul(self._scale(square[chunk.rows]), dot[chunk.rows], out=output[chunk.rows])
+            bound = q.sqrt() * torch.linalg.vector_norm(u, dim=1, keepdim=True)
+            part = torch.clamp(part, -bound, bound, out=None if dot is None else dot[chunk.rows])
+            torch.mul(self._scale(q), part, out=output[chunk.rows])
         return windows.rows_to_image(output, input), dot, square
 
-    @_plain
     def align_backward(self, input, applied, grad, dot, square, rank, needs):
-        """Gradients of F: (du, dx, dB, dA, db). With ``applied=None`` (u = x) du is part of dx and returned there.
+        """Gradients of F: (dx, du, dB, dA, db). With ``applied=None`` (u = x) du is part of dx and returned there.
 
         ``needs`` follows the inputs (input, applied, reduction_weight, weight, bias).
         """
@@ -236,26 +164,26 @@ class _Layer:
         if need_reduce:
             d_reduce = d_reduce.view(rank, *kernel, channels).permute(0, 3, 1, 2).to(dtype).contiguous()
         return (
-            applied_windows.canvas_to_image(du, applied) if need_u and not shared else None,
             windows.canvas_to_image(dx, input) if need_x else None,
+            applied_windows.canvas_to_image(du, applied) if need_u and not shared else None,
             d_reduce,
             d_weight,
             d_bias,
         )
 
-    @_plain
-    def adjoint(self, input, value):
-        """G(x, v) as [N, C, H, W]."""
+    def adjoint(self, input, value, like, square=None):
+        """G(x, v) as [N, C, H, W], in dtype and format of ``like``; ``square`` saves the norms where they are known."""
         n, m, d = self.generate.shape
         windows = _Windows(input, self)
         rows = windows.image_to_rows(value)
         canvas = windows.new_canvas()
         for chunk in windows.chunks(max(n * m, d)):
             z = self._reduce(windows.gather(chunk))
-            gs = rows[chunk.rows] * self._scale(self._square(z))
+            q = self._square(z) if square is None else square[chunk.rows]
+            gs = rows[chunk.rows] * self._scale(q)
             outer = (gs.unsqueeze(2) * z.unsqueeze(1)).reshape(-1, n * m)
             windows.scatter_add(canvas, chunk, outer @ self.generate.view(n * m, d))
-        return windows.canvas_to_image(canvas, input)
+        return windows.canvas_to_image(canvas, like)
 
     # -- their pieces -----------------------------------------------------------------------------------------------------------
 
@@ -321,7 +249,7 @@ class _Windows:
         self.compute = layer.generate.dtype
         self.batch, self.channels, height, width = image.shape
         self.out = g.output_size(height, width)
-        self.canvas = F.pad(image.detach().permute(0, 2, 3, 1).to(self.compute), (0, 0, *g.padding)).contiguous()
+        self.canvas = F.pad(image.permute(0, 2, 3, 1).to(self.compute), (0, 0, *g.padding)).contiguous()
         self.windows = self._windows(self.canvas)
 
     def _windows(self, canvas):
@@ -366,17 +294,17 @@ class _Windows:
     def canvas_to_image(self, canvas, like):
         left, _, top, _ = self.geometry.padding
         image = canvas[:, top : top + like.shape[2], left : left + like.shape[3]].permute(0, 3, 1, 2)
-        return image.to(like.dtype).contiguous(memory_format=_format_of(like))
+        return image.to(like.dtype).contiguous(memory_format=format_of(like))
 
     def rows_to_image(self, rows, like):
         image = rows.view(self.batch, *self.out, rows.shape[1]).permute(0, 3, 1, 2)
-        return image.to(like.dtype).contiguous(memory_format=_format_of(like))
+        return image.to(like.dtype).contiguous(memory_format=format_of(like))
 
     def image_to_rows(self, image):
-        return image.detach().permute(0, 2, 3, 1).to(self.compute).reshape(-1, image.shape[1])
+        return image.permute(0, 2, 3, 1).to(self.compute).reshape(-1, image.shape[1])
 
 
-def _format_of(image):
+def format_of(image):
     """A convolution's rule: channels_last in, channels_last out; anything else gives a contiguous result."""
     last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format

@@ -8,8 +8,8 @@ Pixels are int64 (any tensor may pass 2^31 elements); offsets inside one window 
 import triton
 import triton.language as tl
 
-# NumPy has no bfloat16. The interpreter keeps its bits in integers, multiplies those, and cuts off where a GPU rounds (Triton 3.6 to
-# 3.9): under it, arithmetic goes through float32 and rounding is done by hand, with the results of a GPU.
+# NumPy has no bfloat16. Triton's interpreter (3.6 to 3.9) keeps its bits in integers, multiplies those, cuts off where a GPU rounds, and
+# makes 1e-38 of 0: under it, conversion is done here, bit by bit, and arithmetic goes through float32, with the results of a GPU.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -47,21 +47,39 @@ def narrow(b_x, dtype: tl.constexpr):
     """float32 to ``dtype``, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = b_x.to(tl.uint32, bitcast=True)
-        b_x = tl.where(b_x == b_x, (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True), b_x)
+        bits = tl.where(b_x == b_x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return b_x.to(dtype)
+
+
+@triton.jit
+def widen(b_x):
+    """To float32, exactly."""
+    if INTERPRETED and b_x.dtype == tl.bfloat16:
+        return (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return b_x.to(tl.float32)
 
 
 @triton.jit
 def times(b_x, b_y):
     """``x * y`` in the dtype of x, one rounding."""
     if INTERPRETED:
-        return narrow(b_x.to(tl.float32) * b_y.to(tl.float32), b_x.dtype)
+        return narrow(widen(b_x) * widen(b_y), b_x.dtype)
     return b_x * b_y
+
+
+@triton.jit
+def scaled(b_square, SQUASH: tl.constexpr, EPS: tl.constexpr):
+    """s(q): sqrt(q) / (1 + q), or 1 / max(sqrt(q), eps)."""
+    b_length = tl.sqrt(b_square)
+    if SQUASH:
+        return b_length / (1 + b_square)
+    return 1 / tl.maximum(b_length, EPS, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr):
     """``acc + x y`` with the accumulator's precision; PRECISION says how float32 operands are multiplied."""
     if INTERPRETED:
-        b_x, b_y = b_x.to(b_acc.dtype), b_y.to(b_acc.dtype)
+        b_x, b_y = (b_x, b_y) if b_x.dtype == b_acc.dtype else (widen(b_x), widen(b_y))
     return tl.dot(b_x, b_y, b_acc, input_precision=PRECISION, out_dtype=b_acc.dtype)

@@ -10,7 +10,15 @@ The scaled operand (z gs, u gs or z t) is made in registers and goes to the tens
 import triton
 import triton.language as tl
 
-from coda_kernels._tiles import dot, narrow, pixel_tile, times, window_offsets, window_starts
+from coda_kernels._tiles import dot, narrow, pixel_tile, scaled, times, widen, window_offsets, window_starts
+
+
+@triton.jit
+def _saturated(b_x, dtype: tl.constexpr):
+    """To ``dtype``; float16 stops at its largest number, where "l2" asks for 1 / eps of it at w = 0: infinity times 0 is NaN."""
+    if dtype == tl.float16:
+        b_x = tl.clamp(b_x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return narrow(b_x, dtype)
 
 
 @triton.jit
@@ -21,14 +29,14 @@ def grad_factors(
     gs_ptr,  # out [n, PP], with zeros past P
     t_ptr,  # out [n, PP], likewise
     e_ptr,  # out: column E - NB + o of [PP, E] is gs_o too, with NB > 0
-    P: "i64",
-    PP: "i64",
-    OH: "i32",
-    OW: "i32",
-    g_image: "i64",
-    g_unit: "i64",
-    g_row: "i64",
-    g_column: "i64",
+    P: tl.int64,
+    PP: tl.int64,
+    OH: tl.int32,
+    OW: tl.int32,
+    g_image: tl.int64,
+    g_unit: tl.int64,
+    g_row: tl.int64,
+    g_column: tl.int64,
     N_UNITS: tl.constexpr,
     E: tl.constexpr,
     NB: tl.constexpr,
@@ -44,15 +52,11 @@ def grad_factors(
     m_o, m_g = (o_o < N_UNITS)[None, :] & (o_p < PP)[:, None], (o_o < N_UNITS)[None, :] & (o_p < P)[:, None]
     o_n, rest = o_known // (OH * OW), (o_known % (OH * OW)).to(tl.int32)
     p_grad = grad_ptr + (o_n * g_image + (rest // OW) * g_row + (rest % OW) * g_column)[:, None]
-    b_grad = tl.load(p_grad + (o_o * g_unit)[None, :], mask=m_g, other=0).to(tl.float32)
+    b_grad = widen(tl.load(p_grad + (o_o * g_unit)[None, :], mask=m_g, other=0))
     o_kept, o_out = o_p[:, None] + (o_o * P)[None, :], o_p[:, None] + (o_o * PP)[None, :]
     b_square = tl.load(square_ptr + o_kept, mask=m_g, other=0)
     b_length = tl.sqrt(b_square)
-    if SQUASH:
-        b_gs = b_grad * (b_length / (1 + b_square))
-    else:
-        b_gs = b_grad / tl.maximum(b_length, EPS, propagate_nan=tl.PropagateNan.ALL)
-    b_gs = narrow(b_gs, gs_ptr.dtype.element_ty)
+    b_gs = _saturated(b_grad * scaled(b_square, SQUASH, EPS), gs_ptr.dtype.element_ty)
     tl.store(gs_ptr + o_out, b_gs, m_o)
     if NB > 0:  # columns past the last unit are written too, with zeros
         tl.store(e_ptr + o_p[:, None] * E + (E - NB + o_o)[None, :], b_gs, (o_p < PP)[:, None] & (o_o < NB)[None, :])
@@ -62,7 +66,7 @@ def grad_factors(
             b_t = tl.where(b_length == 0, 0, b_grad * b_ratio * ((1 - b_square) / (1 + b_square)) / (1 + b_square))
         else:
             b_t = tl.where(b_length <= EPS, 0, -b_grad * b_ratio / b_square)
-        tl.store(t_ptr + o_out, narrow(b_t, t_ptr.dtype.element_ty), m_o)
+        tl.store(t_ptr + o_out, _saturated(b_t, t_ptr.dtype.element_ty), m_o)
 
 
 @triton.jit
@@ -87,15 +91,15 @@ def grad_z(
     cross_ptr,  # [n, R]: A_o b_o
     contraction_ptr,  # [P, n R]: A_o^T u, where forward kept it
     e_ptr,  # out: dz, with zeros past P, is the first R columns of [PP, E]
-    P: "i64",
-    PP: "i64",
-    OH: "i32",
-    OW: "i32",
-    HP: "i64",
-    WP: "i32",
-    units: "i32",  # n, K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
-    depth: "i32",
-    ranks: "i32",
+    P: tl.int64,
+    PP: tl.int64,
+    OH: tl.int32,
+    OW: tl.int32,
+    HP: tl.int64,
+    WP: tl.int32,
+    units: tl.int32,  # n, K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
+    depth: tl.int32,
+    ranks: tl.int32,
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -124,8 +128,8 @@ def grad_z(
     if KEPT:
         p_c = contraction_ptr + o_p[:, None] * (N_UNITS * R) + o_r[None, :]
         for o in range(units):
-            b_gs = tl.load(gs_ptr + o * PP + o_p).to(tl.float32)
-            b_acc += b_gs[:, None] * tl.load(p_c + o * R).to(tl.float32)
+            b_gs = widen(tl.load(gs_ptr + o * PP + o_p))
+            b_acc += b_gs[:, None] * widen(tl.load(p_c + o * R))
     else:
         p_row = u_ptr + window_starts(first, o_p, OH, OW, HP, WP, CP, SH, SW)
         for k in range(0, depth, BK):
@@ -167,15 +171,15 @@ def fold(
     gs_ptr,  # [n, PP]
     e_ptr,  # [PP, E]: dz, gs, or both
     dx_ptr,  # out [N, H, W, C]
-    N: "i64",
-    H: "i32",
-    W: "i32",
-    OH: "i32",
-    OW: "i32",
-    PP: "i64",
-    units: "i32",  # n, kh kw and E, as bounds of loops
-    taps: "i32",
-    columns_e: "i32",
+    N: tl.int64,
+    H: tl.int32,
+    W: tl.int32,
+    OH: tl.int32,
+    OW: tl.int32,
+    PP: tl.int64,
+    units: tl.int32,  # n, kh kw and E, as bounds of loops
+    taps: tl.int32,
+    columns_e: tl.int32,
     C: tl.constexpr,
     CP: tl.constexpr,
     KH: tl.constexpr,
@@ -196,7 +200,7 @@ def fold(
     BR: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """dx for one tile of input pixels and channels: the transposed convolution of [dz | gs] with [B; b] and, with DIRECT, of gs (x) z with A.
+    """dx for a tile of input pixels and channels: the transposed convolution of [dz | gs] with [B; b] and, with DIRECT, of gs (x) z with A.
 
     A gather over taps, so no atomics. Input pixels are taken by their remainder modulo the stride: pixels of one class see the same taps.
     """

@@ -1,8 +1,8 @@
 """Gradients of the parameters: sums over all pixels of (something of the pixel) x (its patch), split over pixels, added in fixed order.
 
-    dA_o   = sum_p gs_o z u^T + (sum_p t_o z z~^T) A~_o     rows (o, k) made in registers: the Khatri-Rao product gs (x) z
-    db_o   = sum_p gs_o u^T + ...                           rows as they are
-    dB     = sum_p dz x^T
+dA_o   = sum_p gs_o z u^T + (sum_p t_o z z~^T) A~_o     rows (o, k) made in registers: the Khatri-Rao product gs (x) z
+db_o   = sum_p gs_o u^T + ...                           rows as they are
+dB     = sum_p dz x^T
 """
 
 import triton
@@ -18,10 +18,10 @@ def outer_sum(
     rows_ptr,  # z [PP, R] where SCALED, else the rows: [PP, >= ROWS] with PIXELS_FIRST, else [ROWS, PP]
     scale_ptr,  # [n, PP], or unused without SCALED
     partial_ptr,  # out [splits, ROWS, K], float32
-    PP: "i64",  # pixels, rounded up to whole blocks; rows or their scale are zeros past the last one
-    chunk: "i32",  # pixels a split, whole blocks
-    s_rows: "i64",
-    WP: "i32",
+    PP: tl.int64,  # pixels, rounded up to whole blocks; rows or their scale are zeros past the last one
+    chunk: tl.int32,  # pixels a split, whole blocks
+    s_rows: tl.int64,
+    WP: tl.int32,
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,

@@ -63,9 +63,9 @@ class Shape:
 
     @property
     def block_k(self) -> int:
-        """Step of the loop over a patch: the longest that pads a patch by at most an eighth."""
+        """Step of the loop over a patch: the longest that pads a patch by at most an eighth, at least 16 for the tensor cores."""
         depth = self.taps * self.CP
-        return next(b for b in (64, 32, 16, 8) if b == 8 or -(-depth // b) * b * 8 <= depth * 9 or (b == 16 and depth < 64))
+        return next(b for b in (64, 32, 16) if b == 16 or -(-depth // b) * b * 8 <= depth * 9)
 
     @property
     def K(self) -> int:
@@ -97,9 +97,6 @@ class Tile:
         """Keyword arguments of a launch."""
         # fusing multiplies with adds is asked for explicitly: its default goes from on to off in Triton 3.10
         return {**dict(self.blocks), "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
-
-KERNELS = ("project", "norm_factor", "contracted", "generated", "grad_factors", "gram", "grad_z", "fold", "outer_scaled", "outer_plain")
 
 
 def candidates(kernel: str, shape: Shape, device: Device) -> tuple[Tile, ...]:
@@ -153,62 +150,98 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+# From the wanted size down to one that fits anywhere; warps and stages last. What decided the first ones: registers and tensor-core
+# clocks of compiled code (bench/results/aot_*.json), to be replaced by rows measured on devices.
+_SIZES = {
+    # BM, BN
+    "project": [(128, 128, 8, 3), (64, 64, 4, 2), (32, 16, 4, 1)],
+    # BM, columns of the accumulator (BO R): 212 registers on sm_90, 16 more with one line in another order
+    "contracted": [(128, 256, 8, 3), (128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
+    # BM, columns (BO BD), most of BR
+    "generated": [(128, 128, 256, 8, 2), (128, 64, 256, 8, 1), (64, 64, 64, 4, 2), (64, 64, 64, 4, 1), (32, 16, 16, 4, 1)],
+    # BM, BR, most of BK and BU
+    "grad_z": [(128, 64, 64, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)],
+    # BM, most of BC, most of BR: with 64 ranks at once 6 to 57 spills
+    "fold": [(128, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)],
+    # rows (BO BR), BN, BP: 256 x 128 takes fewer registers, but Triton before 3.9 makes wgmma of it that ptxas serialises
+    "outer_scaled": [(128, 256, 64, 8, 3), (256, 64, 64, 8, 2), (128, 64, 32, 4, 2), (64, 32, 32, 4, 1), (16, 16, 16, 4, 1)],
+    # BR, BN, BP
+    "outer_plain": [(64, 128, 64, 4, 3), (64, 64, 32, 4, 2), (16, 16, 16, 4, 1)],
+    # most of BR and BK
+    "gram": [(64, 64, 4, 2), (16, 16, 4, 1)],
+    "norm_factor": [(32, 8, 1), (16, 8, 1)],
+    "grad_factors": [(64, 16, 4, 1)],
+}
+# Where to begin in these lists: float32 operands take twice the room, and the first size spills on some architectures
+_BEGIN = {
+    "project": {"float32": 1},
+    "contracted": {"float32": 2, 100: 1, "amd": 1},
+    "generated": {"float32": 2},
+    "grad_z": {"float32": 1},
+    "fold": {"float32": 1, 100: 1},
+    "outer_scaled": {"float32": 2, 80: 1, "amd": 1},
+    "outer_plain": {"float32": 1},
+    "norm_factor": {"float32": 1},
+}
+
+
+def _family(arch):
+    """Architectures whose kernels compile alike: 80 (mma.sync, the rest of NVIDIA's), 90 (wgmma), 100 (tcgen05), "amd"."""
+    return "amd" if isinstance(arch, str) else {90: 90, 100: 100, 103: 100}.get(arch, 80)
+
+
 def _heuristic(kernel: str, s: Shape, device: Device) -> list[Tile]:
-    half = s.bits == 16
+    if kernel not in _SIZES:
+        raise ValueError(f"kernel: expected one of {', '.join(_SIZES)}, got {kernel!r}")
+    begin = _BEGIN.get(kernel, {})
+    first = max(begin.get("float32", 0) if s.bits == 32 else 0, begin.get(_family(device.arch), 0))
+    return [_tile(kernel, s, *size) for size in _SIZES[kernel][first:]]
+
+
+def _tile(kernel, s, *size):
+    """One entry of ``_SIZES`` cut to the layer."""
+    *size, warps, stages = size
+    units, width = power_of_two(s.units), max(16, power_of_two(s.K))
+    make = functools.partial(Tile.make, warps, stages)
     if kernel == "project":
-        width = min(128, max(16, power_of_two(s.R + (-(-s.units // 16) * 16 if s.bias else 0))))
-        sizes = [(128, width, 4, 3), (64, min(64, width), 4, 2), (32, 16, 4, 1)]
-        return [Tile.make(w, st, BM=m, BN=n, BK=s.block_k) for m, n, w, st in sizes[0 if half else 1 :]]
+        rows = s.R + (-(-s.units // 16) * 16 if s.bias else 0)
+        return make(BM=size[0], BN=min(size[1], max(16, power_of_two(rows))), BK=s.block_k)
     if kernel == "contracted":
-        # 128 x 256 with 8 warps: 206 registers on sm_90; half the columns where float32 operands take twice the room
-        sizes = [(128, 256, 8, 3), (128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)]
-        if device.amd:
-            sizes = sizes[1:]
-        units = power_of_two(s.units)
-        block = s.block_k if half else min(32, s.block_k)
-        return [Tile.make(w, st, BM=m, BO=max(1, min(units, c // s.R)), BK=block, BR=min(s.R, 32)) for m, c, w, st in sizes[0 if half else 2 :]]
+        depth = s.block_k if s.bits == 16 else min(32, s.block_k)
+        return make(BM=size[0], BO=max(1, min(units, size[1] // s.R)), BK=depth, BR=min(s.R, 32))
     if kernel == "generated":
-        width, rank = min(64, s.block_k), min(s.R, 256)
-        sizes = [(128, 2 * width, 256, 8, 2), (128, width, 256, 8, 1), (64, width, 128, 4, 2), (64, width, 64, 4, 1), (32, 16, 16, 4, 1)]
-        tiles = []
-        for m, c, r, w, st in sizes[0 if half else 2 :]:
-            depth = min(width, c)
-            tiles.append(Tile.make(w, st, BM=m, BO=max(1, min(power_of_two(s.units), c // depth)), BD=depth, BR=min(rank, r)))
-        return tiles
+        depth = min(64, s.block_k, size[1])
+        return make(BM=size[0], BO=max(1, min(units, size[1] // depth)), BD=depth, BR=min(s.R, size[2]))
     if kernel == "grad_z":
-        sizes = [(128, 64, 64, 4, 3), (64, 64, 64, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)]
-        return [
-            Tile.make(w, st, BM=m, BR=min(s.R, r), BK=min(k, s.block_k), BU=min(s.R, k)) for m, r, k, w, st in sizes[0 if half else 1 :]
-        ]
+        return make(BM=size[0], BR=min(s.R, size[1]), BK=min(size[2], s.block_k), BU=min(s.R, size[2]))
     if kernel == "fold":
-        width = min(64, max(16, power_of_two(s.CP)))
-        sizes = [(128, width, 32, 4, 3), (64, width, 32, 4, 2), (64, min(32, width), 32, 4, 1), (32, 16, 16, 4, 1)]
-        return [Tile.make(w, st, BM=m, BC=c, BR=min(s.R, r), BE=16) for m, c, r, w, st in sizes[0 if half else 1 :]]
+        return make(BM=size[0], BC=min(size[1], max(16, power_of_two(s.CP))), BR=min(s.R, size[2]), BE=16)
     if kernel == "outer_scaled":
-        sizes = [(256, 128, 64, 8, 3), (256, 64, 64, 8, 2), (128, 64, 32, 4, 2), (64, 32, 32, 4, 1), (16, 16, 16, 4, 1)]
-        tiles = []
-        for rows, n, p, w, st in sizes[0 if half else 2 :]:
-            rank = min(s.R, 64, rows)
-            units = max(1, min(power_of_two(s.units), rows // rank))
-            tiles.append(Tile.make(w, st, BO=units, BR=rank, BN=min(n, max(16, power_of_two(s.K))), BP=p))
-        return tiles
+        ranks = min(s.R, 64, size[0])
+        return make(BO=max(1, min(units, size[0] // ranks)), BR=ranks, BN=min(size[1], width), BP=size[2])
     if kernel == "outer_plain":
-        sizes = [(64, 128, 64, 4, 3), (64, 64, 32, 4, 2), (16, 16, 16, 4, 1)]
-        return [Tile.make(w, st, BO=1, BR=r, BN=min(n, max(16, power_of_two(s.K))), BP=p) for r, n, p, w, st in sizes[0 if half else 1 :]]
+        return make(BO=1, BR=size[0], BN=min(size[1], width), BP=size[2])
     if kernel == "gram":
-        return [Tile.make(4, 2, BR=min(64, s.R), BK=s.block_k), Tile.make(4, 1, BR=16, BK=min(16, s.block_k))]
-    if kernel == "norm_factor":
-        return [Tile.make(8, 1, BK=min(16 if s.bits == 32 else 32, s.block_k))]
-    if kernel == "grad_factors":
-        return [Tile.make(4, 1, BP=64, BO=16)]
-    raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
+        return make(BR=min(s.R, size[0]), BK=min(size[1], s.block_k))
+    return make(BK=min(size[0], s.block_k)) if kernel == "norm_factor" else make(BP=size[0], BO=size[1])
+
+
+def verified(capability: tuple[int, int], hip: str | None = None) -> bool:
+    """Whether the kernels' tests have passed on a GPU of this compute capability, by the table that such a run leaves in the package."""
+    return not hip and bool(_read_table(capability[0] * 10 + capability[1]).get("verified"))
+
+
+def _table(arch: int | str) -> dict[str, Tile]:
+    """Measured rows for a device: {row_key: Tile}."""
+    rows = _read_table(arch).get("tiles", [])
+    return {row["key"]: Tile.make(row["warps"], row["stages"], **row["blocks"]) for row in rows}
 
 
 @functools.cache
-def _table(arch: int | str) -> dict[str, Tile]:
-    """Measured rows for a device: {row_key: Tile}. CODA_FAST_TABLES names another folder of tables."""
+def _read_table(arch: int | str) -> dict:
+    """What was measured on a kind of device, or nothing. CODA_FAST_TABLES names another folder of tables than the package's.
+
+    {"verified": {"device", "triton", "torch", "commit", "date"} where all tests passed, "tiles": [{"key", "blocks", "warps", "stages"}]}
+    """
     path = pathlib.Path(os.environ.get("CODA_FAST_TABLES", TABLES)) / f"{arch if isinstance(arch, str) else f'sm_{arch}'}.json"
-    if not path.exists():
-        return {}
-    rows = json.loads(path.read_text(encoding="utf-8"))["tiles"]
-    return {row["key"]: Tile.make(row["warps"], row["stages"], **row["blocks"]) for row in rows}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

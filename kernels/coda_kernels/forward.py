@@ -1,22 +1,20 @@
 """F(x, u): y_po = s(|w_po|^2) <w_po, u_p> with w_po = A_o z_p + b_o, in one pass; two exact forms, neither of which stores w.
 
-    contracted   <w, u> = sum_k z_k (A_ok . u) + b_o . u      |w|^2 = |L_o^T z + shift_o|^2 + rest_o     r small against d
-    generated    w = A_o z + b_o, a tile of d at a time in registers: <w, u> += w u, |w|^2 += w w        r >= 128 or d <= 64
+contracted   <w, u> = sum_k z_k (A_ok . u) + b_o . u      |w|^2 = |L_o^T z + shift_o|^2 + rest_o     r small against d
+generated    w = A_o z + b_o, a tile of d at a time in registers: <w, u> += w u, |w|^2 += w w        r >= 128 or d <= 64
 """
 
 import triton
 import triton.language as tl
 
-from coda_kernels._tiles import dot, narrow, pixel_tile, window_offsets, window_starts
+from coda_kernels._tiles import dot, narrow, pixel_tile, scaled, widen, window_offsets, window_starts
 
 
 @triton.jit
-def _scaled(b_square, SQUASH: tl.constexpr, EPS: tl.constexpr):
-    """s(q): sqrt(q) / (1 + q), or 1 / max(sqrt(q), eps)."""
-    b_length = tl.sqrt(b_square)
-    if SQUASH:
-        return b_length / (1 + b_square)
-    return 1 / tl.maximum(b_length, EPS, propagate_nan=tl.PropagateNan.ALL)
+def _inverse_power_of_two(b_x):
+    """1 / 2^floor(log2 x) for x >= 0, a scale that rounds nothing; from 2^-100 to 2^40, so that its square times a norm is finite."""
+    b_x = tl.clamp(b_x, 2.0**-40, 2.0**100)
+    return ((254 << 23) - (b_x.to(tl.int32, bitcast=True) & (255 << 23))).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -42,7 +40,7 @@ def _finish(
     b_bound = tl.sqrt(b_square) * tl.sqrt(tl.load(length_ptr + o_p))[:, None]
     b_dot = tl.clamp(b_dot, -b_bound, b_bound, propagate_nan=tl.PropagateNan.ALL)
     m_y = m_p[:, None] & (o_o < N_UNITS)[None, :]
-    b_y = _scaled(b_square, SQUASH, EPS) * b_dot
+    b_y = scaled(b_square, SQUASH, EPS) * b_dot
     tl.store(y_ptr + o_p[:, None] * N_UNITS + o_o[None, :], narrow(b_y, y_ptr.dtype.element_ty), m_y)
     o_kept = o_p[:, None] + (o_o.to(tl.int64) * P)[None, :]
     if KEEP_DOT:
@@ -66,13 +64,13 @@ def contracted(
     dot_ptr,  # out [n, P]
     square_ptr,  # out [n, P]
     contraction_ptr,  # out [P, n R]
-    P: "i64",
-    OH: "i32",
-    OW: "i32",
-    HP: "i64",
-    WP: "i32",
-    depth: "i32",  # K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
-    ranks: "i32",
+    P: tl.int64,
+    OH: tl.int32,
+    OW: tl.int32,
+    HP: tl.int64,
+    WP: tl.int32,
+    depth: tl.int32,  # K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
+    ranks: tl.int32,
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -121,12 +119,12 @@ def contracted(
         tl.store(p_c, narrow(b_acc, contraction_ptr.dtype.element_ty), m_c)
     # <w, u> is reduced before the norm is begun: one accumulator alive at a time (the other order spilled 592 bytes)
     b_z = tl.load(z_ptr + o_p[:, None] * R + o_r[None, :])
-    b_wide = b_z.to(tl.float32)
+    b_wide = widen(b_z)
     b_dot = tl.sum(tl.reshape(b_acc, (BM, BO, R)) * b_wide[:, None, :], 2)
     if NB > 0 and not NORM_ONLY:
         b_dot += tl.load(beta_ptr + o_p[:, None] * NB + o_o[None, :])
     # |L^T z + shift|^2 + rest in units of the largest entries of z and of L: 16-bit z is exact in float16, and L loses less than z did
-    b_inverse = 1 / tl.maximum(tl.max(tl.abs(b_wide), 1), 1e-12)
+    b_inverse = _inverse_power_of_two(tl.max(tl.abs(b_wide), 1))
     o_b = tl.arange(0, BR)
     p_l = factor_ptr + i_j * R + (o_j * R)[None, :] + o_b[:, None]
     p_z = z_ptr + o_p[:, None] * R + o_b[None, :]
@@ -135,7 +133,7 @@ def contracted(
         b_v += b_inverse[:, None] * tl.load(shift_ptr + i_j + o_j)[None, :]
     for k in range(0, ranks, BR):  # z again, a piece at a time: all of L at once took 40 registers
         b_l = tl.load(p_l + k)
-        b_unit = tl.load(p_z + k).to(tl.float32) * b_inverse[:, None]
+        b_unit = widen(tl.load(p_z + k)) * b_inverse[:, None]
         b_v = dot(narrow(b_unit, b_l.dtype), b_l, b_v, PRECISION)
     b_size = tl.load(scale_ptr + o_o)[None, :] / b_inverse[:, None]
     b_square = tl.sum(tl.reshape(b_v * b_v, (BM, BO, R)), 2) * (b_size * b_size)
@@ -157,13 +155,13 @@ def generated(
     y_ptr,  # out [P, n]
     dot_ptr,  # out [n, P]
     square_ptr,  # out [n, P]
-    P: "i64",
-    OH: "i32",
-    OW: "i32",
-    HP: "i64",
-    WP: "i32",
-    depth: "i32",  # K and R, as above
-    ranks: "i32",
+    P: tl.int64,
+    OH: tl.int32,
+    OW: tl.int32,
+    HP: tl.int64,
+    WP: tl.int32,
+    depth: tl.int32,  # K and R, as above
+    ranks: tl.int32,
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -206,9 +204,9 @@ def generated(
             for r in range(0, ranks, BR):
                 b_w = dot(tl.load(p_z + r), tl.load(p_a[None, :] + ((r + o_r) * K)[:, None] + k), b_w, PRECISION)
         if HAS_BIAS:
-            b_w += tl.load(b_ptr + o_unit * K + o_j % BD + k).to(tl.float32)[None, :]
+            b_w += widen(tl.load(b_ptr + o_unit * K + o_j % BD + k))[None, :]
         o_k = k + tl.arange(0, BD)
-        b_u = tl.load(p_row[:, None] + window_offsets(o_k, WP, CP, KH, KW, DH, DW)[None, :]).to(tl.float32)
+        b_u = widen(tl.load(p_row[:, None] + window_offsets(o_k, WP, CP, KH, KW, DH, DW)[None, :]))
         b_w = tl.reshape(b_w, (BM, BO, BD))
         b_dot += tl.sum(b_w * b_u[:, None, :], 2)
         b_square += tl.sum(b_w * b_w, 2)

@@ -14,7 +14,7 @@ import warnings
 import torch
 import triton
 
-from coda_kernels import backward_input, backward_weight, config, forward, norm_factor, project
+from coda_kernels import backward_input, backward_weight, config, forward, interpreted, norm_factor, project
 from coda_kernels.config import Device, Shape
 
 KEEP = ("nothing", "norm", "products", "contraction")
@@ -213,7 +213,7 @@ class Layer:
         self._launch("grad_z", launch)
 
     def fold(self, like, z, gs, e, rows, memory_format):
-        """An image like ``like``: the transposed convolution of ``e`` [P, E] with ``rows`` [E, K] and, with z and gs, of gs (x) z with A."""
+        """An image like ``like``: the transposed convolution of ``e`` [P, E] with ``rows`` [E, K] and, with gs, of gs (x) z with A."""
         s, (left, _, top, _) = self.shape, self.window.padding
         batch, _, height, width = like.shape
         dx = torch.empty(batch, height, width, s.channels, dtype=self.dtype, device=self.torch_device)
@@ -233,7 +233,7 @@ class Layer:
 
     def outer_sum(self, image, starts, rows, scale=None):
         """``sum_p row_p (x) u_p`` in float32: [n, R, K] with row (o, k) = scale_o z_k from rows = z [P, R] and scale [n, P], else [m, K]
-        from rows [m, P], either dimension first in memory. ``image``: the canvas and where its windows start, or z [P, R] itself (K is R then).
+        from rows [m, P], either dimension first in memory. ``image``: the canvas and where its windows start, or z [P, R] (K is R then).
         """
         s, geometry, width, depth = self.shape, self._geometry(), self.canvas_size[1], self.shape.K
         if image.dim() == 2:
@@ -346,6 +346,6 @@ def device_of(device: torch.device) -> Device:
 def precision(dtype: torch.dtype, device: Device) -> str:
     """How float32 operands are multiplied, after ``torch.set_float32_matmul_precision``: "highest" is three TF32 products (about 2^-21)
     on NVIDIA tensor cores, "high" and "medium" one; AMD and the interpreter compute float32 as it is."""
-    if dtype != torch.float32 or device.amd or triton.knobs.runtime.interpret:
+    if dtype != torch.float32 or device.amd or interpreted():
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from coda_kernels._tiles import dot, narrow
+from coda_kernels._tiles import dot, narrow, widen
 
 
 @triton.jit
@@ -33,8 +33,8 @@ def gram(
         b_j = tl.load(p_a + o_j[None, :] * K + o_k[:, None])
         b_gram = dot(b_i, b_j, b_gram, PRECISION)
         if HAS_BIAS:
-            b_b = tl.load(b_ptr + i_o * K + o_k).to(tl.float32)
-            b_cross += tl.sum(b_i.to(tl.float32) * b_b[None, :], 1)
+            b_b = widen(tl.load(b_ptr + i_o * K + o_k))
+            b_cross += tl.sum(widen(b_i) * b_b[None, :], 1)
     p_gram = gram_ptr + tl.cast(i_o, tl.int64) * (R * R)
     tl.store(p_gram + o_i[:, None] * R + o_j[None, :], narrow(b_gram, gram_ptr.dtype.element_ty))
     if HAS_BIAS:
@@ -75,8 +75,8 @@ def norm_factor(
             b_a, b_t = b_a.to(tl.float64), b_t.to(tl.float64)
         b_gram = dot(b_a, b_t, b_gram, "ieee")
         if HAS_BIAS:
-            b_b = tl.load(b_ptr + i_o * K + o_k).to(dtype)
-            b_cross += tl.sum(b_a.to(dtype) * b_b[None, :], 1)
+            b_b = widen(tl.load(b_ptr + i_o * K + o_k)).to(dtype)
+            b_cross += tl.sum((b_a if WIDE else widen(b_a)) * b_b[None, :], 1)
             rest += tl.sum(b_b * b_b, 0)
     trace = tl.sum(tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_gram, 0), 1), 0)
     least = trace * (1e-14 if WIDE else 1e-7)  # pivots below are rounding: A_o has no more rows of its own

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from coda_kernels._tiles import dot, narrow, pixel_tile, window_offsets, window_starts
+from coda_kernels._tiles import dot, narrow, pixel_tile, widen, window_offsets, window_starts
 
 
 @triton.jit
@@ -14,13 +14,13 @@ def project(
     beta_ptr,  # out [PP, NB], float32
     length_ptr,  # out [PP], float32
     starts_ptr,  # out [PP], int64
-    P: "i64",
-    PP: "i64",
-    OH: "i32",
-    OW: "i32",
-    HP: "i64",
-    WP: "i32",
-    depth: "i32",  # K, as the bound of a loop: known at run time only, so that it is pipelined and not unrolled
+    P: tl.int64,
+    PP: tl.int64,
+    OH: tl.int32,
+    OW: tl.int32,
+    HP: tl.int64,
+    WP: tl.int32,
+    depth: tl.int32,  # K, as the bound of a loop: known at run time only, so that it is pipelined and not unrolled
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -39,8 +39,7 @@ def project(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``[z | beta] = x_p [B; b]^T`` and, with LENGTH, ``|x_p|^2``, with STARTS, where the window of p starts; R = 0 or NB = 0: not that part.
-    """
+    """``[z | beta] = x_p [B; b]^T``; with LENGTH, ``|x_p|^2``; with STARTS, where windows start; R = 0 or NB = 0: not that part."""
     columns: tl.constexpr = (ROWS + BN - 1) // BN
     i_m, i_n = tl.program_id(0) // columns, tl.program_id(0) % columns
     first, o_p, o_known = pixel_tile(i_m, P, BM)
@@ -56,7 +55,7 @@ def project(
         b_w = tl.load(w_ptr + (o_j % ROWS * K)[None, :] + o_k[:, None])
         b_acc = dot(b_x, b_w, b_acc, PRECISION)
         if LENGTH:
-            b_wide = tl.where(o_k[None, :] < KH * KW * CP, b_x.to(tl.float32), 0)
+            b_wide = tl.where(o_k[None, :] < KH * KW * CP, widen(b_x), 0)
             b_length += tl.sum(b_wide * b_wide, 1)
     if R > 0:
         m_z = m_p[:, None] & (o_j < R)[None, :]

@@ -1,0 +1,267 @@
+"""The operators that every fused backend shares: ``torch.ops.coda_fast.align``, ``align_backward`` and ``adjoint``.
+
+    align(x, u)           F(x, u)[p, o] = s(|w|^2) <w[p, o], u_p> with w computed from x; ``applied=None`` is u = x, the layer itself
+    align_backward(g, ..) its gradients; with ``detach`` (explanation mode) only the direct term G(x, g)
+    adjoint(x, v)         G(x, v), the transpose of u -> F(x, u)
+
+Each is differentiable to any order, has a fake kernel with true strides (torch.compile, torch.export) and a FLOP formula, and hands the
+work to ``coda_fast.backends.<backend>``. Registered one level below ``torch.library.custom_op``, whose wrapper imports the compiler at
+the first eager call: seconds and 110 MB for those who never compile.
+
+Autocast: ``coda_fast.functional`` casts before it calls, the same for every backend. Called directly under autocast, ``align`` and
+``adjoint`` cast like a convolution (float64 stays); ``align_backward`` takes what ``align`` left, as it is.
+
+``keep`` says what ``align`` leaves for the backward pass: "nothing", "norm" (|w|^2: explanation mode), "products" (and <w, u>) or
+"contraction" (and sum over the patch of A u, where the backend has it). What is not kept is an empty tensor [0]; a backward pass that
+misses something computes it again.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from coda_fast import _flops
+from coda_fast._autocast import cast_as_convolution, without_autocast
+from coda_fast._geometry import Geometry
+from coda_fast.backends import reference
+from coda_fast.backends.factored import format_of
+
+KEEPS = ("nothing", "norm", "products", "contraction")
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, str norm, float eps"
+_LAYER = "Tensor reduction_weight, Tensor weight, Tensor? bias"
+_SCHEMAS = {
+    "align": f"(Tensor input, Tensor? applied, {_LAYER}, {_GEOMETRY}, bool detach, str keep, str backend) "
+    "-> (Tensor output, Tensor dot, Tensor square, Tensor contraction)",
+    "align_backward": f"(Tensor grad, Tensor input, Tensor? applied, {_LAYER}, Tensor dot, Tensor square, Tensor contraction, "
+    f"{_GEOMETRY}, bool detach, bool[] needs, str backend) -> (Tensor dx, Tensor du, Tensor dB, Tensor dA, Tensor db)",
+    "adjoint": f"(Tensor input, Tensor value, {_LAYER}, {_GEOMETRY}, str backend) -> Tensor",
+}
+_LIBRARY = torch.library.Library("coda_fast", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    # our results follow the input's memory format: the compiler must not choose another one for it
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+align, align_backward, adjoint = (getattr(torch.ops.coda_fast, name).default for name in _SCHEMAS)
+
+
+def _geometry(weight, stride, padding, dilation) -> Geometry:
+    return Geometry(tuple(weight.shape[3:]), tuple(stride), tuple(dilation), tuple(padding))
+
+
+def _backend(name):
+    if name not in ("factored", "triton"):
+        raise ValueError(f"backend: expected 'factored' or 'triton', got {name!r}")
+    return importlib.import_module(f"coda_fast.backends.{name}")
+
+
+def _check_keep(keep):
+    if keep not in KEEPS:
+        raise ValueError(f"keep: expected one of {', '.join(map(repr, KEEPS))}, got {keep!r}")
+
+
+# -- kernels, the same for every device -----------------------------------------------------------------------------------------------
+
+
+def _kernel(function):
+    """Run without a graph and without autocast, which would undo the precision that a backend chooses."""
+
+    def run(first, *rest):
+        with torch.no_grad(), without_autocast(first.device.type):
+            return function(first, *rest)
+
+    return run
+
+
+def _filled(results, like, dtypes):
+    """Operators return tensors: [0] stands for None."""
+    return tuple(like.new_empty(0, dtype=dtype) if t is None else t for t, dtype in zip(results, dtypes, strict=True))
+
+
+def _kept_dtypes(dtype):
+    """Of <w, u>, |w|^2 and the contraction."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return wide, wide, dtype
+
+
+@_kernel
+def _align_kernel(
+    input, applied, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, detach, keep, backend
+):  # fmt: skip
+    _check_keep(keep)
+    geometry = _geometry(weight, stride, padding, dilation)
+    output, *kept = _backend(backend).align(input, applied, reduction_weight, weight, bias, geometry, norm, eps, keep)
+    return output, *_filled(kept, input, _kept_dtypes(input.dtype))
+
+
+@_kernel
+def _align_backward_kernel(
+    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, stride, padding, dilation, norm, eps, detach, needs,
+    backend,
+):  # fmt: skip
+    geometry = _geometry(weight, stride, padding, dilation)
+    dot, square, contraction = (t if t.dim() > 1 else None for t in (dot, square, contraction))
+    gradients = _backend(backend).align_backward(
+        grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, geometry, norm, eps, detach, tuple(needs)
+    )
+    return _filled(gradients, input, [input.dtype] * 5)
+
+
+@_kernel
+def _adjoint_kernel(input, value, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend):
+    geometry = _geometry(weight, stride, padding, dilation)
+    return _backend(backend).adjoint(input, value, reduction_weight, weight, bias, geometry, norm, eps)
+
+
+# -- fake kernels: shapes, dtypes and strides ------------------------------------------------------------------------------------------
+
+
+def _align_fake(input, applied, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, detach, keep, backend):
+    _check_keep(keep)
+    geometry = _geometry(weight, stride, padding, dilation)
+    batch, units, size = input.shape[0], weight.shape[0], geometry.output_size(*input.shape[2:])
+    shapes = _backend(backend).kept_shapes(input.shape, weight.shape, batch * size[0] * size[1], geometry, keep)
+    output = torch.empty(batch, units, *size, dtype=input.dtype, device=input.device, memory_format=format_of(input))
+    return output, *(input.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, _kept_dtypes(input.dtype), strict=True))
+
+
+def _align_backward_fake(
+    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, stride, padding, dilation, norm, eps, detach, needs,
+    backend,
+):  # fmt: skip
+    formats = [None if t is None else format_of(t) for t in (input, applied)] + [torch.contiguous_format] * 3
+    tensors = (input, applied, reduction_weight, weight, bias)
+    gradients = [
+        torch.empty_like(t, memory_format=form) if t is not None and need else None
+        for t, form, need in zip(tensors, formats, needs, strict=True)
+    ]
+    return _filled(gradients, input, [input.dtype] * 5)
+
+
+def _adjoint_fake(input, value, *rest):
+    return torch.empty_like(input, memory_format=format_of(input))
+
+
+# -- derivatives -----------------------------------------------------------------------------------------------------------------------
+
+
+def _setup_align(ctx, inputs, output):
+    input, applied, reduction_weight, weight, bias, *geometry, norm, eps, ctx.detach, ctx.keep, ctx.backend = inputs
+    ctx.geometry = (*geometry, norm, eps)
+    ctx.save_for_backward(input, applied, reduction_weight, weight, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_align(ctx, grad, *_):
+    *tensors, dot, square, contraction = ctx.saved_tensors
+    needs = _needed(ctx.needs_input_grad, tensors, ctx.detach)
+    if grad is None or not any(needs):
+        return (None,) * 13
+    with without_autocast(grad.device.type):
+        enough = "norm" if ctx.detach else "products"
+        if KEEPS.index(ctx.keep) < KEEPS.index(enough):
+            with torch.no_grad():
+                _, dot, square, contraction = align(*tensors, *ctx.geometry, ctx.detach, enough, ctx.backend)
+        found = align_backward(grad, *tensors, dot, square, contraction, *ctx.geometry, ctx.detach, needs, ctx.backend)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 8
+
+
+def _needed(needs, tensors, detach):
+    """Which gradients ``align`` has: in explanation mode only that of u, which is x where u is not given."""
+    shared = tensors[1] is None
+    return [needs[0] and (shared or not detach), needs[1], *(need and not detach for need in needs[2:5])]
+
+
+def _setup_align_backward(ctx, inputs, output):
+    grad, *tensors, dot, square, contraction, stride, padding, dilation, norm, eps, ctx.detach, ctx.needs, ctx.backend = inputs
+    ctx.geometry = (stride, padding, dilation, norm, eps)
+    ctx.save_for_backward(grad, *tensors)
+    ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_align_backward(ctx, *upstream):
+    grad, *tensors = ctx.saved_tensors
+    upstream = [h if need else None for h, need in zip(upstream, ctx.needs, strict=True)]
+    needs = ctx.needs_input_grad[:6]
+    rest = (None,) * 11
+    if all(h is None for h in upstream):
+        return *(None,) * 6, *rest
+    with without_autocast(grad.device.type):
+        if not ctx.detach:
+            return *_second_derivatives(grad, tensors, upstream, ctx.needs, needs, ctx.geometry), *rest
+        # the direct term is G(x, grad), whatever u is
+        x, _, *parameters = tensors
+        h = upstream[0] if tensors[1] is None else upstream[1]
+        dx, dgrad, *others = _adjoint_derivatives(h, x, grad, parameters, (needs[1], needs[0], *needs[3:]), ctx.geometry, ctx.backend)
+        return dgrad, dx, None, *others, *rest
+
+
+def _setup_adjoint(ctx, inputs, output):
+    *tensors, stride, padding, dilation, norm, eps, ctx.backend = inputs
+    ctx.geometry = (stride, padding, dilation, norm, eps)
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_adjoint(ctx, h):
+    input, value, *parameters = ctx.saved_tensors
+    if h is None:
+        return (None,) * 11
+    with without_autocast(h.device.type):
+        found = _adjoint_derivatives(h, input, value, parameters, ctx.needs_input_grad[:5], ctx.geometry, ctx.backend)
+    return *found, *(None,) * 6
+
+
+def _adjoint_derivatives(h, input, value, parameters, needs, geometry, backend):
+    """(dx, dv, dB, dA, db) of <h, G(x, v)> = <v, F(x, h)>: dv is F itself, the rest is the backward of F without its direct term."""
+    others = [needs[0], False, *needs[2:]]
+    dv, *kept = align(input, h, *parameters, *geometry, False, "products" if any(others) else "nothing", backend)
+    dx, _, *rest = align_backward(value, input, h, *parameters, *kept, *geometry, False, others, backend) if any(others) else (None,) * 5
+    return [g if need else None for g, need in zip((dx, dv, *rest), needs, strict=True)]
+
+
+def _second_derivatives(grad, tensors, upstream, first_needs, needs, geometry):
+    """Gradients of <upstream, gradients of F> by the definition, which materialises w; differentiable in turn where asked for."""
+    create_graph = torch.is_grad_enabled()
+    *window, norm, eps = geometry
+    with torch.enable_grad():
+        # fresh nodes, so that a tensor that enters twice has two gradients
+        fresh = [None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (grad, *tensors)]
+        v, x, u, *parameters = fresh
+        output = reference.align(x, x if u is None else u, *parameters, _geometry(parameters[1], *window), norm, eps)
+        wanted = [i for i in range(5) if first_needs[i] and upstream[i] is not None]
+        first = torch.autograd.grad(output, [fresh[i + 1] for i in wanted], v, create_graph=True)
+    sources = [i for i in range(6) if needs[i] and fresh[i] is not None]
+    second = torch.autograd.grad(
+        first, [fresh[i] for i in sources], [upstream[i] for i in wanted], create_graph=create_graph, allow_unused=True
+    )
+    found = dict(zip(sources, second, strict=True))
+    return [found.get(i) for i in range(6)]
+
+
+# -- autocast, and all of it together ---------------------------------------------------------------------------------------------------
+
+
+def _autocast(op, kind):
+    def run(*args):
+        with torch.autocast(kind, enabled=False):
+            return op(*cast_as_convolution(kind, args))
+
+    # the dispatch key is above autograd, so the casts are differentiated as they are for a convolution
+    return run
+
+
+for _op, _name, _kernel_function, _fake, _setup, _backward in (
+    (align, "align", _align_kernel, _align_fake, _setup_align, _backward_of_align),
+    (align_backward, "align_backward", _align_backward_kernel, _align_backward_fake, _setup_align_backward, _backward_of_align_backward),
+    (adjoint, "adjoint", _adjoint_kernel, _adjoint_fake, _setup_adjoint, _backward_of_adjoint),
+):
+    _LIBRARY.impl(_name, _kernel_function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"coda_fast::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"coda_fast::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
+    if _name != "align_backward":
+        for _kind, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            _LIBRARY.impl(_name, _autocast(_op, _kind), _key)
+_flops.register()

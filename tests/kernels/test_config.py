@@ -1,0 +1,157 @@
+"""Launch configuration: a pure function of shape, dtype and device that always has an answer that fits."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support_kernels import L_LAYERS, S_LAYERS, layer_tensors
+
+from coda_fast.functional import dau_conv2d
+from coda_kernels import config
+from coda_kernels.config import Device, Shape, Tile, candidates
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, "gfx942", "gfx950", 75)
+KERNELS = tuple(config._SIZES)
+
+
+def shape(channels, units, rank, kernel, stride=1, bits=16):
+    return Shape(channels, units, rank, (kernel, kernel), (stride, stride), bits=bits)
+
+
+@pytest.mark.parametrize("layer", [*S_LAYERS, *L_LAYERS], ids=str)
+def test_the_form_that_wins(layer):
+    """Generated where r >= 128 or a patch has at most 64 numbers, contracted elsewhere."""
+    channels, _, rank, kernel, _ = layer
+    assert shape(*layer).generated == (rank >= 128 or channels * kernel**2 <= 64)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_layer_has_tiles_that_fit(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    layer = Shape(draw(1, 300), draw(1, 1000), draw(1, 600), (draw(1, 7), draw(1, 7)), bias=data.draw(st.booleans()), bits=draw(1, 2) * 16)
+    device = Device(data.draw(st.sampled_from(ARCHITECTURES)), draw(1, 200))
+    assert layer.R >= max(16, layer.rank)
+    assert layer.CP >= layer.channels
+    assert layer.CP % 8 == 0
+    assert layer.K >= layer.taps * layer.CP
+    assert layer.K % layer.block_k == 0
+    other_form = ("contracted", "norm_factor") if layer.generated else ("generated",)
+    for kernel in set(KERNELS) - set(other_form):
+        tiles = candidates(kernel, layer, device)
+        assert tiles
+        assert len(set(tiles)) == len(tiles)
+        for tile in tiles:
+            assert all(size & (size - 1) == 0 for _, size in tile.blocks), "arange needs powers of two"
+            blocks = dict(tile.blocks)
+            assert layer.K % blocks.get("BK", 1) == 0
+            assert layer.K % blocks.get("BD", 1) == 0
+            assert layer.R % min(blocks.get("BR", 1), layer.R) == 0
+            assert 64 % blocks.get("BP", 1) == 0, "pixels are padded to 64"
+            assert blocks.get("BO", 1) <= 16, "units are padded to 16"
+        assert all(config.shared_bytes(kernel, layer, tile) <= device.shared_bytes for tile in tiles)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_pure(kernel):
+    """Equal arguments, equal answers; nothing of the batch can enter, since there is nothing to pass it by."""
+    layer, device = shape(64, 64, 64, 3), Device(90, 132)
+    assert candidates(kernel, layer, device) == candidates(kernel, Shape(64, 64, 64, (3, 3)), Device(90, 132))
+    assert hash(candidates(kernel, layer, device))
+    with pytest.raises(AttributeError):
+        candidates(kernel, layer, device)[0].warps = 2
+
+
+def test_unknown_kernel():
+    with pytest.raises(ValueError, match="kernel: expected one of project, .* got 'conv'"):
+        candidates("conv", shape(8, 8, 8, 3), Device(90))
+
+
+def test_splits_depend_on_shape_and_processors_only():
+    assert config.splits(80, 16384, 64, Device(90, 132)) == 4
+    assert config.splits(450, 25600, 64, Device(90, 132)) == 1
+    assert config.splits(1, 100, 64, Device(90, 132)) == 1, "too few pixels to split"
+    assert config.splits(2, 262144, 64, Device(90, 132)) == 132
+
+
+def test_a_measured_row_comes_first(tmp_path, monkeypatch):
+    layer = shape(64, 64, 64, 3)
+    wanted = candidates("contracted", layer, Device(90))
+    row = dict(key=config.row_key("contracted", layer), blocks=dict(BM=64, BO=2, BK=32, BR=32), warps=4, stages=4)
+    (tmp_path / "sm_90.json").write_text(json.dumps({"device": "test", "tiles": [row]}))
+    monkeypatch.setenv("CODA_FAST_TABLES", str(tmp_path))
+    config._read_table.cache_clear()
+    try:
+        tiles = candidates("contracted", layer, Device(90))
+        assert tiles == (Tile.make(4, 4, BM=64, BO=2, BK=32, BR=32), *wanted)
+        assert candidates("contracted", shape(64, 64, 64, 3, bits=32), Device(90))[0] != tiles[0], "another dtype"
+        assert candidates("fold", layer, Device(90))[0].stages == 3, "no row: the heuristic"
+        assert candidates("contracted", layer, Device(80))[0] != tiles[0], "another device"
+    finally:
+        config._read_table.cache_clear()
+
+
+def test_verified_only_by_a_table(tmp_path, monkeypatch):
+    """ "auto" takes the kernels on a GPU only where a run of all their tests has left its mark; the package has none yet."""
+    assert not config.verified((9, 0))
+    (tmp_path / "sm_90.json").write_text(json.dumps({"verified": {"device": "test"}, "tiles": []}))
+    monkeypatch.setenv("CODA_FAST_TABLES", str(tmp_path))
+    config._read_table.cache_clear()
+    try:
+        assert config.verified((9, 0))
+        assert not config.verified((8, 0))
+        assert not config.verified((9, 0), hip="6.4")
+    finally:
+        config._read_table.cache_clear()
+
+
+def test_the_next_smaller_tile_is_taken_with_one_warning(monkeypatch):
+    """A device that refuses a tile gets the next one; the refused one is not tried again, and it is said once."""
+    import triton
+
+    from coda_kernels import forward, layer
+
+    tried = []
+
+    class Picky:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                tried.append(options["BM"])
+                if options["BM"] > 64:
+                    raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+                return contracted[grid](*args, **options)
+
+            return launch
+
+    contracted = forward.contracted
+    monkeypatch.setattr(forward, "contracted", Picky())
+    monkeypatch.setattr(layer, "_first_fitting", {})
+    tensors = [t.detach() for t in layer_tensors(16, 4, 5, 3, (4, 4))]
+    tensors = [t.to(torch.bfloat16) for t in tensors]
+    with pytest.warns(RuntimeWarning, match=r"contracted C16 n4 r5 k3x3 .*out of resource.*next smaller"):
+        first = dau_conv2d(*tensors, backend="triton")
+    refused = tried.count(128)
+    assert refused >= 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        second = dau_conv2d(*tensors, backend="triton")
+    assert tried.count(128) == refused
+    assert torch.equal(first, second)
+
+
+def test_float32_follows_torchs_setting(monkeypatch):
+    from coda_kernels import layer
+
+    monkeypatch.setattr(layer, "interpreted", lambda: False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, expected in (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert layer.precision(torch.float32, Device(90)) == expected
+            assert layer.precision(torch.float32, Device("gfx942")) == "ieee"
+            assert layer.precision(torch.bfloat16, Device(90)) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,312 @@
+"""The fused kernels against the definition in float64: on a GPU where there is one, else under Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from support import random_layer
+from support_kernels import DEVICE, L_LAYERS, S_LAYERS, assert_as_accurate, compare, errors, grads_of, layer_tensors
+
+from coda_fast import create_model
+from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BOTH_NORMS = pytest.mark.parametrize("norm", ["squash", "l2"])
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def run(layer, dtype, size, norm="squash"):
+    channels, units, rank, kernel, stride = layer
+    tensors = layer_tensors(channels, units, rank, kernel, size, dtype=dtype)
+    compare(tensors, stride=stride, padding=(kernel - 1) // 2, norm=norm)
+    x = tensors[0].detach().requires_grad_()
+    parameters = [t.detach() for t in tensors[1:]]
+    compare([x, *parameters], stride=stride, padding=(kernel - 1) // 2, norm=norm, detach=True)  # explanation mode
+
+
+@pytest.mark.parametrize("layer", S_LAYERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_layers_of_s_coda(layer, dtype):
+    run(layer, dtype, (4, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", L_LAYERS, ids=str)
+def test_layers_of_l_coda(layer):
+    run(layer, torch.bfloat16, (7, 6) if layer[3] == 7 else (3, 4))
+
+
+@ALL_DTYPES
+@BOTH_NORMS
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kernel=(3, 3), padding=1),
+        dict(kernel=(3, 3), padding=1, stride=2),
+        dict(kernel=(1, 1)),
+        dict(kernel=(1, 1), stride=2),
+        dict(kernel=(2, 3), padding=(0, 2), stride=(3, 1), dilation=(2, 1)),
+        dict(kernel=(4, 2), padding="same"),
+        dict(kernel=(3, 4), padding="same", dilation=(1, 2)),
+        dict(kernel=(5, 5), padding="valid"),
+        dict(kernel=(7, 7), padding=3, stride=3),
+    ],
+    ids=str,
+)
+def test_geometry(options, bias, norm, dtype):
+    options = dict(options)
+    compare(layer_tensors(9, 5, 7, options.pop("kernel"), (9, 11), batch=2, bias=bias, dtype=dtype), norm=norm, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [1, 4, 8, 33, 144, 300])
+def test_any_rank(rank, dtype):
+    """Below the least that a tensor core takes, not a power of two, and beyond the largest resident tile."""
+    compare(layer_tensors(10, 3, rank, 3, (3, 4), dtype=dtype), padding=1)
+
+
+@pytest.mark.parametrize(("channels", "units"), [(1, 1), (3, 17), (8, 2), (65, 3), (100, 1)])
+def test_any_width(channels, units):
+    compare(layer_tensors(channels, units, 5, 3, (4, 3), dtype=torch.bfloat16), padding=1)
+
+
+@BOTH_NORMS
+@pytest.mark.parametrize("rank", [5, 130])
+def test_adjoint_and_its_gradient(norm, rank):
+    """G(x, v) and its derivatives in x, v and the parameters: F(x, u) with u of its own."""
+    x, *parameters = layer_tensors(9, 4, rank, 3, (5, 4), batch=2)
+    value = torch.randn(2, 4, 3, 2).to(DEVICE).requires_grad_()
+    compare([x, value, *parameters], dau_conv2d_transpose, stride=2, padding=1, norm=norm)
+
+
+@pytest.mark.parametrize("rank", [6, 140])
+def test_explanations_train(rank):
+    """A penalty on the explanation itself: gradients of a gradient, in the input and in the parameters."""
+    tensors = layer_tensors(9, 3, rank, 3, (4, 4))
+    v, h = torch.randn(1, 3, 4, 4), torch.randn(1, 9, 4, 4)
+
+    def penalty(backend, tensors):
+        to = dict(device=DEVICE, dtype=tensors[0].dtype)
+        y = dau_conv2d(*tensors, padding=1, detach=True, backend=backend)
+        (row,) = torch.autograd.grad(y, tensors[0], v.to(**to), create_graph=True)
+        return torch.autograd.grad((row * h.to(**to)).sum(), tensors)
+
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    assert_as_accurate(penalty("triton", tensors), penalty("reference", tensors), penalty("reference", exact))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_shape(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    kernel, stride, dilation = (draw(1, 3), draw(1, 3)), (draw(1, 3), draw(1, 2)), (draw(1, 2), draw(1, 2))
+    padding = (draw(0, 2), draw(0, 2))
+    size = [max(1, d * (k - 1) + 1 - 2 * p) + draw(0, 4) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    channels, units, rank = draw(1, 20), draw(1, 20), draw(1, 40)
+    norm = data.draw(st.sampled_from(["squash", "l2"]))
+    assume(norm == "squash" or channels * kernel[0] * kernel[1] > 1)  # one number over its length: gradients vanish, errors do not
+    tensors = layer_tensors(
+        channels, units, rank, kernel, size, batch=draw(1, 3), bias=data.draw(st.booleans()), dtype=data.draw(st.sampled_from(DTYPES))
+    )
+    compare(tensors, stride=stride, padding=padding, dilation=dilation, norm=norm)
+
+
+@pytest.mark.parametrize("rank", [5, 128])
+def test_strides(rank):
+    """Sliced, expanded and channels_last inputs, transposed and expanded upstream gradients: the bits of the contiguous ones."""
+    base = torch.randn(4, 18, 6, 7).to(DEVICE)
+    parameters = [t.to(DEVICE).requires_grad_() for t in random_layer(9, 4, rank, dtype=torch.float32)]
+    run = lambda x: dau_conv2d(x, *parameters, padding=1, backend="triton")  # noqa: E731
+    plain = base[::2, ::2].contiguous().requires_grad_()
+    transposed = torch.randn(4, 2, 7, 6).to(DEVICE).permute(1, 0, 3, 2)
+    expanded = torch.randn(2, 1, 6, 1).to(DEVICE).expand(2, 4, 6, 7)
+    for grad in (transposed, expanded):
+        truth = grads_of(lambda x, *_: run(x), [plain, *parameters], grad.contiguous())
+        for x in (base[::2, ::2].detach(), plain.detach().to(memory_format=torch.channels_last), plain.detach()):
+            results = grads_of(lambda x, *_: run(x), [x.requires_grad_(), *parameters], grad)
+            assert all(torch.equal(a, b) for a, b in zip(results, truth, strict=True))
+    last = plain.detach().to(memory_format=torch.channels_last).requires_grad_()
+    y = run(last)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.autograd.grad(y, last, transposed)[0].is_contiguous(memory_format=torch.channels_last)
+    assert run(plain).is_contiguous()
+    same = torch.randn(1, 9, 6, 7).to(DEVICE).expand(3, -1, -1, -1)
+    assert torch.equal(run(same), run(same.contiguous()))
+    unaligned = torch.randn(2 * 9 * 42 + 1).to(DEVICE)[1:].view(2, 6, 7, 9).permute(0, 3, 1, 2)  # channels_last, 4 bytes off
+    assert torch.equal(run(unaligned), run(unaligned.contiguous()))
+
+
+def test_batches():
+    """Images do not see each other; a batch of none gives empty results and zero gradients."""
+    x, *parameters = layer_tensors(9, 4, 5, 3, (5, 4), batch=3)
+    run = lambda x: dau_conv2d(x, *parameters, padding=1, backend="triton")  # noqa: E731
+    y = run(x)
+    assert all(errors(y[i : i + 1], run(x[i : i + 1]))[0] < 1e-6 for i in range(3))
+    none = x[:0].detach().requires_grad_()
+    grads = grads_of(lambda x, *_: run(x), [none, *parameters], torch.zeros(0, 4, 5, 4, device=DEVICE))
+    assert grads[0].shape == (0, 4, 5, 4)
+    assert grads[1].shape == none.shape
+    assert all((g == 0).all() for g in grads[2:])
+    assert dau_conv2d_transpose(none, grads[0], *parameters, padding=1, backend="triton").shape == none.shape
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_frozen_tensors(frozen):
+    """Whatever needs no gradient gets none, and the others are unchanged, bit for bit."""
+    tensors = layer_tensors(9, 4, 5, 3, (5, 4))
+    grad = torch.randn(1, 4, 5, 4).to(DEVICE)
+    run = lambda *t: dau_conv2d(*t, padding=1, backend="triton")  # noqa: E731
+    full = grads_of(run, tensors, grad)
+    if frozen < 4:
+        tensors[frozen] = tensors[frozen].detach()
+    kept = [g for i, g in enumerate(full) if i != frozen + 1]
+    assert all(torch.equal(a, b) for a, b in zip(grads_of(run, tensors, grad), kept, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_contraction(dtype):
+    """The option changes where A u comes from in the backward pass, not what comes out."""
+    compare(layer_tensors(9, 4, 5, 3, (5, 4), batch=2, dtype=dtype), padding=1, save_contraction=True)
+
+
+def test_saved_contraction_is_kept_where_there_is_one():
+    kept = []
+    for kernel, expected in ((3, 2 * 20 * 4 * 16), (1, None)):  # [P, n R], R = 5 padded to 16; a patch of 9 numbers is generated
+        tensors = layer_tensors(9, 4, 5, kernel, (5, 4), batch=2)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            dau_conv2d(*tensors, padding=kernel // 2, backend="triton", save_contraction=True)
+        assert expected is None or expected in kept
+        assert expected is not None or max(kept) == tensors[0].numel()
+        kept.clear()
+
+
+def test_same_bits_twice():
+    tensors = layer_tensors(9, 4, 20, 3, (9, 9), batch=2)
+    grad = torch.randn(2, 4, 9, 9).to(DEVICE)
+    run = lambda *t: dau_conv2d(*t, padding=1, backend="triton")  # noqa: E731
+    first, second = grads_of(run, tensors, grad), grads_of(run, tensors, grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# -- limits ---------------------------------------------------------------------------------------------------------------------------
+
+
+@ALL_DTYPES
+@BOTH_NORMS
+@pytest.mark.parametrize("rank", [5, 128])
+@pytest.mark.parametrize("zero", ["input", "weight and bias", "one patch, no bias"])
+def test_zeros(zero, rank, norm, dtype):
+    """w = 0: the output is 0 and so are the gradients under "squash"; under "l2" they are finite. Never NaN."""
+    x, reduction, weight, bias = layer_tensors(9, 4, rank, 3, (5, 5), dtype=dtype)
+    with torch.no_grad():
+        if zero == "input":
+            x.zero_()
+        elif zero == "weight and bias":
+            weight.zero_()
+            bias.zero_()
+        else:
+            x[0, :, :3, :3] = 0
+            bias = None
+    grad = torch.randn(1, 4, 3, 3).to(DEVICE, dtype)
+    eps = 1e-2 if dtype == torch.float16 else 1e-6  # under "l2" gradients at w = 0 are of size 1 / eps, which must fit
+    y, *grads = grads_of(lambda *t: dau_conv2d(*t, norm=norm, eps=eps, backend="triton"), [x, reduction, weight, bias], grad)
+    assert torch.isfinite(y).all()
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert ((y[0, :, 0, 0] if zero.startswith("one") else y) == 0).all()
+    if norm == "squash" and zero == "weight and bias":
+        assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [16, 128])
+def test_cancellation(rank, dtype):
+    """b = -A z at one pixel: w nearly vanishes there. |y| <= |x| holds, and no norm is negative or worse than the direct formula's."""
+    x = torch.randn(1, 64, 5, 5, dtype=torch.float64)
+    reduction, weight, _ = random_layer(64, 4, rank, scale=3.0)
+    patch = x[0, :, :3, :3].flatten()
+    bias = -torch.einsum("ok...,k->o...", weight, reduction.flatten(1) @ patch)
+    tensors = [t.to(DEVICE, dtype).requires_grad_() for t in (x, reduction, weight, bias)]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    grad = torch.randn(1, 4, 3, 3, dtype=torch.float64).to(DEVICE)
+    truth, eager, ours = (
+        grads_of(lambda *t, b=backend: dau_conv2d(*t, backend=b), t, grad.to(t[0].dtype))
+        for backend, t in (("reference", exact), ("reference", tensors), ("triton", tensors))
+    )
+    lengths = torch.nn.functional.unfold(exact[0].cpu(), 3).norm(dim=1).view(1, 1, 3, 3).to(DEVICE)
+    assert (ours[0].double().abs() <= lengths * (1 + 2 * torch.finfo(dtype).eps)).all()
+    assert_as_accurate(ours, eager, truth)
+
+
+@ALL_DTYPES
+def test_norm_of_the_contracted_form(dtype):
+    """|w|^2 itself, against float64: as good as the direct |A z + b|^2 in the same dtype, where it cancels too, and never negative."""
+    x = torch.randn(1, 64, 6, 6, dtype=torch.float64)
+    reduction, weight, _ = random_layer(64, 16, 64)
+    patch = x[0, :, :3, :3].flatten()
+    bias = -torch.einsum("ok...,k->o...", weight, reduction.flatten(1) @ patch)
+    tensors = [t.to(DEVICE, dtype) for t in (x, reduction, weight, bias)]
+    ops = torch.ops.coda_fast
+    options = ([1, 1], [0, 0, 0, 0], [1, 1], "squash", 1e-6, False, "norm")
+    square = ops.align(tensors[0], None, *tensors[1:], *options, "triton")[2].double().cpu()
+    wide = [t.double().cpu() for t in tensors]
+    z = torch.nn.functional.unfold(wide[0], 3)[0].T @ wide[1].flatten(1).T  # [P, r]
+    direct = (torch.einsum("ok...,pk->po...", wide[2], z) + wide[3]).flatten(2).square().sum(2).T  # [n, P]
+    eager_z = torch.nn.functional.conv2d(*(t.cpu() for t in tensors[:2])).flatten(2)[0].T
+    rows = torch.cat((tensors[2], tensors[3].unsqueeze(1)), 1).flatten(2).cpu()  # A~
+    eager = (torch.cat((eager_z, torch.ones_like(eager_z[:, :1])), 1) @ rows).double().square().sum(2)  # w in the dtype, as eager torch
+    assert (square >= 0).all()
+    others = slice(1, None)
+    worst = lambda found: float(((found - direct).abs() / direct)[:, others].max())  # noqa: E731
+    assert worst(square) <= worst(eager) + 4 * torch.finfo(torch.float32).eps
+    there = lambda found: float((found - direct)[:, 0].abs().max() / direct[:, 1].mean())  # where w cancels  # noqa: E731
+    assert there(square) <= 2 * there(eager) + 1e-6
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("rank", [5, 128])
+def test_not_finite(rank, dtype):
+    """NaN in a weight, NaN or infinity in a pixel: they reach what depends on them, and nothing else."""
+    x, reduction, weight, bias = (t.detach() for t in layer_tensors(9, 4, rank, 3, (6, 6), batch=2, dtype=dtype))
+    broken = weight.clone()
+    broken[1, 0, 0, 0, 0] = math.nan
+    y = dau_conv2d(x, reduction, broken, bias, backend="triton")
+    assert y[:, 1].isnan().all()
+    assert y[:, [0, 2, 3]].isfinite().all()
+    for value in (math.nan, math.inf):
+        spoilt = x.clone()
+        spoilt[0, 0, 0, 0] = value
+        y = dau_conv2d(spoilt, reduction, weight, bias, backend="triton")
+        assert not y[0, :, 0, 0].isfinite().any()
+        y[0, :, 0, 0] = 0
+        assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+def test_scales(factor):
+    """Inputs far from 1 keep their relative accuracy: z is scaled before it meets float16."""
+    x, reduction, weight, _ = (t.detach() for t in layer_tensors(9, 4, 5, 3, (4, 4), dtype=torch.bfloat16))
+    x, options = x * factor, dict(norm="l2", eps=1e-20)
+    y = dau_conv2d(x, reduction, weight, None, **options, backend="triton")
+    assert errors(y, dau_conv2d(*(t.double() for t in (x, reduction, weight)), None, **options, backend="reference"))[0] < 1e-2
+
+
+# -- networks -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_network():
+    """Logits, gradients and contribution maps of a network on the kernels are those of the definition."""
+    net = create_model("coda_xs_digits", backend="triton").to(DEVICE)
+    twin = create_model("coda_xs_digits", backend="reference", dtype=torch.float64).to(DEVICE)
+    twin.load_state_dict({k: v.double() for k, v in net.state_dict().items()})
+    images = torch.rand(2, 1, 8, 8).to(DEVICE)
+    assert errors(net(images), twin(images.double()))[0] < 1e-6
+    ours, truth = net.explain(images, target=[[1, 2], [3, 4]]), twin.explain(images.double(), target=[[1, 2], [3, 4]])
+    assert errors(ours.contribution_map, truth.contribution_map)[0] < 1e-5
+    assert float(ours.completeness_error.max()) < 1e-6
+    loss = lambda m, x: torch.nn.functional.cross_entropy(m(x), torch.tensor([3, 5], device=DEVICE))  # noqa: E731
+    found = torch.autograd.grad(loss(net, images), list(net.parameters()))
+    expected = torch.autograd.grad(loss(twin, images.double()), list(twin.parameters()))
+    assert all(errors(a, b)[0] < 1e-5 for a, b in zip(found, expected, strict=True))

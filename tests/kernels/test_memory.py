@@ -1,0 +1,159 @@
+"""What a pass allocates, counted: the launchers run on meta tensors with kernels that do nothing, at the sizes of a training run."""
+
+import contextlib
+
+import pytest
+import torch
+from support_kernels import L_LAYERS, S_LAYERS
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coda_kernels import backward_input, backward_weight, config, forward, layer, norm_factor, project
+
+BATCH, SIZE = 64, 32
+
+
+class Allocations(TorchDispatchMode):
+    """Peak of the live bytes of all storages made since the mode was entered, and the largest of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = self.largest = 0
+        self.live = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}  # views of what was there do not count
+        result = function(*args, **(kwargs or {}))
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in before | self.live.keys():
+                self.live[key] = (StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes())
+                self.largest = max(self.largest, self.live[key][1])
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+@contextlib.contextmanager
+def silent_kernels():
+    """Kernels that do nothing, and an H100 for the launchers to configure for."""
+
+    class Silent:
+        def __getitem__(self, grid):
+            return lambda *args, **options: None
+
+    modules = {
+        project: ["project"],
+        norm_factor: ["norm_factor", "gram"],
+        forward: ["contracted", "generated"],
+        backward_input: ["grad_factors", "grad_z", "fold"],
+        backward_weight: ["outer_sum"],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in modules.items():
+            for name in names:
+                patch.setattr(module, name, Silent())
+        patch.setattr(layer, "device_of", lambda _: config.Device(90, 132))
+        yield
+
+
+def meta_layer(shape, keep="products"):
+    """(bytes of x's copies, Layer, image, canvas, kept) with all inputs in place."""
+    channels, units, rank, kernel, stride = shape
+    options = dict(device="meta", dtype=torch.bfloat16)
+    window = layer.Window((kernel, kernel), (stride, stride), (1, 1), ((kernel - 1) // 2,) * 4)
+    image = torch.empty(BATCH, channels, SIZE, SIZE, **options).to(memory_format=torch.channels_last)
+    parameters = [torch.empty(*s, channels, kernel, kernel, **options) for s in ((rank,), (units, rank), (units,))]
+    return layer.Layer, image, ((SIZE, SIZE), *parameters, window, "squash", 1e-6)
+
+
+def sizes(shape):
+    """The letters of docs/kernels.md, in numbers."""
+    channels, units, rank, kernel, stride = shape
+    s = config.Shape(channels, units, rank, (kernel, kernel), (stride, stride))
+    out = (SIZE + 2 * ((kernel - 1) // 2) - kernel) // stride + 1
+    pixels = BATCH * out * out
+    padded_units = -(-units // 16) * 16
+    size = SIZE + 2 * ((kernel - 1) // 2)
+    canvas = 2 * BATCH * size * size * s.CP if kernel > 1 or s.CP != channels else 0
+    parameters = 2 * (padded_units * s.R * s.K + (s.R + padded_units) * s.K)
+    return s, pixels, layer.whole_blocks(pixels), padded_units, canvas, parameters
+
+
+@pytest.mark.parametrize("shape", [*S_LAYERS, *L_LAYERS], ids=str)
+def test_forward(shape):
+    """peak = y + kept + canvas + z + beta + |u|^2 + packed parameters + norm factor, and nothing of the size of pixels x n r or n d."""
+    s, pixels, whole, padded, canvas, parameters = sizes(shape)
+    with silent_kernels():
+        make, image, arguments = meta_layer(shape)
+        with Allocations() as found:
+            packed = make(*arguments)
+            packed.align(packed.canvas(image), None, torch.channels_last, "products")
+    factor = 0 if s.generated else padded * (2 * s.R**2 + 4 * s.R + 8)
+    expected = 2 * pixels * s.units + 8 * pixels * s.units + canvas + whole * (2 * s.R + 4 * padded + 4) + parameters + factor
+    slack = 2 * parameters + 4096  # the parts that the packed rows are put together from
+    assert expected <= found.peak <= expected + slack
+    assert found.largest < 2 * pixels * s.units * min(s.rank, s.channels * s.taps)
+
+
+@pytest.mark.parametrize("shape", [*S_LAYERS, *L_LAYERS], ids=str)
+def test_backward(shape):
+    """peak <= dx + canvas + z + gs + t + [dz | gs] + starts + packed parameters + their float32 gradients and partial sums."""
+    s, pixels, whole, padded, canvas, parameters = sizes(shape)
+    with silent_kernels():
+        make, image, arguments = meta_layer(shape)
+        packed = make(*arguments)
+        output, dot, square, _ = packed.align(packed.canvas(image), None, torch.channels_last, "products")
+        del packed
+        with Allocations() as found:
+            packed = make(*arguments)
+            image_canvas = packed.canvas(image)
+            z, _, _, starts = packed.project(image_canvas, starts=True)
+            gs, t, e = packed.grad_factors(output, dot, square, s.R)
+            packed.grad_z(image_canvas, z, gs, t, e, None)
+            dx = packed.fold(image, z, gs, e, packed.rows, torch.channels_last)
+            grads = [packed.grad_parameters(image_canvas, starts, z, gs, t), packed.outer_sum(image_canvas, starts, e[:, : s.R].t())]
+            assert dx is not None
+            assert grads
+    pixel_bytes = canvas + 2 * image.numel() + whole * (2 * s.R + 4 * s.units + 2 * (s.R + padded) + 16)
+    one, moments = 4 * s.units * s.R * s.K, 4 * s.units * s.R**2
+    parts, moment_parts = (_parts(s, depth, whole) for depth in (s.K, s.R))
+    # partial sums with their total; then dA, the moments, the weights and dA~ in float32
+    parameter_bytes = max((parts + 1) * one, one + (moment_parts + 1) * moments, 3 * one + moments)
+    bias_bytes = 4 * 2 * 132 * (s.units + s.R) * max(s.K, s.R)  # partial sums of db and dB, at most two waves of programs
+    assert found.peak <= pixel_bytes + 3 * parameters + parameter_bytes + min(bias_bytes, 4 << 20) + 4096
+    assert found.largest <= max(pixel_bytes, parts * one, moment_parts * moments)
+
+
+def _parts(s, depth, pixels):
+    """Parts of the sum over pixels for dA (depth K) or its moments (depth R)."""
+    tile = config.candidates("outer_scaled", s, config.Device(90, 132))[0]
+    tiles = -(-s.units // tile["BO"]) * (s.R // tile["BR"]) * -(-depth // tile["BN"])
+    return config.splits(tiles, pixels, tile["BP"], config.Device(90, 132))
+
+
+def test_the_contraction_is_the_only_large_tensor_and_only_on_demand():
+    shape = S_LAYERS[5]
+    s, pixels, *_ = sizes(shape)
+    with silent_kernels():
+        make, image, arguments = meta_layer(shape)
+        packed = make(*arguments)
+        canvas = packed.canvas(image)
+        with Allocations() as plain:
+            packed.align(canvas, None, torch.channels_last, "products")
+        with Allocations() as saving:
+            contraction = packed.align(canvas, None, torch.channels_last, "contraction")[3]
+    assert contraction.shape == (pixels, s.units * s.R)
+    assert saving.peak - plain.peak == 2 * pixels * s.units * s.R
+
+
+@pytest.mark.parametrize("shape", [*S_LAYERS, *L_LAYERS], ids=str)
+def test_forward_against_the_dynamic_weight(shape):
+    """All that forward allocates, results included, against w alone, all in bfloat16: at most a tenth from 288 numbers a patch on."""
+    s, pixels, *_ = sizes(shape)
+    with silent_kernels():
+        make, image, arguments = meta_layer(shape)
+        with Allocations() as found:
+            packed = make(*arguments)
+            packed.align(packed.canvas(image), None, torch.channels_last, "products")
+    depth = s.channels * s.taps
+    assert found.peak < 2 * pixels * s.units * depth / (10 if depth >= 288 else 2 if depth > 64 else 0.5)
