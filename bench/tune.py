@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 
 from coda_kernels import config  # noqa: E402
-from coda_kernels.config import Tile, power_of_two  # noqa: E402
+from coda_kernels.config import Tile  # noqa: E402
 
 DTYPES = ("bfloat16", "float16", "float32")
 WARPS, STAGES = (4, 8), (2, 3, 4)
@@ -59,34 +59,11 @@ def neighbours(kernel: str, shape: config.Shape, device: config.Device, tile: Ti
 
 def legal(kernel: str, shape: config.Shape, device: config.Device, tile: Tile) -> bool:
     """Whether the kernel computes the right thing with these blocks (it reads without masks) and the device can hold them."""
-    sizes = _sizes(kernel, shape)
     return (
-        all(least <= tile[name] <= most and multiple % tile[name] == 0 for name, (least, most, multiple) in sizes.items())
+        config.right(kernel, shape, tile)
         and _accumulators(kernel, shape, tile) <= ACCUMULATORS * tile.warps * 32
         and config.shared_bytes(kernel, shape, tile) <= device.shared_bytes
     )
-
-
-def _sizes(kernel, s):
-    """{block: (least, most, number it must divide)}, all powers of two. What is padded to whole blocks limits the blocks: units to 16,
-    pixels to 64 (``layer.whole_blocks``), ranks to R, patches to K; a product of tensor cores takes 16 at least.
-    """
-    any_size, padded = 1 << 30, -(-s.units // 16) * 16
-    units = (1, power_of_two(s.units), 16)
-    pixels, depth, ranks = (16, 256, any_size), (16, 128, s.K), (16, 256, s.R)
-    summed, window = (16, 64, 64), (16, max(16, power_of_two(s.K)), any_size)
-    return {
-        "project": dict(BM=pixels, BN=(16, power_of_two(s.R + padded), any_size), BK=depth),
-        "contracted": dict(BM=pixels, BO=units, BK=depth, BR=ranks),
-        "generated": dict(BM=pixels, BO=units, BD=depth, BR=ranks),
-        "grad_z": dict(BM=pixels, BR=ranks, BK=depth, BU=ranks),
-        "fold": dict(BM=pixels, BC=(16, max(16, power_of_two(s.CP)), any_size), BR=ranks, BE=(16, 128, math.gcd(s.R, padded))),
-        "outer_scaled": dict(BO=units, BR=ranks, BN=window, BP=summed),
-        "outer_plain": dict(BO=(1, 1, 1), BR=(16, max(64, power_of_two(max(s.R, padded))), any_size), BN=window, BP=summed),
-        "gram": dict(BR=ranks, BK=depth),
-        "norm_factor": dict(BK=depth),
-        "grad_factors": dict(BP=pixels, BO=(1, 16, 16)),
-    }[kernel]
 
 
 def _accumulators(kernel, s, t):

@@ -42,9 +42,8 @@ def backend_info(device: torch.device | str = "cpu") -> BackendInfo:
     """
     device = torch.device(device)
     missing = _triton_unavailable(device.type)
-    state = (
-        "verified on such a device" if not missing and _verified(device) else 'not yet verified on such a device, so not what "auto" picks'
-    )
+    passed = not missing and _verified(device)
+    state = "verified on such a device" if passed else 'not verified on such a device yet, so "auto" does not pick them'
     reasons = {
         "reference": "available: the definition, weights materialised, for tests",
         "factored": "available: library matrix products, memory-lean, any device and dtype",

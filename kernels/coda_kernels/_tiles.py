@@ -15,10 +15,13 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def pixel_tile(i_p, P, BP: tl.constexpr):
-    """The first pixel of tile ``i_p``, all of them, and the same clamped to the last that exists, safe to load from. int64."""
+    """The first pixel of tile ``i_p``, all of them, and the same clamped to the last that exists, safe to load from. int64.
+
+    The first one is clamped too: pixels are padded to whole blocks, and a tile may lie in the padding.
+    """
     first = tl.cast(i_p, tl.int64) * BP
     o_p = first + tl.arange(0, BP)
-    return first, o_p, tl.minimum(o_p, P - 1)
+    return tl.minimum(first, P - 1), o_p, tl.minimum(o_p, P - 1)
 
 
 @triton.jit

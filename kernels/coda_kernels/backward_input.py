@@ -70,14 +70,20 @@ def grad_factors(
 
 
 @triton.jit
-def _per_unit(p_image, p_scale, p_matrix, b_acc, PP, units, s_unit: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc + sum_o (image * scale_o) matrix_o``: one block of the image in registers, units in the inner loop."""
-    b_image = tl.load(p_image)
+def _per_unit(b_image, p_scale, m_scale, p_matrix, b_acc, PP, units, s_unit: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + sum_o (image * scale_o) matrix_o``: one block of the image stays in registers, units in the inner loop.
+
+    float32 sums the units apart: one long chain of additions loses twice as much as eager torch does.
+    """
+    b_before = b_acc
+    if b_image.dtype == tl.float32:
+        b_acc = tl.zeros_like(b_acc)
     for _ in range(units):
-        b_acc = dot(times(b_image, tl.load(p_scale)[:, None]), tl.load(p_matrix), b_acc, PRECISION)
+        b_scale = tl.load(p_scale) if m_scale is None else tl.load(p_scale, mask=m_scale, other=0)
+        b_acc = dot(times(b_image, b_scale[:, None]), tl.load(p_matrix), b_acc, PRECISION)
         p_scale += PP
         p_matrix += s_unit
-    return b_acc
+    return b_before + b_acc if b_image.dtype == tl.float32 else b_acc
 
 
 @triton.jit
@@ -136,12 +142,12 @@ def grad_z(
             o_k = k + tl.arange(0, BK)
             p_u = p_row[:, None] + window_offsets(o_k, WP, CP, KH, KW, DH, DW)[None, :]
             p_a = a_ptr + (o_r * K)[None, :] + o_k[:, None]
-            b_acc = _per_unit(p_u, gs_ptr + o_p, p_a, b_acc, PP, units, R * K, PRECISION)
+            b_acc = _per_unit(tl.load(p_u), gs_ptr + o_p, None, p_a, b_acc, PP, units, R * K, PRECISION)
     for k in range(0, ranks, BU):
         o_k = k + tl.arange(0, BU)
         p_z = z_ptr + o_p[:, None] * R + o_k[None, :]
         p_g = gram_ptr + (o_r * R)[None, :] + o_k[:, None]
-        b_acc = _per_unit(p_z, t_ptr + o_p, p_g, b_acc, PP, units, R * R, PRECISION)
+        b_acc = _per_unit(tl.load(p_z), t_ptr + o_p, None, p_g, b_acc, PP, units, R * R, PRECISION)
     if HAS_BIAS:
         for o in range(0, units, 16):
             o_o = o + tl.arange(0, 16)
@@ -229,13 +235,8 @@ def fold(
             if DIRECT:
                 for r in range(0, R, BR):
                     b_z = tl.load(z_ptr + first_p * R + o_p[:, None] * R + (r + o_r)[None, :], mask=m_p[:, None], other=0)
-                    p_gs = gs_ptr + first_p + o_p
                     p_a = a_ptr + ((r + o_r) * K)[:, None] + o_k[None, :]
-                    for _ in range(units):
-                        b_gs = tl.load(p_gs, mask=m_p, other=0)
-                        b_acc = dot(times(b_z, b_gs[:, None]), tl.load(p_a), b_acc, PRECISION)
-                        p_gs += PP
-                        p_a += R * K
+                    b_acc = _per_unit(b_z, gs_ptr + first_p + o_p, m_p, p_a, b_acc, PP, units, R * K, PRECISION)
             for e in range(0, columns_e, BE):
                 b_e = tl.load(e_ptr + first_p * E + o_p[:, None] * E + (e + o_e)[None, :], mask=m_p[:, None], other=0)
                 b_rows = tl.load(rows_ptr + ((e + o_e) * K)[:, None] + o_k[None, :])

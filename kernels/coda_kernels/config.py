@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 
@@ -108,7 +109,17 @@ def candidates(kernel: str, shape: Shape, device: Device) -> tuple[Tile, ...]:
     wanted = _heuristic(kernel, shape, device)
     fitting = [tile for tile in wanted if shared_bytes(kernel, shape, tile) <= device.shared_bytes] or [wanted[-1]]
     measured = _table(device.arch).get(row_key(kernel, shape))
+    if measured and not right(kernel, shape, measured):
+        raise ValueError(f"table row {row_key(kernel, shape)!r}: expected blocks within {_limits(kernel, shape)}, got {measured}")
     return tuple(dict.fromkeys(([measured] if measured else []) + fitting))
+
+
+def right(kernel: str, shape: Shape, tile: Tile) -> bool:
+    """Whether the kernel computes the right thing with these blocks: it reads whole blocks, without masks."""
+    limits, blocks = _limits(kernel, shape), dict(tile.blocks)
+    return limits.keys() == blocks.keys() and all(
+        least <= blocks[name] <= most and multiple % blocks[name] == 0 for name, (least, most, multiple) in limits.items()
+    )
 
 
 def row_key(kernel: str, shape: Shape) -> str:
@@ -140,6 +151,28 @@ def shared_bytes(kernel: str, shape: Shape, tile: Tile) -> int:
     return 2 * shape.R * t["BK"] * 8 if kernel == "norm_factor" else 0
 
 
+def _limits(kernel: str, s: Shape) -> dict[str, tuple[int, int, int]]:
+    """{block: (least, most, number it must divide)}, all powers of two. What is padded to whole blocks limits the blocks: units to 16,
+    pixels to 64 (``layer.whole_blocks``), ranks to R, patches to K; a product of tensor cores takes 16 at least.
+    """
+    any_size, padded = 1 << 30, -(-s.units // 16) * 16
+    units = (1, power_of_two(s.units), 16)
+    pixels, depth, ranks = (16, 256, any_size), (16, 128, s.K), (16, 256, s.R)
+    summed, window = (16, 64, 64), (16, max(16, power_of_two(s.K)), any_size)
+    return {
+        "project": dict(BM=pixels, BN=(16, power_of_two(s.R + padded), any_size), BK=depth),
+        "contracted": dict(BM=pixels, BO=units, BK=depth, BR=ranks),
+        "generated": dict(BM=pixels, BO=units, BD=depth, BR=ranks),
+        "grad_z": dict(BM=pixels, BR=ranks, BK=depth, BU=ranks),
+        "fold": dict(BM=pixels, BC=(16, max(16, power_of_two(s.CP)), any_size), BR=ranks, BE=(16, 128, math.gcd(s.R, padded))),
+        "outer_scaled": dict(BO=units, BR=ranks, BN=window, BP=summed),
+        "outer_plain": dict(BO=(1, 1, 1), BR=(16, power_of_two(max(64, s.R, padded)), any_size), BN=window, BP=summed),
+        "gram": dict(BR=ranks, BK=depth),
+        "norm_factor": dict(BK=depth),
+        "grad_factors": dict(BP=pixels, BO=(1, 16, 16)),
+    }[kernel]
+
+
 def splits(kernel_tiles: int, pixels: int, block: int, device: Device) -> int:
     """In how many parts a sum over pixels is taken: about two programs a processor, each at least 8 blocks long."""
     return max(1, min(-(-2 * device.processors // kernel_tiles), pixels // (8 * block)))
@@ -154,7 +187,7 @@ def power_of_two(number: int) -> int:
 # clocks of compiled code (bench/results/aot_*.json), to be replaced by rows measured on devices.
 _SIZES = {
     # BM, BN
-    "project": [(128, 128, 8, 3), (64, 64, 4, 2), (32, 16, 4, 1)],
+    "project": [(128, 128, 8, 3), (128, 128, 4, 3), (64, 64, 4, 2), (32, 16, 4, 1)],
     # BM, columns of the accumulator (BO R): 212 registers on sm_90, 16 more with one line in another order
     "contracted": [(128, 256, 8, 3), (128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
     # BM, columns (BO BD), most of BR
@@ -162,9 +195,16 @@ _SIZES = {
     # BM, BR, most of BK and BU
     "grad_z": [(128, 64, 64, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)],
     # BM, most of BC, most of BR: with 64 ranks at once 6 to 57 spills
-    "fold": [(128, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)],
+    "fold": [(128, 64, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)],
     # rows (BO BR), BN, BP: 256 x 128 takes fewer registers, but Triton before 3.9 makes wgmma of it that ptxas serialises
-    "outer_scaled": [(128, 256, 64, 8, 3), (256, 64, 64, 8, 2), (128, 64, 32, 4, 2), (64, 32, 32, 4, 1), (16, 16, 16, 4, 1)],
+    "outer_scaled": [
+        (128, 256, 64, 8, 3),
+        (256, 128, 64, 8, 3),
+        (256, 64, 64, 8, 2),
+        (128, 64, 32, 4, 2),
+        (64, 32, 32, 4, 1),
+        (16, 16, 16, 4, 1),
+    ],
     # BR, BN, BP
     "outer_plain": [(64, 128, 64, 4, 3), (64, 64, 32, 4, 2), (16, 16, 16, 4, 1)],
     # most of BR and BK
@@ -174,12 +214,12 @@ _SIZES = {
 }
 # Where to begin in these lists: float32 operands take twice the room, and the first size spills on some architectures
 _BEGIN = {
-    "project": {"float32": 1},
+    "project": {"float32": 2, 100: 1},
     "contracted": {"float32": 2, 100: 1, "amd": 1},
     "generated": {"float32": 2},
     "grad_z": {"float32": 1},
-    "fold": {"float32": 1, 100: 1},
-    "outer_scaled": {"float32": 2, 80: 1, "amd": 1},
+    "fold": {"float32": 2, 80: 1, 100: 2},
+    "outer_scaled": {"float32": 3, 80: 2, 100: 2, "amd": 2},
     "outer_plain": {"float32": 1},
     "norm_factor": {"float32": 1},
 }
@@ -220,7 +260,7 @@ def _tile(kernel, s, *size):
         ranks = min(s.R, 64, size[0])
         return make(BO=max(1, min(units, size[0] // ranks)), BR=ranks, BN=min(size[1], width), BP=size[2])
     if kernel == "outer_plain":
-        return make(BO=1, BR=size[0], BN=min(size[1], width), BP=size[2])
+        return make(BO=1, BR=min(size[0], max(16, power_of_two(max(s.units, s.rank)))), BN=min(size[1], width), BP=size[2])
     if kernel == "gram":
         return make(BR=min(s.R, size[0]), BK=min(size[1], s.block_k))
     return make(BK=min(size[0], s.block_k)) if kernel == "norm_factor" else make(BP=size[0], BO=size[1])

@@ -308,7 +308,7 @@ class Layer:
         """Run ``launch`` with the first tile that the device can hold; what did not fit once is not tried again."""
         key = (config.row_key(kernel, self.shape), self.device)
         tiles = config.candidates(kernel, self.shape, self.device)
-        for index in range(_first_fitting.get(key, 0), len(tiles)):
+        for index in range(min(_first_fitting.get(key, 0), len(tiles) - 1), len(tiles)):
             try:
                 return launch(tiles[index])
             except triton.runtime.errors.OutOfResources as error:

@@ -84,13 +84,11 @@ def norm_factor(
     b_shift = tl.zeros((R,), dtype)
     for j in range(R):
         b_column = tl.sum(tl.where(o_r[None, :] == j, b_gram, 0), 1)
-        b_row = tl.sum(tl.where(o_r[:, None] == j, b_gram, 0), 0)
         pivot = tl.sum(tl.where(o_r == j, b_column, 0), 0)
         inverse = tl.where(pivot > least, 1 / tl.sqrt(tl.maximum(pivot, least)), 0)
         b_column = tl.where(o_r >= j, b_column * inverse, 0)
-        b_row = tl.where(o_r >= j, b_row * inverse, 0)
         b_factor = tl.where(o_r[None, :] == j, b_column[:, None], b_factor)
-        b_gram -= b_column[:, None] * b_row[None, :]
+        b_gram -= b_column[:, None] * b_column[None, :]
         if HAS_BIAS:
             shift = tl.sum(tl.where(o_r == j, b_cross, 0), 0) * inverse
             b_shift = tl.where(o_r == j, shift, b_shift)

@@ -47,9 +47,9 @@ def test_any_layer_has_tiles_that_fit(data):
         for tile in tiles:
             assert all(size & (size - 1) == 0 for _, size in tile.blocks), "arange needs powers of two"
             blocks = dict(tile.blocks)
+            assert config.right(kernel, layer, tile)
             assert layer.K % blocks.get("BK", 1) == 0
             assert layer.K % blocks.get("BD", 1) == 0
-            assert layer.R % min(blocks.get("BR", 1), layer.R) == 0
             assert 64 % blocks.get("BP", 1) == 0, "pixels are padded to 64"
             assert blocks.get("BO", 1) <= 16, "units are padded to 16"
         assert all(config.shared_bytes(kernel, layer, tile) <= device.shared_bytes for tile in tiles)
@@ -90,6 +90,11 @@ def test_a_measured_row_comes_first(tmp_path, monkeypatch):
         assert candidates("contracted", shape(64, 64, 64, 3, bits=32), Device(90))[0] != tiles[0], "another dtype"
         assert candidates("fold", layer, Device(90))[0].stages == 3, "no row: the heuristic"
         assert candidates("contracted", layer, Device(80))[0] != tiles[0], "another device"
+        row["blocks"]["BK"] = 128  # a patch has 576 numbers: half a block would be read past its end
+        (tmp_path / "sm_90.json").write_text(json.dumps({"tiles": [row]}))
+        config._read_table.cache_clear()
+        with pytest.raises(ValueError, match=r"table row 'contracted C64 n64 .*expected blocks within .*BK.*got Tile"):
+            candidates("contracted", layer, Device(90))
     finally:
         config._read_table.cache_clear()
 

@@ -7,35 +7,46 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import random_layer
-from support_kernels import DEVICE, L_LAYERS, S_LAYERS, assert_as_accurate, compare, errors, grads_of, layer_tensors
+from support_kernels import DEVICE, L_LAYERS, S_LAYERS, assert_as_accurate, compare, errors, few_units, grads_of, layer_tensors
 
 from coda_fast import create_model
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
+from coda_kernels import config
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH_NORMS = pytest.mark.parametrize("norm", ["squash", "l2"])
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def run(layer, dtype, size, norm="squash"):
+def run(layer, dtype, size):
     channels, units, rank, kernel, stride = layer
-    tensors = layer_tensors(channels, units, rank, kernel, size, dtype=dtype)
-    compare(tensors, stride=stride, padding=(kernel - 1) // 2, norm=norm)
-    x = tensors[0].detach().requires_grad_()
-    parameters = [t.detach() for t in tensors[1:]]
-    compare([x, *parameters], stride=stride, padding=(kernel - 1) // 2, norm=norm, detach=True)  # explanation mode
+    compare(layer_tensors(channels, units, rank, kernel, size, dtype=dtype), stride=stride, padding=(kernel - 1) // 2)
 
 
 @pytest.mark.parametrize("layer", S_LAYERS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_layers_of_s_coda(layer, dtype):
-    run(layer, dtype, (4, 5))
+def test_layers_of_s_coda(layer):
+    run(layer, torch.bfloat16, (4, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [*S_LAYERS[2:6:3], *L_LAYERS[1:4:2]], ids=str)
+def test_layers_in_float32(layer):
+    run(few_units(layer), torch.float32, (4, 5))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", L_LAYERS, ids=str)
 def test_layers_of_l_coda(layer):
-    run(layer, torch.bfloat16, (7, 6) if layer[3] == 7 else (3, 4))
+    run(few_units(layer), torch.bfloat16, (7, 6) if layer[3] == 7 else (3, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [*S_LAYERS[:4], S_LAYERS[6], *L_LAYERS[:3]], ids=str)
+def test_explanations(layer):
+    """Explanation mode: the output of the layer, the adjoint as its gradient; none for the parameters."""
+    channels, units, rank, kernel, stride = few_units(layer)
+    x, *parameters = layer_tensors(channels, units, rank, kernel, (4, 5), dtype=torch.bfloat16)
+    compare([x, *(p.detach() for p in parameters)], stride=stride, padding=(kernel - 1) // 2, detach=True)
 
 
 @ALL_DTYPES
@@ -96,6 +107,15 @@ def test_explanations_train(rank):
 
     exact = [t.detach().double().requires_grad_() for t in tensors]
     assert_as_accurate(penalty("triton", tensors), penalty("reference", tensors), penalty("reference", exact))
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("rank", [7, 130])
+def test_smallest_tiles(rank, dtype, monkeypatch):
+    """The last resort of every kernel. A tile of 32 pixels may lie wholly in the padding of pixels to 64: it must read nothing else."""
+    candidates = config.candidates
+    monkeypatch.setattr(config, "candidates", lambda *args: candidates(*args)[-1:])
+    compare(layer_tensors(9, 5, rank, 3, (4, 4), batch=2, dtype=dtype), padding=1)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

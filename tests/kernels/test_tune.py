@@ -114,22 +114,22 @@ def test_rows_are_read_by_the_package(tmp_path, monkeypatch):
     """What is written is what ``config`` reads: the measured tile comes first, those of the heuristic after it."""
     monkeypatch.setenv("CODA_FAST_TABLES", str(tmp_path))
     shape, device = Shape(64, 64, 64, (3, 3)), Device(90, 132)
-    config._table.cache_clear()
+    config._read_table.cache_clear()
     before = config.candidates("fold", shape, device)
     tile = Tile.make(8, 4, BM=64, BC=32, BR=16, BE=16)
     table = tune.document([tune.row(config.row_key("fold", shape), tile, 12.345, 20.0)], "a GPU")
     assert list(table) == ["device", "triton", "torch", "commit", "date", "tiles"]
     tune.write(tmp_path / "sm_90.json", table)
-    config._table.cache_clear()
+    config._read_table.cache_clear()
     try:
         assert config.candidates("fold", shape, device) == (tile, *before)
         assert config.candidates("fold", dataclasses.replace(shape, bits=32), device)[0] != tile
         assert [p.name for p in tmp_path.iterdir()] == ["sm_90.json"]
     finally:
-        config._table.cache_clear()
+        config._read_table.cache_clear()
     tune.write(tmp_path / "sm_90.json", table | {"tiles": []})
     assert config._table(90) == {}
-    config._table.cache_clear()
+    config._read_table.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
