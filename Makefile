@@ -6,21 +6,23 @@ PIP_ARGS    ?=
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
+AOT_ARGS    ?=
 
 READY        := $(VENV)/.coda-fast-ready
 READY_OLDEST := $(VENV_OLDEST)/.coda-fast-ready
-OLDEST       := torch==2.11.*
+# NumPy 2.4 refuses what the interpreter of Triton 3.6 does with arrays of one element
+OLDEST       := 'torch==2.11.*' 'numpy<2.4'
 VERSIONS     := import sys, numpy, torch; \
 	print("Python %d.%d.%d," % sys.version_info[:3], "torch", torch.__version__ + ",", "numpy", numpy.__version__)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest lint format bench clean
+.PHONY: help demo test test-oldest lint format bench aot clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo 'Variables: PYTHON=python3.x  VENV=folder  PIP_ARGS="arguments of pip install"  DEMO_ARGS  PYTEST_ARGS  BENCH_ARGS'
+	@echo 'Variables: PYTHON=python3.x  VENV=folder  PIP_ARGS="arguments of pip install"  DEMO_ARGS  PYTEST_ARGS  BENCH_ARGS  AOT_ARGS'
 	@echo 'The first run downloads PyTorch. The build for CPUs only is far smaller: PIP_ARGS="--extra-index-url URL", with the URL that'
 	@echo 'the installation page of PyTorch names for it.'
 
@@ -46,6 +48,10 @@ format: $(READY) ## apply ruff's fixes and format
 bench: $(READY) ## time the layers on the CPU
 	$(VENV)/bin/python bench/cpu_layers.py $(BENCH_ARGS)
 
+aot: $(READY) ## compile all kernels for all architectures, without a GPU (20 to 40 minutes); the tables of docs/kernels.md
+	$(VENV)/bin/python bench/aot.py $(AOT_ARGS)
+	$(VENV)/bin/python bench/aot.py --docs
+
 clean: ## remove build products and caches; the environments and results stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find $(wildcard coda_fast kernels tests bench) -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -67,4 +73,4 @@ $(READY): setup.py coda_fast/_version.py
 	$(call environment,$(VENV),'.[dev]')
 
 $(READY_OLDEST): setup.py coda_fast/_version.py
-	$(call environment,$(VENV_OLDEST),'.[test]' '$(OLDEST)')
+	$(call environment,$(VENV_OLDEST),'.[test]' $(OLDEST))

@@ -12,7 +12,7 @@ if version is None:
 
 SETUPTOOLS = "setuptools>=77.0.3"  # the first with license_expression; also named in pyproject.toml
 CLI = ["click>=8.2", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn"]
-TEST = [*CLI, "pytest>=8", "pytest-benchmark", "hypothesis", "psutil", "packaging", SETUPTOOLS]
+TEST = [*CLI, "pytest>=8", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
 DEV = [*TEST, "ruff==0.17.6"]
 
 setup(

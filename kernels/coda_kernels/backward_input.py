@@ -65,7 +65,7 @@ def grad_factors(
         if SQUASH:
             b_t = tl.where(b_length == 0, 0, b_grad * b_ratio * ((1 - b_square) / (1 + b_square)) / (1 + b_square))
         else:
-            b_t = tl.where(b_length <= EPS, 0, -b_grad * b_ratio / b_square)
+            b_t = tl.where(b_length <= EPS, 0, -b_grad * b_ratio / tl.where(b_square == 0, 1, b_square))
         tl.store(t_ptr + o_out, _saturated(b_t, t_ptr.dtype.element_ty), m_o)
 
 

@@ -195,7 +195,7 @@ _SIZES = {
     # BM, BR, most of BK and BU
     "grad_z": [(128, 64, 64, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)],
     # BM, most of BC, most of BR: with 64 ranks at once 6 to 57 spills
-    "fold": [(128, 64, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)],
+    "fold": [(128, 64, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 2), (32, 16, 16, 4, 1)],
     # rows (BO BR), BN, BP: 256 x 128 takes fewer registers, but Triton before 3.9 makes wgmma of it that ptxas serialises
     "outer_scaled": [
         (128, 256, 64, 8, 3),
@@ -218,7 +218,7 @@ _BEGIN = {
     "contracted": {"float32": 2, 100: 1, "amd": 1},
     "generated": {"float32": 2},
     "grad_z": {"float32": 1},
-    "fold": {"float32": 2, 80: 1, 100: 2},
+    "fold": {"float32": 3, 80: 1, 100: 2},
     "outer_scaled": {"float32": 3, 80: 2, 100: 2, "amd": 2},
     "outer_plain": {"float32": 1},
     "norm_factor": {"float32": 1},

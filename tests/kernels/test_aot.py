@@ -1,0 +1,95 @@
+"""Every kernel compiled for GPUs that are not here: no spills, no local memory, tensor cores in use, within the device (bench/aot.py)."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Reports of one launch of a layer, as JSON, in a process of its own: under the interpreter nothing compiles
+COMPILE = """
+import dataclasses, json, sys
+sys.path.insert(0, sys.argv[1] + "/bench")
+import aot
+name, layer, blocks = sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+launch = next(l for l in aot.record(aot.layers()[layer], "bfloat16", 90) if l.kernel == name)
+launch = dataclasses.replace(launch, constants=tuple((dict(launch.constants) | blocks).items()))
+print(json.dumps(dataclasses.asdict(aot.compile_launch(launch, layer))))
+"""
+
+
+def python(*arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=1500)
+
+
+def report(kernel, layer="S7", **blocks):
+    done = python("-c", COMPILE, ROOT, kernel, layer, json.dumps(blocks))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90", "100", "gfx942"])
+def test_the_kernels_compile_well(arch):
+    """A layer of each form, forward, backward and explanation, for each architecture. `make aot` takes all layers."""
+    done = python(ROOT / "bench" / "aot.py", "--layers", "S7", "L7", "--arch", arch, "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert {line.split()[2] for line in lines[:-1]} == {
+        "contracted", "generated", "fold", "grad_factors", "grad_z", "gram", "norm_factor", "outer_sum", "project",
+    }  # fmt: skip
+    assert lines[-1] == "0 faults"
+
+
+@pytest.mark.slow
+def test_float32_compiles_well():
+    done = python(ROOT / "bench" / "aot.py", "--layers", "S7", "--arch", "90", "--dtype", "float32")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_the_forward_loop():
+    """The main loop of the workhorse: wgmma 64 x 256, no spills, far from issue-bound."""
+    found = report("contracted")
+    assert "HGMMA.64x256x16" in found["mma"]
+    assert found["spills"] == found["stack_bytes"] == 0
+    assert found["loop_ratio"] < 0.5
+    assert found["faults"] == []
+
+
+def test_spills_are_found():
+    """The tile that docs/kernels.md says was dropped for its spills is reported with them."""
+    found = report("fold", BR=64)
+    assert found["spills"] > 0
+    assert any("spills" in fault for fault in found["faults"])
+
+
+def test_missing_tensor_cores_are_found(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    interpret = os.environ.get("TRITON_INTERPRET")
+    import aot
+
+    if interpret is not None:  # the tool is for processes that compile, and says so to Triton
+        os.environ["TRITON_INTERPRET"] = interpret
+    from coda_kernels import config
+
+    good = aot.Report("fold", "S7", "bfloat16", 90, 4, 3, "", 200, 0, 0, 1000, 2, "6xHGMMA.64x64x16.F32.BF16", 0.6, "")
+    assert list(aot._faults(good, config)) == []
+    faults = {
+        "no tensor-core": dataclasses.replace(good, mma=""),
+        "no HGMMA": dataclasses.replace(good, mma="8xHMMA.16816.F32"),
+        "bytes of shared memory": dataclasses.replace(good, shared_bytes=300_000),
+        "bytes of stack": dataclasses.replace(good, stack_bytes=8),
+    }
+    for expected, broken in faults.items():
+        assert any(expected in fault for fault in aot._faults(broken, config)), expected
+
+
+def test_refuses_unknown_layers():
+    done = python(ROOT / "bench" / "aot.py", "--layers", "S10")
+    assert done.returncode == 2
+    assert "expected some of S1" in done.stderr
