@@ -27,7 +27,9 @@ def table() -> str:
         m = Golden(name).meta
         shape = f"{m['C']}, {m['n']}, {m['r']}, {m['k']}, {m['s']}, {m['p']}, {m['norm']}" + ("" if m["bias"] else ", no bias")
         lines.append(f"| {shape} | " + " | ".join(f"{max(layer_errors(name, *c).values()):.0e}" for c in columns) + " |")
-    return "\n".join([*lines, "", f"torch {torch.__version__}, CPU, triton under its interpreter. The tests allow 1e-10 in float64 and 1e-5 in float32."])
+    return "\n".join(
+        [*lines, "", f"torch {torch.__version__}, CPU, triton under its interpreter. The tests allow 1e-10 in float64 and 1e-5 in float32."]
+    )
 
 
 if __name__ == "__main__":
