@@ -120,7 +120,7 @@ def record(shape, dtype, arch, norm="squash"):
                     divisible.append(parameter.name)
                 else:
                     signature.append((parameter.name, parameter.annotation_type))
-                    divisible += [parameter.name] if value % 16 == 0 else []
+                    divisible += [parameter.name] if value % 16 == 0 and not parameter.do_not_specialize else []
             return Launch(self.name, *map(tuple, (signature, constants, divisible, options.items())), arch, dtype)
 
     channels, units, rank, kernel, stride, size, batch = shape
@@ -137,22 +137,40 @@ def record(shape, dtype, arch, norm="squash"):
         options = dict(dtype=getattr(torch, dtype), device="meta")
         window = layer.Window((kernel, kernel), (stride, stride), (1, 1), ((kernel - 1) // 2,) * 4)
         image = torch.empty(batch, channels, size, size, **options).to(memory_format=torch.channels_last)
-        parameters = [torch.empty(*s, channels, kernel, kernel, **options) for s in ((rank,), (units, rank), (units,))]
-        packed = layer.Layer((size, size), *parameters, window, norm, 1e-6)
-        canvas = packed.canvas(image)
-        output, dot, square, _ = packed.align(canvas, None, torch.channels_last, "products")
-        z, _, _, starts = packed.project(canvas, starts=True)
-        gs, t, e = packed.grad_factors(output, dot, square, packed.shape.R)
-        packed.grad_z(canvas, z, gs, t, e, None)
-        packed.fold(image, z, gs, e, packed.rows, torch.channels_last)
-        packed.fold(image, z, gs, e[:, packed.shape.R :], packed.rows[packed.shape.R :], torch.channels_last)  # explanation
-        packed.grad_parameters(canvas, starts, z, gs, t)
-        packed.outer_sum(canvas, starts, e[:, : packed.shape.R].t())
+        shapes = ((rank,), (units, rank), (units,))
+        reduce, weight, bias = (torch.empty(*s, channels, kernel, kernel, **options) for s in shapes)
+        for bias_or_not in (bias, None):
+            packed = layer.Layer((size, size), reduce, weight, bias_or_not, window, norm, 1e-6)
+            _passes(packed, image)
     finally:
         layer.device_of = device_of
         for (module, name), function in zip(places, before, strict=True):
             setattr(module, name, function)
     return launches
+
+
+def _passes(packed, image):
+    """Forward, backward and explanation; the option that keeps the contraction; the adjoint map; weights of x applied to another u."""
+    import torch
+
+    last, ranks = torch.channels_last, packed.shape.R
+    canvas = packed.canvas(image)
+    output, dot, square, _, z = packed.align(canvas, None, last, "products")
+    packed.align(canvas, None, last, "nothing")
+    packed.align(canvas, None, last, "norm", norm_only=True)
+    packed.align(canvas, canvas, last, "products")
+    contraction = packed.align(canvas, None, last, "contraction")[3]
+    _, _, _, starts = packed.project(canvas, starts=True)
+    gs, t, e = packed.grad_factors(output, dot, square, ranks)
+    packed.grad_factors(output, None, square)
+    packed.grad_z(canvas, z, gs, t, e, None)
+    if contraction is not None:
+        packed.grad_z(canvas, z, gs, t, e, contraction)
+    packed.fold(image, z, gs, e, packed.rows, last)
+    packed.fold(image, z, gs, e[:, ranks:], packed.rows[ranks:], last)  # explanation
+    packed.fold(image, None, None, e[:, :ranks], packed.reduce, last)
+    packed.grad_parameters(canvas, starts, z, gs, t)
+    packed.outer_sum(canvas, starts, e[:, :ranks].t())
 
 
 def compile_launch(launch: Launch, layers: str) -> Report:
@@ -187,15 +205,16 @@ def compile_launch(launch: Launch, layers: str) -> Report:
         shared_bytes=compiled.metadata.shared,
         **found,
     )
-    return dataclasses.replace(report, faults=tuple(_faults(report, config)))
+    lengths_only = launch.kernel == "project" and constants["R"] == constants["NB"] == 0
+    return dataclasses.replace(report, faults=tuple(_faults(report, config, mma=launch.kernel not in WITHOUT_MMA and not lengths_only)))
 
 
-def _faults(report, config):
+def _faults(report, config, mma=True):
     if report.spills or report.stack_bytes:
         yield f"{report.spills} spills, {report.stack_bytes} bytes of stack"
     if report.shared_bytes > config.SHARED_BYTES[report.arch]:
         yield f"{report.shared_bytes} bytes of shared memory, {config.SHARED_BYTES[report.arch]} there"
-    if not report.mma and report.kernel not in WITHOUT_MMA and not (report.kernel == "norm_factor" and report.dtype == "float32"):
+    if mma and not report.mma and not (report.kernel == "norm_factor" and report.dtype == "float32"):
         yield "no tensor-core instructions"
     wanted = {90: "HGMMA", 100: "UTC"}.get(report.arch)
     if wanted and report.mma and report.kernel in ("contracted", "generated", "fold", "grad_z") and wanted not in report.mma:
@@ -377,6 +396,7 @@ def main(argv=None):
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--kernel", nargs="+", metavar="fold")
     parser.add_argument("--jobs", type=int, help="processes; all cores")
+    parser.add_argument("--store", action="store_true", help="store a part too, in place of what was stored for its architecture and dtype")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--docs", action="store_true")
     options = parser.parse_args(argv)
@@ -406,7 +426,7 @@ def main(argv=None):
                     f"stack {r.stack_bytes} smem {r.shared_bytes} occ {r.occupancy} i/c {r.loop_ratio} | {r.mma} | "
                     f"{'; '.join(r.faults) or ('serialised' if r.serialised else 'ok')}"
                 )
-            if not part:
+            if options.store or not part:
                 print(f"stored in {store(reports)}")
     print(f"{failed} faults")
     return int(failed > 0)

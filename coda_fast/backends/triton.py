@@ -29,7 +29,7 @@ def _layer(input, reduction_weight, weight, bias, geometry: Geometry, norm, eps)
 def align(input, applied, reduction_weight, weight, bias, geometry, norm, eps, keep):
     """(F(x, u), <w, u>, |w|^2, contraction); what ``keep`` does not ask for is None."""
     layer = _layer(input, reduction_weight, weight, bias, geometry, norm, eps)
-    return layer.align(layer.canvas(input), None if applied is None else layer.canvas(applied), format_of(input), keep)
+    return layer.align(layer.canvas(input), None if applied is None else layer.canvas(applied), format_of(input), keep)[:4]
 
 
 def align_backward(grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, geometry, norm, eps, detach, needs):
@@ -41,6 +41,8 @@ def align_backward(grad, input, applied, reduction_weight, weight, bias, dot, sq
         needs = (need_x, need_u and not shared, need_reduce, need_weight, need_bias)
         return tuple(torch.zeros_like(t) if need else None for t, need in zip(inputs, needs, strict=True))
     layer = _layer(input, reduction_weight, weight, bias, geometry, norm, eps)
+    if detach:
+        need_reduce = need_weight = need_bias = False
     need_z = (need_x or need_reduce) and not detach
     need_parameters = need_weight or need_bias
     du = dx = d_reduce = d_weight = d_bias = None
@@ -60,7 +62,7 @@ def align_backward(grad, input, applied, reduction_weight, weight, bias, dot, sq
         if not shared and need_x and need_z:
             dx = layer.fold(input, None, None, e[:, :ranks], layer.reduce, format_of(input))
         if need_parameters:
-            packed, packed_bias = layer.grad_parameters(canvas_u, starts, z, gs, t)
+            packed, packed_bias = layer.grad_parameters(canvas_u, starts, z, gs, t, need_weight, need_bias)
             d_weight = layer.unpack(packed, weight.shape[1]) if need_weight else None
             d_bias = layer.unpack(packed_bias.unsqueeze(0), len(weight))[0] if need_bias else None
         if need_reduce:
@@ -75,8 +77,7 @@ def adjoint(input, value, reduction_weight, weight, bias, geometry, norm, eps):
     layer = _layer(input, reduction_weight, weight, bias, geometry, norm, eps)
     with layer._on_device():
         canvas = layer.canvas(input)
-        _, _, square, _ = layer.align(canvas, None, torch.contiguous_format, "norm", norm_only=True)
-        z, _, _, _ = layer.project(canvas)
+        _, _, square, _, z = layer.align(canvas, None, torch.contiguous_format, "norm", norm_only=True)
         gs, _, e = layer.grad_factors(value, None, square)
         return layer.fold(input, z, gs, e, layer.rows[layer.shape.R :], format_of(input))
 

@@ -21,11 +21,12 @@ def _saturated(b_x, dtype: tl.constexpr):
     return narrow(b_x, dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "g_image", "g_unit", "g_row", "g_column"])
 def grad_factors(
     grad_ptr,  # strides g_image, g_unit, g_row, g_column
     dot_ptr,  # [n, P], or unused without T
     square_ptr,  # [n, P]
+    scale_ptr,  # [n]: what t is multiplied by and the Gram matrix divided by
     gs_ptr,  # out [n, PP], with zeros past P
     t_ptr,  # out [n, PP], likewise
     e_ptr,  # out: column E - NB + o of [PP, E] is gs_o too, with NB > 0
@@ -46,7 +47,10 @@ def grad_factors(
     BP: tl.constexpr,
     BO: tl.constexpr,
 ):
-    """gs and, with T, t; both 0 in the limit q = 0. Reads an upstream gradient of any strides."""
+    """gs and, with T, t; both 0 in the limit q = 0. Reads an upstream gradient of any strides.
+
+    t goes with |w|^-2: times a power of two near |A_o|^2 it is of the size of the gradient, and fits float16.
+    """
     first, o_p, o_known = pixel_tile(tl.program_id(0), P, BP)
     o_o = tl.program_id(1) * BO + tl.arange(0, BO)
     m_o, m_g = (o_o < N_UNITS)[None, :] & (o_p < PP)[:, None], (o_o < N_UNITS)[None, :] & (o_p < P)[:, None]
@@ -66,6 +70,7 @@ def grad_factors(
             b_t = tl.where(b_length == 0, 0, b_grad * b_ratio * ((1 - b_square) / (1 + b_square)) / (1 + b_square))
         else:
             b_t = tl.where(b_length <= EPS, 0, -b_grad * b_ratio / tl.where(b_square == 0, 1, b_square))
+        b_t *= tl.load(scale_ptr + o_o % N_UNITS)[None, :]
         tl.store(t_ptr + o_out, _saturated(b_t, t_ptr.dtype.element_ty), m_o)
 
 
@@ -86,7 +91,7 @@ def _per_unit(b_image, p_scale, m_scale, p_matrix, b_acc, PP, units, s_unit: tl.
     return b_before + b_acc if b_image.dtype == tl.float32 else b_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def grad_z(
     u_ptr,  # canvas [N, HP, WP, CP]
     a_ptr,  # [n, R, K]
@@ -125,7 +130,7 @@ def grad_z(
     BK: tl.constexpr,
     BU: tl.constexpr,
 ):
-    """``dz = sum_o gs_o A_o^T u + t_o (G_o z + A_o b_o)``, BR ranks a program."""
+    """``dz = sum_o gs_o A_o^T u + t_o (G_o z + A_o b_o)``, BR ranks a program; t comes scaled up, G and A b scaled down."""
     tiles: tl.constexpr = R // BR
     i_m, i_r = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     first, o_all, o_p = pixel_tile(i_m, P, BM)
@@ -169,7 +174,7 @@ def _class_pixels(i_m, o_i, N, class_h, class_w, BM: tl.constexpr):
     return o_n, rest // class_w, rest % class_w, first + o_i < N * class_h * class_w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def fold(
     a_ptr,  # [n, R, K]
     rows_ptr,  # [E, K]: rows of B, of b, or both
@@ -218,7 +223,7 @@ def fold(
     m_x = m_x & (o_a * SH + i_h < H) & (o_b * SW + i_w < W)
     # the output pixel on the same spot; a tap adds a constant. Relative to the tile's first, so that a row costs 32 bits
     n_first, a_first, b_first, m_first = _class_pixels(i_m, 0, N, class_h, class_w, BM)
-    first_p = (n_first * OH + a_first) * OW + b_first
+    first_p = tl.minimum((n_first * OH + a_first) * OW + b_first, N * OH * OW - 1)
     o_rel = ((o_n * OH + o_a) * OW + o_b - first_p).to(tl.int32)
     o_c = i_c * BC + tl.arange(0, BC)
     o_known = o_c % CP  # past the last channel: any, not stored

@@ -11,7 +11,7 @@ import triton.language as tl
 from coda_kernels._tiles import dot, times, window_offsets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk"])
 def outer_sum(
     u_ptr,  # canvas [N, HP, WP, CP]
     starts_ptr,  # [PP]: where in u the window of a pixel starts

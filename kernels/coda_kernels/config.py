@@ -134,7 +134,7 @@ def shared_bytes(kernel: str, shape: Shape, tile: Tile) -> int:
     stages = max(1, tile.stages)
     if kernel == "project":
         return stages * (t["BM"] + t["BN"]) * t["BK"] * size
-    if kernel == "contracted":
+    if kernel in ("contracted", "contracted_kept"):
         columns = t["BO"] * shape.R
         return stages * max((t["BM"] + columns) * t["BK"], columns * t["BR"]) * size
     if kernel == "generated":
@@ -162,6 +162,7 @@ def _limits(kernel: str, s: Shape) -> dict[str, tuple[int, int, int]]:
     return {
         "project": dict(BM=pixels, BN=(16, power_of_two(s.R + padded), any_size), BK=depth),
         "contracted": dict(BM=pixels, BO=units, BK=depth, BR=ranks),
+        "contracted_kept": dict(BM=pixels, BO=units, BK=depth, BR=ranks),
         "generated": dict(BM=pixels, BO=units, BD=depth, BR=ranks),
         "grad_z": dict(BM=pixels, BR=ranks, BK=depth, BU=ranks),
         "fold": dict(BM=pixels, BC=(16, max(16, power_of_two(s.CP)), any_size), BR=ranks, BE=(16, 128, math.gcd(s.R, padded))),
@@ -188,8 +189,10 @@ def power_of_two(number: int) -> int:
 _SIZES = {
     # BM, BN
     "project": [(128, 128, 8, 3), (128, 128, 4, 3), (64, 64, 4, 2), (32, 16, 4, 1)],
-    # BM, columns of the accumulator (BO R): 212 registers on sm_90, 16 more with one line in another order
+    # BM, columns of the accumulator (BO R)
     "contracted": [(128, 256, 8, 3), (128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
+    # BM, BO R; the stores of the contraction need registers
+    "contracted_kept": [(128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
     # BM, columns (BO BD), most of BR
     "generated": [(128, 128, 256, 8, 2), (128, 64, 256, 8, 1), (64, 64, 64, 4, 2), (64, 64, 64, 4, 1), (32, 16, 16, 4, 1)],
     # BM, BR, most of BK and BU
@@ -202,6 +205,7 @@ _SIZES = {
         (256, 128, 64, 8, 3),
         (256, 64, 64, 8, 2),
         (128, 64, 32, 4, 2),
+        (64, 64, 32, 4, 2),
         (64, 32, 32, 4, 1),
         (16, 16, 16, 4, 1),
     ],
@@ -215,11 +219,12 @@ _SIZES = {
 # Where to begin in these lists: float32 operands take twice the room, and the first size spills on some architectures
 _BEGIN = {
     "project": {"float32": 2, 100: 1},
-    "contracted": {"float32": 2, 100: 1, "amd": 1},
+    "contracted": {"float32": 2, 80: 1, 100: 1, "amd": 1},
+    "contracted_kept": {"float32": 2},
     "generated": {"float32": 2},
     "grad_z": {"float32": 1},
     "fold": {"float32": 3, 80: 1, 100: 2},
-    "outer_scaled": {"float32": 3, 80: 2, 100: 2, "amd": 2},
+    "outer_scaled": {"float32": 5, 80: 2, 100: 2, "amd": 2},
     "outer_plain": {"float32": 1},
     "norm_factor": {"float32": 1},
 }
@@ -246,7 +251,7 @@ def _tile(kernel, s, *size):
     if kernel == "project":
         rows = s.R + (-(-s.units // 16) * 16 if s.bias else 0)
         return make(BM=size[0], BN=min(size[1], max(16, power_of_two(rows))), BK=s.block_k)
-    if kernel == "contracted":
+    if kernel in ("contracted", "contracted_kept"):
         depth = s.block_k if s.bits == 16 else min(32, s.block_k)
         return make(BM=size[0], BO=max(1, min(units, size[1] // s.R)), BK=depth, BR=min(s.R, 32))
     if kernel == "generated":

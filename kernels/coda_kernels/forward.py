@@ -37,7 +37,7 @@ def _finish(
 ):
     """Scale, and store y as [P, n] and what backward needs as [n, P]."""
     # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
-    b_bound = tl.sqrt(b_square) * tl.sqrt(tl.load(length_ptr + o_p))[:, None]
+    b_bound = tl.where(b_square == 0, 0, tl.sqrt(b_square) * tl.sqrt(tl.load(length_ptr + o_p))[:, None])
     b_dot = tl.clamp(b_dot, -b_bound, b_bound, propagate_nan=tl.PropagateNan.ALL)
     m_y = m_p[:, None] & (o_o < N_UNITS)[None, :]
     b_y = scaled(b_square, SQUASH, EPS) * b_dot
@@ -49,13 +49,13 @@ def _finish(
         tl.store(square_ptr + o_kept, b_square, m_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def contracted(
     u_ptr,  # canvas [N, HP, WP, CP]
     a_ptr,  # [n', R, K], n' = n rounded up to whole blocks, as for everything of a unit that is read by blocks
-    z_ptr,  # [P, R]
-    beta_ptr,  # [P, NB], float32, NB = n' or 0
-    length_ptr,  # [P]: |u_p|^2
+    z_ptr,  # [PP, R]
+    beta_ptr,  # [PP, NB], float32, NB = n' or 0
+    length_ptr,  # [PP]: |u_p|^2
     factor_ptr,  # [n', R, R]: L_o^T over its largest entry
     shift_ptr,  # [n', R], over the same
     rest_ptr,  # [n']
@@ -128,9 +128,7 @@ def contracted(
     o_b = tl.arange(0, BR)
     p_l = factor_ptr + i_j * R + (o_j * R)[None, :] + o_b[:, None]
     p_z = z_ptr + o_p[:, None] * R + o_b[None, :]
-    b_v = tl.zeros((BM, BO * R), tl.float32)
-    if NB > 0:
-        b_v += b_inverse[:, None] * tl.load(shift_ptr + i_j + o_j)[None, :]
+    b_v = b_inverse[:, None] * tl.load(shift_ptr + i_j + o_j)[None, :]  # zeros without a bias; starting from a constant spills
     for k in range(0, ranks, BR):  # z again, a piece at a time: all of L at once took 40 registers
         b_l = tl.load(p_l + k)
         b_unit = widen(tl.load(p_z + k)) * b_inverse[:, None]
@@ -145,13 +143,13 @@ def contracted(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def generated(
     u_ptr,  # canvas [N, HP, WP, CP]
     a_ptr,  # [n', R, K]
     b_ptr,  # [n', K]
-    z_ptr,  # [P, R]
-    length_ptr,  # [P]: |u_p|^2
+    z_ptr,  # [PP, R]
+    length_ptr,  # [PP]: |u_p|^2
     y_ptr,  # out [P, n]
     dot_ptr,  # out [n, P]
     square_ptr,  # out [n, P]

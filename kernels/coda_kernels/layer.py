@@ -119,14 +119,24 @@ class Layer:
         self._launch("norm_factor", launch)
         return factor, shift, rest, scale
 
+    @functools.cached_property
+    def scale(self):
+        """A power of two for every unit, [n], at least the largest entry of A_o A_o^T and of A_o b_o."""
+        with self._on_device():
+            lengths = torch.linalg.vector_norm(self.weight[: self.shape.units], dim=2, dtype=torch.float32)
+            longest = other = lengths.amax(1)
+            if self.bias is not None:
+                other = torch.maximum(longest, torch.linalg.vector_norm(self.bias[: self.shape.units], dim=1, dtype=torch.float32))
+            return torch.exp2(torch.ceil(torch.log2((longest * other).clamp(2.0**-100, 2.0**100))))
+
     def _gram(self):
-        """A_o A_o^T [n, R, R] and A_o b_o [n, R]."""
+        """A_o A_o^T [n, R, R] and A_o b_o [n, R], over ``scale``."""
         s = self.shape
         gram, cross = self.weight.new_empty(s.units, s.R, s.R), self.weight.new_empty(s.units, s.R)
 
         def launch(tile):
             norm_factor.gram[(s.units * (s.R // tile["BR"]) ** 2,)](
-                self.weight, self._or_dummy(self.bias), gram, cross, K=s.K, R=s.R, HAS_BIAS=s.bias, PRECISION=self.precision,
+                self.weight, self._or_dummy(self.bias), self.scale, gram, cross, K=s.K, R=s.R, HAS_BIAS=s.bias, PRECISION=self.precision,
                 **tile.options(),
             )  # fmt: skip
 
@@ -136,7 +146,7 @@ class Layer:
     # -- passes -----------------------------------------------------------------------------------------------------------------
 
     def align(self, canvas, applied, memory_format, keep, norm_only=False):
-        """F(x, u) [N, n, OH, OW], and what backward needs: <w, u> and |w|^2 as [n, P] float32, the contraction [P, n R], or None."""
+        """F(x, u) [N, n, OH, OW]; what backward needs: <w, u> and |w|^2 as [n, P] float32, the contraction [P, n R], or None; and z."""
         s, pixels = self.shape, len(canvas) * self.out[0] * self.out[1]
         with self._on_device():
             output = torch.empty(len(canvas), *self.out, s.units, dtype=self.dtype, device=self.torch_device)
@@ -146,7 +156,7 @@ class Layer:
             save = keep == "contraction" and keeps_contraction(s)
             contraction = kept(pixels, s.units * s.R, dtype=self.dtype) if save else None
             if not pixels:
-                return _as_image(output, memory_format), dot, square, contraction
+                return _as_image(output, memory_format), dot, square, contraction, None
             if applied is None:
                 z, beta, length, _ = self.project(canvas, bias=True)
             else:
@@ -175,11 +185,11 @@ class Layer:
                 self._launch("generated", generated)
             else:
                 factor = self._factor()
-                self._launch("contracted", contracted)
-            return _as_image(output, memory_format), dot, square, contraction
+                self._launch("contracted" if contraction is None else "contracted_kept", contracted)
+            return _as_image(output, memory_format), dot, square, contraction, z
 
     def grad_factors(self, grad, dot, square, ranks=0):
-        """gs and t, [n, P] in the dtype of the layer (t is None without ``dot``), and [dz | gs], [P, ranks + NB], dz still to come.
+        """gs and t, [n, P] in the dtype of the layer (t times ``scale``, None without ``dot``), and [dz | gs], [P, ranks + NB], dz to come.
 
         ``ranks`` is R where dz will be needed, else 0.
         """
@@ -191,8 +201,9 @@ class Layer:
 
         def launch(tile):
             backward_input.grad_factors[(triton.cdiv(whole, tile["BP"]), self.padded_units // tile["BO"])](
-                grad, self._or_dummy(dot), square, gs, self._or_dummy(t), e, pixels, whole, *self.out, *grad.stride(), N_UNITS=s.units,
-                E=e.shape[1], NB=self.NB, SQUASH=self.norm == "squash", EPS=self.eps, T=t is not None, **tile.options(),
+                grad, self._or_dummy(dot), square, square if t is None else self.scale, gs, self._or_dummy(t), e, pixels, whole,
+                *self.out, *grad.stride(), N_UNITS=s.units, E=e.shape[1], NB=self.NB, SQUASH=self.norm == "squash", EPS=self.eps,
+                T=t is not None, **tile.options(),
             )  # fmt: skip
 
         self._launch("grad_factors", launch)
@@ -260,21 +271,23 @@ class Layer:
         total = self._launch("outer_scaled" if scaled else "outer_plain", launch)
         return total.view(s.units, s.R, depth) if scaled else total
 
-    def grad_parameters(self, canvas_u, starts, z, gs, t):
-        """(dA, db), packed as the parameters are, float32: ``gs (x) [z; 1] (x) u + (sum_p t [z; 1] [z; 1]^T) [A b]``."""
+    def grad_parameters(self, canvas_u, starts, z, gs, t, need_weight=True, need_bias=True):
+        """(dA, db), packed as the parameters are, float32: ``gs (x) [z; 1] (x) u + (sum_p t [z; 1] [z; 1]^T) [A b]``; None: not needed."""
         s = self.shape
         rows = torch.arange(len(z), device=self.torch_device) * s.R
-        direct = self.outer_sum(canvas_u, starts, z, gs)
-        moments = self.outer_sum(z, rows, z, t)
-        weight = self.weight[: s.units].float()
-        d_weight = torch.baddbmm(direct, moments, weight)
-        if not s.bias:
-            return d_weight, None
-        d_bias = self.outer_sum(canvas_u, starts, gs)
-        first = self.outer_sum(z, rows, t)  # sum_p t z, [n, R]
-        bias = self.bias[: s.units].float()
-        d_weight += first.unsqueeze(2) * bias.unsqueeze(1)
-        d_bias += torch.bmm(first.unsqueeze(1), weight).squeeze(1) + t.sum(1, dtype=torch.float32).unsqueeze(1) * bias
+        weight, inverse = self.weight[: s.units].float(), 1 / self.scale.unsqueeze(1)
+        first = self.outer_sum(z, rows, t) * inverse if s.bias else None  # sum_p t z, [n, R]
+        bias = self.bias[: s.units].float() if s.bias else None
+        d_weight = d_bias = None
+        if need_weight:
+            moments = self.outer_sum(z, rows, z, t) * inverse.unsqueeze(1)
+            d_weight = torch.baddbmm(self.outer_sum(canvas_u, starts, z, gs), moments, weight)
+            if s.bias:
+                d_weight += first.unsqueeze(2) * bias.unsqueeze(1)
+        if need_bias and s.bias:
+            d_bias = self.outer_sum(canvas_u, starts, gs)
+            d_bias += torch.bmm(first.unsqueeze(1), weight).squeeze(1)
+            d_bias += t.sum(1, dtype=torch.float32).unsqueeze(1) * inverse * bias
         return d_weight, d_bias
 
     def unpack(self, packed, rows):
@@ -338,6 +351,8 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(90, processors=4)
     properties = torch.cuda.get_device_properties(device)
+    if not torch.version.hip and properties.major < 8:
+        raise RuntimeError(f"coda_kernels: expected a GPU of compute capability 8.0 or newer, got {properties.major}.{properties.minor}")
     if torch.version.hip:
         return Device(properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
     return Device(properties.major * 10 + properties.minor, properties.multi_processor_count)

@@ -10,6 +10,7 @@ from coda_kernels._tiles import dot, narrow, widen
 def gram(
     a_ptr,  # [n, R, K]
     b_ptr,  # [n, K]
+    scale_ptr,  # [n]: what both are divided by
     gram_ptr,  # out [n, R, R]: A_o A_o^T
     cross_ptr,  # out [n, R]: A_o b_o
     K: tl.constexpr,
@@ -35,6 +36,8 @@ def gram(
         if HAS_BIAS:
             b_b = widen(tl.load(b_ptr + i_o * K + o_k))
             b_cross += tl.sum(widen(b_i) * b_b[None, :], 1)
+    inverse = 1 / tl.load(scale_ptr + i_o)
+    b_gram, b_cross = b_gram * inverse, b_cross * inverse
     p_gram = gram_ptr + tl.cast(i_o, tl.int64) * (R * R)
     tl.store(p_gram + o_i[:, None] * R + o_j[None, :], narrow(b_gram, gram_ptr.dtype.element_ty))
     if HAS_BIAS:

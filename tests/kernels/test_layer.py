@@ -204,6 +204,23 @@ def test_saved_contraction_is_kept_where_there_is_one():
         kept.clear()
 
 
+@pytest.mark.parametrize(("reduction", "generation"), [(1e-3, 1e3), (1e3, 1e-3), (1, 300)])
+def test_float16_far_from_one(reduction, generation):
+    """Weights of any size: t and the Gram matrices are scaled against each other, or they would leave the range of float16."""
+    tensors = layer_tensors(32, 3, 6, 3, (5, 5), dtype=torch.float16)
+    with torch.no_grad():
+        tensors[1].mul_(reduction)
+        tensors[2].mul_(generation)
+    compare(tensors, padding=1)
+
+
+def test_huge_pixels_and_no_weight():
+    """w = 0 gives 0 where |x|^2 overflows."""
+    x, reduction, weight, bias = (t.detach() for t in layer_tensors(9, 4, 5, 3, (4, 4)))
+    y = dau_conv2d(x * 1e25, reduction, torch.zeros_like(weight), torch.zeros_like(bias), backend="triton")
+    assert (y == 0).all()
+
+
 def test_same_bits_twice():
     tensors = layer_tensors(9, 4, 20, 3, (9, 9), batch=2)
     grad = torch.randn(2, 4, 9, 9).to(DEVICE)

@@ -56,8 +56,8 @@ def silent_kernels():
         yield
 
 
-def meta_layer(shape, keep="products"):
-    """(bytes of x's copies, Layer, image, canvas, kept) with all inputs in place."""
+def meta_layer(shape):
+    """(the class Layer, an image, the arguments to make a layer for it), on meta tensors."""
     channels, units, rank, kernel, stride = shape
     options = dict(device="meta", dtype=torch.bfloat16)
     window = layer.Window((kernel, kernel), (stride, stride), (1, 1), ((kernel - 1) // 2,) * 4)
@@ -102,7 +102,7 @@ def test_backward(shape):
     with silent_kernels():
         make, image, arguments = meta_layer(shape)
         packed = make(*arguments)
-        output, dot, square, _ = packed.align(packed.canvas(image), None, torch.channels_last, "products")
+        output, dot, square, *_ = packed.align(packed.canvas(image), None, torch.channels_last, "products")
         del packed
         with Allocations() as found:
             packed = make(*arguments)
