@@ -222,7 +222,7 @@ def fold(
     o_n, o_a, o_b, m_x = _class_pixels(i_m, tl.arange(0, BM), N, class_h, class_w, BM)
     m_x = m_x & (o_a * SH + i_h < H) & (o_b * SW + i_w < W)
     # the output pixel on the same spot; a tap adds a constant. Relative to the tile's first, so that a row costs 32 bits
-    n_first, a_first, b_first, m_first = _class_pixels(i_m, 0, N, class_h, class_w, BM)
+    n_first, a_first, b_first, exists = _class_pixels(i_m, 0, N, class_h, class_w, BM)
     first_p = tl.minimum((n_first * OH + a_first) * OW + b_first, N * OH * OW - 1)
     o_rel = ((o_n * OH + o_a) * OW + o_b - first_p).to(tl.int32)
     o_c = i_c * BC + tl.arange(0, BC)
