@@ -8,6 +8,8 @@ from support_kernels import L_LAYERS, S_LAYERS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from coda_fast._geometry import Geometry
+from coda_fast.backends import triton
 from coda_kernels import backward_input, backward_weight, config, forward, layer, norm_factor, project
 
 BATCH, SIZE = 64, 32
@@ -97,31 +99,30 @@ def test_forward(shape):
 
 @pytest.mark.parametrize("shape", [*S_LAYERS, *L_LAYERS], ids=str)
 def test_backward(shape):
-    """peak <= dx + canvas + z + gs + t + [dz | gs] + starts + packed parameters + their float32 gradients and partial sums."""
+    """The formula of docs/kernels.md for a whole backward pass, results included: never exceeded, and not by far too large."""
     s, pixels, whole, padded, canvas, parameters = sizes(shape)
-    with silent_kernels():
-        make, image, arguments = meta_layer(shape)
-        packed = make(*arguments)
-        output, dot, square, *_ = packed.align(packed.canvas(image), None, torch.channels_last, "products")
-        del packed
-        with Allocations() as found:
-            packed = make(*arguments)
-            image_canvas = packed.canvas(image)
-            z, _, _, starts = packed.project(image_canvas, starts=True)
-            gs, t, e = packed.grad_factors(output, dot, square, s.R)
-            packed.grad_z(image_canvas, z, gs, t, e, None)
-            dx = packed.fold(image, z, gs, e, packed.rows, torch.channels_last)
-            grads = [packed.grad_parameters(image_canvas, starts, z, gs, t), packed.outer_sum(image_canvas, starts, e[:, : s.R].t())]
-            assert dx is not None
-            assert grads
-    pixel_bytes = canvas + 2 * image.numel() + whole * (2 * s.R + 4 * s.units + 2 * (s.R + padded) + 16)
-    one, moments = 4 * s.units * s.R * s.K, 4 * s.units * s.R**2
+    channels, units, rank, kernel, stride = shape
+    options = dict(device="meta", dtype=torch.bfloat16)
+    image = torch.empty(BATCH, channels, SIZE, SIZE, **options).to(memory_format=torch.channels_last)
+    shapes = ((rank,), (units, rank), (units,))
+    reduce, weight, bias = (torch.empty(*s, channels, kernel, kernel, **options) for s in shapes)
+    geometry = Geometry.make((kernel, kernel), stride, (kernel - 1) // 2)
+    side = geometry.output_size(SIZE, SIZE)[0]
+    grad = torch.empty(BATCH, units, side, side, **options)
+    dot, square = (torch.empty(units, pixels, device="meta") for _ in range(2))
+    with silent_kernels(), Allocations() as found:
+        results = triton.align_backward(
+            grad, image, None, reduce, weight, bias, dot, square, None, geometry, "squash", 1e-6, False, (True, False, True, True, True)
+        )
+    assert results[0].shape == image.shape
+    per_pixel = whole * (2 * s.R + 4 * units + 2 * (s.R + padded) + 16)
+    one, moments = 4 * units * s.R * s.K, 4 * units * s.R**2
     parts, moment_parts = (_parts(s, depth, whole) for depth in (s.K, s.R))
-    # partial sums with their total; then dA, the moments, the weights and dA~ in float32
-    parameter_bytes = max((parts + 1) * one, one + (moment_parts + 1) * moments, 3 * one + moments)
-    bias_bytes = 4 * 2 * 132 * (s.units + s.R) * max(s.K, s.R)  # partial sums of db and dB, at most two waves of programs
-    assert found.peak <= pixel_bytes + 3 * parameters + parameter_bytes + min(bias_bytes, 4 << 20) + 4096
-    assert found.largest <= max(pixel_bytes, parts * one, moment_parts * moments)
+    sums = one + max((parts + 1) * one + moments, 2 * one + moments, (moment_parts + 1) * moments)
+    expected = canvas + 2 * image.numel() + per_pixel + parameters + sums
+    assert found.peak <= 1.02 * expected + 2 * parameters + (2 << 20)  # the rest: db, dB and their partial sums, packed rows in parts
+    assert found.peak >= 0.75 * expected
+    assert found.largest <= max(canvas, per_pixel, parts * one, moment_parts * moments)
 
 
 def _parts(s, depth, pixels):
