@@ -224,7 +224,7 @@ _BEGIN = {
     "generated": {"float32": 2},
     "grad_z": {"float32": 1},
     "fold": {"float32": 3, 80: 1, 100: 2},
-    "outer_scaled": {"float32": 5, 80: 2, 100: 2, "amd": 2},
+    "outer_scaled": {"float32": 5, 80: 2, 100: 2, "amd": 3},
     "outer_plain": {"float32": 1},
     "norm_factor": {"float32": 1},
 }
