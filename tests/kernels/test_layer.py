@@ -286,6 +286,18 @@ def test_cancellation(rank, dtype):
     assert_as_accurate(ours, eager, truth)
 
 
+def test_never_longer_than_the_patch():
+    """w parallel to x and nearly cancelled: |y| = |x| under "l2", where any rounding of <w, x> against |w| would show as more."""
+    x = torch.randn(1, 64, 3, 3, dtype=torch.float64)
+    reduction, _, _ = random_layer(64, 1, 16)
+    z = reduction.flatten(1) @ x.flatten()
+    weight = torch.randn(32, 16, 1, 1, 1, dtype=torch.float64) * x
+    bias = -0.9999 * torch.einsum("ok...,k->o...", weight, z)
+    tensors = [t.to(DEVICE, torch.float32) for t in (x, reduction, weight, bias)]
+    y = dau_conv2d(*tensors, norm="l2", backend="triton")
+    assert (y.double().abs() <= tensors[0].double().norm() * (1 + 1e-6)).all()
+
+
 @ALL_DTYPES
 def test_norm_of_the_contracted_form(dtype):
     """|w|^2 itself, against float64: as good as the direct |A z + b|^2 in the same dtype, where it cancels too, and never negative."""
