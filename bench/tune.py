@@ -68,7 +68,7 @@ def legal(kernel: str, shape: config.Shape, device: config.Device, tile: Tile) -
 
 def _accumulators(kernel, s, t):
     """Numbers in the accumulator of a program."""
-    if kernel == "contracted":
+    if kernel in ("contracted", "contracted_kept"):
         return t["BM"] * t["BO"] * s.R
     if kernel == "norm_factor":
         return s.R**2 * (s.bits // 16)
