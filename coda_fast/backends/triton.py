@@ -46,7 +46,7 @@ def align_backward(grad, input, applied, reduction_weight, weight, bias, dot, sq
     need_z = (need_x or need_reduce) and not detach
     need_parameters = need_weight or need_bias
     du = dx = d_reduce = d_weight = d_bias = None
-    with layer._on_device():
+    with layer.on_device():
         canvas = layer.canvas(input)
         canvas_u = canvas if shared else layer.canvas(applied)
         z, _, _, starts = layer.project(canvas, starts=need_parameters or need_reduce)
@@ -75,7 +75,7 @@ def adjoint(input, value, reduction_weight, weight, bias, geometry, norm, eps):
     if not value.numel():
         return torch.zeros_like(input)
     layer = _layer(input, reduction_weight, weight, bias, geometry, norm, eps)
-    with layer._on_device():
+    with layer.on_device():
         canvas = layer.canvas(input)
         _, _, square, _, z = layer.align(canvas, None, torch.contiguous_format, "norm", norm_only=True)
         gs, _, e = layer.grad_factors(value, None, square)

@@ -17,8 +17,6 @@ import triton
 from coda_kernels import backward_input, backward_weight, config, forward, interpreted, norm_factor, project
 from coda_kernels.config import Device, Shape
 
-KEEP = ("nothing", "norm", "products", "contraction")
-
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -28,11 +26,6 @@ class Window:
     stride: tuple[int, int]
     dilation: tuple[int, int]
     padding: tuple[int, int, int, int]
-
-
-def keeps_contraction(shape: Shape) -> bool:
-    """Whether forward has a contraction to keep: the generated form never computes it."""
-    return not shape.generated
 
 
 class Layer:
@@ -122,7 +115,7 @@ class Layer:
     @functools.cached_property
     def scale(self):
         """A power of two for every unit, [n], at least the largest entry of A_o A_o^T and of A_o b_o."""
-        with self._on_device():
+        with self.on_device():
             lengths = torch.linalg.vector_norm(self.weight[: self.shape.units], dim=2, dtype=torch.float32)
             longest = other = lengths.amax(1)
             if self.bias is not None:
@@ -148,12 +141,12 @@ class Layer:
     def align(self, canvas, applied, memory_format, keep, norm_only=False):
         """F(x, u) [N, n, OH, OW]; what backward needs: <w, u> and |w|^2 as [n, P] float32, the contraction [P, n R], or None; and z."""
         s, pixels = self.shape, len(canvas) * self.out[0] * self.out[1]
-        with self._on_device():
+        with self.on_device():
             output = torch.empty(len(canvas), *self.out, s.units, dtype=self.dtype, device=self.torch_device)
             kept = functools.partial(torch.empty, device=self.torch_device)
             dot = kept(s.units, pixels) if keep in ("products", "contraction") else None
             square = kept(s.units, pixels) if keep != "nothing" else None
-            save = keep == "contraction" and keeps_contraction(s)
+            save = keep == "contraction" and not s.generated  # the generated form has none
             contraction = kept(pixels, s.units * s.R, dtype=self.dtype) if save else None
             if not pixels:
                 return _as_image(output, memory_format), dot, square, contraction, None
@@ -314,7 +307,8 @@ class Layer:
         """A pointer of the right device and dtype where a kernel does not read one."""
         return self.weight if tensor is None else tensor
 
-    def _on_device(self):
+    def on_device(self):
+        """Context in which launches go to the device of the tensors, not to the current one."""
         return torch.cuda.device(self.torch_device) if self.torch_device.type == "cuda" else contextlib.nullcontext()
 
     def _launch(self, kernel, launch):
