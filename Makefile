@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
 AOT_ARGS    ?=
+GPU_ARGS    ?=
 
 READY        := $(VENV)/.coda-fast-ready
 READY_OLDEST := $(VENV_OLDEST)/.coda-fast-ready
@@ -17,12 +18,12 @@ VERSIONS     := import sys, numpy, torch; \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest lint format bench aot clean
+.PHONY: help demo test test-oldest lint format bench tables gpu-report aot clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo 'Variables: PYTHON=python3.x  VENV=folder  PIP_ARGS="arguments of pip install"  DEMO_ARGS  PYTEST_ARGS  BENCH_ARGS  AOT_ARGS'
+	@echo 'Variables: PYTHON=python3.x  VENV=folder  PIP_ARGS="arguments of pip install"  DEMO_ARGS  PYTEST_ARGS  BENCH_ARGS  GPU_ARGS  AOT_ARGS'
 	@echo 'The first run downloads PyTorch. The build for CPUs only is far smaller: PIP_ARGS="--extra-index-url URL", with the URL that'
 	@echo 'the installation page of PyTorch names for it.'
 
@@ -45,12 +46,18 @@ format: $(READY) ## apply ruff's fixes and format
 	$(VENV)/bin/python -m ruff check --fix-only .
 	$(VENV)/bin/python -m ruff format .
 
-bench: $(READY) ## time the layers on the CPU
-	$(VENV)/bin/python bench/cpu_layers.py $(BENCH_ARGS)
+bench: $(READY) ## measure everything beside its peers, keep the rows in bench/results (under 4 minutes on a CPU)
+	$(VENV)/bin/python -m pytest bench/ --benchmark --rows bench/results $(BENCH_ARGS)
+
+tables: $(READY) ## all tables and plots of measured results in README.md and docs/, from bench/results
+	$(VENV)/bin/python bench/tables.py
+
+gpu-report: ## on a CUDA GPU, with the Python at hand: tests, layers, networks, every configuration, in 9 minutes
+	$(PYTHON) bench/gpu_report.py $(GPU_ARGS)
 
 aot: $(READY) ## compile all kernels for all architectures, without a GPU (20 to 40 minutes); the tables of docs/kernels.md
 	$(VENV)/bin/python bench/aot.py $(AOT_ARGS)
-	$(VENV)/bin/python bench/aot.py --docs
+	$(VENV)/bin/python bench/tables.py
 
 clean: ## remove build products and caches; the environments and results stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -12,8 +12,9 @@ if version is None:
 
 SETUPTOOLS = "setuptools>=77.0.3"  # the first with license_expression; also named in pyproject.toml
 CLI = ["click>=8.2", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn"]
-TEST = [*CLI, "pytest>=8", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
-DEV = [*TEST, "ruff==0.17.6"]
+BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
+TEST = [*CLI, "pytest>=8.2", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
+DEV = [*TEST, *BENCH, "ruff==0.17.6"]
 
 setup(
     name="coda-fast",
@@ -31,7 +32,7 @@ setup(
     package_dir={"coda_kernels": "kernels/coda_kernels"},
     package_data={"coda_fast": ["recipes/*.yaml"], "coda_kernels": ["tables/*.json"]},
     install_requires=["torch>=2.11", "numpy"],
-    extras_require={"cli": CLI, "test": TEST, "dev": DEV},
+    extras_require={"cli": CLI, "bench": BENCH, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["coda-fast = coda_fast.cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -2,8 +2,7 @@
 
     python bench/aot.py                       all layers; bfloat16 everywhere, all dtypes on sm_90; bench/results/aot_triton<version>.json
     python bench/aot.py --layers S7 --arch 90 --dtype bfloat16     a part, printed only
-    python bench/aot.py --table               print the tables of the stored results
-    python bench/aot.py --docs                put them between their markers in docs/kernels.md
+    python bench/aot.py --table               print the tables of the stored results ("make tables" puts them into docs/kernels.md)
 
 Nothing is simulated: launches are recorded from the launchers themselves (shapes, constants, alignment), compiled by the installed
 Triton, and registers, stack, shared memory and instructions are read off the result. Exit status 1 if a kernel spills, exceeds the
@@ -29,6 +28,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from bench import aot_tables, cases  # noqa: E402
+
 ARCHITECTURES = (80, 90, 100, "gfx942")
 DTYPES = ("bfloat16", "float16", "float32")
 WITHOUT_MMA = {"grad_factors"}
@@ -78,17 +80,7 @@ def triton_version() -> tuple[int, int]:
 
 def layers():
     """{"S1": (C, n, r, k, stride, size, batch), ...}: the layers of both published networks."""
-    from coda_fast import create_model
-
-    found = {}
-    for letter, name in (("S", "coda_s_cifar10"), ("L", "coda_l_imagenet100")):
-        model = create_model(name, device="meta")
-        size = model.image_size
-        for i, layer in enumerate(model.layers):
-            shape = (layer.in_channels, layer.out_channels, layer.rank, layer.kernel_size[0], layer.stride[0], size, BATCH[letter])
-            found[f"{letter}{i + 1}"] = shape
-            size, _ = layer.geometry.output_size(size, size)
-    return found
+    return {name: (c.channels, c.units, c.rank, c.kernel, c.stride, c.size, c.batch) for name, c in cases.layers(BATCH).items()}
 
 
 def record(shape, dtype, arch, norm="squash"):
@@ -330,17 +322,14 @@ def sweep(wanted, dtypes, architectures, kernels=None, jobs=None, progress=lambd
     return sorted(reports, key=lambda r: (str(r.arch), r.dtype, r.kernel, r.layers, r.blocks))
 
 
-# -- the stored results and their tables -----------------------------------------------------------------------------------------------
-
-RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs" / "kernels.md"
-BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
+# -- the stored results (their tables: bench/aot_tables.py) ----------------------------------------------------------------------------
 
 
 def store(reports):
     """Rows of this Triton's file, those of the same kernel, dtype, architecture and layers replaced; written whole or not at all."""
     import triton
 
-    path = RESULTS / f"aot_triton{'.'.join(map(str, triton_version()))}.json"
+    path = aot_tables.RESULTS / f"aot_triton{'.'.join(map(str, triton_version()))}.json"
     commit = _run("git", "-C", ROOT, "rev-parse", "--short", "HEAD").strip()
     old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     done = {(r.arch, r.dtype) for r in reports}
@@ -355,40 +344,6 @@ def store(reports):
     return path
 
 
-def tables() -> str:
-    """Markdown of all stored results: the worst of each kernel over the layers, an architecture and dtype a row."""
-    parts = []
-    for path in sorted(RESULTS.glob("aot_triton*.json"), reverse=True):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        groups = collections.defaultdict(list)
-        for row in found["rows"]:
-            groups[row["kernel"], str(row["arch"]), row["dtype"]].append(row)
-        faults = sum(bool(row["faults"]) for row in found["rows"])
-        serialised = sum(bool(row["serialised"]) for row in found["rows"])
-        parts.append(
-            f"Triton {found['triton']}, commit {found['commit']}, {found['date']}: {len(found['rows'])} compilations, {faults} faults, "
-            f"{serialised} with serialised wgmma. Ranges over the layers of both networks.\n\n"
-            "| kernel | for | dtype | n | registers | spills | stack | shared, KiB | programs an SM | instructions / tensor clock |\n"
-            "|---|---|---|---|---|---|---|---|---|---|"
-        )
-        for (kernel, arch, dtype), rows in sorted(groups.items()):
-            span = lambda key, rows=rows, scale=1: _span([row[key] / scale for row in rows if row[key] is not None])  # noqa: E731
-            parts.append(
-                f"| {kernel} | {arch if arch.startswith('gfx') else f'sm_{arch}'} | {dtype} | {len(rows)} | {span('registers')} | "
-                f"{span('spills')} | {span('stack_bytes')} | {span('shared_bytes', scale=1024)} | {span('occupancy')} | "
-                f"{span('loop_ratio')} |"
-            )
-        parts.append("")
-    return "\n".join(parts).strip()
-
-
-def _span(values):
-    if not values:
-        return ""
-    texts = list(dict.fromkeys(f"{v:.2f}".rstrip("0").rstrip(".") for v in (min(values), max(values))))
-    return " to ".join(texts)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", nargs="+", metavar="S1", help="S1 to S9, L1 to L9")
@@ -398,15 +353,9 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, help="processes; all cores")
     parser.add_argument("--store", action="store_true", help="store a part too, in place of what was stored for its architecture and dtype")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--docs", action="store_true")
     options = parser.parse_args(argv)
     if options.table:
-        print(tables())
-        return 0
-    if options.docs:
-        text = DOCS.read_text(encoding="utf-8")
-        before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-        DOCS.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{after}", encoding="utf-8")
+        print(aot_tables.tables())
         return 0
     known = layers()
     if unknown := set(options.layers or []) - known.keys():

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from coda_fast._geometry import Geometry
 
 # Bytes of the largest intermediate of a chunk. CPU: measured on 2 cores with 32 MB of shared L3, the sum over the S-CoDA layers at 8 MiB
-# is 0.90 of that at 4 MiB, and 1, 2 MiB take 1.5, 1.2 times as long as 4 MiB (bench/cpu_layers.py --chunk-mib). Others: a guess.
+# is 0.90 of that at 4 MiB, and 1, 2 MiB take 1.5, 1.2 times as long as 4 MiB (a tool of commit a35febd). Others: a guess.
 CHUNK_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
 
 

@@ -41,7 +41,7 @@ def gram(
     p_gram = gram_ptr + tl.cast(i_o, tl.int64) * (R * R)
     tl.store(p_gram + o_i[:, None] * R + o_j[None, :], narrow(b_gram, gram_ptr.dtype.element_ty))
     if HAS_BIAS:
-        tl.store(cross_ptr + i_o * R + o_i, narrow(b_cross, cross_ptr.dtype.element_ty), mask=(o_i >= 0) & (i_j == 0))
+        tl.store(cross_ptr + i_o * R + o_i, narrow(b_cross, cross_ptr.dtype.element_ty), mask=o_i >= tl.where(i_j == 0, 0, R))
 
 
 @triton.jit

@@ -63,7 +63,8 @@ def project(
     if NB > 0:
         m_b = m_p[:, None] & ((o_j >= R) & (o_j < R + NB))[None, :]
         tl.store(beta_ptr + o_p[:, None] * NB + (o_j - R)[None, :], b_acc, m_b)
+    m_once = o_p < tl.where(i_n == 0, PP, 0)  # not "m_p & (i_n == 0)": Triton 3.9's interpreter refuses a mask made of a number
     if LENGTH:
-        tl.store(length_ptr + o_p, b_length, m_p & (i_n == 0))
+        tl.store(length_ptr + o_p, b_length, m_once)
     if STARTS:
-        tl.store(starts_ptr + o_p, o_start, m_p & (i_n == 0))
+        tl.store(starts_ptr + o_p, o_start, m_once)

@@ -1,0 +1,10 @@
+"""Whole CoDA-Nets beside the same networks made of the peers' layers, and beside ResNet-50s on the same images."""
+
+from bench.cases import NETWORK_MODES
+
+PART, MODES = "networks", NETWORK_MODES
+
+
+def test_network(measured, provider):
+    assert not measured[provider].missing
+    assert measured[provider].peak_bytes > 0

@@ -1,0 +1,138 @@
+"""What is measured: the layers of the published networks, the networks themselves, and how a layer grows; by preset."""
+
+from __future__ import annotations
+
+import dataclasses
+
+FORWARD, TRAINING, EXPLANATION = "forward", "forward + backward", "explanation"
+LAYER_MODES = (FORWARD, TRAINING, EXPLANATION)
+INFERENCE, STEP = "inference", "training step"
+NETWORK_MODES = (STEP, INFERENCE, EXPLANATION)
+AXES = ("batch", "size", "rank", "channels")
+# Matrix products of the size of the forward one that a mode cannot do with fewer of without keeping n r numbers a pixel:
+# backward gives dx, dz and dA; an explanation is a forward pass and dx
+PRODUCTS = {FORWARD: 1, TRAINING: 3, EXPLANATION: 2}
+
+# Providers worth compiling on a CPU, and all of them
+COMPILED = ("materialising", "algebraic")
+EVERYTHING = (*COMPILED, "algebraic checkpointed", "coda_fast")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A DAU layer with a square kernel and padding (k - 1) / 2 on square images."""
+
+    name: str
+    channels: int
+    units: int
+    rank: int
+    kernel: int
+    stride: int
+    size: int
+    batch: int
+    axis: str = ""  # what is varied, in a scaling series
+
+    @property
+    def padding(self) -> int:
+        return (self.kernel - 1) // 2
+
+    @property
+    def depth(self) -> int:
+        """d: numbers in a patch."""
+        return self.channels * self.kernel**2
+
+    @property
+    def pixels(self) -> int:
+        """P: output pixels of the batch."""
+        return self.batch * ((self.size + 2 * self.padding - self.kernel) // self.stride + 1) ** 2
+
+    @property
+    def shape(self) -> dict:
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("name", "axis")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A CoDA-Net by name on square images; the yardsticks get the same images and as many classes."""
+
+    name: str
+    batch: int
+    size: int
+
+    @property
+    def shape(self) -> dict:
+        return {"batch": self.batch, "size": self.size}
+
+
+NETWORKS = {"S": "coda_s_cifar10", "L": "coda_l_imagenet100"}
+
+
+def layers(batch: dict[str, int]) -> dict[str, Layer]:
+    """{"S1": ..., "L9": ...}: all layers of the published networks, in order; {"S": batch, "L": batch}."""
+    from coda_fast import create_model
+
+    found = {}
+    for letter in batch:
+        model = create_model(NETWORKS[letter], device="meta")
+        size = model.image_size
+        for i, layer in enumerate(model.layers):
+            name = f"{letter}{i + 1}"
+            found[name] = Layer(
+                name, layer.in_channels, layer.out_channels, layer.rank, layer.kernel_size[0], layer.stride[0], size, batch[letter]
+            )
+            size, _ = layer.geometry.output_size(size, size)
+    return found
+
+
+def distinct(found: dict[str, Layer]) -> list[Layer]:
+    """One layer for each shape, named after all that have it: "S4, S5"."""
+    names = {}
+    for name, layer in found.items():
+        names.setdefault(dataclasses.replace(layer, name=""), []).append(name)
+    return [dataclasses.replace(layer, name=", ".join(same)) for layer, same in names.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What one run measures. ``compiled``: which providers also through torch.compile, by mode (a compilation takes seconds)."""
+
+    layers: tuple[Layer, ...]
+    networks: tuple[Network, ...]
+    scaling: tuple[Layer, ...]
+    compiled: dict[str, tuple[str, ...]]
+    dtype: str
+
+
+def preset(name: str, memory_bytes: int = 0) -> Preset:
+    """"smoke": everything once, small; "cpu": S-CoDA at batch 4, under four minutes on two cores; "gpu": S-CoDA at batch 256, L-CoDA at 64, or 16
+    on a device with less than 60 GB.
+    """
+    if name == "smoke":
+        small = [dataclasses.replace(case, size=8) for case in distinct(layers({"S": 1})) if case.name in ("S1", "S9")]
+        base = Layer("scaling", 8, 8, 8, 3, 1, 8, 1)
+        series = _series(base, batch=(1, 2), size=(8, 16), rank=(8, 16), channels=(8, 16))
+        return Preset(tuple(small), (Network(NETWORKS["S"], 2, 8),), series, {TRAINING: COMPILED}, "float32")
+    if name == "cpu":
+        base = Layer("scaling", 16, 16, 16, 3, 1, 16, 2)
+        sizes = dict(batch=(1, 2, 4, 8, 16), size=(8, 16, 32, 64), rank=(4, 16, 64, 256), channels=(4, 16, 32, 64))
+        networks = (Network(NETWORKS["S"], 4, 32),)
+        cases = tuple(distinct(layers({"S": 4})))
+        return Preset(cases, networks, _series(base, **sizes), {TRAINING: COMPILED}, "float32")
+    if name == "gpu":
+        large = 64 if memory_bytes >= 60e9 else 16
+        base = Layer("scaling", 64, 64, 64, 3, 1, 32, 32)
+        sizes = dict(batch=(1, 4, 16, 64, 256), size=(8, 16, 32, 64, 128), rank=(8, 32, 128, 256), channels=(16, 32, 64, 128, 256))
+        networks = (Network(NETWORKS["S"], 256, 32), Network(NETWORKS["L"], large, 240))
+        cases = tuple(distinct(layers({"S": 256, "L": large})))
+        return Preset(cases, networks, _series(base, **sizes), dict.fromkeys((*LAYER_MODES, *NETWORK_MODES), EVERYTHING), "bfloat16")
+    raise ValueError(f"preset: expected smoke, cpu or gpu, got {name!r}")
+
+
+def _series(base, **axes):
+    """``base`` with one number varied at a time; channels are those of input and output."""
+    found = []
+    for axis, values in axes.items():
+        for value in values:
+            changes = dict(channels=value, units=value) if axis == "channels" else {axis: value}
+            found.append(dataclasses.replace(base, axis=axis, **changes))
+    return tuple(found)

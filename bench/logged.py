@@ -1,0 +1,24 @@
+"""A pytest plugin, ``-p bench.logged``: a line of JSON for every test as it ends, so that a run that is cut off loses nothing."""
+
+import json
+import os
+
+
+def pytest_collection_finish(session):
+    _write({"collected": [item.nodeid for item in session.items]})
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.outcome != "passed":
+        reason = str(report.longrepr)[-2000:] if report.failed else None
+        _write({"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3), "reason": reason})
+
+
+def pytest_collectreport(report):
+    if report.failed:
+        _write({"test": report.nodeid, "outcome": "failed", "seconds": 0.0, "reason": str(report.longrepr)[-2000:]})
+
+
+def _write(line):
+    with open(os.environ["CODA_FAST_TEST_LOG"], "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

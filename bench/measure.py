@@ -1,0 +1,176 @@
+"""Time in turns, peak memory, error: the same way for every provider."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+BLOCK_SECONDS = {"cuda": 0.01, "cpu": 0.02}
+TURNS = (5, 15)  # least, most
+
+
+@dataclasses.dataclass
+class Measurement:
+    """Of one provider. Sample i of each provider of a group was taken in the same turn, so that ratios can be formed turn by turn."""
+
+    device_us: list[float] = dataclasses.field(default_factory=list)  # a GPU: between events around the work; a CPU: the same as host_us
+    host_us: list[float] = dataclasses.field(default_factory=list)  # until the work is done
+    peak_bytes: int | None = None
+    error: float | None = None
+    missing: str | None = None  # why there is nothing
+
+
+@dataclasses.dataclass
+class Runner:
+    """A function and its rotating inputs."""
+
+    inputs: list[tuple]
+    function: Callable
+    calls: int = 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.function(*self.inputs[self.calls % len(self.inputs)])
+
+
+def in_turn(runners: dict[str, Runner], device: torch.device, seconds: float, turns: tuple[int, int] = TURNS) -> dict[str, Measurement]:
+    """Every runner for a block of calls, one after the other, as many turns as fit in ``seconds``: a drift of the machine hits all of
+    them. Compilation and warm-up come before and are not counted. A runner that fails in the warm-up is left out and says why.
+    """
+    found, repeats, total = {name: Measurement() for name in runners}, {}, 0.0
+    for name, runner in runners.items():
+        try:
+            runner()
+            estimate = _block(runner, 1, device)[1]
+            for _ in range(2 if estimate < 0.3 else 0):
+                estimate = min(estimate, _block(runner, 1, device)[1])
+        except Exception as error:
+            if device.type == "cuda" and not isinstance(error, torch.cuda.OutOfMemoryError):
+                torch.cuda.synchronize(device)  # raises here if the device itself is lost
+            found[name].missing = _reason(error)
+            continue
+        repeats[name] = max(1, min(100, math.ceil(BLOCK_SECONDS[device.type] / max(estimate, 1e-7))))
+        total += repeats[name] * estimate
+    least, most = turns
+    for _ in range(max(least, min(most, int(seconds / max(total, 1e-9)))) if repeats else 0):
+        for name, count in repeats.items():
+            on_device, on_host = _block(runners[name], count, device)
+            found[name].device_us.append(1e6 * on_device)
+            found[name].host_us.append(1e6 * on_host)
+    return found
+
+
+def _block(runner, count, device):
+    """Seconds a call: on the device, and until the host knows that all are done."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(count):
+            runner()
+        seconds = (time.perf_counter() - start) / count
+        return seconds, seconds
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    head_start(device)
+    start.record()
+    for _ in range(count):
+        runner()
+    end.record()
+    torch.cuda.synchronize(device)
+    on_device = 1e-3 * start.elapsed_time(end) / count
+    begin = time.perf_counter()
+    for _ in range(count):
+        runner()
+    torch.cuda.synchronize(device)
+    return on_device, (time.perf_counter() - begin) / count
+
+
+_scratch = {}
+
+
+def head_start(device: torch.device) -> None:
+    """Work of some 0.2 ms ahead of what is timed, so that the first launches of a block wait in the queue and not the device for them."""
+    if device not in _scratch:
+        _scratch[device] = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    _scratch[device].zero_()
+    _scratch[device].zero_()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(function: Callable, device: torch.device) -> int:
+    """The most that torch's allocator held during a call, above what it held before (inputs and parameters). What libraries take behind
+    its back on a CPU (packed weights of a convolution) is not in it. After a CUDA graph has been captured: with the graph's pool.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        pools = _pool_bytes()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = function()
+        torch.cuda.synchronize(device)
+        del kept
+        return torch.cuda.max_memory_allocated(device) - before + pools
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = function()
+        del kept
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted(((e["ts"], i, e["args"]["Bytes"]) for i, e in enumerate(events) if e.get("name") == "[memory]"))
+    held = most = 0
+    for _, _, change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+def _pool_bytes():
+    """What private pools, those of CUDA graphs, hold."""
+    return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0))
+
+
+# -- error ----------------------------------------------------------------------------------------------------------------------------
+
+
+def error(results: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+    """The largest RMS error of a result, relative to the RMS of the truth; infinity for NaN."""
+    worst = 0.0
+    for found, exact in zip(results, truth, strict=True):
+        deviation = (found.detach().double() - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-300)
+        worst = max(worst, float(deviation) if torch.isfinite(deviation) else math.inf)
+    return worst
+
+
+# -- statistics -----------------------------------------------------------------------------------------------------------------------
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """20, 50 and 80 %."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], statistics.median(values), cuts[7]
+
+
+def ratios(slow: Measurement, fast: Measurement) -> tuple[float, float, float]:
+    """20, 50 and 80 % of slow / fast, turn by turn."""
+    return quantiles([a / b for a, b in zip(slow.device_us, fast.device_us, strict=True)])

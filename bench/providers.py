@@ -1,0 +1,280 @@
+"""One ``setup(case, mode, dtype, device) -> (inputs, function)`` for each provider, all with the same inputs.
+
+``inputs`` is a list of several sets, to be rotated; ``function(*inputs[i])`` does the work once and returns its results: [y] forward,
+[y, gradients of x, B, A, b] with backward, [y, gradient of x] for an explanation; [logits] and so on for networks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from bench import peers
+from bench.cases import EXPLANATION, FORWARD, INFERENCE, PRODUCTS, Layer, Network
+from coda_fast import DAUConv2d, create_model
+from coda_fast.functional import dau_conv2d
+
+MATERIALISING, ALGEBRAIC, CHECKPOINTED, CODA = "materialising", "algebraic", "algebraic checkpointed", "coda_fast"
+KEPT, FACTORED, PRODUCT = "coda_fast save_contraction", "coda_fast factored", "matrix product"
+RESNET, BCOS = "ResNet-50", "B-cos ResNet-50"
+COMPILED = " compiled"
+PEERS = {MATERIALISING: peers.materialising, ALGEBRAIC: peers.algebraic, CHECKPOINTED: peers.checkpointed}
+
+
+class Missing(RuntimeError):
+    """A provider that cannot run here; the message says why."""
+
+
+def coda_fast(x, B, A, b, stride=1, padding=0, detach=False, **options):
+    """The library with the arguments of the peers: the fused kernels on a GPU, what "auto" picks elsewhere."""
+    options.setdefault("backend", "triton" if x.is_cuda else "auto")
+    return dau_conv2d(x, B, A, b, stride, padding, detach=detach, **options)
+
+
+def _kept(*arguments):
+    return coda_fast(*arguments, save_contraction=True)
+
+
+def _factored(*arguments):
+    return coda_fast(*arguments, backend="factored")
+
+
+OURS = {CODA: coda_fast, KEPT: _kept, FACTORED: _factored}
+
+
+def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequence[str] = ()) -> list[str]:
+    """The providers of a case, in the order of the tables; ``compiled``: which of them also through torch.compile."""
+    gpu, backward = device.type == "cuda", mode not in (FORWARD, INFERENCE)
+    found = [MATERIALISING, ALGEBRAIC]
+    found += [CHECKPOINTED] if backward and (gpu or mode != EXPLANATION) else []
+    if isinstance(case, Layer) and case.axis:
+        return [*found[:2], CODA]
+    found += [name + COMPILED for name in (*found, CODA) if name in compiled]
+    found.insert(found.index(CODA + COMPILED) if CODA + COMPILED in found else len(found), CODA)
+    if gpu:
+        found += [KEPT] if backward and mode != EXPLANATION else []
+        found += [FACTORED]
+    return [*found, PRODUCT] if isinstance(case, Layer) else [*found, RESNET, BCOS]
+
+
+def setup(provider: str, case: Layer | Network, mode: str, dtype: torch.dtype, device: torch.device) -> tuple[list, Callable]:
+    """The inputs and the function of a provider. ``Missing`` where it cannot run."""
+    if provider == PRODUCT:
+        return _product(case, mode, dtype, device)
+    base = provider.removesuffix(COMPILED)
+    if isinstance(case, Layer):
+        return _layer({**PEERS, **OURS}[base], provider != base, case, mode, dtype, device)
+    if base in (RESNET, BCOS):
+        return _yardstick(base, case, mode, dtype, device)
+    return _network({**PEERS, **OURS}[base], provider != base, case, mode, dtype, device)
+
+
+# -- layers ---------------------------------------------------------------------------------------------------------------------------
+
+
+def layer_inputs(case: Layer, dtype: torch.dtype, device: torch.device) -> list[tuple]:
+    """Sets of (x, B, A, b, upstream gradient) that share their parameters: as many as it takes to leave the cache, 2 at least. Images are
+    channels last on a GPU (what cuDNN wants), as torch makes them on a CPU (where that is faster for every peer).
+    """
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    module = DAUConv2d(case.channels, case.units, case.kernel, case.stride, case.padding, rank=case.rank)
+    parameters = [p.detach().to(device, dtype).requires_grad_() for p in (module.reduction_weight, module.weight, module.bias)]
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    side = math.isqrt(case.pixels // case.batch)
+    shapes = ((case.batch, case.channels, case.size, case.size), (case.batch, case.units, side, side))
+    sets = []
+    for _ in range(rotation(math.prod(shapes[0]) * dtype.itemsize, device)):
+        x, upstream = (torch.randn(s, generator=generator).to(device, dtype).contiguous(memory_format=layout) for s in shapes)
+        sets.append((x.requires_grad_(), *parameters, upstream))
+    return sets
+
+
+def rotation(nbytes: int, device: torch.device) -> int:
+    """How many inputs of this size exceed twice the L2 cache of a GPU; from 2 to 16."""
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(16, max(2, -(-2 * cache // max(1, nbytes))))
+
+
+def _layer(layer, compile, case, mode, dtype, device):
+    layer = _compiled(layer, device) if compile else layer
+    geometry = (case.stride, case.padding)
+
+    def forward(x, B, A, b, upstream):
+        with torch.no_grad():
+            return [layer(x, B, A, b, *geometry)]
+
+    def training(x, B, A, b, upstream):
+        y = layer(x, B, A, b, *geometry)
+        return [y, *torch.autograd.grad(y, [x, B, A, b], upstream)]
+
+    def explanation(x, B, A, b, upstream):
+        y = layer(x, B.detach(), A.detach(), b.detach(), *geometry, True)
+        return [y, *torch.autograd.grad(y, [x], upstream)]
+
+    function = forward if mode == FORWARD else explanation if mode == EXPLANATION else training
+    return layer_inputs(case, dtype, device), function
+
+
+def truth(case: Layer, mode: str, inputs: tuple, limit: int = 1 << 30) -> list[torch.Tensor]:
+    """The results of the materialising formula in float64, computed for a few images at a time (w stays below ``limit`` bytes)."""
+    tensors = [t.detach().double() for t in inputs]
+    step = max(1, limit // (8 * case.units * case.depth * (case.pixels // case.batch)))
+    _, function = _layer(peers.materialising, False, case, mode, torch.float64, tensors[0].device)
+    parts = []
+    for start in range(0, case.batch, step):
+        x, B, A, b, upstream = tensors
+        piece = slice(start, start + step)
+        leaves = [t.detach().requires_grad_() for t in (x[piece], B, A, b)]
+        parts.append([t.detach() for t in function(*leaves, upstream[piece])])
+    by_image = len(parts[0]) if len(parts[0]) <= 2 else 2  # y and dx are by image, gradients of parameters are sums over them
+    return [torch.cat(p) if i < by_image else torch.stack(p).sum(0) for i, p in enumerate(zip(*parts, strict=True))]
+
+
+def _product(case, mode, dtype, device):
+    """The ceiling: as many plain matrix products [P, d] x [d, n r] as the mode cannot do without."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((case.pixels, case.depth), (case.depth, case.units * case.rank))
+    sets = rotation(math.prod(shapes[0]) * dtype.itemsize, device)
+    inputs = [tuple(torch.randn(s, generator=generator).to(device, dtype) for s in shapes) for _ in range(sets)]
+    out = torch.empty(case.pixels, case.units * case.rank, dtype=dtype, device=device)
+
+    def products(a, b):
+        for _ in range(PRODUCTS[mode]):
+            torch.mm(a, b, out=out)
+        return []
+
+    return inputs, products
+
+
+# -- networks -------------------------------------------------------------------------------------------------------------------------
+
+
+def _network(layer, compile, case, mode, dtype, device):
+    torch.manual_seed(0)
+    model = create_model(case.name).to(device)
+
+    def logits(images, detach=False):
+        x = model.encoder(images)
+        for m in model.layers:
+            x = layer(x, m.reduction_weight, m.weight, m.bias, m.stride, m.padding, detach)
+        return model.head(x)
+
+    run = _compiled(logits, device) if compile else logits
+    return _steps(run, lambda images: run(images, True), list(model.parameters()), model.num_classes, case, mode, dtype, device)
+
+
+def _yardstick(name, case, mode, dtype, device):
+    classes = create_model(case.name, device="meta").num_classes
+    torch.manual_seed(0)
+    model = (_resnet if name == RESNET else _bcos)(classes).to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    model.train(mode not in (INFERENCE, EXPLANATION))
+    explaining = model.explanation_mode() if name == BCOS and mode == EXPLANATION else contextlib.nullcontext()
+    encode = (lambda x: torch.cat([x, 1 - x], 1)) if name == BCOS else (lambda x: x)
+
+    def logits(images):
+        with explaining:
+            return model(encode(images))
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return _steps(logits, logits, parameters, classes, case, mode, dtype, device)
+
+
+def _resnet(classes):
+    try:
+        from torchvision.models import resnet50
+    except ImportError as error:
+        raise Missing(f"torchvision: {error}") from None
+    return resnet50(num_classes=classes)
+
+
+def _bcos(classes):
+    try:
+        from bcos.models.resnet import resnet50
+    except ImportError as error:
+        raise Missing(f"bcos (pip install 'coda-fast[bench]'): {error}") from None
+    return resnet50(num_classes=classes, in_chans=6)
+
+
+def _steps(logits, explained, parameters, classes, case, mode, dtype, device):
+    """What a user does with a network: float32 weights under autocast where ``dtype`` is a narrower one, Adam, binary cross-entropy."""
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    shape = (case.batch, 3, case.size, case.size)
+    inputs = []
+    for _ in range(rotation(4 * math.prod(shape), device)):
+        images = torch.rand(shape, generator=generator).to(device).contiguous(memory_format=layout)
+        inputs.append((images, torch.randint(classes, (case.batch,), generator=generator).to(device)))
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # noqa: E731
+    # a rate of zero: every step does its work on the same weights, so that what is timed does not depend on how often
+    optimiser = torch.optim.Adam(parameters, lr=torch.zeros(()).to(device), fused=True) if device.type == "cuda" else None
+    optimiser = optimiser or torch.optim.Adam(parameters, lr=0.0)
+
+    def inference(images, labels):
+        with torch.no_grad(), autocast():
+            return [logits(images)]
+
+    def explanation(images, labels):
+        images = images.detach().requires_grad_()
+        with autocast():
+            outputs = explained(images)
+        chosen = outputs.gather(1, labels[:, None]).sum()
+        return [outputs, *torch.autograd.grad(chosen, [images])]
+
+    def step(images, labels):
+        with autocast():
+            outputs = logits(images)
+        loss = F.binary_cross_entropy_with_logits(outputs.float(), F.one_hot(labels, classes).float())
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        return [outputs.detach()]
+
+    return inputs, inference if mode == INFERENCE else explanation if mode == EXPLANATION else step
+
+
+# -- torch.compile --------------------------------------------------------------------------------------------------------------------
+
+
+def _compiled(function, device):
+    """``torch.compile``; on a GPU with mode="max-autotune", CUDA graphs included (on a CPU that mode tunes two small products, for a few
+    seconds each). CODA_FAST_BENCH_ATEN=1 leaves it the choice among libraries' products and convolutions only, to compile sooner:
+    PyTorch's own profiling found no gain from Inductor's convolutions on an H100 (comment in torch._inductor.config).
+    """
+    if os.environ.get("CODA_FAST_BENCH_ATEN"):
+        from torch._inductor import config
+
+        config.max_autotune_gemm_backends = config.max_autotune_conv_backends = "ATEN"
+    compiled = torch.compile(function, mode="max-autotune" if device.type == "cuda" else "default", dynamic=False)
+
+    def run(*arguments):
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*arguments)
+
+    return run
+
+
+def forget_compiled() -> None:
+    """Free what torch.compile holds: guards, code, pools of CUDA graphs."""
+    torch._dynamo.reset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """The other ceiling: bytes a second, read and written, of a copy within the device."""
+
+    nbytes: int
+
+    def setup(self, device: torch.device) -> tuple[list, Callable]:
+        inputs = [(torch.rand(self.nbytes // 4, device=device), torch.empty(self.nbytes // 4, device=device)) for _ in range(2)]
+        return inputs, lambda source, target: [target.copy_(source)][:0]

@@ -1,0 +1,110 @@
+"""Measured results as data: a row a line in bench/results/<device>.jsonl, and where a row comes from."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "bench" / "results"
+LOCAL = FOLDER / "local"  # what users measure; not in the repository
+FIELDS = ("op", "provider", "mode", "dtype", "shape", "device", "driver", "torch", "triton", "commit", "date")
+
+
+def environment(device: torch.device) -> dict:
+    """The columns that say where and when."""
+    return {
+        "device": device_name(device),
+        "driver": _driver() if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+@functools.cache
+def commit() -> str:
+    """Of the tree; "-dirty" if it was changed. CODA_FAST_COMMIT names it for a tree without its history."""
+    if named := os.environ.get("CODA_FAST_COMMIT"):
+        return named
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _driver():
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# -- files ----------------------------------------------------------------------------------------------------------------------------
+
+
+def path_of(device: str, folder: Path) -> Path:
+    """The file of a device, by its name."""
+    return folder / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".jsonl")
+
+
+def group_of(row: dict) -> tuple:
+    """What rows that were measured side by side have in common."""
+    return (row["op"], row["mode"], row["dtype"], json.dumps(row["shape"], sort_keys=True))
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a file; none if it does not exist. ValueError for a line that is no row."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            missing = [field for field in FIELDS if field not in row]
+        except (ValueError, TypeError):
+            row, missing = None, ["JSON"]
+        if missing:
+            raise ValueError(f"{path}, line {number}: expected a row with {', '.join(FIELDS)}, got one without {', '.join(missing)}")
+        rows.append(row)
+    return rows
+
+
+def replace(path: Path, rows: Iterable[dict]) -> None:
+    """Put rows into a file in place of those of the same groups; all of it or nothing, so that a run can be cut off at any time."""
+    rows = list(rows)
+    groups = {group_of(row) for row in rows}
+    kept = [row for row in read(path) if group_of(row) not in groups]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]), encoding="utf-8")
+    os.replace(scratch, path)

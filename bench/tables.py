@@ -1,0 +1,282 @@
+"""Every table and plot of measured results in README.md and docs/, from the rows in bench/results/ (``make tables``).
+
+    python bench/tables.py            write them
+    python bench/tables.py --check    exit status 1 if what is written is not what the rows say
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+
+from bench import aot_tables, plots, results  # noqa: E402
+from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING  # noqa: E402
+from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, MATERIALISING, PRODUCT  # noqa: E402
+
+README, BENCHMARK, KERNELS = ROOT / "README.md", ROOT / "docs" / "benchmark.md", ROOT / "docs" / "kernels.md"
+MIB = 2**20
+ALGEBRAICS = (ALGEBRAIC, ALGEBRAIC + COMPILED, CHECKPOINTED, CHECKPOINTED + COMPILED)
+
+
+# -- one device -----------------------------------------------------------------------------------------------------------------------
+
+
+def everything(rows: list[dict]) -> str:
+    """All tables of these rows, of one device."""
+    parts = []
+    for mode in LAYER_MODES:
+        if found := _select(rows, mode, layers=True):
+            parts += [f"Layers, {mode}: milliseconds (median)", times(found), "", f"Layers, {mode}: coda_fast beside them", gains(found), ""]
+    for name in _ordered(r["op"] for r in rows if r["mode"] in (STEP, INFERENCE)):
+        parts += [network_title(rows, name), network(rows, name), ""]
+    parts += [missing(rows), footer(rows)]
+    return "\n".join(part for i, part in enumerate(parts) if part or (i and parts[i - 1])).rstrip()
+
+
+def times(rows: list[dict]) -> str:
+    """A layer a row, a provider a column; the sum counts each shape as often as the networks have it."""
+    by, providers = _by(rows), _ordered(r["provider"] for r in rows)
+    table = [["layer", "C, n, r, k, stride, size", *providers]]
+    for op in _ordered(r["op"] for r in rows):
+        table.append([op, _shape(by, op), *(_ms(by.get((op, p))) for p in providers)])
+    for letter in _ordered(r["op"][0] for r in rows):
+        ops = _ordered(r["op"] for r in rows if r["op"][0] == letter)
+        sums = [_sum(by, ops, p) for p in providers]
+        table.append([f"all of {letter}", "", *(_digits(s) if s else "" for s in sums)])
+    return _markdown(table)
+
+
+def gains(rows: list[dict]) -> str:
+    """Speed-up of coda_fast on the formula as published and on the fastest algebraic peer, memory, error, share of the ceiling."""
+    by = _by(rows)
+    table = [
+        [
+            "layer", "speed-up on materialising", "on the fastest algebraic", "which", "% of ceiling", "peak MiB: materialising", "algebraic",
+            "coda_fast", "error: materialising", "algebraic", "coda_fast",
+        ]
+    ]  # fmt: skip
+    for op in _ordered(r["op"] for r in rows):
+        ours = by.get((op, CODA))
+        if not ours:
+            continue
+        peer = fastest(by, op, ALGEBRAICS)
+        three = [by.get((op, p)) for p in (MATERIALISING, ALGEBRAIC, CODA)]
+        share = "" if not ours["ceiling"] else f"{100 * ours['ceiling']:.0f}"
+        table.append(
+            [op, _speedup(ours, fastest(by, op, (MATERIALISING, MATERIALISING + COMPILED))), _speedup(ours, peer), peer or "", share]
+            + [_mib(r) for r in three]
+            + [_error(r) for r in three]
+        )
+    return _markdown(table)
+
+
+def summary(rows: list[dict]) -> str:
+    """The short table of the README: forward + backward, a layer a row, then the training step of whole networks."""
+    by = _by([r for r in rows if r["mode"] in (TRAINING, STEP)])
+    table = [
+        [
+            "", "C, n, r, k, stride, size", "as published, ms", "algebraic, ms", "coda_fast, ms", "speed-up on published", "on algebraic",
+            "% of ceiling", "peak memory, MiB: as published", "algebraic", "coda_fast",
+        ]
+    ]  # fmt: skip
+    for op in _ordered(r["op"] for r in rows if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")):
+        ours = by.get((op, CODA))
+        if not ours:
+            continue
+        first, second = fastest(by, op, (MATERIALISING, MATERIALISING + COMPILED)), fastest(by, op, ALGEBRAICS)
+        three = [by.get((op, p)) for p in (first, second, CODA)]
+        share = f"{100 * ours['ceiling']:.0f}" if ours["ceiling"] else ""
+        label = op if "channels" in ours["shape"] else f"{op}, training step"
+        table.append(
+            [label, _shape(by, op), *map(_ms, three), _speedup(ours, first), _speedup(ours, second), share, *map(_mib, three)]
+        )
+    return _markdown(table)
+
+
+def network_title(rows, name):
+    shape = next(r["shape"] for r in rows if r["op"] == name)
+    return f"{name}, batch {shape['batch']}, {shape['size']} px"
+
+
+def network(rows: list[dict], name: str) -> str:
+    """A provider a row, a mode a column; how many times coda_fast's time it takes, and memory."""
+    rows = [r for r in rows if r["op"] == name]
+    by = {(r["provider"], r["mode"]): r for r in rows}
+    table = [["provider"]]
+    modes = [m for m in NETWORK_MODES if any(r["mode"] == m for r in rows)]
+    for mode in modes:
+        table[0] += [f"{mode}, ms", "coda_fast is faster by", "peak MiB"]
+    for provider in _ordered(r["provider"] for r in rows):
+        cells = [provider]
+        for mode in modes:
+            row, ours = by.get((provider, mode)), by.get((CODA, mode))
+            cells += [_ms(row), _speedup(ours, provider) if ours else "", _mib(row)]
+        table.append(cells)
+    return _markdown(table)
+
+
+def missing(rows: list[dict]) -> str:
+    """What could not be measured, and why."""
+    reasons = {}
+    for row in rows:
+        if row.get("missing"):
+            reasons.setdefault((row["provider"], row["missing"]), []).append(f"{row['op']} {row['mode']}")
+    return "\n".join(f"Not measured: {p} ({why}): {', '.join(_ordered(where))}." for (p, why), where in reasons.items())
+
+
+def footer(rows: list[dict]) -> str:
+    """Where, when, how."""
+    one = rows[0]
+    commits = ", ".join(_ordered(f"{r['commit']} ({r['date']})" for r in rows))
+    spreads = sorted((r["p80_us"] - r["p20_us"]) / r["p50_us"] for r in rows if r.get("p50_us"))
+    spread = f"20 to 80 % of a provider's samples span {100 * spreads[len(spreads) // 2]:.0f} % of their median (median over the rows), "
+    spread += f"{100 * spreads[-1]:.0f} % at worst. " if spreads else ""
+    layers = [r for r in rows if "channels" in r["shape"] and not r["op"].startswith("scaling")]
+    batches = "".join(_ordered(f"; layers of {r['op'][0]}-CoDA: batch {r['shape']['batch']}" for r in layers))
+    unverified = sorted({r["provider"] for r in rows if r.get("verified") is False})
+    doubt = f" No speed-up of {', '.join(unverified)} is shown: the op's own tests or its error failed here." if unverified else ""
+    driver = f", driver {one['driver']}" if one.get("driver") else f", {one.get('threads')} threads"
+    return (
+        f"{one['dtype']}{batches}. Speed-ups: median of the ratios turn by turn (20 to 80 %). {spread}{one['device']}{driver}; "
+        f"torch {one['torch']}, Triton {one['triton']}, Python {one.get('python')}; commit {commits}.{doubt}"
+    )
+
+
+# -- cells ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _select(rows, mode, layers):
+    return [r for r in rows if r["mode"] == mode and ("channels" in r["shape"]) == layers and not r["op"].startswith("scaling")]
+
+
+def _by(rows):
+    return {(r["op"], r["provider"]): r for r in rows}
+
+
+def _ordered(values):
+    return list(dict.fromkeys(values))
+
+
+def fastest(by: dict, op: str, candidates) -> str | None:
+    """Which of these providers has the least median."""
+    measured = [p for p in candidates if (op, p) in by and by[op, p]["p50_us"]]
+    return min(measured, key=lambda p: by[op, p]["p50_us"], default=None)
+
+
+def _sum(by, ops, provider):
+    """Milliseconds over all layers, those of one shape counted together; None if one is missing."""
+    rows = [by.get((op, provider)) for op in ops]
+    if not all(r and r["p50_us"] for r in rows):
+        return None
+    return 1e-3 * sum(r["p50_us"] * len(op.split(", ")) for op, r in zip(ops, rows, strict=True))
+
+
+def _shape(by, op):
+    shape = next(r["shape"] for (o, _), r in by.items() if o == op)
+    keys = ("channels", "units", "rank", "kernel", "stride", "size")
+    return ", ".join(str(shape[k]) for k in keys) if "channels" in shape else f"all, {shape['size']} px, batch {shape['batch']}"
+
+
+def _digits(value):
+    """Three digits, without an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _ms(row):
+    if row is None:
+        return ""
+    return _digits(1e-3 * row["p50_us"]) if row["p50_us"] else "no memory" if row.get("missing") == "out of memory" else "n/a"
+
+
+def _mib(row):
+    if row is None or row["peak_bytes"] is None:
+        return ""
+    return _digits(row["peak_bytes"] / MIB)
+
+
+def _error(row):
+    return "" if row is None or row["error"] is None else f"{row['error']:.0e}"
+
+
+def _speedup(ours, peer):
+    if peer is None or peer.removesuffix(COMPILED) == ours["provider"] or peer in (PRODUCT,):
+        return ""
+    if ours["speedup"] is None:
+        return "not shown" if ours.get("verified") is False else ""
+    if peer not in ours["speedup"]:
+        return ""
+    low, middle, high = ours["speedup"][peer]
+    return f"{middle:.2f}x ({low:.2f} to {high:.2f})" if middle < 10 else f"{middle:.1f}x ({low:.1f} to {high:.1f})"
+
+
+def _markdown(table):
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+# -- documents ------------------------------------------------------------------------------------------------------------------------
+
+
+def devices(folder: Path = results.FOLDER) -> list[tuple[Path, list[dict]]]:
+    """The files of rows, with what is in them; GPUs first."""
+    found = [(path, results.read(path)) for path in sorted(folder.glob("*.jsonl"))]
+    return sorted((pair for pair in found if pair[1]), key=lambda pair: (pair[1][0]["driver"] is None, pair[0].name))
+
+
+def block(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between the markers of that name. ValueError if they are not there."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"expected {begin} and {end} once each")
+    return f"{text.partition(begin)[0]}{begin}\n{content}\n{end}{text.partition(end)[2]}"
+
+
+def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
+    """The text that each document should have."""
+    short, full = [], []
+    for path, rows in devices(folder):
+        training = [r for r in rows if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")]
+        short += [f"**{rows[0]['device']}**", "", summary(training), "", footer(training), ""]
+        full += [f"## {rows[0]['device']}", "", everything(rows), ""]
+        if any(r["op"].startswith("scaling") for r in rows):
+            full += [f"![Scaling on {rows[0]['device']}]({plots.scaling_path(path).name})", ""]
+    return {
+        README: block(README.read_text(encoding="utf-8"), "bench", "\n".join(short).rstrip()),
+        BENCHMARK: block(BENCHMARK.read_text(encoding="utf-8"), "bench", "\n".join(full).rstrip()),
+        KERNELS: block(KERNELS.read_text(encoding="utf-8"), "aot", aot_tables.tables()),
+    }
+
+
+def stale() -> list[str]:
+    """Documents and plots that do not show what the rows say."""
+    found = [str(path.relative_to(ROOT)) for path, text in documents().items() if path.read_text(encoding="utf-8") != text]
+    for path, rows in devices():
+        if any(r["op"].startswith("scaling") for r in rows) and not plots.shows(plots.scaling_path(path), rows):
+            found.append(str(plots.scaling_path(path).relative_to(ROOT)))
+    return found
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(argv)
+    if options.check:
+        found = stale()
+        print("\n".join(f"stale: {name}" for name in found) or "all tables and plots show the rows of bench/results")
+        return int(bool(found))
+    for path, rows in devices():
+        if any(r["op"].startswith("scaling") for r in rows):
+            print(plots.scaling(rows, plots.scaling_path(path)))
+    for path, text in documents().items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""The parts of the benchmark: peers, time in turns, memory, error, rows, guard, tables."""
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+from support import LAYERS, Golden
+
+from bench import cases, guard, laboratory, measure, peers, plots, providers, results, tables
+from bench.measure import Measurement, Runner
+from coda_fast.functional import dau_conv2d
+
+CPU = torch.device("cpu")
+SMALL = cases.Layer("X1", 3, 4, 5, 3, 2, 6, 2)
+ENVIRONMENT = {"device": "a machine", "driver": None, "torch": "2", "triton": "3", "python": "3", "threads": 2, "commit": "c", "date": "d"}
+
+
+# -- peers ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peer", providers.PEERS)
+@pytest.mark.parametrize("name", [name for name in LAYERS if Golden(name).meta["bias"] and Golden(name).meta["norm"] == "squash"])
+def test_peers_compute_the_published_layer(name, peer):
+    """Output, gradients and explanation of the published implementation."""
+    golden = Golden(name)
+    meta, function = golden.meta, providers.PEERS[peer]
+    tensors = [golden[key].double().requires_grad_() for key in ("x", "reduction_weight", "weight", "bias")]
+    y = function(*tensors, meta["s"], meta["p"])
+    grads = torch.autograd.grad(y, tensors, golden["grad"].double())
+    for found, key in zip((y, *grads), ("y", "grad_x", "grad_reduction_weight", "grad_weight", "grad_bias"), strict=True):
+        torch.testing.assert_close(found, golden[key].double(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("peer", providers.PEERS)
+def test_peers_explain(peer):
+    """The gradient in explanation mode is that of the layer in explanation mode."""
+    x, B, A, b, upstream = (t.detach().double() for t in providers.layer_inputs(SMALL, torch.float32, CPU)[0])
+    x.requires_grad_()
+    expected = torch.autograd.grad(dau_conv2d(x, B, A, b, 2, 1, detach=True, backend="reference"), [x], upstream)[0]
+    found = torch.autograd.grad(providers.PEERS[peer](x, B, A, b, 2, 1, True), [x], upstream)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", cases.LAYER_MODES)
+def test_truth_in_pieces(mode):
+    inputs = providers.layer_inputs(SMALL, torch.float32, CPU)[0]
+    whole, pieces = (providers.truth(SMALL, mode, inputs, limit) for limit in (1 << 30, 1))
+    exact = [t.detach().double().requires_grad_() for t in inputs[:4]]
+    y = peers.materialising(*exact, 2, 1, mode == cases.EXPLANATION)
+    torch.testing.assert_close(whole[0], y)
+    assert len(whole) == {cases.FORWARD: 1, cases.TRAINING: 5, cases.EXPLANATION: 2}[mode]
+    for a, b in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_providers_share_their_inputs():
+    names = providers.names(SMALL, cases.TRAINING, CPU)
+    sets = [providers.setup(name, SMALL, cases.TRAINING, torch.float32, CPU)[0] for name in names if name != providers.PRODUCT]
+    assert len(sets) == 4
+    for other in sets[1:]:
+        for a, b in zip(sets[0], other, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(sets[0][0][0], sets[0][1][0])  # the images of a set are its own
+
+
+def test_published_layers():
+    found = cases.distinct(cases.layers({"S": 256, "L": 64}))
+    assert [c.name for c in found[:7]] == ["S1", "S2", "S3", "S4, S5", "S6", "S7, S8", "S9"]
+    assert sum(len(c.name.split(", ")) for c in found) == 18
+    s7, l1 = found[5], found[7]
+    assert (s7.depth, s7.pixels, l1.depth, l1.pixels) == (576, 16384, 294, 409600)
+
+
+# -- measuring ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_in_turn():
+    order = []
+    runners = {
+        "slow": Runner([(0.03,)], lambda seconds: (order.append("slow"), time.sleep(seconds))),
+        "broken": Runner([()], lambda: [][1]),
+        "fast": Runner([(0.021,)], lambda seconds: (order.append("fast"), time.sleep(seconds))),
+    }
+    found = measure.in_turn(runners, CPU, 0.0, (3, 5))
+    assert found["broken"].missing.startswith("IndexError")
+    assert not found["broken"].device_us
+    assert order[-6:] == ["slow", "fast"] * 3
+    assert all(30e3 <= us for us in found["slow"].device_us)
+    assert all(21e3 <= us for us in found["fast"].device_us)
+    low, middle, high = measure.ratios(found["slow"], found["fast"])
+    assert low <= middle <= high
+
+
+def test_inputs_rotate():
+    seen = []
+    runner = Runner([(1,), (2,), (3,)], seen.append)
+    for _ in range(6):
+        runner()
+    assert sorted(seen) == [1, 1, 2, 2, 3, 3]
+    assert all(a != b for a, b in zip(seen, seen[1:], strict=False))
+
+
+def test_peak_bytes():
+    """10 MB that go, then 20 MB that stay beside 5 MB."""
+    float32 = 4
+
+    def function():
+        gone = torch.empty(10_000_000 // float32)
+        del gone
+        kept = [torch.empty(20_000_000 // float32), torch.empty(5_000_000 // float32)]
+        return kept
+
+    assert measure.peak_bytes(function, CPU) == pytest.approx(25e6, abs=1e5)
+    assert measure.peak_bytes(lambda: None, CPU) < 1e5
+
+
+def test_quantiles():
+    assert measure.quantiles([5.0]) == (5.0, 5.0, 5.0)
+    assert measure.quantiles(list(range(11))) == (2, 5, 8)
+
+
+def test_error():
+    truth = [torch.ones(4, dtype=torch.float64), torch.full((4,), 2.0, dtype=torch.float64)]
+    assert measure.error([torch.ones(4), torch.full((4,), 2.0)], truth) == 0
+    assert measure.error([torch.ones(4), torch.full((4,), 2.2)], truth) == pytest.approx(0.1, rel=1e-6)
+    assert measure.error([torch.ones(4), torch.tensor([2.0, 2.0, float("nan"), 2.0])], truth) == float("inf")
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------------------------
+
+
+def fake(verified=True, error=1e-7):
+    """A laboratory with one measured group: coda_fast takes half the time of the formula and a third more than the product."""
+    lab = laboratory.Laboratory(CPU, "float32", 0.0, verified=lambda: verified)
+    lab._bandwidth = 1e12
+    found = {
+        providers.MATERIALISING: Measurement([200.0, 220.0, 210.0], [1.0] * 3, 1000, 1e-7),
+        providers.ALGEBRAIC: Measurement(missing="out of memory"),
+        providers.CODA: Measurement([100.0, 110.0, 105.0], [1.0] * 3, 100, error),
+        providers.PRODUCT: Measurement([75.0, 82.5, 78.75], [1.0] * 3),
+    }
+    return lab.rows(SMALL, cases.TRAINING, found)
+
+
+def test_rows():
+    rows = {row["provider"]: row for row in fake()}
+    assert all(field in row for row in rows.values() for field in results.FIELDS)
+    ours = rows[providers.CODA]
+    assert ours["speedup"] == {providers.MATERIALISING: [2.0, 2.0, 2.0]}
+    assert ours["ceiling"] == pytest.approx(0.75)
+    assert (ours["p50_us"], ours["peak_bytes"], ours["verified"]) == (105.0, 100, True)
+    assert rows[providers.ALGEBRAIC]["p50_us"] is None
+    assert rows[providers.ALGEBRAIC]["missing"] == "out of memory"
+    assert json.loads(json.dumps(list(rows.values()))) == list(rows.values())
+
+
+@pytest.mark.parametrize(("verified", "error"), [(False, 1e-7), (True, 1e-5), (True, float("inf"))])
+def test_no_speedup_without_correctness(verified, error):
+    rows = {row["provider"]: row for row in fake(verified, error)}
+    assert rows[providers.CODA]["speedup"] is None
+    assert rows[providers.CODA]["verified"] is False
+    text = tables.everything(list(rows.values()))
+    assert "not shown" in text
+    assert "2.00x" not in text
+    assert "2.00x" in tables.everything(fake())
+
+
+def test_least_bytes():
+    once = 2 * 3 * 36 + 2 * 4 * 9 + 27 * (5 + 4 * 6)
+    assert laboratory.least_bytes(SMALL, cases.FORWARD, 2) == 2 * once
+    assert laboratory.least_bytes(SMALL, cases.TRAINING, 2) == 4 * once
+    assert laboratory.least_bytes(SMALL, cases.EXPLANATION, 2) == 2 * (once + 2 * 3 * 36 + 2 * 4 * 9)
+
+
+def test_replace_keeps_other_groups(tmp_path):
+    path = tmp_path / "new" / "machine.jsonl"
+    first, other = fake(), [dict(row, mode=cases.FORWARD) for row in fake()]
+    results.replace(path, [*first, *other])
+    results.replace(path, [dict(row, commit="later") for row in first[:2]])
+    found = results.read(path)
+    assert [row["commit"] for row in found if row["mode"] == cases.TRAINING] == ["later", "later"]
+    assert [row for row in found if row["mode"] == cases.FORWARD] == other
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_replace_leaves_the_old_rows_when_it_fails(tmp_path):
+    path = tmp_path / "machine.jsonl"
+    results.replace(path, fake())
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        results.replace(path, [dict(fake()[0], commit=object())])
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"op": "S1"}'])
+def test_a_line_that_is_no_row(tmp_path, line):
+    path = tmp_path / "machine.jsonl"
+    path.write_text(json.dumps(fake()[0]) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"machine.jsonl, line 2: expected a row"):
+        results.read(path)
+
+
+def test_path_of_a_device():
+    assert results.path_of("NVIDIA H100 80GB HBM3", results.FOLDER).name == "nvidia-h100-80gb-hbm3.jsonl"
+
+
+# -- guard ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("now", "slower"), [([1.0, 1.1, 1.2], True), ([1.2, 1.3, 1.6], False), ([2.0, 2.1, 2.2], False)])
+def test_guard(now, slower):
+    def row(speedup):
+        return {"op": "S1", "mode": "forward", "dtype": "float32", "shape": {}, "provider": providers.CODA, "speedup": speedup}
+
+    stored = [row({providers.ALGEBRAIC: [1.5, 1.6, 1.7]})]
+    found = guard.compare([row({providers.ALGEBRAIC: now, "algebraic compiled": [9, 9, 9]})], stored)
+    assert [f["slower"] for f in found] == [slower]
+    assert ("SLOWER" in guard.report([row({providers.ALGEBRAIC: now})], stored)) == slower
+    assert guard.compare([row(None)], stored) == guard.compare([row({"x": [1, 1, 1]})], stored) == []
+    assert "no stored ratios" in guard.report(stored, [])
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_documents_show_the_stored_rows():
+    """``make tables`` was run after the last ``make bench``."""
+    assert tables.stale() == []
+
+
+def test_stale_documents_are_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    found = tables.documents(tmp_path)
+    assert any(path.read_text(encoding="utf-8") != text for path, text in found.items())
+
+
+def test_sum_counts_layers_of_one_shape():
+    rows = [dict(row, op="S4, S5") for row in fake()]
+    line = next(line for line in tables.times(rows).splitlines() if "all of S" in line)
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[3:6] == ["0.42", "", "0.21"]
+
+
+def test_block():
+    assert tables.block("a <!-- x: begin -->old<!-- x: end --> b", "x", "new") == "a <!-- x: begin -->\nnew\n<!-- x: end --> b"
+    with pytest.raises(ValueError, match="expected <!-- x: begin -->"):
+        tables.block("nothing", "x", "new")
+
+
+def test_plot_knows_its_rows(tmp_path):
+    rows = []
+    for axis in cases.AXES:
+        for factor in (1, 2):
+            case = dataclasses.replace(SMALL, axis=axis, **{axis: getattr(SMALL, axis) * factor})
+            for provider in plots.STYLE:
+                numbers = {"p20_us": 1.0, "p50_us": 2.0 * factor, "p80_us": 3.0 * factor, "peak_bytes": 1000}
+                common = {"op": f"scaling {axis}", "provider": provider, "mode": cases.TRAINING, "dtype": "float32", "shape": case.shape}
+                rows.append(common | numbers | ENVIRONMENT)
+    path = plots.scaling(rows, tmp_path / "scaling.png")
+    assert plots.shows(path, rows)
+    assert not plots.shows(path, [dict(row, p50_us=9.0) for row in rows])
+    assert not plots.shows(tmp_path / "none.png", rows)
