@@ -104,7 +104,7 @@ class Preset:
 
 
 def preset(name: str, memory_bytes: int = 0) -> Preset:
-    """"smoke": everything once, small; "cpu": S-CoDA at batch 4, under four minutes on two cores; "gpu": S-CoDA at batch 256, L-CoDA at 64, or 16
+    """ "smoke": everything once, small; "cpu": S-CoDA at batch 4, under four minutes on two cores; "gpu": S-CoDA at batch 256, L-CoDA at 64, or 16
     on a device with less than 60 GB.
     """
     if name == "smoke":

@@ -1,7 +1,7 @@
 """Every table and plot of measured results in README.md and docs/, from the rows in bench/results/ (``make tables``).
 
-    python bench/tables.py            write them
-    python bench/tables.py --check    exit status 1 if what is written is not what the rows say
+python bench/tables.py            write them
+python bench/tables.py --check    exit status 1 if what is written is not what the rows say
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ def everything(rows: list[dict]) -> str:
     parts = []
     for mode in LAYER_MODES:
         if found := _select(rows, mode, layers=True):
-            parts += [f"Layers, {mode}: milliseconds (median)", times(found), "", f"Layers, {mode}: coda_fast beside them", gains(found), ""]
+            parts += [
+                f"Layers, {mode}: milliseconds (median)",
+                times(found),
+                "",
+                f"Layers, {mode}: coda_fast beside them",
+                gains(found),
+                "",
+            ]
     for name in _ordered(r["op"] for r in rows if r["mode"] in (STEP, INFERENCE)):
         parts += [network_title(rows, name), network(rows, name), ""]
     parts += [missing(rows), footer(rows)]
@@ -91,9 +98,7 @@ def summary(rows: list[dict]) -> str:
         three = [by.get((op, p)) for p in (first, second, CODA)]
         share = f"{100 * ours['ceiling']:.0f}" if ours["ceiling"] else ""
         label = op if "channels" in ours["shape"] else f"{op}, training step"
-        table.append(
-            [label, _shape(by, op), *map(_ms, three), _speedup(ours, first), _speedup(ours, second), share, *map(_mib, three)]
-        )
+        table.append([label, _shape(by, op), *map(_ms, three), _speedup(ours, first), _speedup(ours, second), share, *map(_mib, three)])
     return _markdown(table)
 
 

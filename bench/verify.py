@@ -35,7 +35,9 @@ class Verdict:
 
     def __str__(self) -> str:
         parts = [f"{self.passes + len(self.failures)} tests of the op ran here"]
-        parts += [f"{len(self.failures)} FAILED: {', '.join(self.failures[:5])}{' ...' if len(self.failures) > 5 else ''}"] * bool(self.failures)
+        parts += [f"{len(self.failures)} FAILED: {', '.join(self.failures[:5])}{' ...' if len(self.failures) > 5 else ''}"] * bool(
+            self.failures
+        )
         parts += ["all passed"] * self.passed
         parts += [f"{self.unfinished} did not come to an end"] * bool(self.unfinished) + [f"{self.skipped} skipped"] * bool(self.skipped)
         return ", ".join(parts)
@@ -88,7 +90,9 @@ def shards(tests: list[str], count: int, until: float, folder: Path) -> Verdict:
     found = Verdict()
     for part, log in zip(parts, logs, strict=True):
         ended = read(log)
-        found += dataclasses.replace(ended, unfinished=max(ended.unfinished, len(part) - ended.passes - ended.skipped - len(ended.failures)))
+        found += dataclasses.replace(
+            ended, unfinished=max(ended.unfinished, len(part) - ended.passes - ended.skipped - len(ended.failures))
+        )
     return found
 
 

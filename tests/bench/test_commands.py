@@ -1,0 +1,204 @@
+"""The benchmark as it is used: ``pytest bench/ --benchmark``, the tables, the GPU report rehearsed on a CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_report, providers, results
+from bench.verify import Verdict
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+CPU = ["--device", "cpu"]
+
+
+def start(*arguments, **environment):
+    command = [sys.executable, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": PATH, **environment}, stdout=pipe, stderr=pipe, text=True)
+
+
+def run(*arguments, **environment):
+    process = start(*arguments, **environment)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out + err
+
+
+def bench(*arguments):
+    return run("-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/bench_layers.py", *CPU, *arguments)
+
+
+@pytest.fixture
+def verdict(tmp_path):
+    path = tmp_path / "verdict.json"
+    Verdict(passes=1).write(path)
+    return path
+
+
+def test_benchmark(tmp_path, verdict):
+    """Rows of all providers of the group, the tables, pytest-benchmark's own with the same medians, and the guard."""
+    saved = tmp_path / "saved.json"
+    options = ["--benchmark", "--rows", tmp_path, "--seconds", "0.05", "--verdict", verdict, f"--benchmark-json={saved}"]
+    status, text = bench(*options, "-k", "S9 and explanation")
+    assert status == 0, text
+    rows = {row["provider"]: row for row in results.read(next(tmp_path.glob("*.jsonl")))}
+    assert list(rows) == [providers.MATERIALISING, providers.ALGEBRAIC, providers.CODA, providers.PRODUCT]
+    for row in rows.values():
+        assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        assert row["peak_bytes"] or row["provider"] == providers.PRODUCT
+    assert rows[providers.CODA]["error"] < 1e-5
+    low, middle, high = rows[providers.CODA]["speedup"][providers.MATERIALISING]
+    assert low <= middle <= high
+    assert 0 < rows[providers.CODA]["ceiling"] < 1.5
+    assert "| S9 " in text
+    assert f"{middle:.2f}x ({low:.2f} to {high:.2f})" in text
+    assert "1 tests of the op ran here, all passed" in text
+    assert "ratios beside the stored ones (advisory)" in text
+    medians = {b["name"]: 1e6 * b["stats"]["median"] for b in json.loads(saved.read_text())["benchmarks"]}
+    assert len(medians) == len(rows)
+    for name, row in rows.items():
+        median = next(m for key, m in medians.items() if key.endswith(f"explanation-{name.replace(' ', '_')}]"))
+        assert median == pytest.approx(row["p50_us"], rel=1e-3)
+
+
+def test_no_speedup_where_tests_fail(tmp_path, verdict):
+    Verdict(passes=1, failures=("tests/test_golden.py::test_layer",)).write(verdict)
+    status, text = bench("--benchmark", "--rows", tmp_path, "--seconds", "0.05", "--verdict", verdict, "-k", "S9 and explanation")
+    assert status == 0, text
+    assert "1 FAILED: tests/test_golden.py::test_layer" in text
+    assert "not shown" in text
+    assert all(row["speedup"] is None for row in results.read(next(tmp_path.glob("*.jsonl"))))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "quantum"], "invalid choice: 'quantum'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--verdict", "nowhere.json", "--benchmark", "-k", "S9 and explanation and coda"], "nowhere.json"),
+        pytest.param(
+            ["--device", "cuda"], "--device: expected a device that torch sees, got cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)  # fmt: skip
+def test_bad_options(tmp_path, options, message):
+    status, text = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/bench_layers.py", "--rows", tmp_path, *options)
+    assert status != 0
+    assert message in text
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_tables_check():
+    status, text = run("bench/tables.py", "--check")
+    assert (status, text.strip()) == (0, "all tables and plots show the rows of bench/results")
+
+
+# -- the GPU report -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_report_rehearsed(tmp_path):
+    """Every stage in small, on a CPU: rows, verdicts and log on disk, tables printed. The configurations need a GPU, and the report says
+    so instead of passing.
+    """
+    status, text = run("bench/gpu_report.py", *CPU, "--quick", "--output", tmp_path, "--minutes", "4", "--jobs", "2")
+    tests = Verdict.load(tmp_path / "tests.json")
+    assert tests.passed
+    assert tests.passes >= 5
+    rows = results.read(next(tmp_path.glob("*.jsonl")))
+    assert {(r["op"], r["mode"]) for r in rows} >= {("S9", "forward"), ("S9", "forward + backward"), ("coda_s_cifar10", "inference")}
+    assert any(r["provider"].endswith("compiled") for r in rows)
+    if not torch.cuda.is_available():
+        configurations = Verdict.load(tmp_path / "configurations.json")
+        assert configurations.skipped > 0
+        assert not configurations.passed
+    assert "| S9 " in text
+    assert not list(tmp_path.glob("sm_*.json"))
+    assert status == 0, text
+
+
+@pytest.mark.slow
+def test_report_cut_off(tmp_path):
+    """Killed during the second stage: what the first found is there."""
+    process = start("bench/gpu_report.py", *CPU, "--quick", "--output", tmp_path, "--minutes", "4", "--jobs", "1")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "tests.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert Verdict.load(tmp_path / "tests.json").passed
+
+
+def test_report_fails_in_time(tmp_path):
+    """No time: every stage says so, nothing hangs, and the exit status is not that of success."""
+    begin = time.monotonic()
+    status, text = run("bench/gpu_report.py", *CPU, "--quick", "--output", tmp_path, "--minutes", "0.01", "--stages", "layers", "networks")
+    assert status == 1, text
+    assert text.count("no time left") >= 2
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--minutes", "0"], "--minutes: expected a positive number, got 0.0"),
+        (["--stages", "dance"], "invalid choice: 'dance'"),
+        pytest.param([], "needs a CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+    ],
+)
+def test_report_refuses(tmp_path, options, message):
+    status, text = run("bench/gpu_report.py", "--output", tmp_path / "out", *options)
+    assert status == 2
+    assert message in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_share_the_time(monkeypatch, tmp_path):
+    """A stage that is done early leaves its time to the others; one that raises is a failure and not the end."""
+    clock = [0.0]
+    monkeypatch.setattr(gpu_report.time, "monotonic", lambda: clock[0])
+    limits = {}
+
+    class Stages:
+        finish = 100.0
+
+        def tests(self, until):
+            limits["tests"] = until
+            clock[0] = 5.0
+            return Verdict(passes=1)
+
+        def layers(self, until):
+            limits["layers"] = until
+            clock[0] = until
+            raise RuntimeError("lost the device")
+
+        def networks(self, until):
+            limits["networks"] = until
+            return Verdict()
+
+    found = gpu_report.run(Stages(), {"tests": 0.4, "layers": 0.3, "networks": 0.3})
+    assert limits == {"tests": pytest.approx(40), "layers": pytest.approx(52.5), "networks": pytest.approx(100)}
+    assert found["layers"].failures == ("RuntimeError: lost the device",)
+
+
+@pytest.mark.parametrize(("tests", "configurations", "marked"), [(1, 1, True), (1, 0, False), (0, 1, False)])
+def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations, marked):
+    """sm_XX.json says "verified" only if tests and configurations have all passed, and keeps the tiles of the table."""
+    monkeypatch.setattr(results, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(results, "environment", lambda device: {"device": "a GPU", "triton": "3", "python": "3", "date": "d"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
+    report = gpu_report.Report(tmp_path, tmp_path, "cuda", 0.0)
+    Verdict(passes=1, unfinished=1 - tests).write(tmp_path / "tests.json")
+    Verdict(passes=configurations).write(tmp_path / "configurations.json")
+    path = report.propose_table()
+    assert (path is not None) == marked
+    if marked:
+        assert json.loads(path.read_text())["verified"] == {"device": "a GPU", "triton": "3", "date": "d"}
