@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
 
-from bench import aot_tables, plots, results  # noqa: E402
+from bench import aot_tables, golden, plots, results  # noqa: E402
 from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING  # noqa: E402
 from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, MATERIALISING, PRODUCT  # noqa: E402
 
@@ -251,7 +251,7 @@ def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
         if any(r["op"].startswith("scaling") for r in rows):
             full += [f"![Scaling on {rows[0]['device']}]({plots.scaling_path(path).name})", ""]
     return {
-        README: block(README.read_text(encoding="utf-8"), "bench", "\n".join(short).rstrip()),
+        README: block(block(README.read_text(encoding="utf-8"), "bench", "\n".join(short).rstrip()), "golden", golden.table()),
         BENCHMARK: block(BENCHMARK.read_text(encoding="utf-8"), "bench", "\n".join(full).rstrip()),
         KERNELS: block(KERNELS.read_text(encoding="utf-8"), "aot", aot_tables.tables()),
     }

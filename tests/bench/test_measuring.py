@@ -1,6 +1,7 @@
 """The parts of the benchmark: peers, time in turns, memory, error, rows, guard, tables."""
 
 import dataclasses
+import itertools
 import json
 import time
 
@@ -99,7 +100,7 @@ def test_inputs_rotate():
     for _ in range(6):
         runner()
     assert sorted(seen) == [1, 1, 2, 2, 3, 3]
-    assert all(a != b for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a != b for a, b in itertools.pairwise(seen))
 
 
 def test_peak_bytes():
