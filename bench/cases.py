@@ -104,8 +104,8 @@ class Preset:
 
 
 def preset(name: str, memory_bytes: int = 0) -> Preset:
-    """ "smoke": everything once, small; "cpu": S-CoDA at batch 4, under four minutes on two cores; "gpu": S-CoDA at batch 256, L-CoDA at 64, or 16
-    on a device with less than 60 GB.
+    """ "smoke": everything once, small; "cpu": S-CoDA at batch 4, under four minutes on two cores; "gpu": S-CoDA at batch 256, L-CoDA at
+    64, or 16 on a device with less than 60 GB.
     """
     if name == "smoke":
         small = [dataclasses.replace(case, size=8) for case in distinct(layers({"S": 1})) if case.name in ("S1", "S9")]

@@ -42,7 +42,9 @@ def table() -> str:
     columns = list(found["rows"][0]["errors"])
     lines = ["| layer (C, n, r, k, stride, padding, norm) | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     lines += [f"| {row['layer']} | " + " | ".join(f"{row['errors'][c]:.0e}" for c in columns) + " |" for row in found["rows"]]
-    where = f"torch {found['torch']}, Triton {found['triton']}, CPU, triton under its interpreter; commit {found['commit']}, {found['date']}."
+    where = (
+        f"torch {found['torch']}, Triton {found['triton']}, CPU, triton under its interpreter; commit {found['commit']}, {found['date']}."
+    )
     return "\n".join([*lines, "", f"{where} The tests allow 1e-10 in float64 and 1e-5 in float32."])
 
 

@@ -217,8 +217,7 @@ def _steps(logits, explained, parameters, classes, case, mode, dtype, device):
         inputs.append((images, torch.randint(classes, (case.batch,), generator=generator).to(device)))
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # noqa: E731
     # a rate of zero: every step does its work on the same weights, so that what is timed does not depend on how often
-    optimiser = torch.optim.Adam(parameters, lr=torch.zeros(()).to(device), fused=True) if device.type == "cuda" else None
-    optimiser = optimiser or torch.optim.Adam(parameters, lr=0.0)
+    optimiser = torch.optim.Adam(parameters, lr=0.0, fused=device.type == "cuda")
 
     def inference(images, labels):
         with torch.no_grad(), autocast():

@@ -39,7 +39,7 @@ def everything(rows: list[dict]) -> str:
                 "",
             ]
     for name in _ordered(r["op"] for r in rows if r["mode"] in (STEP, INFERENCE)):
-        parts += [network_title(rows, name), network(rows, name), ""]
+        parts += [network_title(rows, name), "", network(rows, name), ""]
     parts += [missing(rows), footer(rows)]
     return "\n".join(part for i, part in enumerate(parts) if part or (i and parts[i - 1])).rstrip()
 
@@ -62,8 +62,8 @@ def gains(rows: list[dict]) -> str:
     by = _by(rows)
     table = [
         [
-            "layer", "speed-up on materialising", "on the fastest algebraic", "which", "% of ceiling", "peak MiB: materialising", "algebraic",
-            "coda_fast", "error: materialising", "algebraic", "coda_fast",
+            "layer", "speed-up on materialising", "on the fastest algebraic", "which", "% of ceiling",
+            "peak MiB: materialising", "algebraic", "coda_fast", "error: materialising", "algebraic", "coda_fast",
         ]
     ]  # fmt: skip
     for op in _ordered(r["op"] for r in rows):
@@ -104,7 +104,7 @@ def summary(rows: list[dict]) -> str:
 
 def network_title(rows, name):
     shape = next(r["shape"] for r in rows if r["op"] == name)
-    return f"{name}, batch {shape['batch']}, {shape['size']} px"
+    return f"**{name}**, batch {shape['batch']}, {shape['size']} px"
 
 
 def network(rows: list[dict], name: str) -> str:

@@ -70,7 +70,7 @@ def run(*arguments: str) -> Verdict:
         return read(log, done)
 
 
-def shards(tests: list[str], count: int, until: float, folder: Path) -> Verdict:
+def shards(tests: list[str], count: int, until: float, folder: Path, root: Path = ROOT) -> Verdict:
     """These tests in ``count`` processes at once (their time is mostly the compiler's), killed at ``until`` (``time.monotonic``)."""
     parts = [part for i in range(count) if (part := tests[i::count])]
     running, logs = [], []
@@ -80,7 +80,7 @@ def shards(tests: list[str], count: int, until: float, folder: Path) -> Verdict:
         names.write_text("\n".join(part), encoding="utf-8")
         with open(folder / f"shard{i}.out", "w") as out:
             arguments = command(f"@{names}")
-            running.append(subprocess.Popen(arguments, cwd=ROOT, env=environment(logs[-1]), stdout=out, stderr=subprocess.STDOUT))
+            running.append(subprocess.Popen(arguments, cwd=root, env=environment(logs[-1]), stdout=out, stderr=subprocess.STDOUT))
     for process in running:
         try:
             process.wait(max(0.0, until - time.monotonic()))
@@ -96,12 +96,12 @@ def shards(tests: list[str], count: int, until: float, folder: Path) -> Verdict:
     return found
 
 
-def collect(*arguments: str) -> list[str]:
+def collect(*arguments: str, root: Path = ROOT) -> list[str]:
     """Names of the tests that a selection has. RuntimeError with pytest's own words if it finds none."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         done = subprocess.run(
-            command("--collect-only", *arguments), cwd=ROOT, env=environment(log), capture_output=True, text=True, check=False
+            command("--collect-only", *arguments), cwd=root, env=environment(log), capture_output=True, text=True, check=False
         )
         lines = _lines(log)
         names = next((line["collected"] for line in lines if "collected" in line), [])

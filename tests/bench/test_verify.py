@@ -53,16 +53,16 @@ def test_nothing_is_not_passed():
 
 
 def test_shards(file, tmp_path):
-    tests = verify.collect(file(MIXED))
+    tests = verify.collect(file(MIXED), root=tmp_path)
     assert [name.split("::")[1] for name in tests] == ["test_a", "test_b", "test_c"]
-    verdict = verify.shards(tests, 2, time.monotonic() + 60, tmp_path)
+    verdict = verify.shards(tests, 2, time.monotonic() + 60, tmp_path, tmp_path)
     assert (verdict.passes, verdict.skipped, len(verdict.failures), verdict.unfinished) == (1, 1, 1, 0)
 
 
 def test_shards_are_cut_off(file, tmp_path):
-    tests = verify.collect(file(HANGING))
+    tests = verify.collect(file(HANGING), root=tmp_path)
     start = time.monotonic()
-    verdict = verify.shards(tests, 1, start + 6, tmp_path)
+    verdict = verify.shards(tests, 1, start + 6, tmp_path, tmp_path)
     assert time.monotonic() - start < 30
     assert (verdict.passes, verdict.unfinished, verdict.failures) == (1, 2, ())
 

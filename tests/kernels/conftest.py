@@ -1,10 +1,15 @@
 """The interpreter multiplies small matrices with NumPy, whose threads cost more there than they give: four times the time on 2 cores."""
 
 import pytest
-import threadpoolctl
+import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
+    if torch.cuda.is_available():  # no interpreter; the tests must run there with pytest alone (bench/gpu_report.py)
+        yield
+        return
+    import threadpoolctl
+
     with threadpoolctl.threadpool_limits(1, user_api="blas"):
         yield

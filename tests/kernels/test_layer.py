@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from support import random_layer
 from support_kernels import DEVICE, L_LAYERS, S_LAYERS, assert_as_accurate, compare, errors, few_units, grads_of, layer_tensors
 
@@ -117,22 +115,6 @@ def test_smallest_tiles(kernel, dtype, monkeypatch):
     candidates = config.candidates
     monkeypatch.setattr(config, "candidates", lambda *args: candidates(*args)[-1:])
     compare(layer_tensors(9, 5, 20, kernel, (4, 4), batch=2, dtype=dtype), padding=kernel // 2)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_any_shape(data):
-    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
-    kernel, stride, dilation = (draw(1, 3), draw(1, 3)), (draw(1, 3), draw(1, 2)), (draw(1, 2), draw(1, 2))
-    padding = (draw(0, 2), draw(0, 2))
-    size = [max(1, d * (k - 1) + 1 - 2 * p) + draw(0, 4) for k, d, p in zip(kernel, dilation, padding, strict=True)]
-    channels, units, rank = draw(1, 20), draw(1, 20), draw(1, 40)
-    norm = data.draw(st.sampled_from(["squash", "l2"]))
-    assume(norm == "squash" or channels * kernel[0] * kernel[1] > 1)  # one number over its length: gradients vanish, errors do not
-    tensors = layer_tensors(
-        channels, units, rank, kernel, size, batch=draw(1, 3), bias=data.draw(st.booleans()), dtype=data.draw(st.sampled_from(DTYPES))
-    )
-    compare(tensors, stride=stride, padding=padding, dilation=dilation, norm=norm)
 
 
 @pytest.mark.parametrize("rank", [5, 128])
