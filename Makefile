@@ -30,13 +30,15 @@ help: ## list the verbs
 demo: $(READY) ## train small networks on digits, draw their explanations into ./coda_demo (about a minute)
 	$(VENV)/bin/coda-fast demo $(DEMO_ARGS)
 
-test: $(READY) ## all tests and doctests
+test: $(READY) ## all tests and doctests, every bench once
 	@$(VENV)/bin/python -c '$(VERSIONS)'
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest bench/ -q
 
 test-oldest: $(READY_OLDEST) ## the tests that are not slow, with the oldest supported torch
 	@$(VENV_OLDEST)/bin/python -c '$(VERSIONS)'
 	$(VENV_OLDEST)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(VENV_OLDEST)/bin/python -m pytest bench/ -q -k "not compiled"
 
 lint: $(READY) ## ruff check and ruff format --check
 	$(VENV)/bin/python -m ruff check .

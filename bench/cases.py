@@ -101,6 +101,10 @@ class Preset:
     scaling: tuple[Layer, ...]
     compiled: dict[str, tuple[str, ...]]
     dtype: str
+    compiled_layers: str = ""  # of these only
+
+    def compiled_in(self, case: Layer | Network, mode: str) -> tuple[str, ...]:
+        return self.compiled.get(mode, ()) if case.name.startswith(self.compiled_layers) else ()
 
 
 def preset(name: str, memory_bytes: int = 0) -> Preset:
@@ -111,7 +115,7 @@ def preset(name: str, memory_bytes: int = 0) -> Preset:
         small = [dataclasses.replace(case, size=8) for case in distinct(layers({"S": 1})) if case.name in ("S1", "S9")]
         base = Layer("scaling", 8, 8, 8, 3, 1, 8, 1)
         series = _series(base, batch=(1, 2), size=(8, 16), rank=(8, 16), channels=(8, 16))
-        return Preset(tuple(small), (Network(NETWORKS["S"], 2, 8),), series, {TRAINING: COMPILED}, "float32")
+        return Preset(tuple(small), (Network(NETWORKS["S"], 2, 8),), series, {TRAINING: COMPILED}, "float32", "S9")
     if name == "cpu":
         base = Layer("scaling", 16, 16, 16, 3, 1, 16, 2)
         sizes = dict(batch=(1, 2, 4, 8, 16), size=(8, 16, 32, 64), rank=(4, 16, 64, 256), channels=(4, 16, 32, 64))

@@ -66,7 +66,7 @@ class State:
         return self._verdict
 
     def names(self, case, mode):
-        return providers.names(case, mode, self.device, self.preset.compiled.get(mode, ()))
+        return providers.names(case, mode, self.device, self.preset.compiled_in(case, mode))
 
 
 STATE = pytest.StashKey[State]()
