@@ -197,7 +197,7 @@ _SIZES = {
     "generated": [(128, 128, 256, 8, 2), (128, 64, 256, 8, 1), (64, 64, 64, 4, 2), (64, 64, 64, 4, 1), (32, 16, 16, 4, 1)],
     # BM, BR, most of BK and BU
     "grad_z": [(128, 64, 64, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)],
-    # BM, most of BC, most of BR: with 64 ranks at once 6 to 57 spills
+    # BM, most of BC, most of BR: with 64 ranks at once up to 57 spills
     "fold": [(128, 64, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 2), (32, 16, 16, 4, 1)],
     # rows (BO BR), BN, BP: 256 x 128 takes fewer registers, but Triton before 3.9 makes wgmma of it that ptxas serialises
     "outer_scaled": [

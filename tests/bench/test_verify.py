@@ -62,7 +62,7 @@ def test_shards(file, tmp_path):
 def test_shards_are_cut_off(file, tmp_path):
     tests = verify.collect(file(HANGING), root=tmp_path)
     start = time.monotonic()
-    verdict = verify.shards(tests, 1, start + 6, tmp_path, tmp_path)
+    verdict = verify.shards(tests, 1, start + 12, tmp_path, tmp_path)
     assert time.monotonic() - start < 30
     assert (verdict.passes, verdict.unfinished, verdict.failures) == (1, 2, ())
 
