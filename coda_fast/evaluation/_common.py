@@ -1,0 +1,62 @@
+"""What the metrics share: checks of their input, and a model's own maps as an attribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+# images [N, C, H, W], classes [N, K] -> maps [N, K, H, W]: one map for each class, larger where the image speaks for it
+Attribution = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+PROTOCOLS = ("plain", "published")
+
+
+def attribution_of(model, attribution) -> Attribution:
+    """``attribution`` itself (or its method ``attribute``), or for None the contribution maps of a CoDA-Net."""
+    if attribution is None:
+        if not hasattr(model, "explain"):
+            raise ValueError(f"attribution: expected a function for a {type(model).__name__}, which cannot explain itself, got None")
+        return lambda images, targets: model.explain(images, targets).contribution_map
+    attribute = getattr(attribution, "attribute", attribution)
+    if not callable(attribute):
+        raise TypeError(f"attribution: expected a function (images, targets) -> maps, got {type(attribution).__name__}")
+    return attribute
+
+
+def maps_of(attribute: Attribution, images, targets) -> torch.Tensor:
+    """The maps, checked: [N, K, H, W], finite."""
+    maps = attribute(images, targets).detach()
+    expected = (len(images), targets.shape[1], *images.shape[2:])
+    if maps.shape != expected:
+        raise ValueError(f"attribution: expected maps of shape {list(expected)}, got {list(maps.shape)}")
+    if not torch.isfinite(maps).all():
+        raise ValueError("attribution: expected finite maps, got NaN or infinity")
+    return maps
+
+
+def check_labelled(images, labels, name="labels") -> None:
+    """ValueError, TypeError unless there is one class for each image."""
+    if images.dim() != 4:
+        raise ValueError(f"images: expected [N, C, H, W], got shape {list(images.shape)}")
+    if labels.shape != (len(images),):
+        raise ValueError(f"{name}: expected one class for each of {len(images)} images, got shape {list(labels.shape)}")
+    if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {labels.dtype}")
+
+
+def check_choice(name, value, known) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def check_positive(**values) -> None:
+    """ValueError unless all are positive integers."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def logits_of(model, images, batch_size: int) -> torch.Tensor:
+    """Logits of all images, a batch at a time."""
+    with torch.no_grad():
+        return torch.cat([model(chunk) for chunk in images.split(batch_size)])

@@ -1,0 +1,95 @@
+"""Pixel removal against curves that are known, and against one image and one mask at a time."""
+
+import pytest
+import torch
+from torch import nn
+
+from coda_fast import create_model
+from coda_fast.evaluation import Removal, pixel_removal
+
+
+class Linear(nn.Module):
+    """Two logits: plus and minus the sum of all pixels."""
+
+    def forward(self, images):
+        total = images.sum((1, 2, 3))
+        return torch.stack([total, -total], 1)
+
+
+def test_linear_model():
+    """Pixels of 1 to 4 ranked by their value: what is left after each removal is known."""
+    image = torch.tensor([[3.0, 1.0], [4.0, 2.0]]).view(1, 1, 2, 2) / 10
+    value = lambda images, classes: images  # noqa: E731
+    left = {"least": [1.0, 0.9, 0.7, 0.4, 0.0], "most": [1.0, 0.6, 0.3, 0.1, 0.0]}
+    for order, sums in left.items():
+        found = pixel_removal(Linear(), image, torch.tensor([0]), value, order=order, fraction=1, points=5)
+        assert found.fractions.tolist() == [0, 0.25, 0.5, 0.75, 1]
+        torch.testing.assert_close(found.probabilities[0], torch.tensor(sums, dtype=torch.float64).sigmoid(), rtol=1e-6, atol=1e-6)
+        inserted = pixel_removal(Linear(), image, torch.tensor([0]), value, order=order, fraction=1, points=5, insert=True)
+        expected = (1 - torch.tensor(sums, dtype=torch.float64)).sigmoid()
+        torch.testing.assert_close(inserted.probabilities[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_published_points():
+    found = pixel_removal(Linear(), torch.rand(1, 3, 32, 32), torch.tensor([1]), lambda x, c: x[:, :1])
+    assert (found.fractions * 1024).tolist() == list(range(0, 257, 2))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+@pytest.mark.parametrize("order", ["least", "most"])
+def test_batched_is_one_by_one(order, batch_size):
+    """All six channels of the encoded image are masked, the map is the model's own."""
+    torch.manual_seed(0)
+    model = create_model("coda_xs_digits", num_classes=4).double()
+    images, targets = torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.tensor([2, 0, 3])
+    found = pixel_removal(model, images, targets, order=order, points=9, batch_size=batch_size)
+    assert found.probabilities.shape == (3, 9)
+    for i in range(3):
+        importance = model.explain(images[i : i + 1], int(targets[i])).contribution_map[0, 0].flatten()
+        ranking = importance.argsort(descending=order == "most")
+        for k in range(9):
+            encoded = model.encoder(images[i : i + 1]).flatten(2).clone()
+            encoded[:, :, ranking[: 2 * k]] = 0
+            with torch.no_grad():
+                logits = model.head(model.run_layers(encoded.view(1, 2, 8, 8)))
+            assert float(found.probabilities[i, k]) == pytest.approx(float(logits[0, targets[i]].sigmoid()), rel=1e-9)
+
+
+def test_ties_go_in_order():
+    """Equal pixels: the first in the image goes first, so that the same map gives the same curve everywhere."""
+    image = torch.tensor([0.1, 0.2, 0.4, 0.8]).view(1, 1, 2, 2)
+    for order in ("least", "most"):
+        found = pixel_removal(Linear(), image, torch.tensor([0]), lambda x, c: torch.zeros_like(x), order=order, fraction=1, points=5)
+        expected = torch.tensor([1.5, 1.4, 1.2, 0.8, 0.0], dtype=torch.float64).sigmoid()
+        torch.testing.assert_close(found.probabilities[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_curve_and_area():
+    removal = Removal(torch.tensor([0.0, 0.1, 0.2]), torch.tensor([[1.0, 0.5, 0.0], [0.4, 0.4, 0.4]]))
+    assert removal.area().tolist() == pytest.approx([0.5, 0.4])
+    assert removal.curve().tolist() == pytest.approx([0.7, 0.45, 0.2])
+
+
+def test_no_images():
+    found = pixel_removal(Linear(), torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.long), lambda x, c: x)
+    assert found.probabilities.shape == (0, 129)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(order="last"), ValueError, "order: expected one of 'least', 'most', got 'last'"),
+        (dict(fraction=0), ValueError, "fraction: expected a number above 0 and at most 1, got 0"),
+        (dict(fraction=1.5), ValueError, "fraction: expected a number above 0 and at most 1, got 1.5"),
+        (dict(fraction=0.01), ValueError, "expected at least two points and one pixel, got 129 and 0 of 16"),
+        (dict(points=1), ValueError, "expected at least two points and one pixel, got 1 and 4 of 16"),
+        (dict(batch_size=0), ValueError, "batch_size: expected a positive integer, got 0"),
+        (dict(targets=torch.zeros(3, dtype=torch.long)), ValueError, "targets: expected one class for each of 2 images, got shape [3]"),
+        (dict(attribution=lambda x, c: x[:, 0]), ValueError, "attribution: expected maps of shape [2, 1, 4, 4], got [2, 4, 4]"),
+    ],
+)
+def test_bad_input(change, error, message):
+    options = dict(targets=torch.zeros(2, dtype=torch.long), attribution=lambda x, c: x) | change
+    with pytest.raises(error) as caught:
+        pixel_removal(Linear(), torch.rand(2, 1, 4, 4), options.pop("targets"), options.pop("attribution"), **options)
+    assert message in str(caught.value)
