@@ -7,6 +7,7 @@ of the positive mass of its class' map that lies in it. 1 is perfect, ``1 / cell
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -164,10 +165,15 @@ def localisation(
     if logits.shape[0] != len(images) or logits.dim() != 2:
         raise ValueError(f"logits: expected [{len(images)}, classes], got {list(logits.shape)}")
     chosen = torch.from_numpy(draw_grids(confident_images(logits, labels, threshold), side**2, grids, seed, protocol))
-    chosen = chosen.to(labels.device)
-    scores = []
     batches = chosen.split(batch_size)
-    for batch in progress(batches, "localisation") if progress else batches:
-        grid = canvases(images[batch], side, protocol)
-        scores.append(cell_shares(common.maps_of(attribute, grid, labels[batch]), side, protocol).cpu())
-    return Localisation(torch.cat(scores), chosen.cpu(), labels[chosen].cpu())
+    scores = [
+        score_grids(images, labels, batch, attribute, protocol) for batch in (progress(batches, "localisation") if progress else batches)
+    ]
+    return Localisation(torch.cat(scores), chosen, labels.cpu()[chosen])
+
+
+def score_grids(images, labels, chosen: torch.Tensor, attribute: common.Attribution, protocol: str = "plain") -> torch.Tensor:
+    """Scores of the grids of these images, [G, n] -> [G, n], in one call of ``attribute``."""
+    side, chosen = math.isqrt(chosen.shape[1]), chosen.to(labels.device)
+    grid = canvases(images[chosen], side, protocol)
+    return cell_shares(common.maps_of(attribute, grid, labels[chosen]), side, protocol).cpu()

@@ -1,0 +1,153 @@
+"""Labelled images to evaluate on: folders of classes, .npz files, or scikit-learn's digits."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coda_fast.images import ImageError, read_image, resize
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """images [N, C, H, W] in [0, 1]; labels [N]; what was skipped, and why, by file."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Of pixels and labels: the same data, the same digest."""
+        found = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+
+def load(
+    source: str | Path,
+    model,
+    *,
+    limit: int | None = None,
+    size: int | None = None,
+    progress: Callable[[Iterable, str], Iterable] | None = None,
+) -> Labelled:
+    """The images of ``source`` as ``model`` takes them, the first ``limit`` in order (of a folder: evenly from all classes).
+
+    Args:
+        source: "digits" (scikit-learn, the test half of the demo); an .npz file with ``images`` [N, H, W(, C)] uint8 and ``labels``, or
+            with ``test_jpeg``, ``test_offset``, ``test_label`` (JPEGs end to end; ``test_lossless_idx``, ``test_lossless_rgb`` replace
+            some); or a folder with a folder of image files for each class, in the order of the names or by ``model.class_names``.
+        size: scale the shorter side and crop the middle to this many pixels, square; None: all images must have one size.
+
+    Raises:
+        ValueError: nothing there, no images, mixed sizes, classes that the model does not have. A file that cannot be read among others
+        that can is skipped and named in ``skipped``.
+    """
+    path = Path(source)
+    if str(source) == "digits":
+        from coda_fast.demo import digits
+
+        data = digits()
+        found = Labelled(data.test_images[:limit], data.test_labels[:limit])
+    elif path.is_dir():
+        found = _folder(path, model, limit, size, progress)
+    elif path.suffix == ".npz" and path.exists():
+        found = _npz(path, model, limit, progress)
+    else:
+        raise ValueError(f"data: expected 'digits', an .npz file or a folder of classes, got {str(source)!r}")
+    if not len(found.images):
+        raise ValueError(f"data: no images in {source}")
+    if found.images.shape[1] != model.image_channels:
+        raise ValueError(f"data: the model takes {model.image_channels} channels, the images of {source} have {found.images.shape[1]}")
+    if int(found.labels.max()) >= model.num_classes or int(found.labels.min()) < 0:
+        raise ValueError(f"data: the model has classes 0 to {model.num_classes - 1}, {source} has labels up to {int(found.labels.max())}")
+    return found
+
+
+def _folder(path, model, limit, size, progress):
+    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise ValueError(f"data: expected a folder for each class in {path}, got none")
+    names = model.class_names or []
+    if all(c.name in names for c in classes):
+        labels = [names.index(c.name) for c in classes]
+    elif len(classes) <= model.num_classes:
+        labels = list(range(len(classes)))
+    else:
+        raise ValueError(f"data: the model has {model.num_classes} classes, {path} has {len(classes)} folders")
+    files = [sorted(p for p in c.iterdir() if p.suffix.lower() in SUFFIXES) for c in classes]
+    if limit is not None:
+        share = -(-limit // len(classes))
+        files = [some[:share] for some in files]
+    pairs = [(file, label) for some, label in zip(files, labels, strict=True) for file in some][:limit]
+    images, kept, skipped, sizes = [], [], {}, {}
+    for file, label in progress(pairs, "reading") if progress else pairs:
+        try:
+            image = read_image(file, model.image_channels)
+        except ImageError as error:
+            skipped[str(file)] = str(error)
+            continue
+        image = image if size is None else _square(image, size)
+        sizes.setdefault(tuple(image.shape[1:]), file)
+        images.append(image)
+        kept.append(label)
+    if len(sizes) > 1:
+        some = ", ".join(f"{h} x {w} ({file.name})" for (h, w), file in list(sizes.items())[:3])
+        raise ValueError(f"data: expected images of one size (or --size to crop them), got {len(sizes)} sizes: {some}")
+    if not images:
+        raise ValueError(
+            f"data: no readable image among {len(pairs)} files in {path}" + (f": {next(iter(skipped.values()))}" if skipped else "")
+        )
+    return Labelled(torch.stack(images), torch.tensor(kept), skipped)
+
+
+def _square(image, size):
+    image = resize(image, size)
+    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    return image[:, top : top + size, left : left + size]
+
+
+def _npz(path, model, limit, progress):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files if not key.startswith("train_")}
+    except Exception as error:  # zipfile and NumPy raise whatever the damage leads them to
+        raise ValueError(f"data: {path}: not an .npz file that NumPy can read ({error})") from None
+    if {"images", "labels"} <= arrays.keys():
+        images, labels = arrays["images"][:limit], arrays["labels"][:limit]
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+            raise ValueError(
+                f"data: {path}: expected images [N, H, W, C] uint8 and as many labels, got {images.dtype} {list(images.shape)}"
+            )
+        images = images[..., None] if images.ndim == 3 else images
+        return Labelled(_to_tensor(images), torch.from_numpy(labels.astype(np.int64)))
+    if {"test_jpeg", "test_offset", "test_label"} <= arrays.keys():
+        return _jpegs(arrays, limit, progress)
+    raise ValueError(f"data: {path}: expected arrays images and labels, or test_jpeg, test_offset and test_label, got {', '.join(arrays)}")
+
+
+def _jpegs(arrays, limit, progress):
+    from PIL import Image
+
+    count = min(len(arrays["test_label"]), limit if limit is not None else len(arrays["test_label"]))
+    lossless = dict(zip(arrays.get("test_lossless_idx", ()), range(len(arrays.get("test_lossless_idx", ()))), strict=True))
+    raw, offsets, images = arrays["test_jpeg"].tobytes(), arrays["test_offset"], []
+    for i in progress(range(count), "reading") if progress else range(count):
+        if i in lossless:
+            images.append(arrays["test_lossless_rgb"][lossless[i]])
+        else:
+            images.append(np.asarray(Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]])).convert("RGB")))
+    return Labelled(_to_tensor(np.stack(images)), torch.from_numpy(arrays["test_label"][:count].astype(np.int64)))
+
+
+def _to_tensor(images):
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 255

@@ -1,0 +1,176 @@
+"""Evaluations that can be interrupted: every method's numbers in pieces on disk, then JSON, CSV and figures of all of them."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coda_fast import __version__
+from coda_fast.checkpoints import atomic_path
+from coda_fast.evaluation import _common as common
+from coda_fast.evaluation.localisation import Localisation, confident_images, draw_grids, score_grids
+from coda_fast.evaluation.removal import Removal, pixel_removal
+
+METRICS = ("localisation", "removal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured. ``side``, ``grids``, ``protocol`` belong to localisation; ``order``, ``fraction``, ``points`` to removal."""
+
+    metric: str = "localisation"
+    side: int = 3
+    grids: int = 500
+    protocol: str = "plain"
+    seed: int = 42
+    order: str = "least"
+    fraction: float = 0.25
+    points: int = 129
+    piece: int = 16  # grids or images at once, and what an interruption can cost
+
+    def __post_init__(self):
+        common.check_choice("metric", self.metric, METRICS)
+        common.check_choice("protocol", self.protocol, common.PROTOCOLS)
+        common.check_positive(side=self.side, grids=self.grids, points=self.points, piece=self.piece)
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """A model, labelled images, settings and a folder. Methods are measured one by one; what is already in the folder is not again."""
+
+    model: torch.nn.Module
+    images: torch.Tensor
+    labels: torch.Tensor
+    settings: Settings
+    folder: Path
+    description: dict = dataclasses.field(default_factory=dict)  # of model and data, for the results
+    batch_size: int = 256
+
+    def __post_init__(self):
+        self.folder = Path(self.folder)
+        common.check_labelled(self.images, self.labels)
+        self._work = None
+
+    # -- pieces ----
+
+    def work(self) -> torch.Tensor:
+        """Grids [G, n] or images [N] as indices into the data."""
+        if self._work is None:
+            if self.settings.metric == "removal":
+                self._work = torch.arange(len(self.images))
+            else:
+                confident = confident_images(common.logits_of(self.model, self.images, self.batch_size), self.labels)
+                s = self.settings
+                self._work = torch.from_numpy(draw_grids(confident, s.side**2, s.grids, s.seed, s.protocol))
+        return self._work
+
+    def measure(self, name: str, attribution, method_settings: dict, progress: Callable[[Iterable, str], Iterable] | None = None):
+        """A ``Localisation`` or ``Removal`` of one method, continued where it was interrupted."""
+        self._claim()
+        attribute = common.attribution_of(self.model, attribution)
+        store = self.folder / "pieces" / f"{name}-{self._digest(method_settings)}"
+        store.mkdir(parents=True, exist_ok=True)
+        pieces = list(enumerate(self.work().split(self.settings.piece)))
+        found = []
+        for i, piece in progress(pieces, name) if progress else pieces:
+            path = store / f"{i:05d}.npy"
+            if not path.exists():
+                values = self._values(piece, attribute).double().numpy()
+                with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                    np.save(file, values, allow_pickle=False)
+            found.append(torch.from_numpy(np.load(path, allow_pickle=False)))
+        values = torch.cat(found)
+        if self.settings.metric == "localisation":
+            return Localisation(values, self.work(), self.labels.cpu()[self.work()])
+        counts = torch.linspace(0, int(self.settings.fraction * self._pixels()), self.settings.points, dtype=torch.float64).round()
+        return Removal(counts / self._pixels(), values)
+
+    def _values(self, piece, attribute):
+        s = self.settings
+        if s.metric == "localisation":
+            return score_grids(self.images, self.labels, piece, attribute, s.protocol)
+        images, labels = self.images[piece], self.labels[piece]
+        options = dict(order=s.order, fraction=s.fraction, points=s.points, batch_size=self.batch_size)
+        return pixel_removal(self.model, images, labels, attribute, **options).probabilities
+
+    def _pixels(self):
+        return self.images.shape[2] * self.images.shape[3]
+
+    def _claim(self):
+        """The folder belongs to this evaluation: same model, data and settings. ValueError if it is another's."""
+        mine = json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), **self.description}))
+        path = self.folder / "evaluation.json"
+        if path.exists():
+            other = json.loads(path.read_text(encoding="utf-8"))
+            if other != mine:
+                differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
+                raise ValueError(f"output: {self.folder} holds another evaluation (other {', '.join(differing)}); choose another folder")
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def _digest(settings):
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    # -- results ----
+
+    def write(self, results: dict[str, Localisation | Removal], method_settings: dict[str, dict]) -> list[Path]:
+        """results.json (summaries), results.csv (every number) and the figure as PNG and SVG; all paths."""
+        from coda_fast.evaluation import figures
+
+        document = {
+            "settings": dataclasses.asdict(self.settings),
+            **self.description,
+            "methods": {name: {**summary(found), "settings": method_settings[name]} for name, found in results.items()},
+            "coda_fast": __version__,
+            "torch": torch.__version__,
+        }
+        paths = [self.folder / name for name in ("results.json", "results.csv")]
+        with atomic_path(paths[0]) as temporary:
+            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        with atomic_path(paths[1]) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(_table(results))
+        return [*paths, *figures.save(results, self.folder, self.settings)]
+
+
+def summary(found: Localisation | Removal) -> dict[str, float]:
+    """The numbers of one method: of localisation its own summary, of removal mean and quartiles of the area."""
+    if isinstance(found, Localisation):
+        return found.summary()
+    area, curve = found.area(), found.curve()
+    low, middle, high = torch.quantile(area, torch.tensor([0.25, 0.5, 0.75], dtype=area.dtype)).tolist()
+    return {
+        "mean": float(area.mean()), "q25": low, "median": middle, "q75": high, "images": len(area),
+        "start": float(curve[0]), "end": float(curve[-1]),
+    }  # fmt: skip
+
+
+def markdown(results: dict[str, Localisation | Removal]) -> str:
+    """One table: methods by their mean, best first."""
+    lines = ["| method | mean | 25 % | median | 75 % |", "|---|---|---|---|---|"]
+    rows = sorted(((name, summary(found)) for name, found in results.items()), key=lambda row: -row[1]["mean"])
+    return "\n".join(lines + [f"| {name} | {s['mean']:.4f} | {s['q25']:.4f} | {s['median']:.4f} | {s['q75']:.4f} |" for name, s in rows])
+
+
+def _table(results):
+    first = next(iter(results.values()))
+    if isinstance(first, Localisation):
+        yield ["method", "grid", "cell", "image", "class", "score"]
+        for name, found in results.items():
+            for g, (scores, images, targets) in enumerate(zip(found.scores, found.images, found.targets, strict=True)):
+                for j in range(len(scores)):
+                    yield [name, g, j, int(images[j]), int(targets[j]), f"{float(scores[j]):.9g}"]
+        return
+    yield ["method", "image", *(f"{float(f):.6g}" for f in first.fractions)]
+    for name, found in results.items():
+        for i, row in enumerate(found.probabilities):
+            yield [name, i, *(f"{float(p):.9g}" for p in row)]

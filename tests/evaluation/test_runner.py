@@ -1,0 +1,238 @@
+"""Evaluations that are interrupted and go on, what they write, and the data they read."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coda_fast import create_model
+from coda_fast.evaluation import data, localisation, pixel_removal, runner
+from coda_fast.evaluation.runner import Evaluation, Settings
+
+SETTINGS = {
+    "localisation": Settings("localisation", side=2, grids=7, piece=2),
+    "removal": Settings("removal", points=5, piece=3),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Made sure of its classes by a head that looks at the mean brightness; the maps are the network's own."""
+    torch.manual_seed(0)
+    return create_model("coda_xs_digits", num_classes=5).eval()
+
+
+@pytest.fixture
+def evaluation(model, tmp_path, monkeypatch):
+    images, labels = torch.rand(40, 1, 8, 8), torch.arange(5).repeat(8)
+    logits = torch.nn.functional.one_hot(labels, 5) * 8.0 - 4
+    monkeypatch.setattr("coda_fast.evaluation._common.logits_of", lambda *a: logits)
+
+    def make(metric, folder="out", **description):
+        return Evaluation(model, images, labels, SETTINGS[metric], tmp_path / folder, description)
+
+    return make
+
+
+class Counted:
+    """A model's own maps; counts calls, and is interrupted at one of them."""
+
+    def __init__(self, model, stop=None):
+        self.model, self.stop, self.calls = model, stop, 0
+
+    def attribute(self, images, targets):
+        self.calls += 1
+        if self.calls == self.stop:
+            raise KeyboardInterrupt
+        return self.model.explain(images, targets).contribution_map
+
+
+def numbers(found):
+    return found.scores if hasattr(found, "scores") else found.probabilities
+
+
+@pytest.mark.parametrize("metric", runner.METRICS)
+def test_interrupted(evaluation, model, metric):
+    """It goes on with the first piece that is missing, and the numbers are those of a run in one go and of the function itself."""
+    first = evaluation(metric)
+    total = len(first.work().split(SETTINGS[metric].piece))
+    with pytest.raises(KeyboardInterrupt):
+        first.measure("Ours", Counted(model, stop=3), {})
+    again = Counted(model)
+    found = evaluation(metric).measure("Ours", again, {})
+    assert again.calls == total - 2
+    once = evaluation(metric, "other").measure("Ours", Counted(model), {})
+    assert torch.equal(numbers(found), numbers(once))
+    third = Counted(model)
+    evaluation(metric).measure("Ours", third, {})
+    assert third.calls == 0
+    e = evaluation(metric)
+    if metric == "localisation":
+        whole = localisation(model, e.images, e.labels, side=2, grids=7).scores
+    else:
+        whole = pixel_removal(model, e.images, e.labels, points=5).probabilities
+    torch.testing.assert_close(numbers(found), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_half_written_piece_is_not_taken(evaluation, model, monkeypatch):
+    """A full disk: the piece is not there afterwards, those before it are, and no temporary file is left."""
+    save, count = np.save, [0]
+
+    def full(file, values, **options):
+        count[0] += 1
+        if count[0] == 2:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(file, values, **options)
+
+    monkeypatch.setattr(runner.np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluation("removal").measure("Ours", None, {})
+    pieces = sorted(p.name for p in evaluation("removal").folder.glob("pieces/*/*"))
+    assert pieces == ["00000.npy"]
+
+
+def test_other_settings_of_a_method_are_measured_anew(evaluation, model):
+    e, counted = evaluation("removal"), Counted(model)
+    e.measure("Ours", counted, {"n": 1})
+    e.measure("Ours", counted, {"n": 2})
+    assert counted.calls == 2 * 14
+
+
+def test_a_folder_holds_one_evaluation(evaluation, model):
+    evaluation("removal", checkpoint="a").measure("Ours", None, {})
+    with pytest.raises(ValueError, match=r"output: .*out holds another evaluation \(other checkpoint\); choose another folder"):
+        evaluation("removal", checkpoint="b").measure("Ours", None, {})
+    with pytest.raises(ValueError, match=r"\(other settings\)"):
+        evaluation("localisation", checkpoint="a").measure("Ours", None, {})
+
+
+@pytest.mark.parametrize("metric", runner.METRICS)
+def test_results(evaluation, metric):
+    e = evaluation(metric, checkpoint="abc")
+    uniform = lambda images, targets: torch.ones(len(images), targets.shape[1], *images.shape[2:])  # noqa: E731
+    found = {"Ours": e.measure("Ours", None, {}), "flat": e.measure("flat", uniform, {"n": 1})}
+    paths = e.write(found, {"Ours": {}, "flat": {"n": 1}})
+    assert [p.name for p in paths] == ["results.json", "results.csv", f"{metric}.png", f"{metric}.svg"]
+    document = json.loads(paths[0].read_text())
+    assert document["checkpoint"] == "abc"
+    assert document["settings"]["metric"] == metric
+    assert document["methods"]["flat"]["settings"] == {"n": 1}
+    rows = list(csv.reader(paths[1].open()))
+    for name, result in found.items():
+        mine = [row for row in rows if row[0] == name]
+        written = torch.tensor([[float(x) for x in row[-1 if metric == "localisation" else 2 :]] for row in mine], dtype=torch.float64)
+        torch.testing.assert_close(written.flatten(), numbers(result).flatten(), rtol=1e-8, atol=1e-9)
+        assert document["methods"][name]["mean"] == pytest.approx(runner.summary(result)["mean"])
+    if metric == "localisation":
+        assert document["methods"]["flat"]["mean"] == pytest.approx(0.25)
+    with Image.open(paths[2]) as picture:
+        assert min(picture.size) > 400
+    assert paths[3].read_text().lstrip().startswith("<?xml")
+    assert runner.markdown(found).count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(dict(metric="x"), "metric: expected one of"), (dict(piece=0), "piece: expected a positive")]
+)
+def test_bad_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**change)
+
+
+# -- data -----------------------------------------------------------------------------------------------------------------------------
+
+
+def folder_of_classes(path, sizes=((8, 8),) * 3, classes=("cat", "dog")):
+    for c, name in enumerate(classes):
+        (path / name).mkdir(parents=True)
+        for i, size in enumerate(sizes):
+            Image.fromarray(np.full(size, 10 * c + i, np.uint8)).save(path / name / f"{i}.png")
+    return path
+
+
+def test_folder(tmp_path, model):
+    found = data.load(folder_of_classes(tmp_path / "d"), model)
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    torch.testing.assert_close(found.images[:, 0, 0, 0], torch.tensor([0, 1, 2, 10, 11, 12]) / 255)
+    assert data.load(tmp_path / "d", model, limit=4).labels.tolist() == [0, 0, 1, 1]
+    named = create_model("coda_xs_digits", num_classes=3, class_names=["dog", "owl", "cat"])
+    assert data.load(tmp_path / "d", named).labels.tolist() == [2, 2, 2, 0, 0, 0]
+    assert data.load(tmp_path / "d", model).digest() == found.digest() != data.load(tmp_path / "d", named).digest()
+
+
+def test_corrupt_files_are_skipped_and_named(tmp_path, model):
+    path = folder_of_classes(tmp_path / "d")
+    (path / "cat" / "1.png").write_bytes(b"no image")
+    (path / "cat" / "notes.txt").write_text("not looked at")
+    found = data.load(path, model)
+    assert found.labels.tolist() == [0, 0, 1, 1, 1]
+    assert list(found.skipped) == [str(path / "cat" / "1.png")]
+    assert "not an image" in found.skipped[str(path / "cat" / "1.png")]
+
+
+def test_sizes(tmp_path, model):
+    path = folder_of_classes(tmp_path / "d", sizes=((8, 8), (8, 12)))
+    with pytest.raises(ValueError, match=r"expected images of one size .* got 2 sizes: 8 x 8 \(0.png\), 8 x 12 \(1.png\)"):
+        data.load(path, model)
+    assert data.load(path, model, size=6).images.shape == (4, 1, 6, 6)
+
+
+def test_npz(tmp_path, model):
+    images, labels = np.arange(4 * 36, dtype=np.uint8).reshape(4, 6, 6), np.array([0, 1, 2, 3])
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    found = data.load(tmp_path / "a.npz", model, limit=3)
+    torch.testing.assert_close(found.images[:, 0], torch.from_numpy(images[:3]).float() / 255)
+    assert found.labels.tolist() == [0, 1, 2]
+
+
+def test_npz_of_jpegs(tmp_path):
+    """The form of CIFAR-10 without pickle: JPEGs end to end, some replaced by lossless pixels."""
+    pictures = [np.full((8, 8, 3), value, np.uint8) for value in (40, 80, 120)]
+    parts = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG", quality=95)
+        parts.append(np.frombuffer(buffer.getvalue(), np.uint8))
+    arrays = dict(test_jpeg=np.concatenate(parts), test_offset=np.cumsum([0, *map(len, parts)]), test_label=np.array([0, 1, 1]))
+    arrays |= dict(test_lossless_idx=np.array([2]), test_lossless_rgb=np.full((1, 8, 8, 3), 121, np.uint8))
+    np.savez(tmp_path / "c.npz", **arrays)
+    found = data.load(tmp_path / "c.npz", create_model("coda_s_cifar10", device="meta"))
+    assert found.images.shape == (3, 3, 8, 8)
+    assert [round(255 * float(v)) for v in found.images[:, 0, 0, 0]] == [40, 80, 121]
+    assert found.labels.tolist() == [0, 1, 1]
+
+
+def test_digits(model):
+    found = data.load("digits", create_model("coda_xs_digits", device="meta"), limit=30)
+    assert found.images.shape == (30, 1, 8, 8)
+
+
+def test_bad_data(tmp_path, model):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "classes" / "a").mkdir(parents=True)
+    (tmp_path / "no.npz").write_bytes(b"PK nothing")
+    np.savez(tmp_path / "odd.npz", x=np.zeros(3))
+    np.savez(tmp_path / "pickled.npz", images=np.array([{}], dtype=object), labels=np.zeros(1))
+    np.savez(tmp_path / "float.npz", images=np.zeros((1, 4, 4)), labels=np.zeros(1))
+    np.savez(tmp_path / "colour.npz", images=np.zeros((1, 4, 4, 3), np.uint8), labels=np.zeros(1))
+    np.savez(tmp_path / "labels.npz", images=np.zeros((1, 4, 4), np.uint8), labels=np.array([7]))
+    many = folder_of_classes(tmp_path / "many", classes=[f"c{i}" for i in range(6)])
+    for source, message in {
+        tmp_path / "nowhere": "data: expected 'digits', an .npz file or a folder of classes",
+        tmp_path / "empty": "expected a folder for each class",
+        tmp_path / "classes": "no readable image among 0 files",
+        tmp_path / "no.npz": "not an .npz file",
+        tmp_path / "odd.npz": "expected arrays images and labels, or test_jpeg",
+        tmp_path / "pickled.npz": "not an .npz file",
+        tmp_path / "float.npz": "expected images .* uint8",
+        tmp_path / "colour.npz": "takes 1 channels, the images of .* have 3",
+        tmp_path / "labels.npz": "classes 0 to 4, .* labels up to 7",
+        many: "the model has 5 classes, .* has 6 folders",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            data.load(source, model)
