@@ -1,7 +1,8 @@
-"""The command line: ``coda-fast demo``, ``coda-fast explain``, ``coda-fast info``. Bad input: one line, exit code 2, no file written."""
+"""The command line: ``coda-fast demo|explain|evaluate|report|info``. Bad input: one line, exit code 2, no file written."""
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import sys
 from pathlib import Path
@@ -109,6 +110,98 @@ def explain(images: tuple[Path, ...], checkpoint: Path, targets: tuple[str, ...]
         sure = plot.probability(float(explanation.logits[0, best].sigmoid()))
         error = float(explanation.completeness_error.max())
         click.echo(f"{path}: {_class_name(best, model)} ({sure}), completeness error {error:.1e} logits -> {target}")
+
+
+@cli.command()
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A file written by coda_fast.save or the demo.")
+@click.option("--data", required=True, help="A folder with a folder of images for each class, an .npz file, or 'digits'.")
+@click.option("--metric", type=click.Choice(["localisation", "removal"]), default="localisation", show_default=True)
+@click.option("--methods", default="Ours", show_default=True, help="Names separated by commas (Ours,Grad,IxG,...), or 'all'.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("coda_evaluation"), show_default=True, help="Folder for the results."
+)
+@click.option("--side", type=click.IntRange(2, 10), default=3, show_default=True, help="Localisation: grids of side x side images.")
+@click.option("--grids", type=click.IntRange(min=1), default=500, show_default=True, help="Localisation: how many grids at most.")
+@click.option("--protocol", type=click.Choice(["plain", "published"]), default="plain", show_default=True)
+@click.option("--order", type=click.Choice(["least", "most"]), default="least", show_default=True, help="Removal: which pixels go first.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use this many images only (published, for removal: 1024).")
+@click.option("--size", type=click.IntRange(1, 4096), help="Scale and crop images to squares of this many pixels.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+def evaluate(checkpoint, data, metric, methods, output, side, grids, protocol, order, limit, size, device) -> None:
+    """Measure how good explanations are, by the metrics of the paper, for any of its methods.
+
+    Writes results.json, results.csv, and the figure as PNG and SVG. Interrupted, the same command goes on where it stopped.
+    """
+    from coda_fast import baselines
+    from coda_fast.evaluation import data as source
+    from coda_fast.evaluation import runner
+
+    model = checkpoints.load(checkpoint, device=_device(device)).eval()
+    names = list(baselines.METHODS) if methods == "all" else list(dict.fromkeys(name.strip() for name in methods.split(",")))
+    attributions = {name: baselines.create(name, model) for name in names}
+    bar = lambda items, label: tqdm(items, desc=label, disable=None)  # noqa: E731
+    found = source.load(data, model, limit=limit, size=size, progress=bar)
+    for path, reason in found.skipped.items():
+        click.echo(f"skipped {path}: {reason}", err=True)
+    settings = runner.Settings(metric, side, grids, protocol, order=order)
+    description = {"checkpoint": _digest(checkpoint), "data": data, "data_digest": found.digest(), "images": len(found.images)}
+    images, labels = found.images.to(next(model.parameters())), found.labels.to(next(model.parameters()).device)
+    evaluation = runner.Evaluation(model, images, labels, settings, output, description)
+    results = {name: evaluation.measure(name, a, a.settings, bar) for name, a in attributions.items()}
+    paths = evaluation.write(results, {name: a.settings for name, a in attributions.items()})
+    click.echo(runner.markdown(results))
+    if metric == "localisation":
+        click.echo(f"{len(evaluation.work())} grids of {side} x {side}, chance {1 / side**2:.3f}")
+    if found.skipped:
+        click.echo(f"{len(found.skipped)} of {len(found.skipped) + len(images)} files could not be read and were skipped")
+    click.echo("\n".join(map(str, paths)))
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A file written by coda_fast.save or the demo.")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("coda_report.html"), show_default=True, help="The page.")
+@click.option("--classes", type=click.IntRange(min=1), default=3, show_default=True, help="Maps of this many most likely classes.")
+@click.option("--methods", default="", help="Other methods beside the network's own maps, separated by commas (Grad,IxG,Occ5,...).")
+@click.option("--size", type=click.IntRange(0, 4096), help="Scale the shorter side to this many pixels; 0: as it is. Default: the model's.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+def report(images, checkpoint, output, classes, methods, size, device) -> None:
+    """Write one HTML file that shows predictions and their contribution maps for IMAGES (files, or folders of them).
+
+    The page loads nothing from elsewhere. Files that cannot be read are named on it.
+    """
+    from coda_fast import report as page
+    from coda_fast.evaluation.data import SUFFIXES
+    from coda_fast.images import ImageError, read_image, resize
+
+    model = checkpoints.load(checkpoint, device=_device(device)).eval()
+    size = model.image_size if size is None else size
+    files = [f for path in images for f in (sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path])]
+    read, names, skipped = [], [], []
+    for path in files:
+        try:
+            image = read_image(path, model.image_channels)
+        except ImageError as error:
+            if path in images:  # asked for by name
+                raise
+            skipped.append(str(error))
+            continue
+        read.append(resize(image, size) if size else image)
+        names.append(path.name)
+    if not read:
+        raise click.UsageError(
+            f"IMAGES: expected at least one image that can be read, got {len(files)} files" + "".join(f"; {s}" for s in skipped[:1])
+        )
+    others = [name.strip() for name in methods.split(",") if name.strip()]
+    bar = lambda items, label: tqdm(items, desc=label, disable=None)  # noqa: E731
+    text = page.render(model, read, names, classes=min(classes, model.num_classes), methods=others, skipped=skipped, progress=bar)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    page.write(output, text)
+    click.echo(f"{len(read)} images{f', {len(skipped)} that could not be read' if skipped else ''} -> {output}")
+
+
+def _digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 @cli.command()
