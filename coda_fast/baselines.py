@@ -1,0 +1,310 @@
+"""The attribution methods that the CoDA-Nets paper compares with (arXiv:2104.00032, section 4.3), behind one call, by captum.
+
+Every method explains the image through the model's own encoder, and its map is summed over the channels of the image. A CoDA-Net has no
+non-linearity that captum knows: on one, DeepLIFT is Input x Gradient and guided backpropagation is the gradient, to rounding. Show them
+as one method there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_MISSING = "the baselines need {}: pip install 'coda-fast[evaluation]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribution:
+    """A method for a model; make it with ``create``.
+
+    Attributes:
+        method: its name.
+        settings: all of them, plain values: what a result must be stored with.
+    """
+
+    method: str
+    model: nn.Module
+    settings: dict
+    layer: nn.Module | None = None
+    _function: Callable = None
+
+    def attribute(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Maps that say where ``images`` [N, C, H, W] speak for ``targets``: [N] -> [N, H, W], [N, K] -> [N, K, H, W].
+
+        Leaves the model's mode, gradients and hooks as they were. ValueError, TypeError: shapes that do not fit.
+        """
+        if images.dim() != 4:
+            raise ValueError(f"images: expected [N, C, H, W], got shape {list(images.shape)}")
+        targets = torch.as_tensor(targets, device=images.device)
+        if targets.dim() not in (1, 2) or len(targets) != len(images):
+            raise ValueError(f"targets: expected [{len(images)}] or [{len(images)}, K], got shape {list(targets.shape)}")
+        if targets.dtype.is_floating_point or targets.dtype == torch.bool:
+            raise TypeError(f"targets: expected integers, got {targets.dtype}")
+        table = targets if targets.dim() == 2 else targets[:, None]
+        with _evaluated(self.model), torch.enable_grad():
+            maps = self._function(self, images.detach(), table.long())
+        return maps if targets.dim() == 2 else maps[:, 0]
+
+
+def create(method: str, model: nn.Module, *, layer: nn.Module | None = None, **settings) -> Attribution:
+    """A method by name, with the published settings unless others are given.
+
+    Args:
+        method: a key of ``METHODS``; "Ours" is the contribution map of a CoDA-Net itself.
+        model: a CoDA-Net, or any classifier [N, C, H, W] -> [N, classes].
+        layer: for "GCam", whose output is weighted; default: a CoDA-Net's last layer, else the last convolution that is called.
+        settings: see ``METHODS[method]``; ``batch_size`` bounds how many images (perturbed ones included) are computed at once.
+
+    Raises:
+        ValueError: unknown method; "Ours" for a model that cannot explain itself. TypeError: unknown setting. ImportError: no captum.
+
+    >>> import torch, coda_fast
+    >>> model = coda_fast.create_model("coda_xs_digits")
+    >>> create("Ours", model).attribute(torch.rand(2, 1, 8, 8), torch.tensor([[3, 7], [1, 2]])).shape
+    torch.Size([2, 2, 8, 8])
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    function, defaults = _FUNCTIONS[method], METHODS[method]
+    if unknown := set(settings) - set(defaults):
+        raise TypeError(f"{method}: expected settings among {', '.join(defaults) or 'none'}, got {', '.join(sorted(unknown))}")
+    if method == "Ours":
+        if not hasattr(model, "explain"):
+            raise ValueError(f"method: 'Ours' needs a model made of DAU layers, got a {type(model).__name__}")
+    else:
+        _captum()
+    if method in ("GB", "DeepLIFT") and any(isinstance(m, nn.ReLU) for m in model.modules()):
+        model = _without_inplace(model)  # captum's hooks cannot see what happens in place
+    return Attribution(method, model, {**defaults, **settings}, layer, function)
+
+
+def attribute(method: str, model: nn.Module, images: torch.Tensor, targets: torch.Tensor, **settings) -> torch.Tensor:
+    """``create(method, model, **settings).attribute(images, targets)``."""
+    return create(method, model, **settings).attribute(images, targets)
+
+
+# -- the methods ----------------------------------------------------------------------------------------------------------------------
+
+
+def _ours(self, images, targets):
+    return self.model.explain(images, targets).contribution_map
+
+
+def _in_pairs(function):
+    """A method for one class of each image, as one for several: every image with every class of it, ``batch_size`` pairs at once."""
+
+    def method(self, images, targets):
+        count = targets.shape[1]
+        pairs = images.repeat_interleave(count, 0), targets.flatten()
+        step = self.settings["batch_size"]
+        maps = [function(self, x, t) for x, t in zip(*(part.split(step) for part in pairs), strict=True)]
+        maps = torch.cat(maps) if maps else images.new_zeros(0, *images.shape[2:])
+        return maps.detach().view(len(images), count, *images.shape[2:])
+
+    return method
+
+
+@_in_pairs
+def _gradient(self, x, target):
+    return _captum().Saliency(self.model).attribute(x, target=target, abs=False).sum(1)
+
+
+@_in_pairs
+def _input_x_gradient(self, x, target):
+    return _captum().InputXGradient(self.model).attribute(x, target=target).sum(1)
+
+
+@_in_pairs
+def _integrated_gradients(self, x, target):
+    s = self.settings
+    found = (
+        _captum()
+        .IntegratedGradients(self.model)
+        .attribute(x, baselines=0, target=target, n_steps=s["n_steps"], internal_batch_size=max(len(x), s["batch_size"]))
+    )
+    return found.sum(1)
+
+
+@_in_pairs
+def _guided_backprop(self, x, target):
+    return _captum().GuidedBackprop(self.model).attribute(x, target=target).sum(1)
+
+
+@_in_pairs
+def _deep_lift(self, x, target):
+    try:
+        return _captum().DeepLift(self.model).attribute(x, baselines=0, target=target).sum(1)
+    except (AssertionError, RuntimeError, KeyError, AttributeError) as error:
+        raise ValueError(f"DeepLIFT: expected a model that calls each of its activation modules once, and captum says: {error}") from error
+
+
+@_in_pairs
+def _grad_cam(self, x, target):
+    layer = self.layer or _last_layer(self.model, x)
+    captum = _captum()
+    found = captum.LayerGradCam(self.model, layer).attribute(x, target=target, relu_attributions=True)
+    return captum.LayerAttribution.interpolate(found, tuple(x.shape[2:]), "nearest")[:, 0]
+
+
+@_in_pairs
+def _occlusion(self, x, target):
+    s = self.settings
+    size = min(s["size"], *x.shape[2:])
+    with torch.no_grad():
+        found = (
+            _captum()
+            .Occlusion(self.model)
+            .attribute(
+                x,
+                sliding_window_shapes=(x.shape[1], size, size),
+                strides=(x.shape[1], s["stride"], s["stride"]),
+                baselines=0,
+                target=target,
+                perturbations_per_eval=max(1, s["batch_size"] // len(x)),
+            )
+        )
+    return found[:, 0].to(x.dtype)  # the window covers all channels: each has the same value; captum adds up in float32
+
+
+def _rise(self, images, targets):
+    """``1 / (N p1) sum_i score(x * M_i) M_i`` (arXiv:1806.07421, eq. 6), the masks for all images and classes alike."""
+    s = self.settings
+    generator = torch.Generator().manual_seed(s["seed"])
+    count, (height, width) = targets.shape[1], images.shape[2:]
+    maps = torch.zeros(len(images), count, height, width, dtype=torch.float64, device=images.device)
+    done = 0
+    with torch.no_grad():
+        while done < s["masks"]:
+            masks = _rise_masks(min(s["batch_size"], s["masks"] - done), s["cells"], s["p1"], height, width, generator).to(images)
+            done += len(masks)
+            for i, image in enumerate(images):
+                logits = self.model(image * masks[:, None])
+                scores = (logits.sigmoid() if hasattr(self.model, "explain") else logits.softmax(1))[:, targets[i]]
+                maps[i] += torch.einsum("mk,mhw->khw", scores.double(), masks.double())
+    return (maps / (s["masks"] * s["p1"])).to(images.dtype)
+
+
+def _rise_masks(number, cells, p1, height, width, generator):
+    """Random cells x cells patterns, one cell larger than the image when enlarged, shifted by up to a cell; [number, H, W] in [0, 1]."""
+    step = -(-height // cells), -(-width // cells)
+    grid = (torch.rand(number, 1, cells, cells, generator=generator) < p1).float()
+    large = F.interpolate(grid, ((cells + 1) * step[0], (cells + 1) * step[1]), mode="bilinear", align_corners=False)[:, 0]
+    tops, lefts = (torch.randint(size, (number,), generator=generator).tolist() for size in step)
+    return torch.stack([m[t : t + height, i : i + width] for m, t, i in zip(large, tops, lefts, strict=True)])
+
+
+@_in_pairs
+def _lime(self, x, target):
+    try:
+        from captum._utils.models.linear_model import SkLearnRidge
+        from skimage.segmentation import quickshift
+    except ImportError as error:
+        raise ImportError(_MISSING.format(error.name)) from None
+    s, maps = self.settings, []
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(s["seed"])
+        for image, label in zip(x, target, strict=True):
+            picture = image.expand(3, -1, -1).permute(1, 2, 0).double().cpu().numpy()
+            segments = quickshift(picture, kernel_size=s["kernel_size"], max_dist=s["max_dist"], ratio=s["ratio"], rng=s["seed"])
+            segments = torch.from_numpy(segments).to(x.device)
+            found = (
+                _captum()
+                .Lime(self.model, interpretable_model=SkLearnRidge(alpha=1.0))
+                .attribute(
+                    image[None],
+                    baselines=0,
+                    target=int(label),
+                    feature_mask=segments[None, None],
+                    n_samples=s["samples"],
+                    perturbations_per_eval=s["batch_size"],
+                    return_input_shape=False,
+                )[0]
+            )
+            kept = torch.zeros_like(found)
+            best = found.abs().topk(min(s["features"], len(found))).indices
+            kept[best] = found[best]
+            maps.append(kept[segments].to(x.dtype))
+    return torch.stack(maps)
+
+
+_BATCH = {"batch_size": 64}
+# Published settings. GCam: a map for each class at the last layer; Occ5, Occ9: the edge of the window; RISE: p1 is the share that is kept
+METHODS: dict[str, dict] = {
+    "Ours": {},
+    "Occ5": {"size": 5, "stride": 2, "batch_size": 256},
+    "Occ9": {"size": 9, "stride": 2, "batch_size": 256},
+    "RISE": {"masks": 6000, "cells": 6, "p1": 0.1, "seed": 0, "batch_size": 256},
+    "LIME": {"samples": 256, "features": 3, "kernel_size": 1, "max_dist": 200, "ratio": 0.2, "seed": 0, "batch_size": 64},
+    "GCam": {**_BATCH},
+    "Grad": {**_BATCH},
+    "IxG": {**_BATCH},
+    "IntGrad": {"n_steps": 20, **_BATCH},
+    "GB": {**_BATCH},
+    "DeepLIFT": {**_BATCH},
+}
+_FUNCTIONS = {
+    "Ours": _ours, "Occ5": _occlusion, "Occ9": _occlusion, "RISE": _rise, "LIME": _lime, "GCam": _grad_cam, "Grad": _gradient,
+    "IxG": _input_x_gradient, "IntGrad": _integrated_gradients, "GB": _guided_backprop, "DeepLIFT": _deep_lift,
+}  # fmt: skip
+
+
+# -- around them ----------------------------------------------------------------------------------------------------------------------
+
+
+def _captum():
+    try:
+        import captum.attr
+    except ImportError:
+        raise ImportError(_MISSING.format("captum")) from None
+    return captum.attr
+
+
+@contextlib.contextmanager
+def _evaluated(model) -> Iterator[None]:
+    """The model in evaluation mode, parameters' ``.grad`` and every module's own mode as before afterwards; captum's advice unsaid."""
+    modes = [(m, m.training) for m in model.modules()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    model.eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"captum\..*")
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, grad in grads:
+            parameter.grad = grad
+
+
+def _without_inplace(model):
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
+    return model
+
+
+def _last_layer(model, x):
+    """A CoDA-Net's last layer, or the last convolution that a forward pass calls. ValueError if there is none."""
+    if hasattr(model, "explain"):
+        return model.layers[-1]
+    called = []
+    hooks = [
+        m.register_forward_hook(lambda module, *_: called.append(module)) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)
+    ]
+    try:
+        with torch.no_grad():
+            model(x[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not called:
+        raise ValueError(f"GCam: expected a model with a convolution, or layer=, got a {type(model).__name__}")
+    return called[-1]

@@ -1,0 +1,223 @@
+"""The baselines on models whose attributions are known, and that they leave a model as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+from coda_fast import baselines, create_model
+
+captum = pytest.importorskip("captum", reason="pip install 'coda-fast[evaluation]'")
+FEW = {"RISE": {"masks": 60}, "LIME": {"samples": 40}, "IntGrad": {"n_steps": 5}}
+
+
+class Linear(nn.Module):
+    """logits = W x + b over all pixels of 3 x 6 x 6 images."""
+
+    def __init__(self, classes=3, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(classes, 3, 6, 6, generator=generator, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.einsum("nchw,kchw->nk", x, self.weight) + 0.5
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return create_model("coda_xs_digits").double()
+
+
+def digits(number=3):
+    return torch.rand(number, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_linear():
+    """Grad is W, everything that multiplies by the input is W x."""
+    model, x, targets = Linear(), torch.rand(2, 3, 6, 6, dtype=torch.float64), torch.tensor([[2, 0], [1, 1]])
+    w = model.weight.detach()[targets]
+    torch.testing.assert_close(baselines.attribute("Grad", model, x, targets), w.sum(2))
+    for method in ("IxG", "IntGrad", "DeepLIFT"):
+        torch.testing.assert_close(baselines.attribute(method, model, x, targets), (w * x[:, None]).sum(2), msg=method)
+
+
+def test_occlusion_of_a_linear_model():
+    """What a window takes away is the sum of W x in it; a pixel gets the mean over the windows that cover it (captum's definition)."""
+    model, x = Linear(), torch.rand(1, 3, 6, 6, dtype=torch.float64)
+    contribution = (model.weight.detach()[1] * x[0]).sum(0)
+    total, covered = torch.zeros(6, 6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
+    starts = [0, 2]  # windows of 5 every 2 pixels, the last one cut off at the edge
+    for i in starts:
+        for j in starts:
+            total[i : i + 5, j : j + 5] += contribution[i : i + 5, j : j + 5].sum()
+            covered[i : i + 5, j : j + 5] += 1
+    found = baselines.attribute("Occ5", model, x, torch.tensor([1]))[0]
+    torch.testing.assert_close(found, total / covered, rtol=1e-5, atol=1e-6)  # captum adds up in float32
+
+
+class Spot(nn.Module):
+    """Class 1 where the lower right quarter is bright; the rest does not matter."""
+
+    def forward(self, x):
+        score = x[:, :, x.shape[2] // 2 :, x.shape[3] // 2 :].mean((1, 2, 3))
+        return torch.stack([-score, 8 * score], 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("RISE", {"masks": 600, "cells": 4, "p1": 0.3}), ("LIME", {}), ("Occ5", {}), ("Occ9", {})]
+)
+def test_perturbations_find_the_spot(method, settings):
+    image = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    for i, (row, column) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):  # four flat quarters: quickshift's segments
+        image[0, :, row : row + 8, column : column + 8] = torch.tensor([0.9, 0.2 + 0.2 * i, 0.9 - 0.2 * i])[:, None, None]
+    found = baselines.attribute(method, Spot(), image, torch.tensor([1]), **settings)[0]
+    quarters = found.unflatten(0, (2, 8)).unflatten(2, (2, 8)).mean((1, 3))
+    assert quarters.argmax() == 3
+    background = 1.0 if method == "RISE" else 1.2  # RISE's map stands on the mean probability
+    assert quarters[1, 1] > background * quarters.flatten()[:3].abs().max()
+
+
+def test_rise_masks():
+    """A share p1 of each mask is kept on average, every position alike, values between 0 and 1."""
+    masks = baselines._rise_masks(4000, 6, 0.3, 20, 32, torch.Generator().manual_seed(0))
+    assert masks.shape == (4000, 20, 32)
+    assert 0 <= float(masks.min()) <= float(masks.max()) <= 1
+    assert float(masks.mean()) == pytest.approx(0.3, abs=0.01)
+    assert float(masks.mean(0).std()) < 0.02
+
+
+def test_integrated_gradients_are_complete():
+    """Along a path of a quadratic model the sum is the difference of outputs (captum's Gauss-Legendre rule is exact)."""
+
+    class Quadratic(nn.Module):
+        def forward(self, x):
+            total = x.sum((1, 2, 3))
+            return torch.stack([total, total.square()], 1)
+
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    found = baselines.attribute("IntGrad", Quadratic(), x, torch.tensor([1, 1]))
+    torch.testing.assert_close(found.sum((1, 2)), x.sum((1, 2, 3)).square())
+
+
+def test_on_a_coda_net(network):
+    """DeepLIFT is IxG and guided backprop the gradient: a CoDA-Net has no activation that captum changes the rule of."""
+    x, targets = digits(), torch.tensor([[1, 2], [3, 4], [5, 6]])
+    maps = {m: baselines.attribute(m, network, x, targets) for m in ("Ours", "Grad", "IxG", "GB", "DeepLIFT")}
+    torch.testing.assert_close(maps["DeepLIFT"], maps["IxG"], rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(maps["GB"], maps["Grad"], rtol=1e-9, atol=1e-15)
+    logits = network(x).gather(1, targets)
+    torch.testing.assert_close(maps["Ours"].sum((2, 3)) + network.logit_bias, logits)
+    assert not torch.allclose(maps["IxG"].sum((2, 3)) + network.logit_bias, logits, atol=1e-3)  # not complete: that is our point
+
+
+def test_grad_cam_on_a_coda_net(network):
+    """With sum pooling the weight of a class' own evidence map is the same everywhere: its positive part, enlarged."""
+    x = digits(1)
+    evidence = network.run_layers(network.encoder(x))[0, 4].detach()
+    found = baselines.attribute("GCam", network, x, torch.tensor([4]))[0]
+    factor = 8 // evidence.shape[0]
+    expected = evidence.clamp(min=0).repeat_interleave(factor, 0).repeat_interleave(factor, 1) / network.temperature
+    torch.testing.assert_close(found / found.sum(), expected / expected.sum())
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_several_classes_and_batches(network, method):
+    """[N, K] at once is one image and one class at a time, in any batches."""
+    x, targets = digits(2), torch.tensor([[1, 2, 1], [3, 4, 9]])
+    settings = FEW.get(method, {})
+    close = dict(rtol=1e-5, atol=1e-6) if method.startswith("Occ") else dict(rtol=1e-9, atol=1e-12)  # captum adds up in float32
+    whole = baselines.attribute(method, network, x, targets, **settings)
+    assert whole.shape == (2, 3, 8, 8)
+    assert torch.isfinite(whole).all()
+    assert whole.dtype == x.dtype
+    if method != "Ours" and method not in ("RISE", "LIME"):  # whose random numbers come in other batches
+        small = baselines.attribute(method, network, x, targets, batch_size=2, **settings)
+        torch.testing.assert_close(small, whole, **close)
+    if method != "LIME":
+        for i in range(2):
+            for k in range(3):
+                single = baselines.attribute(method, network, x[i : i + 1], targets[i : i + 1, k], **settings)
+                torch.testing.assert_close(single[0], whole[i, k], **close)
+    again = baselines.attribute(method, network, x, targets, **settings)
+    assert torch.equal(again, whole)
+
+
+def hooks_of(model):
+    return [(len(m._forward_hooks), len(m._backward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+
+@pytest.mark.parametrize("method", [m for m in baselines.METHODS if m not in ("Ours", "DeepLIFT")])
+def test_a_residual_network_stays_as_it_was(method):
+    """Of torchvision, with ReLUs in place that are called twice: maps are finite; mode, gradients and hooks are as before."""
+    resnet18 = pytest.importorskip("torchvision.models").resnet18
+    torch.manual_seed(0)
+    model = resnet18(num_classes=4).train()
+    model.layer1.eval()
+    model.fc.weight.grad = torch.ones_like(model.fc.weight)
+    modes, hooks = [m.training for m in model.modules()], hooks_of(model)
+    buffers = [b.clone() for b in model.buffers()]
+    x = torch.rand(2, 3, 32, 32)
+    found = baselines.attribute(method, model, x, torch.tensor([1, 3]), **FEW.get(method, {}))
+    assert found.shape == (2, 32, 32)
+    assert torch.isfinite(found).all()
+    assert found.abs().max() > 0
+    assert [m.training for m in model.modules()] == modes
+    assert hooks_of(model) == hooks
+    assert model.fc.weight.grad.eq(1).all()
+    assert model.conv1.weight.grad is None
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+    assert not x.requires_grad
+
+
+def test_deep_lift_says_what_it_cannot():
+    """captum refuses modules that are called twice; so do we, in one sentence, and the model stays usable."""
+    resnet18 = pytest.importorskip("torchvision.models").resnet18
+    model = resnet18(num_classes=4).eval()
+    hooks = hooks_of(model)
+    with pytest.raises(ValueError, match="DeepLIFT: expected a model that calls each of its activation modules once"):
+        baselines.attribute("DeepLIFT", model, torch.rand(1, 3, 32, 32), torch.tensor([1]))
+    assert hooks_of(model) == hooks
+
+
+def test_grad_cam_takes_another_layer():
+    resnet18 = pytest.importorskip("torchvision.models").resnet18
+    torch.manual_seed(0)
+    model, x = resnet18(num_classes=4).eval(), torch.rand(1, 3, 32, 32)
+    last = baselines.create("GCam", model).attribute(x, torch.tensor([1]))
+    assert torch.equal(last, baselines.create("GCam", model, layer=model.layer4[1].conv2).attribute(x, torch.tensor([1])))
+    other = baselines.create("GCam", model, layer=model.layer1[0].conv1).attribute(x, torch.tensor([1]))
+    assert not torch.equal(last, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("Magic", Linear()), ValueError, "method: expected one of Ours, Occ5, "),
+        (("Ours", Linear()), ValueError, "method: 'Ours' needs a model made of DAU layers, got a Linear"),
+        (("GCam", Linear()), ValueError, "GCam: expected a model with a convolution, or layer=, got a Linear"),
+    ],
+)
+def test_bad_method(arguments, error, message):
+    with pytest.raises(error) as caught:
+        baselines.create(*arguments).attribute(torch.rand(1, 3, 6, 6, dtype=torch.float64), torch.tensor([0]))
+    assert message in str(caught.value)
+
+
+def test_bad_input():
+    model, x = Linear(), torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    with pytest.raises(TypeError, match="Grad: expected settings among batch_size, got steps"):
+        baselines.create("Grad", model, steps=3)
+    for targets, error, message in (
+        (torch.tensor([1]), ValueError, r"targets: expected \[2\] or \[2, K\], got shape \[1\]"),
+        (torch.tensor([0.0, 1.0]), TypeError, "targets: expected integers, got torch.float32"),
+    ):
+        with pytest.raises(error, match=message):
+            baselines.attribute("Grad", model, x, targets)
+    with pytest.raises(ValueError, match=r"images: expected \[N, C, H, W\], got shape \[3, 6, 6\]"):
+        baselines.attribute("Grad", model, x[0], torch.tensor([1]))
+
+
+def test_without_captum(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "captum.attr", None)
+    with pytest.raises(ImportError, match=r"the baselines need captum: pip install 'coda-fast\[evaluation\]'"):
+        baselines.create("Grad", Linear())
