@@ -1,0 +1,132 @@
+"""The matrix regulariser: a penalty on the global linear map, so that explanations become sparse (arXiv:2104.00032, section 3.4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from coda_fast.functional import dau_conv2d_transpose
+from coda_fast.models import CoDANet
+
+PENALTIES = ("l1", "l2")
+
+
+class MatrixLoss(NamedTuple):
+    """What ``DynamicMatrixLoss`` gives: ``total = bce + weight * penalty`` (to be minimised), its terms, and the logits [N, classes]."""
+
+    total: torch.Tensor
+    bce: torch.Tensor
+    penalty: torch.Tensor
+    logits: torch.Tensor
+
+
+def matrix_penalty(model: CoDANet, images: torch.Tensor, classes: torch.Tensor, norm: str = "l1") -> torch.Tensor:
+    """Mean over the entries of the rows ``[W_{0->L}(x)]_c`` of the global linear map of each image, 1/T included: of their absolute
+    values ("l1") or squares ("l2").
+
+    A row is one number for the class at every output, sent back through the transposed layers, whose weights are those that the image
+    generates. Differentiable in the parameters in full: also through the activations that a layer's weights are generated from. Explanation
+    mode would not do: it cuts that path. Costs a forward pass, and for each class an adjoint of every layer and the backward pass of that.
+
+    Args:
+        images: [N, C, H, W]; classes: the rows of each image, [N, K].
+
+    Raises:
+        ValueError, TypeError: shapes, classes or a norm that do not fit.
+    """
+    if norm not in PENALTIES:
+        raise ValueError(f"norm: expected one of {', '.join(map(repr, PENALTIES))}, got {norm!r}")
+    model.check_images(images)
+    if classes.dtype.is_floating_point or classes.dtype == torch.bool:
+        raise TypeError(f"classes: expected integers, got {classes.dtype}")
+    if classes.dim() != 2 or len(classes) != len(images) or not classes.shape[1]:
+        raise ValueError(f"classes: expected [{len(images)}, K] with K >= 1, got shape {list(classes.shape)}")
+    if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < model.num_classes):
+        raise ValueError(f"classes: expected 0 to {model.num_classes - 1}, got {int(classes.min())} to {int(classes.max())}")
+    return _penalty(model, _activations(model, images), classes, norm)
+
+
+def _activations(model, images):
+    """What enters each layer, and what leaves the last one."""
+    found = [model.encoder(images)]
+    for layer in model.layers:
+        found.append(layer(found[-1]))
+    return found
+
+
+def _penalty(model, activations, classes, norm):
+    if not len(classes):
+        return sum(p.sum() for p in model.parameters()) * 0
+    total, wide = 0, torch.float64 if activations[0].dtype == torch.float64 else torch.float32
+    for k in range(classes.shape[1]):
+        chosen = F.one_hot(classes[:, k], model.num_classes).to(activations[-1]) / model.temperature
+        value = chosen[:, :, None, None].expand_as(activations[-1])  # the head sums over pixels
+        for layer, entering in zip(reversed(model.layers), reversed(activations[:-1]), strict=True):
+            value = dau_conv2d_transpose(
+                entering, value.to(entering.dtype), layer.reduction_weight, layer.weight, layer.bias, stride=layer.stride,
+                padding=layer.padding, dilation=layer.dilation, norm=layer.norm, eps=layer.eps, backend=layer.backend,
+            )  # fmt: skip
+        total = total + (value.to(wide).abs() if norm == "l1" else value.to(wide).square()).mean()
+    return total / classes.shape[1]
+
+
+class DynamicMatrixLoss(nn.Module):
+    """Binary cross-entropy plus ``weight`` times the mean entry of the global linear map of the true class and of random other classes.
+
+    Both terms share one forward pass.
+
+    Args:
+        weight: lambda; published: 0.1, 0.25, 0.5, 1, with T = 64.
+        classes: rows of each image: the true class and ``classes - 1`` others (published: 2).
+        norm: "l1" (published) or "l2".
+        generator: of the other classes, on the CPU; None: torch's global one.
+
+    Raises:
+        ValueError: a negative weight, less than one class, an unknown norm.
+
+    >>> import torch, coda_fast
+    >>> model = coda_fast.create_model("coda_xs_digits")
+    >>> loss = DynamicMatrixLoss(weight=0.1)(model, torch.rand(4, 1, 8, 8), torch.tensor([3, 1, 4, 1]))
+    >>> loss.total.backward()
+    """
+
+    def __init__(self, weight: float, classes: int = 2, norm: str = "l1", generator: torch.Generator | None = None):
+        super().__init__()
+        if not (isinstance(weight, int | float) and 0 <= weight < float("inf")):
+            raise ValueError(f"weight: expected a number that is not negative, got {weight!r}")
+        if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
+            raise ValueError(f"classes: expected a positive integer, got {classes!r}")
+        if norm not in PENALTIES:
+            raise ValueError(f"norm: expected one of {', '.join(map(repr, PENALTIES))}, got {norm!r}")
+        self.weight, self.classes, self.norm, self.generator = weight, classes, norm, generator
+
+    def forward(self, model: CoDANet, images: torch.Tensor, labels: torch.Tensor) -> MatrixLoss:
+        """Images [N, C, H, W] and their classes [N]. ValueError, TypeError: what does not fit."""
+        if labels.shape != (len(images),):
+            raise ValueError(f"labels: expected one class for each of {len(images)} images, got shape {list(labels.shape)}")
+        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+            raise TypeError(f"labels: expected integers, got {labels.dtype}")
+        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < model.num_classes):
+            raise ValueError(f"labels: expected 0 to {model.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+        if self.classes > model.num_classes:
+            raise ValueError(f"classes: expected at most {model.num_classes}, those of the model, got {self.classes}")
+        model.check_images(images)
+        activations = _activations(model, images)
+        logits = model.head(activations[-1])
+        bce = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, model.num_classes).to(logits.dtype))
+        if not self.weight:
+            return MatrixLoss(bce, bce, bce.new_zeros(()), logits)
+        penalty = _penalty(model, activations, self.rows(labels, model.num_classes), self.norm)
+        return MatrixLoss(bce + self.weight * penalty, bce, penalty, logits)
+
+    def rows(self, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+        """The true class first, then distinct random others, [N, classes]."""
+        scores = torch.rand(len(labels), num_classes, generator=self.generator).to(labels.device)
+        scores.scatter_(1, labels[:, None], 2.0)  # above all random numbers
+        return scores.argsort(1, descending=True)[:, : self.classes]
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}, classes={self.classes}, norm={self.norm!r}"

@@ -1,0 +1,168 @@
+"""The matrix regulariser against numerical gradients and a linear map that is written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import coda_fast
+from coda_fast.losses import DynamicMatrixLoss, matrix_penalty
+
+BACKENDS = ("reference", "factored")
+
+
+def network(backend="factored", **options):
+    torch.manual_seed(0)
+    layers = dict(out_channels=[3, 4], ranks=[3, 2], kernel_sizes=[3, 3], strides=[2, 1], temperature=2.0, image_channels=1)
+    net = coda_fast.CoDANet(**layers, backend=backend, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2).add_(0.1 * torch.randn_like(p))
+    return net
+
+
+def images(number=2):
+    return torch.rand(number, 1, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def linear_map(net, image):
+    """W_{0->L}(x), [classes, 6 H W]: columns are what unit vectors become with every s * w held as it is for the image, layer by layer."""
+    with torch.no_grad():
+        entering = net.encoder(image[None])
+        matrix = torch.eye(entering.numel(), dtype=torch.float64)
+        for layer in net.layers:
+            leaving = layer(entering)
+            rows = []
+            for i in range(leaving.numel()):  # the row of an output: the transpose applied to a unit vector
+                unit = torch.zeros_like(leaving).flatten()
+                unit[i] = 1
+                rows.append(
+                    coda_fast.functional.dau_conv2d_transpose(
+                        entering, unit.view_as(leaving), layer.reduction_weight, layer.weight, layer.bias,
+                        stride=layer.stride, padding=layer.padding, backend="reference",
+                    ).flatten()
+                )  # fmt: skip
+            matrix = torch.stack(rows) @ matrix
+            entering = leaving
+        return matrix.unflatten(0, (net.num_classes, -1)).sum(1) / net.temperature
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("norm", "size"), [("l1", torch.abs), ("l2", torch.square)])
+def test_penalty_is_of_the_linear_map(backend, norm, size):
+    net, x, classes = network(backend), images(), torch.tensor([[2, 0], [1, 3]])
+    expected = torch.stack([size(linear_map(net, x[i])[classes[i]]).mean() for i in range(2)]).mean()
+    torch.testing.assert_close(matrix_penalty(net, x, classes, norm), expected, rtol=1e-10, atol=0)
+    weight = net.explain(x, classes).dynamic_weight
+    torch.testing.assert_close(size(weight).mean(), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_gradients_are_numerical_ones(backend, norm):
+    """Of every parameter along random directions: central differences of the penalty alone, and of the whole loss."""
+    net, x, labels = network(backend), images(), torch.tensor([2, 1])
+    classes = torch.tensor([[2, 0], [1, 3]])
+    loss = DynamicMatrixLoss(0.7, norm=norm)
+    loss.rows = lambda *_: classes
+    for function in (lambda: matrix_penalty(net, x, classes, norm), lambda: loss(net, x, labels).total):
+        parameters = list(net.parameters())
+        gradients = torch.autograd.grad(function(), parameters)
+        assert all(g.abs().max() > 0 for g in gradients)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            for seed in range(2):
+                direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+                step, values = 1e-6, []
+                for sign in (1, -1):
+                    with torch.no_grad():
+                        parameter.add_(sign * step * direction)
+                    values.append(float(function().detach()))
+                    with torch.no_grad():
+                        parameter.sub_(sign * step * direction)
+                slope = float((gradient * direction).sum())
+                assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=2e-5, abs=1e-8)
+
+
+def test_terms():
+    net, x, labels = network(), images(), torch.tensor([2, 1])
+    loss = DynamicMatrixLoss(0.5, generator=torch.Generator().manual_seed(3))
+    rows = DynamicMatrixLoss(0.5, generator=torch.Generator().manual_seed(3)).rows(labels, 4)
+    found = loss(net, x, labels)
+    bce = F.binary_cross_entropy_with_logits(net(x), F.one_hot(labels, 4).double())
+    torch.testing.assert_close(found.bce, bce)
+    torch.testing.assert_close(found.penalty, matrix_penalty(net, x, rows))
+    torch.testing.assert_close(found.total, bce + 0.5 * found.penalty)
+    torch.testing.assert_close(found.logits, net(x))
+
+
+def test_without_weight_it_is_cross_entropy():
+    net, x, labels = network(), images(), torch.tensor([2, 1])
+    found = torch.autograd.grad(DynamicMatrixLoss(0.0)(net, x, labels).total, list(net.parameters()))
+    expected = torch.autograd.grad(F.binary_cross_entropy_with_logits(net(x), F.one_hot(labels, 4).double()), list(net.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_rows():
+    """The true class first, the others distinct and evenly drawn, reproducible."""
+    labels = torch.arange(5).repeat(400)
+    rows = DynamicMatrixLoss(1.0, classes=3, generator=torch.Generator().manual_seed(0)).rows(labels, 5)
+    assert torch.equal(rows[:, 0], labels)
+    assert all(len(set(row)) == 3 for row in rows.tolist())
+    counts = torch.stack([torch.bincount(rows[labels == c, 1:].flatten(), minlength=5) for c in range(5)])
+    assert (counts.diagonal() == 0).all()
+    assert all(150 < n < 250 for n in counts[~torch.eye(5, dtype=torch.bool)].tolist())  # 200 each on average
+    again = DynamicMatrixLoss(1.0, classes=3, generator=torch.Generator().manual_seed(0)).rows(labels, 5)
+    assert torch.equal(rows, again)
+
+
+def test_nothing_is_left_behind():
+    net = network()
+    matrix_penalty(net, images(), torch.tensor([[0], [1]])).backward()
+    assert all(p.grad is not None for p in net.parameters())
+    y = net(images().requires_grad_())
+    (gradient,) = torch.autograd.grad(y.sum(), net.layers[0].weight)
+    assert gradient.abs().max() > 0  # not in explanation mode, where parameters have no gradient
+
+
+def test_no_images():
+    loss = DynamicMatrixLoss(1.0)
+    assert float(matrix_penalty(network(), images(0), torch.zeros(0, 2, dtype=torch.long)).detach()) == 0
+    assert loss.extra_repr() == "weight=1.0, classes=2, norm='l1'"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(weight=-1), "weight: expected a number that is not negative, got -1"),
+        (dict(weight=float("nan")), "weight: expected a number that is not negative, got nan"),
+        (dict(weight=1, classes=0), "classes: expected a positive integer, got 0"),
+        (dict(weight=1, norm="l3"), "norm: expected one of 'l1', 'l2', got 'l3'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        DynamicMatrixLoss(**options)
+    assert message in str(caught.value)
+
+
+def test_bad_input():
+    net, x = network(), images()
+    long = torch.long
+    for labels, error, message in (
+        (torch.tensor([1]), ValueError, "labels: expected one class for each of 2 images, got shape [1]"),
+        (torch.tensor([1.0, 2.0]), TypeError, "labels: expected integers, got torch.float32"),
+        (torch.tensor([1, 4]), ValueError, "labels: expected 0 to 3, got 1 to 4"),
+    ):
+        with pytest.raises(error) as caught:
+            DynamicMatrixLoss(1.0)(net, x, labels)
+        assert message in str(caught.value)
+    with pytest.raises(ValueError, match="classes: expected at most 4, those of the model, got 5"):
+        DynamicMatrixLoss(1.0, classes=5)(net, x, torch.tensor([0, 1]))
+    for classes, error, message in (
+        (torch.zeros(2, dtype=long), ValueError, "classes: expected [2, K] with K >= 1, got shape [2]"),
+        (torch.zeros(2, 0, dtype=long), ValueError, "classes: expected [2, K] with K >= 1, got shape [2, 0]"),
+        (torch.full((2, 1), 9), ValueError, "classes: expected 0 to 3, got 9 to 9"),
+        (torch.zeros(2, 1), TypeError, "classes: expected integers, got torch.float32"),
+    ):
+        with pytest.raises(error) as caught:
+            matrix_penalty(net, x, classes)
+        assert message in str(caught.value)
