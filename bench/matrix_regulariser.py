@@ -76,15 +76,12 @@ def table() -> str:
         rows = [row for row in stored["rows"] if row["weight"] == weight]
         cells = ([row[key] for row in rows] for key in keys)
         lines.append(f"| {weight:g} | " + " | ".join(f"{sum(c) / len(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells) + " |")
-    count = len({row["seed"] for row in stored["rows"]})
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{stored['model']} on digits, T = {stored['temperature']:g}, {stored['epochs']} epochs, true class of all test images; mean over "
-            f"{count} seeds (least to most). {stored['device']}, torch {stored['torch']}; commit {stored['commit']}, {stored['date']}.",
-        ]
+    legend = (
+        f"{stored['model']} on digits, T = {stored['temperature']:g}, {stored['epochs']} epochs, the true class of all test images; mean "
+        f"over {len({row['seed'] for row in stored['rows']})} seeds (least to most). {stored['device']}, torch {stored['torch']}; commit "
+        f"{stored['commit']}, {stored['date']}."
     )
+    return "\n".join([*lines, "", legend])
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_extras(metadata):
         extra: {r.name: str(r.specifier) for r in requirements if r.marker is not None and r.marker.evaluate({"extra": extra})}
         for extra in metadata.get_all("Provides-Extra")
     }
-    assert set(extras) == {"bench", "cli", "evaluation", "test", "dev"}
+    assert set(extras) == {"bench", "cli", "evaluation", "quantus", "test", "dev"}
     assert set(extras["cli"]) == {"click", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn", "jinja2"}
     assert set(extras["evaluation"]) == {*extras["cli"], "captum", "scikit-image"}
     assert {*extras["cli"], "pytest", "setuptools"} < set(extras["test"]) < set(extras["dev"])

@@ -1,0 +1,68 @@
+"""A CoDA-Net's own explanations in the forms that other libraries call: captum's ``attribute`` and Quantus' ``explain_func``."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from coda_fast.models import CoDANet
+
+
+class CoDAAttribution:
+    """The exact decomposition with the interface of a ``captum.attr.Attribution``.
+
+    The decomposition is of the encoded image ``[x, 1 - x]``; what a colour and its complement contribute is added, so that attributions
+    have the shape of the image and still sum to the logit less its constant bias, exactly.
+
+    >>> import torch, coda_fast
+    >>> model = coda_fast.create_model("coda_xs_digits")
+    >>> attributions, delta = CoDAAttribution(model).attribute(torch.rand(2, 1, 8, 8), target=3, return_convergence_delta=True)
+    >>> attributions.shape, bool(delta.abs().max() < 1e-4)
+    (torch.Size([2, 1, 8, 8]), True)
+    """
+
+    def __init__(self, forward_func: CoDANet):
+        if not isinstance(forward_func, CoDANet):
+            raise TypeError(f"forward_func: expected a CoDANet, got {type(forward_func).__name__}")
+        self.forward_func = forward_func
+
+    def has_convergence_delta(self) -> bool:
+        return True
+
+    def attribute(self, inputs: torch.Tensor, target=None, return_convergence_delta: bool = False):
+        """Attributions [N, C, H, W] of images [N, C, H, W] for ``target``: an int, N ints, or None for the predictions.
+
+        With ``return_convergence_delta`` also what the sum lacks of logit less bias, [N]: rounding. ValueError, TypeError: as ``explain``;
+        several classes for an image are refused, as captum has no place for them.
+        """
+        explained = self.forward_func.explain(inputs, target)
+        if explained.target.shape[1] != 1:
+            raise ValueError(f"target: expected one class for each image, got {explained.target.shape[1]}")
+        found = _in_colours(explained.contributions[:, 0])
+        if not return_convergence_delta:
+            return found
+        logits = explained.logits.gather(1, explained.target)[:, 0]
+        return found, found.sum((1, 2, 3)) - (logits - self.forward_func.logit_bias)
+
+
+def quantus_explain_func(model: CoDANet, inputs: np.ndarray, targets: np.ndarray, device=None, **kwargs) -> np.ndarray:
+    """Contribution maps [N, 1, H, W] of images [N, C, H, W] for one class each, [N]: give it to a Quantus metric as ``explain_func``.
+
+    ``device`` is where it is computed (None: where the model is); other keywords that Quantus passes are not used.
+
+    >>> import numpy, coda_fast
+    >>> model = coda_fast.create_model("coda_xs_digits")
+    >>> quantus_explain_func(model, numpy.random.rand(2, 1, 8, 8), numpy.array([3, 7])).shape
+    (2, 1, 8, 8)
+    """
+    parameter = next(model.parameters())
+    model = model if device is None else model.to(device)
+    images = torch.as_tensor(np.asarray(inputs), dtype=parameter.dtype, device=next(model.parameters()).device)
+    classes = torch.as_tensor(np.asarray(targets)).long().reshape(-1)
+    return model.explain(images, classes).contribution_map.detach().float().cpu().numpy()
+
+
+def _in_colours(contributions):
+    """[N, 2 C, H, W] -> [N, C, H, W]."""
+    direct, inverse = contributions.chunk(2, 1)
+    return direct + inverse
