@@ -56,7 +56,7 @@ class Laboratory:
         alive = {name: runner for name, runner in runners.items() if not found[name].missing}
         for name, runner in alive.items():
             if name != PRODUCT:
-                found[name].peak_bytes = measure.peak_bytes(runner, self.device)
+                found[name].peak_bytes = measure.peak_bytes(runner, self.device) + found[name].graph_bytes
         if isinstance(case, cases.Layer) and not case.axis:
             self._errors(case, mode, alive, found)
         runners.clear(), alive.clear()

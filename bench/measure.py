@@ -25,6 +25,7 @@ class Measurement:
     device_us: list[float] = dataclasses.field(default_factory=list)  # a GPU: between events around the work; a CPU: the same as host_us
     host_us: list[float] = dataclasses.field(default_factory=list)  # until the work is done
     peak_bytes: int | None = None
+    graph_bytes: int = 0  # by which the pools of CUDA graphs grew when it was warmed up
     error: float | None = None
     missing: str | None = None  # why there is nothing
 
@@ -48,6 +49,7 @@ def in_turn(runners: dict[str, Runner], device: torch.device, seconds: float, tu
     """
     found, repeats, total = {name: Measurement() for name in runners}, {}, 0.0
     for name, runner in runners.items():
+        pools = graph_pools(device)
         try:
             runner()
             estimate = _block(runner, 1, device)[1]
@@ -58,6 +60,7 @@ def in_turn(runners: dict[str, Runner], device: torch.device, seconds: float, tu
                 torch.cuda.synchronize(device)  # raises here if the device itself is lost
             found[name].missing = _reason(error)
             continue
+        found[name].graph_bytes = max(0, graph_pools(device) - pools)
         repeats[name] = max(1, min(100, math.ceil(BLOCK_SECONDS[device.type] / max(estimate, 1e-7))))
         total += repeats[name] * estimate
     least, most = turns
@@ -116,18 +119,17 @@ def _reason(error: Exception) -> str:
 
 def peak_bytes(function: Callable, device: torch.device) -> int:
     """The most that torch's allocator held during a call, above what it held before (inputs and parameters). What libraries take behind
-    its back on a CPU (packed weights of a convolution) is not in it. After a CUDA graph has been captured: with the graph's pool.
+    its back on a CPU (packed weights of a convolution) is not in it, nor are the pools of CUDA graphs.
     """
     gc.collect()
     if device.type == "cuda":
-        pools = _pool_bytes()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         kept = function()
         torch.cuda.synchronize(device)
         del kept
-        return torch.cuda.max_memory_allocated(device) - before + pools
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = function()
         del kept
@@ -143,8 +145,10 @@ def peak_bytes(function: Callable, device: torch.device) -> int:
     return most
 
 
-def _pool_bytes():
-    """What private pools, those of CUDA graphs, hold."""
+def graph_pools(device: torch.device) -> int:
+    """Bytes that private pools, those of CUDA graphs, hold; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
     return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0))
 
 

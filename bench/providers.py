@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -78,11 +79,12 @@ def setup(provider: str, case: Layer | Network, mode: str, dtype: torch.dtype, d
 # -- layers ---------------------------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1)  # the same tensors for all providers of a case, made once
 def layer_inputs(case: Layer, dtype: torch.dtype, device: torch.device) -> list[tuple]:
     """Sets of (x, B, A, b, upstream gradient) that share their parameters: as many as it takes to leave the cache, 2 at least. Images are
     channels last on a GPU (what cuDNN wants), as torch makes them on a CPU (where that is faster for every peer).
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     torch.manual_seed(0)
     module = DAUConv2d(case.channels, case.units, case.kernel, case.stride, case.padding, rank=case.rank)
     parameters = [p.detach().to(device, dtype).requires_grad_() for p in (module.reduction_weight, module.weight, module.bias)]
@@ -91,7 +93,8 @@ def layer_inputs(case: Layer, dtype: torch.dtype, device: torch.device) -> list[
     shapes = ((case.batch, case.channels, case.size, case.size), (case.batch, case.units, side, side))
     sets = []
     for _ in range(rotation(math.prod(shapes[0]) * dtype.itemsize, device)):
-        x, upstream = (torch.randn(s, generator=generator).to(device, dtype).contiguous(memory_format=layout) for s in shapes)
+        made = (torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes)
+        x, upstream = (t.contiguous(memory_format=layout) for t in made)
         sets.append((x.requires_grad_(), *parameters, upstream))
     return sets
 
@@ -127,6 +130,7 @@ def _layer(layer, compile, case, mode, dtype, device):
 def truth(case: Layer, mode: str, inputs: tuple, limit: int = 1 << 30) -> list[torch.Tensor]:
     """The results of the materialising formula in float64, computed for a few images at a time (w stays below ``limit`` bytes)."""
     tensors = [t.detach().double() for t in inputs]
+    limit = 4 * limit if tensors[0].is_cuda else limit
     step = max(1, limit // (8 * case.units * case.depth * (case.pixels // case.batch)))
     _, function = _layer(peers.materialising, False, case, mode, torch.float64, tensors[0].device)
     parts = []
@@ -141,10 +145,10 @@ def truth(case: Layer, mode: str, inputs: tuple, limit: int = 1 << 30) -> list[t
 
 def _product(case, mode, dtype, device):
     """The ceiling: as many plain matrix products [P, d] x [d, n r] as the mode cannot do without."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shapes = ((case.pixels, case.depth), (case.depth, case.units * case.rank))
     sets = rotation(math.prod(shapes[0]) * dtype.itemsize, device)
-    inputs = [tuple(torch.randn(s, generator=generator).to(device, dtype) for s in shapes) for _ in range(sets)]
+    inputs = [tuple(torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes) for _ in range(sets)]
     out = torch.empty(case.pixels, case.units * case.rank, dtype=dtype, device=device)
 
     def products(a, b):
@@ -208,13 +212,13 @@ def _bcos(classes):
 
 def _steps(logits, explained, parameters, classes, case, mode, dtype, device):
     """What a user does with a network: float32 weights under autocast where ``dtype`` is a narrower one, Adam, binary cross-entropy."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     shape = (case.batch, 3, case.size, case.size)
     inputs = []
     for _ in range(rotation(4 * math.prod(shape), device)):
-        images = torch.rand(shape, generator=generator).to(device).contiguous(memory_format=layout)
-        inputs.append((images, torch.randint(classes, (case.batch,), generator=generator).to(device)))
+        images = torch.rand(shape, generator=generator, device=device).contiguous(memory_format=layout)
+        inputs.append((images, torch.randint(classes, (case.batch,), generator=generator, device=device)))
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # noqa: E731
     # a rate of zero: every step does its work on the same weights, so that what is timed does not depend on how often
     optimiser = torch.optim.Adam(parameters, lr=0.0, fused=device.type == "cuda")

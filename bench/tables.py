@@ -13,11 +13,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
 
-from bench import aot_tables, golden, plots, results  # noqa: E402
+from bench import aot_tables, evaluate_digits, evaluation_speed, golden, matrix_regulariser, plots, results  # noqa: E402
 from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING  # noqa: E402
 from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, MATERIALISING, PRODUCT  # noqa: E402
 
 README, BENCHMARK, KERNELS = ROOT / "README.md", ROOT / "docs" / "benchmark.md", ROOT / "docs" / "kernels.md"
+EVALUATION = ROOT / "docs" / "evaluation.md"
 MIB = 2**20
 ALGEBRAICS = (ALGEBRAIC, ALGEBRAIC + COMPILED, CHECKPOINTED, CHECKPOINTED + COMPILED)
 
@@ -253,8 +254,16 @@ def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
     return {
         README: block(block(README.read_text(encoding="utf-8"), "bench", "\n".join(short).rstrip()), "golden", golden.table()),
         BENCHMARK: block(BENCHMARK.read_text(encoding="utf-8"), "bench", "\n".join(full).rstrip()),
+        EVALUATION: _evaluation(),
         KERNELS: block(KERNELS.read_text(encoding="utf-8"), "aot", aot_tables.tables()),
     }
+
+
+def _evaluation() -> str:
+    text = EVALUATION.read_text(encoding="utf-8")
+    for name, module in (("digits", evaluate_digits), ("matrix", matrix_regulariser), ("speed", evaluation_speed)):
+        text = block(text, name, module.table())
+    return text
 
 
 def stale() -> list[str]:

@@ -1,4 +1,4 @@
-"""The matrix regulariser: a penalty on the global linear map, so that explanations become sparse (arXiv:2104.00032, section 3.4)."""
+"""The matrix regulariser: a penalty on the global linear map, so that explanations become sparse (arXiv:2104.00032)."""
 
 from __future__ import annotations
 
