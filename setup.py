@@ -12,7 +12,7 @@ if version is None:
 
 SETUPTOOLS = "setuptools>=77.0.3"  # the first with license_expression; also named in pyproject.toml
 CLI = ["click>=8.2", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn", "jinja2"]
-EVALUATION = [*CLI, "captum>=0.8", "scikit-image"]  # the methods of attribution that others made
+EVALUATION = [*CLI, "captum>=0.9", "scikit-image>=0.21"]  # the methods of attribution that others made
 BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
 TEST = [*EVALUATION, "pytest>=8.2", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
 DEV = [*TEST, *BENCH, "ruff==0.17.6"]

@@ -176,14 +176,12 @@ def _occlusion(self, x, target):
 def _rise(self, images, targets):
     """``1 / (N p1) sum_i score(x * M_i) M_i`` (arXiv:1806.07421, eq. 6), the masks for all images and classes alike."""
     s = self.settings
-    generator = torch.Generator().manual_seed(s["seed"])
+    drawn = _rise_random(s["masks"], s["cells"], s["p1"], images.shape[2:], torch.Generator().manual_seed(s["seed"]))
     count, (height, width) = targets.shape[1], images.shape[2:]
     maps = torch.zeros(len(images), count, height, width, dtype=torch.float64, device=images.device)
-    done = 0
     with torch.no_grad():
-        while done < s["masks"]:
-            masks = _rise_masks(min(s["batch_size"], s["masks"] - done), s["cells"], s["p1"], height, width, generator).to(images)
-            done += len(masks)
+        for part in zip(*(numbers.split(s["batch_size"]) for numbers in drawn), strict=True):
+            masks = _rise_masks(*part, height, width).to(images)
             for i, image in enumerate(images):
                 logits = self.model(image * masks[:, None])
                 scores = (logits.sigmoid() if hasattr(self.model, "explain") else logits.softmax(1))[:, targets[i]]
@@ -191,13 +189,18 @@ def _rise(self, images, targets):
     return (maps / (s["masks"] * s["p1"])).to(images.dtype)
 
 
-def _rise_masks(number, cells, p1, height, width, generator):
-    """Random cells x cells patterns, one cell larger than the image when enlarged, shifted by up to a cell; [number, H, W] in [0, 1]."""
-    step = -(-height // cells), -(-width // cells)
-    grid = (torch.rand(number, 1, cells, cells, generator=generator) < p1).float()
-    large = F.interpolate(grid, ((cells + 1) * step[0], (cells + 1) * step[1]), mode="bilinear", align_corners=False)[:, 0]
-    tops, lefts = (torch.randint(size, (number,), generator=generator).tolist() for size in step)
-    return torch.stack([m[t : t + height, i : i + width] for m, t, i in zip(large, tops, lefts, strict=True)])
+def _rise_random(number, cells, p1, size, generator):
+    """What is random of all masks, whatever batches they are made in: patterns [number, cells, cells], shifts [number] down and across."""
+    grid = (torch.rand(number, cells, cells, generator=generator) < p1).float()
+    return grid, *(torch.randint(-(-length // cells), (number,), generator=generator) for length in size)
+
+
+def _rise_masks(grid, down, across, height, width):
+    """Patterns one cell larger than the image when enlarged, shifted by less than a cell; [number, H, W] in [0, 1]."""
+    cells = grid.shape[1]
+    larger = [(cells + 1) * -(-length // cells) for length in (height, width)]
+    large = F.interpolate(grid[:, None], larger, mode="bilinear", align_corners=False)[:, 0]
+    return torch.stack([m[t : t + height, i : i + width] for m, t, i in zip(large, down.tolist(), across.tolist(), strict=True)])
 
 
 @_in_pairs
@@ -209,8 +212,8 @@ def _lime(self, x, target):
         raise ImportError(_MISSING.format(error.name)) from None
     s, maps = self.settings, []
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(s["seed"])
         for image, label in zip(x, target, strict=True):
+            torch.manual_seed(s["seed"])  # for each: the same samples whatever else is explained with it
             picture = image.expand(3, -1, -1).permute(1, 2, 0).double().cpu().numpy()
             segments = quickshift(picture, kernel_size=s["kernel_size"], max_dist=s["max_dist"], ratio=s["ratio"], rng=s["seed"])
             segments = torch.from_numpy(segments).to(x.device)
