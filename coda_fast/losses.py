@@ -40,13 +40,21 @@ def matrix_penalty(model: CoDANet, images: torch.Tensor, classes: torch.Tensor, 
     if norm not in PENALTIES:
         raise ValueError(f"norm: expected one of {', '.join(map(repr, PENALTIES))}, got {norm!r}")
     model.check_images(images)
-    if classes.dtype.is_floating_point or classes.dtype == torch.bool:
-        raise TypeError(f"classes: expected integers, got {classes.dtype}")
+    classes = _integers(classes, "classes")
     if classes.dim() != 2 or len(classes) != len(images) or not classes.shape[1]:
         raise ValueError(f"classes: expected [{len(images)}, K] with K >= 1, got shape {list(classes.shape)}")
     if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < model.num_classes):
         raise ValueError(f"classes: expected 0 to {model.num_classes - 1}, got {int(classes.min())} to {int(classes.max())}")
     return _penalty(model, _activations(model, images), classes, norm)
+
+
+def _integers(tensor, name):
+    """``tensor`` as int64, which is what one_hot and scatter want."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+    return tensor.long()
 
 
 def _activations(model, images):
@@ -105,15 +113,14 @@ class DynamicMatrixLoss(nn.Module):
 
     def forward(self, model: CoDANet, images: torch.Tensor, labels: torch.Tensor) -> MatrixLoss:
         """Images [N, C, H, W] and their classes [N]. ValueError, TypeError: what does not fit."""
+        model.check_images(images)
+        labels = _integers(labels, "labels")
         if labels.shape != (len(images),):
             raise ValueError(f"labels: expected one class for each of {len(images)} images, got shape {list(labels.shape)}")
-        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
-            raise TypeError(f"labels: expected integers, got {labels.dtype}")
         if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < model.num_classes):
             raise ValueError(f"labels: expected 0 to {model.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
         if self.classes > model.num_classes:
             raise ValueError(f"classes: expected at most {model.num_classes}, those of the model, got {self.classes}")
-        model.check_images(images)
         activations = _activations(model, images)
         logits = model.head(activations[-1])
         bce = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, model.num_classes).to(logits.dtype))

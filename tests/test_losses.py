@@ -94,6 +94,14 @@ def test_terms():
     torch.testing.assert_close(found.logits, net(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_any_integers(dtype):
+    net, x, labels = network(), images(), torch.tensor([2, 1])
+    wide, narrow = (DynamicMatrixLoss(0.5, classes=4)(net, x, given).total for given in (labels, labels.to(dtype)))
+    torch.testing.assert_close(narrow, wide)
+    torch.testing.assert_close(matrix_penalty(net, x, labels[:, None].to(dtype)), matrix_penalty(net, x, labels[:, None]))
+
+
 def test_without_weight_it_is_cross_entropy():
     net, x, labels = network(), images(), torch.tensor([2, 1])
     found = torch.autograd.grad(DynamicMatrixLoss(0.0)(net, x, labels).total, list(net.parameters()))
@@ -150,6 +158,7 @@ def test_bad_input():
     for labels, error, message in (
         (torch.tensor([1]), ValueError, "labels: expected one class for each of 2 images, got shape [1]"),
         (torch.tensor([1.0, 2.0]), TypeError, "labels: expected integers, got torch.float32"),
+        ([1, 2], TypeError, "labels: expected a tensor, got list"),
         (torch.tensor([1, 4]), ValueError, "labels: expected 0 to 3, got 1 to 4"),
     ):
         with pytest.raises(error) as caught:
@@ -162,6 +171,7 @@ def test_bad_input():
         (torch.zeros(2, 0, dtype=long), ValueError, "classes: expected [2, K] with K >= 1, got shape [2, 0]"),
         (torch.full((2, 1), 9), ValueError, "classes: expected 0 to 3, got 9 to 9"),
         (torch.zeros(2, 1), TypeError, "classes: expected integers, got torch.float32"),
+        ([[0], [1]], TypeError, "classes: expected a tensor, got list"),
     ):
         with pytest.raises(error) as caught:
             matrix_penalty(net, x, classes)
