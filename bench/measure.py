@@ -25,9 +25,9 @@ class Measurement:
     device_us: list[float] = dataclasses.field(default_factory=list)  # a GPU: between events around the work; a CPU: the same as host_us
     host_us: list[float] = dataclasses.field(default_factory=list)  # until the work is done
     peak_bytes: int | None = None
-    graph_bytes: int = 0  # by which the pools of CUDA graphs grew when it was warmed up
     error: float | None = None
     missing: str | None = None  # why there is nothing
+    graph_bytes: int = 0  # by which the pools of CUDA graphs grew when it was warmed up
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""The matrix regulariser: a penalty on the global linear map, so that explanations become sparse (arXiv:2104.00032)."""
+"""The matrix regulariser: a penalty on the global linear map, so that it becomes small and sparse (arXiv:2104.00032)."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def matrix_penalty(model: CoDANet, images: torch.Tensor, classes: torch.Tensor, 
     """
     if norm not in PENALTIES:
         raise ValueError(f"norm: expected one of {', '.join(map(repr, PENALTIES))}, got {norm!r}")
+    _check_model(model)
     model.check_images(images)
     classes = _integers(classes, "classes")
     if classes.dim() != 2 or len(classes) != len(images) or not classes.shape[1]:
@@ -46,6 +47,13 @@ def matrix_penalty(model: CoDANet, images: torch.Tensor, classes: torch.Tensor, 
     if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < model.num_classes):
         raise ValueError(f"classes: expected 0 to {model.num_classes - 1}, got {int(classes.min())} to {int(classes.max())}")
     return _penalty(model, _activations(model, images), classes, norm)
+
+
+def _check_model(model):
+    if not isinstance(model, CoDANet):
+        raise TypeError(f"model: expected a CoDANet, got {type(model).__name__}")
+    if any(layer.detach for layer in model.layers):  # the numbers would be right and the gradients silently not
+        raise ValueError("model: expected a network that trains, got one in explanation mode")
 
 
 def _integers(tensor, name):
@@ -70,14 +78,15 @@ def _penalty(model, activations, classes, norm):
         return sum(p.sum() for p in model.parameters()) * 0
     total, wide = 0, torch.float64 if activations[0].dtype == torch.float64 else torch.float32
     for k in range(classes.shape[1]):
-        chosen = F.one_hot(classes[:, k], model.num_classes).to(activations[-1]) / model.temperature
+        chosen = F.one_hot(classes[:, k], model.num_classes).to(activations[-1])
         value = chosen[:, :, None, None].expand_as(activations[-1])  # the head sums over pixels
         for layer, entering in zip(reversed(model.layers), reversed(activations[:-1]), strict=True):
             value = dau_conv2d_transpose(
                 entering, value.to(entering.dtype), layer.reduction_weight, layer.weight, layer.bias, stride=layer.stride,
                 padding=layer.padding, dilation=layer.dilation, norm=layer.norm, eps=layer.eps, backend=layer.backend,
             )  # fmt: skip
-        total = total + (value.to(wide).abs() if norm == "l1" else value.to(wide).square()).mean()
+        row = value.to(wide) / model.temperature  # last: 1 / T = 1e-5 has two digits in float16
+        total = total + (row.abs() if norm == "l1" else row.square()).mean()
     return total / classes.shape[1]
 
 
@@ -113,6 +122,7 @@ class DynamicMatrixLoss(nn.Module):
 
     def forward(self, model: CoDANet, images: torch.Tensor, labels: torch.Tensor) -> MatrixLoss:
         """Images [N, C, H, W] and their classes [N]. ValueError, TypeError: what does not fit."""
+        _check_model(model)
         model.check_images(images)
         labels = _integers(labels, "labels")
         if labels.shape != (len(images),):

@@ -131,6 +131,38 @@ def test_nothing_is_left_behind():
     assert gradient.abs().max() > 0  # not in explanation mode, where parameters have no gradient
 
 
+def test_gradient_that_explanation_mode_cuts():
+    """Rows taken in explanation mode have the same values, and gradients that are far off for all layers but the last."""
+    net, x, classes = network(), images(), torch.tensor([[2], [1]])
+    with coda_fast.explanation_mode(net):
+        encoded = net.encoder(x).requires_grad_()
+        logits = net.head(net.run_layers(encoded))
+        (row,) = torch.autograd.grad(logits.gather(1, classes).sum(), encoded, create_graph=True)
+    cut, whole = row.abs().mean(), matrix_penalty(net, x, classes)
+    torch.testing.assert_close(cut, whole, rtol=1e-12, atol=0)
+    for index, layer in enumerate(net.layers):
+        (short,), (full,) = (torch.autograd.grad(p, layer.weight, retain_graph=True) for p in (cut, whole))
+        assert ((short - full).norm() / full.norm() > 0.01) == (index == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("temperature", [2.0, 1e5])
+def test_autocast(dtype, temperature):
+    """Values and gradients are those of float32 to the accuracy of the dtype, at the published T of 1e5 too."""
+    net, x, classes = network().float(), images().float(), torch.tensor([[2, 0], [1, 3]])
+    net.temperature = temperature
+    exact = matrix_penalty(net, x, classes)
+    with torch.autocast("cpu", dtype=dtype):
+        found, whole = matrix_penalty(net, x, classes), DynamicMatrixLoss(0.1)(net, x, classes[:, 0])
+    assert found.dtype == whole.total.dtype == torch.float32
+    bound = 10 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, exact, rtol=bound, atol=0)
+    scale = 1e5  # as a GradScaler does
+    for p in net.parameters():
+        a, b = (torch.autograd.grad(scale * value, p, retain_graph=True)[0] for value in (found, exact))
+        assert (a - b).norm() <= bound * b.norm()
+
+
 def test_no_images():
     loss = DynamicMatrixLoss(1.0)
     assert float(matrix_penalty(network(), images(0), torch.zeros(0, 2, dtype=torch.long)).detach()) == 0
@@ -164,6 +196,14 @@ def test_bad_input():
         with pytest.raises(error) as caught:
             DynamicMatrixLoss(1.0)(net, x, labels)
         assert message in str(caught.value)
+    for call in (
+        lambda net: DynamicMatrixLoss(1.0)(net, x, torch.tensor([0, 1])),
+        lambda net: matrix_penalty(net, x, torch.zeros(2, 1).long()),
+    ):
+        with pytest.raises(TypeError, match="model: expected a CoDANet, got Linear"):
+            call(torch.nn.Linear(2, 2))
+        with coda_fast.explanation_mode(net), pytest.raises(ValueError, match="got one in explanation mode"):
+            call(net)
     with pytest.raises(ValueError, match="classes: expected at most 4, those of the model, got 5"):
         DynamicMatrixLoss(1.0, classes=5)(net, x, torch.tensor([0, 1]))
     for classes, error, message in (
