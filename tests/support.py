@@ -15,14 +15,14 @@ BACKENDS = ("reference", "factored")
 class Golden:
     """One golden file: ``meta``, and tensors by key."""
 
-    def __init__(self, name, dtype=torch.float64):
+    def __init__(self, name, dtype=torch.float64, device="cpu"):
         self._file = np.load(GOLDEN / f"{name}.npz")
         self.meta = json.loads(str(self._file["meta"]))
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
 
     def __getitem__(self, key):
         tensor = torch.from_numpy(self._file[key])
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).to(self.device)
 
     def keys(self, prefix):
         return [key for key in self._file.files if key.startswith(prefix)]
@@ -43,7 +43,7 @@ class Golden:
 def relative_error(actual, expected):
     """Largest deviation over the largest expected magnitude."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    actual, expected = actual.detach(), expected.detach()
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
     difference = (actual.double() - expected.double()).abs()
     assert torch.isfinite(difference).all(), "NaN or infinity"
     return float(difference.max() / expected.double().abs().max().clamp_min(1e-300)) if difference.numel() else 0.0

@@ -14,9 +14,14 @@ CASES = [*((dtype, backend) for dtype in BOUNDS for backend in BACKENDS), (torch
 DTYPE_AND_BACKEND = pytest.mark.parametrize(("dtype", "backend"), CASES, ids=lambda value: str(value).removeprefix("torch."))
 
 
+def device_of(backend):
+    """The kernels run on a GPU where there is one; the others stay where float32 is float32."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def layer_errors(name, dtype, backend):
     """Relative error of the output, of every gradient and of the explanation, against the golden file in float64."""
-    truth, golden = Golden(name), Golden(name, dtype)
+    truth, golden = Golden(name), Golden(name, dtype, device_of(backend))
     m = golden.meta
     tensors = [golden["input"], *golden.layer("param")]
     tensors = [None if t is None else t.clone().requires_grad_() for t in tensors]
@@ -48,12 +53,13 @@ def test_layer(name, dtype, backend):
 @DTYPE_AND_BACKEND
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_net(dtype, backend, prefix):
-    truth, golden = Golden("net_small"), Golden("net_small", dtype)
+    truth, golden = Golden("net_small"), Golden("net_small", dtype, device_of(backend))
     m, bound = golden.meta, BOUNDS[dtype]
     state = {prefix + key.removeprefix("param/"): golden[key] for key in golden.keys("param/")}
     model = checkpoints.from_published(
         state, strides=m["strides"], paddings=m["paddings"], temperature=m["temperature"], logit_bias=m["logit_bias"], norm=m["norm"]
     )
+    model = model.to(device_of(backend))
     for layer in model.layers:
         layer.backend = backend
     assert [layer.out_channels for layer in model.layers] == m["out_channels"]
@@ -75,12 +81,13 @@ def test_net(dtype, backend, prefix):
 
 @DTYPE_AND_BACKEND
 def test_explanation_of_net(dtype, backend):
-    truth, golden = Golden("net_small"), Golden("net_small", dtype)
+    truth, golden = Golden("net_small"), Golden("net_small", dtype, device_of(backend))
     m = golden.meta
     state = {key.removeprefix("param/"): golden[key] for key in golden.keys("param/")}
     model = checkpoints.from_published(
         state, strides=m["strides"], paddings=m["paddings"], temperature=m["temperature"], logit_bias=m["logit_bias"]
     )
+    model = model.to(device_of(backend))
     for layer in model.layers:
         layer.backend = backend
     explanation = model.explain(golden["image"], golden["target"])
