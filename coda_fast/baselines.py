@@ -14,8 +14,12 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
+
+from coda_fast._geometry import integer
+from coda_fast.models import CoDANet
 
 _MISSING = "the baselines need {}: pip install 'coda-fast[evaluation]'"
 
@@ -40,16 +44,23 @@ class Attribution:
 
         Leaves the model's mode, gradients and hooks as they were. ValueError, TypeError: shapes that do not fit.
         """
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
         if images.dim() != 4:
             raise ValueError(f"images: expected [N, C, H, W], got shape {list(images.shape)}")
         targets = torch.as_tensor(targets, device=images.device)
-        if targets.dim() not in (1, 2) or len(targets) != len(images):
+        if targets.dim() not in (1, 2) or len(targets) != len(images) or targets.shape[1:].numel() == 0:
             raise ValueError(f"targets: expected [{len(images)}] or [{len(images)}, K], got shape {list(targets.shape)}")
         if targets.dtype.is_floating_point or targets.dtype == torch.bool:
             raise TypeError(f"targets: expected integers, got {targets.dtype}")
+        if targets.numel() and targets.min() < 0:  # would count from the end
+            raise ValueError(f"targets: expected classes from 0, got {int(targets.min())}")
         table = targets if targets.dim() == 2 else targets[:, None]
-        with _evaluated(self.model), torch.enable_grad():
-            maps = self._function(self, images.detach(), table.long())
+        if not len(images):
+            return images.new_zeros(*targets.shape, *images.shape[2:])
+        # not inference tensors, whatever the caller's mode: they are differentiated
+        with torch.inference_mode(False), torch.enable_grad(), _evaluated(self.model):
+            maps = self._function(self, images.detach().clone(), table.long().clone())
         return maps if targets.dim() == 2 else maps[:, 0]
 
 
@@ -70,18 +81,21 @@ def create(method: str, model: nn.Module, *, layer: nn.Module | None = None, **s
     >>> create("Ours", model).attribute(torch.rand(2, 1, 8, 8), torch.tensor([[3, 7], [1, 2]])).shape
     torch.Size([2, 2, 8, 8])
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     function, defaults = _FUNCTIONS[method], METHODS[method]
     if unknown := set(settings) - set(defaults):
         raise TypeError(f"{method}: expected settings among {', '.join(defaults) or 'none'}, got {', '.join(sorted(unknown))}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    _check_settings(method, {**defaults, **settings})
+    if layer is not None and (method != "GCam" or not isinstance(layer, nn.Module)):
+        raise TypeError(f"layer: expected a module, for GCam only, got a {type(layer).__name__} for {method}")
     if method == "Ours":
-        if not hasattr(model, "explain"):
+        if not isinstance(model, CoDANet):  # other libraries' models have an ``explain`` too
             raise ValueError(f"method: 'Ours' needs a model made of DAU layers, got a {type(model).__name__}")
     else:
         _captum()
-    if method in ("GB", "DeepLIFT") and any(isinstance(m, nn.ReLU) for m in model.modules()):
-        model = _without_inplace(model)  # captum's hooks cannot see what happens in place
     return Attribution(method, model, {**defaults, **settings}, layer, function)
 
 
@@ -105,8 +119,7 @@ def _in_pairs(function):
         pairs = images.repeat_interleave(count, 0), targets.flatten()
         step = self.settings["batch_size"]
         maps = [function(self, x, t) for x, t in zip(*(part.split(step) for part in pairs), strict=True)]
-        maps = torch.cat(maps) if maps else images.new_zeros(0, *images.shape[2:])
-        return maps.detach().view(len(images), count, *images.shape[2:])
+        return torch.cat(maps).detach().view(len(images), count, *images.shape[2:])
 
     return method
 
@@ -134,14 +147,16 @@ def _integrated_gradients(self, x, target):
 
 @_in_pairs
 def _guided_backprop(self, x, target):
-    return _captum().GuidedBackprop(self.model).attribute(x, target=target).sum(1)
+    return _captum().GuidedBackprop(_separate_activations(self.model)).attribute(x, target=target).sum(1)
 
 
 @_in_pairs
 def _deep_lift(self, x, target):
     try:
-        return _captum().DeepLift(self.model).attribute(x, baselines=0, target=target).sum(1)
-    except (AssertionError, RuntimeError, KeyError, AttributeError) as error:
+        return _captum().DeepLift(_separate_activations(self.model)).attribute(x, baselines=0, target=target).sum(1)
+    except (AssertionError, RuntimeError) as error:
+        if "more than once" not in str(error):  # of another cause: out of memory, a class that does not exist
+            raise
         raise ValueError(f"DeepLIFT: expected a model that calls each of its activation modules once, and captum says: {error}") from error
 
 
@@ -153,24 +168,24 @@ def _grad_cam(self, x, target):
     return captum.LayerAttribution.interpolate(found, tuple(x.shape[2:]), "nearest")[:, 0]
 
 
-@_in_pairs
-def _occlusion(self, x, target):
+def _occlusion(self, images, targets):
+    """One sweep of the window for all classes of an image."""
     s = self.settings
-    size = min(s["size"], *x.shape[2:])
+    size, channels = min(s["size"], *images.shape[2:]), images.shape[1]
+    maps = []
     with torch.no_grad():
-        found = (
-            _captum()
-            .Occlusion(self.model)
-            .attribute(
+        for x, classes in zip(images.split(s["batch_size"]), targets.split(s["batch_size"]), strict=True):
+            occlusion = _captum().Occlusion(lambda perturbed, classes: self.model(perturbed).gather(1, classes))
+            found = occlusion.attribute(
                 x,
-                sliding_window_shapes=(x.shape[1], size, size),
-                strides=(x.shape[1], s["stride"], s["stride"]),
+                sliding_window_shapes=(channels, size, size),
+                strides=(channels, min(s["stride"], size), min(s["stride"], size)),
                 baselines=0,
-                target=target,
+                additional_forward_args=classes,
                 perturbations_per_eval=max(1, s["batch_size"] // len(x)),
             )
-        )
-    return found[:, 0].to(x.dtype)  # the window covers all channels: each has the same value; captum adds up in float32
+            maps.append(found.view(len(x), -1, *x.shape[1:])[:, :, 0])  # the window covers all channels: each has the same value
+    return torch.cat(maps).to(images.dtype)  # captum adds up in float32
 
 
 def _rise(self, images, targets):
@@ -184,7 +199,7 @@ def _rise(self, images, targets):
             masks = _rise_masks(*part, height, width).to(images)
             for i, image in enumerate(images):
                 logits = self.model(image * masks[:, None])
-                scores = (logits.sigmoid() if hasattr(self.model, "explain") else logits.softmax(1))[:, targets[i]]
+                scores = (logits.sigmoid() if isinstance(self.model, CoDANet) else logits.softmax(1))[:, targets[i]]
                 maps[i] += torch.einsum("mk,mhw->khw", scores.double(), masks.double())
     return (maps / (s["masks"] * s["p1"])).to(images.dtype)
 
@@ -286,17 +301,61 @@ def _evaluated(model) -> Iterator[None]:
             parameter.grad = grad
 
 
-def _without_inplace(model):
-    model = copy.deepcopy(model)
-    for module in model.modules():
+def _check_settings(method, settings):
+    for name, value in settings.items():
+        if name in ("p1", "max_dist", "ratio", "kernel_size"):
+            if not (isinstance(value, int | float) and 0 < value <= (1 if name in ("p1", "ratio") else float("inf"))):
+                raise ValueError(f"{method}: {name}: expected a positive number{' up to 1' * (name in ('p1', 'ratio'))}, got {value!r}")
+            continue
+        least = 0 if name == "seed" else 1
+        try:
+            wrong = integer(value) < least
+        except TypeError:
+            wrong = True
+        if wrong:
+            raise ValueError(f"{method}: {name}: expected an int of at least {least}, got {value!r}")
+    if "stride" in settings and settings["stride"] > settings["size"]:
+        raise ValueError(f"{method}: stride: expected at most size {settings['size']}, got {settings['stride']}")
+
+
+_RELU = (torch.relu, torch.relu_, F.relu, F.relu_)
+
+
+def _separate_activations(model):
+    """A copy of ``model``, as it is now, that calls a module of its own, never in place, wherever it rectifies.
+
+    captum's rules hang on modules: it misses what is in place or a function, and DeepLIFT needs a module for each call. A model that
+    torch.fx cannot trace is copied without what is in place; captum then has the last word.
+    """
+    if isinstance(model, CoDANet):
+        return model  # no activation
+    copied = copy.deepcopy(model)
+    with contextlib.suppress(Exception):  # tracing runs the model's own code: anything can be raised
+        traced = torch.fx.symbolic_trace(copied)
+        seen = set()
+        for node in list(traced.graph.nodes):
+            function = node.op == "call_function" and node.target in _RELU
+            if function or (node.op == "call_method" and node.target in ("relu", "relu_")):
+                module, node.op, node.args, node.kwargs = nn.ReLU(), "call_module", (node.args or (node.kwargs["input"],))[:1], {}
+            elif node.op == "call_module" and node.target in seen:
+                module = copy.deepcopy(traced.get_submodule(node.target))
+            else:
+                seen.add(node.target if node.op == "call_module" else None)
+                continue
+            name = f"separate_{node.name}"
+            traced.add_submodule(name, module)
+            node.target = name
+        traced.recompile()
+        copied = traced
+    for module in copied.modules():
         if getattr(module, "inplace", False):
             module.inplace = False
-    return model
+    return copied.eval()
 
 
 def _last_layer(model, x):
     """A CoDA-Net's last layer, or the last convolution that a forward pass calls. ValueError if there is none."""
-    if hasattr(model, "explain"):
+    if isinstance(model, CoDANet):
         return model.layers[-1]
     called = []
     hooks = [

@@ -168,14 +168,69 @@ def test_a_residual_network_stays_as_it_was(method):
     assert not x.requires_grad
 
 
-def test_deep_lift_says_what_it_cannot():
-    """captum refuses modules that are called twice; so do we, in one sentence, and the model stays usable."""
+def test_deep_lift_of_a_residual_network():
+    """Its ReLUs are in place and called twice; still the map sums to the difference from the black image (the rescale rule's property)."""
     resnet18 = pytest.importorskip("torchvision.models").resnet18
-    model = resnet18(num_classes=4).eval()
+    torch.manual_seed(0)
+    model, x, targets = (
+        resnet18(num_classes=4).double().eval(),
+        torch.rand(2, 3, 32, 32, dtype=torch.float64),
+        torch.tensor([[1, 0], [3, 2]]),
+    )
+    hooks = hooks_of(model)
+    found = baselines.attribute("DeepLIFT", model, x, targets)
+    difference = (model(x) - model(torch.zeros_like(x))).gather(1, targets)
+    torch.testing.assert_close(found.sum((2, 3)), difference, rtol=1e-6, atol=1e-8)
+    assert hooks_of(model) == hooks
+    assert model.relu.inplace
+
+
+class Rectified(nn.Module):
+    """A convolution, rectified by ``kind``, averaged."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.relu, self.linear, self.kind = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Linear(8, 3), kind
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = {"module": self.relu, "torch": torch.relu, "functional": nn.functional.relu, "method": lambda x: x.relu()}[self.kind](x)
+        return self.linear(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["torch", "functional", "method"])
+@pytest.mark.parametrize("method", ["GB", "DeepLIFT"])
+def test_a_function_is_rectified_like_a_module(method, kind):
+    """captum alone would silently give the gradient, Input x Gradient."""
+    x, targets = torch.rand(1, 3, 6, 6), torch.tensor([1])
+    expected = baselines.attribute(method, Rectified("module"), x, targets)
+    torch.testing.assert_close(baselines.attribute(method, Rectified(kind), x, targets), expected)
+    assert not torch.allclose(expected, baselines.attribute("Grad" if method == "GB" else "IxG", Rectified("module"), x, targets))
+
+
+def test_deep_lift_says_what_it_cannot():
+    """A model that torch.fx cannot follow, with a module that is called twice: one sentence, and the model stays usable."""
+
+    class Twice(Rectified):
+        def forward(self, x):
+            return self.relu(super().forward(x)) if float(x.detach().sum()) >= 0 else x
+
+    model = Twice("module").eval()
     hooks = hooks_of(model)
     with pytest.raises(ValueError, match="DeepLIFT: expected a model that calls each of its activation modules once"):
-        baselines.attribute("DeepLIFT", model, torch.rand(1, 3, 32, 32), torch.tensor([1]))
+        baselines.attribute("DeepLIFT", model, torch.rand(1, 3, 6, 6), torch.tensor([1]))
     assert hooks_of(model) == hooks
+
+
+def test_occlusion_sweeps_once_for_all_classes(network):
+    """As many images pass through the network for three classes as for one."""
+    counted = []
+    network.register_forward_pre_hook(lambda module, inputs: counted.append(len(inputs[0])))
+    for targets in (torch.tensor([1, 2]), torch.tensor([[1, 2, 3], [4, 5, 6]])):
+        baselines.attribute("Occ5", network, digits(2), targets)
+    half = len(counted) // 2
+    assert sum(counted[:half]) == sum(counted[half:])
 
 
 def test_grad_cam_takes_another_layer():
@@ -214,6 +269,62 @@ def test_bad_input():
             baselines.attribute("Grad", model, x, targets)
     with pytest.raises(ValueError, match=r"images: expected \[N, C, H, W\], got shape \[3, 6, 6\]"):
         baselines.attribute("Grad", model, x[0], torch.tensor([1]))
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_frozen_empty_and_inference_mode(network, method):
+    """Any caller's mode; no images; parameters that need no gradient stay so."""
+    few, x, targets = FEW.get(method, {}), digits(2), torch.tensor([[1, 2], [3, 4]])
+    expected = baselines.attribute(method, network, x, targets, **few)
+    network.requires_grad_(False)
+    with torch.inference_mode():
+        found = baselines.attribute(method, network, x.clone(), targets.clone(), **few)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert not any(p.requires_grad for p in network.parameters())
+    assert baselines.attribute(method, network, x[:0], targets[:0], **few).shape == (0, 2, 8, 8)
+
+
+@pytest.mark.parametrize("method", ["GB", "DeepLIFT"])
+def test_the_model_as_it_is_when_called(method):
+    """Not as it was at ``create``: a logit that is doubled since has doubled maps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    attribution, x, targets = baselines.create(method, model), torch.rand(1, 3, 6, 6), torch.tensor([1])
+    before = attribution.attribute(x, targets)
+    with torch.no_grad():
+        model[4].weight.mul_(2)
+    torch.testing.assert_close(attribution.attribute(x, targets), 2 * before)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "error", "message"),
+    [
+        ("Grad", {"batch_size": 0}, ValueError, "Grad: batch_size: expected an int of at least 1, got 0"),
+        ("IntGrad", {"n_steps": "x"}, ValueError, "IntGrad: n_steps: expected an int of at least 1, got 'x'"),
+        ("RISE", {"p1": 0}, ValueError, "RISE: p1: expected a positive number up to 1, got 0"),
+        ("Occ5", {"stride": 0}, ValueError, "Occ5: stride: expected an int of at least 1, got 0"),
+        ("Occ5", {"stride": 7}, ValueError, "Occ5: stride: expected at most size 5, got 7"),
+        ("Grad", {"layer": nn.Conv2d(3, 3, 1)}, TypeError, "layer: expected a module, for GCam only, got a Conv2d for Grad"),
+        ("GCam", {"layer": "layer4"}, TypeError, "layer: expected a module, for GCam only, got a str for GCam"),
+    ],
+)
+def test_bad_settings(method, settings, error, message):
+    with pytest.raises(error) as caught:
+        baselines.create(method, Linear(), **settings)
+    assert message == str(caught.value)
+
+
+def test_negative_targets():
+    """They would count from the last class."""
+    with pytest.raises(ValueError, match="targets: expected classes from 0, got -1"):
+        baselines.attribute("RISE", Linear(), torch.rand(1, 3, 6, 6, dtype=torch.float64), torch.tensor([-1]), masks=4)
+
+
+def test_another_library_s_explain_is_not_ours():
+    model = Linear()
+    model.explain = lambda images: {}
+    with pytest.raises(ValueError, match="'Ours' needs a model made of DAU layers, got a Linear"):
+        baselines.create("Ours", model)
 
 
 def test_without_captum(monkeypatch):
