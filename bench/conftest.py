@@ -88,6 +88,13 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("case", "mode", "provider"), found)
 
 
+def pytest_collection_finish(session):
+    """The op's own tests first: afterwards a group may hold the memory that they need."""
+    state = session.config.stash[STATE]
+    if state.measuring and session.items and not session.config.option.collectonly:
+        _ = state.verdict
+
+
 class ReplayClock:
     """A clock that shows what was measured. Providers are timed in turns, on a GPU by events; pytest-benchmark reads the samples here."""
 

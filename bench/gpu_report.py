@@ -57,6 +57,7 @@ class Report:
 
     def __post_init__(self):
         self.name = results.device_name(torch.device(self.device))
+        self.commit = results.commit()  # before the rows that it writes make the tree look changed
 
     # -- stages ----
 
@@ -73,12 +74,14 @@ class Report:
 
     def layers(self, until: float) -> Verdict:
         """Without torch.compile first: the compiled peers take most of the time, and what is cut off should be theirs."""
-        self._bench("bench/bench_layers.py", until, "-k", "S9 and not compiled" if self.quick else "not compiled")
-        return self._bench("bench/bench_layers.py", until, "-k", "S9 and forward_+_backward" if self.quick else "forward_+_backward")
+        eager = self._bench("bench/bench_layers.py", until, "-k", "S9 and not compiled" if self.quick else "not compiled")
+        return eager + self._bench(
+            "bench/bench_layers.py", until, "-k", "S9 and forward_+_backward" if self.quick else "forward_+_backward"
+        )
 
     def networks(self, until: float) -> Verdict:
-        self._bench("bench/bench_networks.py", until, "-k", "inference and coda_fast" if self.quick else "not compiled")
-        return Verdict() if self.quick else self._bench("bench/bench_networks.py", until, "-k", "training_step")
+        eager = self._bench("bench/bench_networks.py", until, "-k", "inference and coda_fast" if self.quick else "not compiled")
+        return eager if self.quick else eager + self._bench("bench/bench_networks.py", until, "-k", "training_step")
 
     def tune(self, until: float) -> Verdict:
         command = [sys.executable, "bench/tune.py", "--output", str(self.output / "tuned.json"), "--dtype", "bfloat16"]
@@ -109,7 +112,7 @@ class Report:
 
     def _run(self, command, until):
         """A process, killed at ``until``; what it wrote stays."""
-        environment = {**verify.environment(self.output / "unused"), "CODA_FAST_BENCH_ATEN": "1"}
+        environment = {**verify.environment(self.output / "unused"), "CODA_FAST_BENCH_ATEN": "1", "CODA_FAST_COMMIT": self.commit}
         with open(self.output / "log.txt", "a") as log:
             log.write(f"\n$ {' '.join(command)}\n")
             log.flush()

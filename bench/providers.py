@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import peers
-from bench.cases import EXPLANATION, FORWARD, INFERENCE, PRODUCTS, Layer, Network
+from bench.cases import EXPLANATION, FORWARD, INFERENCE, PRODUCTS, STEP, Layer, Network
 from coda_fast import DAUConv2d, create_model
 from coda_fast.functional import dau_conv2d
 
@@ -164,7 +164,7 @@ def _product(case, mode, dtype, device):
 
 def _network(layer, compile, case, mode, dtype, device):
     torch.manual_seed(0)
-    model = create_model(case.name).to(device)
+    model = create_model(case.name).to(device).requires_grad_(mode == STEP)  # a compiled backward computes what is asked or not
 
     def logits(images, detach=False):
         x = model.encoder(images)
@@ -182,7 +182,7 @@ def _yardstick(name, case, mode, dtype, device):
     model = (_resnet if name == RESNET else _bcos)(classes).to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
-    model.train(mode not in (INFERENCE, EXPLANATION))
+    model.train(mode == STEP).requires_grad_(mode == STEP)
     explaining = model.explanation_mode() if name == BCOS and mode == EXPLANATION else contextlib.nullcontext()
     encode = (lambda x: torch.cat([x, 1 - x], 1)) if name == BCOS else (lambda x: x)
 
@@ -190,14 +190,13 @@ def _yardstick(name, case, mode, dtype, device):
         with explaining:
             return model(encode(images))
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return _steps(logits, logits, parameters, classes, case, mode, dtype, device)
+    return _steps(logits, logits, list(model.parameters()), classes, case, mode, dtype, device)
 
 
 def _resnet(classes):
     try:
         from torchvision.models import resnet50
-    except ImportError as error:
+    except (ImportError, RuntimeError, OSError) as error:  # beside another torch than its own it raises RuntimeError
         raise Missing(f"torchvision: {error}") from None
     return resnet50(num_classes=classes)
 
@@ -205,7 +204,7 @@ def _resnet(classes):
 def _bcos(classes):
     try:
         from bcos.models.resnet import resnet50
-    except ImportError as error:
+    except (ImportError, RuntimeError, OSError) as error:
         raise Missing(f"bcos (pip install 'coda-fast[bench]'): {error}") from None
     return resnet50(num_classes=classes, in_chans=6)
 

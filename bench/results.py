@@ -56,6 +56,7 @@ def commit() -> str:
         return "unknown"
 
 
+@functools.cache
 def _driver():
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -139,8 +139,12 @@ def footer(rows: list[dict]) -> str:
     one = rows[0]
     commits = ", ".join(_ordered(f"{r['commit']} ({r['date']})" for r in rows))
     spreads = sorted((r["p80_us"] - r["p20_us"]) / r["p50_us"] for r in rows if r.get("p50_us"))
-    spread = f"20 to 80 % of a provider's samples span {100 * spreads[len(spreads) // 2]:.0f} % of their median (median over the rows), "
-    spread += f"{100 * spreads[-1]:.0f} % at worst. " if spreads else ""
+    spread = ""
+    if spreads:
+        spread = (
+            f"20 to 80 % of a provider's samples span {100 * spreads[len(spreads) // 2]:.0f} % of their median (median over the rows), "
+        )
+        spread += f"{100 * spreads[-1]:.0f} % at worst. "
     layers = [r for r in rows if "channels" in r["shape"] and not r["op"].startswith("scaling")]
     batches = "".join(_ordered(f"; layers of {r['op'][0]}-CoDA: batch {r['shape']['batch']}" for r in layers))
     unverified = sorted({r["provider"] for r in rows if r.get("verified") is False})

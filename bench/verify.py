@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,12 +81,16 @@ def shards(tests: list[str], count: int, until: float, folder: Path, root: Path 
         names.write_text("\n".join(part), encoding="utf-8")
         with open(folder / f"shard{i}.out", "w") as out:
             arguments = command(f"@{names}")
-            running.append(subprocess.Popen(arguments, cwd=root, env=environment(logs[-1]), stdout=out, stderr=subprocess.STDOUT))
+            running.append(
+                subprocess.Popen(
+                    arguments, cwd=root, env=environment(logs[-1]), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            )
     for process in running:
         try:
             process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with compute-sanitizer, if it started one
             process.wait()
     found = Verdict()
     for part, log in zip(parts, logs, strict=True):
