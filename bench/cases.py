@@ -9,8 +9,8 @@ LAYER_MODES = (FORWARD, TRAINING, EXPLANATION)
 INFERENCE, STEP = "inference", "training step"
 NETWORK_MODES = (STEP, INFERENCE, EXPLANATION)
 AXES = ("batch", "size", "rank", "channels")
-# Matrix products of the size of the forward one that a mode cannot do with fewer of without keeping n r numbers a pixel:
-# backward gives dx, dz and dA; an explanation is a forward pass and dx
+# The fewest matrix products of the size of the forward one that a mode can do with: forward 1; backward 2 more (dx, dA), if the n r
+# numbers a pixel of the forward product were kept, and 3 if not (save_contraction=False computes them again); an explanation dx besides
 PRODUCTS = {FORWARD: 1, TRAINING: 3, EXPLANATION: 2}
 
 # Providers worth compiling on a CPU, and all of them

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, guard, providers, results, tables, verify
+from bench import cases, guard, measure, providers, results, tables, verify
 from bench.laboratory import Laboratory
 
 collect_ignore_glob = [f"{path.name}" for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("bench_")]
@@ -25,6 +25,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "default:::coda_kernels")  # what the kernels say about a device is for the reader of times
     if config.getoption("--benchmark"):
         config.option.benchmark_columns = ["median", "iqr", "rounds"]
     else:
@@ -45,9 +46,11 @@ class State:
         self.preset = cases.preset(("gpu" if kind == "cuda" else "cpu") if self.measuring else "smoke", memory)
         self.dtype = config.getoption("--dtype") or self.preset.dtype
         seconds = config.getoption("--seconds") or {"cuda": 1.0, "cpu": 0.6}[kind]
-        turns = (5, 15) if self.measuring else (1, 1)
+        turns = measure.TURNS if self.measuring else (1, 1)
+        if kind == "cuda" and self.dtype == "float32":  # kernels follow the first, cuDNN the second; by default they differ
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.verdict_file, self._verdict = config.getoption("--verdict"), None
-        self.laboratory = Laboratory(self.device, self.dtype, seconds if self.measuring else 0.0, turns, lambda: self.verdict.passed)
+        self.laboratory = Laboratory(self.device, self.dtype, seconds if self.measuring else 0.0, turns, lambda: self.verdict.good)
         self.until = config.getoption("--until")
         name = results.device_name(self.device)
         self.path = results.path_of(name, config.getoption("--rows"))
@@ -79,7 +82,10 @@ def pytest_generate_tests(metafunc):
     state = metafunc.config.stash[STATE]
     part, modes = metafunc.module.PART, metafunc.module.MODES
     found = []
-    for case in getattr(state.preset, part):
+    chosen = getattr(state.preset, part)
+    if state.until and part == "layers":  # so that what the time does not suffice for are the small ones
+        chosen = sorted(chosen, key=lambda case: -case.pixels * case.depth * case.units * case.rank)
+    for case in chosen:
         label = f"{case.name}" if not getattr(case, "axis", "") else f"{case.axis}={getattr(case, case.axis)}"
         for mode in modes:
             for provider in state.names(case, mode):
@@ -113,13 +119,15 @@ def measured(request, case, mode, provider):
     """Measurements of this provider's group, taken side by side with all others of it that were selected; skips if this one has none."""
     state = request.config.stash[STATE]
     if state.until and time.time() > state.until and (case, mode) not in state.laboratory.groups:
-        pytest.skip("no time left")
+        pytest.skip(verify.NO_TIME)
     selected = [i.callspec.params for i in request.session.items if hasattr(i, "callspec") and "provider" in i.callspec.params]
     names = [p["provider"] for p in selected if (p["case"], p["mode"]) == (case, mode)]
     found = state.laboratory.measure(case, mode, names)
     if (case, mode) not in state.written and state.measuring:
         state.written.add((case, mode))
         rows = state.laboratory.rows(case, mode, found)
+        if not state.rows and isinstance(case, cases.Layer):
+            rows.append(state.laboratory.copy_row())
         state.rows += rows
         results.replace(state.path, rows)
     mine = found[provider]

@@ -32,7 +32,9 @@ def measure() -> dict:
         shape = f"{m['C']}, {m['n']}, {m['r']}, {m['k']}, {m['s']}, {m['p']}, {m['norm']}" + ("" if m["bias"] else ", no bias")
         errors = {f"{b}, {str(d).removeprefix('torch.')}": float(f"{max(layer_errors(name, d, b).values()):.2g}") for d, b in CASES}
         rows.append({"layer": shape, "errors": errors})
-    versions = {"torch": torch.__version__, "triton": results.environment(torch.device("cpu"))["triton"]}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    versions = {"torch": torch.__version__, "triton": results.environment(device)["triton"]}
+    versions["device"] = results.device_name(device) + (", triton under its interpreter" if device.type == "cpu" else "")
     return {**versions, "commit": results.commit(), "date": datetime.date.today().isoformat(), "rows": rows}
 
 
@@ -42,9 +44,8 @@ def table() -> str:
     columns = list(found["rows"][0]["errors"])
     lines = ["| layer (C, n, r, k, stride, padding, norm) | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     lines += [f"| {row['layer']} | " + " | ".join(f"{row['errors'][c]:.0e}" for c in columns) + " |" for row in found["rows"]]
-    where = (
-        f"torch {found['torch']}, Triton {found['triton']}, CPU, triton under its interpreter; commit {found['commit']}, {found['date']}."
-    )
+    device = found.get("device", "CPU, triton under its interpreter")
+    where = f"torch {found['torch']}, Triton {found['triton']}, {device}; commit {found['commit']}, {found['date']}."
     return "\n".join([*lines, "", f"{where} The tests allow 1e-10 in float64 and 1e-5 in float32."])
 
 

@@ -2,19 +2,22 @@
 
     python bench/gpu_report.py                       rows into bench/results, the rest into bench/results/report
     python bench/gpu_report.py --output FOLDER       all of it into FOLDER
-    python bench/gpu_report.py --stages layers networks --minutes 20 --tune
+    python bench/gpu_report.py --stages configurations large --minutes 9       more of it, in a second call
 
 Stages, in order, each leaving its results on disk as it goes, so that a run that is cut off loses only the last one:
 
-    tests            the kernels' tests on the GPU, many processes at once         tests.json
-    layers           every layer beside its peers, then beside the compiled ones    <device>.jsonl
-    networks         whole networks and the yardsticks                              <device>.jsonl
-    configurations   every tile, number of warps and stages that the package uses   configurations.json
-    tune             with --tune: proposes rows of the configuration table          tuned.json
+    tests            golden values, layers, operators, many processes at once        tests.json
+    layers           every layer beside its peers, then beside the compiled one       <device>.jsonl
+    networks         whole networks and the yardsticks                                <device>.jsonl
+    configurations   every tile that the package ships                                configurations.json
+                     then other numbers of warps and stages                           warps.json
+    large            more than 2^31 elements, compute-sanitizer                       large.json
+    tune             with --tune: proposes rows of the configuration table            tuned.json
 
-If all tests and configurations pass, sm_XX.json says so: put into kernels/coda_kernels/tables/, it makes backend="auto" pick the kernels.
+A stage replaces its own results only. Once tests, configurations and large have all passed, in one call or several of one commit,
+sm_XX.json says so: put into kernels/coda_kernels/tables/, it makes backend="auto" pick the kernels.
 Needs no network and no installation beyond torch, Triton, NumPy, pytest and pytest-benchmark. ``--device cpu`` rehearses it anywhere:
-the same stages, tests under Triton's interpreter. Exit status 1 if a test failed or was not run.
+the same stages, tests under Triton's interpreter. Exit status 1 if something failed or was not run.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -34,14 +36,26 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not 
 
 import torch  # noqa: E402
 
-from bench import results, tables, verify  # noqa: E402
+from bench import guard, results, tables, verify  # noqa: E402
 from bench.verify import Verdict  # noqa: E402
 
 # Shares of the time; what a stage does not need is left to those after it
-STAGES = {"tests": 0.28, "layers": 0.36, "networks": 0.18, "configurations": 0.18}
-SHIPPED = "test_shipped_tile or test_warps_and_stages"
-# Files that need nothing else than pytest; hypothesis is not among what a report may need
+STAGES = {"tests": 0.22, "layers": 0.36, "networks": 0.17, "configurations": 0.17, "large": 0.08}
+TUNING = 0.2
+# What a stage writes, beside rows
+FILES = {
+    "tests": ("tests.json",),
+    "configurations": ("configurations.json", "warps.json"),
+    "large": ("large.json",),
+    "tune": ("tuned.json",),
+}
+NEEDED = ("tests.json", "configurations.json", "large.json")  # by the mark
+TILES, WARPS = "test_shipped_tile", "test_warps_and_stages"
+# Files that need nothing else than pytest; hypothesis is not among what a report may need. What says most comes first
 TESTS = ("tests/test_golden.py", "tests/kernels/test_layer.py", "tests/kernels/test_operators.py", "tests/kernels/test_gpu.py")
+LARGE = "tests/kernels/test_gpu.py"
+# Beside the eager peers the one to beat; the others take minutes to compile ("pytest bench/ --benchmark" has them)
+TO_BEAT = "not materialising_compiled and not checkpointed_compiled"
 
 
 @dataclasses.dataclass
@@ -53,90 +67,118 @@ class Report:
     device: str
     finish: float  # time.monotonic()
     quick: bool = False
-    jobs: int = os.cpu_count() or 1
+    jobs: int = 1
 
     def __post_init__(self):
         self.name = results.device_name(torch.device(self.device))
-        self.commit = results.commit()  # before the rows that it writes make the tree look changed
+        self.commit = results.commit()
+        self.path = results.path_of(self.name, self.rows)
+
+    @property
+    def stamp(self) -> dict:
+        """What a verdict is about."""
+        return {**results.environment(torch.device(self.device)), "commit": self.commit}
+
+    @property
+    def key(self) -> dict:
+        """In what verdicts must agree to be put together."""
+        return {key: self.stamp[key] for key in ("device", "torch", "triton", "commit")}
 
     # -- stages ----
 
     def tests(self, until: float) -> Verdict:
-        small = verify.collect(*TESTS, "-m", "not slow", "-k", "golden and layer_1" if self.quick else f"not ({SHIPPED})")
-        verdict = self._shards(small, until)
-        if not self.quick:  # tensors beyond 2^31 elements, compute-sanitizer: one at a time
-            verdict += self._shards(verify.collect("tests/kernels/test_gpu.py", "-m", "slow", "-k", f"not ({SHIPPED})"), until, jobs=1)
-        return self._keep(verdict, "tests.json")
+        if self.quick:
+            return self._tests("tests", until, *TESTS, "-m", "not slow", "-k", "golden and layer_1")
+        fast = verify.collect(*TESTS, "-m", "not slow", "-k", f"not ({TILES} or {WARPS})")
+        published = verify.collect("tests/kernels/test_layer.py", "-m", "slow")
+        first = [name for name in fast if "test_golden" in name or "test_layer.py" in name]
+        return self._shards("tests", [*first, *published, *(name for name in fast if name not in set(first))], until)
 
     def configurations(self, until: float) -> Verdict:
-        tests = verify.collect("tests/kernels/test_gpu.py", "-k", SHIPPED)
-        return self._keep(self._shards(tests[:4] if self.quick else tests, until), "configurations.json")
+        """The shipped tiles first: the mark needs only them."""
+        tiles = verify.collect(LARGE, "-k", TILES)
+        verdict = self._shards("configurations", tiles[:2] if self.quick else tiles, until)
+        return verdict + self._shards("warps", verify.collect(LARGE, "-k", WARPS)[: 2 if self.quick else None], until)
+
+    def large(self, until: float) -> Verdict:
+        """One at a time: they fill the device."""
+        return self._tests("large", until, LARGE, "-m", "slow", "-k", f"not ({TILES} or {WARPS})", jobs=1)
 
     def layers(self, until: float) -> Verdict:
-        """Without torch.compile first: the compiled peers take most of the time, and what is cut off should be theirs."""
-        eager = self._bench("bench/bench_layers.py", until, "-k", "S9 and not compiled" if self.quick else "not compiled")
-        return eager + self._bench(
-            "bench/bench_layers.py", until, "-k", "S9 and forward_+_backward" if self.quick else "forward_+_backward"
-        )
+        """Without torch.compile first: compiling takes most of the time, and what is cut off should be the compiled peer."""
+        eager = self._bench("bench/bench_layers.py", until, "S9 and not compiled" if self.quick else "not compiled")
+        return eager + self._bench("bench/bench_layers.py", until, f"forward_+_backward and {TO_BEAT}" + " and S9" * self.quick)
 
     def networks(self, until: float) -> Verdict:
-        eager = self._bench("bench/bench_networks.py", until, "-k", "inference and coda_fast" if self.quick else "not compiled")
-        return eager if self.quick else eager + self._bench("bench/bench_networks.py", until, "-k", "training_step")
+        eager = self._bench("bench/bench_networks.py", until, "inference and coda_fast" if self.quick else "not compiled")
+        return eager if self.quick else eager + self._bench("bench/bench_networks.py", until, f"training_step and {TO_BEAT}")
 
     def tune(self, until: float) -> Verdict:
         command = [sys.executable, "bench/tune.py", "--output", str(self.output / "tuned.json"), "--dtype", "bfloat16"]
-        self._run([*command, "--budget-seconds", f"{max(0.0, until - time.monotonic()):.0f}"], until + 30)
-        return Verdict()
+        left = until - time.monotonic() - 30  # it ends a measurement that it has begun
+        return self._run("tune", [*command, "--budget-seconds", f"{left:.0f}"], until) if left > 0 else Verdict(unfinished=1)
 
     # -- how ----
 
-    def _shards(self, tests, until, jobs=None):
-        with tempfile.TemporaryDirectory() as folder:
-            return verify.shards(tests, jobs or self.jobs, until, Path(folder))
+    def _tests(self, name, until, *selection, jobs=None):
+        return self._shards(name, verify.collect(*selection), until, jobs)
 
-    def _keep(self, verdict, name):
-        verdict.write(self.output / name)
+    def _shards(self, name, tests, until, jobs=None):
+        verdict = verify.shards(tests, jobs or self.jobs, until, self.output / "logs" / name)
+        verdict.write(self.output / f"{name}.json", **self.stamp)
         return verdict
 
-    def _bench(self, file, until, *options):
+    def _verdict(self):
+        """The file that says whether speed-ups may be shown: of the stage "tests", or of the few that a benchmark runs itself."""
+        path = self.output / "tests.json"
+        try:
+            Verdict.load(path, **self.key)
+        except (OSError, ValueError, TypeError):
+            path = self.output / "op.json"
+            if not path.exists():
+                verify.run(*(verify.GPU if self.device == "cuda" else verify.CPU)).write(path, **self.stamp)
+        return path
+
+    def _bench(self, file, until, selection):
+        verdict = self._verdict()
         left = until - time.monotonic()
         if left < 5:
-            say("no time left")
+            say(verify.NO_TIME)
             return Verdict(unfinished=1)
-        tests = self.output / "tests.json"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "--benchmark", "--device", self.device]
-        command += ["--rows", str(self.rows), "--until", f"{time.time() + 0.8 * left:.0f}", *options]
-        command += ["--verdict", str(tests)] if tests.exists() else []
-        command += ["--seconds", "0.1"] if self.quick else ["--seconds", "0.5"]
-        return self._run(command, until)
+        name = f"{Path(file).stem}{' compiled' * (TO_BEAT in selection)}"
+        command = [*verify.command(file), "--benchmark", "--device", self.device, "--rows", str(self.rows), "-k", selection]
+        command += ["--until", f"{time.time() + 0.8 * left:.0f}", "--verdict", str(verdict), "--seconds", "0.1" if self.quick else "0.5"]
+        return self._run(name, command, until)
 
-    def _run(self, command, until):
-        """A process, killed at ``until``; what it wrote stays."""
-        environment = {**verify.environment(self.output / "unused"), "CODA_FAST_BENCH_ATEN": "1", "CODA_FAST_COMMIT": self.commit}
-        with open(self.output / "log.txt", "a") as log:
-            log.write(f"\n$ {' '.join(command)}\n")
-            log.flush()
-            try:
-                done = subprocess.run(
-                    command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=max(1.0, until - time.monotonic())
-                )
-            except subprocess.TimeoutExpired:
-                say(f"cut off: {' '.join(command[2:5])}")
-                return Verdict(unfinished=1)
-        if done.returncode:
-            say(f"status {done.returncode}: {' '.join(command[1:5])}; see {self.output / 'log.txt'}")
-            return Verdict(failures=(f"{' '.join(command[1:5])}: status {done.returncode}",))
-        return Verdict()
+    def _run(self, name, command, until):
+        """A process, killed at ``until``; what it wrote stays. Its failures, and how much of it had no time."""
+        folder = self.output / "logs"
+        folder.mkdir(exist_ok=True)
+        log = folder / f"{name}.jsonl"
+        log.unlink(missing_ok=True)
+        environment = {**verify.environment(log), "CODA_FAST_BENCH_ATEN": "1", "CODA_FAST_COMMIT": self.commit}
+        with open(folder / f"{name}.txt", "w") as out:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            (status,) = verify.wait([process], until)
+        found = verify.read(log)
+        if status is None:
+            say(f"cut off: {name}")
+        elif status:
+            say(f"status {status}: {name}; see {folder / f'{name}.txt'}")
+        broken = (f"{name}: status {status}",) if status and not found.failures else ()
+        return Verdict(failures=found.failures + broken, unfinished=found.unfinished + (status is None))
 
     # -- the end ----
 
     def verified(self) -> dict | None:
-        """The entry of the table that makes "auto" pick the kernels, if everything passed here."""
-        files = [self.output / name for name in ("tests.json", "configurations.json")]
-        if self.device != "cuda" or self.quick or not all(f.exists() and Verdict.load(f).passed for f in files):
+        """The entry of the table that makes "auto" pick the kernels, if everything that it needs has passed here."""
+        try:
+            passed = all(Verdict.load(self.output / name, **self.key).passed for name in NEEDED)
+        except (OSError, ValueError, TypeError):
+            passed = False
+        if self.device != "cuda" or self.quick or not passed:
             return None
-        keys = ("device", "driver", "triton", "torch", "commit", "date")
-        return {key: value for key, value in results.environment(torch.device(self.device)).items() if key in keys}
+        return {key: self.stamp[key] for key in ("device", "driver", "triton", "torch", "commit", "date")}
 
     def propose_table(self) -> Path | None:
         """sm_XX.json: the table of the package with the mark "verified"."""
@@ -190,24 +232,25 @@ def main(argv=None) -> int:
     output = options.output or results.FOLDER / "report"
     rows = options.output or results.FOLDER
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("tests.json", "configurations.json", "tuned.json", "log.txt"):  # of an earlier report
+    stages = {stage: STAGES[stage] for stage in options.stages} | ({"tune": TUNING} if options.tune else {})
+    for name in (file for stage in stages for file in FILES.get(stage, ())):  # of an earlier report
         (output / name).unlink(missing_ok=True)
     finish = start + 60 * options.minutes - 5
     report = Report(output.resolve(), rows.resolve(), options.device, finish, options.quick, options.jobs)
-    stages = {stage: STAGES[stage] for stage in options.stages}
-    if options.tune:
-        stages["tune"] = 0.2
+    (output / "op.json").unlink(missing_ok=True)
+    before = results.read(report.path)
     found = run(report, stages)
-    path = results.path_of(report.name, report.rows)
-    if path.exists():
-        print(tables.everything(results.read(path)))
+    after = results.read(report.path)
+    if after:
+        print(tables.everything(after))
+        print(f"\nratios beside those before (advisory)\n{guard.report(after, before)}\n")
     for stage, verdict in found.items():
         print(f"{stage}: {verdict if verdict != Verdict() else 'done'}")
         for failure in verdict.failures:
             print(f"  {failure}")
     if table := report.propose_table():
         print(f"all passed: {table} may go into kernels/coda_kernels/tables/")
-    print(f"{time.monotonic() - start:.0f} s; rows: {path}; the rest: {output}")
+    print(f"{time.monotonic() - start:.0f} s; rows: {report.path}; the rest: {output}")
     return int(any(v.failures or v.unfinished for v in found.values()))
 
 

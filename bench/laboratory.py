@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
+import math
 from collections.abc import Callable
 
 import torch
 
 from bench import cases, measure, providers, results
 from bench.measure import Measurement, Runner
-from bench.providers import COMPILED, MATERIALISING, OURS, PEERS, PRODUCT
+from bench.providers import COMPILED, COPY, MATERIALISING, OURS, PEERS, PRODUCT
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 SPEEDUPS_ON = (*PEERS, *(name + COMPILED for name in PEERS), providers.FACTORED, providers.RESNET, providers.BCOS)
@@ -26,62 +26,79 @@ class Laboratory:
     turns: tuple[int, int] = measure.TURNS
     verified: Callable[[], bool] = lambda: True
     groups: dict = dataclasses.field(default_factory=dict)
-    _bandwidth: float | None = None
+    _copy: Measurement | None = None
+
+    def copy(self) -> Measurement:
+        """The other ceiling: a copy within the device, of COPY_BYTES."""
+        if self._copy is None:
+            runners = {COPY: Runner(*providers.copy(COPY_BYTES[self.device.type], self.device))}
+            self._copy = measure.in_turn(runners, self.device, 0.5)[COPY]
+            runners.clear()
+            measure.empty(self.device)
+            if not self._copy.device_us:
+                raise RuntimeError(f"copy: {self._copy.missing}")
+        return self._copy
 
     def bandwidth(self) -> float:
         """Bytes a second of a copy within the device, read and written."""
-        if self._bandwidth is None:
-            inputs, function = providers.Copy(COPY_BYTES[self.device.type]).setup(self.device)
-            found = measure.in_turn({"copy": Runner(inputs, function)}, self.device, 0.5)["copy"]
-            self._bandwidth = 2 * COPY_BYTES[self.device.type] / (1e-6 * measure.quantiles(found.device_us)[1])
-        return self._bandwidth
+        return 2 * COPY_BYTES[self.device.type] / (1e-6 * measure.quantiles(self.copy().device_us)[1])
 
     def measure(self, case, mode: str, names: list[str]) -> dict[str, Measurement]:
-        """Measured at the first call for a group, remembered afterwards."""
+        """Measured at the first call for a group, remembered afterwards, and so is a failure of the whole group."""
         if (key := (case, mode)) not in self.groups:
-            self.groups[key] = self._measure(case, mode, names)
+            try:
+                self.groups[key] = self._measure(case, mode, names)
+            except Exception as error:
+                self.groups[key] = RuntimeError(measure.reason(error))
+        if isinstance(self.groups[key], Exception):
+            raise self.groups[key]
         return self.groups[key]
 
     def _measure(self, case, mode, names):
         if isinstance(case, cases.Layer):
-            self.bandwidth()
-        runners, failed = {}, {}
-        for name in names:
-            try:
-                runners[name] = Runner(*providers.setup(name, case, mode, getattr(torch, self.dtype), self.device))
-            except (providers.Missing, torch.cuda.OutOfMemoryError) as error:
-                failed[name] = Measurement(missing=str(error) if isinstance(error, providers.Missing) else "out of memory")
-        seconds = self.seconds / 2 if getattr(case, "axis", "") else self.seconds
-        found = measure.in_turn(runners, self.device, seconds, self.turns)
-        alive = {name: runner for name, runner in runners.items() if not found[name].missing}
-        for name, runner in alive.items():
-            if name != PRODUCT:
-                found[name].peak_bytes = measure.peak_bytes(runner, self.device) + found[name].graph_bytes
-        if isinstance(case, cases.Layer) and not case.axis:
-            self._errors(case, mode, alive, found)
-        runners.clear(), alive.clear()
-        if any(COMPILED in name for name in names):
-            providers.forget_compiled()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return {name: found.get(name) or failed[name] for name in names}
+            self.copy()
+        runners, found = {}, {}
+        try:
+            for name in names:
+                try:
+                    runners[name] = Runner(*providers.setup(name, case, mode, getattr(torch, self.dtype), self.device))
+                except (providers.Missing, torch.cuda.OutOfMemoryError) as error:
+                    found[name] = Measurement(missing=str(error) if isinstance(error, providers.Missing) else measure.reason(error))
+            seconds = self.seconds / 2 if getattr(case, "axis", "") else self.seconds
+            found |= measure.in_turn(runners, self.device, seconds, self.turns)
+            if isinstance(case, cases.Layer) and not case.axis:
+                self._errors(case, mode, runners, found)
+            if PRODUCT in found:
+                found[PRODUCT].peak_bytes = None  # it writes into a tensor that is there
+        finally:
+            runners.clear()
+            if any(COMPILED in name for name in names):
+                providers.forget_compiled()
+            measure.empty(self.device)
+        return {name: found[name] for name in names}
 
     def _errors(self, case, mode, runners, found):
+        """Infinite where it could not be found out: no speed-up is shown of what is not known to be right."""
         exact = None
         for name, runner in runners.items():
             if name == PRODUCT:
                 continue
-            inputs = runner.inputs[0]
-            exact = exact or providers.truth(case, mode, inputs)  # the same inputs for every provider
-            found[name].error = measure.error(runner.function(*inputs), exact)
+            try:
+                inputs = runner.inputs[0]
+                exact = exact or providers.truth(case, mode, inputs)  # the same inputs for every provider
+                found[name].error = measure.error(runner.function(*inputs), exact)
+            except torch.cuda.OutOfMemoryError:
+                found[name].error = math.inf
+            if found[name].error == math.inf:
+                measure.empty(self.device)
 
     # -- rows ----
 
     def rows(self, case, mode: str, found: dict[str, Measurement]) -> list[dict]:
         """A row for each provider. ``speedup``: of coda_fast on every peer, turn by turn; none where its tests or its error fail."""
         good = not wrong(found) and self.verified()
-        stamp = results.environment(self.device)
+        ceilings = self._ceilings(case, mode, found)
+        bound = max(ceilings, key=ceilings.get, default=None)
         rows = []
         for name, m in found.items():
             p20, p50, p80 = measure.quantiles(m.device_us) if m.device_us else (None,) * 3
@@ -98,21 +115,33 @@ class Laboratory:
                 "turns": len(m.device_us),
                 "peak_bytes": m.peak_bytes,
                 "error": _short(m.error),
-                "ceiling": _short(self._ceiling(case, mode, found, m)),
+                "ceiling": _short(ceilings[bound] / p50) if bound and p50 else None,
+                "bound": bound,
                 "speedup": self._speedups(name, m, found) if good else None,
                 "verified": good if name in _ours(found) else None,
                 "missing": m.missing,
             }
-            rows.append(row | stamp)
+            rows.append(row | self._stamp())
         return rows
 
-    def _ceiling(self, case, mode, found, m):
-        """Which share of its time a provider would need if it did nothing but the products and moved nothing but its arguments."""
+    def _stamp(self):
+        return results.environment(self.device)
+
+    def copy_row(self) -> dict:
+        """The row of the copy: its share of the ceiling is 1 by definition."""
+        p20, p50, p80 = measure.quantiles(self.copy().device_us)
+        row = {"op": COPY, "provider": COPY, "mode": COPY, "dtype": "uint8", "shape": {"bytes": COPY_BYTES[self.device.type]}}
+        times = {"p20_us": p20, "p50_us": p50, "p80_us": p80, "host_p50_us": measure.quantiles(self.copy().host_us)[1]}
+        row |= {key: _short(value) for key, value in times.items()} | {"turns": len(self.copy().device_us), "peak_bytes": None}
+        return row | {"error": None, "ceiling": 1.0, "bound": COPY, "speedup": None, "verified": None, "missing": None} | self._stamp()
+
+    def _ceilings(self, case, mode, found):
+        """{what: microseconds} of doing nothing but the products, and of moving nothing but arguments and results."""
         product = found.get(PRODUCT)
-        if not (isinstance(case, cases.Layer) and product and product.device_us and m.device_us):
-            return None
+        if not (isinstance(case, cases.Layer) and product and product.device_us):
+            return {}
         moving = 1e6 * least_bytes(case, mode, getattr(torch, self.dtype).itemsize) / self.bandwidth()
-        return max(measure.quantiles(product.device_us)[1], moving) / measure.quantiles(m.device_us)[1]
+        return {PRODUCT: measure.quantiles(product.device_us)[1], COPY: moving}
 
     def _speedups(self, name, m, found):
         if name not in _ours(found) or not m.device_us:
@@ -127,13 +156,13 @@ def _ours(found):
 
 def wrong(found: dict[str, Measurement]) -> str | None:
     """What coda_fast computes worse than eager torch does in the same dtype: its error against float64 may be twice that of the
-    materialising formula plus one part in a million. None where errors were not measured.
+    materialising formula (of the algebraic one where that does not fit into memory) plus one part in a million. None where errors were
+    not measured.
     """
-    peer = found.get(MATERIALISING)
-    if peer is None or peer.error is None:
-        return None
-    bound = 2 * peer.error + 1e-6
-    bad = {name: found[name].error for name in _ours(found) if found[name].error is not None and not found[name].error <= bound}
+    errors = {name: found[name].error for name in found if found[name].error is not None}
+    peer = next((errors[name] for name in PEERS if math.isfinite(errors.get(name, math.inf))), math.nan)
+    bound = 2 * peer + 1e-6
+    bad = {name: errors[name] for name in _ours(errors) if not errors[name] <= bound}
     return "; ".join(f"{name}: error {value:.1e}, allowed {bound:.1e}" for name, value in bad.items()) or None
 
 

@@ -10,7 +10,7 @@ def pytest_collection_finish(session):
 
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
-        reason = str(report.longrepr)[-2000:] if report.failed else None
+        reason = None if report.passed else str(report.longrepr)[-2000:]
         _write({"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3), "reason": reason})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -27,7 +28,6 @@ class Measurement:
     peak_bytes: int | None = None
     error: float | None = None
     missing: str | None = None  # why there is nothing
-    graph_bytes: int = 0  # by which the pools of CUDA graphs grew when it was warmed up
 
 
 @dataclasses.dataclass
@@ -45,31 +45,50 @@ class Runner:
 
 def in_turn(runners: dict[str, Runner], device: torch.device, seconds: float, turns: tuple[int, int] = TURNS) -> dict[str, Measurement]:
     """Every runner for a block of calls, one after the other, as many turns as fit in ``seconds``: a drift of the machine hits all of
-    them. Compilation and warm-up come before and are not counted. A runner that fails in the warm-up is left out and says why.
+    them. Compilation and warm-up come before and are not counted; the second call tells the peak memory. A runner that fails is taken out
+    of ``runners`` and says why.
     """
     found, repeats, total = {name: Measurement() for name in runners}, {}, 0.0
-    for name, runner in runners.items():
-        pools = graph_pools(device)
-        try:
-            runner()
-            estimate = _block(runner, 1, device)[1]
+    for name in list(runners):
+        with _survive(name, runners, found, device):
+            empty(device)  # what others left in the cache of the allocator is not this one's lack of memory
+            runners[name]()
+            # of CUDA graphs the second call is the recording one: later ones replay and allocate nothing
+            found[name].peak_bytes = peak_bytes(runners[name], device)
+            estimate = _block(runners[name], 1, device)[1]
             for _ in range(2 if estimate < 0.3 else 0):
-                estimate = min(estimate, _block(runner, 1, device)[1])
-        except Exception as error:
-            if device.type == "cuda" and not isinstance(error, torch.cuda.OutOfMemoryError):
-                torch.cuda.synchronize(device)  # raises here if the device itself is lost
-            found[name].missing = _reason(error)
-            continue
-        found[name].graph_bytes = max(0, graph_pools(device) - pools)
-        repeats[name] = max(1, min(100, math.ceil(BLOCK_SECONDS[device.type] / max(estimate, 1e-7))))
-        total += repeats[name] * estimate
+                estimate = min(estimate, _block(runners[name], 1, device)[1])
+            repeats[name] = max(1, min(100, math.ceil(BLOCK_SECONDS[device.type] / max(estimate, 1e-7))))
+            total += repeats[name] * estimate * (2 if device.type == "cuda" else 1)  # there a block runs twice
     least, most = turns
     for _ in range(max(least, min(most, int(seconds / max(total, 1e-9)))) if repeats else 0):
-        for name, count in repeats.items():
-            on_device, on_host = _block(runners[name], count, device)
-            found[name].device_us.append(1e6 * on_device)
-            found[name].host_us.append(1e6 * on_host)
+        for name in list(runners):
+            with _survive(name, runners, found, device):
+                on_device, on_host = _block(runners[name], repeats[name], device)
+                found[name].device_us.append(1e6 * on_device)
+                found[name].host_us.append(1e6 * on_host)
     return found
+
+
+@contextlib.contextmanager
+def _survive(name, runners, found, device):
+    """One that fails is out, with its reason; the others go on. Raises if the device itself is lost."""
+    try:
+        yield
+    except Exception as error:
+        found[name] = Measurement(missing=reason(error))
+        del runners[name]
+        if device.type == "cuda" and not isinstance(error, torch.cuda.OutOfMemoryError):
+            torch.cuda.synchronize(device)
+    if found[name].missing:  # the error, and with it the frames that hold tensors, is gone by now
+        empty(device)
+
+
+def empty(device: torch.device) -> None:
+    """Give back what nobody holds."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _block(runner, count, device):
@@ -107,7 +126,8 @@ def head_start(device: torch.device) -> None:
     _scratch[device].zero_()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """In one line, for the tables."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
@@ -119,7 +139,7 @@ def _reason(error: Exception) -> str:
 
 def peak_bytes(function: Callable, device: torch.device) -> int:
     """The most that torch's allocator held during a call, above what it held before (inputs and parameters). What libraries take behind
-    its back on a CPU (packed weights of a convolution) is not in it, nor are the pools of CUDA graphs.
+    its back on a CPU (packed weights of a convolution) is not in it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -143,13 +163,6 @@ def peak_bytes(function: Callable, device: torch.device) -> int:
         held += change
         most = max(most, held)
     return most
-
-
-def graph_pools(device: torch.device) -> int:
-    """Bytes that private pools, those of CUDA graphs, hold; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0))
 
 
 # -- error ----------------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 def materialising(x, B, A, b, stride=1, padding=0, detach=False):
     """The formula as it is published: unfold, weights by a 1x1 convolution, product, sum, norm. Writes ``w``, n d numbers a pixel."""
     (n, r), kernel = A.shape[:2], A.shape[3:]
+    x = x.contiguous()  # as published: from channels last, w itself would have to be copied
     z = F.conv2d(x, B, stride=stride, padding=padding)
     generate = A.reshape(n, r, -1).transpose(1, 2).reshape(-1, r, 1, 1)
     w = F.conv2d(z, generate, b.flatten()).flatten(2).unflatten(1, (n, -1))  # [N, n, d, P]

@@ -26,7 +26,9 @@ def fingerprint(rows: list[dict]) -> str:
 
 
 def _scaling(rows):
-    return [r for r in rows if r["op"].startswith("scaling") and r["provider"] in STYLE]
+    """Of one dtype, the first that was measured."""
+    found = [r for r in rows if r["op"].startswith("scaling") and r["provider"] in STYLE]
+    return [r for r in found if r["dtype"] == found[0]["dtype"]]
 
 
 def shows(path: Path, rows: list[dict]) -> bool:

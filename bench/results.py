@@ -46,12 +46,13 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Of the tree; "-dirty" if it was changed. CODA_FAST_COMMIT names it for a tree without its history."""
+    """Of the tree; "-dirty" if it was changed, other than by rows. CODA_FAST_COMMIT names it for a tree without its history."""
     if named := os.environ.get("CODA_FAST_COMMIT"):
         return named
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -7,6 +7,7 @@ python bench/tables.py --check    exit status 1 if what is written is not what t
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not 
 
 from bench import aot_tables, evaluate_digits, evaluation_speed, golden, matrix_regulariser, plots, results  # noqa: E402
 from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING  # noqa: E402
-from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, MATERIALISING, PRODUCT  # noqa: E402
+from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, COPY, MATERIALISING, PRODUCT  # noqa: E402
 
 README, BENCHMARK, KERNELS = ROOT / "README.md", ROOT / "docs" / "benchmark.md", ROOT / "docs" / "kernels.md"
 EVALUATION = ROOT / "docs" / "evaluation.md"
@@ -26,8 +27,29 @@ ALGEBRAICS = (ALGEBRAIC, ALGEBRAIC + COMPILED, CHECKPOINTED, CHECKPOINTED + COMP
 # -- one device -----------------------------------------------------------------------------------------------------------------------
 
 
+def variants(rows: list[dict]) -> list[list[dict]]:
+    """Rows that may stand in one table: of one dtype, and of one shape for each op (scaling series aside)."""
+    groups = {}
+    for row in rows:
+        if row["op"] == COPY:
+            continue
+        shapes = groups.setdefault(row["dtype"], {}).setdefault(row["op"], {})
+        key = "" if row["op"].startswith("scaling") else json.dumps(row["shape"], sort_keys=True)
+        shapes.setdefault(key, []).append(row)
+    found = []
+    for ops in groups.values():
+        for i in range(max(len(shapes) for shapes in ops.values())):
+            found.append([row for shapes in ops.values() for row in (list(shapes.values())[i : i + 1] or [[]])[0]])
+    return found
+
+
 def everything(rows: list[dict]) -> str:
     """All tables of these rows, of one device."""
+    copies = [r for r in rows if r["op"] == COPY]
+    return "\n\n".join(_everything(variant, copies) for variant in variants(rows))
+
+
+def _everything(rows, copies):
     parts = []
     for mode in LAYER_MODES:
         if found := _select(rows, mode, layers=True):
@@ -41,7 +63,7 @@ def everything(rows: list[dict]) -> str:
             ]
     for name in _ordered(r["op"] for r in rows if r["mode"] in (STEP, INFERENCE)):
         parts += [network_title(rows, name), "", network(rows, name), ""]
-    parts += [missing(rows), footer(rows)]
+    parts += [missing(rows), footer(rows, copies)]
     return "\n".join(part for i, part in enumerate(parts) if part or (i and parts[i - 1])).rstrip()
 
 
@@ -63,7 +85,7 @@ def gains(rows: list[dict]) -> str:
     by = _by(rows)
     table = [
         [
-            "layer", "speed-up on materialising", "on the fastest algebraic", "which", "% of ceiling",
+            "layer", "speed-up on materialising", "on the fastest algebraic", "which", "% of ceiling", "ceiling",
             "peak MiB: materialising", "algebraic", "coda_fast", "error: materialising", "algebraic", "coda_fast",
         ]
     ]  # fmt: skip
@@ -74,8 +96,12 @@ def gains(rows: list[dict]) -> str:
         peer = fastest(by, op, ALGEBRAICS)
         three = [by.get((op, p)) for p in (MATERIALISING, ALGEBRAIC, CODA)]
         share = "" if not ours["ceiling"] else f"{100 * ours['ceiling']:.0f}"
+        which = peer or ""
+        if peer and ours["driver"] and fastest(by, op, (ALGEBRAIC + COMPILED,)) is None:
+            which += " (compiled not measured)"  # the peer to beat on a GPU
+        first = fastest(by, op, (MATERIALISING, MATERIALISING + COMPILED))
         table.append(
-            [op, _speedup(ours, fastest(by, op, (MATERIALISING, MATERIALISING + COMPILED))), _speedup(ours, peer), peer or "", share]
+            [op, _speedup(ours, first), _speedup(ours, peer), which, share, ours.get("bound") or ""]
             + [_mib(r) for r in three]
             + [_error(r) for r in three]
         )
@@ -134,8 +160,8 @@ def missing(rows: list[dict]) -> str:
     return "\n".join(f"Not measured: {p} ({why}): {', '.join(_ordered(where))}." for (p, why), where in reasons.items())
 
 
-def footer(rows: list[dict]) -> str:
-    """Where, when, how."""
+def footer(rows: list[dict], copies: list[dict] = ()) -> str:
+    """Where, when, how; ``copies``: the row of the copy, if there is one."""
     one = rows[0]
     commits = ", ".join(_ordered(f"{r['commit']} ({r['date']})" for r in rows))
     spreads = sorted((r["p80_us"] - r["p20_us"]) / r["p50_us"] for r in rows if r.get("p50_us"))
@@ -150,8 +176,9 @@ def footer(rows: list[dict]) -> str:
     unverified = sorted({r["provider"] for r in rows if r.get("verified") is False})
     doubt = f" No speed-up of {', '.join(unverified)} is shown: the op's own tests or its error failed here." if unverified else ""
     driver = f", driver {one['driver']}" if one.get("driver") else f", {one.get('threads')} threads"
+    bandwidth = "".join(f" A copy reads and writes {2e-3 * c['shape']['bytes'] / c['p50_us']:.0f} GB/s." for c in copies)
     return (
-        f"{one['dtype']}{batches}. Speed-ups: median of the ratios turn by turn (20 to 80 %). {spread}{one['device']}{driver}; "
+        f"{one['dtype']}{batches}.{bandwidth} Speed-ups: median of the ratios turn by turn (20 to 80 %). {spread}{one['device']}{driver}; "
         f"torch {one['torch']}, Triton {one['triton']}, Python {one.get('python')}; commit {commits}.{doubt}"
     )
 
@@ -250,8 +277,10 @@ def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
     """The text that each document should have."""
     short, full = [], []
     for path, rows in devices(folder):
-        training = [r for r in rows if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")]
-        short += [f"**{rows[0]['device']}**", "", summary(training), "", footer(training), ""]
+        for variant in variants(rows):
+            training = [r for r in variant if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")]
+            if training:
+                short += [f"**{rows[0]['device']}, {training[0]['dtype']}**", "", summary(training), "", footer(training), ""]
         full += [f"## {rows[0]['device']}", "", everything(rows), ""]
         if any(r["op"].startswith("scaling") for r in rows):
             full += [f"![Scaling on {rows[0]['device']}]({plots.scaling_path(path).name})", ""]

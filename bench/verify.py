@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+NO_TIME = "no time left"  # why a bench was skipped that did not begin in time
 ROOT = Path(__file__).resolve().parent.parent
 # The values of the published implementation; on a GPU also the kernels against the definition on published layers
 CPU = ("tests/test_golden.py", "-k", "not triton")
@@ -20,7 +21,7 @@ GPU = ("tests/test_golden.py", "tests/kernels/test_layer.py", "-k", "golden or t
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a run of tests found. ``passed``: at least one ran, none failed, none that was collected is left."""
+    """What a run of tests found. ``good``: at least one passed and none failed. ``passed``: and none that was collected is left."""
 
     passes: int = 0
     skipped: int = 0
@@ -28,8 +29,12 @@ class Verdict:
     unfinished: int = 0
 
     @property
+    def good(self) -> bool:
+        return self.passes > 0 and not self.failures
+
+    @property
     def passed(self) -> bool:
-        return self.passes > 0 and not self.failures and not self.unfinished
+        return self.good and not self.unfinished
 
     def __add__(self, other: Verdict) -> Verdict:
         return Verdict(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
@@ -43,13 +48,19 @@ class Verdict:
         parts += [f"{self.unfinished} did not come to an end"] * bool(self.unfinished) + [f"{self.skipped} skipped"] * bool(self.skipped)
         return ", ".join(parts)
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self)) + "\n", encoding="utf-8")
+    def write(self, path: Path, **stamp) -> None:
+        """``stamp``: what it is about (device, commit)."""
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.write_text(json.dumps(dataclasses.asdict(self) | {"of": stamp}) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
 
     @staticmethod
-    def load(path: Path) -> Verdict:
-        """OSError, ValueError, TypeError."""
+    def load(path: Path, **stamp) -> Verdict:
+        """Raises: OSError; ValueError, TypeError: not a verdict, or one about something else than ``stamp``."""
         found = json.loads(path.read_text(encoding="utf-8"))
+        of = found.pop("of", {})
+        if different := {key: of.get(key) for key, value in stamp.items() if of.get(key) != value}:
+            raise ValueError(f"{path}: expected a verdict about {stamp}, got one about {different}")
         return Verdict(**{**found, "failures": tuple(found["failures"])})
 
 
@@ -72,7 +83,12 @@ def run(*arguments: str) -> Verdict:
 
 
 def shards(tests: list[str], count: int, until: float, folder: Path, root: Path = ROOT) -> Verdict:
-    """These tests in ``count`` processes at once (their time is mostly the compiler's), killed at ``until`` (``time.monotonic``)."""
+    """These tests in ``count`` processes at once (their time is mostly the compiler's), killed at ``until`` (``time.monotonic``). What
+    each said stays in ``folder``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("shard*"):
+        old.unlink()
     parts = [part for i in range(count) if (part := tests[i::count])]
     running, logs = [], []
     for i, part in enumerate(parts):
@@ -86,19 +102,33 @@ def shards(tests: list[str], count: int, until: float, folder: Path, root: Path 
                     arguments, cwd=root, env=environment(logs[-1]), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
                 )
             )
-    for process in running:
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with compute-sanitizer, if it started one
-            process.wait()
     found = Verdict()
-    for part, log in zip(parts, logs, strict=True):
+    statuses = wait(running, until)
+    for part, log, status in zip(parts, logs, statuses, strict=True):
         ended = read(log)
-        found += dataclasses.replace(
-            ended, unfinished=max(ended.unfinished, len(part) - ended.passes - ended.skipped - len(ended.failures))
-        )
+        left = max(ended.unfinished, len(part) - ended.passes - ended.skipped - len(ended.failures))
+        broken = (f"{log.stem} ended with status {status}",) if status not in (None, 0, 1) else ()
+        found += dataclasses.replace(ended, unfinished=left, failures=ended.failures + broken)
     return found
+
+
+def wait(processes: list[subprocess.Popen], until: float) -> list[int | None]:
+    """Their exit statuses; None for those that had to be killed at ``until``. Each must be the leader of a session: it dies with all that
+    it has started (compute-sanitizer, compilers), also if this process is interrupted.
+    """
+    statuses = []
+    try:
+        for process in processes:
+            try:
+                statuses.append(process.wait(max(0.0, until - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                statuses.append(None)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return statuses
 
 
 def collect(*arguments: str, root: Path = ROOT) -> list[str]:
@@ -123,6 +153,8 @@ def read(log: Path, done: subprocess.CompletedProcess | None = None) -> Verdict:
         if "test" in line and outcome.get(line["test"]) != "failed":
             outcome[line["test"]] = line["outcome"]
     expected = next((line["collected"] for line in lines if "collected" in line), [])
+    late = {line["test"] for line in lines if line.get("outcome") == "skipped" and NO_TIME in (line["reason"] or "")}
+    outcome = {test: found for test, found in outcome.items() if test not in late}
     failures = [test for test, found in outcome.items() if found == "failed"]
     if done is not None and done.returncode not in (0, 1):
         failures.append(f"pytest ended with status {done.returncode}: {(done.stdout + done.stderr)[-300:]}")

@@ -49,6 +49,7 @@ def test_benchmark(tmp_path, verdict):
     status, text = bench(*options, "-k", "S9 and explanation")
     assert status == 0, text
     rows = {row["provider"]: row for row in results.read(next(tmp_path.glob("*.jsonl")))}
+    assert rows.pop(providers.COPY)["p50_us"] > 0
     assert list(rows) == [providers.MATERIALISING, providers.ALGEBRAIC, providers.CODA, providers.PRODUCT]
     for row in rows.values():
         assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
@@ -115,8 +116,9 @@ def test_report_rehearsed(tmp_path):
     assert tests.passes >= 5
     rows = results.read(next(tmp_path.glob("*.jsonl")))
     assert {(r["op"], r["mode"]) for r in rows} >= {("S9", "forward"), ("S9", "forward + backward"), ("coda_s_cifar10", "inference")}
-    assert any(r["provider"].endswith("compiled") for r in rows)
+    assert any(r["provider"] == providers.ALGEBRAIC + providers.COMPILED for r in rows)
     if not torch.cuda.is_available():
+        assert Verdict.load(tmp_path / "large.json").skipped > 0
         configurations = Verdict.load(tmp_path / "configurations.json")
         assert configurations.skipped > 0
         assert not configurations.passed
@@ -127,14 +129,38 @@ def test_report_rehearsed(tmp_path):
 
 @pytest.mark.slow
 def test_report_cut_off(tmp_path):
-    """Killed during the second stage: what the first found is there."""
+    """Killed, and its benchmark with it, once the second stage has its first rows: what the first stage found is there, the group is whole,
+    and of the rest there is nothing.
+    """
     process = start("bench/gpu_report.py", *CPU, "--quick", "--output", tmp_path, "--minutes", "4", "--jobs", "1")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "tests.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("*.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    for child in children:
+        os.killpg(int(child), signal.SIGKILL)
     process.communicate()
     assert Verdict.load(tmp_path / "tests.json").passed
+    rows = results.read(next(tmp_path.glob("*.jsonl")))
+    first = [row["provider"] for row in rows if row["mode"] == "forward"]
+    assert first == [providers.MATERIALISING, providers.ALGEBRAIC, providers.CODA, providers.PRODUCT]
+    assert any(row["op"] == providers.COPY for row in rows)
+    assert not (tmp_path / "configurations.json").exists()
+
+
+def test_interrupted_report_leaves_no_process(tmp_path):
+    """Ctrl-C: what it had started, in sessions of their own, goes with it."""
+    process = start("bench/gpu_report.py", *CPU, "--output", tmp_path, "--minutes", "4", "--jobs", "2", "--stages", "tests")
+    children, deadline = [], time.monotonic() + 120
+    while len(children) < 2 and time.monotonic() < deadline:  # a collecting process first, then one a job
+        time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert "KeyboardInterrupt" in err
+    assert len(children) == 2
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
 def test_report_fails_in_time(tmp_path):
@@ -189,16 +215,22 @@ def test_stages_share_the_time(monkeypatch, tmp_path):
     assert found["layers"].failures == ("RuntimeError: lost the device",)
 
 
-@pytest.mark.parametrize(("tests", "configurations", "marked"), [(1, 1, True), (1, 0, False), (0, 1, False)])
-def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations, marked):
-    """sm_XX.json says "verified" only if tests and configurations have all passed, and keeps the tiles of the table."""
+@pytest.mark.parametrize(
+    ("tests", "configurations", "commit", "marked"), [(1, 1, "", True), (1, 0, "", False), (0, 1, "", False), (1, 1, "another", False)]
+)
+def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations, commit, marked):
+    """sm_XX.json says "verified" only if all tests of one commit have passed, and keeps the tiles of the table."""
     monkeypatch.setattr(results, "device_name", lambda device: "a GPU")
-    monkeypatch.setattr(results, "environment", lambda device: {"device": "a GPU", "triton": "3", "python": "3", "date": "d"})
+    monkeypatch.setattr(
+        results, "environment", lambda device: {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "python": "3", "date": "d"}
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
     report = gpu_report.Report(tmp_path, tmp_path, "cuda", 0.0)
-    Verdict(passes=1, unfinished=1 - tests).write(tmp_path / "tests.json")
-    Verdict(passes=configurations).write(tmp_path / "configurations.json")
+    Verdict(passes=1, unfinished=1 - tests).write(tmp_path / "tests.json", **report.stamp)
+    Verdict(passes=configurations).write(tmp_path / "configurations.json", **report.stamp)
+    Verdict(passes=1).write(tmp_path / "large.json", **(report.stamp | {"commit": commit or report.commit}))
     path = report.propose_table()
     assert (path is not None) == marked
     if marked:
-        assert json.loads(path.read_text())["verified"] == {"device": "a GPU", "triton": "3", "date": "d"}
+        mark = json.loads(path.read_text())["verified"]
+        assert mark == {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "date": "d", "commit": report.commit}

@@ -67,6 +67,35 @@ def test_providers_share_their_inputs():
     assert not torch.equal(sets[0][0][0], sets[0][1][0])  # the images of a set are its own
 
 
+def test_the_preset_of_a_gpu():
+    """S-CoDA at batch 256, L-CoDA at 64, at 16 on a small device; every provider has a name there and none twice."""
+    large, small = cases.preset("gpu", int(80e9)), cases.preset("gpu", int(40e9))
+    assert [(n.name, n.batch) for n in large.networks] == [("coda_s_cifar10", 256), ("coda_l_imagenet100", 64)]
+    assert [n.batch for n in small.networks] == [256, 16]
+    assert {c.batch for c in large.layers if c.name.startswith("L")} == {64}
+    gpu = torch.device("cuda")
+    for case in (large.layers[0], large.networks[0]):
+        for mode in cases.LAYER_MODES if isinstance(case, cases.Layer) else cases.NETWORK_MODES:
+            names = providers.names(case, mode, gpu, large.compiled_in(case, mode))
+            assert len(set(names)) == len(names)
+            assert {"algebraic compiled", "materialising compiled", "coda_fast compiled", "coda_fast factored"} <= set(names)
+            assert ("coda_fast save_contraction" in names) == (mode in (cases.TRAINING, cases.STEP))
+
+
+@pytest.mark.parametrize("name", [*providers.PEERS, providers.CODA])
+def test_providers_compile_whole(name):
+    """In one graph, forward and backward, as max-autotune on a GPU needs it; with the values of the eager function."""
+    inputs, eager = providers.setup(name, SMALL, cases.TRAINING, torch.float32, CPU)
+    function = {**providers.PEERS, **providers.OURS}[name]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+    x, *parameters, upstream = inputs[0]
+    y = compiled(x, *parameters, SMALL.stride, SMALL.padding)
+    found = [y, *torch.autograd.grad(y, [x, *parameters], upstream)]
+    torch._dynamo.reset()
+    for a, b in zip(found, eager(*inputs[0]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_published_layers():
     found = cases.distinct(cases.layers({"S": 256, "L": 64}))
     assert [c.name for c in found[:7]] == ["S1", "S2", "S3", "S4, S5", "S6", "S7, S8", "S9"]
@@ -93,6 +122,61 @@ def test_in_turn():
     assert all(21e3 <= us for us in found["fast"].device_us)
     low, middle, high = measure.ratios(found["slow"], found["fast"])
     assert low <= middle <= high
+
+
+def test_a_provider_that_fails_later_is_out():
+    """Not in the warm-up: the others have all their turns, and its own are gone."""
+    calls = itertools.count()
+
+    def fails_late():
+        time.sleep(0.021)
+        assert next(calls) < 8, "at last"
+
+    runners = {"late": Runner([()], fails_late), "fine": Runner([()], lambda: time.sleep(0.021))}
+    found = measure.in_turn(runners, CPU, 0.0, (9, 9))
+    assert (found["late"].missing, found["late"].device_us) == ("AssertionError: at last", [])
+    assert len(found["fine"].device_us) == 9
+    assert list(runners) == ["fine"]
+
+
+def test_a_group_that_fails_is_not_measured_again(monkeypatch):
+    calls = []
+    lab = laboratory.Laboratory(CPU, "float32", 0.0)
+    monkeypatch.setattr(lab, "_measure", lambda *a: calls.append(a) or [][1])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="IndexError: list index out of range"):
+            lab.measure(SMALL, cases.FORWARD, [])
+    assert len(calls) == 1
+
+
+def test_no_speedup_where_the_error_is_not_known(monkeypatch):
+    """The truth does not fit into memory."""
+
+    def full(*arguments):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(providers, "truth", full)
+    monkeypatch.setattr(laboratory, "COPY_BYTES", {"cpu": 1 << 20})
+    lab = laboratory.Laboratory(CPU, "float32", 0.0, (1, 1))
+    found = lab.measure(SMALL, cases.FORWARD, [providers.MATERIALISING, providers.CODA, providers.PRODUCT])
+    rows = {row["provider"]: row for row in lab.rows(SMALL, cases.FORWARD, found)}
+    assert rows[providers.CODA]["p50_us"]
+    assert rows[providers.CODA]["speedup"] is None
+
+
+@pytest.mark.parametrize("bound", [providers.PRODUCT, providers.COPY])
+def test_the_ceiling_is_the_slower_of_two(monkeypatch, bound):
+    monkeypatch.setattr(laboratory, "COPY_BYTES", {"cpu": 1 << 20})
+    lab = laboratory.Laboratory(CPU, "float32", 0.0, (1, 1))
+    least = laboratory.least_bytes(SMALL, cases.FORWARD, 4)
+    copy = 1.0 if bound == providers.PRODUCT else 100.0  # microseconds for least bytes
+    lab._copy = Measurement([copy * 2 * (1 << 20) / least], [1.0])
+    found = {providers.CODA: Measurement([200.0], [200.0]), providers.PRODUCT: Measurement([50.0], [50.0])}
+    row = lab.rows(SMALL, cases.FORWARD, found)[0]
+    assert (row["bound"], row["ceiling"]) == (bound, {providers.PRODUCT: 0.25, providers.COPY: 0.5}[bound])
+    row = lab.copy_row()
+    assert 2e-3 * row["shape"]["bytes"] / row["p50_us"] == pytest.approx(least / copy * 1e-3, rel=1e-3)  # GB/s
+    assert all(field in row for field in results.FIELDS)
 
 
 def test_inputs_rotate():
@@ -136,7 +220,7 @@ def test_error():
 def fake(verified=True, error=1e-7):
     """A laboratory with one measured group: coda_fast takes half the time of the formula and a third more than the product."""
     lab = laboratory.Laboratory(CPU, "float32", 0.0, verified=lambda: verified)
-    lab._bandwidth = 1e12
+    lab._copy = Measurement([1e-3], [1e-3])  # as good as no time
     found = {
         providers.MATERIALISING: Measurement([200.0, 220.0, 210.0], [1.0] * 3, 1000, 1e-7),
         providers.ALGEBRAIC: Measurement(missing="out of memory"),
@@ -236,6 +320,24 @@ def test_stale_documents_are_found(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     found = tables.documents(tmp_path)
     assert any(path.read_text(encoding="utf-8") != text for path, text in found.items())
+
+
+def test_tables_do_not_mix():
+    """Rows of two dtypes and of two batches stand in tables of their own; the copy is in the footer."""
+    narrow = [dict(row, dtype="bfloat16") for row in fake()]
+    large = [dict(row, shape={**row["shape"], "batch": 64}, p50_us=row["p50_us"] and 10 * row["p50_us"]) for row in fake()]
+    copy = dict(fake()[0], op=providers.COPY, mode=providers.COPY, shape={"bytes": 1_000_000}, p50_us=2.0)
+    found = tables.variants([*fake(), *narrow, *large, copy])
+    kinds = [{(row["dtype"], row["shape"]["batch"]) for row in rows} for rows in found]
+    assert kinds == [{("float32", 2)}, {("float32", 64)}, {("bfloat16", 2)}]
+    text = tables.everything([*fake(), *large, copy])
+    assert text.count("A copy reads and writes 1000 GB/s.") == 2
+    assert len([line for line in text.splitlines() if line.startswith("| X1")]) == 4
+
+
+def test_nothing_measured_has_a_footer():
+    rows = [dict(row, p20_us=None, p50_us=None, p80_us=None, speedup=None, missing="out of memory") for row in fake()]
+    assert "no memory" in tables.everything(rows)
 
 
 def test_sum_counts_layers_of_one_shape():

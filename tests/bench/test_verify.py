@@ -37,6 +37,18 @@ def test_failing(file):
     assert not verdict.passed
 
 
+def test_what_had_no_time_is_unfinished(file):
+    verdict = verify.run(file("import pytest\n\ndef test_a():\n    pytest.skip('no time left')\n\ndef test_b():\n    pass\n"))
+    assert verdict == Verdict(passes=1, unfinished=1)
+    assert verdict.good
+    assert not verdict.passed
+
+
+def test_a_shard_that_breaks_off_has_failed(file, tmp_path):
+    verdict = verify.shards(verify.collect(file(CRASHING), root=tmp_path), 1, time.monotonic() + 60, tmp_path / "logs", tmp_path)
+    assert (verdict.passes, verdict.unfinished, verdict.failures) == (1, 2, ("shard0 ended with status 9",))
+
+
 @pytest.mark.parametrize("text", [CRASHING, "syntax error", "x = 1\n"])
 def test_what_breaks_off_has_not_passed(file, text):
     verdict = verify.run(file(text))
@@ -74,5 +86,8 @@ def test_collect_refuses_nothing(file):
 
 def test_verdict_on_disk(tmp_path):
     verdict = Verdict(3, 1, ("a::b",), 2)
-    verdict.write(tmp_path / "verdict.json")
-    assert Verdict.load(tmp_path / "verdict.json") == verdict
+    path = tmp_path / "verdict.json"
+    verdict.write(path, commit="c", device="d")
+    assert Verdict.load(path) == Verdict.load(path, commit="c") == verdict
+    with pytest.raises(ValueError, match="expected a verdict about {'commit': 'other'}, got one about {'commit': 'c'}"):
+        Verdict.load(path, commit="other")
