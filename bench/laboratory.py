@@ -10,7 +10,7 @@ import torch
 
 from bench import cases, measure, providers, results
 from bench.measure import Measurement, Runner
-from bench.providers import COMPILED, COPY, MATERIALISING, OURS, PEERS, PRODUCT
+from bench.providers import COMPILED, COPY, OURS, PEERS, PRODUCT
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 SPEEDUPS_ON = (*PEERS, *(name + COMPILED for name in PEERS), providers.FACTORED, providers.RESNET, providers.BCOS)
