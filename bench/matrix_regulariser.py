@@ -19,7 +19,7 @@ from coda_fast import create_model, demo  # noqa: E402
 from coda_fast.losses import DynamicMatrixLoss  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "matrix_regulariser.json"
-WEIGHTS, SEEDS, EPOCHS, TEMPERATURE = (0.0, 0.5, 2.0), (0, 1, 2), 8, 1.0
+WEIGHTS, SEEDS, EPOCHS, TEMPERATURE = (0.0, 2.0, 10.0), (0, 1, 2), 8, 40.0
 
 
 def train(model, data, weight, seed):

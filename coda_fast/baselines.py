@@ -185,7 +185,16 @@ def _occlusion(self, images, targets):
                 perturbations_per_eval=max(1, s["batch_size"] // len(x)),
             )
             maps.append(found.view(len(x), -1, *x.shape[1:])[:, :, 0])  # the window covers all channels: each has the same value
-    return torch.cat(maps).to(images.dtype)  # captum adds up in float32
+    # published: the drop of each window over its area, summed over the windows that cover a pixel; captum has their mean
+    height, width = (_coverage(length, size, min(s["stride"], size)).to(images.device) for length in images.shape[2:])
+    return torch.cat(maps).to(images.dtype) * (height[:, None] * width / size**2).to(images.dtype)  # captum adds up in float32
+
+
+def _coverage(length, window, stride):
+    """How many windows cover each of ``length`` places; the last window may stick out."""
+    starts = torch.arange(-(-(length - window) // stride) + 1) * stride
+    place = torch.arange(length)[:, None]
+    return ((starts <= place) & (place < starts + window)).sum(1)
 
 
 def _rise(self, images, targets):
@@ -196,7 +205,7 @@ def _rise(self, images, targets):
     maps = torch.zeros(len(images), count, height, width, dtype=torch.float64, device=images.device)
     with torch.no_grad():
         for part in zip(*(numbers.split(s["batch_size"]) for numbers in drawn), strict=True):
-            masks = _rise_masks(*part, height, width).to(images)
+            masks = _rise_masks(part[0].to(images), *part[1:], height, width)
             for i, image in enumerate(images):
                 logits = self.model(image * masks[:, None])
                 scores = (logits.sigmoid() if isinstance(self.model, CoDANet) else logits.softmax(1))[:, targets[i]]
@@ -218,38 +227,51 @@ def _rise_masks(grid, down, across, height, width):
     return torch.stack([m[t : t + height, i : i + width] for m, t, i in zip(large, down.tolist(), across.tolist(), strict=True)])
 
 
-@_in_pairs
-def _lime(self, x, target):
+def _lime(self, images, targets):
+    """captum draws the same samples for every class of an image, from the same seed: the network answers them once."""
     try:
         from captum._utils.models.linear_model import SkLearnRidge
         from skimage.segmentation import quickshift
     except ImportError as error:
         raise ImportError(_MISSING.format(error.name)) from None
     s, maps = self.settings, []
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        for image, label in zip(x, target, strict=True):
-            torch.manual_seed(s["seed"])  # for each: the same samples whatever else is explained with it
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), torch.no_grad():
+        for image, classes in zip(images, targets, strict=True):
             picture = image.expand(3, -1, -1).permute(1, 2, 0).double().cpu().numpy()
             segments = quickshift(picture, kernel_size=s["kernel_size"], max_dist=s["max_dist"], ratio=s["ratio"], rng=s["seed"])
-            segments = torch.from_numpy(segments).to(x.device)
-            found = (
-                _captum()
-                .Lime(self.model, interpretable_model=SkLearnRidge(alpha=1.0))
-                .attribute(
+            segments = torch.from_numpy(segments).to(images.device)
+            answers = _Answers(self.model)
+            lime = _captum().Lime(answers, interpretable_model=SkLearnRidge(alpha=1.0))
+            for target in classes.tolist():
+                torch.manual_seed(s["seed"])
+                answers.calls = 0
+                found = lime.attribute(
                     image[None],
                     baselines=0,
-                    target=int(label),
+                    target=target,
                     feature_mask=segments[None, None],
                     n_samples=s["samples"],
                     perturbations_per_eval=s["batch_size"],
                     return_input_shape=False,
                 )[0]
-            )
-            kept = torch.zeros_like(found)
-            best = found.abs().topk(min(s["features"], len(found))).indices
-            kept[best] = found[best]
-            maps.append(kept[segments].to(x.dtype))
-    return torch.stack(maps)
+                kept = torch.zeros_like(found)
+                best = found.abs().topk(min(s["features"], len(found))).indices
+                kept[best] = found[best]
+                maps.append(kept[segments].to(images.dtype))
+    return torch.stack(maps).view(*targets.shape, *images.shape[2:])
+
+
+class _Answers:
+    """A model that answers its k-th call as it did before; set ``calls`` to 0 to begin again."""
+
+    def __init__(self, model):
+        self.model, self.calls, self.given = model, 0, []
+
+    def __call__(self, x):
+        if self.calls == len(self.given):
+            self.given.append(self.model(x))
+        self.calls += 1
+        return self.given[self.calls - 1]
 
 
 _BATCH = {"batch_size": 64}

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from coda_fast import checkpoints, plot
 from coda_fast._version import __version__
+from coda_fast.evaluation.localisation import canvases, confident_images, draw_grids, localisation
 from coda_fast.models import CoDANet, create_model
 
 MODEL = "coda_xs_digits"
@@ -132,7 +133,7 @@ def evaluate(model: CoDANet, data: Data, seed: int = 0) -> dict:
     explanation = model.explain(data.test_images)
     chosen = explanation.logits.gather(1, explanation.target)
     correct = explanation.target[:, 0] == data.test_labels
-    score, grids = localisation(model, data.test_images, data.test_labels, explanation.logits, seed)
+    score, grids = localisation_score(model, data, explanation.logits, seed)
     return {
         "accuracy": round(float(correct.double().mean()), 4),
         "completeness_error": float(explanation.completeness_error.max()),
@@ -142,21 +143,12 @@ def evaluate(model: CoDANet, data: Data, seed: int = 0) -> dict:
     }
 
 
-def localisation(model, images, labels, logits, seed: int, grids: int = 100) -> tuple[float | None, int]:
-    """Mean score of the grid pointing game (arXiv:2104.00032, section 4.3) and the number of grids.
-
-    Images that are classified correctly with p > 0.5 are laid out in ``GRID x GRID`` grids of distinct classes; the score of a class
-    is the share of the positive contributions that lies in its own cell. None where fewer than four classes have such images.
-    """
-    sure = torch.nonzero((logits.argmax(1) == labels) & (logits.max(1).values > 0)).flatten()
-    if len(labels[sure].unique()) < GRID**2:
+def localisation_score(model, data: Data, logits, seed: int) -> tuple[float | None, int]:
+    """Mean score of the grid pointing game and the number of grids; None where fewer than four classes have confident images."""
+    if len(confident_images(logits, data.test_labels)) < GRID**2:
         return None, 0
-    canvases, targets = make_grids(images[sure], labels[sure], grids, seed)
-    maps = model.explain(canvases, targets).contribution_map.clamp(min=0)  # [grids, cells, H, W]
-    height, width = images.shape[2:]
-    cells = maps.unflatten(2, (GRID, height)).unflatten(4, (GRID, width)).sum((3, 5)).flatten(2)  # [grids, classes, cells]
-    own = cells.diagonal(dim1=1, dim2=2)
-    return float((own / cells.sum(2).clamp_min(1e-12)).mean()), len(canvases)
+    found = localisation(model, data.test_images, data.test_labels, side=GRID, grids=100, seed=seed, logits=logits)
+    return found.summary()["mean"], len(found.scores)
 
 
 def score_text(score: float | None) -> str:
@@ -164,24 +156,12 @@ def score_text(score: float | None) -> str:
     return "unknown" if score is None else f"{score:.3f}"
 
 
-def make_grids(images, labels, grids: int, seed: int):
-    """``grids`` random grids of distinct classes, [grids, C, GRID H, GRID W], and the class of each cell, row by row."""
-    generator = np.random.default_rng(seed)
-    by_class = {int(c): torch.nonzero(labels == c).flatten().numpy() for c in labels.unique()}
-    canvases, targets = [], []
-    for _ in range(grids):
-        classes = generator.choice(list(by_class), GRID**2, replace=False)
-        cells = [images[generator.choice(by_class[int(c)])] for c in classes]
-        canvases.append(torch.cat([torch.cat(cells[GRID * r : GRID * (r + 1)], 2) for r in range(GRID)], 1))
-        targets.append(classes)
-    return torch.stack(canvases), torch.from_numpy(np.stack(targets))
-
-
 def figure(models: list[CoDANet], data: Data, rows: list[dict], seed: int):
     """Three test digits and one grid at both temperatures, each map with the proof that it is complete."""
     shown = torch.stack([torch.nonzero(data.test_labels == c).flatten()[0] for c in (3, 7, 0)])
     images = data.test_images[shown]
-    grid, classes = make_grids(data.test_images, data.test_labels, 1, seed)
+    cells = torch.from_numpy(draw_grids({c: torch.nonzero(data.test_labels == c).flatten().tolist() for c in range(10)}, GRID**2, 1, seed))
+    grid, classes = canvases(data.test_images[cells], GRID), data.test_labels[cells]
     digits_explained = [m.explain(images, m(images).topk(2).indices) for m in models]
     grid_explained = [m.explain(grid, classes) for m in models]
     # logits differ in size between the networks: one colour scale for each of them, over all its maps

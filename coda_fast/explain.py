@@ -61,7 +61,7 @@ def explain(
         target: None: the predicted class; an int: that class for every image; N classes: one for each image; [N, K] classes:
             several for each image.
         layer: decompose in terms of what enters this DAU layer (its index or the module) instead of the encoded image.
-        memory_budget: bytes that one chunk of images may take for activations and results; at least one image is taken.
+        memory_budget: bytes that one chunk of images may take for activations and results; at least one image and class is taken.
 
     Leaves no graph, no hook, no changed mode and no ``.grad`` behind, and works under ``torch.no_grad`` and ``inference_mode``.
 
@@ -80,15 +80,17 @@ def explain(
     index = _layer_index(model, layer)
     targets = None if target is None else _targets(target, len(images), model.num_classes, images.device)
     classes = 1 if targets is None else targets.shape[1]
-    step = max(1, memory_budget // _bytes_per_image(model, images, classes))
+    fixed, each = _bytes_per_image(model, images)
+    step = max(1, memory_budget // (fixed + classes * each))
+    together = classes if step > 1 else min(classes, max(1, (memory_budget - fixed) // each))  # of one image
     parts = []
     for start in range(0, max(1, len(images)), step):
         chunk = slice(start, start + step)
-        parts.append(_explain_chunk(model, images[chunk], None if targets is None else targets[chunk], index))
+        parts.append(_explain_chunk(model, images[chunk], None if targets is None else targets[chunk], index, together))
     return Explanation(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), layer=index)
 
 
-def _explain_chunk(model, images, targets, index):
+def _explain_chunk(model, images, targets, index, together):
     # not inference tensors, whatever the caller's mode: they are differentiated
     with torch.inference_mode(False), torch.enable_grad(), explanation_mode(model):
         with torch.no_grad():
@@ -97,12 +99,12 @@ def _explain_chunk(model, images, targets, index):
         outputs = model.head(model.run_layers(entering, index))
         logits = outputs.detach()
         targets = logits.argmax(1, keepdim=True) if targets is None else targets.clone()
-        rows = [
-            torch.autograd.grad(outputs.gather(1, targets[:, k : k + 1]).sum(), entering, retain_graph=k + 1 < targets.shape[1])[0]
-            for k in range(targets.shape[1])
-        ]
+        # many classes in one backward pass: the weights of a layer are the same for them
+        one_hot = torch.zeros(targets.shape[1], *outputs.shape, dtype=outputs.dtype, device=outputs.device)
+        one_hot.scatter_(2, targets.t().unsqueeze(2), 1)
+        backward = lambda v: torch.autograd.grad(outputs, entering, v, retain_graph=True)[0]  # noqa: E731
+        weight = torch.func.vmap(backward, out_dims=1, chunk_size=together)(one_hot)
         entering = entering.detach()
-    weight = torch.stack(rows, 1)
     contributions = weight * entering.unsqueeze(1)
     contribution_map = contributions.sum(2)
     total = contributions.sum((2, 3, 4), dtype=torch.float64) + model.logit_bias
@@ -147,11 +149,16 @@ def _targets(target, batch, classes, device):
     return tensor.reshape(batch, -1).long()
 
 
-def _bytes_per_image(model, images, classes):
-    """Activations that a forward pass in explanation mode keeps (what enters each layer, its output, <w, x> and |w|^2), and results."""
+def _bytes_per_image(model, images) -> tuple[int, int]:
+    """Bytes that an image takes, whatever is explained, and for each class besides: activations that a forward pass in explanation mode
+    keeps (what enters each layer, its output, <w, x> and |w|^2); results, and the largest pair of values on their way back.
+    """
     height, width = images.shape[2:]
-    numbers = (2 + 6 * classes) * images.shape[1] * height * width
+    entering = 2 * images.shape[1] * height * width
+    kept, results, largest = entering, 3 * entering, 0
     for layer in model.layers:
         height, width = layer.geometry.output_size(height, width)
-        numbers += 4 * layer.out_channels * height * width
-    return numbers * max(4, images.element_size())
+        leaving = layer.out_channels * height * width
+        kept, largest, entering = kept + 4 * leaving, max(largest, entering + leaving), leaving
+    size = max(4, images.element_size())
+    return kept * size, (results + 2 * largest) * size

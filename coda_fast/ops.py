@@ -241,6 +241,44 @@ def _second_derivatives(grad, tensors, upstream, first_needs, needs, geometry):
     return [found.get(i) for i in range(6)]
 
 
+# -- vmap: several upstream gradients of one input (``is_grads_batched``), for explanations of several classes at once -----------------
+
+
+def _vmap_align_backward(info, in_dims, *args):
+    grad, input, applied, *layer, dot, square, contraction, stride, padding, dilation, norm, eps, detach, needs, backend = args
+    alone = isinstance(in_dims[0], int) and all(dim is None for dim in in_dims[1:9])
+    tensors = [t for t in args[:9] if t is not None]
+    if alone and detach and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        module = _backend(backend)
+        if hasattr(module, "adjoints"):
+            like = input if applied is None else applied
+            geometry = _geometry(layer[1], stride, padding, dilation)
+            with torch.no_grad(), without_autocast(grad.device.type):
+                known = square if square.dim() > 1 else None
+                found = module.adjoints(input, grad.movedim(in_dims[0], 0), *layer, geometry, norm, eps, like, known)
+            results = [input.new_empty(info.batch_size, 0) for _ in range(5)]
+            results[0 if applied is None else 1] = found
+            return tuple(results), (0,) * 5
+    return _one_by_one(align_backward, info, in_dims, args)
+
+
+def _vmap_adjoint(info, in_dims, *args):
+    return _one_by_one(adjoint, info, in_dims, args)
+
+
+def _vmap_align(info, in_dims, *args):
+    return _one_by_one(align, info, in_dims, args)
+
+
+def _one_by_one(op, info, in_dims, args):
+    """The operator for every entry of the batch."""
+    entry = lambda i: (arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True))  # noqa: E731
+    each = [op(*entry(i)) for i in range(info.batch_size)]
+    if isinstance(each[0], torch.Tensor):
+        return torch.stack(each), 0
+    return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0,) * len(each[0])
+
+
 # -- autocast, and all of it together ---------------------------------------------------------------------------------------------------
 
 
@@ -253,14 +291,18 @@ def _autocast(op, kind):
     return run
 
 
-for _op, _name, _kernel_function, _fake, _setup, _backward in (
-    (align, "align", _align_kernel, _align_fake, _setup_align, _backward_of_align),
-    (align_backward, "align_backward", _align_backward_kernel, _align_backward_fake, _setup_align_backward, _backward_of_align_backward),
-    (adjoint, "adjoint", _adjoint_kernel, _adjoint_fake, _setup_adjoint, _backward_of_adjoint),
-):
+for _op, _name, _kernel_function, _fake, _setup, _backward, _vmap in (
+    (align, "align", _align_kernel, _align_fake, _setup_align, _backward_of_align, _vmap_align),
+    (
+        align_backward, "align_backward", _align_backward_kernel, _align_backward_fake, _setup_align_backward, _backward_of_align_backward,
+        _vmap_align_backward,
+    ),
+    (adjoint, "adjoint", _adjoint_kernel, _adjoint_fake, _setup_adjoint, _backward_of_adjoint, _vmap_adjoint),
+):  # fmt: skip
     _LIBRARY.impl(_name, _kernel_function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"coda_fast::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_autograd(f"coda_fast::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
+    torch.library.register_vmap(f"coda_fast::{_name}", _vmap, lib=_LIBRARY)
     if _name != "align_backward":
         for _kind, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _LIBRARY.impl(_name, _autocast(_op, _kind), _key)

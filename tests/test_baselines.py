@@ -42,17 +42,28 @@ def test_linear():
 
 
 def test_occlusion_of_a_linear_model():
-    """What a window takes away is the sum of W x in it; a pixel gets the mean over the windows that cover it (captum's definition)."""
+    """What a window takes away is the sum of W x in it; a pixel gets that over the window's area, summed over the windows that cover it."""
     model, x = Linear(), torch.rand(1, 3, 6, 6, dtype=torch.float64)
     contribution = (model.weight.detach()[1] * x[0]).sum(0)
-    total, covered = torch.zeros(6, 6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
+    total = torch.zeros(6, 6, dtype=torch.float64)
     starts = [0, 2]  # windows of 5 every 2 pixels, the last one cut off at the edge
     for i in starts:
         for j in starts:
             total[i : i + 5, j : j + 5] += contribution[i : i + 5, j : j + 5].sum()
-            covered[i : i + 5, j : j + 5] += 1
     found = baselines.attribute("Occ5", model, x, torch.tensor([1]))[0]
-    torch.testing.assert_close(found, total / covered, rtol=1e-5, atol=1e-6)  # captum adds up in float32
+    torch.testing.assert_close(found, total / 25, rtol=1e-5, atol=1e-6)  # captum adds up in float32
+
+
+def test_lime_asks_once_for_all_classes(network):
+    """And finds for each what it finds for it alone."""
+    images, targets = digits(2), torch.tensor([[3, 7, 1], [0, 2, 5]])
+    seen = []
+    hook = network.register_forward_pre_hook(lambda m, inputs: seen.append(len(inputs[0])))
+    together = baselines.attribute("LIME", network, images, targets, samples=40)
+    hook.remove()
+    assert sum(seen) < 2 * 45  # 40 samples an image, and the image itself
+    for k in range(3):
+        torch.testing.assert_close(together[:, k], baselines.attribute("LIME", network, images, targets[:, k], samples=40))
 
 
 class Spot(nn.Module):

@@ -156,7 +156,8 @@ def test_refuses_nan(value):
 
 def test_chunks_agree():
     model, images = _model(), torch.rand(7, 3, 8, 8)
-    whole, pieces = model.explain(images, 1), model.explain(images, 1, memory_budget=1)
+    targets = torch.arange(28).view(7, 4) % 5
+    whole, pieces = model.explain(images, targets), model.explain(images, targets, memory_budget=1)
     for name in (*MAPS, "logits"):
         assert torch.allclose(getattr(whole, name), getattr(pieces, name), rtol=1e-4, atol=1e-6), name
     assert torch.equal(whole.target, pieces.target)
@@ -172,12 +173,26 @@ def test_memory_budget_bounds_the_chunk(monkeypatch):
         model(images)
     parameters = {p.data_ptr() for p in model.parameters()}
     numbers = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in parameters)
-    assert numbers <= 4 * module._bytes_per_image(model, images, 1)
+    fixed, each = module._bytes_per_image(model, images)
+    assert numbers <= 4 * fixed
     sizes = []
     chunked = module._explain_chunk
     monkeypatch.setattr(module, "_explain_chunk", lambda m, x, *rest: sizes.append(len(x)) or chunked(m, x, *rest))
-    model.explain(images, memory_budget=3 * module._bytes_per_image(model, images, 1))
+    model.explain(images, memory_budget=3 * (fixed + each))
     assert sizes == [3, 1]
+
+
+def test_memory_budget_bounds_the_classes(monkeypatch):
+    """Of one image whose classes do not fit at once, as many as fit go back together."""
+    from coda_fast import explain as module
+    from coda_fast.backends import factored
+
+    model, images = _model(), torch.rand(1, 3, 16, 16)
+    fixed, each = module._bytes_per_image(model, images)
+    together, whole = [], factored.adjoints
+    monkeypatch.setattr(factored, "adjoints", lambda x, values, *rest: together.append(len(values)) or whole(x, values, *rest))
+    model.explain(images, [[0, 1, 2, 3, 4]], memory_budget=fixed + 2 * each)
+    assert together == [2] * 3 + [2] * 3 + [1] * 3  # three layers
 
 
 def test_empty_batch():

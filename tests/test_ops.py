@@ -15,6 +15,8 @@ from support import assert_close, random_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import coda_fast
+from coda_fast import ops
+from coda_fast.backends import factored, reference
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 
 align, align_backward, adjoint = (getattr(torch.ops.coda_fast, name).default for name in ("align", "align_backward", "adjoint"))
@@ -101,6 +103,57 @@ def test_formats_of_results():
     fake = results(*(t.to("meta") for t in (x, u, *parameters)))
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+# -- several gradients at once (vmap) ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["squash", "l2"])
+@pytest.mark.parametrize(
+    ("layout", "dtype", "bias", "applied"),
+    [("contiguous", torch.float64, True, False), ("channels_last", torch.float32, False, True), ("sliced", torch.bfloat16, True, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_several_gradients_in_explanation_mode(layout, dtype, bias, applied, norm, chunk, monkeypatch):
+    """A layer's weights made once for all of them: the definition's adjoint of each."""
+    monkeypatch.setitem(factored.CHUNK_BYTES, "cpu", chunk)
+    x, u, parameters = _case(layout, dtype, bias, applied)
+    values = torch.randn(3, *OUTPUT).to(dtype)
+    made = []
+    adjoints = factored.adjoints
+    monkeypatch.setattr(factored, "adjoints", lambda x, values, *rest: made.append(len(values)) or adjoints(x, values, *rest))
+    y = align(x, u, *parameters, *WINDOW, norm, 1e-6, True, "norm", "factored")[0]
+    leaf = u if applied else x
+    found = torch.func.vmap(lambda v: torch.autograd.grad(y, leaf, v, retain_graph=True)[0])(values)
+    assert made == [3]
+    assert found.dtype == dtype
+    geometry = ops._geometry(parameters[1], *WINDOW)
+    exact = [None if t is None else t.detach().double() for t in (x, *parameters)]
+    for k, value in enumerate(values):
+        expected = reference.adjoint(exact[0], value.double(), *exact[1:], geometry, norm, 1e-6)
+        rounding = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]
+        assert_close(found[k].double(), expected, rounding)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_vmap_of_everything_else(detach):
+    """Whatever is batched, one after the other; differentiable."""
+    tensors, many = _small(False), torch.randn(3, 1, 2, 3, 3, dtype=torch.float64)
+    layer = lambda x: dau_conv2d(x, *tensors[2:], detach=detach)  # noqa: E731
+    torch.testing.assert_close(torch.func.vmap(layer)(many), torch.stack([layer(x) for x in many]))
+    values = torch.randn(3, 1, 2, 2, 2, dtype=torch.float64)
+    transpose = lambda x, v: dau_conv2d_transpose(x, v, *tensors[2:])  # noqa: E731
+    expected = torch.stack([transpose(x, v) for x, v in zip(many, values, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(transpose)(many, values), expected)
+    y = layer(tensors[0])
+    jacobian = lambda graph: torch.func.vmap(  # noqa: E731
+        lambda v: torch.autograd.grad(y, tensors[0], v, retain_graph=True, create_graph=graph)[0]
+    )(values)
+    expected = torch.stack([torch.autograd.grad(y, tensors[0], v, retain_graph=True)[0] for v in values])
+    torch.testing.assert_close(jacobian(False), expected)
+    assert jacobian(True).requires_grad
+    torch.testing.assert_close(jacobian(True), expected)
 
 
 # -- derivatives ------------------------------------------------------------------------------------------------------------------------

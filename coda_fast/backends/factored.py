@@ -51,6 +51,12 @@ def adjoint(input, value, reduction_weight, weight, bias, geometry: Geometry, no
     return _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps).adjoint(input, value, input)
 
 
+def adjoints(input, values, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float, like=None, square=None):
+    """``G(x, v)`` of several v of one x: [K, N, n, OH, OW] -> [K, N, C, H, W], in dtype and format of ``like`` (x)."""
+    layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps, factor=square is None)
+    return layer.adjoints(input, values, input if like is None else like, square)
+
+
 def kept_shapes(input_shape, weight_shape, pixels, geometry: Geometry, keep: str):
     """Shapes of what ``align`` keeps: <w, u>, |w|^2 and the contraction, which this backend never does."""
     rows = (pixels, weight_shape[0])
@@ -185,6 +191,25 @@ class _Layer:
             windows.scatter_add(canvas, chunk, outer @ self.generate.view(n * m, d))
         return windows.canvas_to_image(canvas, like)
 
+    def adjoints(self, input, values, like, square=None):
+        """G(x, v_k) as [K, N, C, H, W]. Of more than one v the weights themselves are made, a chunk at a time: n m d products a pixel for
+        all of them and n d for each, where ``adjoint`` takes n m d for each.
+        """
+        if len(values) == 1:
+            return self.adjoint(input, values[0], like, square)[None]
+        n, m, d = self.generate.shape
+        windows = _Windows(input, self)
+        rows = torch.stack([windows.image_to_rows(value) for value in values], 1)  # [P, K, n]
+        canvases = windows.canvas.new_zeros(len(values), *windows.canvas.shape)
+        by_pixel = self.generate.transpose(0, 1).reshape(m, n * d)
+        for chunk in windows.chunks(max(n * d, len(values) * d)):
+            z = self._reduce(windows.gather(chunk))
+            q = self._square(z) if square is None else square[chunk.rows]
+            w = (z @ by_pixel).view(-1, n, d)
+            patches = torch.bmm(rows[chunk.rows] * self._scale(q).unsqueeze(1), w)  # [P, K, d]
+            windows.scatter_add(canvases, chunk, patches.transpose(0, 1))
+        return torch.stack([windows.canvas_to_image(canvas, like) for canvas in canvases])
+
     # -- their pieces -----------------------------------------------------------------------------------------------------------
 
     def _reduce(self, x):
@@ -253,12 +278,12 @@ class _Windows:
         self.windows = self._windows(self.canvas)
 
     def _windows(self, canvas):
-        """[N, OH, OW, kh, kw, C], a view."""
-        g, (_, _, padded_width, channels) = self.geometry, canvas.shape
-        row, image = padded_width * channels, canvas.stride(0)
+        """[..., N, OH, OW, kh, kw, C], a view."""
+        g, (*many, _, padded_height, padded_width, channels) = self.geometry, canvas.shape
+        row, image = padded_width * channels, padded_height * padded_width * channels
         return canvas.as_strided(
-            (self.batch, *self.out, *g.kernel, channels),
-            (image, g.stride[0] * row, g.stride[1] * channels, g.dilation[0] * row, g.dilation[1] * channels, 1),
+            (*many, self.batch, *self.out, *g.kernel, channels),
+            (*canvas.stride()[:-4], image, g.stride[0] * row, g.stride[1] * channels, g.dilation[0] * row, g.dilation[1] * channels, 1),
         )
 
     def chunks(self, numbers_per_row):
@@ -279,11 +304,12 @@ class _Windows:
         return self.windows[chunk.images, chunk.lines].reshape(chunk.rows.stop - chunk.rows.start, -1)
 
     def scatter_add(self, canvas, chunk, patches):
-        windows = self._windows(canvas)[chunk.images, chunk.lines]
-        patches = patches.view(windows.shape)
+        """Patches [..., P, d] to a canvas [..., N, H, W, C], or several."""
+        windows = self._windows(canvas)[..., chunk.images, chunk.lines, :, :, :, :]
+        patches = patches.unflatten(-1, windows.shape[-3:]).unflatten(-4, windows.shape[-6:-3])
         for i in range(self.geometry.kernel[0]):
             for j in range(self.geometry.kernel[1]):  # for one tap, windows do not overlap
-                windows[:, :, :, i, j] += patches[:, :, :, i, j]
+                windows[..., i, j, :] += patches[..., i, j, :]
 
     def new_canvas(self):
         return torch.zeros_like(self.canvas)
