@@ -15,8 +15,10 @@ import torch
 from coda_fast import __version__
 from coda_fast.checkpoints import atomic_path
 from coda_fast.evaluation import _common as common
+from coda_fast.evaluation.completeness import completeness_error
 from coda_fast.evaluation.localisation import Localisation, confident_images, draw_grids, score_grids
 from coda_fast.evaluation.removal import Removal, pixel_removal
+from coda_fast.models import CoDANet
 
 METRICS = ("localisation", "removal")
 
@@ -130,6 +132,7 @@ class Evaluation:
         document = {
             "settings": dataclasses.asdict(self.settings),
             **self.description,
+            **self._completeness(),
             "methods": {name: {**summary(found), "settings": method_settings[name]} for name, found in results.items()},
             "coda_fast": __version__,
             "torch": torch.__version__,
@@ -140,6 +143,14 @@ class Evaluation:
         with atomic_path(paths[1]) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(_table(results))
         return [*paths, *figures.save(results, self.folder, self.settings)]
+
+    def _completeness(self, most: int = 256):
+        """Of the first images that were evaluated and their own classes, if the model explains itself."""
+        if not isinstance(self.model, CoDANet):
+            return {}
+        used = self.work().flatten().unique()[:most]
+        error = completeness_error(self.model, self.images[used], self.labels[used])
+        return {"completeness_error": {"worst": float(error.max()), "mean": float(error.mean()), "images": len(used)}}
 
 
 def summary(found: Localisation | Removal) -> dict[str, float]:

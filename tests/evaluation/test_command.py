@@ -35,6 +35,7 @@ def test_localisation(checkpoint, tmp_path):
     done = run(checkpoint, tmp_path, *options)
     assert done.exit_code == 0, done.output
     document = json.loads((tmp_path / "results.json").read_text())
+    assert 0 < document["completeness_error"]["worst"] < 1e-6
     ours, gradient = document["methods"]["Ours"], document["methods"]["Grad"]
     assert ours["mean"] > gradient["mean"] > 0
     assert ours["mean"] > 0.5 > ours["chance"] == 0.25

@@ -1,0 +1,30 @@
+"""Completeness: do the contributions add up to the logit? Of a CoDA-Net they do, to rounding."""
+
+from __future__ import annotations
+
+import torch
+
+from coda_fast.evaluation import _common as common
+from coda_fast.models import CoDANet
+
+
+def completeness_error(model, images: torch.Tensor, targets: torch.Tensor, *, batch_size: int = 64) -> torch.Tensor:
+    """``|sum of contributions + logit bias - logit|`` of the logit of each target, [N], as a share of ``|logit|`` plus the sum of absolute
+    contributions: what rounding of that many terms is measured against.
+
+    Args:
+        model: a CoDA-Net. images, targets: [N, C, H, W] and a class for each, [N].
+
+    Raises:
+        ValueError, TypeError: a model without DAU layers; shapes that do not fit.
+    """
+    if not isinstance(model, CoDANet):
+        raise ValueError(f"model: expected one made of DAU layers, got a {type(model).__name__}")
+    common.check_labelled(images, targets, "targets")
+    common.check_positive(batch_size=batch_size)
+    found = [images.new_zeros(0, dtype=torch.float64)]
+    for part, classes in zip(images.split(batch_size), targets.split(batch_size), strict=True):
+        explained = model.explain(part, classes)
+        terms = explained.contributions.double().abs().sum((2, 3, 4)) + explained.logits.gather(1, explained.target).double().abs()
+        found.append((explained.completeness_error / terms)[:, 0])
+    return torch.cat(found)
