@@ -248,6 +248,11 @@ def create_model(name: str, *, num_classes: int | None = None, rank: int | None 
     >>> sum(p.numel() for p in coda_fast.create_model("coda_s_cifar10").parameters())
     7782816
     """
+    return CoDANet(**model_config(name, num_classes=num_classes, rank=rank, **overrides))
+
+
+def model_config(name: str, *, num_classes: int | None = None, rank: int | None = None, **overrides) -> dict:
+    """The arguments of ``CoDANet`` that ``create_model`` calls it with; same arguments, ValueError as there."""
     if name not in _MODELS:
         raise ValueError(f"model: expected one of {', '.join(_MODELS)}, got {name!r}")
     classes, layers, _ = _MODELS[name]
@@ -258,7 +263,7 @@ def create_model(name: str, *, num_classes: int | None = None, rank: int | None 
         if rank < 1:
             raise ValueError(f"rank: expected at least 1, got {rank!r}")
         config["ranks"] = [max(1, rank * r // config["ranks"][0]) for r in config["ranks"]]
-    return CoDANet(**(config | overrides))
+    return config | overrides
 
 
 def _number(value, name):
