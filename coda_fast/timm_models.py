@@ -86,25 +86,27 @@ class TimmCoDANet(CoDANet):
         return self.layers[-1] if self.num_classes else nn.Identity()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A classifier with fresh weights for ``num_classes``, 0: none; ``global_pool``: None keeps the pooling.
+        """A classifier with fresh weights for ``num_classes``, 0: none; ``global_pool``: None keeps the pooling, a classifier has "sum".
 
         Raises:
             ValueError: not a number of classes, not a pooling, or a pooling that a classifier cannot have.
         """
-        global_pool = self.global_pool if global_pool is None else global_pool
+        if global_pool is None:
+            global_pool = "sum" if num_classes else self.global_pool
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:
             raise ValueError(f"num_classes: expected an int of at least 0, got {num_classes!r}")
         if global_pool not in POOLS:
             raise ValueError(f"global_pool: expected one of {', '.join(map(repr, POOLS))}, got {global_pool!r}")
         if num_classes and global_pool != "sum":
             raise ValueError(f'global_pool: expected "sum" with a classifier (CoDA-Nets sum evidence over pixels), got {global_pool!r}')
-        like, layers = next(self.parameters(), torch.empty(0)), list(self.layers[: self.depth])
+        like = next(self.parameters(), torch.empty(0))
+        del self.layers[self.depth :]
         if num_classes:
             classifier = DAUConv2d(self.num_features, num_classes, **self._classifier_options, device=like.device, dtype=like.dtype)
-            layers.append(classifier.train(self.training))
+            self.layers.append(classifier.train(self.training))
+        self.global_pool, self.pool = global_pool, POOLS[global_pool]().train(self.training)
         if self.class_names is not None and len(self.class_names) != num_classes:
             self.class_names = None
-        self.layers, self.global_pool, self.pool = nn.ModuleList(layers), global_pool, POOLS[global_pool]()
 
     def run_layers(self, activations: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
         for index in range(len(self.layers))[start:stop]:
