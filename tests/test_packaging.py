@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 import coda_fast
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-HEAVY = {"PIL", "click", "matplotlib", "safetensors", "sklearn", "tqdm"}
+HEAVY = {"PIL", "click", "huggingface_hub", "matplotlib", "safetensors", "sklearn", "timm", "tqdm"}
 DIST_INFO = f"coda_fast-{coda_fast.__version__}.dist-info"
 
 PROBE = """
@@ -139,10 +139,12 @@ def test_extras(metadata):
         extra: {r.name: str(r.specifier) for r in requirements if r.marker is not None and r.marker.evaluate({"extra": extra})}
         for extra in metadata.get_all("Provides-Extra")
     }
-    assert set(extras) == {"bench", "cli", "evaluation", "quantus", "test", "dev"}
+    assert set(extras) == {"bench", "cli", "evaluation", "quantus", "timm", "hub", "test", "dev"}
     assert set(extras["cli"]) == {"click", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn", "jinja2"}
     assert set(extras["evaluation"]) == {*extras["cli"], "captum", "scikit-image"}
-    assert {*extras["cli"], "pytest", "setuptools"} < set(extras["test"]) < set(extras["dev"])
+    assert set(extras["timm"]) == {"timm"}
+    assert set(extras["hub"]) == {"huggingface-hub", "safetensors", "jinja2"}
+    assert {*extras["cli"], *extras["timm"], *extras["hub"], "pytest", "setuptools"} < set(extras["test"]) < set(extras["dev"])
     assert {"torchvision", "bcos", "pytest-benchmark"} < set(extras["bench"]) < set(extras["dev"])
     assert extras["dev"]["ruff"].startswith("==")
 

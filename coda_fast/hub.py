@@ -1,0 +1,66 @@
+"""CoDA-Nets with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of huggingface_hub; folders work offline.
+
+>>> import tempfile, coda_fast
+>>> from coda_fast.hub import HubCoDANet
+>>> with tempfile.TemporaryDirectory() as folder:
+...     HubCoDANet.from_model(coda_fast.create_model("coda_xs_digits")).save_pretrained(folder)
+...     HubCoDANet.from_pretrained(folder).num_classes
+10
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from coda_fast import checkpoints
+from coda_fast.models import CoDANet
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ImportError as error:
+    raise ImportError(f"coda_fast.hub needs huggingface_hub: pip install 'coda-fast[hub]' ({error})") from error
+
+
+class HubCoDANet(
+    CoDANet,
+    PyTorchModelHubMixin,
+    library_name="coda_fast",
+    pipeline_tag="image-classification",
+    paper_url="https://arxiv.org/abs/2104.00032",
+):
+    """A CoDANet with the methods of ``huggingface_hub.PyTorchModelHubMixin``.
+
+    A folder holds ``config.json`` (the arguments of ``CoDANet`` and the dtype) and ``model.safetensors``, which ``coda_fast.load``
+    also reads. ``from_pretrained`` takes a folder or the name of a repository, and arguments of ``CoDANet`` that replace the stored ones.
+
+    Args:
+        args, options: as for ``CoDANet``; ``dtype`` may be a name such as "float32".
+
+    Raises:
+        ImportError: safetensors is not installed. CheckpointError: a folder without the configuration of a CoDANet.
+    """
+
+    def __init__(self, *args, dtype: torch.dtype | str | None = None, **options):
+        super().__init__(*args, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, **options)
+
+    @classmethod
+    def from_model(cls, model: CoDANet) -> HubCoDANet:
+        """``model`` with these methods; the two share their parameters."""
+        twin = cls(**model.config(), device="meta")
+        twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+        return twin.train(model.training)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        checkpoints.save(self, save_directory / "model.safetensors")
+        config = self.config() | {"dtype": str(self.layers[0].weight.dtype).removeprefix("torch.")}
+        with checkpoints.atomic_path(save_directory / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options) -> HubCoDANet:
+        if "out_channels" not in options:
+            raise checkpoints.CheckpointError(f"{model_id}: expected a config.json with the arguments of CoDANet, got {sorted(options)}")
+        return super()._from_pretrained(model_id=model_id, strict=strict, **options)
