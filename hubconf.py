@@ -9,9 +9,8 @@ dependencies = ["torch", "numpy"]
 _kernels = str(Path(__file__).resolve().parent / "kernels")
 sys.path.insert(0, _kernels)
 try:
-    import coda_kernels  # noqa: F401  (coda_fast asks for it later)
-
     import coda_fast
+    import coda_kernels  # noqa: F401  (coda_fast asks for it later)
 finally:
     sys.path.remove(_kernels)
 

@@ -5,6 +5,7 @@
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     HubCoDANet.from_model(coda_fast.create_model("coda_xs_digits")).save_pretrained(folder)
 ...     HubCoDANet.from_pretrained(folder).num_classes
+Loading weights from local directory
 10
 """
 
