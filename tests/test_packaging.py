@@ -143,7 +143,7 @@ def test_extras(metadata):
     assert set(extras["cli"]) == {"click", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn", "jinja2"}
     assert set(extras["evaluation"]) == {*extras["cli"], "captum", "scikit-image"}
     assert set(extras["timm"]) == {"timm"}
-    assert set(extras["hub"]) == {"huggingface-hub", "safetensors", "jinja2"}
+    assert set(extras["hub"]) == {"huggingface_hub", "safetensors", "jinja2"}
     assert {*extras["cli"], *extras["timm"], *extras["hub"], "pytest", "setuptools"} < set(extras["test"]) < set(extras["dev"])
     assert {"torchvision", "bcos", "pytest-benchmark"} < set(extras["bench"]) < set(extras["dev"])
     assert extras["dev"]["ruff"].startswith("==")
