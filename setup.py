@@ -12,9 +12,10 @@ if version is None:
 
 SETUPTOOLS = "setuptools>=77.0.3"  # the first with license_expression; also named in pyproject.toml
 CLI = ["click>=8.2", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn", "jinja2"]
+VIDEO = [*CLI, "av"]  # brings its own ffmpeg
 EVALUATION = [*CLI, "captum>=0.9", "scikit-image>=0.21"]  # the methods of attribution that others made
 BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
-TEST = [*EVALUATION, "pytest>=8.2", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
+TEST = [*EVALUATION, *VIDEO, "pytest>=8.2", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
 DEV = [*TEST, *BENCH, "ruff==0.17.6"]
 
 setup(
@@ -33,7 +34,7 @@ setup(
     package_dir={"coda_kernels": "kernels/coda_kernels"},
     package_data={"coda_fast": ["recipes/*.yaml"], "coda_kernels": ["tables/*.json"]},
     install_requires=["torch>=2.11", "numpy"],
-    extras_require={"cli": CLI, "evaluation": EVALUATION, "quantus": [*EVALUATION, "quantus"], "bench": BENCH, "test": TEST, "dev": DEV},
+    extras_require={"cli": CLI, "video": VIDEO, "evaluation": EVALUATION, "quantus": [*EVALUATION, "quantus"], "bench": BENCH, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["coda-fast = coda_fast.cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
