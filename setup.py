@@ -34,7 +34,15 @@ setup(
     package_dir={"coda_kernels": "kernels/coda_kernels"},
     package_data={"coda_fast": ["recipes/*.yaml"], "coda_kernels": ["tables/*.json"]},
     install_requires=["torch>=2.11", "numpy"],
-    extras_require={"cli": CLI, "video": VIDEO, "evaluation": EVALUATION, "quantus": [*EVALUATION, "quantus"], "bench": BENCH, "test": TEST, "dev": DEV},
+    extras_require={
+        "cli": CLI,
+        "video": VIDEO,
+        "evaluation": EVALUATION,
+        "quantus": [*EVALUATION, "quantus"],
+        "bench": BENCH,
+        "test": TEST,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["coda-fast = coda_fast.cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",

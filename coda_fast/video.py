@@ -193,7 +193,9 @@ def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
                 if crop is not None:
                     x, y, w, h = crop
                     if min(x, y) < 0 or min(w, h) < 1 or x + w > frame.width or y + h > frame.height:
-                        raise VideoError(f"{source}: crop: expected a box inside {frame.width} x {frame.height} pixels, got {x} {y} {w} {h}")
+                        raise VideoError(
+                            f"{source}: crop: expected a box inside {frame.width} x {frame.height} pixels, got {x} {y} {w} {h}"
+                        )
                 pixels = frame.to_ndarray(format="rgb24")
                 first = time if first is None else first
                 yield pixels if crop is None else np.ascontiguousarray(pixels[y : y + h, x : x + w]), time - first
