@@ -133,7 +133,23 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
         explanation = model.explain(batch, chosen)
         picture = plot.render(plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names))
         rendered.append((picture, explanation, path))
+    created = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
+    options = dict(start=start or 0.0, end=end, crop=crop, scale=scale, size=size, target=classes[0] if classes else None)
+    for path, clip in zip(videos, clips, strict=True):
+        with warnings.catch_warnings(record=True) as caught, tqdm(desc=path.name, unit=" frames", disable=None) as bar:
+            try:
+                result = explain_video(model, path, clip, progress=bar.update, **options)
+            except BaseException:
+                if created and not any(output.iterdir()):
+                    output.rmdir()
+                raise
+        for message in dict.fromkeys(str(w.message) for w in caught):
+            click.echo(f"coda-fast: warning: {message}", err=True)
+        click.echo(
+            f"{path}: {result.frames} frames, {_class_name(result.target, model)}, colours to {result.scale:.3g} logits, "
+            f"completeness error {result.completeness_error:.1e} logits -> {clip}"
+        )
     for target, (picture, explanation, path) in zip(figures, rendered, strict=True):
         with checkpoints.atomic_path(target) as temporary:
             temporary.write_bytes(picture)
@@ -141,16 +157,6 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
         sure = plot.probability(float(explanation.logits[0, best].sigmoid()))
         error = float(explanation.completeness_error.max())
         click.echo(f"{path}: {_class_name(best, model)} ({sure}), completeness error {error:.1e} logits -> {target}")
-    options = dict(start=start or 0.0, end=end, crop=crop, scale=scale, size=size, target=classes[0] if classes else None)
-    for path, clip in zip(videos, clips, strict=True):
-        with warnings.catch_warnings(record=True) as caught, tqdm(desc=path.name, unit=" frames", disable=None) as bar:
-            result = explain_video(model, path, clip, progress=bar.update, **options)
-        for message in dict.fromkeys(str(w.message) for w in caught):
-            click.echo(f"coda-fast: warning: {message}", err=True)
-        click.echo(
-            f"{path}: {result.frames} frames, {_class_name(result.target, model)}, colours to {result.scale:.3g} logits, "
-            f"completeness error {result.completeness_error:.1e} logits -> {clip}"
-        )
 
 
 @cli.command()

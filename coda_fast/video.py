@@ -19,6 +19,7 @@ from coda_fast.plot import COLOURS, probability
 PERCENTILE = 99.75  # of absolute contributions over the video, as published
 SIDE = 256  # the shorter side of a panel, at least
 CAPTION = 24  # pixels below the panels
+_ENDINGS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 _BINS, _LOW, _HIGH = 36_000, -12.0, 6.0  # decades; a bin is 0.1 % wide
 
 
@@ -49,13 +50,13 @@ def is_video(path: str | os.PathLike) -> bool:
         return False
     try:
         with _av().open(os.fspath(path)) as container:
-            return bool(container.streams.video)
+            return bool(container.streams.video) and container.format.name != "tty"  # ffmpeg draws any text as a terminal
     except ImportError:
-        if Path(path).suffix.lower() in (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v"):
+        if Path(path).suffix.lower() in _ENDINGS:
             raise
         return False
-    except Exception:  # not a video: read_image says what is wrong
-        return False
+    except Exception:  # explain_video or read_image says what is wrong
+        return Path(path).suffix.lower() in _ENDINGS
 
 
 def explain_video(
@@ -95,6 +96,9 @@ def explain_video(
     if scale is not None and not 0 < scale < float("inf"):
         raise VideoError(f"scale: expected a positive number, got {scale}")
     size = model.image_size if size is None else size
+    # 0.2 s is 1/5, not the binary fraction above it
+    start = Fraction(start).limit_denominator(10**6)
+    end = None if end is None else Fraction(end).limit_denominator(10**6)
     parameter = next(model.parameters())
 
     def batches():
@@ -118,7 +122,7 @@ def explain_video(
             votes += _finite(model(tensor(frames)), source).argmax(1).bincount(minlength=model.num_classes).cpu()
     if target is None:
         if not votes.sum():
-            raise VideoError(f"{source}: no frame from {start:g} s to {'the end' if end is None else f'{end:g} s'}")
+            raise VideoError(f"{source}: no frame from {float(start):g} s to {'the end' if end is None else f'{float(end):g} s'}")
         target = int(votes.argmax())
     if scale is None:
         histogram = torch.zeros(_BINS, dtype=torch.float64)
@@ -143,7 +147,7 @@ def explain_video(
                 if progress:
                     progress(len(frames))
             if not count:
-                raise VideoError(f"{source}: no frame from {start:g} s to {'the end' if end is None else f'{end:g} s'}")
+                raise VideoError(f"{source}: no frame from {float(start):g} s to {'the end' if end is None else f'{float(end):g} s'}")
             writer.finish()
         finally:
             writer.close()
