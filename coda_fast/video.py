@@ -203,6 +203,11 @@ def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
                 pixels = frame.to_ndarray(format="rgb24")
                 first = time if first is None else first
                 yield pixels if crop is None else np.ascontiguousarray(pixels[y : y + h, x : x + w]), time - first
+            else:  # ffmpeg ends a file that was cut off without an error
+                if number < stream.frames or (
+                    container.format.name == "gif" and not Path(source).read_bytes().rstrip(b"\0").endswith(b";")
+                ):
+                    warnings.warn(f"{source}: cut off after frame {number}; the readable part is explained", stacklevel=2)
     except av.FFmpegError as error:
         if not number:
             raise VideoError(f"{source}: not a video that can be read: {error.strerror}") from None
