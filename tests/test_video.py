@@ -115,5 +115,5 @@ def test_a_file_cut_off_is_a_warning(model, clip, tmp_path):
     if clip.suffix != ".gif":
         pytest.skip("an MP4 with its index at the end cannot be read at all when cut")
     clip.write_bytes(clip.read_bytes()[: clip.stat().st_size * 2 // 3])
-    with pytest.warns(UserWarning, match="cut off after frame"):
+    with pytest.warns(UserWarning, match="after frame"):
         assert 0 < explain_video(model, clip, tmp_path / "out.gif").frames < len(TIMES)
