@@ -12,11 +12,12 @@ if version is None:
 
 SETUPTOOLS = "setuptools>=77.0.3"  # the first with license_expression; also named in pyproject.toml
 CLI = ["click>=8.2", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn", "jinja2"]
+VIDEO = [*CLI, "av"]  # brings its own ffmpeg
 EVALUATION = [*CLI, "captum>=0.9", "scikit-image>=0.21"]  # the methods of attribution that others made
 TIMM = ["timm>=1.0.31"]
 HUB = ["huggingface_hub", "safetensors", "jinja2"]
 BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
-TEST = [*EVALUATION, *TIMM, *HUB, "pytest>=8.2", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
+TEST = [*EVALUATION, *VIDEO, *TIMM, *HUB, "pytest>=8.2", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
 DEV = [*TEST, *BENCH, "ruff==0.17.6"]
 
 setup(
@@ -37,6 +38,7 @@ setup(
     install_requires=["torch>=2.11", "numpy"],
     extras_require={
         "cli": CLI,
+        "video": VIDEO,
         "evaluation": EVALUATION,
         "quantus": [*EVALUATION, "quantus"],
         "timm": TIMM,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -65,6 +66,19 @@ def demo(output: Path, epochs: int, seed: int) -> None:
     click.echo(f"explain your own image: coda-fast explain IMAGE --checkpoint {result.checkpoint}")
 
 
+def _seconds(context, parameter, text):
+    """Seconds from 5, 0:05 or 1:00:05."""
+    if text is None:
+        return None
+    try:
+        parts = [float(part) for part in text.split(":")]
+        if not all(0 <= part < float("inf") for part in parts) or len(parts) > 3:
+            raise ValueError
+    except ValueError:
+        raise click.BadParameter(f"expected a time such as 5, 2.5 or 0:05, got {text!r}", context, parameter) from None
+    return sum(part * 60**power for power, part in enumerate(reversed(parts)))
+
+
 @cli.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A file written by coda_fast.save or the demo.")
@@ -72,22 +86,39 @@ def demo(output: Path, epochs: int, seed: int) -> None:
 @click.option("--output", type=click.Path(path_type=Path), default=Path("."), show_default=True, help="Folder for the figures.")
 @click.option("--size", type=click.IntRange(0, 4096), help="Scale the shorter side to this many pixels; 0: as it is. Default: the model's.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-def explain(images: tuple[Path, ...], checkpoint: Path, targets: tuple[str, ...], output: Path, size: int | None, device: str) -> None:
+@click.option("--start", callback=_seconds, help="Videos: begin at this time, in seconds or as M:SS.")
+@click.option("--end", callback=_seconds, help="Videos: stop before this time.")
+@click.option("--crop", type=int, nargs=4, metavar="X Y W H", help="Videos: this box only, in pixels of the source.")
+@click.option("--scale", type=float, help="Videos: end of the colour scale, in logits. Default: from all frames.")
+@click.option("--format", "ending", type=click.Choice(["mp4", "gif"]), help="Videos: format written. Default: gif for a GIF, else mp4.")
+def explain(images, checkpoint, targets, output, size, device, start, end, crop, scale, ending) -> None:
     """Draw which pixels of each IMAGE speak for and against a class, and prove that nothing is missing.
 
-    For IMAGE.png the figure is IMAGE_explained.png in the output folder.
+    For IMAGE.png the figure is IMAGE_explained.png in the output folder. A video or an animated GIF becomes a video (without sound) of its
+    frames beside their contribution maps, for one class: by default that predicted for most frames.
     """
     from coda_fast.images import read_image, resize
+    from coda_fast.video import explain_video, is_video
 
     model = checkpoints.load(checkpoint, device=_device(device))
     classes = [_class_index(t, model) for t in targets]
     size = model.image_size if size is None else size
-    # everything is read and checked before anything is written
+    videos = [path for path in images if path.is_file() and is_video(path)]
+    given = dict(start=start, end=end, crop=crop, scale=scale, format=ending)
+    given = [f"--{name}" for name, value in given.items() if value is not None]
+    pictures = [path for path in images if path not in videos]
+    if given and pictures:
+        raise click.UsageError(f"{', '.join(given)}: expected videos only, got {pictures[0]}, a picture or a file that cannot be read")
+    if videos and len(classes) > 1:
+        raise click.UsageError(f"--target: expected one class for a video ({videos[0]}), got {len(classes)}")
+    clips = [output / f"{path.stem}_explained.{ending or ('gif' if path.suffix.lower() == '.gif' else 'mp4')}" for path in videos]
+    images = tuple(pictures)
+    # all pictures are read and checked before anything is written; a video only as it is explained
     tensors = [read_image(path, model.image_channels) for path in images]
     if size:
         tensors = [resize(tensor, size) for tensor in tensors]
     figures = [output / f"{path.stem}_explained.png" for path in images]
-    twice = {f for f in figures if figures.count(f) > 1}
+    twice = {f for f in figures + clips if (figures + clips).count(f) > 1}
     if twice:
         raise click.UsageError(f"several images would be written to {', '.join(map(str, sorted(twice)))}; explain them one by one")
     parameter = next(model.parameters())
@@ -102,7 +133,23 @@ def explain(images: tuple[Path, ...], checkpoint: Path, targets: tuple[str, ...]
         explanation = model.explain(batch, chosen)
         picture = plot.render(plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names))
         rendered.append((picture, explanation, path))
+    created = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
+    options = dict(start=start or 0.0, end=end, crop=crop, scale=scale, size=size, target=classes[0] if classes else None)
+    for path, clip in zip(videos, clips, strict=True):
+        with warnings.catch_warnings(record=True) as caught, tqdm(desc=path.name, unit=" frames", disable=None) as bar:
+            try:
+                result = explain_video(model, path, clip, progress=bar.update, **options)
+            except BaseException:
+                if created and not any(output.iterdir()):
+                    output.rmdir()
+                raise
+        for message in dict.fromkeys(str(w.message) for w in caught):
+            click.echo(f"coda-fast: warning: {message}", err=True)
+        click.echo(
+            f"{path}: {result.frames} frames, {_class_name(result.target, model)}, colours to {result.scale:.3g} logits, "
+            f"completeness error {result.completeness_error:.1e} logits -> {clip}"
+        )
     for target, (picture, explanation, path) in zip(figures, rendered, strict=True):
         with checkpoints.atomic_path(target) as temporary:
             temporary.write_bytes(picture)
