@@ -78,7 +78,14 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
         TrainingError: anything that keeps the run from starting or going on. Stopped: a signal; the run stands in a checkpoint.
         ImportError: packages of the extra "train" are missing.
     """
-    return Run(recipe, Path(output), resume, progress).train()
+    try:
+        found = Run(recipe, Path(output), resume, progress)
+        row = found.train()
+        found.fabric.barrier()
+        return row
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # left to the end of the process, it may abort
 
 
 class Run:
@@ -133,7 +140,7 @@ class Run:
         try:
             probe = create_model(recipe.model.name, device="meta", **recipe.model.arguments())
         except (ValueError, TypeError) as error:
-            raise TrainingError(f"model: {error}") from None
+            raise TrainingError(f"model: {str(error).removeprefix('model: ')}") from None
         source = sources.open_data(recipe.data, probe.image_channels, self.device, self.watch.reading)
         torch.manual_seed(seeded(recipe.seed))  # the same weights in every process
         options = {"num_classes": source.num_classes, "class_names": source.class_names, "dtype": self.dtype}

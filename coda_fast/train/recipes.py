@@ -200,7 +200,8 @@ class Recipe(_Section):
     def differences(self, other: Recipe) -> list[str]:
         """Keys that change what is computed and differ from ``other``: a run cannot go on with another value of these."""
         mine, theirs = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
-        return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key) and not key.startswith(_FREE))
+        free = _FREE if self.schedule.kind == "cosine" else (*_FREE, "epochs")
+        return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key) and not key.startswith(free))
 
     def to_yaml(self) -> str:
         return need("yaml").safe_dump(self.model_dump(mode="json"), sort_keys=False)
