@@ -33,7 +33,16 @@ def test_cifar10_is_as_published():
     assert _split(recipe, Place(0, 1)) == (16, 8)  # two of eight before each update
     # 2.5e-4 * 1.5^-floor(epoch / 30), by hand at the edges and by the formula in between
     found = rates(recipe)
-    by_hand = {0: 2.5e-4, 29: 2.5e-4, 30: 1.6666667e-4, 59: 1.6666667e-4, 60: 1.1111111e-4, 90: 7.4074074e-5, 180: 2.1947874e-5, 199: 2.1947874e-5}
+    by_hand = {
+        0: 2.5e-4,
+        29: 2.5e-4,
+        30: 1.6666667e-4,
+        59: 1.6666667e-4,
+        60: 1.1111111e-4,
+        90: 7.4074074e-5,
+        180: 2.1947874e-5,
+        199: 2.1947874e-5,
+    }
     for epoch, rate in by_hand.items():
         assert found[epoch] == pytest.approx(rate, rel=1e-6), epoch
     for epoch, rate in enumerate(found):
