@@ -13,8 +13,19 @@ if version is None:
 SETUPTOOLS = "setuptools>=77.0.3"  # the first with license_expression; also named in pyproject.toml
 CLI = ["click>=8.2", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn", "jinja2"]
 EVALUATION = [*CLI, "captum>=0.9", "scikit-image>=0.21"]  # the methods of attribution that others made
+TRAIN = [*CLI, "lightning>=2.6", "timm>=1.0.31", "torchvision", "pydantic>=2.7", "pyyaml", "tensorboard", "webdataset>=1.0"]
 BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
-TEST = [*EVALUATION, "pytest>=8.2", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
+TEST = [
+    *EVALUATION,
+    *TRAIN[len(CLI) :],
+    "pytest>=8.2",
+    "pytest-benchmark",
+    "hypothesis",
+    "psutil",
+    "packaging",
+    "threadpoolctl",
+    SETUPTOOLS,
+]
 DEV = [*TEST, *BENCH, "ruff==0.17.6"]
 
 setup(
@@ -33,7 +44,15 @@ setup(
     package_dir={"coda_kernels": "kernels/coda_kernels"},
     package_data={"coda_fast": ["recipes/*.yaml"], "coda_kernels": ["tables/*.json"]},
     install_requires=["torch>=2.11", "numpy"],
-    extras_require={"cli": CLI, "evaluation": EVALUATION, "quantus": [*EVALUATION, "quantus"], "bench": BENCH, "test": TEST, "dev": DEV},
+    extras_require={
+        "cli": CLI,
+        "evaluation": EVALUATION,
+        "quantus": [*EVALUATION, "quantus"],
+        "train": TRAIN,
+        "bench": BENCH,
+        "test": TEST,
+        "dev": DEV,
+    },  # fmt: skip
     entry_points={"console_scripts": ["coda-fast = coda_fast.cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
