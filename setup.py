@@ -52,7 +52,7 @@ setup(
         "bench": BENCH,
         "test": TEST,
         "dev": DEV,
-    },  # fmt: skip
+    },
     entry_points={"console_scripts": ["coda-fast = coda_fast.cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
