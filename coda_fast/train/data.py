@@ -446,6 +446,9 @@ _EXPECTED = {
 }
 
 
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
 def _digits(spec, channels, device, progress):
     from coda_fast.demo import digits
 
@@ -500,7 +503,8 @@ def _jpegs(arrays, split, path, progress):
 def _cifar10(spec, channels, device, progress):
     folder = Path(spec.path)
     if folder.is_file():
-        return _npz(spec, channels, device, progress)
+        found = _npz(spec, channels, device, progress)
+        return dataclasses.replace(found, class_names=found.class_names or list(_CIFAR10), num_classes=10)
     folder = folder / "cifar-10-batches-bin" if (folder / "cifar-10-batches-bin").is_dir() else folder
     files = sorted(folder.glob("data_batch_*.bin")), [folder / "test_batch.bin"]
     if not files[0] or not files[1][0].exists():
@@ -519,7 +523,7 @@ def _cifar10(spec, channels, device, progress):
         images, labels = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(records[:, 0].astype(np.int64))
         splits.append(Arrays(images, labels, device))
     meta = folder / "batches.meta.txt"
-    names = meta.read_text().split() if meta.exists() else None
+    names = meta.read_text().split() if meta.exists() else list(_CIFAR10)
     return Source(*splits, names, 10)
 
 
