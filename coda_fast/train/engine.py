@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import math
 import os
 import signal
@@ -78,6 +79,7 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
         TrainingError: anything that keeps the run from starting or going on. Stopped: a signal; the run stands in a checkpoint.
         ImportError: packages of the extra "train" are missing.
     """
+    found = None
     try:
         found = Run(recipe, Path(output), resume, progress)
         row = found.train()
@@ -85,7 +87,10 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
         return row
     finally:
         if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()  # left to the end of the process, it may abort
+            # what sharded modules hold of the process groups goes first: at the end of the process, their threads abort it
+            found = None
+            gc.collect()
+            distributed.destroy_process_group()
 
 
 class Run:
