@@ -6,6 +6,7 @@ files, a stream for each process and worker. All give a ``Batch`` of uint8 image
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -205,7 +206,8 @@ class Shards:
 
     def sample(self, count: int) -> Batch:
         """The first few."""
-        return self._stack(next(iter(_Stream(self.urls, self.decoder, None, 0, count, 1))))
+        with contextlib.closing(iter(_Stream(self.urls, self.decoder, None, 0, count, 1))) as stream:
+            return self._stack(next(stream))
 
     def _loader(self, stream):
         return torch.utils.data.DataLoader(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support_train import recipe, run
+from support_train import assert_same, end_of, recipe, run
 
 from coda_fast import train
 from coda_fast.train import TrainingError
@@ -340,6 +340,20 @@ def test_too_few_shards(shards):
     source = open_data(shards.model_copy(update={"workers": 4}), 3).train
     with pytest.raises(TrainingError, match="a shard at least for each of 2 processes x 4 workers, got 6"):
         next(source.training(0, 0, 0, 6, Place(0, 2)))
+
+
+def test_a_run_on_shards_stops_and_goes_on(shards, tmp_path):
+    pytest.importorskip("webdataset")
+    options = (
+        "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", f"data.path={shards.path}",
+        f"data.val_path={shards.val_path}", "data.classes=3", "data.resize=20", "data.size=16", "data.workers=0", "data.train_samples=30",
+        "batch_size=5", "checkpoint.every_steps=4", "checkpoint.keep=9", "log.maps=2",
+    )  # fmt: skip
+    row = run(tmp_path / "whole", *options)
+    assert (row["val_images"], row["updates"]) == (7, 12)
+    assert len(list((tmp_path / "whole" / "maps").iterdir())) == 2
+    run(tmp_path / "rest", *options, resume=str(tmp_path / "whole" / "checkpoints" / "epoch_0001_step_0000002.pt"))
+    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "rest"))
 
 
 # -- damage ---------------------------------------------------------------------------------------------------------------------------
