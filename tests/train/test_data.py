@@ -8,11 +8,12 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from support_train import assert_same, end_of, recipe, run
 
 from coda_fast import train
-from coda_fast.train import TrainingError
+from coda_fast.train import TrainingError, engine
 from coda_fast.train import data as sources
 from coda_fast.train.data import Arrays, Place, augment, open_data, to_float
 from coda_fast.train.recipes import Data
@@ -376,15 +377,26 @@ def test_corrupt_images_are_skipped_counted_and_named(folder, tmp_path, capsys):
     assert "001.JPEG" in printed
 
 
-def test_an_image_that_cannot_be_read_weighs_nothing(folder, tmp_path):
-    """The gradient of a batch with a damaged image is that of the others, over the size of the batch."""
+def test_an_image_that_cannot_be_read_weighs_nothing(folder, tmp_path, monkeypatch):
+    """The loss of a batch with a damaged image is that of the others, over the size of the batch."""
     damaged = folder / "train" / "bee" / "003.JPEG"
     damaged.write_bytes(b"")
-    source = open_data(spec(folder), 3).train
-    (batch,) = source.training(0, 0, 0, 24, ONE)
+    (batch,) = open_data(spec(folder), 3).train.training(0, 0, 0, 24, ONE)
     assert batch.valid.sum() == 23
     assert batch.labels[~batch.valid].tolist() == [1]
     assert batch.failures[0][0] == str(damaged)
+    step, by_hand = engine.Run._step, []
+
+    def noting(self, batch):
+        logits = self.objective.model(batch.images.double() / 255)
+        losses = F.binary_cross_entropy_with_logits(logits, F.one_hot(batch.labels, 3).double(), reduction="none").mean(1)
+        by_hand.append(float(losses[batch.valid].sum() / 24))
+        return step(self, batch)
+
+    monkeypatch.setattr(engine.Run, "_step", noting)
+    row = run(tmp_path / "out", *NET, f"data.path={folder}", "batch_size=24")
+    assert row["train_loss"] == pytest.approx(by_hand[0], rel=1e-12)
+    assert row["unreadable"] == 1
 
 
 def test_too_many_corrupt_images_stop_the_run(folder, tmp_path):
