@@ -114,6 +114,7 @@ class Run:
         if not self.steps:
             raise TrainingError(f"batch_size: expected at most {len(self.source.train)}, the training images, got {recipe.batch_size}")
         self._build(model)
+        files.seed_all(seeded(recipe.seed, 1, self.place.rank))  # for models that draw from the global generators: each process its own
         self.epoch = self.step = self.updates = 0
         self.history, self.best, self.bad = [], None, dict(self.source.failures)
         if start is not None:

@@ -109,6 +109,13 @@ def prune(folder: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
+def seed_all(seed: int) -> None:
+    """All global generators of this process."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def rng_state() -> dict:
     """Of all global generators of this process, as plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
