@@ -16,8 +16,10 @@ VIDEO = [*CLI, "av"]  # brings its own ffmpeg
 EVALUATION = [*CLI, "captum>=0.9", "scikit-image>=0.21"]  # the methods of attribution that others made
 TIMM = ["timm>=1.0.31"]
 HUB = ["huggingface_hub", "safetensors", "jinja2"]
+TRAIN = [*CLI, *TIMM, "lightning>=2.6", "torchvision", "pydantic>=2.7", "pyyaml", "tensorboard", "webdataset>=1.0"]
 BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
-TEST = [*EVALUATION, *VIDEO, *TIMM, *HUB, "pytest>=8.2", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
+TOOLS = ["pytest>=8.2", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
+TEST = list(dict.fromkeys([*EVALUATION, *VIDEO, *TRAIN, *HUB, *TOOLS]))
 DEV = [*TEST, *BENCH, "ruff==0.17.6"]
 
 setup(
@@ -41,6 +43,7 @@ setup(
         "video": VIDEO,
         "evaluation": EVALUATION,
         "quantus": [*EVALUATION, "quantus"],
+        "train": TRAIN,
         "timm": TIMM,
         "hub": HUB,
         "bench": BENCH,

@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
 
 from bench import aot_tables, evaluate_digits, evaluation_speed, golden, matrix_regulariser, plots, results  # noqa: E402
+from bench import training as training_runs  # noqa: E402
 from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING  # noqa: E402
 from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, COPY, MATERIALISING, PRODUCT  # noqa: E402
 
 README, BENCHMARK, KERNELS = ROOT / "README.md", ROOT / "docs" / "benchmark.md", ROOT / "docs" / "kernels.md"
-EVALUATION = ROOT / "docs" / "evaluation.md"
+EVALUATION, TRAINING_PAGE = ROOT / "docs" / "evaluation.md", ROOT / "docs" / "training.md"
 MIB = 2**20
 ALGEBRAICS = (ALGEBRAIC, ALGEBRAIC + COMPILED, CHECKPOINTED, CHECKPOINTED + COMPILED)
 
@@ -288,6 +289,7 @@ def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
         README: block(block(README.read_text(encoding="utf-8"), "bench", "\n".join(short).rstrip()), "golden", golden.table()),
         BENCHMARK: block(BENCHMARK.read_text(encoding="utf-8"), "bench", "\n".join(full).rstrip()),
         EVALUATION: _evaluation(),
+        TRAINING_PAGE: _training(),
         KERNELS: block(KERNELS.read_text(encoding="utf-8"), "aot", aot_tables.tables()),
     }
 
@@ -297,6 +299,11 @@ def _evaluation() -> str:
     for name, module in (("digits", evaluate_digits), ("matrix", matrix_regulariser), ("speed", evaluation_speed)):
         text = block(text, name, module.table())
     return text
+
+
+def _training() -> str:
+    text = block(TRAINING_PAGE.read_text(encoding="utf-8"), "training", training_runs.table())
+    return block(text, "run", training_runs.run_table())
 
 
 def stale() -> list[str]:

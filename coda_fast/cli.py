@@ -1,8 +1,9 @@
-"""The command line: ``coda-fast demo|explain|evaluate|report|info``. Bad input: one line, exit code 2, no file written."""
+"""The command line: ``coda-fast demo|train|explain|evaluate|report|info``. Bad input: one line, exit code 2, no file written."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sys
 import warnings
@@ -77,6 +78,36 @@ def _seconds(context, parameter, text):
     except ValueError:
         raise click.BadParameter(f"expected a time such as 5, 2.5 or 0:05, got {text!r}", context, parameter) from None
     return sum(part * 60**power for power, part in enumerate(reversed(parts)))
+
+
+@cli.command()
+@click.argument("recipe", required=False)
+@click.argument("overrides", nargs=-1)
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="Folder of the run. Default: coda_runs/RECIPE.")
+@click.option("--resume", help="'auto': go on from the newest readable checkpoint of the folder, if there is one; or a checkpoint file.")
+@click.option("--quiet", is_flag=True, help="No progress bar, no messages.")
+@click.option("--show", is_flag=True, help="Print the recipe with all its values, and train nothing.")
+def train(recipe: str | None, overrides: tuple[str, ...], output: Path | None, resume: str | None, quiet: bool, show: bool) -> int:
+    """Train a CoDA-Net by RECIPE (a name or a .yaml file) with changes such as optimizer.lr=1e-3; without arguments: list the recipes.
+
+    SIGTERM and SIGUSR1 write a checkpoint and end the program with exit code 75 (0 under torchrun, which would start it again otherwise).
+    """
+    from coda_fast import train as training
+    from coda_fast.train.errors import Stopped
+
+    if recipe is None:
+        click.echo("\n".join(f"{name:16} {about}" for name, about in training.list_recipes().items()))
+        return 0
+    chosen = training.load_recipe(recipe, overrides)
+    if show:
+        click.echo(chosen.to_yaml(), nl=False)
+        return 0
+    try:
+        training.run(chosen, Path("coda_runs") / chosen.name if output is None else output, resume, progress=not quiet)
+    except Stopped as stop:
+        click.echo(f"coda-fast: {stop}", err=True)
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else training.STOPPED
+    return 0
 
 
 @cli.command()

@@ -120,8 +120,10 @@ class DynamicMatrixLoss(nn.Module):
             raise ValueError(f"norm: expected one of {', '.join(map(repr, PENALTIES))}, got {norm!r}")
         self.weight, self.classes, self.norm, self.generator = weight, classes, norm, generator
 
-    def forward(self, model: CoDANet, images: torch.Tensor, labels: torch.Tensor) -> MatrixLoss:
-        """Images [N, C, H, W] and their classes [N]. ValueError, TypeError: what does not fit."""
+    def forward(self, model: CoDANet, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None) -> MatrixLoss:
+        """Images [N, C, H, W], their classes [N], and the rows of each image [N, K] (None: drawn by ``self.rows``). ValueError, TypeError:
+        what does not fit.
+        """
         _check_model(model)
         model.check_images(images)
         labels = _integers(labels, "labels")
@@ -136,7 +138,8 @@ class DynamicMatrixLoss(nn.Module):
         bce = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, model.num_classes).to(logits.dtype))
         if not self.weight:
             return MatrixLoss(bce, bce, bce.new_zeros(()), logits)
-        penalty = _penalty(model, activations, self.rows(labels, model.num_classes), self.norm)
+        rows = self.rows(labels, model.num_classes) if rows is None else rows
+        penalty = _penalty(model, activations, rows, self.norm)
         return MatrixLoss(bce + self.weight * penalty, bce, penalty, logits)
 
     def rows(self, labels: torch.Tensor, num_classes: int) -> torch.Tensor:

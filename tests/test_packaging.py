@@ -16,7 +16,9 @@ from packaging.specifiers import SpecifierSet
 import coda_fast
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-HEAVY = {"PIL", "click", "huggingface_hub", "matplotlib", "safetensors", "sklearn", "timm", "tqdm"}
+HEAVY = {
+    "PIL", "av", "click", "huggingface_hub", "lightning", "matplotlib", "pydantic", "safetensors", "sklearn", "timm", "tqdm", "yaml",
+}  # fmt: skip
 DIST_INFO = f"coda_fast-{coda_fast.__version__}.dist-info"
 
 PROBE = """
@@ -107,6 +109,9 @@ def test_the_wheel_holds_the_two_packages_whole_and_nothing_else(wheel, sources)
     modules |= {path.relative_to(sources / "kernels").as_posix() for path in sources.glob("kernels/**/*.py")}
     assert {"coda_fast/backends/reference.py", "coda_kernels/__init__.py"} <= modules
     assert {name for name in names if name.endswith(".py")} == modules
+    recipes = {path.relative_to(sources).as_posix() for path in sources.glob("coda_fast/recipes/*.yaml")}
+    assert "coda_fast/recipes/digits-s.yaml" in recipes
+    assert {name for name in names if name.endswith(".yaml")} == recipes
 
 
 def test_the_wheel_carries_the_licence(wheel, metadata):
@@ -139,12 +144,16 @@ def test_extras(metadata):
         extra: {r.name: str(r.specifier) for r in requirements if r.marker is not None and r.marker.evaluate({"extra": extra})}
         for extra in metadata.get_all("Provides-Extra")
     }
-    assert set(extras) == {"bench", "cli", "evaluation", "quantus", "timm", "hub", "test", "dev"}
+    assert set(extras) == {"bench", "cli", "evaluation", "quantus", "train", "timm", "hub", "video", "test", "dev"}
     assert set(extras["cli"]) == {"click", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn", "jinja2"}
     assert set(extras["evaluation"]) == {*extras["cli"], "captum", "scikit-image"}
+    assert set(extras["video"]) == {*extras["cli"], "av"}
     assert set(extras["timm"]) == {"timm"}
     assert set(extras["hub"]) == {"huggingface_hub", "safetensors", "jinja2"}
-    assert {*extras["cli"], *extras["timm"], *extras["hub"], "pytest", "setuptools"} < set(extras["test"]) < set(extras["dev"])
+    added = {"lightning", "timm", "torchvision", "pydantic", "pyyaml", "tensorboard", "webdataset"}
+    assert set(extras["train"]) == {*extras["cli"], *added}
+    needed = {*extras["train"], *extras["evaluation"], *extras["video"], *extras["hub"], "pytest", "setuptools"}
+    assert needed < set(extras["test"]) < set(extras["dev"])
     assert {"torchvision", "bcos", "pytest-benchmark"} < set(extras["bench"]) < set(extras["dev"])
     assert extras["dev"]["ruff"].startswith("==")
 

@@ -1,0 +1,8 @@
+"""``python -m coda_fast.train RECIPE [KEY=VALUE ...]``: what ``coda-fast train`` does, for torchrun."""
+
+from coda_fast.cli import main
+
+if __name__ == "__main__":
+    import sys
+
+    main(["train", *sys.argv[1:]])

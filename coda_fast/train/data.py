@@ -1,0 +1,586 @@
+"""Training data: uint8 to the device, everything random about it a function of (seed, epoch, step) or (seed, epoch, image).
+
+Three sources. ``Arrays``: the whole set on the device. ``Folder``: image files, decoded by worker processes. ``Shards``: WebDataset tar
+files, a stream for each process and worker. All give a ``Batch`` of uint8 images; ``augment`` and ``to_float`` go on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+import random
+import signal
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from coda_fast.train.errors import TrainingError, need
+from coda_fast.train.recipes import Data
+
+
+@dataclasses.dataclass
+class Batch:
+    """images [N, C, H, W] uint8; labels [N]; valid [N], False where an image could not be read (None: all); failures: (file, reason)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    valid: torch.Tensor | None = None
+    failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def to(self, device) -> Batch:
+        valid = None if self.valid is None else self.valid.to(device, non_blocking=True)
+        return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), valid, self.failures)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which process of how many."""
+
+    rank: int = 0
+    world: int = 1
+
+    def slice(self, count: int) -> slice:
+        """Its part of ``count`` things, the same number for each process."""
+        share = count // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+
+def seeded(*numbers: int) -> int:
+    """One seed of several numbers, all bits mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of an epoch."""
+    return np.random.default_rng((seed, epoch, 0)).permutation(count)
+
+
+def augment(images: torch.Tensor, spec: Data, generator: torch.Generator, place: Place) -> torch.Tensor:
+    """Flips and padded crops of uint8 images [N, C, H, W], on their device. Draws for the global batch, of which these are a slice."""
+    local, height, width = len(images), *images.shape[2:]
+    total = local * place.world
+    mine = place.slice(total)
+    if spec.pad:
+        offsets = torch.randint(2 * spec.pad + 1, (total, 2), generator=generator)[mine].to(images.device)
+        padded = F.pad(images, [spec.pad] * 4)
+        rows = offsets[:, :1] + torch.arange(height, device=images.device)  # [N, H]
+        columns = offsets[:, 1:] + torch.arange(width, device=images.device)
+        n, c = torch.arange(local, device=images.device), torch.arange(images.shape[1], device=images.device)
+        images = padded[n[:, None, None, None], c[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    if spec.flip:
+        flipped = (torch.rand(total, generator=generator) < 0.5)[mine].to(images.device)
+        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+    return images
+
+
+def to_float(images: torch.Tensor, dtype: torch.dtype, channels_last: bool = False) -> torch.Tensor:
+    """uint8 -> [0, 1]: all the normalisation that a CoDA-Net takes."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(dtype, memory_format=layout).div_(255)
+
+
+# -- sources --------------------------------------------------------------------------------------------------------------------------
+
+
+class Arrays:
+    """A set in memory, on ``device``: images uint8 [N, C, H, W], labels [N]."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, device="cpu"):
+        self.images, self.labels = images.to(device), labels.to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def training(self, seed: int, epoch: int, start: int, batch_size: int, place: Place) -> Iterator[Batch]:
+        """The process' slice of every global batch of the epoch, from step ``start`` on; the incomplete last batch is left out."""
+        for index in _plan(len(self), seed, epoch, start, batch_size, place):
+            index = torch.from_numpy(index).to(self.labels.device)
+            yield Batch(self.images[index], self.labels[index])
+
+    def evaluation(self, batch_size: int, place: Place) -> Iterator[Batch]:
+        """Every sample once, over all processes."""
+        for index in torch.arange(place.rank, len(self), place.world, device=self.labels.device).split(batch_size):
+            yield Batch(self.images[index], self.labels[index])
+
+    def sample(self, count: int) -> Batch:
+        """A few, evenly from the whole set, always the same."""
+        index = torch.linspace(0, len(self) - 1, min(count, len(self)), device="cpu").long()
+        return Batch(self.images[index.to(self.images.device)], self.labels[index.to(self.labels.device)])
+
+
+class Folder:
+    """Image files, decoded in worker processes to uint8 of one size."""
+
+    def __init__(self, files: Sequence[tuple[str, int]], decoder: Decoder, workers: int, device="cpu"):
+        self.files, self.decoder, self.workers, self.device = list(files), decoder, workers, device
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
+        """As ``Arrays.training``; crops and RandAugment are drawn for (seed, epoch, image)."""
+        yield from self._batches(_plan(len(self), seed, epoch, start, batch_size, place), (seed, epoch))
+
+    def evaluation(self, batch_size, place) -> Iterator[Batch]:
+        """As ``Arrays.evaluation``."""
+        own = np.arange(place.rank, len(self), place.world)
+        yield from self._batches([own[i : i + batch_size] for i in range(0, len(own), batch_size)], None)
+
+    def sample(self, count: int) -> Batch:
+        """As ``Arrays.sample``."""
+        index = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        return self._stack(_decode_all([self.files[i] for i in index], self.decoder, [None] * len(index)))
+
+    def in_memory(self, progress=None) -> tuple[Arrays, list]:
+        """All of it decoded once, and what could not be read."""
+        batches, failures = [np.arange(i, min(i + 256, len(self))) for i in range(0, len(self), 256)], []
+        images, labels = [], []
+        for batch in progress(self._batches(batches, None)) if progress else self._batches(batches, None):
+            good = slice(None) if batch.valid is None else batch.valid
+            images.append(batch.images[good].cpu()), labels.append(batch.labels[good].cpu())
+            failures += batch.failures
+        return Arrays(torch.cat(images), torch.cat(labels), self.device), failures
+
+    def _batches(self, plan, randomness):
+        plan = [np.asarray(index).tolist() for index in plan]
+        loader = torch.utils.data.DataLoader(
+            _Files(self.files, self.decoder, randomness), batch_sampler=plan, num_workers=self.workers, collate_fn=_collate,
+            worker_init_fn=_quiet_worker, pin_memory=torch.device(self.device).type == "cuda", prefetch_factor=4 if self.workers else None,
+        )  # fmt: skip
+        for decoded in loader:
+            yield self._stack(decoded)
+
+    def _stack(self, decoded):
+        images, labels, valid, failures = decoded
+        return Batch(images, labels, None if bool(valid.all()) else valid, failures).to(self.device)
+
+
+class Shards:
+    """WebDataset tar files with an image (jpg, jpeg, png, webp) and a class (cls) a sample. For training each process and worker cycles
+    through its share of the shards, so that the images of a step, unlike those of the other sources, depend on the number of processes.
+    """
+
+    def __init__(self, pattern: str, decoder: Decoder, workers: int, device="cpu", samples: int | None = None, buffer: int = 5000):
+        need("webdataset")
+        from webdataset.shardlists import expand_urls
+
+        self.urls = sorted(str(p) for p in Path(pattern).glob("*.tar")) if os.path.isdir(pattern) else expand_urls(pattern)
+        missing = [url for url in self.urls if "://" not in url and not url.startswith("pipe:") and not os.path.exists(url)]
+        if not self.urls or missing:
+            raise TrainingError(f"data: expected shards {pattern!r}, found {len(self.urls) - len(missing)}; missing: {missing[:3]}")
+        self.decoder, self.workers, self.device, self.samples, self.buffer = decoder, workers, device, samples, buffer
+
+    def __len__(self) -> int:
+        if self.samples is None:
+            raise TrainingError("data.train_samples: expected the number of images that an epoch of shards is, got none")
+        return self.samples
+
+    def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
+        """As many steps as ``len`` says. A run that goes on in the middle reads over what it has seen."""
+        urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][place.rank :: place.world]
+        workers = max(1, self.workers)
+        if len(urls) < workers:
+            raise TrainingError(
+                f"data: expected a shard at least for each of {place.world} processes x {workers} workers, got {len(self.urls)}; "
+                f"make smaller shards or lower data.workers"
+            )
+        stream = _Stream(urls, self.decoder, (seed, epoch, place.rank), start, batch_size // place.world, self.buffer)
+        loader = self._loader(stream)
+        for _, decoded in zip(range(start, len(self) // batch_size), loader, strict=False):
+            yield self._stack(decoded)
+
+    def evaluation(self, batch_size, place) -> Iterator[Batch]:
+        """Every sample of every shard once, over all processes."""
+        urls = self.urls[place.rank :: place.world]
+        if urls:
+            for decoded in self._loader(_Stream(urls, self.decoder, None, 0, batch_size, 1)):
+                yield self._stack(decoded)
+
+    def sample(self, count: int) -> Batch:
+        """The first few."""
+        with contextlib.closing(iter(_Stream(self.urls, self.decoder, None, 0, count, 1))) as stream:
+            return self._stack(next(stream))
+
+    def _loader(self, stream):
+        return torch.utils.data.DataLoader(
+            stream, batch_size=None, num_workers=self.workers, worker_init_fn=_quiet_worker, prefetch_factor=4 if self.workers else None
+        )
+
+    _stack = Folder._stack
+
+
+def _plan(count, seed, epoch, start, batch_size, place):
+    permutation = order(count, seed, epoch)
+    for step in range(start, count // batch_size):
+        yield permutation[step * batch_size : (step + 1) * batch_size][place.slice(batch_size)]
+
+
+# -- decoding -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A file to uint8 [C, H, W]: shorter side to ``resize``, then a crop of ``size``: at random by the generator, else the middle."""
+
+    channels: int
+    resize: int | None
+    size: int | None
+    scale: tuple[float, float] | None = None
+    randaugment: tuple[int, float] | None = None
+
+    def __call__(self, data, generator: np.random.Generator | None) -> np.ndarray:
+        """``data``: a path or the bytes of a file. Raises whatever the damage leads Pillow to."""
+        from PIL import Image
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken EXIF and the like
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+                if self.size is not None:
+                    image.draft(None, (2 * (self.resize or self.size),) * 2)  # JPEG: smaller from the start, never below twice the need
+                image = image.convert("RGB" if self.channels == 3 else "L")
+        if self.size is not None:
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=self._box(*image.size, generator))
+        if self.randaugment is not None and generator is not None:
+            image = _randaugment(image, self.randaugment, generator)
+        pixels = np.asarray(image, np.uint8)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if pixels.ndim == 3 else pixels[None].copy()
+
+    def _box(self, width, height, generator):
+        """The part of the image, in its own pixels, that becomes the crop."""
+        if generator is not None and self.scale is not None:  # Inception: a random share of the area, of aspect 3/4 to 4/3
+            for _ in range(10):
+                area, ratio = width * height * generator.uniform(*self.scale), np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
+                w, h = (area * ratio) ** 0.5, (area / ratio) ** 0.5
+                if w <= width and h <= height:
+                    left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
+                    return left, top, left + w, top + h
+        side = min(width, height) * min(1.0, self.size / (self.resize or self.size))
+        across, down = generator.uniform(size=2) if generator is not None else (0.5, 0.5)
+        left, top = across * (width - side), down * (height - side)
+        return left, top, left + side, top + side
+
+
+def _randaugment(image, parameters, generator):
+    augmentation = _randaugment_transform(*parameters, 3 if image.mode == "RGB" else 1)
+    before = random.getstate(), np.random.get_state()  # timm draws from the global generators
+    seed = int(generator.integers(2**32))
+    random.seed(seed), np.random.seed(seed)
+    try:
+        return augmentation(image)
+    finally:
+        random.setstate(before[0]), np.random.set_state(before[1])
+
+
+@functools.cache
+def _randaugment_transform(count, strength, channels):
+    need("timm")
+    from timm.data.auto_augment import RandAugment, rand_augment_ops
+
+    fill = (128,) * 3 if channels == 3 else 128
+    operations = rand_augment_ops(strength / 3, 1.0, {"translate_const": 100, "img_mean": fill, "magnitude_std": 0})  # timm: 0 to 10
+    return RandAugment(operations, count)
+
+
+class _Files(torch.utils.data.Dataset):
+    """Decoded batches by lists of indices."""
+
+    def __init__(self, files, decoder, randomness):
+        self.files, self.decoder, self.randomness = files, decoder, randomness
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitems__(self, indices):
+        generators = [None if self.randomness is None else np.random.default_rng((*self.randomness, 1, i)) for i in indices]
+        return _decode_all([self.files[i] for i in indices], self.decoder, generators)
+
+
+def _collate(decoded):
+    return decoded
+
+
+def _decode_all(files, decoder, generators):
+    """(images, labels, valid, failures); an image that cannot be read is black and not valid."""
+    pictures, failures = [], []
+    for (path, _), generator in zip(files, generators, strict=True):
+        try:
+            pictures.append(decoder(path, generator))
+        except Exception as error:  # decoders raise whatever the damage leads them to
+            pictures.append(None)
+            failures.append((str(path), str(error) or type(error).__name__))
+    shapes = {p.shape for p in pictures if p is not None}
+    if len(shapes) > 1:
+        raise TrainingError(f"data.size: expected a size to crop images to, as they have several: {sorted(shapes)[:3]}; got none")
+    shape = shapes.pop() if shapes else (decoder.channels, decoder.size or 1, decoder.size or 1)
+    images = np.stack([np.zeros(shape, np.uint8) if p is None else p for p in pictures])
+    valid = torch.tensor([p is not None for p in pictures])
+    return torch.from_numpy(images), torch.tensor([label for _, label in files]), valid, failures
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    """Decoded batches of a process' shards. Batch j of the process is made by worker j modulo their number. ``randomness`` None: one pass
+    in order, everything; else endless, shuffled by it, from batch ``start`` on.
+    """
+
+    def __init__(self, urls, decoder, randomness, start, batch_size, buffer):
+        self.urls, self.decoder, self.randomness = urls, decoder, randomness
+        self.start, self.batch_size, self.buffer = start, batch_size, buffer
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        lane = (worker + self.start) % workers  # the loader asks worker 0 first, also for step ``start``
+        seen = len(range(lane, self.start, workers))
+        samples = self._samples(self.urls[lane::workers], lane)
+        if self.randomness is None:
+            yield from self._gather(samples)
+            return
+        for _ in range(seen * self.batch_size):
+            next(samples)
+        yield from self._gather(samples)
+
+    def _samples(self, urls, lane):
+        import webdataset as wds
+
+        def read():
+            found = wds.tarfile_to_samples(handler=wds.warn_and_continue)(iter([{"url": url} for url in urls]))
+            return (sample for sample in found if "cls" in sample)
+
+        if self.randomness is None:
+            yield from read()
+            return
+        repeat = 0
+        while True:
+            count = 0
+            for sample in wds.shuffle(self.buffer, rng=random.Random(seeded(*self.randomness, 3, lane, repeat)))(read()):
+                count += 1
+                yield sample
+            if not count:
+                raise TrainingError(f"data: no samples with an image and a class in {urls[:3]}")
+            repeat += 1
+
+    def _gather(self, samples):
+        pictures, labels, failures = [], [], []
+        for sample in samples:
+            name = f"{os.path.basename(sample['__url__'])}:{sample['__key__']}"
+            data = next((sample[key] for key in sample if key.lower() in ("jpg", "jpeg", "png", "webp")), None)
+            try:
+                if data is None:
+                    raise ValueError("no image")
+                own = None if self.randomness is None else np.random.default_rng((*self.randomness[:2], 1, zlib.crc32(name.encode())))
+                pictures.append(self.decoder(data, own))
+                labels.append(int(sample["cls"]))
+            except Exception as error:
+                failures.append((name, str(error)))
+                continue
+            if len(pictures) == self.batch_size:
+                yield self._batch(pictures, labels, failures)
+                pictures, labels, failures = [], [], []
+        if pictures or failures:
+            yield self._batch(pictures, labels, failures)
+
+    def _batch(self, pictures, labels, failures):
+        shape = (0, self.decoder.channels, self.decoder.size or 1, self.decoder.size or 1)
+        images = torch.from_numpy(np.stack(pictures)) if pictures else torch.zeros(shape, dtype=torch.uint8)
+        return images, torch.tensor(labels, dtype=torch.int64), torch.ones(len(labels), dtype=torch.bool), failures
+
+
+def _quiet_worker(_):
+    """The signals that tell a process group to end are for the process that trains, which needs its workers to finish the step."""
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+
+
+# -- opening --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Source:
+    """Training and validation images, the names of the classes, and what could not be read on the way."""
+
+    train: Arrays | Folder | Shards
+    val: Arrays | Folder | Shards
+    class_names: list[str] | None
+    num_classes: int
+    failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+
+def open_data(spec: Data, channels: int, device="cpu", progress=None) -> Source:
+    """The images of a recipe.
+
+    Args:
+        channels: 3 or 1, as the model takes.
+        progress: called as ``progress(iterable, label)`` around what takes long.
+
+    Raises:
+        TrainingError: nothing there, an unknown layout, damaged files of numbers.
+    """
+    if spec.kind != "digits":
+        if spec.path is None:
+            raise TrainingError(f"data.path: expected where the images are, got none; add data.path=... ({_EXPECTED[spec.kind]})")
+        if spec.kind != "webdataset" and not os.path.exists(spec.path):
+            raise TrainingError(f"data.path: no such file or folder: {spec.path} ({_EXPECTED[spec.kind]})")
+    source = {"digits": _digits, "npz": _npz, "cifar10": _cifar10, "folder": _folder, "webdataset": _webdataset}[spec.kind]
+    found = source(spec, channels, device, progress)
+    for split in (found.train, found.val):
+        if isinstance(split, Arrays):
+            if split.images.shape[1] != channels:
+                raise TrainingError(f"data: the model takes {channels} channels, the images have {split.images.shape[1]}")
+            if not len(split) or not 0 <= int(split.labels.min()) <= int(split.labels.max()) < found.num_classes:
+                raise TrainingError(f"data: expected images with classes 0 to {found.num_classes - 1}, got {len(split)} images")
+    return found
+
+
+_EXPECTED = {
+    "npz": "an .npz file with train_images [N, H, W, C] uint8, train_labels, test_images, test_labels",
+    "cifar10": "the folder of CIFAR-10's binary version, with data_batch_1.bin, or an .npz file",
+    "folder": "a folder with train/CLASS/IMAGE and val/CLASS/IMAGE",
+    "webdataset": "shards such as /data/train-{0000..0146}.tar",
+}
+
+
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _digits(spec, channels, device, progress):
+    from coda_fast.demo import digits
+
+    data = digits()
+    images = [(255 * x).round().to(torch.uint8) for x in (data.train_images, data.test_images)]
+    train, val = (Arrays(x, y, device) for x, y in zip(images, (data.train_labels, data.test_labels), strict=True))
+    return Source(train, val, data.class_names, len(data.class_names))
+
+
+def _npz(spec, channels, device, progress):
+    try:
+        with np.load(spec.path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # zipfile and NumPy raise whatever the damage leads them to
+        raise TrainingError(f"data.path: {spec.path}: not an .npz file that NumPy can read: {error}") from None
+    splits = []
+    for split in ("train", "test"):
+        if f"{split}_jpeg" in arrays:
+            splits.append(Arrays(*_jpegs(arrays, split, spec.path, progress), device))
+            continue
+        images, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
+        if images is None or labels is None:
+            raise TrainingError(f"data.path: {spec.path}: expected {_EXPECTED['npz']}, got {', '.join(arrays) or 'nothing'}")
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.shape != images.shape[:1]:
+            raise TrainingError(
+                f"data.path: {spec.path}: expected {split}_images [N, H, W, C] uint8 and as many labels, "
+                f"got {images.dtype} {list(images.shape)} and {list(labels.shape)}"
+            )
+        images = images[..., None] if images.ndim == 3 else images
+        splits.append(Arrays(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64)), device))
+    names = [str(name) for name in arrays["class_names"]] if "class_names" in arrays else None
+    return Source(*splits, names, len(names) if names else 1 + max(int(split.labels.max()) for split in splits))
+
+
+def _jpegs(arrays, split, path, progress):
+    """JPEGs end to end, some replaced by pixels: the layout that ``coda-fast evaluate`` reads too."""
+    from PIL import Image
+
+    try:
+        raw, offsets, labels = arrays[f"{split}_jpeg"].tobytes(), arrays[f"{split}_offset"], arrays[f"{split}_label"]
+        images, places = [], range(len(labels))
+        for i in progress(places, f"reading {split}") if progress else places:
+            images.append(np.asarray(Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]])).convert("RGB")))
+        images = np.stack(images)
+        if f"{split}_lossless_idx" in arrays:
+            images[arrays[f"{split}_lossless_idx"]] = arrays[f"{split}_lossless_rgb"]
+    except Exception as error:
+        raise TrainingError(f"data.path: {path}: expected {split}_jpeg, {split}_offset and {split}_label that fit: {error}") from None
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
+
+
+def _cifar10(spec, channels, device, progress):
+    folder = Path(spec.path)
+    if folder.is_file():
+        found = _npz(spec, channels, device, progress)
+        return dataclasses.replace(found, class_names=found.class_names or list(_CIFAR10), num_classes=10)
+    folder = folder / "cifar-10-batches-bin" if (folder / "cifar-10-batches-bin").is_dir() else folder
+    files = sorted(folder.glob("data_batch_*.bin")), [folder / "test_batch.bin"]
+    if not files[0] or not files[1][0].exists():
+        if (folder / "data_batch_1").exists() or (folder / "cifar-10-batches-py").exists():
+            raise TrainingError(
+                f"data.path: {folder} holds the version of CIFAR-10 for Python, whose pickles could run any code; expected the binary "
+                f"version (cifar-10-binary.tar.gz, from the same page)"
+            )
+        raise TrainingError(f"data.path: expected {_EXPECTED['cifar10']}, found none in {folder}")
+    splits = []
+    for some in files:
+        records = np.concatenate([np.fromfile(file, np.uint8) for file in some])
+        if len(records) % 3073 or not len(records):  # a label and 3 x 32 x 32 pixels, channels first
+            raise TrainingError(f"data.path: {some[0]}: expected records of 3073 bytes, got {len(records)} bytes: truncated?")
+        records = records.reshape(-1, 3073)
+        images, labels = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(records[:, 0].astype(np.int64))
+        splits.append(Arrays(images, labels, device))
+    meta = folder / "batches.meta.txt"
+    names = meta.read_text().split() if meta.exists() else list(_CIFAR10)
+    return Source(*splits, names, 10)
+
+
+def _folder(spec, channels, device, progress):
+    need("torchvision")
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    root = Path(spec.path)
+    train_root, val_root = root / "train", Path(spec.val_path) if spec.val_path else root / "val"
+    for folder in (train_root, val_root):
+        if not folder.is_dir():
+            raise TrainingError(f"data.path: expected {_EXPECTED['folder']}, found no folder {folder}")
+    names = sorted(entry.name for entry in os.scandir(train_root) if entry.is_dir())
+    if spec.classes is not None and len(names) < spec.classes:
+        raise TrainingError(f"data.classes: expected at least {spec.classes} folders in {train_root}, found {len(names)}")
+    index = {name: i for i, name in enumerate(names[: spec.classes])}
+    annotations = val_root / "val_annotations.txt"  # Tiny-ImageNet keeps its validation images in one folder
+    try:
+        train = make_dataset(str(train_root), index, IMG_EXTENSIONS, allow_empty=True)
+        if annotations.exists():
+            rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
+            val = [(str(val_root / "images" / name), index[label]) for name, label in rows if label in index]
+        else:
+            val = make_dataset(str(val_root), index, IMG_EXTENSIONS, allow_empty=True)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"data.path: {root}: {error}") from None
+    for what, files in ((train_root, train), (val_root, val)):
+        if not files:
+            raise TrainingError(f"data.path: expected {_EXPECTED['folder']}, found no image in {what}")
+    plain, augmented = _decoders(spec, channels)
+    if not spec.in_memory:
+        return Source(Folder(train, augmented, spec.workers, device), Folder(val, plain, spec.workers, device), list(index), len(index))
+    if spec.randaugment or spec.scale:
+        raise TrainingError("data.in_memory: expected false beside data.scale and data.randaugment, which are part of decoding; got true")
+    splits, failures = [], []
+    for name, files in (("train", train), ("val", val)):
+        folder = Folder(files, plain, spec.workers, device)
+        wrap = None if progress is None else functools.partial(progress, label=f"reading {name}", total=-(-len(files) // 256))
+        arrays, failed = folder.in_memory(wrap)
+        splits.append(arrays)
+        failures += failed
+    return Source(*splits, list(index), len(index), failures)
+
+
+def _webdataset(spec, channels, device, progress):
+    for key in ("val_path", "classes", "size"):
+        if getattr(spec, key) is None:
+            raise TrainingError(f"data.{key}: expected a value for shards, got none")
+    plain, augmented = _decoders(spec, channels)
+    train = Shards(spec.path, augmented, spec.workers, device, spec.train_samples, spec.shuffle)
+    len(train)  # refuses a missing number now
+    return Source(train, Shards(spec.val_path, plain, spec.workers, device), None, spec.classes)
+
+
+def _decoders(spec, channels):
+    plain = Decoder(channels, spec.resize, spec.size)
+    randaugment = None if spec.randaugment is None else (spec.randaugment.n, spec.randaugment.m)
+    return plain, dataclasses.replace(plain, scale=spec.scale, randaugment=randaugment)

@@ -1,0 +1,595 @@
+"""The loop: Lightning Fabric runs the processes, this runs the steps, and can stop and go on at any of them.
+
+A step is one optimiser update over ``recipe.batch_size`` images: each process takes its slice, in micro-batches of equal size, so that the
+mean over processes and micro-batches is the mean over the global batch. Processes talk at the gradient, and every ``log.every`` steps in
+one sum of metrics, which also carries what they must agree on: a signal to stop, the clock of checkpoints, images that could not be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import distributed, nn
+
+from coda_fast import checkpoints
+from coda_fast.losses import DynamicMatrixLoss
+from coda_fast.models import CoDANet, create_model
+from coda_fast.train import data as sources
+from coda_fast.train import state as files
+from coda_fast.train.data import Batch, Place, seeded
+from coda_fast.train.errors import Stopped, TrainingError, need
+from coda_fast.train.recipes import Recipe, make_recipe
+from coda_fast.train.watch import STEP_FIELDS, Watch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Objective(nn.Module):
+    """Model and loss in one module, so that DDP and FSDP2 see every parameter used in one forward pass."""
+
+    def __init__(self, model: CoDANet, recipe: Recipe):
+        super().__init__()
+        self.model, self.autocast, self.smoothing = model, recipe.precision == "bfloat16", recipe.loss.label_smoothing
+        loss = recipe.loss
+        self.matrix = DynamicMatrixLoss(loss.matrix_weight, loss.matrix_classes, loss.matrix_norm) if loss.matrix_weight else None
+
+    def forward(self, images, labels=None, rows=None):
+        """images [N, C, H, W] in [0, 1] -> logits [N, classes]; with labels [N] (and the regulariser's rows [N, K]): (logits, loss of each
+        image [N], penalty).
+        """
+        with torch.autocast(images.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
+            if labels is not None and self.matrix is not None and self.training:
+                found = self.matrix(self.model, images, labels, rows)
+                return found.logits, _bce(found.logits, labels, self.smoothing), self.matrix.weight * found.penalty
+            logits = self.model(images)
+        if labels is None:
+            return logits
+        return logits, _bce(logits, labels, self.smoothing), logits.new_zeros(())
+
+
+def _bce(logits, labels, smoothing=0.0):
+    """Binary cross-entropy of each image, mean over classes, on one-hot targets (smoothed: each class by itself, towards 1/2)."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    targets = targets * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+
+
+def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, progress: bool = True) -> dict:
+    """Train by ``recipe`` into the folder ``output``, in this process or as one of many (torchrun, SLURM).
+
+    Args:
+        resume: None: a new run; "auto": from the newest readable checkpoint of the folder, or new if there is none; or a file.
+        progress: show a bar and messages (of the first process).
+
+    Returns:
+        The last row of the history: losses, accuracies, images/s.
+
+    Raises:
+        TrainingError: anything that keeps the run from starting or going on. Stopped: a signal; the run stands in a checkpoint.
+        ImportError: packages of the extra "train" are missing.
+    """
+    found = None
+    try:
+        found = Run(recipe, Path(output), resume, progress)
+        row = found.train()
+        found.fabric.barrier()
+        return row
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            # what sharded modules hold of the process groups goes first: at the end of the process, their threads abort it
+            found = None
+            gc.collect()
+            distributed.destroy_process_group()
+
+
+class Run:
+    """One run, set up: ``train`` does the rest."""
+
+    def __init__(self, recipe: Recipe, output: Path, resume: str | None, progress: bool):
+        self.recipe, self.output, self.folder = recipe, output, output / "checkpoints"
+        self.fabric = _fabric(recipe)
+        self.fabric.launch()
+        self.place = Place(self.fabric.global_rank, self.fabric.world_size)
+        self.main = self.place.rank == 0
+        self.watch = Watch(recipe, output, progress and self.main, self.main)
+        self.local, self.micro = _split(recipe, self.place)
+        self.dtype, self.device = DTYPES[recipe.precision], self.fabric.device
+        self.wide = torch.float32 if self.device.type == "mps" else torch.float64  # of sums of metrics
+        self.last_good: Path | None = None
+        # everything that can be refused is refused before the folder is written to
+        start = self._start(resume)
+        model, self.source = self._model_and_data()
+        self.steps = len(self.source.train) // recipe.batch_size
+        if not self.steps:
+            raise TrainingError(f"batch_size: expected at most {len(self.source.train)}, the training images, got {recipe.batch_size}")
+        self._build(model)
+        files.seed_all(seeded(recipe.seed, 1, self.place.rank))  # for models that draw from the global generators: each process its own
+        self.epoch = self.step = self.updates = 0
+        self.history, self.best, self.bad = [], None, dict(self.source.failures)
+        if start is not None:
+            self._restore(*start)
+        if self.main:
+            output.mkdir(parents=True, exist_ok=True)
+            with checkpoints.atomic_path(output / "recipe.yaml") as temporary:
+                temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+        self._check_failures([])
+
+    # -- set-up -----------------------------------------------------------------------------------------------------------------------
+
+    def _start(self, resume):
+        """The checkpoint to go on from, (path, state), or None."""
+        if resume is None:
+            if found := files.listed(self.folder):
+                raise TrainingError(f"{self.output} holds a run already, up to {found[0].name}; --resume auto goes on with it")
+            return None
+        if resume != "auto":
+            return Path(resume), files.read(resume)
+        found = files.newest(self.folder, self.watch.say) if self.main else None
+        path = self.fabric.broadcast(None if found is None else str(found[0]))
+        if path is None:
+            return None
+        return Path(path), found[1] if found else files.read(path)
+
+    def _model_and_data(self):
+        recipe = self.recipe
+        try:
+            probe = create_model(recipe.model.name, device="meta", **recipe.model.arguments())
+        except (ValueError, TypeError) as error:
+            raise TrainingError(f"model: {str(error).removeprefix('model: ')}") from None
+        source = sources.open_data(recipe.data, probe.image_channels, self.device, self.watch.reading)
+        torch.manual_seed(seeded(recipe.seed))  # the same weights in every process
+        options = {"num_classes": source.num_classes, "class_names": source.class_names, "dtype": self.dtype}
+        if recipe.model.out_channels is not None:  # a network of its own layers: the last of them is the classes
+            options.pop("num_classes")
+            if recipe.model.out_channels[-1] != source.num_classes:
+                raise TrainingError(
+                    f"model.out_channels: expected {source.num_classes} classes at the end, got {recipe.model.out_channels}"
+                )
+        return create_model(recipe.model.name, **options, **recipe.model.arguments()), source
+
+    def _build(self, model):
+        """Objective, moving average, optimiser and schedule, on the device and shared over the processes."""
+        recipe, fabric = self.recipe, self.fabric
+        if recipe.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        objective = Objective(model.to(self.device), recipe)
+        self.plain = copy.deepcopy(objective.model).requires_grad_(False) if self.main else None  # whole, for maps and files
+        self.ema = None
+        if recipe.ema.decay:
+            need("timm")
+            from timm.utils import ModelEmaV3
+
+            self.ema = ModelEmaV3(objective, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, foreach=not _sharded(fabric))
+            if _sharded(fabric):
+                _shard(self.ema.module, fabric.strategy.device_mesh)
+        if recipe.compile:
+            objective.compile()
+        self.module = fabric.setup_module(objective)
+        self.objective = objective
+        need("timm")
+        from timm.optim import create_optimizer_v2
+
+        options = {"opt": recipe.optimizer.name, "lr": recipe.learning_rate(), "weight_decay": recipe.optimizer.weight_decay}
+        if "adam" in recipe.optimizer.name:
+            options["betas"] = recipe.optimizer.betas
+        try:
+            optimizer = create_optimizer_v2(self.module.parameters(), **options)
+        except (ValueError, AssertionError, TypeError) as error:
+            raise TrainingError(f"optimizer: {error}") from None
+        self.schedule = make_schedule(recipe, optimizer, self.steps)
+        self.optimizer = fabric.setup_optimizers(optimizer)
+
+    # -- the loop ---------------------------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict:
+        """All epochs that are left, then the files of the result."""
+        recipe = self.recipe
+        with _Signals() as self.signals, self.watch.open(self.history, self.updates, self.steps):
+            self.clock = time.monotonic()
+            while self.epoch < recipe.epochs:
+                self._train_epoch()
+                self.epoch, self.step = self.epoch + 1, 0
+                row = self.row
+                if self.epoch % recipe.evaluation.every == 0 or self.epoch == recipe.epochs:
+                    row |= self.evaluate()
+                self.history.append(row)
+                better = _score(row) is not None and (self.best is None or _score(row) > self.best)
+                self.best = _score(row) if better else self.best
+                self.save(best=better)
+                if self.main:
+                    self.watch.epoch(self.history)
+                if recipe.log.maps and (self.epoch % recipe.log.maps_every == 0 or self.epoch == recipe.epochs):
+                    self._maps()
+                if self._agree(self.signals.asked) and self.epoch < recipe.epochs:
+                    raise Stopped(self.last_good)
+            self._finish()
+        return self.history[-1]
+
+    def _train_epoch(self):
+        recipe = self.recipe
+        self.module.train()
+        if self.step == 0:
+            self.sums = torch.zeros(3, dtype=torch.float64)  # of the epoch: loss, correct, images
+            self.seconds = 0.0
+        window = torch.zeros(4, dtype=self.wide, device=self.device)
+        failures, begun = [], time.perf_counter()
+        batches = self.source.train.training(recipe.seed, self.epoch, self.step, recipe.batch_size, self.place)
+        self.row = {}
+        for batch in batches:
+            self.lr = set_rate(self.schedule, self.epoch, self.updates)
+            window += self._step(batch)
+            failures += batch.failures
+            self.step, self.updates = self.step + 1, self.updates + 1
+            last = self.step == self.steps
+            every = recipe.checkpoint.every_steps
+            save = bool(every) and self.updates % every == 0
+            if self.step % recipe.log.every and not save and not last:
+                continue
+            # loss, correct, seen, updates, failures, signal, clock: one message
+            votes = [len(failures), self.signals.asked, self.main and self._due()]
+            total = torch.cat([window, window.new_tensor([float(v) for v in votes])])
+            loss, correct, seen, ranks_steps, failed, asked, due = self.fabric.all_reduce(total, reduce_op="sum").tolist()
+            window.zero_()
+            if failed:
+                self._check_failures(failures)
+                failures = []
+            steps = ranks_steps / self.place.world
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"loss: expected a finite number, got {loss} in epoch {self.epoch + 1} between steps {self.step - round(steps)} and "
+                    f"{self.step} (learning rate {self.lr:.3g}; try a lower one, or optimizer.clip=1); {files.named(self.last_good)}"
+                )
+            now = time.perf_counter()
+            elapsed, begun = now - begun, now
+            self.sums += torch.tensor([loss, correct, seen], dtype=torch.float64)
+            self.seconds += elapsed
+            mean, accuracy = loss / max(1, steps * self.place.world), correct / max(1, seen)
+            if self.main:
+                rate = steps * recipe.batch_size / max(elapsed, 1e-9)
+                found = (self.epoch + 1, self.step, self.updates, mean, accuracy, self.lr, rate)
+                self.watch.step(dict(zip(STEP_FIELDS, found, strict=True)))
+            if not last and (asked or due or save):
+                self.save()
+                if asked:
+                    raise Stopped(self.last_good)
+        done = self.steps * self.place.world
+        self.row = {
+            "epoch": self.epoch + 1,
+            "updates": self.updates,
+            "learning_rate": self.lr,
+            "train_loss": float(self.sums[0]) / done,
+            "train_accuracy": float(self.sums[1] / self.sums[2].clamp_min(1)),
+            "images_per_second": self.steps * recipe.batch_size / max(self.seconds, 1e-9),
+            "unreadable": len(self.bad),
+        }
+
+    def _step(self, batch: Batch):
+        """One update; its loss, correct answers, images and 1, as a tensor on the device."""
+        recipe, place = self.recipe, self.place
+        batch = batch.to(self.device)
+        generator = torch.Generator().manual_seed(seeded(recipe.seed, self.epoch, self.step))
+        images = sources.augment(batch.images, recipe.data, generator, place)
+        images = sources.to_float(images, self.dtype, recipe.channels_last)
+        rows = self._rows(batch.labels, generator) if self.objective.matrix is not None else None
+        parts, measured = self.local // self.micro, 0
+        for part in range(parts):
+            some = slice(part * self.micro, (part + 1) * self.micro)
+            labels, valid = batch.labels[some], None if batch.valid is None else batch.valid[some]
+            with self.fabric.no_backward_sync(self.module, enabled=part < parts - 1):
+                logits, losses, penalty = self.module(images[some], labels, None if rows is None else rows[some])
+                losses = losses if valid is None else losses * valid  # what could not be read is black, and weighs nothing
+                loss = (losses.mean() + penalty) / parts
+                self.fabric.backward(loss)
+            right = logits.detach().argmax(1) == labels
+            right, seen = (right, torch.ones_like(right)) if valid is None else (right & valid, valid)
+            measured = measured + torch.stack([x.to(self.wide) for x in (loss.detach(), right.sum(), seen.sum())])
+        if recipe.optimizer.clip:
+            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=recipe.optimizer.clip, error_if_nonfinite=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.objective, self.updates)
+        return torch.cat([measured, measured.new_ones(1)])
+
+    def _rows(self, labels, generator):
+        """The regulariser's classes: drawn for the global batch."""
+        total, classes = self.local * self.place.world, self.source.num_classes
+        scores = torch.rand(total, classes, generator=generator)[self.place.slice(total)].to(labels.device)
+        scores.scatter_(1, labels[:, None], 2.0)
+        return scores.argsort(1, descending=True)[:, : self.objective.matrix.classes]
+
+    # -- evaluation and maps ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """Loss and accuracy on the validation images, each counted once; of the moving average too."""
+        self.module.eval()
+        modules = {"": self.objective} | ({"ema_": self.ema.module} if self.ema is not None else {})
+        sums = torch.zeros(len(modules), 4, dtype=torch.float64)
+        failures = []
+        batches = self.source.val.evaluation(self.recipe.evaluation.batch_size, self.place)
+        while True:
+            batch = next(batches, None)
+            if _sharded(self.fabric):  # forward passes are collective: who is done keeps the others company
+                if not self._agree(batch is not None):
+                    break
+            elif batch is None:
+                break
+            batch = batch.to(self.device) if batch is not None else self._nothing()
+            failures += batch.failures
+            images = sources.to_float(batch.images, self.dtype, self.recipe.channels_last)
+            keep = torch.ones_like(batch.labels, dtype=torch.bool) if batch.valid is None else batch.valid
+            for row, module in enumerate(modules.values()):
+                logits, losses, _ = module(images, batch.labels)
+                losses, top = losses[keep], logits[keep].topk(min(5, logits.shape[1])).indices == batch.labels[keep, None]
+                sums[row] += torch.stack([losses.double().sum(), top[:, :1].sum().double(), top.sum().double(), keep.sum().double()]).cpu()
+        total = torch.cat([sums.flatten(), torch.tensor([float(len(failures))])]).to(self.device, self.wide)
+        total = self.fabric.all_reduce(total, reduce_op="sum")
+        if float(total[-1]):
+            self._check_failures(failures)
+        row = {}
+        for name, (loss, first, five, count) in zip(modules, total[:-1].reshape(sums.shape).tolist(), strict=True):
+            row |= {f"{name}val_loss": loss / max(1, count), f"{name}val_accuracy": first / max(1, count)}
+            if self.source.num_classes >= 100:
+                row[f"{name}val_top5"] = five / max(1, count)
+        return row | {"val_images": int(count)}
+
+    def _nothing(self):
+        side = self.recipe.data.size or 32
+        images = torch.zeros(1, self.objective.model.image_channels, side, side, dtype=torch.uint8, device=self.device)
+        return Batch(images, torch.zeros(1, dtype=torch.int64, device=self.device), torch.zeros(1, dtype=torch.bool, device=self.device))
+
+    def _maps(self):
+        """Contribution maps of fixed validation images, by the whole model of the last checkpoint."""
+        if self.main:
+            sample = self.source.val.sample(self.recipe.log.maps).to(self.device)
+            self.watch.maps(self.plain, sources.to_float(sample.images, self.dtype), self.epoch, self.updates)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------------------------
+
+    def save(self, best: bool = False) -> None:
+        """Write where the run stands. All processes take part; the first one writes."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model = get_model_state_dict(self.objective, options=whole)
+        ema = get_model_state_dict(self.ema.module, options=whole) if self.ema is not None else None
+        optimizer = get_optimizer_state_dict(self.objective, self.optimizer.optimizer, options=whole)
+        rng, sums = self._gather(files.rng_state()), self.sums if self.step else None
+        problem = None
+        if self.main:
+            path = files.path_for(self.folder, self.epoch, self.step)
+            state = {
+                "recipe": self.recipe.model_dump(mode="json"), "world": self.place.world, "epoch": self.epoch, "step": self.step,
+                "updates": self.updates, "model": model, "ema": ema, "optimizer": optimizer, "schedule": self.schedule.state_dict(),
+                "rng": rng, "history": self.history, "best": self.best, "sums": sums, "seconds": self.seconds, "bad": dict(self.bad),
+            }  # fmt: skip
+            broken = next((name for name, t in model.items() if not torch.isfinite(t).all()), None)
+            try:
+                if broken is not None:
+                    raise TrainingError(f"weights: expected finite numbers, got others in {broken}; {files.named(self.last_good)}")
+                files.write(path, state, self.last_good)
+                if best:
+                    files.link_best(path)
+                files.prune(self.folder, self.recipe.checkpoint.keep)
+                self.last_good = path
+                self._whole(ema or model)
+            except (TrainingError, OSError) as error:
+                problem = str(error)
+        problem = self.fabric.broadcast(problem)
+        if problem is not None:
+            raise TrainingError(problem)
+        self.last_good = Path(self.fabric.broadcast(str(self.last_good)))
+        self.clock = time.monotonic()
+
+    def _whole(self, state):
+        """Load a gathered state into the plain model."""
+        self.plain.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
+        return self.plain
+
+    def _restore(self, path, state):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+
+        stored = make_recipe(state["recipe"], str(path))
+        if changed := self.recipe.differences(stored):
+            values = ", ".join(f"{key} (was {_value(stored, key)!r}, now {_value(self.recipe, key)!r})" for key in changed)
+            raise TrainingError(f"{path}: the run that stands here had other values of {values}; a changed run needs a folder of its own")
+        whole = StateDictOptions(full_state_dict=True)
+        try:
+            set_model_state_dict(self.objective, state["model"], options=whole)
+            if self.ema is not None:
+                set_model_state_dict(self.ema.module, state["ema"], options=whole)
+            set_optimizer_state_dict(self.objective, self.optimizer.optimizer, state["optimizer"], options=whole)
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise TrainingError(f"{path}: weights that do not fit this model: {str(error).splitlines()[0]}") from None
+        self.schedule.load_state_dict(state["schedule"])
+        self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
+        self.history, self.best, self.last_good = list(state["history"]), state["best"], path
+        self.sums, self.seconds, self.bad = state["sums"], state["seconds"], state["bad"] | self.bad
+        if self.main:
+            self._whole(state["ema"] or state["model"])
+        if state["world"] == self.place.world:  # another number of processes: nothing that a step draws depends on these
+            files.set_rng_state(state["rng"][self.place.rank])
+        self.watch.say(f"going on from {path}: epoch {self.epoch + 1}, step {self.step}")
+
+    def _finish(self):
+        if not self.main:
+            return
+        metadata = {"recipe": self.recipe.model_dump(mode="json"), **self.history[-1]}
+        state = files.read(self.last_good)
+        written = []
+        for name in ("model", "ema"):
+            if state[name] is not None:
+                target = self.output / ("model.safetensors" if name == "model" else "model_ema.safetensors")
+                checkpoints.save(self._whole(state[name]), target, metadata | {"weights": name})
+                written.append(target)
+        self.watch.finish(self.history, written)
+
+    # -- agreement --------------------------------------------------------------------------------------------------------------------
+
+    def _agree(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.device), reduce_op="sum"))
+
+    def _gather(self, value) -> list:
+        """One value of each process, in the first one."""
+        if self.place.world == 1:
+            return [value]
+        gathered = [None] * self.place.world if self.main else None
+        distributed.gather_object(value, gathered)
+        return gathered
+
+    def _check_failures(self, failures):
+        """Add what could not be read; too much of it stops every process."""
+        if self.place.world > 1 and failures is not None:
+            gathered = [None] * self.place.world
+            distributed.all_gather_object(gathered, failures)
+            failures = [failure for some in gathered for failure in some]
+        for name, reason in failures:
+            if name not in self.bad:
+                self.bad[name] = reason
+                self.watch.say(f"skipped {name}: {reason}")
+        if len(self.bad) > (limit := self.recipe.data.max_corrupt):
+            some = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-3:])
+            raise TrainingError(
+                f"data: expected at most {limit} images that cannot be read (data.max_corrupt), got {len(self.bad)}: {some}; "
+                f"{files.named(self.last_good)}"
+            )
+
+    def _due(self):
+        minutes = self.recipe.checkpoint.every_minutes
+        return bool(minutes) and time.monotonic() - self.clock > 60 * minutes
+
+
+# -- pieces ---------------------------------------------------------------------------------------------------------------------------
+
+
+def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
+    """A timm Scheduler of the recipe; ``steps``: optimiser steps of an epoch."""
+    need("timm")
+    from timm.scheduler import CosineLRScheduler, StepLRScheduler
+    from timm.scheduler.scheduler import Scheduler
+
+    spec = recipe.schedule
+    if spec.kind == "step":
+        return StepLRScheduler(optimizer, decay_t=spec.every, decay_rate=1 / spec.divisor)
+    if spec.kind == "cosine":
+        warmup, rate = round(spec.warmup * steps), recipe.learning_rate()
+        options = {"lr_min": spec.last * rate, "warmup_t": warmup, "warmup_lr_init": rate / warmup if warmup else 0.0}
+        return CosineLRScheduler(optimizer, recipe.epochs * steps - warmup, warmup_prefix=True, t_in_epochs=False, **options)
+
+    class Pieces(Scheduler):
+        """Linear pieces of the learning rate; "constant" has none."""
+
+        def _get_lr(self, t):
+            for first, epochs, start, end in spec.pieces or ():
+                if first <= t < first + epochs:
+                    rate = start + (end - start) * (t - first) / max(1, epochs - 1)
+                    return [rate for _ in self.base_values]
+            return list(self.base_values)
+
+    return Pieces(optimizer, "lr")
+
+
+def set_rate(schedule, epoch: int, updates: int) -> float:
+    """Set and return the learning rate of a step."""
+    schedule.step(epoch)
+    schedule.step_update(updates)
+    return schedule.optimizer.param_groups[0]["lr"]
+
+
+def _fabric(recipe):
+    """Lightning Fabric by the recipe; what torchrun or SLURM say about nodes and processes goes first."""
+    Fabric = need("lightning.fabric").Fabric
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+    environment = os.environ
+    devices, nodes = recipe.devices, 1
+    if "LOCAL_WORLD_SIZE" in environment:
+        devices = int(environment["LOCAL_WORLD_SIZE"])
+        nodes = int(environment["WORLD_SIZE"]) // devices
+    elif "SLURM_NTASKS" in environment and "SLURM_NNODES" in environment:
+        nodes = int(environment["SLURM_NNODES"])
+        devices = int(environment["SLURM_NTASKS"]) // nodes
+    accelerator = recipe.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if devices == "auto":
+        devices = torch.cuda.device_count() if accelerator == "cuda" else 1
+    world = devices * nodes
+    strategy = "auto"
+    if recipe.strategy == "fsdp2":
+        strategy = ModelParallelStrategy(
+            lambda module, mesh: _shard(module, mesh), data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    elif world > 1 or recipe.strategy == "ddp":
+        strategy = DDPStrategy(gradient_as_bucket_view=True)
+    try:
+        return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
+    except Exception as error:  # Lightning raises several kinds for devices that are not there
+        raise TrainingError(f"accelerator {accelerator}, devices {devices}: {error}") from None
+
+
+def _shard(objective, mesh):
+    """FSDP2: a group of parameters for each layer; one for all with the matrix regulariser, which uses weights outside their layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh["data_parallel"]
+    if objective.matrix is None:
+        for layer in objective.model.layers:
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(objective, mesh=mesh)
+
+
+def _sharded(fabric):
+    return type(fabric.strategy).__name__ == "ModelParallelStrategy"
+
+
+def _split(recipe, place):
+    """Images of a step for each process, and of a micro-batch: the largest equal part that ``micro_batch`` allows."""
+    if recipe.batch_size % place.world:
+        raise TrainingError(f"batch_size: expected a multiple of {place.world}, the number of processes, got {recipe.batch_size}")
+    local = recipe.batch_size // place.world
+    most = min(local, recipe.micro_batch or local)
+    return local, next(size for size in range(most, 0, -1) if local % size == 0)
+
+
+def _score(row):
+    return row.get("ema_val_accuracy", row.get("val_accuracy"))
+
+
+def _value(recipe, key):
+    value = recipe
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+class _Signals:
+    """Notes SIGTERM and SIGUSR1 instead of dying of them; the loop asks at its next metrics."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {}
+        for name in SIGNALS:
+            with contextlib.suppress(ValueError):  # not in the main thread: whoever owns that decides
+                self.before[name] = signal.signal(name, self._note)
+        return self
+
+    def _note(self, number, frame):
+        self.asked = True
+
+    def __exit__(self, *error):
+        for name, handler in self.before.items():
+            signal.signal(name, handler)

@@ -1,0 +1,27 @@
+"""How a run ends that does not reach its last epoch."""
+
+from __future__ import annotations
+
+STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h
+
+
+class TrainingError(ValueError):
+    """A run that cannot start or go on; the message names what was expected, what was found, and the last good checkpoint."""
+
+
+class Stopped(Exception):
+    """A signal asked for the end; the run stands in ``checkpoint``."""
+
+    def __init__(self, checkpoint):
+        super().__init__(f"stopped by a signal; the run stands in {checkpoint} and goes on with --resume auto")
+        self.checkpoint = checkpoint
+
+
+def need(module: str, extra: str = "train"):
+    """The module; ImportError with what to install."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"training needs {error.name or module}: pip install 'coda-fast[{extra}]'") from None

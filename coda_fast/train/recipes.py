@@ -1,0 +1,310 @@
+"""Recipes: everything that a run depends on, as YAML files in ``coda_fast/recipes`` or anywhere, with ``key=value`` changes on top."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal
+
+from coda_fast.train.errors import TrainingError, need
+
+need("pydantic")
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator  # noqa: E402
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(_Section):
+    """A name of ``coda_fast.list_models()`` and arguments of ``coda_fast.create_model`` that replace its own (null: as it is)."""
+
+    name: str
+    temperature: Rate | None = None
+    rank: Positive | None = None
+    norm: Literal["squash", "l2"] | None = None
+    logit_bias: float | None = None
+    backend: str | None = None
+    out_channels: list[Positive] | None = None
+    ranks: list[Positive] | None = None
+    kernel_sizes: list[Positive] | None = None
+    strides: list[Positive] | None = None
+    image_size: Positive | None = None
+
+    def arguments(self) -> dict:
+        """For ``create_model``."""
+        return {key: value for key, value in self.model_dump().items() if value is not None and key != "name"}
+
+
+class RandAugment(_Section):
+    """``n`` operations of strength ``m`` of 30 (the scale of arXiv:1909.13719), by timm, each applied always."""
+
+    n: Positive = 2
+    m: Annotated[float, Field(ge=0, le=30)] = 10
+
+
+class Data(_Section):
+    """Where images come from and what happens to them; layouts: docs/training.md."""
+
+    kind: Literal["digits", "npz", "cifar10", "folder", "webdataset"]
+    path: str | None = None  # a file, a folder, or (webdataset) a pattern of shards
+    val_path: str | None = None  # where it is not beside the training images
+    classes: Positive | None = None  # webdataset: how many; folder: the first so many in the order of their names; null: all
+    flip: bool = False  # left to right, half of the images
+    pad: Count = 0  # random crop of the padded image, as for CIFAR
+    resize: Positive | None = None  # shorter side, before the crop
+    size: Positive | None = None  # side of the square crop; null: images are of one size already
+    scale: tuple[Share, float] | None = None  # share of the area that a random crop takes (Inception); null: ``size`` of ``resize``
+    randaugment: RandAugment | None = None
+    in_memory: bool = False  # folder: decode once, keep all on the device
+    workers: Count = 4  # processes that decode, for each training process
+    max_corrupt: Count = 100  # so many images that cannot be read are skipped; one more stops the run
+    train_samples: Positive | None = None  # webdataset: how many images an epoch is
+    shuffle: Positive = 5000  # webdataset: the buffer to draw from
+
+
+class Loss(_Section):
+    """Binary cross-entropy, mean over batch and classes, plus ``matrix_weight`` times the matrix regulariser (coda_fast.losses)."""
+
+    label_smoothing: Share = 0.0
+    matrix_weight: Weight = 0.0
+    matrix_classes: Positive = 2
+    matrix_norm: Literal["l1", "l2"] = "l1"
+
+
+class Optimizer(_Section):
+    """Any of timm's. The learning rate at ``batch_size`` B is ``lr`` (rule "none"), ``lr B / reference_batch`` ("linear") or
+    ``lr sqrt(B / reference_batch)`` ("sqrt").
+    """
+
+    name: str = "adam"
+    lr: Rate
+    rule: Literal["none", "linear", "sqrt"] = "none"
+    reference_batch: Positive | None = None
+    weight_decay: Weight = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    clip: Rate | None = None  # largest norm of the gradient
+
+
+class Schedule(_Section):
+    """Of the learning rate: "constant"; "step": divided by ``divisor`` every ``every`` epochs; "cosine": by step, after ``warmup`` epochs
+    from 0, to ``last`` times the rate; "pieces": ``[first epoch, epochs, rate at the first, rate at the last]`` each, linear.
+    """
+
+    kind: Literal["constant", "step", "cosine", "pieces"] = "constant"
+    every: Positive | None = None
+    divisor: Rate | None = None
+    warmup: Weight = 0.0
+    last: Share = 0.0
+    pieces: list[tuple[Count, Positive, Rate, Rate]] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.kind == "step" and (self.every is None or self.divisor is None):
+            raise ValueError("expected every and divisor for a schedule of steps")
+        if self.kind == "pieces":
+            ends = [0]
+            for first, epochs, _, _ in self.pieces or ():
+                if first != ends[-1]:
+                    raise ValueError(f"pieces: expected one that begins at epoch {ends[-1]}, got {first}")
+                ends.append(first + epochs)
+            if len(ends) == 1:
+                raise ValueError("expected pieces for a schedule of pieces")
+        return self
+
+
+class Ema(_Section):
+    """Moving average of the weights by timm's ModelEmaV3; decay 0: none."""
+
+    decay: Share = 0.0
+    warmup: bool = False
+
+
+class Checkpoint(_Section):
+    """One after every epoch, and more often if asked; ``keep`` of them stay, and the best."""
+
+    every_steps: Count = 0
+    every_minutes: Weight = 0.0
+    keep: Positive = 3
+
+
+class Log(_Section):
+    """``every`` steps: metrics, the signals' check and the check for NaN. ``maps``: how many validation images are explained."""
+
+    every: Positive = 50
+    maps: Count = 4
+    maps_every: Positive = 1  # epochs
+    tensorboard: bool = True
+
+
+class Evaluation(_Section):
+    every: Positive = 1  # epochs
+    batch_size: Positive = 256  # of each process
+
+
+class Recipe(_Section):
+    """What a run is. ``batch_size``: images of one optimiser step, over all processes; ``micro_batch``: at most so many at once in each."""
+
+    name: str
+    about: str = ""
+    model: Model
+    data: Data
+    epochs: Positive
+    batch_size: Positive
+    micro_batch: Positive | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    loss: Loss = Loss()
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    ema: Ema = Ema()
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"  # bfloat16: autocast, weights stay float32
+    channels_last: bool = False
+    compile: bool = False
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: Positive | Literal["auto"] = "auto"  # of this node; torchrun and SLURM say it themselves
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.optimizer.rule != "none" and self.optimizer.reference_batch is None:
+            raise ValueError(f"optimizer.reference_batch: expected the batch that lr is for, by the rule {self.optimizer.rule!r}, got none")
+        if self.schedule.kind == "pieces" and (end := sum(self.schedule.pieces[-1][:2])) < self.epochs:
+            raise ValueError(f"schedule.pieces: expected learning rates for {self.epochs} epochs, got {end}")
+        if self.schedule.kind == "cosine" and self.schedule.warmup >= self.epochs:
+            raise ValueError(f"schedule.warmup: expected less than {self.epochs} epochs, got {self.schedule.warmup}")
+        if self.data.scale is not None and not 0 < self.data.scale[0] <= self.data.scale[1] <= 1:
+            raise ValueError(f"data.scale: expected 0 < least <= most <= 1, got {list(self.data.scale)}")
+        if self.data.resize is not None and (self.data.size is None or self.data.size > self.data.resize):
+            raise ValueError(f"data.size: expected a crop of at most data.resize, {self.data.resize} pixels, got {self.data.size}")
+        if self.loss.matrix_weight and self.loss.label_smoothing:
+            raise ValueError("loss.label_smoothing: expected 0 beside the matrix regulariser, which takes classes")
+        return self
+
+    def learning_rate(self) -> float:
+        """The rate at the recipe's batch size, by its rule."""
+        optimizer = self.optimizer
+        ratio = 1.0 if optimizer.rule == "none" else self.batch_size / optimizer.reference_batch
+        return optimizer.lr * (ratio**0.5 if optimizer.rule == "sqrt" else ratio)
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Keys that change what is computed and differ from ``other``: a run cannot go on with another value of these."""
+        mine, theirs = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
+        free = _FREE if self.schedule.kind == "cosine" else (*_FREE, "epochs")
+        return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key) and not key.startswith(free))
+
+    def to_yaml(self) -> str:
+        return need("yaml").safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# what a run may change when it goes on: where and how it is computed, not what
+_FREE = ("name", "about", "data.path", "data.val_path", "data.workers", "data.in_memory", "data.max_corrupt", "accelerator", "devices",
+         "strategy", "micro_batch", "compile", "channels_last", "checkpoint.", "log.", "evaluation.batch_size")  # fmt: skip
+
+
+def list_recipes() -> dict[str, str]:
+    """Names of the recipes that come with the package, and what each is."""
+    return {name: load_recipe(name).about for name in _names()}
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by name or YAML file, with ``key=value`` overrides such as ``optimizer.lr=1e-3``; values are YAML.
+
+    Raises:
+        TrainingError: no such recipe, unknown keys (with those that come near) or values of the wrong type.
+    """
+    yaml = need("yaml")
+    path = files("coda_fast").joinpath("recipes", f"{name}.yaml")
+    if not path.is_file():
+        path = Path(name)
+        if path.suffix not in (".yaml", ".yml") or not path.is_file():
+            raise TrainingError(f"recipe: expected one of {', '.join(_names())} or a .yaml file, got {name!r}")
+    values = _parse(yaml, path.read_text(encoding="utf-8"), str(name))
+    if not isinstance(values, dict):
+        raise TrainingError(f"{name}: expected a mapping of keys to values, got {type(values).__name__}")
+    known = set(keys())
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise TrainingError(f"override: expected key=value, got {text!r}")
+        if key not in known:
+            raise TrainingError(_unknown(key, known))
+        section, *_ = parts = key.split(".")
+        node = values
+        for part in parts[:-1]:
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
+        node[parts[-1]] = _parse(yaml, value, key)
+    return make_recipe(values, str(name))
+
+
+def make_recipe(values: dict, source: str) -> Recipe:
+    """A checked ``Recipe`` of plain values; TrainingError names what does not fit."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for found in error.errors():
+            # positions in lists stay; names of the types that a union tried go
+            key = ".".join(str(part) for part in found["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _TYPES))
+            if found["type"] == "extra_forbidden":
+                problems.append(_unknown(key, set(keys())))
+            elif found["type"] == "missing":
+                problems.append(f"{key}: expected a value, got none")
+            elif found["type"] == "value_error":
+                problems.append(f"{key + ': ' if key else ''}{found['ctx']['error']}")
+            else:
+                message = found["msg"][0].lower() + found["msg"][1:]
+                wanted = message.removeprefix("input should be ").removeprefix("a valid ")
+                problems.append(f"{key}: expected {wanted}, got {found['input']!r}")
+        raise TrainingError(f"recipe {source}: " + "; ".join(dict.fromkeys(problems))) from None
+
+
+_TYPES = {"int", "float", "str", "bool"}
+
+
+def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a recipe."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from keys(part, f"{prefix}{name}.")
+
+
+def _names():
+    return sorted(p.name.removesuffix(".yaml") for p in files("coda_fast").joinpath("recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def _unknown(key, known):
+    last = {k: k.rpartition(".")[2] for k in known}
+    near = [k for k in known if last[k] == key.rpartition(".")[2]] + difflib.get_close_matches(key, known, 3, 0.6)
+    near += [k for k in known if last[k] in difflib.get_close_matches(key.rpartition(".")[2], set(last.values()), 2, 0.7)]
+    near = list(dict.fromkeys(sorted(near[:1]) + near))[:4]
+    return f"unknown key {key!r}" + (f"; near to it: {', '.join(near)}" if near else "")
+
+
+def _parse(yaml, text, what):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TrainingError(f"{what}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def _flat(values, prefix=""):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,162 @@
+"""What is seen of a run: progress bar, CSV, TensorBoard, contribution maps as they form, and the summary at the end.
+
+Files in the output folder: ``steps.csv`` (a row for each ``log.every`` steps), ``metrics.csv`` (a row an epoch), ``tensorboard/``,
+``maps/epoch_0001.png``, ``curve.png``. A run that goes on cuts what its checkpoint does not know and appends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from coda_fast import plot
+from coda_fast.checkpoints import atomic_path
+from coda_fast.train.errors import need
+from coda_fast.train.recipes import Recipe
+
+STEP_FIELDS = ("epoch", "step", "updates", "loss", "accuracy", "learning_rate", "images_per_second")
+
+
+class Watch:
+    """Of the first process; ``active=False``: the others', which shows and writes nothing."""
+
+    def __init__(self, recipe: Recipe, folder: Path, active: bool, main: bool):
+        self.recipe, self.folder, self.active, self.main = recipe, Path(folder), active, main
+        self.bar = self.board = self.steps_file = None
+
+    def say(self, text: str) -> None:
+        """A line beside the bar."""
+        if self.active:
+            need("tqdm", "cli").tqdm.write(text, file=sys.stderr)
+
+    def reading(self, items: Iterable, label: str, total: int | None = None) -> Iterable:
+        """A bar around what takes long before the first step."""
+        return need("tqdm", "cli").tqdm(items, desc=label, total=total, disable=not self.active, leave=False)
+
+    @contextlib.contextmanager
+    def open(self, history: list[dict], updates: int, steps: int):
+        """Files and bar for the length of the training; ``steps`` of an epoch, ``updates`` done."""
+        if not self.main:
+            yield
+            return
+        images = self.recipe.batch_size
+        tqdm = need("tqdm", "cli").tqdm
+        try:
+            self._open_steps(updates)
+            if self.recipe.log.tensorboard:
+                need("tensorboard")
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=updates + 1)
+            total = self.recipe.epochs * steps * images
+            self.bar = tqdm(total=total, initial=updates * images, unit="img", unit_scale=True, disable=not self.active, smoothing=0.1)
+            yield
+        finally:
+            for thing in (self.bar, self.board, self.steps_file):
+                if thing is not None:
+                    thing.close()
+
+    def step(self, row: dict) -> None:
+        """One row of STEP_FIELDS."""
+        self.bar.set_description(f"epoch {row['epoch']}/{self.recipe.epochs}", refresh=False)
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, accuracy {row['accuracy']:.1%}", refresh=False)
+        self.bar.update(row["updates"] * self.recipe.batch_size - self.bar.n)
+        self.rows.writerow({key: _short(row[key]) for key in STEP_FIELDS})
+        self.steps_file.flush()
+        if self.board is not None:
+            for key in ("loss", "accuracy", "learning_rate", "images_per_second"):
+                self.board.add_scalar(f"step/{key}", row[key], row["updates"])
+
+    def epoch(self, history: list[dict]) -> None:
+        """The history so far; the last row is new."""
+        self._write_metrics(history)
+        row = history[-1]
+        if self.board is not None:
+            for key, value in row.items():
+                if key not in ("epoch", "updates"):
+                    self.board.add_scalar(f"epoch/{key}", value, row["updates"])
+            self.board.flush()
+        found = [f"{label} {row[key]:.2%}" for key, label in _ACCURACIES.items() if key in row]
+        self.say(
+            f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, accuracy {', '.join(found)}, {row['images_per_second']:.0f} images/s"
+        )
+
+    def maps(self, model, images: torch.Tensor, epoch: int, updates: int) -> None:
+        """Contribution maps of ``images`` for the two most likely classes, as they are after so many epochs."""
+        with torch.no_grad():
+            classes = model(images).topk(min(2, model.num_classes)).indices
+        figure = plot.explanation_figure(images, model.explain(images, classes), model.logit_bias, model.class_names)
+        folder = self.folder / "maps"
+        folder.mkdir(exist_ok=True)
+        plot.save_figure(figure, folder / f"epoch_{epoch:04d}.png", dpi=100)
+        if self.board is not None:
+            self.board.add_figure("maps", figure, updates, close=False)
+
+    def finish(self, history: list[dict], written: list[Path]) -> None:
+        """The curve and the summary."""
+        self._write_metrics(history)
+        plot.save_figure(curve(history, self.recipe), self.folder / "curve.png")
+        if self.bar is not None:
+            self.bar.close()
+        if self.active:
+            print(summary(history))
+            print("\n".join(map(str, [*written, self.folder / "curve.png", self.folder / "metrics.csv"])))
+
+    def _open_steps(self, updates):
+        path, kept = self.folder / "steps.csv", []
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                kept = [row for row in csv.DictReader(file) if None not in row.values() and int(row["updates"]) <= updates]
+        with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, STEP_FIELDS)
+            writer.writeheader()
+            writer.writerows(kept)
+        self.steps_file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - open for the whole training
+        self.rows = csv.DictWriter(self.steps_file, STEP_FIELDS)
+
+    def _write_metrics(self, history):
+        fields = list(dict.fromkeys(key for row in history for key in row))
+        with atomic_path(self.folder / "metrics.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows({key: _short(value) for key, value in row.items()} for row in history)
+
+
+_ACCURACIES = {"train_accuracy": "training", "val_accuracy": "validation", "ema_val_accuracy": "moving average"}
+
+
+def curve(history: list[dict], recipe: Recipe):
+    """Loss and accuracy against epochs."""
+    figure = plot.new_figure(width=9, height=3.4)
+    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for prefix, label in (("train", "training"), ("val", "validation"), ("ema_val", "validation, moving average")):
+            rows = [row for row in history if f"{prefix}_{what}" in row]
+            if rows:
+                x, y = [row["epoch"] for row in rows], [row[f"{prefix}_{what}"] for row in rows]
+                axes.plot(x, y, label=label, marker="o" if len(x) < 30 else None, markersize=3)
+        axes.set(xlabel="epoch", ylabel="binary cross-entropy" if what == "loss" else "accuracy")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{recipe.name}: {recipe.model.name}, batch {recipe.batch_size}", fontsize=10)
+    return figure
+
+
+def summary(history: list[dict]) -> str:
+    """The best and the last epoch, as a table."""
+    scored = [row for row in history if "val_accuracy" in row]
+    best = max(scored, key=lambda row: row.get("ema_val_accuracy", row["val_accuracy"]), default=history[-1])
+    columns = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top5", "ema_val_accuracy", "images_per_second")
+    columns = [key for key in columns if key in history[-1]]
+    lines = ["".join(f"{key.replace('_', ' '):>19}" for key in ["", *columns])]
+    for label, row in (("best", best), ("last", history[-1])):
+        lines.append(f"{label:>19}" + "".join(f"{_short(row.get(key, '')):>19}" for key in columns))
+    return "\n".join(lines)
+
+
+def _short(value):
+    return f"{value:.9g}" if isinstance(value, float) else value

@@ -1,0 +1,72 @@
+"""What the tests of training share: a tiny network on digits, runs in this process and in others."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from coda_fast import train
+from coda_fast.train.recipes import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "model.out_channels=[4, 10]", "model.ranks=[4, 4]", "model.kernel_sizes=[3, 3]", "model.strides=[2, 1]", "epochs=2", "log.maps=0",
+    "log.tensorboard=false", "log.every=4", "accelerator=cpu",
+)  # fmt: skip
+
+
+def recipe(*overrides, name="digits-s"):
+    return load_recipe(name, [*TINY, *overrides])
+
+
+def run(output, *overrides, resume=None):
+    """Train in this process; the last row of the history."""
+    return train.run(recipe(*overrides), output, resume, progress=False)
+
+
+def environment(**more):
+    """Of a process that imports this tree."""
+    path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels"))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **{k: str(v) for k, v in more.items()}}
+
+
+def command(output, *overrides, launcher=(), program=("-m", "coda_fast.train"), options=("--quiet",)):
+    """The command line of a run in a process of its own, or of several (``launcher``: options of torchrun)."""
+    start = ("-m", "torch.distributed.run", *launcher) if launcher else ()
+    return [sys.executable, *map(str, (*start, *program, "digits-s", *TINY, *overrides, "--output", output, *options))]
+
+
+def finished(arguments, code=0, **more):
+    """Run it to its end; standard output and error. AssertionError: another exit code."""
+    done = subprocess.run(arguments, env=environment(**more), capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def end_of(output, epoch=2, step=0):
+    """The checkpoint of a position."""
+    return torch.load(output / "checkpoints" / f"epoch_{epoch:04d}_step_{step:07d}.pt", weights_only=True)
+
+
+def assert_same(a, b, bound=0.0):
+    """Weights, moving average and optimiser of two checkpoints; bound 0: bit for bit."""
+    for part in ("model", "ema"):
+        assert (a[part] is None) == (b[part] is None)
+        for name, tensor in (a[part] or {}).items():
+            worst = float((tensor.double() - b[part][name].double()).abs().max())
+            assert worst <= bound, f"{part} {name}: {worst}"
+    assert a["updates"] == b["updates"]
+    moments = [state["optimizer"]["state"] for state in (a, b)]
+    for name, values in moments[0].items():
+        for key, tensor in values.items():
+            assert float((tensor.double() - moments[1][name][key].double()).abs().max()) <= max(bound, 0.0), f"{name} {key}"
+
+
+def losses(output):
+    """The curve: loss by update, as it was logged."""
+    lines = (Path(output) / "steps.csv").read_text().splitlines()
+    header = lines[0].split(",")
+    rows = [dict(zip(header, line.split(","), strict=True)) for line in lines[1:]]
+    return {int(row["updates"]): float(row["loss"]) for row in rows}

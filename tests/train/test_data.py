@@ -1,0 +1,465 @@
+"""Data in all its forms, made here; augmentation against plain loops; corrupt images; samples counted."""
+
+import collections
+import io
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from support_train import assert_same, end_of, recipe, run
+
+from coda_fast import train
+from coda_fast.train import TrainingError, engine
+from coda_fast.train import data as sources
+from coda_fast.train.data import Arrays, Place, augment, open_data, to_float
+from coda_fast.train.recipes import Data
+
+ONE = Place(0, 1)
+
+
+def picture(value, size=(40, 30), mode="RGB"):
+    """A JPEG of one colour, as bytes; (width, height)."""
+    buffer = io.BytesIO()
+    Image.new(mode, size, (value,) * 3 if mode == "RGB" else value).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def tree(root, counts, start=0, size=(40, 30)):
+    """root/CLASS/NUMBER.JPEG with as many images as ``counts`` says; each image of a brightness of its own, which tells it."""
+    value = start
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            (root / name / f"{i:03d}.JPEG").write_bytes(picture(value, size))
+            value += 4
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tree(tmp_path / "set" / "train", {"ant": 9, "bee": 7, "cat": 8})
+    tree(tmp_path / "set" / "val", {"ant": 3, "bee": 4, "cat": 4}, 100)
+    return tmp_path / "set"
+
+
+def spec(folder, **more):
+    return Data(kind="folder", path=str(folder), **{"resize": 24, "size": 16, "workers": 0, **more})
+
+
+# -- augmentation ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_augmentation_against_plain_loops():
+    images = torch.randint(256, (12, 3, 6, 5), dtype=torch.uint8)
+    found = augment(images, Data(kind="digits", pad=2, flip=True), torch.Generator().manual_seed(5), ONE)
+    generator = torch.Generator().manual_seed(5)
+    offsets = torch.randint(5, (12, 2), generator=generator).tolist()
+    flips = (torch.rand(12, generator=generator) < 0.5).tolist()
+    assert 0 < sum(flips) < 12
+    for i, ((top, left), flip) in enumerate(zip(offsets, flips, strict=True)):
+        padded = np.zeros((3, 10, 9), np.uint8)
+        padded[:, 2:8, 2:7] = images[i].numpy()
+        crop = padded[:, top : top + 6, left : left + 5]
+        assert np.array_equal(found[i].numpy(), crop[:, :, ::-1] if flip else crop)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_take_slices_of_one_batch(world):
+    """What the processes of a step see, one after the other, is what one process sees."""
+    data = Arrays(torch.randint(256, (50, 1, 4, 4), dtype=torch.uint8), torch.arange(50))
+    wanted = Data(kind="digits", pad=1, flip=True)
+    whole = list(data.training(3, 1, 0, 12, ONE))
+    assert len(whole) == 4
+    for step, batch in enumerate(whole):
+        parts = [list(data.training(3, 1, 0, 12, Place(rank, world)))[step] for rank in range(world)]
+        assert torch.equal(torch.cat([p.labels for p in parts]), batch.labels)
+        seen = [augment(p.images, wanted, torch.Generator().manual_seed(9), Place(r, world)) for r, p in enumerate(parts)]
+        assert torch.equal(torch.cat(seen), augment(batch.images, wanted, torch.Generator().manual_seed(9), ONE))
+
+
+def test_an_epoch_is_a_permutation_and_no_two_are_alike():
+    data = Arrays(torch.zeros(60, 1, 2, 2, dtype=torch.uint8), torch.arange(60))
+
+    def labels(seed, epoch, start=0):
+        return torch.cat([b.labels for b in data.training(seed, epoch, start, 20, ONE)]).tolist()
+
+    assert sorted(labels(0, 0)) == list(range(60))
+    assert labels(0, 0) == labels(0, 0)
+    assert len({tuple(labels(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
+    assert labels(0, 0, start=2) == labels(0, 0)[40:]
+
+
+def test_to_float_divides_by_255():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(to_float(images, torch.float64).flatten(), torch.arange(256, dtype=torch.float64) / 255)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_evaluation_sees_every_sample_once(world, folder):
+    arrays = Arrays(torch.zeros(50, 1, 2, 2, dtype=torch.uint8), torch.arange(50))
+    files = open_data(spec(folder), 3).val
+    for source, count in ((arrays, 50), (files, 11)):
+        seen = collections.Counter()
+        for rank in range(world):
+            for batch in source.evaluation(4, Place(rank, world)):
+                seen.update(zip(batch.labels.tolist(), batch.images[:, 0, 0, 0].tolist(), strict=True))
+        assert sum(seen.values()) == count
+        assert max(seen.values()) == 1
+
+
+# -- forms ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_digits():
+    found = open_data(Data(kind="digits"), 1)
+    assert (len(found.train), len(found.val), found.num_classes) == (1347, 450, 10)
+    assert found.train.images.dtype == torch.uint8
+    assert found.train.images.max() == 255
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_npz_of_arrays(tmp_path, grey):
+    shape = (7, 5, 6) if grey else (7, 5, 6, 3)
+    images, labels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), np.arange(7)
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images[:3], test_labels=labels[:3])
+    found = open_data(Data(kind="npz", path=str(tmp_path / "a.npz")), 1 if grey else 3)
+    assert list(found.train.images.shape) == [7, 1 if grey else 3, 5, 6]
+    assert (len(found.val), found.num_classes) == (3, 7)
+    assert found.train.images[2, 0, 4, 1] == (images[2, 4, 1] if grey else images[2, 4, 1, 0])
+
+
+def test_npz_of_jpegs(tmp_path):
+    arrays, exact = {}, np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
+    for split, values in (("train", [10, 200, 90]), ("test", [50])):
+        files = [picture(v, (8, 8)) for v in values]
+        arrays |= {
+            f"{split}_jpeg": np.frombuffer(b"".join(files), np.uint8),
+            f"{split}_offset": np.cumsum([0, *map(len, files)]),
+            f"{split}_label": np.arange(len(values)),
+        }
+    arrays |= {"train_lossless_idx": np.array([1]), "train_lossless_rgb": exact}
+    np.savez(tmp_path / "j.npz", **arrays)
+    found = open_data(Data(kind="cifar10", path=str(tmp_path / "j.npz")), 3)
+    assert found.train.images.float().mean((1, 2, 3))[[0, 2]].tolist() == pytest.approx([10, 90], abs=1.5)
+    assert np.array_equal(found.train.images[1].permute(1, 2, 0).numpy(), exact[0])
+    arrays["train_offset"] = arrays["train_offset"] + 3
+    np.savez(tmp_path / "j.npz", **arrays)
+    with pytest.raises(TrainingError, match=r"expected train_jpeg, train_offset and train_label that fit"):
+        open_data(Data(kind="cifar10", path=str(tmp_path / "j.npz")), 3)
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """The binary version, small: a label, then 1024 red, green and blue values, row by row."""
+    generator, everything = np.random.default_rng(0), []
+    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+        records = generator.integers(0, 256, (4, 3073), dtype=np.uint8)
+        records[:, 0] %= 10
+        records.tofile(tmp_path / name)
+        everything.append(records)
+    (tmp_path / "batches.meta.txt").write_text("airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n")
+    return tmp_path, everything
+
+
+def test_cifar10_in_the_binary_version(cifar):
+    folder, records = cifar
+    found = open_data(Data(kind="cifar10", path=str(folder)), 3)
+    assert (len(found.train), len(found.val)) == (20, 4)
+    assert found.class_names[3] == "cat"
+    assert found.train.labels[5] == records[1][1, 0]
+    assert found.train.images[5, 1, 2, 3] == records[1][1, 1 + 1024 + 2 * 32 + 3]  # green, row 2, column 3
+    assert found.val.images[3, 2, 31, 31] == records[5][3, 3072]
+
+
+def test_cifar10_truncated_or_pickled(cifar, tmp_path):
+    folder, _ = cifar
+    (folder / "data_batch_3.bin").write_bytes(b"\0" * 3000)
+    with pytest.raises(TrainingError, match="expected records of 3073 bytes, got 52168 bytes: truncated"):
+        open_data(Data(kind="cifar10", path=str(folder)), 3)
+    python = tmp_path / "python"
+    python.mkdir()
+
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was opened",))
+
+    (python / "data_batch_1").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(TrainingError, match=r"could run any code; expected the binary version"):
+        open_data(Data(kind="cifar10", path=str(python)), 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tree_of_folders(folder, workers):
+    found = open_data(spec(folder, workers=workers), 3)
+    assert (found.class_names, len(found.train), len(found.val)) == (["ant", "bee", "cat"], 24, 11)
+    batches = list(found.val.evaluation(4, ONE))
+    assert [len(b.labels) for b in batches] == [4, 4, 3]
+    assert torch.cat([b.labels for b in batches]).tolist() == [0] * 3 + [1] * 4 + [2] * 4
+    brightness = torch.cat([b.images for b in batches]).float().mean((1, 2, 3)).tolist()
+    assert brightness == pytest.approx([100 + 4 * i for i in range(11)], abs=1.5)
+    assert batches[0].images.shape == (4, 3, 16, 16)
+    assert batches[0].images.dtype == torch.uint8
+
+
+def test_workers_and_processes_do_not_change_what_is_decoded(folder):
+    """Random crops and RandAugment depend on (seed, epoch, image) only."""
+    wanted = {"randaugment": {"n": 2, "m": 10}, "scale": (0.3, 1.0)}
+
+    def images(workers, rank=0, world=1, epoch=0):
+        found = open_data(spec(folder, workers=workers, **wanted), 3).train
+        return torch.cat([b.images for b in found.training(7, epoch, 0, 8, Place(rank, world))])
+
+    whole = images(0)
+    assert torch.equal(whole, images(2))
+    halves = [images(0, rank, 2).unflatten(0, (3, 4)) for rank in (0, 1)]
+    assert torch.equal(whole, torch.cat(halves, 1).flatten(0, 1))
+    assert not torch.equal(whole, images(0, epoch=1))
+
+
+def test_decoding_leaves_the_global_generators_alone(folder):
+    import random
+
+    before = np.random.get_state()[1].tolist(), random.getstate()
+    list(open_data(spec(folder, randaugment={"n": 2, "m": 10}), 3).train.training(0, 0, 0, 8, ONE))
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before
+
+
+def test_crops_have_the_size_that_is_asked(tmp_path):
+    """A ramp from left to right tells where a crop was taken, and how wide it is: resize 20, crop 10: half of the shorter side."""
+    ramp = np.broadcast_to(np.linspace(0, 240, 80, dtype=np.uint8)[None, :, None], (40, 80, 3))
+    Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
+    decode = sources.Decoder(3, resize=20, size=10)
+    middle = decode(str(tmp_path / "ramp.png"), None)[0, 5].astype(float)
+    assert middle.mean() == pytest.approx(120, abs=2)
+    assert middle[-1] - middle[0] == pytest.approx(240 / 80 * 20 * 0.9, abs=4)  # 20 source pixels, centres of the first and last tenth
+    means = [decode(str(tmp_path / "ramp.png"), np.random.default_rng(i))[0].mean() for i in range(60)]
+    assert 28 < min(means) < 55
+    assert 185 < max(means) < 212
+
+
+def test_tiny_imagenet(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    for wnid, value in (("n01", 20), ("n02", 120)):
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        for i in range(3):
+            (root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG").write_bytes(picture(value, (64, 64)))
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("x")
+    (root / "val" / "images").mkdir(parents=True)
+    for i, value in enumerate((120, 20, 120)):
+        (root / "val" / "images" / f"val_{i}.JPEG").write_bytes(picture(value, (64, 64)))
+    rows = [f"val_{i}.JPEG\t{label}\t0\t0\t9\t9" for i, label in enumerate(("n02", "n01", "n02"))]
+    (root / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
+    found = open_data(Data(kind="folder", path=str(root), in_memory=True, workers=0), 3)
+    assert isinstance(found.train, Arrays)
+    assert found.train.images.shape == (6, 3, 64, 64)
+    assert found.val.labels.tolist() == [1, 0, 1]
+    assert found.val.images.float().mean((1, 2, 3)).tolist() == pytest.approx([120, 20, 120], abs=1.5)
+
+
+def test_the_first_classes_only(folder):
+    found = open_data(spec(folder, classes=2), 3)
+    assert (found.class_names, len(found.train), len(found.val)) == (["ant", "bee"], 16, 7)
+    with pytest.raises(TrainingError, match="data.classes: expected at least 4 folders"):
+        open_data(spec(folder, classes=4), 3)
+
+
+# -- shards ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """6 shards of 5 training images, 3 of 4, 1 and 2 for validation; the brightness of an image tells which it is."""
+    value = 0
+    for kind, sizes in (("train", [5] * 6), ("val", [4, 1, 2])):
+        for i, size in enumerate(sizes):
+            with tarfile.open(tmp_path / f"{kind}-{i:03d}.tar", "w") as tar:
+                for j in range(size):
+                    for name, content in ((f"{i}{j}.jpg", picture(value % 256, (20, 20))), (f"{i}{j}.cls", str(value % 3).encode())):
+                        entry = tarfile.TarInfo(name)
+                        entry.size = len(content)
+                        tar.addfile(entry, io.BytesIO(content))
+                    value += 6
+    pattern = str(tmp_path)
+    return Data(
+        kind="webdataset", path=pattern + "/train-{000..005}.tar", val_path=pattern + "/val-{000..002}.tar", classes=3, resize=20, size=16,
+        workers=0, train_samples=30, shuffle=10,
+    )  # fmt: skip
+
+
+def values(batches):
+    return [round(float(v)) for b in batches for v in b.images.float().mean((1, 2, 3))]
+
+
+def test_shards_give_every_image_once_an_epoch(shards):
+    pytest.importorskip("webdataset")
+    found = open_data(shards, 3)
+    seen = values(found.train.training(0, 0, 0, 5, ONE))
+    assert len(seen) == 30
+    assert sorted(round(v / 6) for v in seen) == list(range(30))
+    assert seen != sorted(seen)
+    assert seen != values(found.train.training(0, 1, 0, 5, ONE))
+    for world in (1, 2, 4):
+        some = [values(found.val.evaluation(3, Place(rank, world))) for rank in range(world)]
+        assert sorted(round(v / 6) for part in some for v in part) == list(range(30, 37))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_go_on_in_the_middle(shards, workers):
+    pytest.importorskip("webdataset")
+    source = open_data(shards.model_copy(update={"workers": workers}), 3).train
+    for place in (ONE, Place(1, 2)):
+        whole = list(source.training(0, 0, 0, 6, place))
+        assert len(whole) == 5
+        for start in (1, 2, 4):
+            rest = list(source.training(0, 0, start, 6, place))
+            assert len(rest) == 5 - start
+            for a, b in zip(whole[start:], rest, strict=True):
+                assert torch.equal(a.images, b.images)
+                assert torch.equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_samples": None}, "data.train_samples: expected"),
+        ({"classes": None}, "data.classes: expected a value for shards"),
+        ({"path": "/nowhere/{0..3}.tar"}, "found 0; missing: .*/nowhere/0.tar"),
+    ],
+)
+def test_what_shards_need(shards, change, message):
+    pytest.importorskip("webdataset")
+    with pytest.raises(TrainingError, match=message):
+        open_data(shards.model_copy(update=change), 3)
+
+
+def test_too_few_shards(shards):
+    pytest.importorskip("webdataset")
+    source = open_data(shards.model_copy(update={"workers": 4}), 3).train
+    with pytest.raises(TrainingError, match="a shard at least for each of 2 processes x 4 workers, got 6"):
+        next(source.training(0, 0, 0, 6, Place(0, 2)))
+
+
+def test_a_run_on_shards_stops_and_goes_on(shards, tmp_path):
+    pytest.importorskip("webdataset")
+    options = (
+        "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", f"data.path={shards.path}",
+        f"data.val_path={shards.val_path}", "data.classes=3", "data.resize=20", "data.size=16", "data.workers=0", "data.train_samples=30",
+        "batch_size=5", "checkpoint.every_steps=4", "checkpoint.keep=9", "log.maps=2",
+    )  # fmt: skip
+    row = run(tmp_path / "whole", *options)
+    assert (row["val_images"], row["updates"]) == (7, 12)
+    assert len(list((tmp_path / "whole" / "maps").iterdir())) == 2
+    run(tmp_path / "rest", *options, resume=str(tmp_path / "whole" / "checkpoints" / "epoch_0001_step_0000002.pt"))
+    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "rest"))
+
+
+# -- damage ---------------------------------------------------------------------------------------------------------------------------
+
+NET = (
+    "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=folder", "data.resize=24", "data.size=16", "data.workers=0",
+    "batch_size=8", "epochs=1", "precision=float64",
+)  # fmt: skip
+
+
+def test_corrupt_images_are_skipped_counted_and_named(folder, tmp_path, capsys):
+    damaged = folder / "train" / "bee" / "003.JPEG"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    (folder / "val" / "cat" / "001.JPEG").write_bytes(b"not an image")
+    row = train.run(recipe(*NET, f"data.path={folder}"), tmp_path / "out")
+    printed = capsys.readouterr().err
+    assert row["val_images"] == 10
+    assert "skipped" in printed
+    assert str(damaged) in printed
+    assert "001.JPEG" in printed
+
+
+def test_an_image_that_cannot_be_read_weighs_nothing(folder, tmp_path, monkeypatch):
+    """The loss of a batch with a damaged image is that of the others, over the size of the batch."""
+    damaged = folder / "train" / "bee" / "003.JPEG"
+    damaged.write_bytes(b"")
+    (batch,) = open_data(spec(folder), 3).train.training(0, 0, 0, 24, ONE)
+    assert batch.valid.sum() == 23
+    assert batch.labels[~batch.valid].tolist() == [1]
+    assert batch.failures[0][0] == str(damaged)
+    step, by_hand = engine.Run._step, []
+
+    def noting(self, batch):
+        logits = self.objective.model(batch.images.double() / 255)
+        losses = F.binary_cross_entropy_with_logits(logits, F.one_hot(batch.labels, 3).double(), reduction="none").mean(1)
+        by_hand.append(float(losses[batch.valid].sum().detach() / 24))
+        return step(self, batch)
+
+    monkeypatch.setattr(engine.Run, "_step", noting)
+    row = run(tmp_path / "out", *NET, f"data.path={folder}", "batch_size=24")
+    assert row["train_loss"] == pytest.approx(by_hand[0], rel=1e-12)
+    assert row["unreadable"] == 1
+
+
+def test_too_many_corrupt_images_stop_the_run(folder, tmp_path):
+    for i in range(3):
+        (folder / "train" / "ant" / f"00{i}.JPEG").write_bytes(b"")
+    message = r"at most 2 images that cannot be read \(data.max_corrupt\), got 3: .*00\d.JPEG.*; no checkpoint was written before"
+    with pytest.raises(TrainingError, match=message):
+        run(tmp_path / "out", *NET, f"data.path={folder}", "data.max_corrupt=2", "log.every=1")
+
+
+def test_corrupt_samples_of_shards_are_passed_over(shards, tmp_path):
+    pytest.importorskip("webdataset")
+    with tarfile.open(shards.path.replace("{000..005}", "000"), "a") as tar:
+        for name, content in (("bad.jpg", b"\xff\xd8 broken"), ("bad.cls", b"1")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    batches = list(open_data(shards, 3).train.training(0, 0, 0, 5, ONE))
+    failures = [f for b in batches for f in b.failures]
+    assert [name for name, _ in failures[:1]] == ["train-000.tar:bad"]
+    assert all(len(b.labels) == 5 for b in batches)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "found no folder .*train"),
+        (lambda p: (p / "train" / "a").mkdir(parents=True), "found no folder .*val"),
+        (lambda p: [(p / s / "a").mkdir(parents=True) for s in ("train", "val")], "found no image in .*train"),
+    ],
+)
+def test_a_folder_without_images(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(TrainingError, match=message):
+        open_data(Data(kind="folder", path=str(tmp_path)), 3)
+
+
+def test_images_of_several_sizes_need_a_size(tmp_path):
+    tree(tmp_path / "set" / "train", {"a": 2})
+    tree(tmp_path / "set" / "train2", {"b": 1}, size=(20, 20))
+    (tmp_path / "set" / "train2" / "b").rename(tmp_path / "set" / "train" / "b")
+    tree(tmp_path / "set" / "val", {"a": 1, "b": 1})
+    source = open_data(Data(kind="folder", path=str(tmp_path / "set"), workers=0), 3)
+    with pytest.raises(TrainingError, match="data.size: expected a size to crop images to, as they have several"):
+        list(source.train.training(0, 0, 0, 3, ONE))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros(3)}, "expected an .npz file with train_images .* got x"),
+        ({"train_images": np.zeros((3, 4, 4, 3)), "train_labels": np.zeros(3)}, r"got float64 \[3, 4, 4, 3\]"),
+        ({"train_images": np.zeros((3, 4, 4, 3), np.uint8), "train_labels": np.zeros(2)}, r"as many labels, got .* and \[2\]"),
+    ],
+)
+def test_npz_of_something_else(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(TrainingError, match=message):
+        open_data(Data(kind="npz", path=str(tmp_path / "a.npz")), 3)
+
+
+def test_npz_truncated(tmp_path):
+    np.savez(tmp_path / "a.npz", train_images=np.zeros((9, 4, 4, 3), np.uint8))
+    (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+    with pytest.raises(TrainingError, match="not an .npz file that NumPy can read"):
+        open_data(Data(kind="npz", path=str(tmp_path / "b.npz")), 3)

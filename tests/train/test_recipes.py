@@ -1,0 +1,138 @@
+"""Recipes: the published facts epoch by epoch, and what may be written into one."""
+
+import pytest
+import torch
+
+import coda_fast
+from coda_fast.train import TrainingError, list_recipes, load_recipe
+from coda_fast.train.data import Place
+from coda_fast.train.engine import _split, make_schedule, set_rate
+
+
+def rates(recipe, steps=10):
+    """The learning rate of the first step of every epoch."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate())
+    schedule = make_schedule(recipe, optimizer, steps)
+    return [set_rate(schedule, epoch, epoch * steps) for epoch in range(recipe.epochs)]
+
+
+def test_every_recipe_names_a_model_and_says_what_it_is():
+    found = list_recipes()
+    assert {"digits-s", "cifar10-s", "cifar10-s-fast", "tiny-imagenet-s", "imagenet100-l", "imagenet1k-l"} <= set(found)
+    for name, about in found.items():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert "published" in about or "ours" in about
+        coda_fast.create_model(recipe.model.name, device="meta", **recipe.model.arguments())
+        assert len(rates(recipe)) == recipe.epochs
+
+
+def test_cifar10_is_as_published():
+    recipe = load_recipe("cifar10-s")
+    assert (recipe.epochs, recipe.batch_size, recipe.micro_batch) == (200, 16, 8)
+    assert _split(recipe, Place(0, 1)) == (16, 8)  # two of eight before each update
+    # 2.5e-4 * 1.5^-floor(epoch / 30), by hand at the edges and by the formula in between
+    found = rates(recipe)
+    by_hand = {
+        0: 2.5e-4,
+        29: 2.5e-4,
+        30: 1.6666667e-4,
+        59: 1.6666667e-4,
+        60: 1.1111111e-4,
+        90: 7.4074074e-5,
+        180: 2.1947874e-5,
+        199: 2.1947874e-5,
+    }
+    for epoch, rate in by_hand.items():
+        assert found[epoch] == pytest.approx(rate, rel=1e-6), epoch
+    for epoch, rate in enumerate(found):
+        assert rate == pytest.approx(2.5e-4 / 1.5 ** (epoch // 30), rel=1e-12)
+    optimizer = recipe.optimizer
+    assert (optimizer.name, optimizer.weight_decay, optimizer.betas, optimizer.clip) == ("adam", 0.0, (0.9, 0.999), None)
+    assert (recipe.data.flip, recipe.data.pad) == (True, 4)
+    model = coda_fast.create_model(recipe.model.name, **recipe.model.arguments())
+    assert sum(p.numel() for p in model.parameters()) == 7_782_816
+    assert model.temperature == 1000
+
+
+@pytest.mark.parametrize("temperature", [10, 50, 100, 500, 1000, 5000, 10000])
+@pytest.mark.parametrize(("rank", "millions"), [(4, 1.08), (8, 2.03), (16, 3.95), (144, 34.6)])
+def test_the_ablations_are_options(temperature, rank, millions):
+    recipe = load_recipe("cifar10-s", [f"model.temperature={temperature}", f"model.rank={rank}", "model.norm=l2"])
+    model = coda_fast.create_model(recipe.model.name, device="meta", **recipe.model.arguments())
+    assert model.temperature == temperature
+    assert model.layers[0].norm == "l2"
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+
+
+def test_imagenet100_is_as_published():
+    recipe = load_recipe("imagenet100-l")
+    assert (recipe.epochs, recipe.batch_size) == (60, 64)
+    found = rates(recipe)
+    ramp = [2.5e-4 + 7.5e-4 * i / 14 for i in range(15)]  # linspace(2.5e-4, 1e-3, 15)
+    expected = ramp + [1e-3] * 5 + [5e-4] * 20 + [2.5e-4] * 20
+    assert len(expected) == 60
+    assert found == pytest.approx(expected, rel=1e-12)
+    data = recipe.data
+    assert (data.resize, data.size, data.flip, data.classes, data.scale) == (256, 240, True, 100, None)
+    assert (data.randaugment.n, data.randaugment.m) == (2, 10)
+    assert recipe.evaluation.every == 2
+    assert coda_fast.create_model(recipe.model.name, device="meta").temperature == 1e5
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("none", 1e-3), ("linear", 4e-3), ("sqrt", 2e-3)])
+def test_the_rule_of_the_learning_rate(rule, expected):
+    recipe = load_recipe("digits-s", ["optimizer.lr=1e-3", f"optimizer.rule={rule}", "optimizer.reference_batch=16", "batch_size=64"])
+    assert recipe.learning_rate() == pytest.approx(expected)
+
+
+def test_cosine_warms_up_and_ends_at_nothing():
+    recipe = load_recipe("digits-s", ["epochs=10", "schedule.warmup=2", "optimizer.lr=1"])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+    schedule = make_schedule(recipe, optimizer, 5)
+    found = [set_rate(schedule, update // 5, update) for update in range(50)]
+    assert found[:3] == pytest.approx([0.1, 0.19, 0.28])  # from lr / steps of warm-up, in equal steps
+    assert found[10] == pytest.approx(1)
+    assert found[30] == pytest.approx(0.5)  # the middle of the 40 that are left
+    assert 0 < found[-1] < 0.002
+
+
+def test_overrides_are_typed(tmp_path):
+    recipe = load_recipe("digits-s", ["model.temperature=1e3", "ema.decay=0.5", "data.flip=true", "model.out_channels=[8, 10]", "seed=7"])
+    assert (recipe.model.temperature, recipe.ema.decay, recipe.data.flip, recipe.seed) == (1000.0, 0.5, True, 7)
+    assert recipe.model.out_channels == [8, 10]
+    own = tmp_path / "own.yaml"
+    own.write_text(recipe.to_yaml())
+    assert load_recipe(str(own)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lr=1", "unknown key 'lr'; near to it: optimizer.lr"),
+        ("model.temprature=1", "unknown key 'model.temprature'; near to it: model.temperature"),
+        ("zzzzzz=1", "unknown key 'zzzzzz'$"),
+        ("epochs", "expected key=value, got 'epochs'"),
+        ("epochs=0", "epochs: expected greater than or equal to 1, got 0"),
+        ("epochs=some", "epochs: expected .*integer.*, got 'some'"),
+        ("optimizer.lr=-1", "optimizer.lr: expected greater than 0, got -1"),
+        ("optimizer.lr=.nan", "optimizer.lr: expected .*got nan"),
+        ("precision=float8", "precision: expected 'float32', 'bfloat16' or 'float64', got 'float8'"),
+        ("schedule.kind=step", "schedule: expected every and divisor"),
+        ("schedule={kind: pieces, pieces: [[0, 5, 1, 1], [6, 5, 1, 1]]}", "expected one that begins at epoch 5, got 6"),
+        ("schedule={kind: pieces, pieces: [[0, 5, 1, 1]]}", "expected learning rates for 20 epochs, got 5"),
+        ("optimizer.rule=sqrt", "optimizer.reference_batch: expected the batch"),
+        ("data.resize=256", "data.size: expected a crop of at most data.resize"),
+        ("data.zoom=1", "unknown key 'data.zoom'"),
+        ("data={kind: digits, zoom: 1}", "unknown key 'data.zoom'"),
+        ("model=[", "model: not YAML"),
+    ],
+)
+def test_what_a_recipe_refuses(override, message):
+    with pytest.raises(TrainingError, match=message):
+        load_recipe("digits-s", [override])
+
+
+def test_an_unknown_recipe_names_those_there_are():
+    with pytest.raises(TrainingError, match=r"expected one of cifar10-s, .*digits-s.* or a .yaml file, got 'cifar'"):
+        load_recipe("cifar")

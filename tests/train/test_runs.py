@@ -1,0 +1,373 @@
+"""Runs in one process: the files they leave, exact resume, and every message."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support_train import TINY, assert_same, command, end_of, environment, finished, losses, recipe, run
+
+import coda_fast
+from coda_fast import checkpoints, train
+from coda_fast.train import STOPPED, TrainingError, engine, list_recipes
+from coda_fast.train.errors import Stopped
+
+
+class Interrupted(Exception):
+    """What a test throws into the middle of an epoch."""
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(update): the run dies before that update, as if its process were killed."""
+
+    def install(update):
+        step = engine.Run._step
+
+        def dying(self, batch):
+            if self.updates == update:
+                raise Interrupted
+            return step(self, batch)
+
+        monkeypatch.setattr(engine.Run, "_step", dying)
+
+    yield install
+    monkeypatch.undo()
+
+
+def test_a_run_leaves_what_it_promises(tmp_path):
+    row = run(tmp_path, "ema.decay=0.9", "log.maps=2", "log.tensorboard=true", "epochs=3", "checkpoint.keep=2")
+    assert row["epoch"] == 3
+    assert row["updates"] == 3 * (1347 // 64)
+    assert row["val_images"] == 450
+    assert row["train_loss"] < losses(tmp_path)[4]
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"recipe.yaml", "metrics.csv", "steps.csv", "curve.png", "model.safetensors", "model_ema.safetensors"} <= names
+    assert {f"maps/epoch_000{i}.png" for i in (1, 2, 3)} <= names
+    assert {n for n in names if n.startswith("checkpoints/")} == {
+        "checkpoints/best.pt", "checkpoints/epoch_0002_step_0000000.pt", "checkpoints/epoch_0003_step_0000000.pt"
+    }  # fmt: skip
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["epoch"]) for r in rows] == [1, 2, 3]
+    # the result is a model like any other, and the accuracy that was reported is its own
+    from coda_fast.demo import digits
+
+    data = digits()
+    for name, key in (("model", "val_accuracy"), ("model_ema", "ema_val_accuracy")):
+        model = coda_fast.load(tmp_path / f"{name}.safetensors")
+        images = (data.test_images * 255).round() / 255
+        with torch.no_grad():
+            right = (model(images).argmax(1) == data.test_labels).double().mean()
+        assert float(right) == pytest.approx(row[key], abs=1e-9)
+        assert checkpoints.read_metadata(tmp_path / f"{name}.safetensors")["recipe"]["epochs"] == 3
+    best = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
+    best_row = max(float(r["ema_val_accuracy"]) for r in rows)
+    assert best["history"][-1]["ema_val_accuracy"] == pytest.approx(best_row)
+    events = sorted((tmp_path / "tensorboard").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(events[0])).Reload()
+    assert {"step/loss", "epoch/val_accuracy"} <= set(board.Tags()["scalars"])
+    assert [e.step for e in board.Images("maps")] == [21, 42, 63]
+
+
+def test_the_moving_average_is_one(tmp_path, monkeypatch):
+    seen = []
+    step = engine.Run._step
+
+    def noting(self, batch):
+        found = step(self, batch)
+        seen.append(self.objective.model.layers[0].weight.detach().clone())
+        return found
+
+    monkeypatch.setattr(engine.Run, "_step", noting)
+    run(tmp_path, "ema.decay=0.75", "epochs=1", "precision=float64")
+    average = seen[1]  # timm's copies at its first two calls
+    for weight in seen[2:]:
+        average = 0.75 * average + 0.25 * weight
+    torch.testing.assert_close(end_of(tmp_path, 1)["ema"]["model.layers.0.weight"], average, rtol=1e-12, atol=1e-12)
+
+
+def test_one_update_by_hand(tmp_path, monkeypatch):
+    """The first batch, its loss and Adam's first step, written out."""
+    losses_seen, models = [], []
+    step = engine.Run._step
+
+    def noting(self, batch):
+        if not models:
+            models.append({name: p.detach().clone() for name, p in self.objective.model.named_parameters()})
+        found = step(self, batch)
+        losses_seen.append(float(found[0]))
+        models.append({name: p.detach().clone() for name, p in self.objective.model.named_parameters()})
+        return found
+
+    monkeypatch.setattr(engine.Run, "_step", noting)
+    # micro-batches of 10 from 60: the mean over six equal parts is the mean over all
+    run(tmp_path, "epochs=1", "precision=float64", "batch_size=60", "micro_batch=10", "schedule.kind=constant", "optimizer.lr=0.01")
+    from coda_fast.demo import digits
+
+    data = digits()
+    index = torch.from_numpy(np.random.default_rng((0, 0, 0)).permutation(1347)[:60])
+    images = (data.train_images[index] * 255).round().double() / 255
+    config = {"out_channels": [4, 10], "ranks": [4, 4], "kernel_sizes": [3, 3], "strides": [2, 1]}
+    model = coda_fast.create_model("coda_xs_digits", **config, dtype=torch.float64, backend="reference")
+    model.load_state_dict(models[0])
+    targets = torch.zeros(60, 10, dtype=torch.float64)
+    targets[torch.arange(60), data.train_labels[index]] = 1
+    p = model(images).sigmoid()
+    loss = -(targets * p.log() + (1 - targets) * (1 - p).log()).mean()
+    assert losses_seen[0] == pytest.approx(float(loss.detach()), rel=1e-12)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        g = parameter.grad
+        after = models[0][name] - 0.01 * g / (g.abs() + 1e-8)  # Adam's first step
+        torch.testing.assert_close(models[1][name], after, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [(), ("data.pad=1", "data.flip=true", "ema.decay=0.9", "optimizer.clip=1.0", "loss.matrix_weight=0.1")])
+def test_going_on_in_the_middle_of_an_epoch_is_exact(tmp_path, interrupt, monkeypatch, options):
+    options = (*options, "checkpoint.every_steps=10")
+    step = engine.Run._step
+
+    def drawing(self, batch):
+        """A model that draws from the global generators, as dropout does."""
+        torch.rand(1), np.random.rand(), random.random()
+        return step(self, batch)
+
+    monkeypatch.setattr(engine.Run, "_step", drawing)
+    run(tmp_path / "whole", *options)
+    interrupt(36)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "broken", *options)
+    monkeypatch.setattr(engine.Run, "_step", drawing)
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    run(tmp_path / "broken", *options, resume="auto")
+    whole, broken = end_of(tmp_path / "whole"), end_of(tmp_path / "broken")
+    assert_same(whole, broken)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+    for row, other in zip(whole["history"], broken["history"], strict=True):
+        assert {k: v for k, v in row.items() if k != "images_per_second"} == {k: v for k, v in other.items() if k != "images_per_second"}
+    for name in ("numpy", "python"):
+        assert whole["rng"][0][name] == broken["rng"][0][name]
+    assert torch.equal(whole["rng"][0]["torch"], broken["rng"][0]["torch"])
+
+
+def test_auto_starts_where_there_is_nothing(tmp_path):
+    run(tmp_path / "a", "epochs=1", resume="auto")
+    run(tmp_path / "b", "epochs=1")
+    assert_same(end_of(tmp_path / "a", 1), end_of(tmp_path / "b", 1))
+
+
+def test_auto_takes_the_newest_that_can_be_read(tmp_path, capsys):
+    run(tmp_path / "whole")
+    run(tmp_path / "other")
+    last = tmp_path / "other" / "checkpoints" / "epoch_0002_step_0000000.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    train.run(recipe(), tmp_path / "other", "auto")
+    printed = capsys.readouterr().err
+    assert "epoch_0002_step_0000000.pt: not a readable checkpoint (truncated" in printed
+    assert "going on from" in printed
+    assert "epoch_0001" in printed
+    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "other"))
+
+
+def test_more_epochs_and_another_place_are_allowed_but_not_another_run(tmp_path):
+    constant = ("schedule.kind=constant", "ema.decay=0.9")
+    run(tmp_path / "a", *constant, "epochs=1")
+    run(tmp_path / "a", *constant, "epochs=2", "micro_batch=32", resume="auto")
+    run(tmp_path / "b", *constant, "epochs=2")
+    assert_same(end_of(tmp_path / "a"), end_of(tmp_path / "b"), 1e-3)  # micro-batches round otherwise
+    with pytest.raises(TrainingError, match=r"other values of optimizer.lr \(was 0.003, now 0.5\)"):
+        run(tmp_path / "a", *constant, "epochs=3", "optimizer.lr=0.5", resume="auto")
+    with pytest.raises(TrainingError, match=r"ema.decay \(was 0.9, now 0.0\)"):
+        run(tmp_path / "a", "schedule.kind=constant", "epochs=3", resume="auto")
+
+
+def test_a_folder_with_a_run_is_not_written_over(tmp_path):
+    run(tmp_path, "epochs=1")
+    before = (tmp_path / "metrics.csv").read_bytes()
+    with pytest.raises(TrainingError, match="holds a run already, up to epoch_0001_step_0000000.pt; --resume auto"):
+        run(tmp_path, "epochs=1")
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such checkpoint"),
+        (b"", "not a readable checkpoint"),
+        (b"PK\x03\x04 not really", "not a readable checkpoint"),
+        ({"state_dict": {}}, "expected a checkpoint of coda-fast train, got a file with 'state_dict'"),
+        ([1, 2], "expected a checkpoint of coda-fast train, got list"),
+        ({"format": "coda_fast.train", "version": "9"}, "a checkpoint of coda-fast train 9 without best, ema"),
+        (print, "not a readable checkpoint"),  # a function: nothing is unpickled freely
+    ],
+)
+def test_a_foreign_checkpoint(tmp_path, content, message):
+    path = tmp_path / "foreign.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(TrainingError, match=message):
+        run(tmp_path / "out", resume=str(path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
+    """The last good checkpoint is named, intact, and older than the NaN."""
+    step = engine.Run._step
+
+    def poisoned(self, batch):
+        if self.updates == 30:
+            with torch.no_grad():
+                self.objective.model.layers[0].weight.fill_(float("nan"))
+        return step(self, batch)
+
+    monkeypatch.setattr(engine.Run, "_step", poisoned)
+    message = r"expected a finite number, got nan in epoch 2 between steps 8 and 12 .* the last good .* is .*epoch_0001_step_0000008.pt"
+    with pytest.raises(TrainingError, match=message):
+        run(tmp_path, "checkpoint.every_steps=29")
+    state = end_of(tmp_path, 1, 8)
+    assert all(torch.isfinite(t).all() for t in state["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
+    """The update after the last loss that was seen can still spoil the weights."""
+    step = engine.Run._step
+
+    def poisoned(self, batch):
+        found = step(self, batch)
+        if self.updates == 41:
+            with torch.no_grad():
+                self.objective.model.layers[1].bias[0, 0, 0, 0] = float("inf")
+        return found
+
+    monkeypatch.setattr(engine.Run, "_step", poisoned)
+    with pytest.raises(TrainingError, match=r"expected finite numbers, got others in model.layers.1.bias; the last good .*epoch_0001"):
+        run(tmp_path)
+    assert not (tmp_path / "checkpoints" / "epoch_0002_step_0000000.pt").exists()
+
+
+def test_a_full_disk(tmp_path):
+    """Files may not grow over a size, which is how a full disk looks to the writer; the checkpoint of before stays, and is named."""
+    run(tmp_path, "epochs=1", "schedule.kind=constant")
+    kept = (tmp_path / "checkpoints" / "epoch_0001_step_0000000.pt").read_bytes()
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(kept) // 2}, {len(kept) // 2}));"
+        "from coda_fast.cli import main; main(['train', *sys.argv[1:]])"
+    )
+    options = ("--quiet", "--resume", "auto")
+    arguments = command(tmp_path, "epochs=2", "schedule.kind=constant", program=("-c", program), options=options)
+    printed = finished(arguments, code=2)
+    assert "cannot write the checkpoint" in printed
+    assert "File too large" in printed
+    assert "the last good checkpoint is" in printed
+    assert "epoch_0001_step_0000000.pt" in printed
+    assert [p.name for p in (tmp_path / "checkpoints").glob("epoch*")] == ["epoch_0001_step_0000000.pt"]
+    assert (tmp_path / "checkpoints" / "epoch_0001_step_0000000.pt").read_bytes() == kept
+    assert not list((tmp_path / "checkpoints").glob(".writing*"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_stops(tmp_path, monkeypatch, name):
+    run(tmp_path / "whole")
+    step = engine.Run._step
+
+    def signalled(self, batch):
+        if self.updates == 26:
+            os.kill(os.getpid(), getattr(signal, name))
+        return step(self, batch)
+
+    monkeypatch.setattr(engine.Run, "_step", signalled)
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(Stopped) as stop:
+        run(tmp_path / "stopped")
+    assert signal.getsignal(getattr(signal, name)) == before
+    assert stop.value.checkpoint.name == "epoch_0001_step_0000008.pt"  # the next metrics after update 26
+    monkeypatch.undo()
+    run(tmp_path / "stopped", resume="auto")
+    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "stopped"))
+
+
+def test_a_real_signal_to_a_real_process(tmp_path):
+    """Sent from outside, while it trains: exit code 75, and the run can go on."""
+    process = subprocess.Popen(command(tmp_path, "epochs=2000"), env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "steps.csv").exists() or len((tmp_path / "steps.csv").read_text().splitlines()) < 8:
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGTERM)
+        _, printed = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == STOPPED == 75
+    assert "stopped by a signal; the run stands in" in printed
+    newest = max((tmp_path / "checkpoints").glob("epoch*.pt"))
+    assert str(newest) in printed
+    assert torch.load(newest, weights_only=True)["updates"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("batch_size=5000",), "batch_size: expected at most 1347, the training images, got 5000"),
+        (("model.name=resnet",), "model: expected one of coda_s_cifar10, .*got 'resnet'"),
+        (("model.backend=fast",), "backend.*'fast'"),
+        (("model.out_channels=[4, 9]",), "model.out_channels: expected 10 classes at the end"),
+        (("model.ranks=[1]",), "ranks: expected 2 entries"),
+        (("optimizer.name=zork",), "optimizer: .*zork"),
+        (("data.kind=cifar10",), "data.path: expected where the images are, got none"),
+        (("data.kind=npz", "data.path=/nowhere/x.npz"), "no such file or folder: /nowhere/x.npz"),
+        (("model.name=coda_s_cifar10",), "the model takes 3 channels, the images have 1"),
+    ],
+)
+def test_what_cannot_start_says_so_and_writes_nothing(tmp_path, overrides, message):
+    with pytest.raises(TrainingError, match=message):
+        run(tmp_path / "out", *overrides)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line(tmp_path, capsys):
+    from coda_fast import cli
+
+    def code(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", *map(str, arguments)])
+        return stop.value.code or 0
+
+    assert code() == 0
+    assert set(list_recipes()) <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert code("digits-s", "optimizer.lr=1e-3", "--show") == 0
+    assert "lr: 0.001" in capsys.readouterr().out
+    assert code("digits-s", "optimiser.lr=1e-3") == 2
+    assert "unknown key 'optimiser.lr'; near to it: optimizer.lr" in capsys.readouterr().err
+    assert code("digits-s", *TINY, "epochs=1", "--output", tmp_path / "run") == 0
+    printed = capsys.readouterr()
+    assert "model.safetensors" in printed.out
+    assert "best" in printed.out
+    assert "img" in printed.err  # the bar
+
+
+def test_best_is_the_best(tmp_path):
+    run(tmp_path, "epochs=4", "optimizer.lr=0.1", "schedule.kind=constant", "checkpoint.keep=4")
+    rows = end_of(tmp_path, 4)["history"]
+    best = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
+    first = max(range(4), key=lambda i: rows[i]["val_accuracy"])
+    assert best["epoch"] == first + 1
+
+
+def test_accuracy_of_rows_is_json(tmp_path):
+    json.dumps(run(tmp_path, "epochs=1"), allow_nan=False)
+
+
+def test_training_loads_only_when_asked():
+    code = "import sys, coda_fast.cli; sys.exit(any(m in sys.modules for m in ('lightning', 'timm', 'pydantic', 'yaml', 'tensorboard')))"
+    assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
