@@ -6,5 +6,6 @@ from bench.laboratory import wrong
 PART, MODES = "layers", LAYER_MODES
 
 
-def test_layer(measured):
-    assert not wrong(measured), wrong(measured)
+def test_layer(measured, provider):
+    bad = wrong(measured)
+    assert provider not in bad, bad[provider]

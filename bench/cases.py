@@ -10,7 +10,7 @@ INFERENCE, STEP = "inference", "training step"
 NETWORK_MODES = (STEP, INFERENCE, EXPLANATION)
 AXES = ("batch", "size", "rank", "channels")
 # The fewest matrix products of the size of the forward one that a mode can do with: forward 1; backward 2 more (dx, dA), if the n r
-# numbers a pixel of the forward product were kept, and 3 if not (save_contraction=False computes them again); an explanation dx besides
+# numbers a pixel of the forward product were kept, and 3 if not (save_contraction=False computes them again); an explanation 1 more (dx)
 PRODUCTS = {FORWARD: 1, TRAINING: 3, EXPLANATION: 2}
 
 # Providers worth compiling on a CPU, and all of them

@@ -47,6 +47,7 @@ class State:
         self.dtype = config.getoption("--dtype") or self.preset.dtype
         seconds = config.getoption("--seconds") or {"cuda": 1.0, "cpu": 0.6}[kind]
         turns = measure.TURNS if self.measuring else (1, 1)
+        torch.backends.cudnn.benchmark = kind == "cuda"  # peers are convolutions: the fastest that cuDNN has
         if kind == "cuda" and self.dtype == "float32":  # kernels follow the first, cuDNN the second; by default they differ
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.verdict_file, self._verdict = config.getoption("--verdict"), None

@@ -55,7 +55,7 @@ TILES, WARPS = "test_shipped_tile", "test_warps_and_stages"
 TESTS = ("tests/test_golden.py", "tests/kernels/test_layer.py", "tests/kernels/test_operators.py", "tests/kernels/test_gpu.py")
 LARGE = "tests/kernels/test_gpu.py"
 # Beside the eager peers the one to beat; the others take minutes to compile ("pytest bench/ --benchmark" has them)
-TO_BEAT = "not materialising_compiled and not checkpointed_compiled"
+TO_BEAT = "not materialising_compiled and not checkpointed and not factored"
 
 
 @dataclasses.dataclass
@@ -77,28 +77,28 @@ class Report:
     @property
     def stamp(self) -> dict:
         """What a verdict is about."""
-        return {**results.environment(torch.device(self.device)), "commit": self.commit}
+        return {**results.environment(torch.device(self.device)), "commit": self.commit, "tree": results.tree()}
 
     @property
     def key(self) -> dict:
         """In what verdicts must agree to be put together."""
-        return {key: self.stamp[key] for key in ("device", "torch", "triton", "commit")}
+        return {key: self.stamp[key] for key in ("device", "torch", "triton", "tree")}
 
     # -- stages ----
 
     def tests(self, until: float) -> Verdict:
         if self.quick:
             return self._tests("tests", until, *TESTS, "-m", "not slow", "-k", "golden and layer_1")
-        fast = verify.collect(*TESTS, "-m", "not slow", "-k", f"not ({TILES} or {WARPS})")
-        published = verify.collect("tests/kernels/test_layer.py", "-m", "slow")
+        fast = self._collect(until, *TESTS, "-m", "not slow", "-k", f"not ({TILES} or {WARPS})")
+        published = self._collect(until, "tests/kernels/test_layer.py", "-m", "slow")
         first = [name for name in fast if "test_golden" in name or "test_layer.py" in name]
         return self._shards("tests", [*first, *published, *(name for name in fast if name not in set(first))], until)
 
     def configurations(self, until: float) -> Verdict:
         """The shipped tiles first: the mark needs only them."""
-        tiles = verify.collect(LARGE, "-k", TILES)
+        tiles = self._collect(until, LARGE, "-k", TILES)
         verdict = self._shards("configurations", tiles[:2] if self.quick else tiles, until)
-        return verdict + self._shards("warps", verify.collect(LARGE, "-k", WARPS)[: 2 if self.quick else None], until)
+        return verdict + self._shards("warps", self._collect(until, LARGE, "-k", WARPS)[: 2 if self.quick else None], until)
 
     def large(self, until: float) -> Verdict:
         """One at a time: they fill the device."""
@@ -106,11 +106,13 @@ class Report:
 
     def layers(self, until: float) -> Verdict:
         """Without torch.compile first: compiling takes most of the time, and what is cut off should be the compiled peer."""
-        eager = self._bench("bench/bench_layers.py", until, "S9 and not compiled" if self.quick else "not compiled")
+        half = time.monotonic() + 0.5 * (until - time.monotonic())
+        eager = self._bench("bench/bench_layers.py", half, "S9 and not compiled" if self.quick else "not compiled")
         return eager + self._bench("bench/bench_layers.py", until, f"forward_+_backward and {TO_BEAT}" + " and S9" * self.quick)
 
     def networks(self, until: float) -> Verdict:
-        eager = self._bench("bench/bench_networks.py", until, "inference and coda_fast" if self.quick else "not compiled")
+        half = time.monotonic() + 0.5 * (until - time.monotonic())
+        eager = self._bench("bench/bench_networks.py", half, "inference and coda_fast" if self.quick else "not compiled")
         return eager if self.quick else eager + self._bench("bench/bench_networks.py", until, f"training_step and {TO_BEAT}")
 
     def tune(self, until: float) -> Verdict:
@@ -121,7 +123,11 @@ class Report:
     # -- how ----
 
     def _tests(self, name, until, *selection, jobs=None):
-        return self._shards(name, verify.collect(*selection), until, jobs)
+        return self._shards(name, self._collect(until, *selection), until, jobs)
+
+    @staticmethod
+    def _collect(until, *selection):
+        return verify.collect(*selection, timeout=max(1.0, until - time.monotonic()))
 
     def _shards(self, name, tests, until, jobs=None):
         verdict = verify.shards(tests, jobs or self.jobs, until, self.output / "logs" / name)
@@ -170,15 +176,21 @@ class Report:
 
     # -- the end ----
 
+    def doubt(self, before: list[dict]) -> None:
+        """No speed-up, after the fact, in rows of this call, where tests that ran after them have failed."""
+        rows = [row for row in results.read(self.path) if row not in before and row.get("verified")]
+        results.replace(self.path, [row | {"verified": False, "speedup": None} for row in rows])
+
     def verified(self) -> dict | None:
         """The entry of the table that makes "auto" pick the kernels, if everything that it needs has passed here."""
         try:
-            passed = all(Verdict.load(self.output / name, **self.key).passed for name in NEEDED)
+            verdicts = {name: Verdict.load(self.output / name, **self.key) for name in NEEDED}
         except (OSError, ValueError, TypeError):
-            passed = False
-        if self.device != "cuda" or self.quick or not passed:
             return None
-        return {key: self.stamp[key] for key in ("device", "driver", "triton", "torch", "commit", "date")}
+        if self.device != "cuda" or self.quick or not all(v.passed for v in verdicts.values()):
+            return None
+        mark = {key: self.stamp[key] for key in ("device", "driver", "triton", "torch", "commit", "tree", "date")}
+        return mark | {"skipped": {name: v.skipped for name, v in verdicts.items() if v.skipped}}
 
     def propose_table(self) -> Path | None:
         """sm_XX.json: the table of the package with the mark "verified"."""
@@ -205,6 +217,8 @@ def run(report: Report, stages: dict[str, float]) -> dict[str, Verdict]:
             found[stage] = getattr(report, stage)(until)
         except Exception as error:  # the stages after it may still say something
             found[stage] = Verdict(failures=(f"{type(error).__name__}: {error}",))
+            if stage in FILES:
+                found[stage].write(report.output / FILES[stage][0], **report.stamp)
         say(f"{stage}: {found[stage] if found[stage] != Verdict() else 'done'} ({time.monotonic() - now:.0f} s)")
     return found
 
@@ -240,10 +254,12 @@ def main(argv=None) -> int:
     (output / "op.json").unlink(missing_ok=True)
     before = results.read(report.path)
     found = run(report, stages)
+    if any(found[stage].failures for stage in found if stage in FILES):
+        report.doubt(before)
     after = results.read(report.path)
-    if after:
+    if new := [row for row in after if row not in before]:
         print(tables.everything(after))
-        print(f"\nratios beside those before (advisory)\n{guard.report(after, before)}\n")
+        print(f"\nratios beside those before (advisory)\n{guard.report(new, before)}\n")
     for stage, verdict in found.items():
         print(f"{stage}: {verdict if verdict != Verdict() else 'done'}")
         for failure in verdict.failures:

@@ -50,8 +50,8 @@ def in_turn(runners: dict[str, Runner], device: torch.device, seconds: float, tu
     """
     found, repeats, total = {name: Measurement() for name in runners}, {}, 0.0
     for name in list(runners):
+        empty(device)  # what others left in the cache of the allocator is not this one's lack of memory
         with _survive(name, runners, found, device):
-            empty(device)  # what others left in the cache of the allocator is not this one's lack of memory
             runners[name]()
             # of CUDA graphs the second call is the recording one: later ones replay and allocate nothing
             found[name].peak_bytes = peak_bytes(runners[name], device)
@@ -67,6 +67,8 @@ def in_turn(runners: dict[str, Runner], device: torch.device, seconds: float, tu
                 on_device, on_host = _block(runners[name], repeats[name], device)
                 found[name].device_us.append(1e6 * on_device)
                 found[name].host_us.append(1e6 * on_host)
+            if name not in runners:
+                empty(device)  # now that the error, and with it the frames that hold its tensors, is gone
     return found
 
 
@@ -80,8 +82,6 @@ def _survive(name, runners, found, device):
         del runners[name]
         if device.type == "cuda" and not isinstance(error, torch.cuda.OutOfMemoryError):
             torch.cuda.synchronize(device)
-    if found[name].missing:  # the error, and with it the frames that hold tensors, is gone by now
-        empty(device)
 
 
 def empty(device: torch.device) -> None:

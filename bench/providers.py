@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -25,6 +26,9 @@ KEPT, FACTORED, PRODUCT, COPY = "coda_fast save_contraction", "coda_fast factore
 RESNET, BCOS = "ResNet-50", "B-cos ResNet-50"
 COMPILED = " compiled"
 PEERS = {MATERIALISING: peers.materialising, ALGEBRAIC: peers.algebraic, CHECKPOINTED: peers.checkpointed}
+
+
+TRUE_IMAGES = 2  # of a network's batch that are computed in float64 too
 
 
 class Missing(RuntimeError):
@@ -51,6 +55,9 @@ OURS = {CODA: coda_fast, KEPT: _kept, FACTORED: _factored}
 def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequence[str] = ()) -> list[str]:
     """The providers of a case, in the order of the tables; ``compiled``: which of them also through torch.compile."""
     gpu, backward = device.type == "cuda", mode not in (FORWARD, INFERENCE)
+    kept = backward and mode != EXPLANATION
+    if isinstance(case, Layer):  # else there is nothing to keep (docs of dau_conv2d), and it would be coda_fast by another name
+        kept = kept and case.rank <= 64 < case.depth
     found = [MATERIALISING, ALGEBRAIC]
     found += [CHECKPOINTED] if backward and (gpu or mode != EXPLANATION) else []
     if isinstance(case, Layer) and case.axis:
@@ -58,7 +65,7 @@ def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequ
     found += [name + COMPILED for name in (*found, CODA) if name in compiled]
     found.insert(found.index(CODA + COMPILED) if CODA + COMPILED in found else len(found), CODA)
     if gpu:
-        found += [KEPT] if backward and mode != EXPLANATION else []
+        found += [KEPT] if kept else []
         found += [FACTORED]
     return [*found, PRODUCT] if isinstance(case, Layer) else [*found, RESNET, BCOS]
 
@@ -130,8 +137,19 @@ def _layer(layer, compile, case, mode, dtype, device):
     return inputs, forward if mode == FORWARD else explanation if mode == EXPLANATION else training
 
 
-def truth(case: Layer, mode: str, inputs: tuple, limit: int = 1 << 30) -> list[torch.Tensor]:
-    """The results of the materialising formula in float64, computed for a few images at a time (w stays below ``limit`` bytes)."""
+def truth(case: Layer | Network, mode: str, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """The results of the materialising formula in float64 for the first inputs; of a network for its first TRUE_IMAGES images."""
+    if isinstance(case, Layer):
+        return layer_truth(case, mode, layer_inputs(case, dtype, device)[0])
+    few = dataclasses.replace(case, batch=min(TRUE_IMAGES, case.batch))
+    _, function = _network(peers.materialising, False, few, mode, torch.float64, device)
+    inputs, _ = _network(peers.materialising, False, case, mode, dtype, device)
+    images, labels = (t[: few.batch] for t in inputs[0])
+    return [t.detach() for t in function(images.double(), labels)]
+
+
+def layer_truth(case: Layer, mode: str, inputs: tuple, limit: int = 1 << 30) -> list[torch.Tensor]:
+    """For these inputs, computed for a few images at a time (w stays below ``limit`` bytes)."""
     tensors = [t.detach().double() for t in inputs]
     limit = 4 * limit if tensors[0].is_cuda else limit
     step = max(1, limit // (8 * case.units * case.depth * (case.pixels // case.batch)))
@@ -147,18 +165,23 @@ def truth(case: Layer, mode: str, inputs: tuple, limit: int = 1 << 30) -> list[t
 
 
 def _product(case, mode, dtype, device):
-    """The ceiling: as many plain matrix products [P, d] x [d, n r] as the mode cannot do without."""
+    """The ceiling: the plain matrix products that the mode cannot do without (PRODUCTS): [P, d] x [d, n r] forward, [P, n r] x [n r, d]
+    for dx, [n r, P] x [P, d] for dA. The first writes n r numbers a pixel, which a fused layer does not.
+    """
     generator = torch.Generator(device).manual_seed(0)
     # libraries are far slower where rows do not begin at a multiple of 16 bytes, which says nothing about what can be reached
     depth = -(-case.depth // 8) * 8 if device.type == "cuda" else case.depth
-    shapes = ((case.pixels, depth), (depth, case.units * case.rank))
-    sets = rotation(math.prod(shapes[0]) * dtype.itemsize, device)
-    inputs = [tuple(torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes) for _ in range(sets)]
-    out = torch.empty(case.pixels, case.units * case.rank, dtype=dtype, device=device)
+    wide = case.units * case.rank
+    random = lambda *shape: torch.randn(shape, generator=generator, device=device).to(dtype)  # noqa: E731
+    inputs = [(random(case.pixels, depth),) for _ in range(rotation(case.pixels * depth * dtype.itemsize, device))]
+    weights, out, dx, dweights = random(wide, depth), random(case.pixels, wide), torch.empty_like(inputs[0][0]), random(wide, depth)
 
-    def products(a, b):
-        for _ in range(PRODUCTS[mode]):
-            torch.mm(a, b, out=out)
+    def products(x):
+        torch.mm(x, weights.t(), out=out)
+        if PRODUCTS[mode] > 1:
+            torch.mm(out, weights, out=dx)
+        if PRODUCTS[mode] > 2:
+            torch.mm(out.t(), x, out=dweights)
         return []
 
     return inputs, products
@@ -169,7 +192,9 @@ def _product(case, mode, dtype, device):
 
 def _network(layer, compile, case, mode, dtype, device):
     torch.manual_seed(0)
-    model = create_model(case.name).to(device).requires_grad_(mode == STEP)  # a compiled backward computes what is asked or not
+    # without the bias of the logits, beside which what the layers give is rounding of a narrow dtype
+    model = create_model(case.name, logit_bias=0.0).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    model.requires_grad_(mode == STEP)  # a compiled backward computes what is asked or not
 
     def logits(images, detach=False):
         x = model.encoder(images)

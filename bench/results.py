@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -81,6 +82,17 @@ def path_of(device: str, folder: Path) -> Path:
     return folder / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".jsonl")
 
 
+@functools.cache
+def tree() -> str:
+    """Digest of the code that is run: package, kernels and tests, whatever git says of them."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        p for folder in ("coda_fast", "kernels", "tests") for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".json")
+    ):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def group_of(row: dict) -> tuple:
     """What rows that were measured side by side have in common."""
     return (row["op"], row["mode"], row["dtype"], json.dumps(row["shape"], sort_keys=True))
@@ -102,10 +114,18 @@ def read(path: Path) -> list[dict]:
 
 
 def replace(path: Path, rows: Iterable[dict]) -> None:
-    """Put rows into a file in place of those of the same groups; all of it or nothing, so that a run can be cut off at any time."""
+    """Put rows into a file in place of those of the same groups; all of it or nothing, so that a run can be cut off at any time. Of the
+    same code and versions, what another run has of providers that are not among the rows stays.
+    """
     rows = list(rows)
-    groups = {group_of(row) for row in rows}
-    kept = [row for row in read(path) if group_of(row) not in groups]
+    same = ("device", "torch", "triton", "commit", "date")
+    groups = {group_of(row): [row[key] for key in same] for row in rows}
+    measured = {(group_of(row), row["provider"]) for row in rows}
+    kept = [
+        row for row in read(path)
+        if group_of(row) not in groups
+        or (groups[group_of(row)] == [row.get(key) for key in same] and (group_of(row), row["provider"]) not in measured)
+    ]  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]), encoding="utf-8")

@@ -97,9 +97,7 @@ def gains(rows: list[dict]) -> str:
         peer = fastest(by, op, ALGEBRAICS)
         three = [by.get((op, p)) for p in (MATERIALISING, ALGEBRAIC, CODA)]
         share = "" if not ours["ceiling"] else f"{100 * ours['ceiling']:.0f}"
-        which = peer or ""
-        if peer and ours["driver"] and fastest(by, op, (ALGEBRAIC + COMPILED,)) is None:
-            which += " (compiled not measured)"  # the peer to beat on a GPU
+        which = _which(by, op, peer)
         first = fastest(by, op, (MATERIALISING, MATERIALISING + COMPILED))
         table.append(
             [op, _speedup(ours, first), _speedup(ours, peer), which, share, ours.get("bound") or ""]
@@ -115,7 +113,7 @@ def summary(rows: list[dict]) -> str:
     table = [
         [
             "", "C, n, r, k, stride, size", "as published, ms", "algebraic, ms", "coda_fast, ms", "speed-up on published", "on algebraic",
-            "% of ceiling", "peak memory, MiB: as published", "algebraic", "coda_fast",
+            "which", "% of ceiling", "peak memory, MiB: as published", "algebraic", "coda_fast",
         ]
     ]  # fmt: skip
     for op in _ordered(r["op"] for r in rows if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")):
@@ -126,7 +124,12 @@ def summary(rows: list[dict]) -> str:
         three = [by.get((op, p)) for p in (first, second, CODA)]
         share = f"{100 * ours['ceiling']:.0f}" if ours["ceiling"] else ""
         label = op if "channels" in ours["shape"] else f"{op}, training step"
-        table.append([label, _shape(by, op), *map(_ms, three), _speedup(ours, first), _speedup(ours, second), share, *map(_mib, three)])
+        table.append(
+            [
+                label, _shape(by, op), *map(_ms, three), _speedup(ours, first), _speedup(ours, second), _which(by, op, second), share,
+                *map(_mib, three),
+            ]
+        )  # fmt: skip
     return _markdown(table)
 
 
@@ -197,6 +200,12 @@ def _by(rows):
 
 def _ordered(values):
     return list(dict.fromkeys(values))
+
+
+def _which(by, op, peer):
+    """The name of the fastest algebraic peer, and whether the one to beat on a GPU is missing."""
+    unknown = by[op, CODA]["driver"] and fastest(by, op, (ALGEBRAIC + COMPILED,)) is None
+    return f"{peer} (compiled not measured)" if peer and unknown else peer or ""
 
 
 def fastest(by: dict, op: str, candidates) -> str | None:

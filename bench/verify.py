@@ -131,13 +131,14 @@ def wait(processes: list[subprocess.Popen], until: float) -> list[int | None]:
     return statuses
 
 
-def collect(*arguments: str, root: Path = ROOT) -> list[str]:
-    """Names of the tests that a selection has. RuntimeError with pytest's own words if it finds none."""
+def collect(*arguments: str, root: Path = ROOT, timeout: float | None = None) -> list[str]:
+    """Names of the tests that a selection has. RuntimeError with pytest's own words if it finds none. subprocess.TimeoutExpired."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         done = subprocess.run(
-            command("--collect-only", *arguments), cwd=root, env=environment(log), capture_output=True, text=True, check=False
-        )
+            command("--collect-only", *arguments), cwd=root, env=environment(log), capture_output=True, text=True, check=False,
+            timeout=timeout,
+        )  # fmt: skip
         lines = _lines(log)
         names = next((line["collected"] for line in lines if "collected" in line), [])
         if not names or done.returncode:

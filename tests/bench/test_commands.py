@@ -215,22 +215,45 @@ def test_stages_share_the_time(monkeypatch, tmp_path):
     assert found["layers"].failures == ("RuntimeError: lost the device",)
 
 
-@pytest.mark.parametrize(
-    ("tests", "configurations", "commit", "marked"), [(1, 1, "", True), (1, 0, "", False), (0, 1, "", False), (1, 1, "another", False)]
-)
-def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations, commit, marked):
-    """sm_XX.json says "verified" only if all tests of one commit have passed, and keeps the tiles of the table."""
+def test_doubt_after_the_fact(monkeypatch, tmp_path):
+    """Rows of this call lose their speed-ups if tests that ran after them failed; older ones and those of peers stay."""
     monkeypatch.setattr(results, "device_name", lambda device: "a GPU")
-    monkeypatch.setattr(
-        results, "environment", lambda device: {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "python": "3", "date": "d"}
-    )
+    environment = {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "commit": "c", "date": "d"}
+    common = {"op": "S1", "dtype": "bfloat16", "shape": {}, **environment}
+    row = lambda mode, provider, speedup: common | {  # noqa: E731
+        "mode": mode, "provider": provider, "speedup": speedup, "verified": True if speedup else None,
+    }  # fmt: skip
+    old = [row("forward", "coda_fast", {"x": [1, 2, 3]})]
+    new = [row("explanation", "coda_fast", {"x": [1, 2, 3]}), row("explanation", "algebraic", None)]
+    report = gpu_report.Report(tmp_path, tmp_path, "cuda", 0.0)
+    results.replace(report.path, [*old, *new])
+    report.doubt(old)
+    found = {(r["mode"], r["provider"]): (r["speedup"], r["verified"]) for r in results.read(report.path)}
+    assert found == {
+        ("forward", "coda_fast"): ({"x": [1, 2, 3]}, True),
+        ("explanation", "coda_fast"): (None, False),
+        ("explanation", "algebraic"): (None, None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tests", "configurations", "tree", "marked"), [(1, 1, "", True), (1, 0, "", False), (0, 1, "", False), (1, 1, "another", False)]
+)
+def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations, tree, marked):
+    """sm_XX.json says "verified" only if all tests of one tree have passed, with what was skipped, and keeps the tiles of the table."""
+    monkeypatch.setattr(results, "device_name", lambda device: "a GPU")
+    environment = {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "python": "3", "date": "d"}
+    monkeypatch.setattr(results, "environment", lambda device: environment)
+    monkeypatch.setattr(results, "tree", lambda: "this tree")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
     report = gpu_report.Report(tmp_path, tmp_path, "cuda", 0.0)
     Verdict(passes=1, unfinished=1 - tests).write(tmp_path / "tests.json", **report.stamp)
     Verdict(passes=configurations).write(tmp_path / "configurations.json", **report.stamp)
-    Verdict(passes=1).write(tmp_path / "large.json", **(report.stamp | {"commit": commit or report.commit}))
+    Verdict(passes=1, skipped=2).write(tmp_path / "large.json", **(report.stamp | {"tree": tree or "this tree"}))
     path = report.propose_table()
     assert (path is not None) == marked
     if marked:
         mark = json.loads(path.read_text())["verified"]
-        assert mark == {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "date": "d", "commit": report.commit}
+        assert mark.pop("commit") == report.commit
+        assert mark.pop("skipped") == {"large.json": 2}
+        assert mark == {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "date": "d", "tree": "this tree"}

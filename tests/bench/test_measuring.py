@@ -47,7 +47,7 @@ def test_peers_explain(peer):
 @pytest.mark.parametrize("mode", cases.LAYER_MODES)
 def test_truth_in_pieces(mode):
     inputs = providers.layer_inputs(SMALL, torch.float32, CPU)[0]
-    whole, pieces = (providers.truth(SMALL, mode, inputs, limit) for limit in (1 << 30, 1))
+    whole, pieces = (providers.layer_truth(SMALL, mode, inputs, limit) for limit in (1 << 30, 1))
     exact = [t.detach().double().requires_grad_() for t in inputs[:4]]
     y = peers.materialising(*exact, 2, 1, mode == cases.EXPLANATION)
     torch.testing.assert_close(whole[0], y)
@@ -74,12 +74,12 @@ def test_the_preset_of_a_gpu():
     assert [n.batch for n in small.networks] == [256, 16]
     assert {c.batch for c in large.layers if c.name.startswith("L")} == {64}
     gpu = torch.device("cuda")
-    for case in (large.layers[0], large.networks[0]):
+    for case in (large.layers[0], large.layers[5], large.networks[0]):  # the first is computed in the generated form
         for mode in cases.LAYER_MODES if isinstance(case, cases.Layer) else cases.NETWORK_MODES:
             names = providers.names(case, mode, gpu, large.compiled_in(case, mode))
             assert len(set(names)) == len(names)
             assert {"algebraic compiled", "materialising compiled", "coda_fast compiled", "coda_fast factored"} <= set(names)
-            assert ("coda_fast save_contraction" in names) == (mode in (cases.TRAINING, cases.STEP))
+            assert ("coda_fast save_contraction" in names) == (mode in (cases.TRAINING, cases.STEP) and case != large.layers[0])
 
 
 @pytest.mark.parametrize("name", [*providers.PEERS, providers.CODA])
@@ -155,13 +155,53 @@ def test_no_speedup_where_the_error_is_not_known(monkeypatch):
     def full(*arguments):
         raise torch.cuda.OutOfMemoryError("full")
 
-    monkeypatch.setattr(providers, "truth", full)
+    monkeypatch.setattr(providers, "layer_truth", full)
     monkeypatch.setattr(laboratory, "COPY_BYTES", {"cpu": 1 << 20})
     lab = laboratory.Laboratory(CPU, "float32", 0.0, (1, 1))
     found = lab.measure(SMALL, cases.FORWARD, [providers.MATERIALISING, providers.CODA, providers.PRODUCT])
     rows = {row["provider"]: row for row in lab.rows(SMALL, cases.FORWARD, found)}
     assert rows[providers.CODA]["p50_us"]
     assert rows[providers.CODA]["speedup"] is None
+
+
+def test_a_wrong_variant_hides_its_own_speedup_only():
+    found = {
+        providers.MATERIALISING: Measurement([200.0], [1.0], 1000, 1e-7),
+        providers.CODA: Measurement([100.0], [1.0], 100, 1e-7),
+        providers.FACTORED: Measurement([50.0], [1.0], 100, 1e-3),
+    }
+    assert list(laboratory.wrong(found)) == [providers.FACTORED]
+    lab = laboratory.Laboratory(CPU, "float32", 0.0)
+    lab._copy = Measurement([1e-3], [1e-3])
+    rows = {row["provider"]: row for row in lab.rows(SMALL, cases.TRAINING, found)}
+    assert rows[providers.CODA]["speedup"][providers.MATERIALISING] == [2.0, 2.0, 2.0]
+    assert rows[providers.FACTORED]["speedup"] is None
+    assert laboratory.wrong({providers.CODA: Measurement([1.0], [1.0], 1, 0.5)}) == {}  # nothing to compare with
+
+
+@pytest.mark.parametrize("mode", cases.NETWORK_MODES)
+def test_networks_are_compared_with_float64(mode, monkeypatch):
+    """coda_fast and the peers give the network's results; a layer that is off by a thousandth is found."""
+    case = cases.Network("coda_s_cifar10", 3, 8)
+    lab = laboratory.Laboratory(CPU, "float32", 0.0, (1, 1))
+    found = lab.measure(case, mode, [providers.MATERIALISING, providers.CODA])
+    assert 0 < found[providers.MATERIALISING].error < 1e-4
+    assert 0 < found[providers.CODA].error < 1e-4
+    assert not laboratory.wrong(found, 4.0)
+    monkeypatch.setitem(providers.OURS, providers.CODA, lambda *a, **k: 1.001 * providers.coda_fast(*a, **k))
+    broken = laboratory.Laboratory(CPU, "float32", 0.0, (1, 1)).measure(case, mode, [providers.MATERIALISING, providers.CODA])
+    assert list(laboratory.wrong(broken, 4.0)) == [providers.CODA]
+
+
+def test_replace_keeps_other_providers_of_the_same_code(tmp_path):
+    """A second pass that measures fewer providers, beside each other again, does not lose the rest."""
+    path, rows = tmp_path / "machine.jsonl", fake()
+    results.replace(path, rows)
+    again = [dict(row, p50_us=1.0) for row in rows if row["provider"] in (providers.CODA, providers.PRODUCT)]
+    results.replace(path, again)
+    found = {row["provider"]: row["p50_us"] for row in results.read(path)}
+    assert set(found) == {row["provider"] for row in rows}
+    assert (found[providers.CODA], found[providers.MATERIALISING]) == (1.0, 210.0)
 
 
 @pytest.mark.parametrize("bound", [providers.PRODUCT, providers.COPY])
