@@ -26,7 +26,7 @@ from coda_fast.evaluation.runner import Evaluation, Settings, summary  # noqa: E
 
 RESULTS, DOCS = ROOT / "bench" / "results" / "evaluation_digits.json", ROOT / "docs"
 TEMPERATURES, SEEDS, EPOCHS = (1.0, 40.0), (0, 1, 2), 30
-METHODS = [name for name in baselines.METHODS if name not in ("DeepLIFT", "GB")]
+METHODS = [name for name in baselines.METHODS if name not in baselines.TWINS]
 # a digit is 8 x 8: the published windows of 5 and 9 pixels of 32 would cover it whole, so Occ5 and Occ9 become 2 and 3 pixels
 SETTINGS = {"Occ5": {"size": 2, "stride": 1}, "Occ9": {"size": 3, "stride": 1}, "RISE": {"masks": 1000}}
 METRICS = {"localisation": Settings("localisation", side=2, grids=100), "removal": Settings("removal", points=17)}
@@ -82,14 +82,16 @@ def table() -> str:
     values = {(n, t, m): [r[m][n]["mean"] for r in rows if r["temperature"] == t] for n in METHODS for t, m in columns}
     for name in sorted(METHODS, key=lambda n: -sum(values[n, TEMPERATURES[-1], "localisation"])):
         cells = (f"{sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in (values[name, t, m] for t, m in columns))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        label = f"Occ, {SETTINGS[name]['size']} px" if name.startswith("Occ") else name
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     accuracy = ", ".join(
         f"T = {t:g}: {min(a):.1%} to {max(a):.1%}" for t in TEMPERATURES if (a := [r["accuracy"] for r in rows if r["temperature"] == t])
     )
     legend = (
         f"{stored['data']}; {stored['model']}, {stored['epochs']} epochs; 2 x 2 grids (chance 0.25); removal: least important first, mean "
-        f"probability over 0 to 25 %; mean over {len({r['seed'] for r in rows})} seeds (least to most). Occ5 and Occ9 with windows of 2 "
-        f"and 3 pixels, RISE with 1,000 masks. Test accuracy {accuracy}. {stored['device']}, torch {stored['torch']}; commit "
+        f"probability over 0 to 25 %; mean over {len({r['seed'] for r in rows})} seeds (least to most). Occlusion: windows of 2 "
+        f"and 3 pixels in place of the published 5 and 9 of 32; RISE with 1,000 masks. "
+        f"Test accuracy {accuracy}. {stored['device']}, torch {stored['torch']}; commit "
         f"{stored['commit']}, {stored['date']}."
     )
     return "\n".join([*lines, "", legend])

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from coda_fast._geometry import integer
+from coda_fast.evaluation._common import evaluated
 from coda_fast.models import CoDANet
 
 _MISSING = "the baselines need {}: pip install 'coda-fast[evaluation]'"
@@ -59,7 +60,8 @@ class Attribution:
         if not len(images):
             return images.new_zeros(*targets.shape, *images.shape[2:])
         # not inference tensors, whatever the caller's mode: they are differentiated
-        with torch.inference_mode(False), torch.enable_grad(), _evaluated(self.model):
+        with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model):
+            _check_classes(self.model, images, table)
             maps = self._function(self, images.detach().clone(), table.long().clone())
         return maps if targets.dim() == 2 else maps[:, 0]
 
@@ -274,6 +276,10 @@ class _Answers:
         return self.given[self.calls - 1]
 
 
+# What a method is on a CoDA-Net, to rounding (tested)
+TWINS = {"DeepLIFT": "IxG", "GB": "Grad"}
+# Raised when a method gives other numbers than before: an evaluation does not go on with pieces of another revision
+REVISION = 2
 _BATCH = {"batch_size": 64}
 # Published settings. GCam: a map for each class at the last layer; Occ5, Occ9: the edge of the window; RISE: p1 is the share that is kept
 METHODS: dict[str, dict] = {
@@ -307,20 +313,24 @@ def _captum():
 
 
 @contextlib.contextmanager
-def _evaluated(model) -> Iterator[None]:
-    """The model in evaluation mode, parameters' ``.grad`` and every module's own mode as before afterwards; captum's advice unsaid."""
-    modes = [(m, m.training) for m in model.modules()]
+def _quiet(model) -> Iterator[None]:
+    """``evaluated``, parameters' ``.grad`` as before afterwards, captum's advice unsaid."""
     grads = [(p, p.grad) for p in model.parameters()]
-    model.eval()
     try:
-        with warnings.catch_warnings():
+        with evaluated(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module=r"captum\..*")
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, grad in grads:
             parameter.grad = grad
+
+
+def _check_classes(model, images, targets):
+    """ValueError for a class that the model does not have."""
+    with torch.no_grad():
+        count = model.num_classes if isinstance(model, CoDANet) else model(images[:1]).shape[1]
+    if int(targets.max()) >= count:
+        raise ValueError(f"targets: expected classes from 0 to {count - 1}, got {int(targets.max())}")
 
 
 def _check_settings(method, settings):

@@ -202,13 +202,18 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
 @click.option("--grids", type=click.IntRange(min=1), default=500, show_default=True, help="Localisation: how many grids at most.")
 @click.option("--protocol", type=click.Choice(["plain", "published"]), default="plain", show_default=True)
 @click.option("--order", type=click.Choice(["least", "most"]), default="least", show_default=True, help="Removal: which pixels go first.")
+@click.option("--insert", is_flag=True, help="Removal: begin without any pixel and insert, in the same order.")
+@click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), default=0.25, show_default=True, help="Removal: of the pixels.")
+@click.option("--points", type=click.IntRange(min=2), default=129, show_default=True, help="Removal: points of the curve.")
+@click.option("--set", "changes", multiple=True, metavar="METHOD.NAME=VALUE", help="A setting of a method (Occ9.size=13); repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use this many images only (published, for removal: 1024).")
 @click.option("--size", type=click.IntRange(1, 4096), help="Scale and crop images to squares of this many pixels.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-def evaluate(checkpoint, data, metric, methods, output, side, grids, protocol, order, limit, size, device) -> None:
+def evaluate(checkpoint, data, metric, methods, output, limit, size, device, changes, side, grids, protocol, **removal) -> None:
     """Measure how good explanations are, by the metrics of the paper, for any of its methods.
 
-    Writes results.json, results.csv, and the figure as PNG and SVG. Interrupted, the same command goes on where it stopped.
+    Writes results.json, results.csv, and the figure as PNG and SVG, of the methods that are named. Interrupted, or with more methods, the
+    same command goes on where it stopped: what is in the output folder is not measured again.
     """
     from coda_fast import baselines
     from coda_fast.evaluation import data as source
@@ -216,16 +221,27 @@ def evaluate(checkpoint, data, metric, methods, output, side, grids, protocol, o
 
     model = checkpoints.load(checkpoint, device=_device(device)).eval()
     names = list(baselines.METHODS) if methods == "all" else list(dict.fromkeys(name.strip() for name in methods.split(",")))
-    attributions = {name: baselines.create(name, model) for name in names}
+    for name, twin in baselines.TWINS.items():
+        if name in names and (methods == "all" or twin in names):
+            names.remove(name)
+            click.echo(f"{name} is left out: on a CoDA-Net it is {twin}, to rounding", err=True)
+    attributions = {name: baselines.create(name, model, **chosen) for name, chosen in _method_settings(changes, names).items()}
     bar = lambda items, label: tqdm(items, desc=label, disable=None)  # noqa: E731
     found = source.load(data, model, limit=limit, size=size, progress=bar)
     for path, reason in found.skipped.items():
         click.echo(f"skipped {path}: {reason}", err=True)
-    settings = runner.Settings(metric, side, grids, protocol, order=order)
+    if found.note:
+        click.echo(found.note, err=True)
+    settings = runner.Settings(metric, side, grids, protocol, **removal)
     description = {"checkpoint": _digest(checkpoint), "data": data, "data_digest": found.digest(), "images": len(found.images)}
+    description["skipped"] = len(found.skipped)
     images, labels = found.images.to(next(model.parameters())), found.labels.to(next(model.parameters()).device)
     evaluation = runner.Evaluation(model, images, labels, settings, output, description)
-    results = {name: evaluation.measure(name, a, a.settings, bar) for name, a in attributions.items()}
+    try:
+        results = {name: evaluation.measure(name, a, a.settings, bar) for name, a in attributions.items()}
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; the same command goes on from what is in {output}", err=True)
+        raise
     paths = evaluation.write(results, {name: a.settings for name, a in attributions.items()})
     click.echo(runner.markdown(results))
     if metric == "localisation":
@@ -233,6 +249,22 @@ def evaluate(checkpoint, data, metric, methods, output, side, grids, protocol, o
     if found.skipped:
         click.echo(f"{len(found.skipped)} of {len(found.skipped) + len(images)} files could not be read and were skipped")
     click.echo("\n".join(map(str, paths)))
+
+
+def _method_settings(changes, names):
+    """{method: {setting: number}} of the methods that are measured."""
+    found = {name: {} for name in names}
+    for change in changes:
+        key, _, value = change.partition("=")
+        method, _, setting = key.partition(".")
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+        if not setting or number is None or method not in found:
+            raise click.UsageError(f"--set: expected METHOD.NAME=NUMBER with a method among {', '.join(names)}, got {change!r}")
+        found[method][setting] = int(number) if number == int(number) and "." not in value else number
+    return found
 
 
 @cli.command()

@@ -54,6 +54,14 @@ def test_occlusion_of_a_linear_model():
     torch.testing.assert_close(found, total / 25, rtol=1e-5, atol=1e-6)  # captum adds up in float32
 
 
+@pytest.mark.parametrize("method", ["Ours", "IxG", "Occ5"])
+def test_a_class_that_does_not_exist(network, method):
+    with pytest.raises(ValueError, match="targets: expected classes from 0 to 9, got 10"):
+        baselines.attribute(method, network, digits(2), torch.tensor([3, 10]))
+    with pytest.raises(ValueError, match="targets: expected classes from 0 to 1, got 2"):
+        baselines.attribute("IxG", Spot(), torch.rand(1, 3, 8, 8), torch.tensor([2]))
+
+
 def test_lime_asks_once_for_all_classes(network):
     """And finds for each what it finds for it alone."""
     images, targets = digits(2), torch.tensor([[3, 7, 1], [0, 2, 5]])

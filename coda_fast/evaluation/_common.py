@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
+
+from coda_fast.models import CoDANet
 
 # images [N, C, H, W], classes [N, K] -> maps [N, K, H, W]: one map for each class, larger where the image speaks for it
 Attribution = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -34,6 +37,28 @@ def maps_of(attribute: Attribution, images, targets) -> torch.Tensor:
     return maps
 
 
+@contextlib.contextmanager
+def evaluated(model) -> Iterator[None]:
+    """The model in evaluation mode; every module in its own mode again afterwards."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    modes = [(module, module.training) for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def log_odds(model, logits: torch.Tensor) -> torch.Tensor:
+    """Of the probability of each class: the logits of a CoDA-Net, which is trained with a sigmoid for each; else of their softmax."""
+    if isinstance(model, CoDANet) or not isinstance(model, torch.nn.Module):
+        return logits
+    log_probability = logits.double().log_softmax(1)
+    return (log_probability - torch.log(-torch.expm1(log_probability))).to(logits.dtype)
+
+
 def check_labelled(images, labels, name="labels") -> None:
     """ValueError, TypeError unless there is one class for each image."""
     if images.dim() != 4:
@@ -57,6 +82,6 @@ def check_positive(**values) -> None:
 
 
 def logits_of(model, images, batch_size: int) -> torch.Tensor:
-    """Logits of all images, a batch at a time."""
-    with torch.no_grad():
-        return torch.cat([model(chunk) for chunk in images.split(batch_size)])
+    """Log-odds of all classes of all images, a batch at a time."""
+    with torch.no_grad(), evaluated(model):
+        return torch.cat([log_odds(model, model(chunk)) for chunk in images.split(batch_size)])

@@ -18,11 +18,12 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """images [N, C, H, W] in [0, 1]; labels [N]; what was skipped, and why, by file."""
+    """images [N, C, H, W] in [0, 1]; labels [N]; what was skipped, and why, by file; ``note``: what to know of the labels."""
 
     images: torch.Tensor
     labels: torch.Tensor
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    note: str = ""
 
     def digest(self) -> str:
         """Of pixels and labels: the same data, the same digest."""
@@ -57,11 +58,11 @@ def load(
         from coda_fast.demo import digits
 
         data = digits()
-        found = Labelled(data.test_images[:limit], data.test_labels[:limit])
+        found = _cropped(Labelled(data.test_images[:limit], data.test_labels[:limit]), size)
     elif path.is_dir():
         found = _folder(path, model, limit, size, progress)
     elif path.suffix == ".npz" and path.exists():
-        found = _npz(path, model, limit, progress)
+        found = _cropped(_npz(path, model, limit, progress), size)
     else:
         raise ValueError(f"data: expected 'digits', an .npz file or a folder of classes, got {str(source)!r}")
     if not len(found.images):
@@ -77,13 +78,20 @@ def _folder(path, model, limit, size, progress):
     classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
         raise ValueError(f"data: expected a folder for each class in {path}, got none")
-    names = model.class_names or []
-    if all(c.name in names for c in classes):
+    names, note = model.class_names or [], ""
+    unknown = [c.name for c in classes if c.name not in names]
+    if not unknown:
         labels = [names.index(c.name) for c in classes]
-    elif len(classes) <= model.num_classes:
-        labels = list(range(len(classes)))
+    elif len(unknown) < len(classes):  # a wrong guess would give wrong numbers without a word
+        raise ValueError(f"data: expected folders named after classes of the model, in {path} others are not: {', '.join(unknown[:5])}")
+    elif len(classes) > model.num_classes or (names and len(classes) < model.num_classes):
+        raise ValueError(
+            f"data: the model has {model.num_classes} classes, {path} has {len(classes)} folders"
+            + ", none of them named after a class" * bool(names)
+        )
     else:
-        raise ValueError(f"data: the model has {model.num_classes} classes, {path} has {len(classes)} folders")
+        labels = list(range(len(classes)))
+        note = f"folders in the order of their names are taken for classes 0 ({classes[0].name}) to {len(classes) - 1} ({classes[-1].name})"
     files = [sorted(p for p in c.iterdir() if p.suffix.lower() in SUFFIXES) for c in classes]
     if limit is not None:
         share = -(-limit // len(classes))
@@ -107,7 +115,13 @@ def _folder(path, model, limit, size, progress):
         raise ValueError(
             f"data: no readable image among {len(pairs)} files in {path}" + (f": {next(iter(skipped.values()))}" if skipped else "")
         )
-    return Labelled(torch.stack(images), torch.tensor(kept), skipped)
+    return Labelled(torch.stack(images), torch.tensor(kept), skipped, note)
+
+
+def _cropped(found, size):
+    if size is None or not len(found.images):
+        return found
+    return dataclasses.replace(found, images=torch.stack([_square(image, size) for image in found.images]))
 
 
 def _square(image, size):
@@ -131,22 +145,33 @@ def _npz(path, model, limit, progress):
         images = images[..., None] if images.ndim == 3 else images
         return Labelled(_to_tensor(images), torch.from_numpy(labels.astype(np.int64)))
     if {"test_jpeg", "test_offset", "test_label"} <= arrays.keys():
-        return _jpegs(arrays, limit, progress)
+        return _jpegs(arrays, path, limit, progress)
     raise ValueError(f"data: {path}: expected arrays images and labels, or test_jpeg, test_offset and test_label, got {', '.join(arrays)}")
 
 
-def _jpegs(arrays, limit, progress):
-    from PIL import Image
+def _jpegs(arrays, path, limit, progress):
+    from PIL import Image, UnidentifiedImageError
 
     count = min(len(arrays["test_label"]), limit if limit is not None else len(arrays["test_label"]))
     lossless = dict(zip(arrays.get("test_lossless_idx", ()), range(len(arrays.get("test_lossless_idx", ()))), strict=True))
-    raw, offsets, images = arrays["test_jpeg"].tobytes(), arrays["test_offset"], []
+    raw, offsets, images, kept, skipped = arrays["test_jpeg"].tobytes(), arrays["test_offset"], [], [], {}
     for i in progress(range(count), "reading") if progress else range(count):
         if i in lossless:
             images.append(arrays["test_lossless_rgb"][lossless[i]])
         else:
-            images.append(np.asarray(Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]])).convert("RGB")))
-    return Labelled(_to_tensor(np.stack(images)), torch.from_numpy(arrays["test_label"][:count].astype(np.int64)))
+            try:
+                images.append(np.asarray(Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]])).convert("RGB")))
+            except (UnidentifiedImageError, OSError, ValueError) as error:
+                reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+                skipped[f"{path}, test_jpeg {i}"] = reason
+                continue
+        kept.append(i)
+    if len(sizes := {image.shape[:2] for image in images}) > 1:
+        some = ", ".join(f"{h} x {w}" for h, w in sorted(sizes)[:3])
+        raise ValueError(f"data: expected images of one size in {path}, got {len(sizes)} sizes: {some}")
+    if not images:
+        raise ValueError(f"data: no readable image among {count} in {path}")
+    return Labelled(_to_tensor(np.stack(images)), torch.from_numpy(arrays["test_label"][kept].astype(np.int64)), skipped)
 
 
 def _to_tensor(images):

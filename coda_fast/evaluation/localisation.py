@@ -151,7 +151,7 @@ def localisation(
             method ``attribute`` (``coda_fast.baselines.create``); None: the model's own contribution maps.
         grids: how many at most; the published evaluation has 500 of 3 x 3.
         protocol: "plain", or "published": to the letter what the published numbers were made with (see ``draw_grids``), columns first.
-        logits: [N, classes], if they are known.
+        logits: [N, classes], if they are known, log-odds of classes (of a softmax classifier they are computed from its logits).
         batch_size: grids explained at once.
         progress: a wrapper like tqdm, ``progress(iterable, label)``.
 
@@ -166,9 +166,9 @@ def localisation(
         raise ValueError(f"logits: expected [{len(images)}, classes], got {list(logits.shape)}")
     chosen = torch.from_numpy(draw_grids(confident_images(logits, labels, threshold), side**2, grids, seed, protocol))
     batches = chosen.split(batch_size)
-    scores = [
-        score_grids(images, labels, batch, attribute, protocol) for batch in (progress(batches, "localisation") if progress else batches)
-    ]
+    with common.evaluated(model):
+        bar = progress(batches, "localisation") if progress else batches
+        scores = [score_grids(images, labels, batch, attribute, protocol) for batch in bar]
     return Localisation(torch.cat(scores), chosen, labels.cpu()[chosen])
 
 

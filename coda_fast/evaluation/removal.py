@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from coda_fast.evaluation import _common as common
+from coda_fast.models import CoDANet
 
 ORDERS = ("least", "most")
 
@@ -18,7 +19,7 @@ class Removal:
 
     Attributes:
         fractions: share of the pixels that are removed (or inserted), [P], ascending.
-        probabilities: of the target class (sigmoid of its logit), [N, P].
+        probabilities: of the target class, [N, P].
     """
 
     fractions: torch.Tensor
@@ -47,7 +48,8 @@ def pixel_removal(
     attribution_batch: int = 32,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> Removal:
-    """Probability of the target while pixels are removed, least (or most) important first; masks of many images in one batch.
+    """Probability of the target while pixels are removed, least (or most) important first; masks of many images in one batch. Of a
+    CoDA-Net it is the sigmoid of the logit, of other classifiers the softmax.
 
     A removed pixel is zero in all channels of the encoded image (all six of a CoDA-Net, which no real pixel is), so that nothing of it
     is left to explain; of a model without ``encoder`` the image itself is masked. The defaults are the published settings, for 32 x 32
@@ -76,14 +78,16 @@ def pixel_removal(
     if points < 2 or last < 1:
         raise ValueError(f"points, fraction: expected at least two points and one pixel, got {points} and {last} of {pixels}")
     attribute = common.attribution_of(model, attribution)
-    counts = torch.linspace(0, last, points, dtype=torch.float64).round().long().to(images.device)
+    every = torch.linspace(0, last, points, dtype=torch.float64).round().long().to(images.device)
+    counts, point = every.unique(return_inverse=True)  # of a small image several points are one
     starts, rows = range(0, len(images), attribution_batch), []
     for start in progress(starts, "pixel removal") if progress else starts:
         part, classes = images[start : start + attribution_batch], targets[start : start + attribution_batch]
-        maps = common.maps_of(attribute, part, classes[:, None])[:, 0]
-        rows.append(_curves(model, part, classes, _turns(maps, order), counts, insert, batch_size).cpu())
+        with common.evaluated(model):
+            maps = common.maps_of(attribute, part, classes[:, None])[:, 0]
+            rows.append(_curves(model, part, classes, _turns(maps, order), counts, insert, batch_size)[:, point].cpu())
     probabilities = torch.cat(rows) if rows else torch.empty(0, points)
-    return Removal(counts.cpu().double() / pixels, probabilities.double())
+    return Removal(every.cpu().double() / pixels, probabilities.double())
 
 
 def _turns(maps, order):
@@ -98,16 +102,16 @@ def _turns(maps, order):
 def _curves(model, images, classes, turns, counts, insert, batch_size):
     """[N, P]"""
     with torch.no_grad():
-        encoded = model.encoder(images) if hasattr(model, "encoder") else images
+        encoded = model.encoder(images) if isinstance(model, CoDANet) else images
         found = []
         pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(counts))).to(images.device)
         for image, point in (pair.unbind(1) for pair in pairs.split(batch_size)):
             gone = turns[image] < counts[point][:, None, None]
             kept = (gone if insert else ~gone)[:, None]
-            logits = _logits(model, encoded[image] * kept)
+            logits = common.log_odds(model, _logits(model, encoded[image] * kept))
             found.append(logits.gather(1, classes[image][:, None])[:, 0].sigmoid())
     return torch.cat(found).view(len(images), len(counts))
 
 
 def _logits(model, encoded):
-    return model.head(model.run_layers(encoded, 0)) if hasattr(model, "encoder") else model(encoded)
+    return model.head(model.run_layers(encoded, 0)) if isinstance(model, CoDANet) else model(encoded)

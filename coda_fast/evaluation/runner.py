@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from coda_fast import __version__
+from coda_fast.baselines import REVISION
 from coda_fast.checkpoints import atomic_path
 from coda_fast.evaluation import _common as common
 from coda_fast.evaluation.completeness import completeness_error
@@ -25,7 +26,9 @@ METRICS = ("localisation", "removal")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured. ``side``, ``grids``, ``protocol`` belong to localisation; ``order``, ``fraction``, ``points`` to removal."""
+    """What is measured. ``side``, ``grids``, ``protocol`` belong to localisation, ``order``, ``insert``, ``fraction``, ``points`` to
+    removal.
+    """
 
     metric: str = "localisation"
     side: int = 3
@@ -33,6 +36,7 @@ class Settings:
     protocol: str = "plain"
     seed: int = 42
     order: str = "least"
+    insert: bool = False
     fraction: float = 0.25
     points: int = 129
     piece: int = 16  # grids or images at once, and what an interruption can cost
@@ -75,6 +79,7 @@ class Evaluation:
 
     def measure(self, name: str, attribution, method_settings: dict, progress: Callable[[Iterable, str], Iterable] | None = None):
         """A ``Localisation`` or ``Removal`` of one method, continued where it was interrupted."""
+        self.work()  # what cannot be measured must not claim a folder
         self._claim()
         attribute = common.attribution_of(self.model, attribution)
         store = self.folder / "pieces" / f"{name}-{self._digest(method_settings)}"
@@ -83,31 +88,44 @@ class Evaluation:
         found = []
         for i, piece in progress(pieces, name) if progress else pieces:
             path = store / f"{i:05d}.npy"
-            if not path.exists():
-                values = self._values(piece, attribute).double().numpy()
+            if (values := self._stored(path, len(piece))) is None:
+                with common.evaluated(self.model):
+                    values = self._values(piece, attribute).double().numpy()
                 with atomic_path(path) as temporary, open(temporary, "wb") as file:
                     np.save(file, values, allow_pickle=False)
-            found.append(torch.from_numpy(np.load(path, allow_pickle=False)))
+            found.append(torch.from_numpy(values))
         values = torch.cat(found)
         if self.settings.metric == "localisation":
             return Localisation(values, self.work(), self.labels.cpu()[self.work()])
         counts = torch.linspace(0, int(self.settings.fraction * self._pixels()), self.settings.points, dtype=torch.float64).round()
         return Removal(counts / self._pixels(), values)
 
+    def _stored(self, path, count):
+        """A piece that is there and whole, or None."""
+        try:
+            values = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        columns = self.settings.side**2 if self.settings.metric == "localisation" else self.settings.points
+        return values if values.shape == (count, columns) else None
+
     def _values(self, piece, attribute):
         s = self.settings
         if s.metric == "localisation":
             return score_grids(self.images, self.labels, piece, attribute, s.protocol)
         images, labels = self.images[piece], self.labels[piece]
-        options = dict(order=s.order, fraction=s.fraction, points=s.points, batch_size=self.batch_size)
+        options = dict(order=s.order, fraction=s.fraction, points=s.points, insert=s.insert, batch_size=self.batch_size)
         return pixel_removal(self.model, images, labels, attribute, **options).probabilities
 
     def _pixels(self):
         return self.images.shape[2] * self.images.shape[3]
 
     def _claim(self):
-        """The folder belongs to this evaluation: same model, data and settings. ValueError if it is another's."""
-        mine = json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), **self.description}))
+        """The folder belongs to this evaluation: model, data (wherever they lie), settings, versions. ValueError if it is another's."""
+        parameter = next(self.model.parameters(), torch.empty(0))
+        versions = {"coda_fast": __version__, "torch": torch.__version__, "dtype": str(parameter.dtype), "device": parameter.device.type}
+        description = {key: value for key, value in self.description.items() if key != "data"}
+        mine = json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), **versions, **description}))
         path = self.folder / "evaluation.json"
         if path.exists():
             other = json.loads(path.read_text(encoding="utf-8"))
@@ -121,7 +139,7 @@ class Evaluation:
 
     @staticmethod
     def _digest(settings):
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([REVISION, settings], sort_keys=True).encode()).hexdigest()[:12]
 
     # -- results ----
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from coda_fast import create_model
+from coda_fast.evaluation import _common as common
 from coda_fast.evaluation import confident_images, draw_grids, localisation
 from coda_fast.evaluation.localisation import canvases, cell_shares
 
@@ -179,3 +180,19 @@ def test_bad_input(change, error, message):
     with pytest.raises(error) as caught:
         localisation(torch.nn.Identity(), options.pop("images"), options.pop("labels"), options.pop("attribution"), **options)
     assert message in str(caught.value)
+
+
+def test_confidence_of_a_softmax_classifier():
+    """Logits of 5, 4.9 and 4.8 are no confidence, whatever their sigmoid is; a CoDA-Net's are."""
+
+    class Unsure(torch.nn.Module):
+        def forward(self, images):
+            return torch.tensor([[5.0, 4.9, 4.8], [9.0, 0.0, 0.0]])[: len(images)]
+
+    images = torch.zeros(2, 1, 2, 2)
+    odds = common.log_odds(Unsure(), Unsure()(images))
+    torch.testing.assert_close(odds.sigmoid(), Unsure()(images).softmax(1))
+    assert confident_images(odds, torch.tensor([0, 0])) == {0: [1]}
+    model = create_model("coda_xs_digits")
+    logits = torch.randn(3, 10)
+    assert common.log_odds(model, logits) is logits

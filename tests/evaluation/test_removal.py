@@ -9,11 +9,11 @@ from coda_fast.evaluation import Removal, pixel_removal
 
 
 class Linear(nn.Module):
-    """Two logits: plus and minus the sum of all pixels."""
+    """A softmax classifier: the probability of class 0 is the sigmoid of the sum of all pixels."""
 
     def forward(self, images):
         total = images.sum((1, 2, 3))
-        return torch.stack([total, -total], 1)
+        return torch.stack([total / 2, -total / 2], 1)
 
 
 def test_linear_model():
@@ -93,3 +93,38 @@ def test_bad_input(change, error, message):
     with pytest.raises(error) as caught:
         pixel_removal(Linear(), torch.rand(2, 1, 4, 4), options.pop("targets"), options.pop("attribution"), **options)
     assert message in str(caught.value)
+
+
+def test_points_that_are_one_are_computed_once():
+    """129 points of an 8 x 8 image are 17 numbers of pixels."""
+    model, seen = create_model("coda_xs_digits"), []
+    images, targets = torch.rand(2, 1, 8, 8), torch.tensor([1, 2])
+    hook = model.layers[0].register_forward_pre_hook(lambda m, inputs: seen.append(len(inputs[0])))
+    found = pixel_removal(model, images, targets, lambda x, c: x)
+    hook.remove()
+    assert sum(seen) == 2 * 17
+    assert found.probabilities.shape == (2, 129)
+    few = pixel_removal(model, images, targets, lambda x, c: x, points=17)
+    torch.testing.assert_close(found.probabilities[:, ::8], few.probabilities)
+
+
+class Normalised(nn.Module):
+    """With a part called encoder, as a transformer has, and statistics that must not change."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.norm, self.drop = nn.Identity(), nn.BatchNorm2d(1), nn.Dropout(0.5)
+
+    def forward(self, images):
+        total = self.drop(self.norm(images)).sum((1, 2, 3))
+        return torch.stack([total / 2, -total / 2], 1)
+
+
+def test_a_model_in_training_mode_is_evaluated_and_left_as_it_was():
+    model, images = Normalised(), torch.rand(3, 1, 4, 4)
+    model.drop.eval()
+    before = model.norm.running_mean.clone()
+    found = pixel_removal(model, images, torch.zeros(3, dtype=torch.long), lambda x, c: x, points=3, batch_size=2)
+    assert torch.equal(model.norm.running_mean, before)
+    assert (model.training, model.norm.training, model.drop.training) == (True, True, False)
+    torch.testing.assert_close(found.probabilities[:, 0], images.double().sum((1, 2, 3)).sigmoid(), rtol=1e-4, atol=1e-5)

@@ -96,6 +96,28 @@ def test_a_half_written_piece_is_not_taken(evaluation, model, monkeypatch):
     assert pieces == ["00000.npy"]
 
 
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY half", None])
+def test_a_damaged_piece_is_measured_again(evaluation, model, damage):
+    e = evaluation("removal")
+    whole = numbers(e.measure("Ours", None, {}))
+    piece = sorted(e.folder.glob("pieces/*/*"))[1]
+    if damage is None:
+        np.save(piece, np.zeros((1, 2)))  # whole, and of another shape
+    else:
+        piece.write_bytes(damage)
+    counted = Counted(model)
+    torch.testing.assert_close(numbers(e.measure("Ours", counted, {})), whole)
+    assert counted.calls == 1
+
+
+def test_what_cannot_be_measured_claims_no_folder(evaluation, monkeypatch):
+    monkeypatch.setattr("coda_fast.evaluation._common.logits_of", lambda *a: torch.full((40, 5), -1.0))
+    e = evaluation("localisation")
+    with pytest.raises(ValueError, match="of at least 4 classes, got 0"):
+        e.measure("Ours", None, {})
+    assert not e.folder.exists()
+
+
 def test_other_settings_of_a_method_are_measured_anew(evaluation, model):
     e, counted = evaluation("removal"), Counted(model)
     e.measure("Ours", counted, {"n": 1})
@@ -165,6 +187,21 @@ def test_folder(tmp_path, model):
     assert data.load(tmp_path / "d", model).digest() == found.digest() != data.load(tmp_path / "d", named).digest()
 
 
+def test_folders_that_are_only_partly_classes(tmp_path):
+    """A guess would give wrong numbers without a word."""
+    named = create_model("coda_xs_digits", num_classes=3, class_names=["dog", "owl", "cat"])
+    folder_of_classes(tmp_path / "d", classes=("cat", "wolf"))
+    with pytest.raises(ValueError, match="expected folders named after classes of the model, in .* others are not: wolf"):
+        data.load(tmp_path / "d", named)
+    folder_of_classes(tmp_path / "e", classes=("n01", "n02"))
+    with pytest.raises(ValueError, match="the model has 3 classes, .* has 2 folders, none of them named after a class"):
+        data.load(tmp_path / "e", named)
+    folder_of_classes(tmp_path / "f", classes=("n01", "n02", "n03"))
+    found = data.load(tmp_path / "f", named)
+    assert found.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert found.note == "folders in the order of their names are taken for classes 0 (n01) to 2 (n03)"
+
+
 def test_corrupt_files_are_skipped_and_named(tmp_path, model):
     path = folder_of_classes(tmp_path / "d")
     (path / "cat" / "1.png").write_bytes(b"no image")
@@ -188,6 +225,7 @@ def test_npz(tmp_path, model):
     found = data.load(tmp_path / "a.npz", model, limit=3)
     torch.testing.assert_close(found.images[:, 0], torch.from_numpy(images[:3]).float() / 255)
     assert found.labels.tolist() == [0, 1, 2]
+    assert data.load(tmp_path / "a.npz", model, size=3).images.shape == (4, 1, 3, 3)
 
 
 def test_npz_of_jpegs(tmp_path):
@@ -205,6 +243,16 @@ def test_npz_of_jpegs(tmp_path):
     assert found.images.shape == (3, 3, 8, 8)
     assert [round(255 * float(v)) for v in found.images[:, 0, 0, 0]] == [40, 80, 121]
     assert found.labels.tolist() == [0, 1, 1]
+    start = arrays["test_offset"][1]
+    arrays["test_jpeg"][start : start + 20] = 0  # the second is no image any more
+    np.savez(tmp_path / "c.npz", **arrays)
+    found = data.load(tmp_path / "c.npz", create_model("coda_s_cifar10", device="meta"), size=4)
+    assert (found.labels.tolist(), found.images.shape) == ([0, 1], (2, 3, 4, 4))
+    assert found.skipped == {f"{tmp_path / 'c.npz'}, test_jpeg 1": "not an image"}
+    arrays["test_lossless_rgb"] = np.zeros((1, 6, 8, 3), np.uint8)
+    np.savez(tmp_path / "c.npz", **arrays)
+    with pytest.raises(ValueError, match="expected images of one size in .*c.npz, got 2 sizes: 6 x 8, 8 x 8"):
+        data.load(tmp_path / "c.npz", create_model("coda_s_cifar10", device="meta"))
 
 
 def test_digits(model):
