@@ -272,41 +272,54 @@ def _method_settings(changes, names):
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A file written by coda_fast.save or the demo.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("coda_report.html"), show_default=True, help="The page.")
 @click.option("--classes", type=click.IntRange(min=1), default=3, show_default=True, help="Maps of this many most likely classes.")
-@click.option("--methods", default="", help="Other methods beside the network's own maps, separated by commas (Grad,IxG,Occ5,...).")
+@click.option(
+    "--methods",
+    help="Methods beside the network's own maps (Grad,IxG,Occ5,...), or 'none'. Default: IxG,IntGrad,GCam where captum is installed.",
+)
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Of what folders hold, show this many, evenly.")
 @click.option("--size", type=click.IntRange(0, 4096), help="Scale the shorter side to this many pixels; 0: as it is. Default: the model's.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-def report(images, checkpoint, output, classes, methods, size, device) -> None:
-    """Write one HTML file that shows predictions and their contribution maps for IMAGES (files, or folders of them).
+def report(images, checkpoint, output, classes, methods, limit, size, device) -> None:
+    """Write one HTML file that shows predictions and their contribution maps for IMAGES: files, or folders of them and of such folders.
 
     The page loads nothing from elsewhere. Files that cannot be read are named on it.
     """
     from coda_fast import report as page
-    from coda_fast.evaluation.data import SUFFIXES
     from coda_fast.images import ImageError, read_image, resize
 
     model = checkpoints.load(checkpoint, device=_device(device)).eval()
     size = model.image_size if size is None else size
-    files = [f for path in images for f in (sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path])]
+    files, found = page.find_images(images, limit)
     read, names, skipped = [], [], []
-    for path in files:
+    for path, name, in_folder in files:
         try:
             image = read_image(path, model.image_channels)
         except ImageError as error:
-            if path in images:  # asked for by name
+            if not in_folder:  # asked for by name
                 raise
             skipped.append(str(error))
             continue
         read.append(resize(image, size) if size else image)
-        names.append(path.name)
+        names.append(name)
     if not read:
         raise click.UsageError(
             f"IMAGES: expected at least one image that can be read, got {len(files)} files" + "".join(f"; {s}" for s in skipped[:1])
         )
-    others = [name.strip() for name in methods.split(",") if name.strip()]
+    others = (
+        None
+        if methods is None
+        else []
+        if methods.strip().lower() == "none"
+        else [name.strip() for name in methods.split(",") if name.strip()]
+    )
+    notes = [f"Folders hold {found} image files: {limit} of them are taken, evenly; --limit sets how many."] if found > limit else []
     bar = lambda items, label: tqdm(items, desc=label, disable=None)  # noqa: E731
-    text = page.render(model, read, names, classes=min(classes, model.num_classes), methods=others, skipped=skipped, progress=bar)
+    options = dict(classes=min(classes, model.num_classes), methods=others, notes=notes, skipped=skipped, progress=bar)
+    text = page.render(model, read, names, **options)
     output.parent.mkdir(parents=True, exist_ok=True)
     page.write(output, text)
+    for note in notes:
+        click.echo(note)
     click.echo(f"{len(read)} images{f', {len(skipped)} that could not be read' if skipped else ''} -> {output}")
 
 

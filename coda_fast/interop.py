@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
 from coda_fast.models import CoDANet
 
+try:  # nothing else of the package imports this module: who does not want captum does not pay for it
+    from captum.attr import Attribution as _Attribution
+except ImportError:
+    _Attribution = object
 
-class CoDAAttribution:
-    """The exact decomposition with the interface of a ``captum.attr.Attribution``.
+
+def _inside(function):
+    """Calls ``function``, no more: captum's NoiseTunnel calls what ``attribute.__wrapped__`` names, the inside of captum's decorator."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return call
+
+
+class CoDAAttribution(_Attribution):
+    """The exact decomposition as a ``captum.attr.Attribution``; without captum a class of its own with the same methods.
 
     The decomposition is of the encoded image ``[x, 1 - x]``; what a colour and its complement contribute is added, so that attributions
     have the shape of the image and still sum to the logit less its constant bias, exactly.
@@ -26,23 +43,53 @@ class CoDAAttribution:
             raise TypeError(f"forward_func: expected a CoDANet, got {type(forward_func).__name__}")
         self.forward_func = forward_func
 
+    @classmethod
+    def get_name(cls) -> str:
+        return "CoDA"  # captum would space the capitals of the class
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return True
+
     def has_convergence_delta(self) -> bool:
         return True
 
-    def attribute(self, inputs: torch.Tensor, target=None, return_convergence_delta: bool = False):
-        """Attributions [N, C, H, W] of images [N, C, H, W] for ``target``: an int, N ints, or None for the predictions.
+    @_inside
+    def attribute(
+        self,
+        inputs: torch.Tensor | tuple[torch.Tensor],
+        target=None,
+        additional_forward_args: None = None,
+        return_convergence_delta: bool = False,
+    ):
+        """Attributions [N, C, H, W] of images [N, C, H, W] for ``target``: an int, N ints, one int alone, or None for the predictions.
 
-        With ``return_convergence_delta`` also what the sum lacks of logit less bias, [N]: rounding. ValueError, TypeError: as ``explain``;
-        several classes for an image are refused, as captum has no place for them.
+        A tuple of one tensor gives a tuple of one. With ``return_convergence_delta`` also what the sum lacks of logit less bias, [N]:
+        rounding.
+
+        Raises:
+            ValueError, TypeError: as ``explain``; several inputs, arguments beside the image, which a CoDA-Net does not take, or several
+            classes for an image, for which captum has no place.
         """
+        if additional_forward_args is not None:
+            got = type(additional_forward_args).__name__
+            raise TypeError(f"additional_forward_args: expected None, as a CoDANet takes an image alone, got a {got}")
+        several = isinstance(inputs, tuple)
+        if several:
+            if len(inputs) != 1:
+                raise ValueError(f"inputs: expected a tensor or a tuple of one, got {len(inputs)} inputs")
+            (inputs,) = inputs
+        if isinstance(target, torch.Tensor) and target.numel() == 1:
+            target = target.reshape(())  # captum leaves it as it is when it repeats the one image that it was for
         explained = self.forward_func.explain(inputs, target)
         if explained.target.shape[1] != 1:
             raise ValueError(f"target: expected one class for each image, got {explained.target.shape[1]}")
         found = _in_colours(explained.contributions[:, 0])
+        result = (found,) if several else found
         if not return_convergence_delta:
-            return found
+            return result
         logits = explained.logits.gather(1, explained.target)[:, 0]
-        return found, found.sum((1, 2, 3)) - (logits - self.forward_func.logit_bias)
+        return result, found.sum((1, 2, 3)) - (logits - self.forward_func.logit_bias)
 
 
 def quantus_explain_func(model: CoDANet, inputs: np.ndarray, targets: np.ndarray, device=None, **kwargs) -> np.ndarray:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from coda_fast import __version__, plot
+from coda_fast import __version__, baselines, plot
 from coda_fast.checkpoints import atomic_path
+from coda_fast.evaluation.data import SUFFIXES
 from coda_fast.models import CoDANet
 
 SHOWN = 160  # pixels of a picture's shorter side on the page; sharp squares, not blurred, when enlarged
+METHODS = ("IxG", "IntGrad", "GCam")  # by default: some passes an image, where occlusion and RISE take thousands of a large one
+_SAME = (("IxG", "DeepLIFT"), ("Grad", "GB"))  # on a CoDA-Net, to rounding: it has no activation that either method treats otherwise
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -29,6 +33,7 @@ _PAGE = """<!doctype html>
   h3 { font-size: .9rem; margin: 1rem 0 .3rem; color: #444; font-weight: 600; }
   p { margin: .3rem 0; max-width: 60rem; }
   .row { display: flex; flex-wrap: wrap; gap: 1rem; }
+  .beside { display: flex; flex-wrap: wrap; column-gap: 3rem; }
   figure { margin: 0; }
   figure img { display: block; image-rendering: pixelated; border: 1px solid #ccc; }
   figcaption { font-size: .78rem; color: #444; margin-top: .25rem; }
@@ -44,6 +49,7 @@ _PAGE = """<!doctype html>
 <p class="note">{{ subtitle }}</p>
 <p>Every logit is the bias {{ bias }} plus the sum of the contributions of all pixels, exactly; the completeness error beside each map is
 what rounding leaves of that. Red speaks for the class, blue against it: <span class="bar"></span></p>
+{% for note in notes %}<p>{{ note }}</p>{% endfor %}
 {% if skipped %}<p>Not shown, because they could not be read: {{ skipped | join("; ") }}.</p>{% endif %}
 {% for item in items %}
 <section>
@@ -56,10 +62,12 @@ what rounding leaves of that. Red speaks for the class, blue against it: <span c
   {% endfor %}
   </table>
 </div>
-<h3>Contribution maps of the most likely classes, one scale: &plusmn; {{ item.scale }} logits a pixel</h3>
-<div class="row">{% for f in item.maps %}{{ figure(f) }}{% endfor %}</div>
-{% if item.methods %}<h3>Other methods for {{ item.prediction }}, each on a scale of its own</h3>
-<div class="row">{% for f in item.methods %}{{ figure(f) }}{% endfor %}</div>{% endif %}
+<div class="beside">
+<div><h3>Contribution maps, one scale: &plusmn; {{ item.scale }} logits a pixel</h3>
+<div class="row">{% for f in item.maps %}{{ figure(f) }}{% endfor %}</div></div>
+{% if item.methods %}<div><h3>Other methods for {{ item.classes[0].name }}, each on a scale of its own</h3>
+<div class="row">{% for f in item.methods %}{{ figure(f) }}{% endfor %}</div></div>{% endif %}
+</div>
 <h3>Contributions to {{ item.prediction }} of what enters each layer, each on a scale of its own</h3>
 <div class="row">{% for f in item.layers %}{{ figure(f) }}{% endfor %}</div>
 </section>
@@ -79,9 +87,10 @@ def render(
     names: Sequence[str],
     *,
     classes: int = 3,
-    methods: Sequence[str] = (),
+    methods: Sequence[str] | None = None,
     title: str = "Why this network decides as it does",
     subtitle: str = "",
+    notes: Sequence[str] = (),
     skipped: Sequence[str] = (),
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> str:
@@ -90,10 +99,13 @@ def render(
     Args:
         images: each [C, H, W] in [0, 1], of any sizes; ``names``: their captions.
         classes: how many of the most likely classes get a map.
-        methods: names of ``coda_fast.baselines`` beside the network's own maps.
+        methods: names of ``coda_fast.baselines`` beside the network's own maps, none if empty; two that are the same on a CoDA-Net are
+            one column. None: ``METHODS``, or none where captum is missing, which the page then says.
+        notes, skipped: sentences, and files that could not be read and why, for the top of the page.
 
     Raises:
-        ValueError: no images, unknown methods, images that the model cannot take. ImportError: jinja2 or matplotlib is missing.
+        ValueError: no images, unknown methods, images that the model cannot take. ImportError: jinja2 or matplotlib is missing, or
+        captum for methods that are asked for.
     """
     try:
         import jinja2
@@ -103,23 +115,72 @@ def render(
         raise ValueError(f"images: expected at least one and a name for each, got {len(images)} images and {len(names)} names")
     if not 1 <= classes <= model.num_classes:
         raise ValueError(f"classes: expected 1 to {model.num_classes}, got {classes}")
-    attributions = {}
-    if others := [m for m in methods if m != "Ours"]:
-        from coda_fast import baselines
-
-        attributions = {name: baselines.create(name, model) for name in others}
+    try:
+        attributions = {title: baselines.create(name, model) for title, name in _columns(METHODS if methods is None else methods).items()}
+    except ImportError as error:
+        if methods is not None:
+            raise
+        attributions, notes = {}, [*notes, f"No other methods are shown: {error}."]
     pairs = list(zip(images, names, strict=True))
     items = [_item(model, image, name, classes, attributions) for image, name in (progress(pairs, "report") if progress else pairs)]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page = environment.from_string(_FIGURE + _PAGE)
     subtitle = subtitle or f"{sum(p.numel() for p in model.parameters()):,} parameters, T = {model.temperature:g}; coda_fast {__version__}"
-    return page.render(title=title, subtitle=subtitle, bias=f"{model.logit_bias:.3f}", items=items, skipped=list(skipped))
+    return page.render(title=title, subtitle=subtitle, bias=f"{model.logit_bias:.3f}", items=items, notes=list(notes), skipped=skipped)
+
+
+def find_images(paths: Iterable[Path], limit: int) -> tuple[list[tuple[Path, str, bool]], int]:
+    """The files that ``paths`` name, and image files in the folders among them, at any depth, hidden ones left out.
+
+    Of those in folders at most ``limit``, evenly from their order, so that a folder of classes is shown in all its parts.
+
+    Returns:
+        Path, caption (below a folder: from there) and whether it was found in a folder, in the order of ``paths``; how many image files
+        the folders hold. OSError: a folder that cannot be read.
+    """
+    listed = []
+    for path in paths:
+        if path.is_dir():
+            listed += [(file, file.relative_to(path).as_posix(), True) for file in _walk(path)]
+        else:
+            listed.append((path, path.name, False))
+    found = [i for i, (*_, in_folder) in enumerate(listed) if in_folder]
+    kept = set(found if len(found) <= limit else (found[k * len(found) // limit] for k in range(limit)))
+    return [entry for i, entry in enumerate(listed) if i in kept or not entry[2]], len(found)
 
 
 def write(path: str | Path, page: str) -> None:
     """The page as a file, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _walk(root):
+    """Image files below a folder, in order; a folder that links lead back to counts once."""
+    files, seen = [], set()
+    for folder, below, names in os.walk(root, onerror=_raise, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = [name for name in below if not name.startswith(".")]
+        files += [Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
+    return sorted(files)
+
+
+def _raise(error):
+    raise error
+
+
+def _columns(methods):
+    """{title: method}, in order, each once."""
+    columns = {}
+    for method in methods:
+        pair = next((pair for pair in _SAME if set(pair) <= set(methods) and method in pair), (method,))
+        columns[" = ".join(pair)] = pair[0]
+    columns.pop("Ours", None)  # always there
+    return columns
 
 
 def _item(model, image, name, classes, attributions):
@@ -135,7 +196,7 @@ def _item(model, image, name, classes, attributions):
     rows = [
         {
             "name": label(int(c)),
-            "probability": plot.probability(float(logits[0, c].sigmoid())).removeprefix("p = "),
+            "probability": plot.probability(float(logits[0, c].sigmoid())).removeprefix("p ").removeprefix("= "),
             "logit": f"{float(logits[0, c]):.3f}",
             "error": f"{float(explained.completeness_error[0, k]):.1e}",
         }
@@ -146,7 +207,7 @@ def _item(model, image, name, classes, attributions):
     others = [(method, a.attribute(batch, best)[0, 0]) for method, a in attributions.items()]
     return {
         "name": name,
-        "prediction": f"{rows[0]['name']} (p = {rows[0]['probability']})",
+        "prediction": f"{rows[0]['name']} ({plot.probability(float(logits[0, top[0, 0]].sigmoid()))})",
         "image": _picture(image, f"{image.shape[2]} x {image.shape[1]} pixels"),
         "classes": rows,
         "scale": f"{scale:.2g}",

@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ class Page(html.parser.HTMLParser):
 def test_page(model):
     """Every map of the model's own explanation, on its scale; all classes' errors; nothing loaded from elsewhere; names escaped."""
     images = [torch.rand(1, 8, 8), torch.rand(1, 10, 12)]
-    page = Page(report.render(model, images, ["a <i>.png", "b.png"], classes=2))
+    page = Page(report.render(model, images, ["a <i>.png", "b.png"], classes=2, methods=[]))
     assert page.loads == []
     text = " ".join(page.words)
     assert "a <i>.png: " in text
@@ -78,6 +79,62 @@ def test_page(model):
         red, blue = shown[..., 0].astype(int), shown[..., 2].astype(int)  # bwr: white less what is missing
         np.testing.assert_allclose(np.where(strength > 0, 255 - blue, red - 255) / 255, strength, atol=0.02)
     assert f"{float(explained.completeness_error[0, 0]):.1e}" in text
+
+
+@pytest.mark.parametrize(
+    ("logit", "heading", "column"), [(10, "(p > 0.999)", "> 0.999"), (0, "(p = 0.5", "0.5"), (-10, "(p < 0.001)", "< 0.001")]
+)
+def test_probability(logit, heading, column):
+    """Of a sure image no false certainty, and no "p = p > 0.999"."""
+    model = create_model("coda_xs_digits", logit_bias=logit, temperature=1e4).eval()
+    page = Page(report.render(model, [torch.rand(1, 8, 8)], ["a"], methods=[]))
+    headings = [word for word in page.words if "(p" in word]
+    assert len(headings) == 2  # of the image, and of its layers
+    assert all(heading in h and h.count("p ") == 1 for h in headings), headings
+    start = page.words.index("completeness error")
+    cells = [word for word in page.words[start + 1 :] if word][1:12:4]
+    assert len(cells) == 3
+    assert all(cell.startswith(column) for cell in cells), cells
+
+
+def captions(page):
+    """Of the other methods' maps."""
+    return [caption for caption, _ in page.pictures if not caption.startswith(("why ", "layer ")) and not caption.endswith(" pixels")]
+
+
+def test_default_methods(model, monkeypatch):
+    """The network's own maps stand beside others; where captum is missing the page says so, and what is asked for is an error."""
+    render = lambda **options: Page(report.render(model, [torch.rand(1, 8, 8)], ["a"], **options))  # noqa: E731
+    assert captions(render()) == ["IxG", "IntGrad", "GCam"]
+    assert captions(render(methods=[])) == captions(render(methods=["Ours"])) == []
+    monkeypatch.setitem(sys.modules, "captum", None)
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    page = render()
+    assert captions(page) == []
+    assert "No other methods are shown: the baselines need captum: pip install 'coda-fast[evaluation]'." in page.words
+    assert not any("No other methods" in word for word in render(methods=[]).words)
+    with pytest.raises(ImportError, match="the baselines need captum"):
+        render(methods=["IxG"])
+
+
+@pytest.mark.parametrize(
+    ("methods", "shown"),
+    [
+        (["DeepLIFT", "GCam", "IxG"], ["IxG = DeepLIFT", "GCam"]),
+        (["GB", "Ours", "Grad", "DeepLIFT", "GB"], ["Grad = GB", "DeepLIFT"]),
+        (["IxG", "GB"], ["IxG", "GB"]),
+    ],
+)
+def test_methods_that_are_the_same(model, methods, shown):
+    """One column for both, which is what captum computes for either."""
+    image = torch.rand(1, 8, 8)
+    page = Page(report.render(model, [image], ["a"], methods=methods))
+    assert captions(page) == shown
+    pictures = dict(page.pictures)
+    for title in shown:
+        for method in title.split(" = "):
+            alone = Page(report.render(model, [image], ["a"], methods=[method]))
+            np.testing.assert_allclose(dict(alone.pictures)[method].astype(int), pictures[title].astype(int), atol=1)
 
 
 def test_layers(model):
@@ -119,6 +176,54 @@ def test_command(tmp_path, checkpoint):
     text = " ".join(Page(output.read_text()).words)
     assert text.index("a.png: ") < text.index("b.png: ")
     assert "c.png: not an image that Pillow can read" in text
+
+
+def images_of_classes(root, classes=4, each=10):
+    for c in range(classes):
+        (root / f"class_{c}").mkdir(parents=True)
+        for i in range(each):
+            Image.fromarray(np.full((8, 8), 20 * c + i, np.uint8)).save(root / f"class_{c}" / f"{i}.png")
+
+
+def test_command_on_a_folder_of_classes(tmp_path, checkpoint):
+    """All depths, all classes, no more than the limit, which is said; files asked for by name do not count."""
+    root, output = tmp_path / "data" / "val", tmp_path / "page.html"
+    images_of_classes(root)
+    (root / "class_1" / "again").symlink_to(root, target_is_directory=True)
+    (root / ".cache").mkdir()
+    for junk in (".cache/0.png", "._0.png", "labels.csv"):
+        (root / junk).write_bytes(b"nothing")
+    common = ("--checkpoint", checkpoint, "--output", output, "--methods", "none", "--classes", 1)
+    done = invoke(root.parent, *common)
+    assert done.exit_code == 0, done.output
+    assert done.output.endswith(f"40 images -> {output}\n")
+    assert "Folders hold" not in done.output
+    titles = lambda: re.findall("<h2>(.*?):", output.read_text())  # noqa: E731
+    assert titles() == [f"val/class_{c}/{i}.png" for c in range(4) for i in range(10)]
+    done = invoke(root / "class_3" / "9.png", root, "--limit", 8, *common)
+    note = "Folders hold 40 image files: 8 of them are taken, evenly; --limit sets how many."
+    assert note in done.output
+    assert f"9 images -> {output}" in done.output
+    assert note in Page(output.read_text()).words
+    assert titles() == ["9.png"] + [f"class_{c}/{i}.png" for c in range(4) for i in (0, 5)]
+
+
+def test_limit_by_default(tmp_path, checkpoint):
+    images_of_classes(tmp_path / "data", each=13)
+    done = invoke(tmp_path / "data", "--checkpoint", checkpoint, "--output", tmp_path / "page.html", "--methods", "none", "--classes", 1)
+    assert "Folders hold 52 image files: 50 of them are taken" in done.output
+    assert "50 images ->" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [([], ["IxG", "IntGrad", "GCam"]), (["--methods", "none"], []), (["--methods", "IxG, DeepLIFT"], ["IxG = DeepLIFT"])],
+)
+def test_command_methods(tmp_path, checkpoint, arguments, shown):
+    images_of_classes(tmp_path / "data", 1, 1)
+    done = invoke(tmp_path / "data", "--checkpoint", checkpoint, "--output", tmp_path / "page.html", *arguments)
+    assert done.exit_code == 0, done.output
+    assert captions(Page((tmp_path / "page.html").read_text())) == shown
 
 
 def test_command_refuses(tmp_path, checkpoint):
