@@ -18,7 +18,6 @@ from coda_fast.models import CoDANet
 
 SHOWN = 160  # pixels of a picture's shorter side on the page; sharp squares, not blurred, when enlarged
 METHODS = ("IxG", "IntGrad", "GCam")  # by default: some passes an image, where occlusion and RISE take thousands of a large one
-_SAME = (("IxG", "DeepLIFT"), ("Grad", "GB"))  # on a CoDA-Net, to rounding: it has no activation that either method treats otherwise
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -173,11 +172,14 @@ def _raise(error):
     raise error
 
 
+_PAIRS = [(method, twin) for twin, method in baselines.TWINS.items()]
+
+
 def _columns(methods):
     """{title: method}, in order, each once."""
     columns = {}
     for method in methods:
-        pair = next((pair for pair in _SAME if set(pair) <= set(methods) and method in pair), (method,))
+        pair = next((pair for pair in _PAIRS if set(pair) <= set(methods) and method in pair), (method,))
         columns[" = ".join(pair)] = pair[0]
     columns.pop("Ours", None)  # always there
     return columns
