@@ -173,8 +173,9 @@ def run_table() -> str:
     run, last = stored["recipe"], stored["history"][-1]
     lines += [
         "",
-        f"{stored['data']}, recipe {run['name']}, T = {run['model']['temperature']:g}, {last['epoch']:.0f} epochs of batch {run['batch_size']}, "
-        f"float32, one thread of a shared {stored['device']}: test accuracy {last['val_accuracy']:.2%} on all {last['val_images']:.0f} images"
+        f"{stored['data']}, recipe {run['name']}, T = {run['model']['temperature']:g}, {last['epoch']:.0f} epochs of batch "
+        f"{run['batch_size']}, float32, one thread of a shared {stored['device']}: test accuracy {last['val_accuracy']:.2%} on all "
+        f"{last['val_images']:.0f} images"
         + (f", {stored['lossless_accuracy']:.2%} on the 1,017 that are stored without loss" if "lossless_accuracy" in stored else "")
         + (f"; {stored['minutes']} minutes" if "minutes" in stored else "")
         + f". torch {stored['torch']}, commit {stored['commit']}, {stored['date']}.",
