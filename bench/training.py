@@ -170,6 +170,22 @@ def run_table() -> str:
             f"| {row['epoch']:.0f} | {row['train_loss']:.4f} | {row['train_accuracy']:.1%} | {row['val_loss']:.4f} | "
             f"{row['val_accuracy']:.2%} | {row['images_per_second']:.0f} |"
         )
+    run, last = stored["recipe"], stored["history"][-1]
+    lines += [
+        "",
+        f"{stored['data']}, recipe {run['name']}, T = {run['model']['temperature']:g}, {last['epoch']:.0f} epochs of batch "
+        f"{run['batch_size']}, float32, one thread of a shared {stored['device']}: test accuracy {last['val_accuracy']:.2%} on all "
+        f"{last['val_images']:.0f} images"
+        + (f", {stored['lossless_accuracy']:.2%} on the 1,017 that are stored without loss" if "lossless_accuracy" in stored else "")
+        + (f"; {stored['minutes']} minutes" if "minutes" in stored else "")
+        + f". torch {stored['torch']}, commit {stored['commit']}, {stored['date']}.",
+    ]
+    if found := stored.get("localisation"):
+        side, grids = found["settings"]["side"], found["settings"]["grids"]
+        lines += ["", f"| localisation, {grids} grids of {side} x {side}, chance {1 / side**2:.3f} | mean | 25 % | median | 75 % |"]
+        lines.append("|---|---|---|---|---|")
+        for name, row in sorted(found["methods"].items(), key=lambda item: -item[1]["mean"]):
+            lines.append(f"| {name} | {row['mean']:.3f} | {row['q25']:.3f} | {row['median']:.3f} | {row['q75']:.3f} |")
     return "\n".join(lines)
 
 
