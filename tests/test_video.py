@@ -228,3 +228,19 @@ def test_long_names_are_shortened(model, clip, tmp_path):
     long = frames_of(tmp_path / "long.gif")[0][0][258:]  # below the panels
     assert (long[:, 200:252] < 128).any(), "it fills its panel"
     assert (long[:, 253:264] > 200).all(), "and leaves the gap free"
+
+
+def test_one_scale_for_all_frames(model, tmp_path):
+    """A frame whose contributions are small looks pale beside one whose contributions are large."""
+    noise = np.random.default_rng(0).integers(0, 2, (8, 8, 1)).repeat(4, 0).repeat(4, 1).repeat(3, 2).astype(np.uint8) * 255
+    clip = write_clip(tmp_path / "clip.mp4", [np.full((32, 32, 3), 128, np.uint8), noise])
+    images = torch.stack([torch.from_numpy(f).float().mean(2)[None] / 255 for f, _ in frames_of(clip)])
+    maps = model.explain(images, 0).contribution_map.abs()
+    peaks, scale = maps.amax((1, 2, 3)), float(np.percentile(maps.numpy(), 99.75))
+    weak, strong = peaks.argmin(), peaks.argmax()
+    assert peaks[weak] < 0.7 * peaks[strong]
+    explain_video(model, clip, tmp_path / "out.gif", size=0, target=0)
+    panels = [picture[4:256:8, 268:520:8].astype(int) for picture, _ in frames_of(tmp_path / "out.gif")]
+    depth = [255 - panel.min(2).min() for panel in panels]  # white has none
+    assert depth[strong] > 245
+    assert depth[weak] / 255 == pytest.approx(float(peaks[weak]) / scale, abs=0.05)
