@@ -164,16 +164,23 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
         explanation = model.explain(batch, chosen)
         picture = plot.render(plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names))
         rendered.append((picture, explanation, path))
-    created = not output.exists()
+    new_folders = [folder for folder in (output, *output.parents) if not folder.exists()]
     output.mkdir(parents=True, exist_ok=True)
     options = dict(start=start or 0.0, end=end, crop=crop, scale=scale, size=size, target=classes[0] if classes else None)
     for path, clip in zip(videos, clips, strict=True):
         with warnings.catch_warnings(record=True) as caught, tqdm(desc=path.name, unit=" frames", disable=None) as bar:
+            warnings.simplefilter("always")
+
+            def advance(frames, total, bar=bar):
+                bar.total = total
+                bar.update(frames)
+
             try:
-                result = explain_video(model, path, clip, progress=bar.update, **options)
+                result = explain_video(model, path, clip, progress=advance, **options)
             except BaseException:
-                if created and not any(output.iterdir()):
-                    output.rmdir()
+                for folder in new_folders:
+                    if not any(folder.iterdir()):
+                        folder.rmdir()
                 raise
         for message in dict.fromkeys(str(w.message) for w in caught):
             click.echo(f"coda-fast: warning: {message}", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,8 +18,8 @@ from coda_fast.images import resize
 from coda_fast.plot import COLOURS, probability
 
 PERCENTILE = 99.75  # of absolute contributions over the video, as published
-SIDE = 256  # the shorter side of a panel, at least
-CAPTION = 24  # pixels below the panels
+SIDE = 256  # pixels of a panel's shorter side, at least
+GREY = 16  # levels of 255 by which the channels of a grey frame may differ: lossy codecs store colour apart from brightness
 _ENDINGS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 _BINS, _LOW, _HIGH = 36_000, -12.0, 6.0  # decades; a bin is 0.1 % wide
 
@@ -71,47 +72,64 @@ def explain_video(
     size: int | None = None,
     scale: float | None = None,
     batch: int = 16,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> ExplainedVideo:
     """Write the frames of ``source`` as the network sees them (left) beside their contribution maps (right), without sound.
 
-    The file is decoded once for each thing to find (class, scale) and once to write, so memory does not grow with its length.
+    The file is decoded once for each thing to find (class, scale) and once to write, so memory does not grow with its length. Frames are
+    turned upright (rotation metadata); pixels that are not square are taken as stored. A model of one channel takes grey videos only, as
+    ``read_image`` takes grey images: channels that differ by at most ``GREY`` levels of 255.
 
     Args:
         target_path: its ending gives the format (.mp4, .gif ...); appears only when complete.
         target: class; None: the one predicted for most frames.
         start, end: seconds from the first frame; ``end`` is excluded.
-        crop: x, y, width, height in pixels of the source.
+        crop: x, y, width, height in pixels of the upright source.
         size: pixels of the shorter side for the network; None: the model's, 0: as it is.
         scale: end of the colour scale in logits; None: the ``PERCENTILE`` of absolute contributions over the video.
         batch: frames explained at once.
-        progress: called with the number of frames of each batch of the last pass.
+        progress: called after each batch of each pass with its number of frames and the number of all passes together (by what the
+            container says of its length; None if it says nothing).
 
     Raises:
-        VideoError: not a video, no frame in the range, a crop outside the frame, a class that does not exist, logits that are not finite.
+        VideoError: not a video, no frame in the range, a crop outside the frame, frames of several sizes, colour where grey is needed, a
+            class that does not exist, a scale or a time that is not a positive number, logits that are not finite.
         ImportError: PyAV or matplotlib is missing. A damaged end is a warning: what could be decoded is explained.
     """
     if target is not None and not 0 <= target < model.num_classes:
         raise VideoError(f"target: expected a class from 0 to {model.num_classes - 1}, got {target}")
     if scale is not None and not 0 < scale < float("inf"):
         raise VideoError(f"scale: expected a positive number, got {scale}")
+    if not 0 <= start < float("inf") or (end is not None and not start < end < float("inf")):
+        raise VideoError(f"start, end: expected seconds with 0 <= start < end, got {start} and {end}")
     size = model.image_size if size is None else size
     # 0.2 s is 1/5, not the binary fraction above it
     start = Fraction(start).limit_denominator(10**6)
     end = None if end is None else Fraction(end).limit_denominator(10**6)
     parameter = next(model.parameters())
+    total = _count(source, start, end)
+    total = total and total * (1 + (target is None) + (scale is None))
 
     def batches():
         frames = []
         for pixels, time in _frames(source, start, end, crop):
             image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-            image = image.mean(0, keepdim=True) if model.image_channels == 1 else image
+            if model.image_channels == 1:
+                if np.ptp(pixels, axis=2).max() > GREY:
+                    raise VideoError(f"{source}: expected grey frames (1 channel), got colour; convert the video first")
+                image = image.mean(0, keepdim=True)
             frames.append((resize(image, size) if size else image, time))
             if len(frames) == batch:
                 yield frames
+                report(frames)
                 frames = []
         if frames:
             yield frames
+            report(frames)
+
+    def report(frames):
+        if progress:
+            progress(len(frames), total)
 
     def tensor(frames):
         return torch.stack([image for image, _ in frames]).to(parameter)
@@ -127,10 +145,13 @@ def explain_video(
     if scale is None:
         histogram = torch.zeros(_BINS, dtype=torch.float64)
         for frames in batches():
-            maps = model.explain(tensor(frames), target).contribution_map.abs().double().cpu()
+            explanation = model.explain(tensor(frames), target)
+            _finite(explanation.logits, source)
+            maps = explanation.contribution_map.abs().double().cpu()
             histogram += torch.histc(maps.clamp(10**_LOW, 10**_HIGH * 0.999).log10(), _BINS, _LOW, _HIGH)
         index = int(torch.searchsorted(histogram.cumsum(0), histogram.sum() * PERCENTILE / 100))
-        scale = 10 ** (_LOW + (min(index, _BINS - 1) + 1) * (_HIGH - _LOW) / _BINS)
+        index = index or int(histogram.argwhere().amax() if histogram.any() else 0)  # mostly nothing: the largest
+        scale = 10 ** (_LOW + (min(index, _BINS - 1) + 1) * (_HIGH - _LOW) / _BINS) if index else 1.0
 
     name = model.class_names[target] if model.class_names else f"class {target}"
     count, worst = 0, 0.0
@@ -142,10 +163,8 @@ def explain_video(
                 sure = _finite(explanation.logits, source)[:, target].sigmoid().tolist()
                 worst = max(worst, float(explanation.completeness_error.max()))
                 for (image, time), contribution, p in zip(frames, explanation.contribution_map[:, 0].cpu(), sure, strict=True):
-                    writer.write(_picture(image, contribution, scale, f"{name}: {probability(p)}"), time)
+                    writer.write(_picture(image, contribution, scale, name, probability(p)), time)
                 count += len(frames)
-                if progress:
-                    progress(len(frames))
             if not count:
                 raise VideoError(f"{source}: no frame from {float(start):g} s to {'the end' if end is None else f'{float(end):g} s'}")
             writer.finish()
@@ -173,12 +192,38 @@ def _rate(source):
         return container.streams.video[0].average_rate or Fraction(25)
 
 
+def _count(source, start, end):
+    """Frames in the range, by what the container says of its length; None if it says nothing."""
+    if not Path(source).exists():
+        raise VideoError(f"{source}: no such file")
+    av = _av()
+    try:
+        with av.open(os.fspath(source)) as container:
+            stream = container.streams.video[0]
+            if start == 0 and end is None and stream.frames:
+                return stream.frames
+            length = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, av.time_base)
+            length = (length if end is None else min(length, end)) - start
+            return round(length * stream.average_rate) if length > 0 and stream.average_rate else None
+    except (av.FFmpegError, IndexError):
+        return None  # _frames says what is wrong
+
+
+def _upright(frame):
+    """[H, W, 3] uint8."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
+def _complete_gif(path):
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        return file.read().rstrip(b"\0").endswith(b";")
+
+
 def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
     """Frames [H, W, 3] in the range with their times from the first frame written."""
     av = _av()
-    if not Path(source).exists():
-        raise VideoError(f"{source}: no such file")
-    number, zero, first = 0, None, None
+    number, zero, first, sides = 0, None, None, None
     try:
         with av.open(os.fspath(source)) as container:
             if not container.streams.video:
@@ -194,19 +239,22 @@ def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
                     continue
                 if end is not None and time >= end:
                     break
+                pixels = _upright(frame)
+                height, width = pixels.shape[:2]
+                sides = sides or (width, height)
+                if (width, height) != sides:
+                    raise VideoError(
+                        f"{source}: expected frames of one size, got {sides[0]} x {sides[1]} and, at frame {number}, {width} x {height}"
+                    )
                 if crop is not None:
                     x, y, w, h = crop
-                    if min(x, y) < 0 or min(w, h) < 1 or x + w > frame.width or y + h > frame.height:
-                        raise VideoError(
-                            f"{source}: crop: expected a box inside {frame.width} x {frame.height} pixels, got {x} {y} {w} {h}"
-                        )
-                pixels = frame.to_ndarray(format="rgb24")
+                    if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
+                        raise VideoError(f"{source}: crop: expected a box inside {width} x {height} pixels, got {x} {y} {w} {h}")
+                    pixels = pixels[y : y + h, x : x + w]
                 first = time if first is None else first
-                yield pixels if crop is None else np.ascontiguousarray(pixels[y : y + h, x : x + w]), time - first
+                yield np.ascontiguousarray(pixels), time - first
             else:  # ffmpeg ends a file that was cut off without an error
-                if number < stream.frames or (
-                    container.format.name == "gif" and not Path(source).read_bytes().rstrip(b"\0").endswith(b";")
-                ):
+                if number < stream.frames or (container.format.name == "gif" and not _complete_gif(source)):
                     warnings.warn(f"{source}: cut off after frame {number}; the readable part is explained", stacklevel=2)
     except av.FFmpegError as error:
         if not number:
@@ -214,21 +262,51 @@ def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
         warnings.warn(f"{source}: damaged after frame {number}; the readable part is explained", stacklevel=2)
 
 
-def _picture(image, contribution, scale, caption):
-    """[H, W, 3] uint8, even sides: frame, map, and one line of text."""
-    from matplotlib import colormaps
-    from PIL import Image, ImageDraw, ImageFont
+@functools.lru_cache
+def _font(size):
+    """That of the figures, which has most alphabets."""
+    import matplotlib
+    from PIL import ImageFont
 
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _picture(image, contribution, scale, name, sure):
+    """[H, W, 3] uint8, even sides: frame and map; below them the class with its probability and the colour scale."""
+    from matplotlib import colormaps
+    from PIL import Image, ImageDraw
+
+    colours = colormaps[COLOURS]
     left = (image.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
-    unit = (contribution.float().numpy() / scale).clip(-1, 1) / 2 + 0.5
-    right = colormaps[COLOURS](unit, bytes=True)[..., :3]
+    right = colours((contribution.float().numpy() / scale).clip(-1, 1) / 2 + 0.5, bytes=True)[..., :3]
     factor = max(1, -(-SIDE // min(left.shape[:2])))
     left, right = (panel.repeat(factor, 0).repeat(factor, 1) for panel in (left, right))
-    panels = np.concatenate((left, right), 1)
-    height, width = panels.shape[:2]
-    canvas = Image.new("RGB", (width + width % 2, height + CAPTION + height % 2), "white")  # 4:2:0 needs even sides
-    canvas.paste(Image.fromarray(panels), (0, 0))
-    ImageDraw.Draw(canvas).text((6, height + 3), caption, "black", ImageFont.load_default(15))
+    height, width = left.shape[:2]
+    unit = max(1, width // SIDE)  # of everything below, so that it is legible beside large panels too
+    gap, strip = 8 * unit, 36 * unit
+    # 4:2:0 needs even sides
+    canvas = Image.new("RGB", (2 * width + gap, height + strip + height % 2), "white")
+    start = width + gap  # of the map
+    canvas.paste(Image.fromarray(left), (0, 0))
+    canvas.paste(Image.fromarray(right), (start, 0))
+    draw = ImageDraw.Draw(canvas)
+    draw.line([(start - 1, 0), (start - 1, height), (start + width, height)], "#999999")  # the map's edge, which may be white
+    draw.line([(0, height), (width - 1, height)], "#999999")
+
+    font, room = _font(14 * unit), width - 8 * unit
+    caption, kept = f"{name}: {sure}", len(name)
+    while font.getlength(caption) > room and kept:
+        kept -= 1
+        caption = f"{name[:kept].rstrip()}\u2026: {sure}"
+    draw.text((4 * unit, height + strip // 2), caption, "black", font, anchor="lm")
+
+    bar = colours(np.linspace(0, 1, width - 2 * gap), bytes=True)[None, :, :3].repeat(8 * unit, 0)
+    canvas.paste(Image.fromarray(bar), (start + gap, height + 6 * unit))
+    draw.rectangle((start + gap - 1, height + 6 * unit - 1, start + width - gap, height + 14 * unit), outline="#999999")
+    font, line = _font(11 * unit), height + 26 * unit
+    draw.text((start + gap, line), f"\u2212{scale:.2g}", "black", font, anchor="lm")
+    draw.text((start + width // 2, line), "logit per pixel", "black", font, anchor="mm")
+    draw.text((start + width - gap, line), f"+{scale:.2g}", "black", font, anchor="rm")
     return np.asarray(canvas)
 
 
@@ -236,7 +314,7 @@ class _Writer:
     """Frames with their times into a file; GIFs through a palette for each frame, so that no frame has to wait for the last."""
 
     def __init__(self, path, rate):
-        self.av, self.rate, self.stream, self.graph = _av(), rate, None, None
+        self.av, self.rate, self.stream, self.graph, self.last = _av(), rate, None, None, -1
         self.gif = path.suffix.lower() == ".gif"
         self.base = Fraction(1, 100) if self.gif else Fraction(1, 90_000)
         try:
@@ -246,7 +324,8 @@ class _Writer:
 
     def write(self, pixels, time):
         frame = self.av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        frame.pts, frame.time_base = round(time / self.base), self.base
+        self.last = max(round(time / self.base), self.last + 1)  # times must grow, which above 100 Hz a GIF's do not
+        frame.pts, frame.time_base = self.last, self.base
         if self.stream is None:
             self._begin(frame)
         if self.graph is None:

@@ -1,5 +1,6 @@
 """Videos explained: what an independent reading of the written file finds."""
 
+import sys
 from fractions import Fraction
 
 import av
@@ -11,7 +12,7 @@ from PIL import Image
 
 import coda_fast
 from coda_fast import cli
-from coda_fast.video import explain_video, is_video
+from coda_fast.video import VideoError, explain_video, is_video
 
 TIMES = [0, 10, 20, 40, 50, 90, 100, 110]  # hundredths of a second: the rate varies
 
@@ -63,7 +64,7 @@ def test_frames_and_maps(model, clip, tmp_path):
     maps = model.explain(images, 3).contribution_map[:, 0]
     assert result.scale == pytest.approx(float(np.percentile(maps.abs().numpy(), 99.75)), rel=0.02)
     for (picture, _), image, contribution in zip(written, images, maps, strict=True):
-        panels = picture[4:256:8, 4 : 48 * 16 : 8].astype(int)  # centres of pixels enlarged 8 times
+        panels = np.delete(picture[4:256:8, 4:776:8].astype(int), 48, 1)  # centres of pixels enlarged 8 times, and of the gap
         colours = colormaps["bwr"]((contribution.numpy() / result.scale).clip(-1, 1) / 2 + 0.5)[..., :3] * 255
         assert abs(panels[:, :48] - image[0].numpy()[..., None] * 255).mean() < 4
         assert abs(panels[:, 48:] - colours).mean() < 6
@@ -88,6 +89,7 @@ def test_range_and_crop(model, clip, tmp_path):
         (["--target", "cat"], "--target: expected a class"),
         (["--target", 1, "--target", 2], "expected one class for a video"),
         (["--scale", 0], "expected a positive number"),
+        (["--start", "2", "--end", "1"], "expected seconds with 0 <= start < end"),
     ],
     ids=str,
 )
@@ -103,7 +105,7 @@ def test_refuses(model, clip, tmp_path, capsys, options, message):
 
 
 def test_interrupted(model, clip, tmp_path):
-    def stop(count):
+    def stop(frames, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -117,3 +119,128 @@ def test_a_file_cut_off_is_a_warning(model, clip, tmp_path):
     clip.write_bytes(clip.read_bytes()[: clip.stat().st_size * 2 // 3])
     with pytest.warns(UserWarning, match="after frame"):
         assert 0 < explain_video(model, clip, tmp_path / "out.gif").frames < len(TIMES)
+
+
+def write_clip(path, frames, rotation=0):
+    """[H, W, 3] uint8 arrays, ten a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_command(model, clip, tmp_path, capsys):
+    """A picture and a video on one command line; the format and the scale as asked for."""
+    coda_fast.save(model, tmp_path / "net.safetensors")
+    Image.new("L", (16, 16), 90).save(tmp_path / "still.png")
+    arguments = ["explain", tmp_path / "still.png", clip, "--checkpoint", tmp_path / "net.safetensors", "--output", tmp_path / "a" / "b"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in arguments])
+    assert not stop.value.code
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [f"clip_explained{clip.suffix}", "still_explained.png"]
+    arguments = ["explain", clip, *arguments[3:5], "--output", tmp_path / "c", "--format", "gif", "--scale", "0.25", "--target", "digit 7"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in arguments])
+    assert not stop.value.code
+    assert "digit 7, colours to 0.25 logits" in capsys.readouterr().out
+    with Image.open(tmp_path / "c" / "clip_explained.gif") as written:
+        assert (written.format, written.n_frames) == ("GIF", len(TIMES))
+
+
+def test_failure_leaves_no_folder(model, clip, tmp_path):
+    coda_fast.save(model, tmp_path / "net.safetensors")
+    arguments = ["explain", clip, "--checkpoint", tmp_path / "net.safetensors", "--output", tmp_path / "new" / "folder", "--start", "9"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([str(a) for a in arguments])
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_pyav(model, clip, tmp_path, monkeypatch, capsys):
+    coda_fast.save(model, tmp_path / "net.safetensors")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["explain", str(clip), "--checkpoint", str(tmp_path / "net.safetensors"), "--output", str(tmp_path)])
+    assert "coda-fast[video]" in capsys.readouterr().err
+
+
+def test_progress_counts_all_passes(model, clip, tmp_path):
+    calls = []
+    explain_video(model, clip, tmp_path / "out.mp4", batch=3, progress=lambda *call: calls.append(call))
+    assert sum(frames for frames, _ in calls) == 3 * len(TIMES)
+    assert {total for _, total in calls} == {3 * len(TIMES)}
+
+
+@pytest.mark.parametrize("options", [{"start": -1}, {"end": -1}, {"start": float("nan")}, {"start": 1, "end": 1}], ids=str)
+def test_refuses_times(model, clip, tmp_path, options):
+    with pytest.raises(VideoError, match="expected seconds with 0 <= start < end"):
+        explain_video(model, clip, tmp_path / "out.mp4", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"target": 0}, {"target": 0, "scale": 1.0}], ids=str)
+def test_refuses_logits_that_are_not_finite(model, clip, tmp_path, options):
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(VideoError, match="not finite"):
+        explain_video(model, clip, tmp_path / "out.mp4", **options)
+    assert list(tmp_path.iterdir()) == [clip]
+
+
+def test_colour_where_grey_is_needed(model, tmp_path):
+    red = np.zeros((32, 32, 3), np.uint8)
+    red[..., 0] = 200
+    clip = write_clip(tmp_path / "red.mp4", [red])
+    with pytest.raises(VideoError, match="expected grey frames"):
+        explain_video(model, clip, tmp_path / "out.mp4")
+
+
+def test_rotation(model, tmp_path):
+    """Stored on its side, shown upright: the bright edge at the left goes to the top when turned clockwise."""
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:, :16] = 200
+    clip = write_clip(tmp_path / "phone.mp4", [pixels], rotation=-90)  # ffmpeg counts anticlockwise
+    explain_video(model, clip, tmp_path / "out.mp4", size=0, target=0)
+    picture = frames_of(tmp_path / "out.mp4")[0][0]
+    panel = picture[4:384:8, 4:256:8, 0]
+    assert panel[:16].mean() > 190
+    assert panel[16:].mean() < 10
+
+
+def test_frames_of_several_sizes(model, tmp_path):
+    """Two raw streams of different size, one after the other, are one stream that changes its size."""
+    joined = tmp_path / "joined.h264"
+    parts = [write_clip(tmp_path / f"{side}.h264", [np.full((side, side, 3), 90, np.uint8)] * 3) for side in (32, 48)]
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(VideoError, match="frames of one size, got 32 x 32 and, at frame 4, 48 x 48"):
+        explain_video(model, joined, tmp_path / "out.mp4", target=0)
+
+
+def test_long_names_are_shortened(model, clip, tmp_path):
+    """The caption ends inside its panel, with the probability in it."""
+    short = explain_video(model, clip, tmp_path / "short.gif", size=0, crop=(0, 0, 32, 32), target=0)
+    model.class_names[0] = "American Staffordshire terrier, Staffordshire bull terrier"
+    explain_video(model, clip, tmp_path / "long.gif", size=0, crop=(0, 0, 32, 32), target=0, scale=short.scale)
+    long = frames_of(tmp_path / "long.gif")[0][0][258:]  # below the panels
+    assert (long[:, 200:252] < 128).any(), "it fills its panel"
+    assert (long[:, 253:264] > 200).all(), "and leaves the gap free"
+
+
+def test_one_scale_for_all_frames(model, tmp_path):
+    """A frame whose contributions are small looks pale beside one whose contributions are large."""
+    noise = np.random.default_rng(0).integers(0, 2, (8, 8, 1)).repeat(4, 0).repeat(4, 1).repeat(3, 2).astype(np.uint8) * 255
+    clip = write_clip(tmp_path / "clip.mp4", [np.full((32, 32, 3), 128, np.uint8), noise])
+    images = torch.stack([torch.from_numpy(f).float().mean(2)[None] / 255 for f, _ in frames_of(clip)])
+    maps = model.explain(images, 0).contribution_map.abs()
+    peaks, scale = maps.amax((1, 2, 3)), float(np.percentile(maps.numpy(), 99.75))
+    weak, strong = peaks.argmin(), peaks.argmax()
+    assert peaks[weak] < 0.7 * peaks[strong]
+    explain_video(model, clip, tmp_path / "out.gif", size=0, target=0)
+    panels = [picture[4:256:8, 268:520:8].astype(int) for picture, _ in frames_of(tmp_path / "out.gif")]
+    depth = [255 - panel.min(2).min() for panel in panels]  # white has none
+    assert depth[strong] > 245
+    assert depth[weak] / 255 == pytest.approx(float(peaks[weak]) / scale, abs=0.05)
