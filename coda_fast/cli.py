@@ -106,7 +106,11 @@ def train(recipe: str | None, overrides: tuple[str, ...], output: Path | None, r
         training.run(chosen, Path("coda_runs") / chosen.name if output is None else output, resume, progress=not quiet)
     except Stopped as stop:
         click.echo(f"coda-fast: {stop}", err=True)
-        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else training.STOPPED
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return training.STOPPED
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # all is written; threads of gloo can abort the interpreter's end, and the agent would restart
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
     return 0
 
 
