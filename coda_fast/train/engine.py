@@ -535,10 +535,25 @@ def _fabric(recipe):
         )
     elif world > 1 or recipe.strategy == "ddp":
         strategy = DDPStrategy(gradient_as_bucket_view=True)
+    if world > 1 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _join_attempt("nccl" if accelerator == "cuda" else "gloo")
     try:
         return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
     except Exception as error:  # Lightning raises several kinds for devices that are not there
         raise TrainingError(f"accelerator {accelerator}, devices {devices}: {error}") from None
+
+
+def _join_attempt(backend):
+    """The process group of torchrun's present attempt. Its agent keeps one store for all of them, where a worker that was started again
+    would find the addresses of its dead predecessors and fail, or wait, depending on who comes first.
+    """
+    from torch.distributed import PrefixStore, TCPStore, init_process_group
+
+    environment = os.environ
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world, is_master=False)
+    attempt = PrefixStore(f"coda_fast/attempt_{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    init_process_group(backend, store=attempt, rank=rank, world_size=world)
 
 
 def _shard(objective, mesh):

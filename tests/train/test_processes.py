@@ -6,6 +6,7 @@ import subprocess
 import pytest
 from support_train import assert_same, command, end_of, environment, finished, losses, run
 
+pytestmark = pytest.mark.slow
 OPTIONS = ("precision=float64", "ema.decay=0.9", "data.flip=true", "data.pad=1", "checkpoint.every_steps=6", "checkpoint.keep=100")
 BOUND = 1e-12  # float64: sums in another order, grown over 42 updates; measured 2e-15
 STANDALONE = ("--standalone", "--nproc-per-node=2")

@@ -298,6 +298,7 @@ def test_a_signal_saves_and_stops(tmp_path, monkeypatch, name):
     assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "stopped"))
 
 
+@pytest.mark.slow
 def test_a_real_signal_to_a_real_process(tmp_path):
     """Sent from outside, while it trains: exit code 75, and the run can go on."""
     process = subprocess.Popen(command(tmp_path, "epochs=2000"), env=environment(), stderr=subprocess.PIPE, text=True)
