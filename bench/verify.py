@@ -91,17 +91,17 @@ def shards(tests: list[str], count: int, until: float, folder: Path, root: Path 
         old.unlink()
     parts = [part for i in range(count) if (part := tests[i::count])]
     running, logs = [], []
-    for i, part in enumerate(parts):
-        logs.append(folder / f"shard{i}.jsonl")
-        names = folder / f"shard{i}.txt"  # too many for a command line
-        names.write_text("\n".join(part), encoding="utf-8")
-        with open(folder / f"shard{i}.out", "w") as out:
-            arguments = command(f"@{names}")
-            running.append(
-                subprocess.Popen(
-                    arguments, cwd=root, env=environment(logs[-1]), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-                )
-            )
+    try:
+        for i, part in enumerate(parts):
+            logs.append(folder / f"shard{i}.jsonl")
+            names = folder / f"shard{i}.txt"  # too many for a command line
+            names.write_text("\n".join(part), encoding="utf-8")
+            with open(folder / f"shard{i}.out", "w") as out:
+                options = {"cwd": root, "env": environment(logs[-1]), "stdout": out, "stderr": subprocess.STDOUT}
+                running.append(subprocess.Popen(command(f"@{names}"), start_new_session=True, **options))
+    except BaseException:
+        end(running)
+        raise
     found = Verdict()
     statuses = wait(running, until)
     for part, log, status in zip(parts, logs, statuses, strict=True):
@@ -124,11 +124,16 @@ def wait(processes: list[subprocess.Popen], until: float) -> list[int | None]:
             except subprocess.TimeoutExpired:
                 statuses.append(None)
     finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        end(processes)
     return statuses
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """Kill those that still run, each with its session."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def collect(*arguments: str, root: Path = ROOT, timeout: float | None = None) -> list[str]:

@@ -156,6 +156,7 @@ def test_interrupted_report_leaves_no_process(tmp_path):
     while len(children) < 2 and time.monotonic() < deadline:  # a collecting process first, then one a job
         time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    time.sleep(1)  # the second may be there for us before it is for its parent
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert "KeyboardInterrupt" in err
