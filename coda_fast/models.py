@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from coda_fast._autocast import autocasting
 from coda_fast._geometry import pair
 from coda_fast.explain import MEMORY_BUDGET, Explanation, explain
 from coda_fast.functional import EPS
@@ -130,7 +131,11 @@ class CoDANet(nn.Module):
         return activations
 
     def head(self, activations: torch.Tensor) -> torch.Tensor:
-        """Class evidence maps [N, classes, H, W] -> logits [N, classes]."""
+        """Class evidence maps [N, classes, H, W] -> logits [N, classes]; in float32 under autocast: beside the bias, bfloat16 would tell
+        hardly any two logits apart.
+        """
+        if autocasting(activations.device.type) and activations.dtype != torch.float64:
+            activations = activations.float()
         return self.pool(activations) / self.temperature + self.logit_bias
 
     def explain(

@@ -242,7 +242,7 @@ def test_thousand_calls_keep_memory_flat():
     for _ in range(1000):
         model.explain(images, [[0, 1], [2, 3]])
     gc.collect()
-    assert _tensors_alive() == tensors
+    assert _tensors_alive() <= tensors  # fewer: what tests before this one left to the collector
     grown = process.memory_info().rss - memory
     one_result = sum(getattr(model.explain(images, [[0, 1], [2, 3]]), name).nbytes for name in MAPS)
     assert grown < 50 * one_result, f"{grown} bytes after 1000 calls; one leaked result would be {1000 * one_result}"

@@ -138,3 +138,15 @@ def test_unknown_names():
 def test_refuses_images(images, error, message):
     with pytest.raises(error, match=message):
         CoDANet(**SMALL, temperature=1.0)(images)
+
+
+def test_logits_under_autocast_can_be_told_apart():
+    """1000 of them beside a bias of -2.2, where bfloat16 has steps of 1/64."""
+    torch.manual_seed(0)
+    model = coda_fast.create_model("coda_xs_digits", num_classes=1000, temperature=1e4)
+    images = torch.rand(2, 1, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    assert logits.dtype == torch.float32
+    assert len(logits[0].unique()) > 500
+    assert model.to(torch.bfloat16)(images.bfloat16()).dtype == torch.bfloat16

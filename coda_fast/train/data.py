@@ -173,7 +173,9 @@ class Shards:
         from webdataset.shardlists import expand_urls
 
         self.urls = sorted(str(p) for p in Path(pattern).glob("*.tar")) if os.path.isdir(pattern) else expand_urls(pattern)
-        missing = [url for url in self.urls if "://" not in url and not url.startswith("pipe:") and not os.path.exists(url)]
+        if any(url.startswith("pipe:") for url in self.urls):
+            raise TrainingError(f"data: expected shards that are files or addresses, got {pattern!r}: a recipe must not run commands")
+        missing = [url for url in self.urls if "://" not in url and not os.path.exists(url)]
         if not self.urls or missing:
             raise TrainingError(f"data: expected shards {pattern!r}, found {len(self.urls) - len(missing)}; missing: {missing[:3]}")
         self.decoder, self.workers, self.device, self.samples, self.buffer = decoder, workers, device, samples, buffer

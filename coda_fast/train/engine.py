@@ -134,7 +134,16 @@ class Run:
                 raise TrainingError(f"{self.output} holds a run already, up to {found[0].name}; --resume auto goes on with it")
             return None
         if resume != "auto":
-            return Path(resume), files.read(resume)
+            path, state = Path(resume), files.read(resume)
+            there = files.listed(self.folder)
+            if there and path.resolve().parent != self.folder.resolve():
+                raise TrainingError(f"{self.output} holds another run, up to {there[0].name}; choose an empty folder to go on from {path}")
+            if later := [p.name for p in there if files.position(p) > (state["epoch"], state["step"])]:
+                raise TrainingError(
+                    f"{self.output} holds checkpoints after {path.name}, up to {later[0]}, which would be lost; move them away, or go on "
+                    f"from {path} in an empty folder (--output)"
+                )
+            return path, state
         found = files.newest(self.folder, self.watch.say) if self.main else None
         path = self.fabric.broadcast(None if found is None else str(found[0]))
         if path is None:
@@ -181,6 +190,8 @@ class Run:
         from timm.optim import create_optimizer_v2
 
         options = {"opt": recipe.optimizer.name, "lr": recipe.learning_rate(), "weight_decay": recipe.optimizer.weight_decay}
+        if recipe.optimizer.eps is not None:
+            options["eps"] = recipe.optimizer.eps
         if "adam" in recipe.optimizer.name:
             options["betas"] = recipe.optimizer.betas
         try:

@@ -91,6 +91,7 @@ class Optimizer(_Section):
     reference_batch: Positive | None = None
     weight_decay: Weight = 0.0
     betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Rate | None = None  # at high T gradients are small: Adam's own 1e-8 would hold them down
     clip: Rate | None = None  # largest norm of the gradient
 
 

@@ -70,17 +70,27 @@ def read(path: str | os.PathLike) -> dict:
 
 def listed(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest position first."""
-    found = [(tuple(map(int, match.groups())), path) for path in Path(folder).glob("*.pt") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((path for path in Path(folder).glob("*.pt") if _NAME.fullmatch(path.name)), key=position, reverse=True)
+
+
+def position(path: Path) -> tuple[int, int]:
+    """Epoch and step of the checkpoint of this name."""
+    epoch, step = _NAME.fullmatch(path.name).groups()
+    return int(epoch), int(step)
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest readable one; others are named to ``warn``."""
-    for path in listed(folder):
+    """The newest readable one; others are named to ``warn``. TrainingError where there are some and none can be read: a run that
+    silently began anew would write over them.
+    """
+    there = listed(folder)
+    for path in there:
         try:
             return path, read(path)
         except TrainingError as error:
             warn(f"skipped {error}")
+    if there:
+        raise TrainingError(f"{folder}: none of the {len(there)} checkpoints can be read; move them away to begin anew")
     return None
 
 

@@ -372,3 +372,32 @@ def test_accuracy_of_rows_is_json(tmp_path):
 def test_training_loads_only_when_asked():
     code = "import sys, coda_fast.cli; sys.exit(any(m in sys.modules for m in ('lightning', 'timm', 'pydantic', 'yaml', 'tensorboard')))"
     assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
+
+
+def test_going_back_does_not_lose_what_came_later(tmp_path):
+    """From an older checkpoint only into an empty folder; another run's folder is not mixed with."""
+    run(tmp_path / "a", "checkpoint.keep=9")
+    older = tmp_path / "a" / "checkpoints" / "epoch_0001_step_0000000.pt"
+    before = sorted(p.name for p in older.parent.iterdir())
+    with pytest.raises(TrainingError, match="holds checkpoints after epoch_0001_step_0000000.pt, up to epoch_0002"):
+        run(tmp_path / "a", "checkpoint.keep=9", resume=str(older))
+    assert sorted(p.name for p in older.parent.iterdir()) == before
+    run(tmp_path / "b", "checkpoint.keep=9", "epochs=1")
+    with pytest.raises(TrainingError, match="holds another run, up to epoch_0001"):
+        run(tmp_path / "b", "checkpoint.keep=9", resume=str(older))
+    assert run(tmp_path / "c", "checkpoint.keep=9", resume=str(older))["epoch"] == 2
+
+
+def test_nothing_that_can_be_read_is_no_new_beginning(tmp_path):
+    run(tmp_path, "epochs=1")
+    for path in (tmp_path / "checkpoints").glob("epoch*.pt"):
+        path.write_bytes(b"torn")
+    with pytest.raises(TrainingError, match="none of the 1 checkpoints can be read; move them away to begin anew"):
+        run(tmp_path, "epochs=1", resume="auto")
+
+
+def test_a_recipe_runs_no_commands(tmp_path):
+    options = ("data.kind=webdataset", "data.val_path=x.tar", "data.classes=10", "data.train_samples=9", "data.size=8", "data.resize=8")
+    with pytest.raises(TrainingError, match="a recipe must not run commands"):
+        run(tmp_path / "out", *options, f"data.path=pipe:touch {tmp_path}/ran")
+    assert not list(tmp_path.iterdir())
