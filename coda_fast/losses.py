@@ -73,12 +73,13 @@ def _activations(model, images):
     return found
 
 
-def _penalty(model, activations, classes, norm):
+def _penalty(model, activations, classes, norm, valid=None):
     if not len(classes):
         return sum(p.sum() for p in model.parameters()) * 0
     total, wide = 0, torch.float64 if activations[0].dtype == torch.float64 else torch.float32
     for k in range(classes.shape[1]):
         chosen = F.one_hot(classes[:, k], model.num_classes).to(activations[-1])
+        chosen = chosen if valid is None else chosen * valid[:, None]
         value = chosen[:, :, None, None].expand_as(activations[-1])  # the head sums over pixels
         for layer, entering in zip(reversed(model.layers), reversed(activations[:-1]), strict=True):
             value = dau_conv2d_transpose(
@@ -120,9 +121,16 @@ class DynamicMatrixLoss(nn.Module):
             raise ValueError(f"norm: expected one of {', '.join(map(repr, PENALTIES))}, got {norm!r}")
         self.weight, self.classes, self.norm, self.generator = weight, classes, norm, generator
 
-    def forward(self, model: CoDANet, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None) -> MatrixLoss:
-        """Images [N, C, H, W], their classes [N], and the rows of each image [N, K] (None: drawn by ``self.rows``). ValueError, TypeError:
-        what does not fit.
+    def forward(
+        self,
+        model: CoDANet,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        valid: torch.Tensor | None = None,
+    ) -> MatrixLoss:
+        """Images [N, C, H, W], their classes [N], the rows of each image [N, K] (None: drawn by ``self.rows``), and which images the
+        penalty counts [N] (None: all; the others are in its mean as zeros). ValueError, TypeError: what does not fit.
         """
         _check_model(model)
         model.check_images(images)
@@ -139,7 +147,7 @@ class DynamicMatrixLoss(nn.Module):
         if not self.weight:
             return MatrixLoss(bce, bce, bce.new_zeros(()), logits)
         rows = self.rows(labels, model.num_classes) if rows is None else rows
-        penalty = _penalty(model, activations, rows, self.norm)
+        penalty = _penalty(model, activations, rows, self.norm, valid)
         return MatrixLoss(bce + self.weight * penalty, bce, penalty, logits)
 
     def rows(self, labels: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -99,6 +99,11 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def facts(self) -> dict:
+        """Number, and checksum of all labels and 64 of the images."""
+        some = self.images[:: max(1, len(self) // 64)].cpu().numpy()
+        return {"images": len(self), "checksum": zlib.crc32(some.tobytes(), zlib.crc32(self.labels.cpu().numpy().tobytes()))}
+
     def training(self, seed: int, epoch: int, start: int, batch_size: int, place: Place) -> Iterator[Batch]:
         """The process' slice of every global batch of the epoch, from step ``start`` on; the incomplete last batch is left out."""
         for index in _plan(len(self), seed, epoch, start, batch_size, place):
@@ -124,6 +129,11 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def facts(self) -> dict:
+        """Number, and checksum of names (class and file) and labels."""
+        names = "\n".join(f"{'/'.join(Path(path).parts[-2:])} {label}" for path, label in self.files)
+        return {"images": len(self), "checksum": zlib.crc32(names.encode(errors="surrogateescape"))}
 
     def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
         """As ``Arrays.training``; crops and RandAugment are drawn for (seed, epoch, image)."""
@@ -184,6 +194,10 @@ class Shards:
         if self.samples is None:
             raise TrainingError("data.train_samples: expected the number of images that an epoch of shards is, got none")
         return self.samples
+
+    def facts(self) -> dict:
+        """Number and checksum of the names of the shards."""
+        return {"shards": len(self.urls), "checksum": zlib.crc32("\n".join(url.rpartition("/")[2] for url in self.urls).encode())}
 
     def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
         """As many steps as ``len`` says. A run that goes on in the middle reads over what it has seen."""
@@ -414,6 +428,13 @@ class Source:
     class_names: list[str] | None
     num_classes: int
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def facts(self) -> dict:
+        """What a run that goes on must find again: numbers of images and classes, a checksum of names and labels (and some pixels)."""
+        found = {"classes": self.num_classes, "class_names": self.class_names}
+        for name, split in (("train", self.train), ("val", self.val)):
+            found |= {f"{name}_{key}": value for key, value in split.facts().items()}
+        return found
 
 
 def open_data(spec: Data, channels: int, device="cpu", progress=None) -> Source:

@@ -1,8 +1,9 @@
 """The loop: Lightning Fabric runs the processes, this runs the steps, and can stop and go on at any of them.
 
 A step is one optimiser update over ``recipe.batch_size`` images: each process takes its slice, in micro-batches of equal size, so that the
-mean over processes and micro-batches is the mean over the global batch. Processes talk at the gradient, and every ``log.every`` steps in
-one sum of metrics, which also carries what they must agree on: a signal to stop, the clock of checkpoints, images that could not be read.
+mean over processes and micro-batches is the mean over the global batch. Processes talk at the gradient, and every ``log.every`` steps (or
+every ``HEARTBEAT`` seconds, where steps are slow) in one sum of metrics, which also carries what they must agree on: a signal to stop, the
+clock of checkpoints, images that could not be read.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from coda_fast import checkpoints
 from coda_fast.losses import DynamicMatrixLoss
 from coda_fast.models import CoDANet, create_model
 from coda_fast.train import data as sources
+from coda_fast.train import processes
 from coda_fast.train import state as files
 from coda_fast.train.data import Batch, Place, seeded
 from coda_fast.train.errors import Stopped, TrainingError, need
@@ -31,6 +33,7 @@ from coda_fast.train.recipes import Recipe, make_recipe
 from coda_fast.train.watch import STEP_FIELDS, Watch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
+HEARTBEAT = 2.0  # seconds, about: a scheduler that sends a signal does not wait for log.every slow steps
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -43,13 +46,13 @@ class Objective(nn.Module):
         loss = recipe.loss
         self.matrix = DynamicMatrixLoss(loss.matrix_weight, loss.matrix_classes, loss.matrix_norm) if loss.matrix_weight else None
 
-    def forward(self, images, labels=None, rows=None):
-        """images [N, C, H, W] in [0, 1] -> logits [N, classes]; with labels [N] (and the regulariser's rows [N, K]): (logits, loss of each
-        image [N], penalty).
+    def forward(self, images, labels=None, rows=None, valid=None):
+        """images [N, C, H, W] in [0, 1] -> logits [N, classes]; with labels [N] (and the regulariser's rows [N, K], and valid [N], images
+        that count): (logits, loss of each image [N], penalty).
         """
         with torch.autocast(images.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
             if labels is not None and self.matrix is not None and self.training:
-                found = self.matrix(self.model, images, labels, rows)
+                found = self.matrix(self.model, images, labels, rows, valid)
                 return found.logits, _bce(found.logits, labels, self.smoothing), self.matrix.weight * found.penalty
             logits = self.model(images)
         if labels is None:
@@ -79,13 +82,14 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
         TrainingError: anything that keeps the run from starting or going on. Stopped: a signal; the run stands in a checkpoint.
         ImportError: packages of the extra "train" are missing.
     """
-    found = None
+    found, held = None, contextlib.ExitStack()
     try:
-        found = Run(recipe, Path(output), resume, progress)
+        found = Run(recipe, Path(output), resume, progress, held)
         row = found.train()
         found.fabric.barrier()
         return row
     finally:
+        held.close()
         if distributed.is_available() and distributed.is_initialized():
             # what sharded modules hold of the process groups goes first: at the end of the process, their threads abort it
             found = None
@@ -96,9 +100,9 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
 class Run:
     """One run, set up: ``train`` does the rest."""
 
-    def __init__(self, recipe: Recipe, output: Path, resume: str | None, progress: bool):
+    def __init__(self, recipe: Recipe, output: Path, resume: str | None, progress: bool, held: contextlib.ExitStack | None = None):
         self.recipe, self.output, self.folder = recipe, output, output / "checkpoints"
-        self.fabric = _fabric(recipe)
+        self.fabric = processes.fabric(recipe)
         self.fabric.launch()
         self.place = Place(self.fabric.global_rank, self.fabric.world_size)
         self.main = self.place.rank == 0
@@ -108,47 +112,68 @@ class Run:
         self.wide = torch.float32 if self.device.type == "mps" else torch.float64  # of sums of metrics
         self.last_good: Path | None = None
         # everything that can be refused is refused before the folder is written to
+        self.held, self.lock = held or contextlib.ExitStack(), None
         start = self._start(resume)
         model, self.source = self._model_and_data()
+        self.facts = self.source.facts()
         self.steps = len(self.source.train) // recipe.batch_size
         if not self.steps:
             raise TrainingError(f"batch_size: expected at most {len(self.source.train)}, the training images, got {recipe.batch_size}")
+        if recipe.micro_batch and 2 * self.micro < min(recipe.micro_batch, self.local):
+            self.watch.say(f"micro_batch: {recipe.micro_batch} does not divide the {self.local} images of a process, {self.micro} does")
         self._build(model)
         files.seed_all(seeded(recipe.seed, 1, self.place.rank))  # for models that draw from the global generators: each process its own
         self.epoch = self.step = self.updates = 0
         self.history, self.best, self.bad = [], None, dict(self.source.failures)
         if start is not None:
             self._restore(*start)
-        if self.main:
-            output.mkdir(parents=True, exist_ok=True)
-            with checkpoints.atomic_path(output / "recipe.yaml") as temporary:
-                temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+        self._first(self._open)
         self._check_failures([])
 
     # -- set-up -----------------------------------------------------------------------------------------------------------------------
 
     def _start(self, resume):
         """The checkpoint to go on from, (path, state), or None."""
+        found = self._first(lambda: self._choose(resume))
+        if found is None:
+            return None
+        return Path(found), self.chosen if self.main else files.read(found)
+
+    def _choose(self, resume):
+        """The path of that checkpoint; its state stays in ``chosen``."""
+        if self.output.exists():
+            self._hold()
+        there = files.listed(self.folder)
         if resume is None:
-            if found := files.listed(self.folder):
-                raise TrainingError(f"{self.output} holds a run already, up to {found[0].name}; --resume auto goes on with it")
+            if there:
+                raise TrainingError(f"{self.output} holds a run already, up to {there[0].name}; --resume auto goes on with it")
             return None
-        if resume != "auto":
-            path, state = Path(resume), files.read(resume)
-            there = files.listed(self.folder)
-            if there and path.resolve().parent != self.folder.resolve():
-                raise TrainingError(f"{self.output} holds another run, up to {there[0].name}; choose an empty folder to go on from {path}")
-            if later := [p.name for p in there if files.position(p) > (state["epoch"], state["step"])]:
-                raise TrainingError(
-                    f"{self.output} holds checkpoints after {path.name}, up to {later[0]}, which would be lost; move them away, or go on "
-                    f"from {path} in an empty folder (--output)"
-                )
-            return path, state
-        found = files.newest(self.folder, self.watch.say) if self.main else None
-        path = self.fabric.broadcast(None if found is None else str(found[0]))
-        if path is None:
-            return None
-        return Path(path), found[1] if found else files.read(path)
+        if resume == "auto":
+            found = files.newest(self.folder, self.watch.say)
+            if found is None:
+                return None
+            path, self.chosen = found
+            return str(path)
+        path, self.chosen = Path(resume), files.read(resume)
+        if there and path.resolve().parent != self.folder.resolve():
+            raise TrainingError(f"{self.output} holds another run, up to {there[0].name}; choose an empty folder to go on from {path}")
+        if later := [p.name for p in there if files.position(p) > (self.chosen["epoch"], self.chosen["step"])]:
+            raise TrainingError(
+                f"{self.output} holds checkpoints after {path.name}, up to {later[0]}, which would be lost; move them away, or go on "
+                f"from {path} in an empty folder (--output)"
+            )
+        return str(path)
+
+    def _hold(self):
+        """Nobody else trains in this folder until this run ends."""
+        if self.lock is None:
+            self.lock = self.held.enter_context(files.locked(self.output, self.watch.say))
+
+    def _open(self):
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._hold()
+        with checkpoints.atomic_path(self.output / "recipe.yaml") as temporary:
+            temporary.write_text(self.recipe.to_yaml(), encoding="utf-8")
 
     def _model_and_data(self):
         recipe = self.recipe
@@ -179,9 +204,9 @@ class Run:
             need("timm")
             from timm.utils import ModelEmaV3
 
-            self.ema = ModelEmaV3(objective, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, foreach=not _sharded(fabric))
-            if _sharded(fabric):
-                _shard(self.ema.module, fabric.strategy.device_mesh)
+            self.ema = ModelEmaV3(objective, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, foreach=not processes.sharded(fabric))
+            if processes.sharded(fabric):
+                processes.shard(self.ema.module, fabric.strategy.device_mesh)
         if recipe.compile:
             objective.compile()
         self.module = fabric.setup_module(objective)
@@ -206,26 +231,28 @@ class Run:
     def train(self) -> dict:
         """All epochs that are left, then the files of the result."""
         recipe = self.recipe
-        with _Signals() as self.signals, self.watch.open(self.history, self.updates, self.steps):
-            self.clock = time.monotonic()
-            while self.epoch < recipe.epochs:
-                self._train_epoch()
-                self.epoch, self.step = self.epoch + 1, 0
-                row = self.row
-                if self.epoch % recipe.evaluation.every == 0 or self.epoch == recipe.epochs:
-                    row |= self.evaluate()
-                self.history.append(row)
-                better = _score(row) is not None and (self.best is None or _score(row) > self.best)
-                self.best = _score(row) if better else self.best
-                self.save(best=better)
-                if self.main:
-                    self.watch.epoch(self.history)
-                if recipe.log.maps and (self.epoch % recipe.log.maps_every == 0 or self.epoch == recipe.epochs):
-                    self._maps()
-                if self._agree(self.signals.asked) and self.epoch < recipe.epochs:
-                    raise Stopped(self.last_good)
-            self._finish()
+        try:
+            with _Signals() as self.signals, self.watch.open(self.history, self.updates, self.steps):
+                self.clock = time.monotonic()
+                while self.epoch < recipe.epochs:
+                    self._train_epoch()
+                    row = self.row | (self.evaluate() if self._evaluates() else {})
+                    self.epoch, self.step = self.epoch + 1, 0
+                    self.history.append(row)
+                    better = _score(row) is not None and (self.best is None or _score(row) > self.best)
+                    self.best = _score(row) if better else self.best
+                    self.save(best=better)
+                    self._first(self._show)
+                    if self._agree(self.signals.asked) and self.epoch < recipe.epochs:
+                        raise Stopped(self.last_good)
+                self._first(self._finish)
+        except OSError as error:  # of the files beside the checkpoints: curves, pictures
+            raise TrainingError(f"{error}; {files.named(self.last_good)}") from None
         return self.history[-1]
+
+    def _evaluates(self):
+        """Whether the present epoch ends with an evaluation."""
+        return (self.epoch + 1) % self.recipe.evaluation.every == 0 or self.epoch + 1 == self.recipe.epochs
 
     def _train_epoch(self):
         recipe = self.recipe
@@ -233,11 +260,12 @@ class Run:
         if self.step == 0:
             self.sums = torch.zeros(3, dtype=torch.float64)  # of the epoch: loss, correct, images
             self.seconds = 0.0
+        self.lr = set_rate(self.schedule, self.epoch, self.updates - (self.step > 0))  # of the last update, where none is left
         window = torch.zeros(4, dtype=self.wide, device=self.device)
         failures, begun = [], time.perf_counter()
+        beat, passed, beaten = 1, 0, begun  # steps from one message to the next, those since the last one, and when that was
         batches = self.source.train.training(recipe.seed, self.epoch, self.step, recipe.batch_size, self.place)
-        self.row = {}
-        for batch in batches:
+        for batch in batches if self.step < self.steps else ():
             self.lr = set_rate(self.schedule, self.epoch, self.updates)
             window += self._step(batch)
             failures += batch.failures
@@ -245,22 +273,27 @@ class Run:
             last = self.step == self.steps
             every = recipe.checkpoint.every_steps
             save = bool(every) and self.updates % every == 0
-            if self.step % recipe.log.every and not save and not last:
+            row_is_due = last or save or self.step % recipe.log.every == 0
+            passed += 1
+            if passed < beat and not row_is_due:
                 continue
-            # loss, correct, seen, updates, failures, signal, clock: one message
-            votes = [len(failures), self.signals.asked, self.main and self._due()]
+            # loss, correct, seen, updates; failures, signal, clock of checkpoints, clock of messages: one message
+            votes = [len(failures), self.signals.asked, self.main and self._due(last), self.main and time.perf_counter() - beaten]
             total = torch.cat([window, window.new_tensor([float(v) for v in votes])])
-            loss, correct, seen, ranks_steps, failed, asked, due = self.fabric.all_reduce(total, reduce_op="sum").tolist()
-            window.zero_()
+            loss, correct, seen, ranks_steps, failed, asked, due, waited = self.fabric.all_reduce(total, reduce_op="sum").tolist()
+            steps = round(ranks_steps / self.place.world)
+            beat, passed, beaten = max(1, int(HEARTBEAT * passed / max(waited, 1e-9))), 0, time.perf_counter()
             if failed:
                 self._check_failures(failures)
                 failures = []
-            steps = ranks_steps / self.place.world
+            if not (row_is_due or asked or due):
+                continue
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"loss: expected a finite number, got {loss} in epoch {self.epoch + 1} between steps {self.step - round(steps)} and "
+                    f"loss: expected a finite number, got {loss} in epoch {self.epoch + 1} between steps {self.step - steps} and "
                     f"{self.step} (learning rate {self.lr:.3g}; try a lower one, or optimizer.clip=1); {files.named(self.last_good)}"
                 )
+            window.zero_()
             now = time.perf_counter()
             elapsed, begun = now - begun, now
             self.sums += torch.tensor([loss, correct, seen], dtype=torch.float64)
@@ -270,7 +303,7 @@ class Run:
                 rate = steps * recipe.batch_size / max(elapsed, 1e-9)
                 found = (self.epoch + 1, self.step, self.updates, mean, accuracy, self.lr, rate)
                 self.watch.step(dict(zip(STEP_FIELDS, found, strict=True)))
-            if not last and (asked or due or save):
+            if asked or due or (save and not last):
                 self.save()
                 if asked:
                     raise Stopped(self.last_good)
@@ -298,7 +331,7 @@ class Run:
             some = slice(part * self.micro, (part + 1) * self.micro)
             labels, valid = batch.labels[some], None if batch.valid is None else batch.valid[some]
             with self.fabric.no_backward_sync(self.module, enabled=part < parts - 1):
-                logits, losses, penalty = self.module(images[some], labels, None if rows is None else rows[some])
+                logits, losses, penalty = self.module(images[some], labels, None if rows is None else rows[some], valid)
                 losses = losses if valid is None else losses * valid  # what could not be read is black, and weighs nothing
                 loss = (losses.mean() + penalty) / parts
                 self.fabric.backward(loss)
@@ -332,12 +365,17 @@ class Run:
         batches = self.source.val.evaluation(self.recipe.evaluation.batch_size, self.place)
         while True:
             batch = next(batches, None)
-            if _sharded(self.fabric):  # forward passes are collective: who is done keeps the others company
-                if not self._agree(batch is not None):
-                    break
-            elif batch is None:
+            left, asked = self._sum(batch is not None, self.signals.asked)
+            if asked:  # what is evaluated can be evaluated again
+                self.save()
+                raise Stopped(self.last_good)
+            if not left:
                 break
-            batch = batch.to(self.device) if batch is not None else self._nothing()
+            if batch is None:  # who is done keeps the others company, also where forward passes are collective
+                if not processes.sharded(self.fabric):
+                    continue
+                batch = self._nothing()
+            batch = batch.to(self.device)
             failures += batch.failures
             images = sources.to_float(batch.images, self.dtype, self.recipe.channels_last)
             keep = torch.ones_like(batch.labels, dtype=torch.bool) if batch.valid is None else batch.valid
@@ -354,6 +392,8 @@ class Run:
             row |= {f"{name}val_loss": loss / max(1, count), f"{name}val_accuracy": first / max(1, count)}
             if self.source.num_classes >= 100:
                 row[f"{name}val_top5"] = five / max(1, count)
+        if not count:
+            raise TrainingError(f"data: expected validation images, could read none of them; {files.named(self.last_good)}")
         return row | {"val_images": int(count)}
 
     def _nothing(self):
@@ -361,10 +401,12 @@ class Run:
         images = torch.zeros(1, self.objective.model.image_channels, side, side, dtype=torch.uint8, device=self.device)
         return Batch(images, torch.zeros(1, dtype=torch.int64, device=self.device), torch.zeros(1, dtype=torch.bool, device=self.device))
 
-    def _maps(self):
-        """Contribution maps of fixed validation images, by the whole model of the last checkpoint."""
-        if self.main:
-            sample = self.source.val.sample(self.recipe.log.maps).to(self.device)
+    def _show(self):
+        """The epoch that has ended, and maps of fixed validation images by the whole model of the last checkpoint."""
+        recipe = self.recipe
+        self.watch.epoch(self.history)
+        if recipe.log.maps and (self.epoch % recipe.log.maps_every == 0 or self.epoch == recipe.epochs):
+            sample = self.source.val.sample(recipe.log.maps).to(self.device)
             self.watch.maps(self.plain, sources.to_float(sample.images, self.dtype), self.epoch, self.updates)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------------------------
@@ -378,30 +420,26 @@ class Run:
         ema = get_model_state_dict(self.ema.module, options=whole) if self.ema is not None else None
         optimizer = get_optimizer_state_dict(self.objective, self.optimizer.optimizer, options=whole)
         rng, sums = self._gather(files.rng_state()), self.sums if self.step else None
-        problem = None
-        if self.main:
+
+        def write():
+            if broken := next((name for name, t in model.items() if not torch.isfinite(t).all()), None):
+                raise TrainingError(f"weights: expected finite numbers, got others in {broken}; {files.named(self.last_good)}")
             path = files.path_for(self.folder, self.epoch, self.step)
             state = {
-                "recipe": self.recipe.model_dump(mode="json"), "world": self.place.world, "epoch": self.epoch, "step": self.step,
-                "updates": self.updates, "model": model, "ema": ema, "optimizer": optimizer, "schedule": self.schedule.state_dict(),
-                "rng": rng, "history": self.history, "best": self.best, "sums": sums, "seconds": self.seconds, "bad": dict(self.bad),
+                "recipe": self.recipe.model_dump(mode="json"), "data": self.facts, "world": self.place.world, "epoch": self.epoch,
+                "step": self.step, "updates": self.updates, "model": model, "ema": ema, "optimizer": optimizer,
+                "schedule": self.schedule.state_dict(), "rng": rng, "history": self.history, "best": self.best, "sums": sums,
+                "seconds": self.seconds, "bad": dict(self.bad),
             }  # fmt: skip
-            broken = next((name for name, t in model.items() if not torch.isfinite(t).all()), None)
-            try:
-                if broken is not None:
-                    raise TrainingError(f"weights: expected finite numbers, got others in {broken}; {files.named(self.last_good)}")
-                files.write(path, state, self.last_good)
-                if best:
-                    files.link_best(path)
-                files.prune(self.folder, self.recipe.checkpoint.keep)
-                self.last_good = path
-                self._whole(ema or model)
-            except (TrainingError, OSError) as error:
-                problem = str(error)
-        problem = self.fabric.broadcast(problem)
-        if problem is not None:
-            raise TrainingError(problem)
-        self.last_good = Path(self.fabric.broadcast(str(self.last_good)))
+            files.write(path, state, self.last_good)
+            self.last_good = path
+            if best:
+                files.link_best(path)
+            files.prune(self.folder, self.recipe.checkpoint.keep)
+            self._whole(ema or model)
+            return str(path)
+
+        self.last_good = Path(self._first(write))
         self.clock = time.monotonic()
 
     def _whole(self, state):
@@ -416,6 +454,9 @@ class Run:
         if changed := self.recipe.differences(stored):
             values = ", ".join(f"{key} (was {_value(stored, key)!r}, now {_value(self.recipe, key)!r})" for key in changed)
             raise TrainingError(f"{path}: the run that stands here had other values of {values}; a changed run needs a folder of its own")
+        then, now = state["data"], self.facts
+        if changed := [f"{key} (was {then.get(key)!r}, now {now[key]!r})" for key in now if now[key] != then.get(key)]:
+            raise TrainingError(f"{path}: the run that stands here had other data: {', '.join(changed)}")
         whole = StateDictOptions(full_state_dict=True)
         try:
             set_model_state_dict(self.objective, state["model"], options=whole)
@@ -435,8 +476,6 @@ class Run:
         self.watch.say(f"going on from {path}: epoch {self.epoch + 1}, step {self.step}")
 
     def _finish(self):
-        if not self.main:
-            return
         metadata = {"recipe": self.recipe.model_dump(mode="json"), **self.history[-1]}
         state = files.read(self.last_good)
         written = []
@@ -449,9 +488,28 @@ class Run:
 
     # -- agreement --------------------------------------------------------------------------------------------------------------------
 
+    def _first(self, work):
+        """What the first process does, and its result in all of them; where it fails, all end with its message."""
+        found = problem = None
+        if self.main:
+            try:
+                found = work()
+            except TrainingError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{error}; {files.named(self.last_good)}"
+        found, problem = self.fabric.broadcast((found, problem))
+        if problem is not None:
+            raise TrainingError(problem)
+        return found
+
+    def _sum(self, *numbers: float) -> list[float]:
+        """Each, added over the processes."""
+        return self.fabric.all_reduce(torch.tensor([float(n) for n in numbers], device=self.device), reduce_op="sum").tolist()
+
     def _agree(self, flag: bool) -> bool:
         """Whether any process says so."""
-        return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.device), reduce_op="sum"))
+        return self._sum(flag)[0] > 0
 
     def _gather(self, value) -> list:
         """One value of each process, in the first one."""
@@ -478,9 +536,11 @@ class Run:
                 f"{files.named(self.last_good)}"
             )
 
-    def _due(self):
+    def _due(self, last):
+        """Whether it is time for a checkpoint: by the recipe, and before an evaluation if the last one is a minute old."""
         minutes = self.recipe.checkpoint.every_minutes
-        return bool(minutes) and time.monotonic() - self.clock > 60 * minutes
+        passed = time.monotonic() - self.clock
+        return passed > 60 * minutes > 0 or (last and passed > 60 and self._evaluates())
 
 
 # -- pieces ---------------------------------------------------------------------------------------------------------------------------
@@ -518,68 +578,6 @@ def set_rate(schedule, epoch: int, updates: int) -> float:
     schedule.step(epoch)
     schedule.step_update(updates)
     return schedule.optimizer.param_groups[0]["lr"]
-
-
-def _fabric(recipe):
-    """Lightning Fabric by the recipe; what torchrun or SLURM say about nodes and processes goes first."""
-    Fabric = need("lightning.fabric").Fabric
-    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
-
-    environment = os.environ
-    devices, nodes = recipe.devices, 1
-    if "LOCAL_WORLD_SIZE" in environment:
-        devices = int(environment["LOCAL_WORLD_SIZE"])
-        nodes = int(environment["WORLD_SIZE"]) // devices
-    elif "SLURM_NTASKS" in environment and "SLURM_NNODES" in environment:
-        nodes = int(environment["SLURM_NNODES"])
-        devices = int(environment["SLURM_NTASKS"]) // nodes
-    accelerator = recipe.accelerator
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if devices == "auto":
-        devices = torch.cuda.device_count() if accelerator == "cuda" else 1
-    world = devices * nodes
-    strategy = "auto"
-    if recipe.strategy == "fsdp2":
-        strategy = ModelParallelStrategy(
-            lambda module, mesh: _shard(module, mesh), data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
-    elif world > 1 or recipe.strategy == "ddp":
-        strategy = DDPStrategy(gradient_as_bucket_view=True)
-    if world > 1 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        _join_attempt("nccl" if accelerator == "cuda" else "gloo")
-    try:
-        return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
-    except Exception as error:  # Lightning raises several kinds for devices that are not there
-        raise TrainingError(f"accelerator {accelerator}, devices {devices}: {error}") from None
-
-
-def _join_attempt(backend):
-    """The process group of torchrun's present attempt. Its agent keeps one store for all of them, where a worker that was started again
-    would find the addresses of its dead predecessors and fail, or wait, depending on who comes first.
-    """
-    from torch.distributed import PrefixStore, TCPStore, init_process_group
-
-    environment = os.environ
-    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world, is_master=False)
-    attempt = PrefixStore(f"coda_fast/attempt_{environment['TORCHELASTIC_RESTART_COUNT']}", store)
-    init_process_group(backend, store=attempt, rank=rank, world_size=world)
-
-
-def _shard(objective, mesh):
-    """FSDP2: a group of parameters for each layer; one for all with the matrix regulariser, which uses weights outside their layer."""
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = mesh["data_parallel"]
-    if objective.matrix is None:
-        for layer in objective.model.layers:
-            fully_shard(layer, mesh=mesh)
-    return fully_shard(objective, mesh=mesh)
-
-
-def _sharded(fabric):
-    return type(fabric.strategy).__name__ == "ModelParallelStrategy"
 
 
 def _split(recipe, place):

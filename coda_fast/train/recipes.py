@@ -209,7 +209,7 @@ class Recipe(_Section):
 
 
 # what a run may change when it goes on: where and how it is computed, not what
-_FREE = ("name", "about", "data.path", "data.val_path", "data.workers", "data.in_memory", "data.max_corrupt", "accelerator", "devices",
+_FREE = ("name", "about", "data.path", "data.val_path", "data.workers", "data.max_corrupt", "accelerator", "devices",
          "strategy", "micro_batch", "compile", "channels_last", "checkpoint.", "log.", "evaluation.batch_size")  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from coda_fast.checkpoints import atomic_path
 from coda_fast.train.errors import TrainingError
 
 FORMAT = "coda_fast.train"
+PATIENCE = 20.0  # seconds
 _NAME = re.compile(r"epoch_(\d+)_step_(\d+)\.pt")
-_KEYS = {"recipe", "world", "epoch", "step", "updates", "model", "ema", "optimizer", "schedule", "rng", "history", "best"}
+_KEYS = {"recipe", "world", "epoch", "step", "updates", "model", "ema", "optimizer", "schedule", "rng", "history", "best", "data"}
 
 
 def write(path: Path, state: dict, last_good: Path | None) -> None:
@@ -84,7 +85,8 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | Non
     silently began anew would write over them.
     """
     there = listed(folder)
-    for path in there:
+    best = Path(folder) / "best.pt"
+    for path in [*there, *([best] if there and best.exists() else [])]:
         try:
             return path, read(path)
         except TrainingError as error:
@@ -109,6 +111,32 @@ def link_best(path: Path) -> None:
             os.link(path, temporary)
         except OSError:
             shutil.copyfile(path, temporary)
+
+
+@contextlib.contextmanager
+def locked(output: Path, say: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the folder of a run. Workers of a run that was just killed may hold it for some seconds more: PATIENCE.
+
+    Raises:
+        TrainingError: another process trains there.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(output / ".lock")
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting {PATIENCE:.0f} s for the run that holds {output}")
+            lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise TrainingError(f"{output}: another process trains there; choose another folder (--output)") from None
+    except NotImplementedError:  # a file system without locks
+        say(f"{output} cannot be locked: see to it that no other run writes there")
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def prune(folder: Path, keep: int) -> None:

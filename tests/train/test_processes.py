@@ -1,10 +1,17 @@
 """Several processes on this machine (gloo): the same curve as one, nothing counted twice, workers that die, two agents that meet."""
 
+import contextlib
+import os
 import socket
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support_train import assert_same, command, end_of, environment, finished, losses, run
+from torch.distributed import TCPStore
+
+from coda_fast.train import TrainingError, processes
 
 pytestmark = pytest.mark.slow
 OPTIONS = ("precision=float64", "ema.decay=0.9", "data.flip=true", "data.pad=1", "checkpoint.every_steps=6", "checkpoint.keep=100")
@@ -69,14 +76,17 @@ def test_a_run_of_two_goes_on_alone(alone, pair, tmp_path):
 
 
 DYING = """
-import os, signal, sys
+import os, pathlib, signal, sys
 from coda_fast.cli import main
 from coda_fast.train import engine
+
+died = pathlib.Path(__file__).with_suffix(".died")  # once is enough, whichever rank it gets next
 
 step = engine.Run._step
 
 def dying(self, batch):
-    if self.updates == 32 and self.place.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if self.updates == 32 and self.place.rank == 1 and not died.exists():
+        died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch)
 
@@ -96,32 +106,92 @@ def test_a_worker_that_is_killed_is_restarted_and_nothing_is_lost(pair, tmp_path
     assert losses(pair) == losses(tmp_path / "out")
 
 
-def test_two_agents_meet_and_train_together(alone, tmp_path):
-    """Two agents of torchrun, as on two hosts, find each other on the loopback."""
+@pytest.fixture(params=["one loopback", "two network namespaces"])
+def hosts(request):
+    """Two hosts, as (prefix of commands, address, environment) each: on the loopback, or with a network of its own each and a cable."""
+    if request.param == "one loopback":
+        yield [((), "127.0.0.1", {})] * 2
+        return
+    names = [f"coda-{os.getpid()}-{i}" for i in range(2)]
+
+    def ip(*arguments, check=True):
+        return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for i, name in enumerate(names):
+            ip("-n", name, "address", "add", f"10.133.7.{i + 1}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                ip("-n", name, "link", "set", device, "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in names:
+            with contextlib.suppress(OSError):
+                ip("netns", "delete", name, check=False)
+        pytest.skip(f"network namespaces need ip and its privileges: {error}")
+    yield [(("ip", "netns", "exec", name), f"10.133.7.{i + 1}", {"GLOO_SOCKET_IFNAME": "cable"}) for i, name in enumerate(names)]
+    for name in names:
+        ip("netns", "delete", name)
+
+
+def test_two_hosts_train_together_and_a_worker_is_killed(pair, tmp_path, hosts):
+    """An agent of torchrun on each; they find each other, and again after SIGKILL to the worker of one: each counts restarts for itself."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    meeting = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test")
-    local = ("--local-addr=127.0.0.1",)
-    agents = [
-        subprocess.Popen(
-            command(tmp_path, *OPTIONS, launcher=(*meeting, *local)), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
+    (tmp_path / "dying.py").write_text(DYING)
+    meeting = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0][1]}:{port}", "--rdzv-id=test")
+    agents = []
+    for prefix, address, more in hosts:
+        launcher = (*meeting, f"--local-addr={address}", "--max-restarts=2", "--monitor-interval=0.1")
+        program, options = (tmp_path / "dying.py",), ("--resume", "auto")
+        arguments = command(tmp_path / "out", *OPTIONS, launcher=launcher, program=program, options=options)
+        agents.append(
+            subprocess.Popen([*prefix, *arguments], env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
-        for _ in range(2)
-    ]  # fmt: skip
     try:
         printed = [agent.communicate(timeout=120)[0] for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)[-4000:]
-    assert end_of(tmp_path)["world"] == 2
-    assert_same(end_of(alone), end_of(tmp_path), BOUND)
+    assert "epoch_0001_step_0000009.pt: epoch 2, step 9" in "\n".join(printed)
+    assert end_of(tmp_path / "out")["world"] == 2
+    assert_same(end_of(pair), end_of(tmp_path / "out"))
+
+
+def test_workers_agree_on_an_attempt():
+    """Whoever comes first, whatever their dead predecessors left, and whether there were as many of them."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    names = []
+
+    def attempt(world, delays):
+        def worker(rank):
+            time.sleep(delays[rank])
+            return processes.agree_on_attempt(TCPStore("127.0.0.1", store.port, is_master=False), rank, world, patience=20)
+
+        with ThreadPoolExecutor(world) as pool:
+            found = set(pool.map(worker, range(world)))
+        assert len(found) == 1
+        names.extend(found)
+
+    attempt(3, (0, 0.2, 0.4))
+    attempt(3, (0.4, 0.2, 0))
+    attempt(2, (0, 0.5))
+    attempt(4, (0.3, 0, 0, 0.5))
+    assert len(set(names)) == 4
+
+
+def test_half_an_attempt_is_no_attempt():
+    """Who died before it agreed leaves the others waiting, until torchrun ends them, or their patience."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(TrainingError, match="expected 2 workers to meet within 1 s, worker 0 has not met the others"):
+        processes.agree_on_attempt(store, 0, 2, patience=1)
 
 
 def test_a_signal_to_one_of_two_stops_both(pair, tmp_path):
-    (tmp_path / "signalled.py").write_text(DYING.replace("SIGKILL", "SIGUSR1").replace("RESTART_COUNT", "MAX_RESTARTS"))
+    (tmp_path / "signalled.py").write_text(DYING.replace("SIGKILL", "SIGUSR1"))
     finished(command(tmp_path / "out", *OPTIONS, launcher=STANDALONE, program=(tmp_path / "signalled.py",)))
     assert not (tmp_path / "out" / "model.safetensors").exists()
     newest = max((tmp_path / "out" / "checkpoints").glob("epoch*.pt"))

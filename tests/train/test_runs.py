@@ -206,7 +206,7 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path):
         (b"PK\x03\x04 not really", "not a readable checkpoint"),
         ({"state_dict": {}}, "expected a checkpoint of coda-fast train, got a file with 'state_dict'"),
         ([1, 2], "expected a checkpoint of coda-fast train, got list"),
-        ({"format": "coda_fast.train", "version": "9"}, "a checkpoint of coda-fast train 9 without best, ema"),
+        ({"format": "coda_fast.train", "version": "9"}, "a checkpoint of coda-fast train 9 without best, data"),
         (print, "not a readable checkpoint"),  # a function: nothing is unpickled freely
     ],
 )
@@ -256,6 +256,33 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoints" / "epoch_0002_step_0000000.pt").exists()
 
 
+@pytest.mark.parametrize(
+    ("where", "name", "stands_at"),
+    [
+        ("watch", "_open_steps", 1), ("watch", "step", 1), ("state", "link_best", 2), ("watch", "_write_metrics", 2), ("watch", "maps", 2),
+        ("plot", "save_figure", 2), ("checkpoints", "save", 2),
+    ],
+)  # fmt: skip
+def test_a_full_disk_beside_the_checkpoints(tmp_path, monkeypatch, where, name, stands_at):
+    """Curves, pictures, links: one line that names the last good checkpoint, from which the run goes on."""
+    from coda_fast import plot
+    from coda_fast.train import state, watch
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    options = ("log.maps=1", "schedule.kind=constant")
+    run(tmp_path, *options, "epochs=1")
+    (tmp_path / "curve.png").unlink()
+    owner = {"watch": watch.Watch, "plot": plot, "checkpoints": checkpoints, "state": state}[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(TrainingError, match=rf"No space left on device; the last good .* is .*epoch_000{stands_at}_step_0000000.pt"):
+            run(tmp_path, *options, resume="auto")
+    assert run(tmp_path, *options, resume="auto")["epoch"] == 2
+    assert (tmp_path / "curve.png").exists()
+
+
 def test_a_full_disk(tmp_path):
     """Files may not grow over a size, which is how a full disk looks to the writer; the checkpoint of before stays, and is named."""
     run(tmp_path, "epochs=1", "schedule.kind=constant")
@@ -277,9 +304,11 @@ def test_a_full_disk(tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".writing*"))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_and_stops(tmp_path, monkeypatch, name):
-    run(tmp_path / "whole")
+@pytest.mark.parametrize(("name", "every", "stands_at"), [("SIGTERM", 4, 8), ("SIGUSR1", 4, 8), ("SIGTERM", 1000, 21)])
+def test_a_signal_saves_and_stops(tmp_path, monkeypatch, name, every, stands_at):
+    """At the next metrics after update 26; where that is the end of the epoch, before the evaluation."""
+    options = (f"log.every={every}", "ema.decay=0.9")
+    run(tmp_path / "whole", *options)
     step = engine.Run._step
 
     def signalled(self, batch):
@@ -290,12 +319,68 @@ def test_a_signal_saves_and_stops(tmp_path, monkeypatch, name):
     monkeypatch.setattr(engine.Run, "_step", signalled)
     before = signal.getsignal(getattr(signal, name))
     with pytest.raises(Stopped) as stop:
-        run(tmp_path / "stopped")
+        run(tmp_path / "stopped", *options)
     assert signal.getsignal(getattr(signal, name)) == before
-    assert stop.value.checkpoint.name == "epoch_0001_step_0000008.pt"  # the next metrics after update 26
+    assert stop.value.checkpoint.name == f"epoch_0001_step_{stands_at:07d}.pt"
     monkeypatch.undo()
-    run(tmp_path / "stopped", resume="auto")
-    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "stopped"))
+    assert_goes_on(tmp_path, options)
+
+
+def assert_goes_on(tmp_path, options):
+    """The run that was stopped ends as the whole one."""
+    run(tmp_path / "stopped", *options, resume="auto")
+    whole, stopped = end_of(tmp_path / "whole"), end_of(tmp_path / "stopped")
+    assert_same(whole, stopped)
+    for row, other in zip(whole["history"], stopped["history"], strict=True):
+        assert {k: v for k, v in row.items() if k != "images_per_second"} == {k: v for k, v in other.items() if k != "images_per_second"}
+
+
+def test_slow_steps_are_interrupted_soon(tmp_path, monkeypatch):
+    """Not at the next row of the log, which may be minutes away."""
+    step = engine.Run._step
+
+    def slow(self, batch):
+        if self.updates == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(engine.Run, "_step", slow)
+    monkeypatch.setattr(engine, "HEARTBEAT", 0.0)  # every step takes longer
+    with pytest.raises(Stopped) as stop:
+        run(tmp_path, "log.every=1000")
+    assert stop.value.checkpoint.name == "epoch_0000_step_0000006.pt"
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_signal_during_evaluation(tmp_path, monkeypatch, at):
+    """The epoch is kept, the evaluation is repeated; batch ``at`` of 4 in each of 2 evaluations."""
+    options = ("evaluation.batch_size=120", "ema.decay=0.9")
+    run(tmp_path / "whole", *options)
+    forward, seen = engine.Objective.forward, []
+
+    def signalled(self, images, *more):
+        if not self.training and (self.model is not None) and len(images) in (120, 90):
+            seen.append(len(images))
+            if len(seen) == 2 * at:  # the weights and their average
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, images, *more)
+
+    monkeypatch.setattr(engine.Objective, "forward", signalled)
+    with pytest.raises(Stopped) as stop:
+        run(tmp_path / "stopped", *options)
+    assert len(seen) == 2 * at
+    assert stop.value.checkpoint.name == f"epoch_000{at // 4}_step_0000021.pt"
+    monkeypatch.undo()
+    assert_goes_on(tmp_path, options)
+
+
+def test_a_checkpoint_before_an_evaluation_if_the_last_is_old(tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 50))  # every look at the clock is 50 s later
+    monkeypatch.setattr(engine.time, "monotonic", lambda: float(next(clock)))
+    run(tmp_path, "checkpoint.keep=9", "log.every=1000")
+    names = {p.name for p in (tmp_path / "checkpoints").glob("epoch*")}
+    assert "epoch_0001_step_0000000.pt" in names
+    assert any("step_0000021" in name for name in names)
 
 
 @pytest.mark.slow
@@ -401,3 +486,77 @@ def test_a_recipe_runs_no_commands(tmp_path):
     with pytest.raises(TrainingError, match="a recipe must not run commands"):
         run(tmp_path / "out", *options, f"data.path=pipe:touch {tmp_path}/ran")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_best_goes_on_where_the_others_are_torn(tmp_path, capsys):
+    """keep=1: the best one is a file of its own once a later one is worse."""
+    options = ("epochs=3", "optimizer.lr=0.1", "schedule.kind=constant", "checkpoint.keep=1")
+    run(tmp_path, *options)
+    folder = tmp_path / "checkpoints"
+    best = torch.load(folder / "best.pt", weights_only=True)["epoch"]
+    last = folder / "epoch_0003_step_0000000.pt"
+    last.unlink()  # the best may be another name of it
+    last.write_bytes(b"torn")
+    assert train.run(recipe(*options), tmp_path, "auto")["epoch"] == 3
+    assert f"going on from {folder / 'best.pt'}: epoch {best + 1}" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
+    """The second waits a little, for one that was just killed, and is refused; the first is not disturbed."""
+    run(tmp_path / "alone", "epochs=1")
+    step, second = engine.Run._step, []
+    program = "import sys; from coda_fast.train import state; state.PATIENCE = 0.5; from coda_fast.cli import main; main(['train', *sys.argv[1:]])"
+
+    def intruded(self, batch):
+        if self.updates == 3 and not second:
+            second.append(finished(command(tmp_path / "out", "epochs=1", program=("-c", program), options=("--resume", "auto")), code=2))
+        return step(self, batch)
+
+    monkeypatch.setattr(engine.Run, "_step", intruded)
+    run(tmp_path / "out", "epochs=1")
+    assert "another process trains there" in second[0]
+    assert "waiting 0 s for the run that holds" in second[0]
+    assert_same(end_of(tmp_path / "alone", 1), end_of(tmp_path / "out", 1))
+    monkeypatch.undo()
+    run(tmp_path / "out", "epochs=1", resume="auto")  # whose lock was given back
+
+
+def test_other_data_is_another_run(tmp_path):
+    """Fewer images, other labels, other classes; the same at another path is the same."""
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (200, 8, 8), dtype=np.uint8), np.arange(200) % 10
+    options = ("data.kind=npz", "model.image_size=null", "batch_size=20", "schedule.kind=constant")
+
+    def write(name, train_images, train_labels):
+        np.savez(tmp_path / name, train_images=train_images, train_labels=train_labels, test_images=images[:20], test_labels=labels[:20])
+        return f"data.path={tmp_path / name}"
+
+    run(tmp_path / "out", *options, write("a.npz", images, labels), "epochs=1")
+    others = {
+        "train_images .was 200, now 100.": (images[:100], labels[:100]),
+        "train_checksum .was": (images, labels[::-1]),
+        "train_checksum": (255 - images, labels),
+    }
+    for what, changed in others.items():
+        with pytest.raises(TrainingError, match=f"had other data: {what}"):
+            run(tmp_path / "out", *options, write("b.npz", *changed), "epochs=2", resume="auto")
+    assert run(tmp_path / "out", *options, write("e.npz", images, labels), "epochs=2", resume="auto")["epoch"] == 2
+
+
+def test_validation_images_that_cannot_be_read_are_no_accuracy(tmp_path):
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for i in range(4):
+                path = tmp_path / "set" / split / name / f"{i}.png"
+                Image.new("L", (8, 8), 20 * i).save(path) if split == "train" else path.write_bytes(b"torn")
+    options = ("data.kind=folder", f"data.path={tmp_path / 'set'}", "data.workers=0", "batch_size=4", "model.out_channels=[4, 2]")
+    with pytest.raises(TrainingError, match="expected validation images, could read none of them"):
+        run(tmp_path / "out", *options)
+
+
+def test_small_micro_batches_are_said(tmp_path, capsys):
+    train.run(recipe("epochs=1", "batch_size=62", "micro_batch=30"), tmp_path)
+    assert "micro_batch: 30 does not divide the 62 images of a process, 2 does" in capsys.readouterr().err
