@@ -143,8 +143,10 @@ def test_two_hosts_train_together_and_a_worker_is_killed(pair, tmp_path, hosts):
     (tmp_path / "dying.py").write_text(DYING)
     meeting = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0][1]}:{port}", "--rdzv-id=test")
     agents = []
-    for prefix, address, more in hosts:
-        launcher = (*meeting, f"--local-addr={address}", "--max-restarts=2", "--monitor-interval=0.1")
+    for i, (prefix, address, more) in enumerate(hosts):
+        # a name tells torchrun which host the meeting point is; of namespaces there are no names
+        meeting_point = f"--rdzv-conf=is_host={1 - i}" if prefix else "--rdzv-conf="
+        launcher = (*meeting, meeting_point, f"--local-addr={address}", "--max-restarts=2", "--monitor-interval=0.1")
         program, options = (tmp_path / "dying.py",), ("--resume", "auto")
         arguments = command(tmp_path / "out", *OPTIONS, launcher=launcher, program=program, options=options)
         agents.append(
