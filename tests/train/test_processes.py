@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import time
@@ -57,6 +58,29 @@ def test_fsdp2_is_ddp_is_one_process(alone, tmp_path):
     finished(command(tmp_path, *OPTIONS, "strategy=fsdp2", "micro_batch=16", launcher=STANDALONE))
     assert_same_curve(alone, tmp_path)
     assert_same(end_of(alone), end_of(tmp_path), BOUND)
+
+
+COMPILED = """
+import sys
+import torch
+from coda_fast.cli import main
+
+plain = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self: plain(self, backend="aot_eager")  # graphs are made, and run without inductor's minutes
+try:
+    main(["train", *sys.argv[1:]])
+finally:
+    print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_compiled_network_of_two_processes(alone, tmp_path, strategy):
+    (tmp_path / "compiled.py").write_text(COMPILED)
+    options = (*OPTIONS, "compile=true", f"strategy={strategy}", "devices=2")
+    printed = finished(command(tmp_path / "out", *options, program=(tmp_path / "compiled.py",)))
+    assert int(re.findall(r"graphs: (\d+)", printed)[0]) > 0
+    assert_same(end_of(alone), end_of(tmp_path / "out"), BOUND)
 
 
 def test_the_regulariser_draws_for_the_global_batch(tmp_path):

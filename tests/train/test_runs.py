@@ -505,12 +505,13 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     """The second waits a little, for one that was just killed, and is refused; the first is not disturbed."""
     run(tmp_path / "alone", "epochs=1")
     step, second = engine.Run._step, []
-    program = "import sys; from coda_fast.train import state; state.PATIENCE = 0.5;"
-        "from coda_fast.cli import main; main(['train', *sys.argv[1:]])"
+    impatient = "import sys; from coda_fast import cli; from coda_fast.train import state; state.PATIENCE = 0.5; cli.main(sys.argv[1:])"
+        "import sys; from coda_fast import cli; from coda_fast.train import state; state.PATIENCE = 0.5; cli.main(['train', *sys.argv[1:]])"
+    )
 
     def intruded(self, batch):
         if self.updates == 3 and not second:
-            second.append(finished(command(tmp_path / "out", "epochs=1", program=("-c", program), options=("--resume", "auto")), code=2))
+            second.append(finished(command(tmp_path / "out", "epochs=1", program=("-c", impatient, "train"), options=("--resume", "auto")), code=2))
         return step(self, batch)
 
     monkeypatch.setattr(engine.Run, "_step", intruded)
