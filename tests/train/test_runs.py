@@ -506,12 +506,11 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     run(tmp_path / "alone", "epochs=1")
     step, second = engine.Run._step, []
     impatient = "import sys; from coda_fast import cli; from coda_fast.train import state; state.PATIENCE = 0.5; cli.main(sys.argv[1:])"
-        "import sys; from coda_fast import cli; from coda_fast.train import state; state.PATIENCE = 0.5; cli.main(['train', *sys.argv[1:]])"
-    )
 
     def intruded(self, batch):
         if self.updates == 3 and not second:
-            second.append(finished(command(tmp_path / "out", "epochs=1", program=("-c", impatient, "train"), options=("--resume", "auto")), code=2))
+            arguments = command(tmp_path / "out", "epochs=1", program=("-c", impatient, "train"), options=("--resume", "auto"))
+            second.append(finished(arguments, code=2))
         return step(self, batch)
 
     monkeypatch.setattr(engine.Run, "_step", intruded)
