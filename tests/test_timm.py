@@ -1,5 +1,6 @@
 """timm's factory, data pipeline, checkpoints and training loop on CoDA-Nets: as the networks of coda_fast, with timm's interface."""
 
+import csv
 import importlib
 import os
 import subprocess
@@ -308,22 +309,52 @@ def test_training_with_the_parts_of_timm(image_folder, tmp_path):
 
 
 def test_train_py(image_folder, tmp_path):
-    """timm's own script, which its wheel leaves out: TIMM_TRAIN names it."""
+    """timm's own script, which its wheel leaves out: TIMM_TRAIN names it. It trains, validates, saves and resumes."""
     script = os.environ.get("TIMM_TRAIN")
     if not script:
         pytest.skip("TIMM_TRAIN=.../pytorch-image-models/train.py runs timm's own script, which its wheel does not hold")
-    flags = {
-        "device-modules": "coda_fast.timm_models", "model": "coda_xs_digits", "num-classes": 2, "in-chans": 1, "input-img-mode": "L",
-        "opt": "adam", "lr": 0.01, "warmup-epochs": 0, "epochs": 1, "batch-size": 8, "workers": 0, "device": "cpu",
-        "amp-dtype": "bfloat16", "data-dir": image_folder, "output": tmp_path, "experiment": "run",
-    }  # fmt: skip
-    switches = ["--bce-loss", "--no-aug", "--no-prefetcher", "--amp", "--model-ema"]
-    command = [sys.executable, script, *switches, *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
     root = Path(__file__).resolve().parent.parent
     path = os.pathsep.join([str(root), str(root / "kernels")])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    output = tmp_path / "run"
+
+    def train(*more, plugin=("--device-modules", "coda_fast.timm_models")):
+        flags = {
+            "model": "coda_xs_digits", "num-classes": 2, "in-chans": 1, "input-img-mode": "L", "model-kwargs": "rank=4", "loss": "bce",
+            "opt": "adam", "lr": 0.01, "warmup-epochs": 0, "batch-size": 2, "workers": 0, "device": "cpu",
+            "amp-dtype": "bfloat16", "model-ema-decay": 0.8, "data-dir": image_folder, "output": tmp_path, "experiment": output.name,
+        }  # fmt: skip
+        words = [*plugin, *more, *(word for name, value in flags.items() for word in (f"--{name}", value))]
+        command = [sys.executable, script, "--no-aug", "--amp", "--model-ema", *map(str, words)]
+        return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+
+    def rows():
+        with open(output / "summary.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    done = train("--epochs", 1, plugin=())
+    assert done.returncode != 0
+    assert "Unknown model (coda_xs_digits)" in done.stderr
+    done = train("--epochs", 1, "--no-prefetcher")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "run" / "last.pth.tar").exists()
+    (row,) = rows()
+    assert float(row["eval_top1"]) == 100.0
+
+    last = output / "last.pth.tar"
+    twin = timm.create_model("coda_xs_digits", num_classes=2, rank=4, checkpoint_path=last).eval()  # the averaged weights
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=twin))
+    data = timm.data.create_dataset("", root=image_folder, split="validation", input_img_mode="L", transform=transform)
+    images, labels = torch.stack([image for image, _ in data]), torch.tensor([label for _, label in data])
+    assert nn.functional.cross_entropy(twin(images), labels).item() == pytest.approx(float(row["eval_loss"]), rel=0.02)  # bfloat16 there
+    averaged = twin(images)
+    timm.models.load_checkpoint(twin, last, use_ema=False)
+    assert not torch.equal(twin(images), averaged)
+    assert torch.equal(twin(images).argmax(1), labels)
+
+    done = train("--epochs", 2, "--resume", last)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert timm.utils.load_checkpoint_metadata(last)["epoch"] == 1
+    assert rows()[-1]["epoch"] == "1"
+    assert float(rows()[-1]["eval_loss"]) < float(row["eval_loss"])
 
 
 def test_without_timm():
