@@ -296,7 +296,8 @@ class Run:
             window.zero_()
             now = time.perf_counter()
             elapsed, begun = now - begun, now
-            self.sums += torch.tensor([loss, correct, seen], dtype=torch.float64)
+            # the mean over processes, whose number may be another when the run goes on
+            self.sums += torch.tensor([loss / self.place.world, correct, seen], dtype=torch.float64)
             self.seconds += elapsed
             mean, accuracy = loss / max(1, steps * self.place.world), correct / max(1, seen)
             if self.main:
@@ -307,12 +308,11 @@ class Run:
                 self.save()
                 if asked:
                     raise Stopped(self.last_good)
-        done = self.steps * self.place.world
         self.row = {
             "epoch": self.epoch + 1,
             "updates": self.updates,
             "learning_rate": self.lr,
-            "train_loss": float(self.sums[0]) / done,
+            "train_loss": float(self.sums[0]) / self.steps,
             "train_accuracy": float(self.sums[1] / self.sums[2].clamp_min(1)),
             "images_per_second": self.steps * recipe.batch_size / max(self.seconds, 1e-9),
             "unreadable": len(self.bad),

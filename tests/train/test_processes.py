@@ -42,6 +42,10 @@ def assert_same_curve(a, b):
     assert len(first) >= 10
     for update, loss in first.items():
         assert second[update] == pytest.approx(loss, rel=1e-8), update  # the file has nine digits
+    assert_same_epochs(a, b)
+
+
+def assert_same_epochs(a, b):
     for row, other in zip(end_of(a)["history"], end_of(b)["history"], strict=True):
         for key in ("train_loss", "val_loss", "ema_val_loss"):
             assert other[key] == pytest.approx(row[key], rel=1e-12)
@@ -97,6 +101,7 @@ def test_a_run_of_two_goes_on_alone(alone, pair, tmp_path):
     """A checkpoint belongs to no number of processes: from the middle of an epoch of two, by one."""
     run(tmp_path, *OPTIONS, resume=str(pair / "checkpoints" / "epoch_0001_step_0000009.pt"))
     assert_same(end_of(alone), end_of(tmp_path), BOUND)
+    assert_same_epochs(alone, tmp_path)
 
 
 DYING = """
