@@ -135,12 +135,42 @@ def test_a_worker_that_is_killed_is_restarted_and_nothing_is_lost(pair, tmp_path
     assert losses(pair) == losses(tmp_path / "out")
 
 
-@pytest.fixture(params=["one loopback", "two network namespaces"])
-def hosts(request):
-    """Two hosts, as (prefix of commands, address, environment) each: on the loopback, or with a network of its own each and a cable."""
-    if request.param == "one loopback":
-        yield [((), "127.0.0.1", {})] * 2
-        return
+def train_on_two_hosts(hosts, program, output, nodes="2"):
+    """An agent of torchrun on each of ``hosts`` (prefix of commands, address, environment); how they ended, what they printed."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    agents = []
+    for i, (prefix, address, more) in enumerate(hosts):
+        launcher = (
+            f"--nnodes={nodes}", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0][1]}:{port}", "--rdzv-id=test",
+            f"--rdzv-conf=is_host={1 - i},last_call_timeout=8", f"--local-addr={address}", "--max-restarts=2", "--monitor-interval=0.1",
+        )  # fmt: skip
+        arguments = command(output, *OPTIONS, launcher=launcher, program=(program,), options=("--resume", "auto"))
+        agents.append(
+            subprocess.Popen([*prefix, *arguments], env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        printed = [agent.communicate(timeout=150)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    return [agent.returncode for agent in agents], "\n".join(printed)
+
+
+def test_two_agents_train_together_and_a_worker_is_killed(pair, tmp_path):
+    """They meet on the loopback, and again after SIGKILL to the worker of one: each agent counts restarts for itself."""
+    (tmp_path / "dying.py").write_text(DYING)
+    codes, printed = train_on_two_hosts([((), "127.0.0.1", {})] * 2, tmp_path / "dying.py", tmp_path / "out")
+    assert codes == [0, 0], printed[-4000:]
+    assert "epoch_0001_step_0000009.pt: epoch 2, step 9" in printed
+    assert end_of(tmp_path / "out")["world"] == 2
+    assert_same(end_of(pair), end_of(tmp_path / "out"))
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts, as (prefix of commands, address, environment) each: network namespaces with a cable from one to the other."""
     names = [f"coda-{os.getpid()}-{i}" for i in range(2)]
 
     def ip(*arguments, check=True):
@@ -154,42 +184,28 @@ def hosts(request):
             ip("-n", name, "address", "add", f"10.133.7.{i + 1}/24", "dev", "cable")
             for device in ("lo", "cable"):
                 ip("-n", name, "link", "set", device, "up")
+        yield [(("ip", "netns", "exec", name), f"10.133.7.{i + 1}", {"GLOO_SOCKET_IFNAME": "cable"}) for i, name in enumerate(names)]
     except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces need ip and its privileges: {error}")
+    finally:
         for name in names:
             with contextlib.suppress(OSError):
                 ip("netns", "delete", name, check=False)
-        pytest.skip(f"network namespaces need ip and its privileges: {error}")
-    yield [(("ip", "netns", "exec", name), f"10.133.7.{i + 1}", {"GLOO_SOCKET_IFNAME": "cable"}) for i, name in enumerate(names)]
-    for name in names:
-        ip("netns", "delete", name)
 
 
-def test_two_hosts_train_together_and_a_worker_is_killed(pair, tmp_path, hosts):
-    """An agent of torchrun on each; they find each other, and again after SIGKILL to the worker of one: each counts restarts for itself."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    (tmp_path / "dying.py").write_text(DYING)
-    meeting = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0][1]}:{port}", "--rdzv-id=test")
-    agents = []
-    for i, (prefix, address, more) in enumerate(hosts):
-        # a name tells torchrun which host the meeting point is; of namespaces there are no names
-        meeting_point = f"--rdzv-conf=is_host={1 - i}" if prefix else "--rdzv-conf="
-        launcher = (*meeting, meeting_point, f"--local-addr={address}", "--max-restarts=2", "--monitor-interval=0.1")
-        program, options = (tmp_path / "dying.py",), ("--resume", "auto")
-        arguments = command(tmp_path / "out", *OPTIONS, launcher=launcher, program=program, options=options)
-        agents.append(
-            subprocess.Popen([*prefix, *arguments], env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        printed = [agent.communicate(timeout=120)[0] for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
-    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)[-4000:]
-    assert "epoch_0001_step_0000009.pt: epoch 2, step 9" in "\n".join(printed)
-    assert end_of(tmp_path / "out")["world"] == 2
-    assert_same(end_of(pair), end_of(tmp_path / "out"))
+def test_a_run_of_two_hosts_outlives_one(alone, tmp_path, hosts):
+    """Hosts with a network each; one is lost whole, agent and worker, in the second epoch; --nnodes=1:2 lets the other go on alone."""
+    lost = DYING.replace("self.place.rank == 1", "'LOST' in os.environ").replace(
+        "os.kill(os.getpid()", "os.kill(os.getppid(), 9), os.kill(os.getpid()"
+    )
+    (tmp_path / "lost.py").write_text(lost)
+    hosts[1][2]["LOST"] = "1"
+    codes, printed = train_on_two_hosts(hosts, tmp_path / "lost.py", tmp_path / "out", nodes="1:2")
+    assert codes == [0, -9], printed[-4000:]
+    assert "epoch_0001_step_0000009.pt: epoch 2, step 9" in printed
+    assert [end_of(tmp_path / "out", *position)["world"] for position in ((1, 9), (2, 0))] == [2, 1]
+    assert_same(end_of(alone), end_of(tmp_path / "out"), BOUND)
+    assert_same_epochs(alone, tmp_path / "out")
 
 
 def test_workers_agree_on_an_attempt():
