@@ -56,6 +56,18 @@ def test_penalty_is_of_the_linear_map(backend, norm, size):
     torch.testing.assert_close(size(weight).mean(), expected, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_images_that_do_not_count(norm):
+    """They are zeros in the mean, and their gradients nothing."""
+    net, x, labels = network(), images(3), torch.tensor([2, 1, 0])
+    loss, rows = DynamicMatrixLoss(1.0, 2, norm), torch.tensor([[2, 0], [1, 3], [0, 1]])
+    found = loss(net, x, labels, rows, torch.tensor([True, False, True])).penalty
+    expected = matrix_penalty(net, x[[0, 2]], rows[[0, 2]], norm) * 2 / 3
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for a, b in zip(*(torch.autograd.grad(p, list(net.parameters())) for p in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_gradients_are_numerical_ones(backend, norm):
