@@ -4,6 +4,7 @@ VENV        ?= .venv
 VENV_OLDEST ?= .venv-oldest
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
+JOBS        ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
 AOT_ARGS    ?=
@@ -16,6 +17,9 @@ OLDEST       := 'torch==2.11.*' 'numpy<2.4'
 VERSIONS     := import sys, numpy, torch; \
 	print("Python %d.%d.%d," % sys.version_info[:3], "torch", torch.__version__ + ",", "numpy", numpy.__version__)
 
+# a thread for each of JOBS processes: the interpreter of Triton has no use for more
+PARALLEL     := -n $(JOBS) --dist worksteal
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-oldest lint format bench tables gpu-report aot clean
@@ -23,7 +27,7 @@ VERSIONS     := import sys, numpy, torch; \
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo 'Variables: PYTHON=python3.x  VENV=folder  PIP_ARGS="arguments of pip install"  DEMO_ARGS  PYTEST_ARGS  BENCH_ARGS  GPU_ARGS  AOT_ARGS'
+	@echo 'Variables: PYTHON=python3.x  VENV=folder  JOBS=processes  PIP_ARGS="arguments of pip install"  DEMO_ARGS  PYTEST_ARGS  BENCH_ARGS  GPU_ARGS  AOT_ARGS'
 	@echo 'The first run downloads PyTorch. The build for CPUs only is far smaller: PIP_ARGS="--extra-index-url URL", with the URL that'
 	@echo 'the installation page of PyTorch names for it.'
 
@@ -32,12 +36,12 @@ demo: $(READY) ## train small networks on digits, draw their explanations into .
 
 test: $(READY) ## all tests and doctests, every bench once
 	@$(VENV)/bin/python -c '$(VERSIONS)'
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 	$(VENV)/bin/python -m pytest bench/ -q
 
 test-oldest: $(READY_OLDEST) ## the tests that are not slow, with the oldest supported torch
 	@$(VENV_OLDEST)/bin/python -c '$(VERSIONS)'
-	$(VENV_OLDEST)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 	$(VENV_OLDEST)/bin/python -m pytest bench/ -q -k "not compiled"
 
 lint: $(READY) ## ruff check and ruff format --check

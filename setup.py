@@ -18,7 +18,7 @@ TIMM = ["timm>=1.0.31"]
 HUB = ["huggingface_hub", "safetensors", "jinja2"]
 TRAIN = [*CLI, *TIMM, "lightning>=2.6", "torchvision", "pydantic>=2.7", "pyyaml", "tensorboard", "webdataset>=1.0"]
 BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
-TOOLS = ["pytest>=8.2", "pytest-benchmark", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
+TOOLS = ["pytest>=8.2", "pytest-benchmark", "pytest-xdist", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
 TEST = list(dict.fromkeys([*EVALUATION, *VIDEO, *TRAIN, *HUB, *TOOLS]))
 DEV = [*TEST, *BENCH, "ruff==0.17.6"]
 

@@ -22,7 +22,8 @@ CPU = ["--device", "cpu"]
 def start(*arguments, **environment):
     command = [sys.executable, *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": PATH, **environment}, stdout=pipe, stderr=pipe, text=True)
+    own = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}  # who runs this test is not who runs that
+    return subprocess.Popen(command, cwd=ROOT, env={**own, "PYTHONPATH": PATH, **environment}, stdout=pipe, stderr=pipe, text=True)
 
 
 def run(*arguments, **environment):
