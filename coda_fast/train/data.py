@@ -10,13 +10,16 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import random
 import signal
+import tarfile
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -147,7 +150,7 @@ class Folder:
     def sample(self, count: int) -> Batch:
         """As ``Arrays.sample``."""
         index = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-        return self._stack(_decode_all([self.files[i] for i in index], self.decoder, [None] * len(index)))
+        return self._stack(_Files(self.files, self.decoder, None).__getitems__(index))
 
     def in_memory(self, progress=None) -> tuple[Arrays, list]:
         """All of it decoded once, and what could not be read."""
@@ -169,16 +172,19 @@ class Folder:
             yield self._stack(decoded)
 
     def _stack(self, decoded):
+        if isinstance(decoded, TrainingError):  # raised in a worker, the loader would put a traceback into its message
+            raise decoded
         images, labels, valid, failures = decoded
         return Batch(images, labels, None if bool(valid.all()) else valid, failures).to(self.device)
 
 
 class Shards:
-    """WebDataset tar files with an image (jpg, jpeg, png, webp) and a class (cls) a sample. For training each process and worker cycles
-    through its share of the shards, so that the images of a step, unlike those of the other sources, depend on the number of processes.
+    """WebDataset tar files with an image (jpg, jpeg, png, webp) and a class (cls: 0 to ``classes`` - 1) a sample. For training each process
+    and worker cycles through its share of the shards, so that the images of a step, unlike those of the other sources, depend on the number
+    of processes. A sample that cannot be read takes its place in a batch, and so does the rest of a broken shard.
     """
 
-    def __init__(self, pattern: str, decoder: Decoder, workers: int, device="cpu", samples: int | None = None, buffer: int = 5000):
+    def __init__(self, pattern, decoder: Decoder, workers: int, classes: int, device="cpu", samples: int | None = None, buffer: int = 5000):
         need("webdataset")
         from webdataset.shardlists import expand_urls
 
@@ -188,7 +194,8 @@ class Shards:
         missing = [url for url in self.urls if "://" not in url and not os.path.exists(url)]
         if not self.urls or missing:
             raise TrainingError(f"data: expected shards {pattern!r}, found {len(self.urls) - len(missing)}; missing: {missing[:3]}")
-        self.decoder, self.workers, self.device, self.samples, self.buffer = decoder, workers, device, samples, buffer
+        self.decoder, self.workers, self.classes = decoder, workers, classes
+        self.device, self.samples, self.buffer = device, samples, buffer
 
     def __len__(self) -> int:
         if self.samples is None:
@@ -203,13 +210,12 @@ class Shards:
         """As many steps as ``len`` says. A run that goes on in the middle reads over what it has seen."""
         urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][place.rank :: place.world]
         workers = max(1, self.workers)
-        if len(urls) < workers:
+        if len(self.urls) // place.world < workers:  # the same answer in every process: none waits for others that have ended
             raise TrainingError(
                 f"data: expected a shard at least for each of {place.world} processes x {workers} workers, got {len(self.urls)}; "
                 f"make smaller shards or lower data.workers"
             )
-        stream = _Stream(urls, self.decoder, (seed, epoch, place.rank), start, batch_size // place.world, self.buffer)
-        loader = self._loader(stream)
+        loader = self._loader(self._stream(urls, (seed, epoch, place.rank), start, batch_size // place.world))
         for _, decoded in zip(range(start, len(self) // batch_size), loader, strict=False):
             yield self._stack(decoded)
 
@@ -217,18 +223,22 @@ class Shards:
         """Every sample of every shard once, over all processes."""
         urls = self.urls[place.rank :: place.world]
         if urls:
-            for decoded in self._loader(_Stream(urls, self.decoder, None, 0, batch_size, 1)):
+            for decoded in self._loader(self._stream(urls, None, 0, batch_size)):
                 yield self._stack(decoded)
 
     def sample(self, count: int) -> Batch:
         """The first few."""
-        with contextlib.closing(iter(_Stream(self.urls, self.decoder, None, 0, count, 1))) as stream:
-            return self._stack(next(stream))
+        with contextlib.closing(iter(self._stream(self.urls, None, 0, count))) as stream:
+            return self._stack(next(stream, _nothing_in(self.urls)))
+
+    def _stream(self, urls, randomness, start, batch_size):
+        return _Stream(urls, self.decoder, self.classes, randomness, start, batch_size, self.buffer)
 
     def _loader(self, stream):
         return torch.utils.data.DataLoader(
-            stream, batch_size=None, num_workers=self.workers, worker_init_fn=_quiet_worker, prefetch_factor=4 if self.workers else None
-        )
+            stream, batch_size=None, num_workers=self.workers, collate_fn=_collate, worker_init_fn=_quiet_worker,
+            prefetch_factor=4 if self.workers else None,
+        )  # fmt: skip
 
     _stack = Folder._stack
 
@@ -306,8 +316,17 @@ def _randaugment_transform(count, strength, channels):
     return RandAugment(operations, count)
 
 
+class _Item(NamedTuple):
+    """What a slot of a batch is made of; ``problem``: why it cannot be, where that is known already."""
+
+    name: str
+    file: str | bytes | None
+    label: int
+    problem: str | None = None
+
+
 class _Files(torch.utils.data.Dataset):
-    """Decoded batches by lists of indices."""
+    """Decoded batches by lists of indices, or the TrainingError that came instead."""
 
     def __init__(self, files, decoder, randomness):
         self.files, self.decoder, self.randomness = files, decoder, randomness
@@ -317,38 +336,44 @@ class _Files(torch.utils.data.Dataset):
 
     def __getitems__(self, indices):
         generators = [None if self.randomness is None else np.random.default_rng((*self.randomness, 1, i)) for i in indices]
-        return _decode_all([self.files[i] for i in indices], self.decoder, generators)
+        items = [_Item(path, path, label) for path, label in (self.files[i] for i in indices)]
+        try:
+            return _decode_all(items, self.decoder, generators)
+        except TrainingError as error:
+            return error
 
 
 def _collate(decoded):
     return decoded
 
 
-def _decode_all(files, decoder, generators):
+def _decode_all(items, decoder, generators):
     """(images, labels, valid, failures); an image that cannot be read is black and not valid."""
     pictures, failures = [], []
-    for (path, _), generator in zip(files, generators, strict=True):
+    for item, generator in zip(items, generators, strict=True):
         try:
-            pictures.append(decoder(path, generator))
+            if item.problem is not None:
+                raise ValueError(item.problem)
+            pictures.append(decoder(item.file, generator))
         except Exception as error:  # decoders raise whatever the damage leads them to
             pictures.append(None)
-            failures.append((str(path), str(error) or type(error).__name__))
+            failures.append((item.name, str(error).partition(" <_io.")[0] or type(error).__name__))  # no addresses of buffers
     shapes = {p.shape for p in pictures if p is not None}
     if len(shapes) > 1:
         raise TrainingError(f"data.size: expected a size to crop images to, as they have several: {sorted(shapes)[:3]}; got none")
     shape = shapes.pop() if shapes else (decoder.channels, decoder.size or 1, decoder.size or 1)
     images = np.stack([np.zeros(shape, np.uint8) if p is None else p for p in pictures])
     valid = torch.tensor([p is not None for p in pictures])
-    return torch.from_numpy(images), torch.tensor([label for _, label in files]), valid, failures
+    return torch.from_numpy(images), torch.tensor([item.label for item in items]), valid, failures
 
 
 class _Stream(torch.utils.data.IterableDataset):
-    """Decoded batches of a process' shards. Batch j of the process is made by worker j modulo their number. ``randomness`` None: one pass
-    in order, everything; else endless, shuffled by it, from batch ``start`` on.
+    """Decoded batches of a process' shards, or the TrainingError that came instead. Batch j of the process is made by worker j modulo their
+    number. ``randomness`` None: one pass in order, everything; else endless, shuffled by it, from batch ``start`` on.
     """
 
-    def __init__(self, urls, decoder, randomness, start, batch_size, buffer):
-        self.urls, self.decoder, self.randomness = urls, decoder, randomness
+    def __init__(self, urls, decoder, classes, randomness, start, batch_size, buffer):
+        self.urls, self.decoder, self.classes, self.randomness = urls, decoder, classes, randomness
         self.start, self.batch_size, self.buffer = start, batch_size, buffer
 
     def __iter__(self):
@@ -356,58 +381,101 @@ class _Stream(torch.utils.data.IterableDataset):
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         lane = (worker + self.start) % workers  # the loader asks worker 0 first, also for step ``start``
         seen = len(range(lane, self.start, workers))
-        samples = self._samples(self.urls[lane::workers], lane)
-        if self.randomness is None:
-            yield from self._gather(samples)
-            return
-        for _ in range(seen * self.batch_size):
-            next(samples)
-        yield from self._gather(samples)
+        items = self._items(self.urls[lane::workers], lane)
+        try:
+            for _ in itertools.islice(items, seen * self.batch_size):
+                pass
+            while batch := list(itertools.islice(items, self.batch_size)):
+                yield _decode_all(batch, self.decoder, [self._generator(item.name) for item in batch])
+        except TrainingError as error:
+            yield error
 
-    def _samples(self, urls, lane):
-        import webdataset as wds
-
+    def _items(self, urls, lane):
         def read():
-            found = wds.tarfile_to_samples(handler=wds.warn_and_continue)(iter([{"url": url} for url in urls]))
-            return (sample for sample in found if "cls" in sample)
+            return (item for url in urls for item in _shard(url, self.classes))
 
         if self.randomness is None:
             yield from read()
             return
-        repeat = 0
-        while True:
-            count = 0
-            for sample in wds.shuffle(self.buffer, rng=random.Random(seeded(*self.randomness, 3, lane, repeat)))(read()):
-                count += 1
-                yield sample
-            if not count:
-                raise TrainingError(f"data: no samples with an image and a class in {urls[:3]}")
-            repeat += 1
+        from webdataset import shuffle
 
-    def _gather(self, samples):
-        pictures, labels, failures = [], [], []
-        for sample in samples:
-            name = f"{os.path.basename(sample['__url__'])}:{sample['__key__']}"
-            data = next((sample[key] for key in sample if key.lower() in ("jpg", "jpeg", "png", "webp")), None)
-            try:
-                if data is None:
-                    raise ValueError("no image")
-                own = None if self.randomness is None else np.random.default_rng((*self.randomness[:2], 1, zlib.crc32(name.encode())))
-                pictures.append(self.decoder(data, own))
-                labels.append(int(sample["cls"]))
-            except Exception as error:
-                failures.append((name, str(error)))
-                continue
-            if len(pictures) == self.batch_size:
-                yield self._batch(pictures, labels, failures)
-                pictures, labels, failures = [], [], []
-        if pictures or failures:
-            yield self._batch(pictures, labels, failures)
+        for repeat in itertools.count():
+            good, problem = 0, ""
+            for item in shuffle(self.buffer, rng=random.Random(seeded(*self.randomness, 3, lane, repeat)))(read()):
+                good, problem = good + (item.problem is None), item.problem and f"; {item.name}: {item.problem}"
+                yield item
+            if not good:
+                raise _nothing_in(urls, problem)
 
-    def _batch(self, pictures, labels, failures):
-        shape = (0, self.decoder.channels, self.decoder.size or 1, self.decoder.size or 1)
-        images = torch.from_numpy(np.stack(pictures)) if pictures else torch.zeros(shape, dtype=torch.uint8)
-        return images, torch.tensor(labels, dtype=torch.int64), torch.ones(len(labels), dtype=torch.bool), failures
+    def _generator(self, name):
+        if self.randomness is None:
+            return None
+        return np.random.default_rng((*self.randomness[:2], 1, zlib.crc32(name.encode(errors="surrogateescape"))))
+
+
+def _nothing_in(urls, problem=""):
+    return TrainingError(f"data: no samples with an image and a class in {urls[:3]}{problem}")
+
+
+class _Entry(tarfile.TarInfo):
+    """Of a tar file that ends where it says so: tarfile takes a header that is damaged or missing, after the first, for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def _shard(url, classes):
+    """The items of a tar file; if it cannot be read to its end, the last stands for what is lost."""
+    from webdataset.gopen import gopen
+
+    name = url.rpartition("/")[2]
+    try:
+        with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Entry) as tar:
+            for key, files in _samples(tar):
+                yield _item(f"{name}:{key}", files, classes)
+    except Exception as error:  # tarfile and programs that fetch raise whatever the damage leads them to
+        yield _Item(name, None, 0, f"expected a whole tar file: {error}")
+
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+
+
+def _samples(tar):
+    """(key, {extension: content}) of files that follow one another, are named alike, and are an image or a class."""
+    from webdataset.tariterators import base_plus_ext
+
+    key, files = None, {}
+    while (entry := tar.next()) is not None:
+        tar.members = []  # or it keeps all of them
+        base, extension = base_plus_ext(entry.name)
+        if not entry.isreg() or base is None or extension.lower() not in (*_IMAGES, "cls"):
+            continue
+        if base != key or extension.lower() in files:
+            if files:
+                yield key, files
+            key, files = base, {}
+        files[extension.lower()] = tar.extractfile(entry).read()
+    if files:
+        yield key, files
+
+
+def _item(name, files, classes):
+    image = next((files[extension] for extension in _IMAGES if extension in files), None)
+    text = files.get("cls", b"").decode(errors="replace").strip()
+    label = int(text) if text.isdecimal() and len(text) < 10 else -1
+    problem = None
+    if not 0 <= label < classes:
+        label, got = 0, f"got {text[:20]!r}" if "cls" in files else "found none"
+        problem = f"cls: expected a class from 0 to {classes - 1}, {got}"
+    elif image is None:
+        problem = "no image"
+    return _Item(name, image, label, problem)
 
 
 def _quiet_worker(_):
@@ -598,9 +666,9 @@ def _webdataset(spec, channels, device, progress):
         if getattr(spec, key) is None:
             raise TrainingError(f"data.{key}: expected a value for shards, got none")
     plain, augmented = _decoders(spec, channels)
-    train = Shards(spec.path, augmented, spec.workers, device, spec.train_samples, spec.shuffle)
+    train = Shards(spec.path, augmented, spec.workers, spec.classes, device, spec.train_samples, spec.shuffle)
     len(train)  # refuses a missing number now
-    return Source(train, Shards(spec.val_path, plain, spec.workers, device), None, spec.classes)
+    return Source(train, Shards(spec.val_path, plain, spec.workers, spec.classes, device), None, spec.classes)
 
 
 def _decoders(spec, channels):

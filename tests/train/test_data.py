@@ -4,6 +4,7 @@ import collections
 import io
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,19 +271,25 @@ def test_the_first_classes_only(folder):
 # -- shards ---------------------------------------------------------------------------------------------------------------------------
 
 
+def pack(path, files):
+    """Add files, {name: content}, to a shard."""
+    with tarfile.open(path, "a") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
 @pytest.fixture
 def shards(tmp_path):
     """6 shards of 5 training images, 3 of 4, 1 and 2 for validation; the brightness of an image tells which it is."""
     value = 0
     for kind, sizes in (("train", [5] * 6), ("val", [4, 1, 2])):
         for i, size in enumerate(sizes):
-            with tarfile.open(tmp_path / f"{kind}-{i:03d}.tar", "w") as tar:
-                for j in range(size):
-                    for name, content in ((f"{i}{j}.jpg", picture(value % 256, (20, 20))), (f"{i}{j}.cls", str(value % 3).encode())):
-                        entry = tarfile.TarInfo(name)
-                        entry.size = len(content)
-                        tar.addfile(entry, io.BytesIO(content))
-                    value += 6
+            for j in range(size):
+                files = {f"{i}{j}.jpg": picture(value % 256, (20, 20)), f"{i}{j}.cls": b"%d" % (value // 6 % 3)}
+                pack(tmp_path / f"{kind}-{i:03d}.tar", files)
+                value += 6
     pattern = str(tmp_path)
     return Data(
         kind="webdataset", path=pattern + "/train-{000..005}.tar", val_path=pattern + "/val-{000..002}.tar", classes=3, resize=20, size=16,
@@ -407,17 +414,99 @@ def test_too_many_corrupt_images_stop_the_run(folder, tmp_path):
         run(tmp_path / "out", *NET, f"data.path={folder}", "data.max_corrupt=2", "log.every=1")
 
 
-def test_corrupt_samples_of_shards_are_passed_over(shards, tmp_path):
-    pytest.importorskip("webdataset")
-    with tarfile.open(shards.path.replace("{000..005}", "000"), "a") as tar:
-        for name, content in (("bad.jpg", b"\xff\xd8 broken"), ("bad.cls", b"1")):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    batches = list(open_data(shards, 3).train.training(0, 0, 0, 5, ONE))
-    failures = [f for b in batches for f in b.failures]
-    assert [name for name, _ in failures[:1]] == ["train-000.tar:bad"]
-    assert all(len(b.labels) == 5 for b in batches)
+@pytest.fixture
+def damaged_shards(shards):
+    """Of the training shards 2 and 5 are torn; in the others, in the middle, what cannot be read, 6 of it, and what is no sample."""
+    paths = [Path(shards.path.replace("{000..005}", f"00{i}")) for i in range(6)]
+    good = picture(250, (20, 20))
+    for i, files in (
+        (0, {"broken.jpg": b"\xff\xd8 broken", "broken.cls": b"2", "unlabelled.jpg": good}),
+        (1, {"pathless.cls": b"1", "README.txt": b"x", "many.jpg": good, "many.cls": b"3"}),
+        (3, {"text.cls": b"cat", "text.jpg": good, "negative.jpg": good, "negative.cls": b"-1"}),
+    ):
+        pack(paths[i], {**files, f"last{i}.jpg": good, f"last{i}.cls": b"0"})
+    for i, inside in ((2, 700), (5, 0)):  # at the third image, in its content and before its header
+        with tarfile.open(paths[i]) as tar:
+            cut = tar.getmembers()[4].offset + inside
+        paths[i].write_bytes(paths[i].read_bytes()[:cut])
+    return shards
+
+
+REASONS = {
+    "train-000.tar:broken": "cannot identify image file",
+    "train-000.tar:unlabelled": "cls: expected a class from 0 to 2, found none",
+    "train-001.tar:pathless": "no image",
+    "train-001.tar:many": "cls: expected a class from 0 to 2, got '3'",
+    "train-003.tar:text": "cls: expected a class from 0 to 2, got 'cat'",
+    "train-003.tar:negative": "cls: expected a class from 0 to 2, got '-1'",
+    "train-002.tar": "expected a whole tar file: unexpected end of data",
+    "train-005.tar": "expected a whole tar file: empty header",  # cut where a header should begin
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_samples_that_cannot_be_read_are_named_and_keep_their_place(damaged_shards, workers, evaluation):
+    changes = {"workers": workers} | ({"val_path": damaged_shards.path} if evaluation else {})
+    found = open_data(damaged_shards.model_copy(update=changes), 3)
+    batches = list(found.val.evaluation(5, ONE) if evaluation else found.train.training(0, 0, 0, 5, ONE))
+    if evaluation:  # 4 whole shards, 3 images added, the torn ones up to the last sample after which another began
+        assert sum(len(b.labels) if b.valid is None else int(b.valid.sum()) for b in batches) == 4 * 5 + 3 + 2 + 1
+    else:
+        batches += list(found.train.training(0, 1, 0, 5, ONE)) + list(found.train.training(0, 2, 0, 5, ONE))
+        assert {len(b.labels) for b in batches} == {5}
+    failures = [failure for b in batches for failure in b.failures]
+    assert {name for name, _ in failures} == set(REASONS)
+    for name, reason in failures:
+        assert reason.startswith(REASONS[name])
+    assert sum(0 if b.valid is None else int((~b.valid).sum()) for b in batches) == len(failures)
+    for batch in batches:
+        assert 0 <= batch.labels.min() <= batch.labels.max() < 3
+        assert batch.valid is None or not batch.images[~batch.valid].any()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_shards_go_on_exactly_from_anywhere(damaged_shards, workers):
+    """45 steps of 3: each lane goes through its shards several times."""
+    source = open_data(damaged_shards.model_copy(update={"workers": workers, "train_samples": 135}), 3).train
+    whole = list(source.training(4, 1, 0, 3, ONE))
+    assert sum(b.valid is not None for b in whole) > 10
+    for start in (1, 2, 3, 8, 17, 30, 44) if workers else range(1, 45):
+        rest = list(source.training(4, 1, start, 3, ONE))
+        assert len(rest) == 45 - start
+        for a, b in zip(whole[start:], rest, strict=True):
+            assert torch.equal(a.images, b.images)
+            assert torch.equal(a.labels, b.labels)
+            assert (a.valid is None and b.valid is None) or torch.equal(a.valid, b.valid)
+            assert a.failures == b.failures
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_lane_without_a_sample_says_one_clear_line(shards, workers):
+    for i in range(6):
+        path = Path(shards.path.replace("{000..005}", f"00{i}"))
+        path.write_bytes(b"" if i % 2 else path.read_bytes()[:700])
+    source = open_data(shards.model_copy(update={"workers": workers}), 3).train
+    with pytest.raises(TrainingError, match=r"no samples with an image and a class in \[.*tar: expected a whole tar file") as caught:
+        list(source.training(0, 0, 0, 5, ONE))
+    assert "\n" not in str(caught.value)
+    with tarfile.open(shards.val_path.replace("{000..002}", "003"), "w"):
+        pass
+    source = open_data(shards.model_copy(update={"val_path": shards.val_path.replace("{000..002}", "003")}), 3).val
+    with pytest.raises(TrainingError, match="no samples with an image and a class"):
+        source.sample(4)
+    assert list(source.evaluation(4, ONE)) == []
+
+
+def test_torn_shards_count_against_max_corrupt(damaged_shards, tmp_path):
+    options = (
+        "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", f"data.path={damaged_shards.path}",
+        f"data.val_path={damaged_shards.val_path}", "data.classes=3", "data.resize=20", "data.size=16", "data.workers=0",
+        "data.train_samples=40", "batch_size=5", "epochs=1",
+    )  # fmt: skip
+    assert run(tmp_path / "a", *options, "data.max_corrupt=8")["unreadable"] > 5
+    with pytest.raises(TrainingError, match=r"at most 1 images that cannot be read \(data.max_corrupt\), got"):
+        run(tmp_path / "b", *options, "data.max_corrupt=1")
 
 
 @pytest.mark.parametrize(
