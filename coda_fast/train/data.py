@@ -157,9 +157,13 @@ class Folder:
         batches, failures = [np.arange(i, min(i + 256, len(self))) for i in range(0, len(self), 256)], []
         images, labels = [], []
         for batch in progress(self._batches(batches, None)) if progress else self._batches(batches, None):
-            good = slice(None) if batch.valid is None else batch.valid
-            images.append(batch.images[good].cpu()), labels.append(batch.labels[good].cpu())
             failures += batch.failures
+            good = slice(None) if batch.valid is None else batch.valid
+            if len(batch.labels[good]):  # where none could be read, the black ones have a size of their own
+                images.append(batch.images[good].cpu()), labels.append(batch.labels[good].cpu())
+        if not images:
+            raise TrainingError(f"data: expected images, could read none of {len(self)}; {failures[-1][0]}: {failures[-1][1]}")
+        _of_one_size({tuple(some.shape[1:]) for some in images})
         return Arrays(torch.cat(images), torch.cat(labels), self.device), failures
 
     def _batches(self, plan, randomness):
@@ -272,7 +276,7 @@ class Decoder:
             with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
                 if self.size is not None:
                     image.draft(None, (2 * (self.resize or self.size),) * 2)  # JPEG: smaller from the start, never below twice the need
-                image = image.convert("RGB" if self.channels == 3 else "L")
+                image = _eight_bits(image).convert("RGB" if self.channels == 3 else "L")
         if self.size is not None:
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=self._box(*image.size, generator))
         if self.randaugment is not None and generator is not None:
@@ -295,6 +299,17 @@ class Decoder:
         return left, top, left + side, top + side
 
 
+def _eight_bits(image):
+    """Grey of 16 bits as its upper 8, which is what Pillow reads of colours of 16 bits; by itself it cuts grey off at 255."""
+    if image.mode == "F":
+        raise ValueError("expected pixels that are integers, got floating point, which has no agreed white")
+    if not image.mode.startswith("I"):
+        return image
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) // 256).astype(np.uint8))
+
+
 def _randaugment(image, parameters, generator):
     augmentation = _randaugment_transform(*parameters, 3 if image.mode == "RGB" else 1)
     before = random.getstate(), np.random.get_state()  # timm draws from the global generators
@@ -312,7 +327,8 @@ def _randaugment_transform(count, strength, channels):
     from timm.data.auto_augment import RandAugment, rand_augment_ops
 
     fill = (128,) * 3 if channels == 3 else 128
-    operations = rand_augment_ops(strength / 3, 1.0, {"translate_const": 100, "img_mean": fill, "magnitude_std": 0})  # timm: 0 to 10
+    # timm: strength of 10; translation by a share of the side, at most 0.45: the paper's 100 of 224 pixels, for images of any size
+    operations = rand_augment_ops(strength / 3, 1.0, {"translate_pct": 0.45, "img_mean": fill})
     return RandAugment(operations, count)
 
 
@@ -359,12 +375,16 @@ def _decode_all(items, decoder, generators):
             pictures.append(None)
             failures.append((item.name, str(error).partition(" <_io.")[0] or type(error).__name__))  # no addresses of buffers
     shapes = {p.shape for p in pictures if p is not None}
-    if len(shapes) > 1:
-        raise TrainingError(f"data.size: expected a size to crop images to, as they have several: {sorted(shapes)[:3]}; got none")
+    _of_one_size(shapes)
     shape = shapes.pop() if shapes else (decoder.channels, decoder.size or 1, decoder.size or 1)
     images = np.stack([np.zeros(shape, np.uint8) if p is None else p for p in pictures])
     valid = torch.tensor([p is not None for p in pictures])
     return torch.from_numpy(images), torch.tensor([item.label for item in items]), valid, failures
+
+
+def _of_one_size(shapes):
+    if len(shapes) > 1:
+        raise TrainingError(f"data.size: expected a size to crop images to, as they have several: {sorted(shapes)[:3]}; got none")
 
 
 class _Stream(torch.utils.data.IterableDataset):
@@ -520,14 +540,23 @@ def open_data(spec: Data, channels: int, device="cpu", progress=None) -> Source:
             raise TrainingError(f"data.path: expected where the images are, got none; add data.path=... ({_EXPECTED[spec.kind]})")
         if spec.kind != "webdataset" and not os.path.exists(spec.path):
             raise TrainingError(f"data.path: no such file or folder: {spec.path} ({_EXPECTED[spec.kind]})")
+    if spec.kind in ("digits", "npz", "cifar10"):
+        for key in ("resize", "size", "scale", "randaugment"):
+            if getattr(spec, key) is not None:
+                raise TrainingError(f"data.{key}: expected none for data.kind={spec.kind}, whose images are decoded already, got a value")
     source = {"digits": _digits, "npz": _npz, "cifar10": _cifar10, "folder": _folder, "webdataset": _webdataset}[spec.kind]
     found = source(spec, channels, device, progress)
     for split in (found.train, found.val):
         if isinstance(split, Arrays):
             if split.images.shape[1] != channels:
                 raise TrainingError(f"data: the model takes {channels} channels, the images have {split.images.shape[1]}")
-            if not len(split) or not 0 <= int(split.labels.min()) <= int(split.labels.max()) < found.num_classes:
-                raise TrainingError(f"data: expected images with classes 0 to {found.num_classes - 1}, got {len(split)} images")
+            if not len(split):
+                raise TrainingError("data: expected images to train with and to validate with, got none of one of them")
+            least, most = int(split.labels.min()), int(split.labels.max())
+            if not 0 <= least <= most < found.num_classes:
+                raise TrainingError(f"data: expected labels 0 to {found.num_classes - 1}, got {least} to {most}")
+    if isinstance(found.train, Arrays) and (train := found.train.images.shape[2:]) != (val := found.val.images.shape[2:]):
+        raise TrainingError(f"data: expected images of one size, got {list(train)} to train with, {list(val)} to validate with")
     return found
 
 
@@ -571,9 +600,16 @@ def _npz(spec, channels, device, progress):
                 f"got {images.dtype} {list(images.shape)} and {list(labels.shape)}"
             )
         images = images[..., None] if images.ndim == 3 else images
-        splits.append(Arrays(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64)), device))
+        splits.append(Arrays(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), _labels(labels, split, spec.path), device))
     names = [str(name) for name in arrays["class_names"]] if "class_names" in arrays else None
     return Source(*splits, names, len(names) if names else 1 + max(int(split.labels.max()) for split in splits))
+
+
+def _labels(labels, split, path):
+    if labels.dtype.kind not in "iu" or not labels.size or int(labels.min()) < 0:
+        got = f"{labels.dtype} from {labels.min()}" if labels.size else "none"
+        raise TrainingError(f"data.path: {path}: expected labels of {split} that are integers from 0 on, got {got}")
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _jpegs(arrays, split, path, progress):
@@ -590,7 +626,7 @@ def _jpegs(arrays, split, path, progress):
             images[arrays[f"{split}_lossless_idx"]] = arrays[f"{split}_lossless_rgb"]
     except Exception as error:
         raise TrainingError(f"data.path: {path}: expected {split}_jpeg, {split}_offset and {split}_label that fit: {error}") from None
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), _labels(labels, split, path)
 
 
 def _cifar10(spec, channels, device, progress):
@@ -629,7 +665,7 @@ def _folder(spec, channels, device, progress):
     for folder in (train_root, val_root):
         if not folder.is_dir():
             raise TrainingError(f"data.path: expected {_EXPECTED['folder']}, found no folder {folder}")
-    names = sorted(entry.name for entry in os.scandir(train_root) if entry.is_dir())
+    names = _folders(train_root)
     if spec.classes is not None and len(names) < spec.classes:
         raise TrainingError(f"data.classes: expected at least {spec.classes} folders in {train_root}, found {len(names)}")
     index = {name: i for i, name in enumerate(names[: spec.classes])}
@@ -637,20 +673,33 @@ def _folder(spec, channels, device, progress):
     try:
         train = make_dataset(str(train_root), index, IMG_EXTENSIONS, allow_empty=True)
         if annotations.exists():
-            rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
-            val = [(str(val_root / "images" / name), index[label]) for name, label in rows if label in index]
+            rows = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
+            if any(len(row) < 2 for row in rows):
+                raise ValueError(f"{annotations.name}: expected a file, a tab and its class in every line")
+            val = [(str(val_root / "images" / name), index[label]) for name, label, *_ in rows if label in index]
+            val_names = {row[1] for row in rows}
         else:
             val = make_dataset(str(val_root), index, IMG_EXTENSIONS, allow_empty=True)
+            val_names = _folders(val_root)
     except (OSError, ValueError) as error:
         raise TrainingError(f"data.path: {root}: {error}") from None
     for what, files in ((train_root, train), (val_root, val)):
         if not files:
             raise TrainingError(f"data.path: expected {_EXPECTED['folder']}, found no image in {what}")
+    if empty := sorted(set(range(len(index))) - {label for _, label in train}):
+        raise TrainingError(f"data.path: expected images of every class in {train_root}, found none of {[names[i] for i in empty[:3]]}")
+    if unknown := sorted(set(val_names) - set(names)):  # other names, or another set: an accuracy of the rest would mislead
+        raise TrainingError(f"data.val_path: expected the classes of {train_root} in {val_root}, found others: {unknown[:3]}")
     plain, augmented = _decoders(spec, channels)
     if not spec.in_memory:
         return Source(Folder(train, augmented, spec.workers, device), Folder(val, plain, spec.workers, device), list(index), len(index))
     if spec.randaugment or spec.scale:
         raise TrainingError("data.in_memory: expected false beside data.scale and data.randaugment, which are part of decoding; got true")
+    if spec.resize and spec.resize > spec.size:
+        raise TrainingError(
+            f"data.in_memory: expected false where data.resize is above data.size ({spec.resize}, {spec.size}): random crops are part of "
+            f"decoding; got true"
+        )
     splits, failures = [], []
     for name, files in (("train", train), ("val", val)):
         folder = Folder(files, plain, spec.workers, device)
@@ -659,6 +708,11 @@ def _folder(spec, channels, device, progress):
         splits.append(arrays)
         failures += failed
     return Source(*splits, list(index), len(index), failures)
+
+
+def _folders(root):
+    """Names of classes: of the folders that are not hidden."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _webdataset(spec, channels, device, progress):
@@ -672,6 +726,8 @@ def _webdataset(spec, channels, device, progress):
 
 
 def _decoders(spec, channels):
+    if spec.size is None and (spec.resize or spec.scale):
+        raise TrainingError("data.size: expected the side of the crop, which data.resize and data.scale are for, got none")
     plain = Decoder(channels, spec.resize, spec.size)
     randaugment = None if spec.randaugment is None else (spec.randaugment.n, spec.randaugment.m)
     return plain, dataclasses.replace(plain, scale=spec.scale, randaugment=randaugment)

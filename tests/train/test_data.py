@@ -3,6 +3,7 @@
 import collections
 import io
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -268,6 +269,77 @@ def test_the_first_classes_only(folder):
         open_data(spec(folder, classes=4), 3)
 
 
+def test_classes_of_validation_go_by_name(folder):
+    """Fewer of them are fine, whatever their place; others are refused."""
+    shutil.rmtree(folder / "val" / "ant")
+    (folder / "val" / ".hidden").mkdir()
+    (folder / "train" / ".hidden").mkdir()
+    found = open_data(spec(folder), 3)
+    assert (found.class_names, [label for _, label in found.val.files]) == (["ant", "bee", "cat"], [1] * 4 + [2] * 4)
+    assert open_data(spec(folder, classes=2), 3).val.files == found.val.files[:4]
+    (folder / "val" / "cat").rename(folder / "val" / "Cat")
+    with pytest.raises(TrainingError, match=r"data.val_path: expected the classes of .*train in .*val, found others: \['Cat'\]"):
+        open_data(spec(folder), 3)
+
+
+def test_annotations_of_other_classes_or_torn(folder):
+    (folder / "val" / "val_annotations.txt").write_text("a.JPEG\tant\t0\nb.JPEG\tdog\t0\n")
+    with pytest.raises(TrainingError, match=r"found others: \['dog'\]"):
+        open_data(spec(folder), 3)
+    (folder / "val" / "val_annotations.txt").write_text("a.JPEG\tant\t0\nb.JPEG")
+    with pytest.raises(TrainingError, match="val_annotations.txt: expected a file, a tab and its class in every line"):
+        open_data(spec(folder), 3)
+
+
+def test_a_class_without_images_is_refused(folder):
+    (folder / "train" / "bat").mkdir()
+    with pytest.raises(TrainingError, match=r"expected images of every class in .*train, found none of \['bat'\]"):
+        open_data(spec(folder), 3)
+
+
+# -- kinds of files -------------------------------------------------------------------------------------------------------------------
+
+
+def decoded(image, format, channels=3, size=None, **more):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **more)
+    return sources.Decoder(channels, size, size)(buffer.getvalue(), None)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("format", "dtype"), [("PNG", np.uint16), ("TIFF", np.uint16), ("PPM", np.int32)])
+def test_grey_of_16_bits_keeps_its_range(format, dtype, channels):
+    values = np.arange(256, dtype=dtype).reshape(16, 16) * 257
+    found = decoded(Image.fromarray(values), format, channels)
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, np.broadcast_to(np.arange(256).reshape(1, 16, 16), (channels, 16, 16)))
+
+
+def test_floating_point_is_refused():
+    with pytest.raises(ValueError, match="expected pixels that are integers"):
+        decoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF")
+
+
+def test_other_kinds_of_files():
+    assert decoded(Image.new("RGB", (1, 1), (10, 20, 30)), "PNG", size=8).reshape(3, -1).T.tolist() == [[10, 20, 30]] * 64
+    assert decoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)[:, 4, 4].tolist() == pytest.approx([255, 0, 0], abs=3)
+    palette, other = Image.new("P", (4, 4), 1), Image.new("P", (4, 4), 0)
+    for each in (palette, other):
+        each.putpalette([255, 0, 0, 0, 200, 0])
+    assert decoded(palette, "PNG", transparency=1)[:, 0, 0].tolist() == [0, 200, 0]
+    assert decoded(palette, "GIF", save_all=True, append_images=[other])[:, 0, 0].tolist() == [0, 200, 0]  # the first picture
+    assert decoded(Image.new("1", (4, 4), 1), "PNG")[:, 0, 0].tolist() == [255] * 3
+    assert decoded(Image.new("LA", (4, 4), (7, 0)), "PNG", 1).tolist() == [[[7] * 4] * 4]
+
+
+def test_translation_is_a_share_of_the_side():
+    """All of RandAugment's strength: 45 % to either side, for images of any size."""
+    (shift,) = (op for op in sources._randaugment_transform(2, 30, 3).ops if op.name == "TranslateXRel")
+    for width in (20, 200):
+        found = np.asarray(shift(Image.new("RGB", (width, 8))))[4, :, 0]
+        assert (found > 64).sum() == 0.45 * width
+
+
 # -- shards ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -529,8 +601,36 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
     (tmp_path / "set" / "train2" / "b").rename(tmp_path / "set" / "train" / "b")
     tree(tmp_path / "set" / "val", {"a": 1, "b": 1})
     source = open_data(Data(kind="folder", path=str(tmp_path / "set"), workers=0), 3)
-    with pytest.raises(TrainingError, match="data.size: expected a size to crop images to, as they have several"):
-        list(source.train.training(0, 0, 0, 3, ONE))
+    message = "data.size: expected a size to crop images to, as they have several"
+    for workers in (0, 2):
+        source.train.workers = workers
+        with pytest.raises(TrainingError, match=message) as caught:
+            list(source.train.training(0, 0, 0, 3, ONE))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TrainingError, match=message):
+        open_data(Data(kind="folder", path=str(tmp_path / "set"), workers=0, in_memory=True), 3)
+
+
+def test_in_memory_takes_no_random_crops(folder):
+    with pytest.raises(TrainingError, match=r"data.in_memory: expected false where data.resize is above data.size \(24, 16\)"):
+        open_data(spec(folder, in_memory=True), 3)
+    assert len(open_data(spec(folder, in_memory=True, resize=16), 3).train) == 24
+    with pytest.raises(TrainingError, match="data.size: expected the side of the crop"):
+        open_data(spec(folder, size=None, resize=None, scale=(0.5, 1.0)), 3)
+
+
+def test_in_memory_with_a_batch_of_damage(tmp_path):
+    """257 images, the last of them damaged: the second batch of 256 has none that can be read."""
+    tree(tmp_path / "train", {"a": 1})
+    tree(tmp_path / "val", {"a": 1})
+    for i in range(1, 256):
+        shutil.copy(tmp_path / "train" / "a" / "000.JPEG", tmp_path / "train" / "a" / f"{i:03d}.JPEG")
+    (tmp_path / "train" / "a" / "256.JPEG").write_bytes(b"")
+    found = open_data(Data(kind="folder", path=str(tmp_path), workers=0, in_memory=True), 3)
+    assert (len(found.train), len(found.failures)) == (256, 1)
+    (tmp_path / "val" / "a" / "000.JPEG").write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"could read none of 1; .*000.JPEG: cannot identify image file"):
+        open_data(Data(kind="folder", path=str(tmp_path), workers=0, in_memory=True), 3)
 
 
 @pytest.mark.parametrize(
@@ -545,6 +645,31 @@ def test_npz_of_something_else(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(TrainingError, match=message):
         open_data(Data(kind="npz", path=str(tmp_path / "a.npz")), 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_labels": np.array([0.0, 1.7, 2.0])}, "expected labels of train that are integers from 0 on, got float64 from 0.0"),
+        ({"test_labels": np.array([0, -1, 2])}, "expected labels of test that are integers from 0 on, got int64 from -1"),
+        ({"class_names": np.array(["a", "b"])}, "expected labels 0 to 1, got 0 to 2"),
+        ({"test_images": np.zeros((3, 4, 5, 3), np.uint8)}, r"images of one size, got \[4, 4\] to train with, \[4, 5\] to"),
+        ({"test_images": np.zeros((3, 4, 4, 1), np.uint8)}, "the model takes 3 channels, the images have 1"),
+        ({"test_images": np.zeros((0, 4, 4, 3), np.uint8), "test_labels": np.zeros(0, int)}, "expected labels of test .*, got none"),
+    ],
+)
+def test_npz_that_does_not_fit(tmp_path, changes, message):
+    images, labels = np.zeros((3, 4, 4, 3), np.uint8), np.arange(3)
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    np.savez(tmp_path / "a.npz", **{**arrays, **changes})
+    with pytest.raises(TrainingError, match=message):
+        open_data(Data(kind="npz", path=str(tmp_path / "a.npz")), 3)
+
+
+@pytest.mark.parametrize("change", [{"size": 8}, {"randaugment": {"n": 1}}, {"scale": (0.5, 1.0)}])
+def test_what_decoding_does_is_refused_for_what_is_decoded(change):
+    with pytest.raises(TrainingError, match=f"data.{next(iter(change))}: expected none for data.kind=digits"):
+        open_data(Data(kind="digits", **change), 1)
 
 
 def test_npz_truncated(tmp_path):
