@@ -428,9 +428,7 @@ class _Stream(torch.utils.data.IterableDataset):
                 raise _nothing_in(urls, problem)
 
     def _generator(self, name):
-        if self.randomness is None:
-            return None
-        return np.random.default_rng((*self.randomness[:2], 1, zlib.crc32(name.encode(errors="surrogateescape"))))
+        return None if self.randomness is None else np.random.default_rng((*self.randomness[:2], 1, zlib.crc32(name.encode())))
 
 
 def _nothing_in(urls, problem=""):
@@ -456,7 +454,7 @@ def _shard(url, classes):
 
     name = url.rpartition("/")[2]
     try:
-        with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Entry) as tar:
+        with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Entry, errors="backslashreplace") as tar:
             for key, files in _samples(tar):
                 yield _item(f"{name}:{key}", files, classes)
     except Exception as error:  # tarfile and programs that fetch raise whatever the damage leads them to

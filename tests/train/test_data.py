@@ -417,9 +417,11 @@ def test_what_shards_need(shards, change, message):
 
 def test_too_few_shards(shards):
     pytest.importorskip("webdataset")
-    source = open_data(shards.model_copy(update={"workers": 4}), 3).train
-    with pytest.raises(TrainingError, match="a shard at least for each of 2 processes x 4 workers, got 6"):
-        next(source.training(0, 0, 0, 6, Place(0, 2)))
+    """Refused in every process, also in those that have enough: they would wait for the others."""
+    source = open_data(shards.model_copy(update={"workers": 2}), 3).train
+    for rank in range(4):
+        with pytest.raises(TrainingError, match="a shard at least for each of 4 processes x 2 workers, got 6"):
+            next(source.training(0, 0, 0, 12, Place(rank, 4)))
 
 
 def test_a_run_on_shards_stops_and_goes_on(shards, tmp_path):
@@ -568,6 +570,21 @@ def test_a_lane_without_a_sample_says_one_clear_line(shards, workers):
     with pytest.raises(TrainingError, match="no samples with an image and a class"):
         source.sample(4)
     assert list(source.evaluation(4, ONE)) == []
+
+
+def test_a_shard_that_cannot_be_opened_is_named(shards):
+    source = open_data(shards, 3).train
+    Path(source.urls[2]).unlink()
+    failures = {name: reason for b in source.training(0, 0, 0, 5, ONE) for name, reason in b.failures}
+    assert list(failures) == ["train-002.tar"]
+    assert failures["train-002.tar"].startswith("expected a whole tar file: [Errno 2] No such file")
+
+
+def test_names_that_are_not_text(shards):
+    pack(Path(shards.path.replace("{000..005}", "000")), {"\udcff.jpg": b"", "\udcff.cls": b"0"})
+    source = open_data(shards.model_copy(update={"train_samples": 31}), 3).train
+    ((name, _),) = (failure for b in source.training(0, 0, 0, 31, ONE) for failure in b.failures)
+    assert name == "train-000.tar:\\xff"
 
 
 def test_torn_shards_count_against_max_corrupt(damaged_shards, tmp_path):
