@@ -540,8 +540,8 @@ def open_data(spec: Data, channels: int, device="cpu", progress=None) -> Source:
             raise TrainingError(f"data.path: no such file or folder: {spec.path} ({_EXPECTED[spec.kind]})")
     if spec.kind in ("digits", "npz", "cifar10"):
         for key in ("resize", "size", "scale", "randaugment"):
-            if getattr(spec, key) is not None:
-                raise TrainingError(f"data.{key}: expected none for data.kind={spec.kind}, whose images are decoded already, got a value")
+            if (value := getattr(spec, key)) is not None:
+                raise TrainingError(f"data.{key}: expected none for data.kind={spec.kind}, whose images are decoded already, got {value}")
     source = {"digits": _digits, "npz": _npz, "cifar10": _cifar10, "folder": _folder, "webdataset": _webdataset}[spec.kind]
     found = source(spec, channels, device, progress)
     for split in (found.train, found.val):
