@@ -308,6 +308,8 @@ class Run:
                 self.save()
                 if asked:
                     raise Stopped(self.last_good)
+        if not float(self.sums[2]):
+            raise TrainingError(f"data: expected training images, could read none of them; {files.named(self.last_good)}")
         self.row = {
             "epoch": self.epoch + 1,
             "updates": self.updates,
