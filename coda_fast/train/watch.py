@@ -142,7 +142,9 @@ def curve(history: list[dict], recipe: Recipe):
         axes.set(xlabel="epoch", ylabel="binary cross-entropy" if what == "loss" else "accuracy")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle(f"{recipe.name}: {recipe.model.name}, batch {recipe.batch_size}", fontsize=10)
+    own = recipe.model.out_channels  # a network of its own layers is not the one that it is named after
+    network = recipe.model.name if own is None else f"layers of {', '.join(map(str, own))} channels"
+    figure.suptitle(f"{recipe.name}: {network}, batch {recipe.batch_size}", fontsize=10)
     return figure
 
 
