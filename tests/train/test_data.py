@@ -146,6 +146,7 @@ def test_npz_of_jpegs(tmp_path):
     arrays |= {"train_lossless_idx": np.array([1]), "train_lossless_rgb": exact}
     np.savez(tmp_path / "j.npz", **arrays)
     found = open_data(Data(kind="cifar10", path=str(tmp_path / "j.npz")), 3)
+    assert found.class_names[3] == "cat"  # the classes of CIFAR-10, named or not
     assert found.train.images.float().mean((1, 2, 3))[[0, 2]].tolist() == pytest.approx([10, 90], abs=1.5)
     assert np.array_equal(found.train.images[1].permute(1, 2, 0).numpy(), exact[0])
     arrays["train_offset"] = arrays["train_offset"] + 3
