@@ -23,7 +23,10 @@ def start(*arguments, **environment):
     command = [sys.executable, *map(str, arguments)]
     pipe = subprocess.PIPE
     own = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}  # who runs this test is not who runs that
-    return subprocess.Popen(command, cwd=ROOT, env={**own, "PYTHONPATH": PATH, **environment}, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**own, "PYTHONPATH": PATH, **environment}, stdout=pipe, stderr=pipe, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background of a shell do not hear Ctrl-C
+    )  # fmt: skip
 
 
 def run(*arguments, **environment):
