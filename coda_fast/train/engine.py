@@ -460,10 +460,10 @@ class Run:
         if changed := [f"{key} (was {then.get(key)!r}, now {now[key]!r})" for key in now if now[key] != then.get(key)]:
             raise TrainingError(f"{path}: the run that stands here had other data: {', '.join(changed)}")
         whole = StateDictOptions(full_state_dict=True)
-        try:
-            set_model_state_dict(self.objective, state["model"], options=whole)
+        try:  # sharded modules put their shards into the dict that they are given
+            set_model_state_dict(self.objective, dict(state["model"]), options=whole)
             if self.ema is not None:
-                set_model_state_dict(self.ema.module, state["ema"], options=whole)
+                set_model_state_dict(self.ema.module, dict(state["ema"]), options=whole)
             set_optimizer_state_dict(self.objective, self.optimizer.optimizer, state["optimizer"], options=whole)
         except (RuntimeError, KeyError, TypeError) as error:
             raise TrainingError(f"{path}: weights that do not fit this model: {str(error).splitlines()[0]}") from None
