@@ -255,6 +255,31 @@ def test_a_signal_to_one_of_two_stops_both(pair, tmp_path):
     assert_same(end_of(pair), end_of(tmp_path / "out"))
 
 
+OTHER = """
+import os, sys
+from coda_fast.cli import main
+from coda_fast.train import data
+
+def fewer(*arguments, digits=data._digits):
+    found = digits(*arguments)
+    if os.environ["RANK"] == "1":
+        found.train = data.Arrays(found.train.images[:640], found.train.labels[:640])
+    return found
+
+data._digits = fewer
+main(["train", *sys.argv[1:]])
+"""
+
+
+def test_other_images_on_another_host_are_refused(tmp_path):
+    """They would be another number of steps, after which one process waits for the other."""
+    (tmp_path / "other.py").write_text(OTHER)
+    printed = finished(command(tmp_path / "out", launcher=STANDALONE, program=(tmp_path / "other.py",)), code=1)
+    message = "data: expected the same images in every process, got train_images (process 0 1347, process 1 640), train_checksum"
+    assert printed.count(message) == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_odd_share_is_refused(tmp_path):
     printed = finished(command(tmp_path / "out", "devices=2", "batch_size=63"), code=2)
     assert "batch_size: expected a multiple of 2, the number of processes, got 63" in printed
