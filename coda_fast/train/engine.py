@@ -215,7 +215,7 @@ class Run:
     def _build(self, model):
         """Objective, moving average, optimiser and schedule, on the device and shared over the processes."""
         recipe, fabric = self.recipe, self.fabric
-        if recipe.channels_last:
+        if recipe.channels_last and not processes.sharded(fabric):  # FSDP2 takes contiguous weights only
             model = model.to(memory_format=torch.channels_last)
         objective = Objective(model.to(self.device), recipe)
         self.plain = copy.deepcopy(objective.model).requires_grad_(False) if self.main else None  # whole, for maps and files

@@ -79,6 +79,17 @@ finally:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_what_the_large_recipes_ask_for(tmp_path, strategy):
+    """Their options beside each other, but for the compiler: the same first epoch as by one process, up to bfloat16."""
+    options = ("precision=bfloat16", "channels_last=true", "ema.decay=0.9", "ema.warmup=true", "optimizer.clip=1", "epochs=1")
+    run(tmp_path / "one", *options)
+    finished(command(tmp_path / "two", *options, f"strategy={strategy}", launcher=STANDALONE))
+    rows = [end_of(tmp_path / name, 1)["history"][0] for name in ("one", "two")]
+    assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=1e-3)
+    assert rows[1]["val_images"] == rows[0]["val_images"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_compiled_network_of_two_processes(alone, tmp_path, strategy):
     (tmp_path / "compiled.py").write_text(COMPILED)
     options = (*OPTIONS, "compile=true", f"strategy={strategy}", "devices=2")
