@@ -116,6 +116,8 @@ class Run:
         start = self._start(resume)
         model, self.source = self._model_and_data()
         self.facts = self.source.facts()
+        gathered = self._gather(self.facts)
+        self._first(lambda: self._alike(gathered))
         self.steps = len(self.source.train) // recipe.batch_size
         if not self.steps:
             raise TrainingError(f"batch_size: expected at most {len(self.source.train)}, the training images, got {recipe.batch_size}")
@@ -172,8 +174,20 @@ class Run:
     def _open(self):
         self.output.mkdir(parents=True, exist_ok=True)
         self._hold()
+        if self.last_good is None and files.listed(self.folder):
+            raise TrainingError(f"{self.output} holds a run that began meanwhile; --resume auto goes on with it")
+        self._name_best()
         with checkpoints.atomic_path(self.output / "recipe.yaml") as temporary:
             temporary.write_text(self.recipe.to_yaml(), encoding="utf-8")
+
+    def _name_best(self):
+        """A run that ended between a checkpoint and its other name goes on from there: the best epoch is the last, and best.pt older."""
+        if self.best is None or self.step or self.last_good not in files.listed(self.folder):
+            return
+        best = self.folder / "best.pt"
+        older = not best.exists() or best.stat().st_mtime < self.last_good.stat().st_mtime
+        if older and self.best not in map(_score, self.history[:-1]):
+            files.link_best(self.last_good)
 
     def _model_and_data(self):
         recipe = self.recipe
@@ -192,10 +206,16 @@ class Run:
                 )
         return create_model(recipe.model.name, **options, **recipe.model.arguments()), source
 
+    def _alike(self, gathered):
+        """Processes with other data would take other steps, and wait for each other for ever."""
+        for rank, facts in enumerate(gathered):
+            if changed := _changes(gathered[0], facts, "process 0", f"process {rank}"):
+                raise TrainingError(f"data: expected the same images in every process, got {changed}")
+
     def _build(self, model):
         """Objective, moving average, optimiser and schedule, on the device and shared over the processes."""
         recipe, fabric = self.recipe, self.fabric
-        if recipe.channels_last:
+        if recipe.channels_last and not processes.sharded(fabric):  # FSDP2 takes contiguous weights only
             model = model.to(memory_format=torch.channels_last)
         objective = Objective(model.to(self.device), recipe)
         self.plain = copy.deepcopy(objective.model).requires_grad_(False) if self.main else None  # whole, for maps and files
@@ -437,7 +457,7 @@ class Run:
             self.last_good = path
             if best:
                 files.link_best(path)
-            files.prune(self.folder, self.recipe.checkpoint.keep)
+            files.prune(path, self.recipe.checkpoint.keep)
             self._whole(ema or model)
             return str(path)
 
@@ -456,14 +476,13 @@ class Run:
         if changed := self.recipe.differences(stored):
             values = ", ".join(f"{key} (was {_value(stored, key)!r}, now {_value(self.recipe, key)!r})" for key in changed)
             raise TrainingError(f"{path}: the run that stands here had other values of {values}; a changed run needs a folder of its own")
-        then, now = state["data"], self.facts
-        if changed := [f"{key} (was {then.get(key)!r}, now {now[key]!r})" for key in now if now[key] != then.get(key)]:
-            raise TrainingError(f"{path}: the run that stands here had other data: {', '.join(changed)}")
+        if changed := _changes(state["data"], self.facts, "was", "now"):
+            raise TrainingError(f"{path}: the run that stands here had other data: {changed}")
         whole = StateDictOptions(full_state_dict=True)
-        try:
-            set_model_state_dict(self.objective, state["model"], options=whole)
+        try:  # sharded modules put their shards into the dict that they are given
+            set_model_state_dict(self.objective, dict(state["model"]), options=whole)
             if self.ema is not None:
-                set_model_state_dict(self.ema.module, state["ema"], options=whole)
+                set_model_state_dict(self.ema.module, dict(state["ema"]), options=whole)
             set_optimizer_state_dict(self.objective, self.optimizer.optimizer, state["optimizer"], options=whole)
         except (RuntimeError, KeyError, TypeError) as error:
             raise TrainingError(f"{path}: weights that do not fit this model: {str(error).splitlines()[0]}") from None
@@ -589,6 +608,11 @@ def _split(recipe, place):
     local = recipe.batch_size // place.world
     most = min(local, recipe.micro_batch or local)
     return local, next(size for size in range(most, 0, -1) if local % size == 0)
+
+
+def _changes(before, after, first, second):
+    """What differs in facts about data, in words."""
+    return ", ".join(f"{key} ({first} {before.get(key)!r}, {second} {after[key]!r})" for key in after if after[key] != before.get(key))
 
 
 def _score(row):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -18,6 +19,7 @@ from coda_fast.train.errors import TrainingError
 
 FORMAT = "coda_fast.train"
 PATIENCE = 20.0  # seconds
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without locks say
 _NAME = re.compile(r"epoch_(\d+)_step_(\d+)\.pt")
 _KEYS = {"recipe", "world", "epoch", "step", "updates", "model", "ema", "optimizer", "schedule", "rng", "history", "best", "data"}
 
@@ -131,7 +133,9 @@ def locked(output: Path, say: Callable[[str], None]) -> Iterator[bool]:
             lock.acquire(timeout=PATIENCE)
     except Timeout:
         raise TrainingError(f"{output}: another process trains there; choose another folder (--output)") from None
-    except NotImplementedError:  # a file system without locks
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+            raise
         say(f"{output} cannot be locked: see to it that no other run writes there")
     try:
         yield True
@@ -139,11 +143,13 @@ def locked(output: Path, say: Callable[[str], None]) -> Iterator[bool]:
         lock.release()
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Only the newest ``keep`` stay (and ``best.pt``); what an interrupted writer left goes."""
-    for path in listed(folder)[keep:]:
+def prune(written: Path, keep: int) -> None:
+    """Only ``written`` and those before it, ``keep`` in all, stay (and ``best.pt``, and those after it, which could not be read and are not
+    counted); what an interrupted writer left goes.
+    """
+    for path in [path for path in listed(written.parent) if position(path) <= position(written)][keep:]:
         path.unlink(missing_ok=True)
-    for path in Path(folder).glob(".writing-*"):
+    for path in written.parent.glob(".writing-*"):
         path.unlink(missing_ok=True)
 
 

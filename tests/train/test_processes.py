@@ -79,6 +79,17 @@ finally:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_what_the_large_recipes_ask_for(tmp_path, strategy):
+    """Their options beside each other, but for the compiler: the same first epoch as by one process, up to bfloat16."""
+    options = ("precision=bfloat16", "channels_last=true", "ema.decay=0.9", "ema.warmup=true", "optimizer.clip=1", "epochs=1")
+    run(tmp_path / "one", *options)
+    finished(command(tmp_path / "two", *options, f"strategy={strategy}", launcher=STANDALONE))
+    rows = [end_of(tmp_path / name, 1)["history"][0] for name in ("one", "two")]
+    assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=1e-3)
+    assert rows[1]["val_images"] == rows[0]["val_images"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_compiled_network_of_two_processes(alone, tmp_path, strategy):
     (tmp_path / "compiled.py").write_text(COMPILED)
     options = (*OPTIONS, "compile=true", f"strategy={strategy}", "devices=2")
@@ -102,6 +113,14 @@ def test_a_run_of_two_goes_on_alone(alone, pair, tmp_path):
     run(tmp_path, *OPTIONS, resume=str(pair / "checkpoints" / "epoch_0001_step_0000009.pt"))
     assert_same(end_of(alone), end_of(tmp_path), BOUND)
     assert_same_epochs(alone, tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_go_on_in_the_middle_of_an_epoch(pair, tmp_path, strategy):
+    """From a checkpoint of two processes by two, copied or sharded: weights, moving average and optimiser, bit for bit."""
+    start = ("--quiet", "--resume", str(pair / "checkpoints" / "epoch_0001_step_0000009.pt"))
+    finished(command(tmp_path, *OPTIONS, f"strategy={strategy}", launcher=STANDALONE, options=start))
+    assert_same(end_of(pair), end_of(tmp_path), BOUND if strategy == "fsdp2" else 0.0)
 
 
 DYING = """
@@ -245,6 +264,31 @@ def test_a_signal_to_one_of_two_stops_both(pair, tmp_path):
     assert newest.name == "epoch_0001_step_0000012.pt"  # the next metrics after update 32
     finished(command(tmp_path / "out", *OPTIONS, launcher=STANDALONE, options=("--quiet", "--resume", "auto")))
     assert_same(end_of(pair), end_of(tmp_path / "out"))
+
+
+OTHER = """
+import os, sys
+from coda_fast.cli import main
+from coda_fast.train import data
+
+def fewer(*arguments, digits=data._digits):
+    found = digits(*arguments)
+    if os.environ["RANK"] == "1":
+        found.train = data.Arrays(found.train.images[:640], found.train.labels[:640])
+    return found
+
+data._digits = fewer
+main(["train", *sys.argv[1:]])
+"""
+
+
+def test_other_images_on_another_host_are_refused(tmp_path):
+    """They would be another number of steps, after which one process waits for the other."""
+    (tmp_path / "other.py").write_text(OTHER)
+    printed = finished(command(tmp_path / "out", launcher=STANDALONE, program=(tmp_path / "other.py",)), code=1)
+    message = "data: expected the same images in every process, got train_images (process 0 1347, process 1 640), train_checksum"
+    assert printed.count(message) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_odd_share_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Runs in one process: the files they leave, exact resume, and every message."""
 
 import csv
+import errno
 import json
 import os
 import random
@@ -499,6 +500,68 @@ def test_the_best_goes_on_where_the_others_are_torn(tmp_path, capsys):
     last.write_bytes(b"torn")
     assert train.run(recipe(*options), tmp_path, "auto")["epoch"] == 3
     assert f"going on from {folder / 'best.pt'}: epoch {best + 1}" in capsys.readouterr().err
+
+
+def test_what_a_run_writes_outlives_torn_checkpoints_of_later(tmp_path, monkeypatch):
+    """keep=1: the torn one has a later position and does not count."""
+    options = ("schedule.kind=constant", "checkpoint.keep=1")
+    run(tmp_path, *options, "epochs=1")
+    folder = tmp_path / "checkpoints"
+    (folder / "epoch_0001_step_0000000.pt").rename(folder / "best.pt")
+    (folder / "epoch_0002_step_0000000.pt").write_bytes(b"torn")
+    step = engine.Run._step
+
+    def signalled(self, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(engine.Run, "_step", signalled)
+    with pytest.raises(Stopped) as stop:
+        run(tmp_path, *options, "epochs=2", resume="auto")
+    assert torch.load(stop.value.checkpoint, weights_only=True)["step"] == 1
+    monkeypatch.undo()
+    assert run(tmp_path, *options, "epochs=2", resume="auto")["epoch"] == 2
+    assert {p.name for p in folder.iterdir()} == {"best.pt", "epoch_0002_step_0000000.pt"}
+
+
+def test_the_best_is_named_after_a_death_before_that(tmp_path):
+    """Between the checkpoint and its other name."""
+    options = ("schedule.kind=constant",)
+    run(tmp_path, *options, "epochs=1")
+    folder = tmp_path / "checkpoints"
+    assert end_of(tmp_path, 1)["best"] is not None
+    (folder / "best.pt").unlink()
+    run(tmp_path, *options, "epochs=1", resume="auto")
+    assert (folder / "best.pt").read_bytes() == (folder / "epoch_0001_step_0000000.pt").read_bytes()
+
+
+def test_a_run_that_began_meanwhile_is_not_written_over(tmp_path, monkeypatch):
+    """Both found an empty folder; the second was slower, and comes when the first has ended."""
+    data, inside = engine.Run._model_and_data, []
+
+    def slow(self):
+        if not inside:
+            inside.append(True)
+            run(tmp_path / "out", "epochs=1")
+        return data(self)
+
+    monkeypatch.setattr(engine.Run, "_model_and_data", slow)
+    with pytest.raises(TrainingError, match="holds a run that began meanwhile; --resume auto goes on with it"):
+        run(tmp_path / "out", "epochs=1", resume="auto")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    train.run(recipe("epochs=1"), tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    if number != errno.ENOSYS:  # some versions of filelock have another kind of lock for this one
+        assert "cannot be locked: see to it that no other run writes there" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
