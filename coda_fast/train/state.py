@@ -18,7 +18,7 @@ from coda_fast.checkpoints import atomic_path
 from coda_fast.train.errors import TrainingError
 
 FORMAT = "coda_fast.train"
-PATIENCE = 20.0  # seconds
+PATIENCE = 100.0  # seconds; servers of NFS keep locks of a host that was lost for 90
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without locks say
 _NAME = re.compile(r"epoch_(\d+)_step_(\d+)\.pt")
 _KEYS = {"recipe", "world", "epoch", "step", "updates", "model", "ema", "optimizer", "schedule", "rng", "history", "best", "data"}
@@ -88,7 +88,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | Non
     """
     there = listed(folder)
     best = Path(folder) / "best.pt"
-    for path in [*there, *([best] if there and best.exists() else [])]:
+    for path in [*there, *([best] if best.exists() else [])]:
         try:
             return path, read(path)
         except TrainingError as error:
@@ -117,7 +117,7 @@ def link_best(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(output: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the folder of a run. Workers of a run that was just killed may hold it for some seconds more: PATIENCE.
+    """Hold the folder of a run. What was just killed may hold it for some time more: PATIENCE.
 
     Raises:
         TrainingError: another process trains there.
@@ -129,10 +129,12 @@ def locked(output: Path, say: Callable[[str], None]) -> Iterator[bool]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            say(f"waiting {PATIENCE:.0f} s for the run that holds {output}")
+            say(f"waiting up to {PATIENCE:.0f} s for the run that holds {output}")
             lock.acquire(timeout=PATIENCE)
     except Timeout:
-        raise TrainingError(f"{output}: another process trains there; choose another folder (--output)") from None
+        raise TrainingError(
+            f"{output}: another process trains there; choose another folder (--output), or remove {lock.lock_file} if there is none"
+        ) from None
     except (NotImplementedError, OSError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
             raise

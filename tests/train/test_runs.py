@@ -579,7 +579,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine.Run, "_step", intruded)
     run(tmp_path / "out", "epochs=1")
     assert "another process trains there" in second[0]
-    assert "waiting 0 s for the run that holds" in second[0]
+    assert "waiting up to 0 s for the run that holds" in second[0]
     assert_same(end_of(tmp_path / "alone", 1), end_of(tmp_path / "out", 1))
     monkeypatch.undo()
     run(tmp_path / "out", "epochs=1", resume="auto")  # whose lock was given back
