@@ -49,7 +49,7 @@ def photograph() -> bytes:
 
 def decoding(seconds: float = 3.0) -> list[dict]:
     """Images/s of one core, by kind of work."""
-    from coda_fast.train.data import Decoder  # the tables are printed where the extra "train" is not installed
+    from coda_fast.train.decode import Decoder  # the tables are printed where the extra "train" is not installed
 
     photo, rows = photograph(), []
     decoders = {

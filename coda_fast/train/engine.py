@@ -24,12 +24,12 @@ from torch import distributed, nn
 from coda_fast import checkpoints
 from coda_fast.losses import DynamicMatrixLoss
 from coda_fast.models import CoDANet, create_model
-from coda_fast.train import data as sources
-from coda_fast.train import processes
+from coda_fast.train import processes, sources
 from coda_fast.train import state as files
-from coda_fast.train.data import Batch, Place, seeded
+from coda_fast.train.data import open_data
 from coda_fast.train.errors import Stopped, TrainingError, need
 from coda_fast.train.recipes import Recipe, make_recipe
+from coda_fast.train.sources import Batch, Place, seeded
 from coda_fast.train.watch import STEP_FIELDS, Watch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
@@ -195,7 +195,7 @@ class Run:
             probe = create_model(recipe.model.name, device="meta", **recipe.model.arguments())
         except (ValueError, TypeError) as error:
             raise TrainingError(f"model: {str(error).removeprefix('model: ')}") from None
-        source = sources.open_data(recipe.data, probe.image_channels, self.device, self.watch.reading)
+        source = open_data(recipe.data, probe.image_channels, self.device, self.watch.reading)
         torch.manual_seed(seeded(recipe.seed))  # the same weights in every process
         options = {"num_classes": source.num_classes, "class_names": source.class_names, "dtype": self.dtype}
         if recipe.model.out_channels is not None:  # a network of its own layers: the last of them is the classes

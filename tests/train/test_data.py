@@ -16,9 +16,10 @@ from support_train import assert_same, end_of, recipe, run
 
 from coda_fast import train
 from coda_fast.train import TrainingError, engine
-from coda_fast.train import data as sources
-from coda_fast.train.data import Arrays, Place, augment, open_data, to_float
+from coda_fast.train import decode as decoding
+from coda_fast.train.data import open_data
 from coda_fast.train.recipes import Data
+from coda_fast.train.sources import Arrays, Place, augment, to_float
 
 ONE = Place(0, 1)
 
@@ -235,7 +236,7 @@ def test_crops_have_the_size_that_is_asked(tmp_path):
     """A ramp from left to right tells where a crop was taken, and how wide it is: resize 20, crop 10: half of the shorter side."""
     ramp = np.broadcast_to(np.linspace(0, 240, 80, dtype=np.uint8)[None, :, None], (40, 80, 3))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
-    decode = sources.Decoder(3, resize=20, size=10)
+    decode = decoding.Decoder(3, resize=20, size=10)
     middle = decode(str(tmp_path / "ramp.png"), None)[0, 5].astype(float)
     assert middle.mean() == pytest.approx(120, abs=2)
     assert middle[-1] - middle[0] == pytest.approx(240 / 80 * 20 * 0.9, abs=4)  # 20 source pixels, centres of the first and last tenth
@@ -304,7 +305,7 @@ def test_a_class_without_images_is_refused(folder):
 def decoded(image, format, channels=3, size=None, **more):
     buffer = io.BytesIO()
     image.save(buffer, format, **more)
-    return sources.Decoder(channels, size, size)(buffer.getvalue(), None)
+    return decoding.Decoder(channels, size, size)(buffer.getvalue(), None)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -335,7 +336,7 @@ def test_other_kinds_of_files():
 
 def test_translation_is_a_share_of_the_side():
     """All of RandAugment's strength: 45 % to either side, for images of any size."""
-    (shift,) = (op for op in sources._randaugment_transform(2, 30, 3).ops if op.name == "TranslateXRel")
+    (shift,) = (op for op in decoding._randaugment_transform(2, 30, 3).ops if op.name == "TranslateXRel")
     for width in (20, 200):
         found = np.asarray(shift(Image.new("RGB", (width, 8))))[4, :, 0]
         assert (found > 64).sum() == 0.45 * width
