@@ -139,7 +139,9 @@ class Run:
         found = self._first(lambda: self._choose(resume))
         if found is None:
             return None
-        return Path(found), self.chosen if self.main else files.read(found)
+        state = self.chosen if self.main else files.read(found)
+        self.chosen = None  # as large as optimiser and model: not for the whole run
+        return Path(found), state
 
     def _choose(self, resume):
         """The path of that checkpoint; its state stays in ``chosen``."""
