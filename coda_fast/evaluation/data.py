@@ -44,9 +44,10 @@ def load(
     """The images of ``source`` as ``model`` takes them, the first ``limit`` in order (of a folder: evenly from all classes).
 
     Args:
-        source: "digits" (scikit-learn, the test half of the demo); an .npz file with ``images`` [N, H, W(, C)] uint8 and ``labels``, or
-            with ``test_jpeg``, ``test_offset``, ``test_label`` (JPEGs end to end; ``test_lossless_idx``, ``test_lossless_rgb`` replace
-            some); or a folder with a folder of image files for each class, in the order of the names or by ``model.class_names``.
+        source: "digits" (scikit-learn, the test half of the demo); an .npz file with ``images`` [N, H, W(, C)] uint8 and ``labels``
+            (or ``test_images``, ``test_labels``), or with ``test_jpeg``, ``test_offset``, ``test_label`` (JPEGs end to end;
+            ``test_lossless_idx``, ``test_lossless_rgb`` replace some); or a folder with a folder of image files for each class, in the
+            order of the names or by ``model.class_names``.
         size: scale the shorter side and crop the middle to this many pixels, square; None: all images must have one size.
 
     Raises:
@@ -136,8 +137,10 @@ def _npz(path, model, limit, progress):
             arrays = {key: file[key] for key in file.files if not key.startswith("train_")}
     except Exception as error:  # zipfile and NumPy raise whatever the damage leads them to
         raise ValueError(f"data: {path}: not an .npz file that NumPy can read ({error})") from None
-    if {"images", "labels"} <= arrays.keys():
-        images, labels = arrays["images"][:limit], arrays["labels"][:limit]
+    for names in (("images", "labels"), ("test_images", "test_labels")):
+        if not set(names) <= arrays.keys():
+            continue
+        images, labels = (arrays[name][:limit] for name in names)
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
             raise ValueError(
                 f"data: {path}: expected images [N, H, W, C] uint8 and as many labels, got {images.dtype} {list(images.shape)}"
@@ -146,7 +149,8 @@ def _npz(path, model, limit, progress):
         return Labelled(_to_tensor(images), torch.from_numpy(labels.astype(np.int64)))
     if {"test_jpeg", "test_offset", "test_label"} <= arrays.keys():
         return _jpegs(arrays, path, limit, progress)
-    raise ValueError(f"data: {path}: expected arrays images and labels, or test_jpeg, test_offset and test_label, got {', '.join(arrays)}")
+    expected = "images and labels, test_images and test_labels, or test_jpeg, test_offset and test_label"
+    raise ValueError(f"data: {path}: expected {expected}, got {', '.join(arrays)}")
 
 
 def _jpegs(arrays, path, limit, progress):

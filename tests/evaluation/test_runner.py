@@ -226,6 +226,8 @@ def test_npz(tmp_path, model):
     torch.testing.assert_close(found.images[:, 0], torch.from_numpy(images[:3]).float() / 255)
     assert found.labels.tolist() == [0, 1, 2]
     assert data.load(tmp_path / "a.npz", model, size=3).images.shape == (4, 1, 3, 3)
+    np.savez(tmp_path / "b.npz", train_images=images[:0], train_labels=labels[:0], test_images=images, test_labels=labels)
+    assert data.load(tmp_path / "b.npz", model, limit=3).digest() == found.digest()  # what training reads
 
 
 def test_npz_of_jpegs(tmp_path):
@@ -275,7 +277,7 @@ def test_bad_data(tmp_path, model):
         tmp_path / "empty": "expected a folder for each class",
         tmp_path / "classes": "no readable image among 0 files",
         tmp_path / "no.npz": "not an .npz file",
-        tmp_path / "odd.npz": "expected arrays images and labels, or test_jpeg",
+        tmp_path / "odd.npz": "expected images and labels, test_images and test_labels, or test_jpeg",
         tmp_path / "pickled.npz": "not an .npz file",
         tmp_path / "float.npz": "expected images .* uint8",
         tmp_path / "colour.npz": "takes 1 channels, the images of .* have 3",
