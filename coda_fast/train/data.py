@@ -176,6 +176,8 @@ def _folder(spec, channels, device, progress):
         if not folder.is_dir():
             raise TrainingError(f"data.path: expected {_EXPECTED['folder']}, found no folder {folder}")
     names = _folders(train_root)
+    if not names:
+        raise TrainingError(f"data.path: expected {_EXPECTED['folder']}, found no folder of a class in {train_root}")
     if spec.classes is not None and len(names) < spec.classes:
         raise TrainingError(f"data.classes: expected at least {spec.classes} folders in {train_root}, found {len(names)}")
     index = {name: i for i, name in enumerate(names[: spec.classes])}

@@ -228,6 +228,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = files("coda_fast").joinpath("recipes", f"{name}.yaml")
     if not path.is_file():
         path = Path(name)
+        if path.suffix in (".yaml", ".yml") and not path.exists():
+            raise TrainingError(f"recipe: no such file: {name}")
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
             raise TrainingError(f"recipe: expected one of {', '.join(_names())} or a .yaml file, got {name!r}")
     values = _parse(yaml, path.read_text(encoding="utf-8"), str(name))

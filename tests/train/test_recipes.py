@@ -136,3 +136,5 @@ def test_what_a_recipe_refuses(override, message):
 def test_an_unknown_recipe_names_those_there_are():
     with pytest.raises(TrainingError, match=r"expected one of cifar10-s, .*digits-s.* or a .yaml file, got 'cifar'"):
         load_recipe("cifar")
+    with pytest.raises(TrainingError, match="recipe: no such file: mine.yaml"):
+        load_recipe("mine.yaml")
