@@ -204,15 +204,18 @@ class Shards:
         """Number and checksum of the names of the shards."""
         return {"shards": len(self.urls), "checksum": zlib.crc32("\n".join(url.rpartition("/")[2] for url in self.urls).encode())}
 
-    def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
-        """As many steps as ``len`` says. A run that goes on in the middle reads over what it has seen."""
-        urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][place.rank :: place.world]
+    def need_enough(self, place) -> None:
+        """TrainingError: a worker would be without a shard. The same in every process: none waits for others that have ended."""
         workers = max(1, self.workers)
-        if len(self.urls) // place.world < workers:  # the same answer in every process: none waits for others that have ended
+        if len(self.urls) // place.world < workers:
             raise TrainingError(
                 f"data: expected a shard at least for each of {place.world} processes x {workers} workers, got {len(self.urls)}; "
                 f"make smaller shards or lower data.workers"
             )
+
+    def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
+        """As many steps as ``len`` says. A run that goes on in the middle reads over what it has seen."""
+        urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][place.rank :: place.world]
         loader = self._loader(self._stream(urls, (seed, epoch, place.rank), start, batch_size // place.world))
         for _, decoded in zip(range(start, len(self) // batch_size), loader, strict=False):
             yield self._stack(decoded)

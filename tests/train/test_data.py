@@ -423,7 +423,16 @@ def test_too_few_shards(shards):
     source = open_data(shards.model_copy(update={"workers": 2}), 3).train
     for rank in range(4):
         with pytest.raises(TrainingError, match="a shard at least for each of 4 processes x 2 workers, got 6"):
-            next(source.training(0, 0, 0, 12, Place(rank, 4)))
+            source.need_enough(Place(rank, 4))
+
+
+def test_too_few_shards_leave_no_folder(shards, tmp_path):
+    pytest.importorskip("webdataset")
+    options = ("model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", "data.workers=7", "batch_size=4")
+    given = ("path", "val_path", "classes", "size", "train_samples")
+    with pytest.raises(TrainingError, match="a shard at least for each of 1 processes x 7 workers, got 6"):
+        run(tmp_path / "out", *options, *(f"data.{key}={getattr(shards, key)}" for key in given))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_on_shards_stops_and_goes_on(shards, tmp_path):
@@ -606,6 +615,7 @@ def test_torn_shards_count_against_max_corrupt(damaged_shards, tmp_path):
         (lambda p: None, "found no folder .*train"),
         (lambda p: (p / "train" / "a").mkdir(parents=True), "found no folder .*val"),
         (lambda p: [(p / s / "a").mkdir(parents=True) for s in ("train", "val")], "found no image in .*train"),
+        (lambda p: [(p / s).mkdir() for s in ("train", "val")], "found no folder of a class in .*train"),
     ],
 )
 def test_a_folder_without_images(tmp_path, make, message):
