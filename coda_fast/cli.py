@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -93,7 +94,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], output: Path | None, r
     SIGTERM and SIGUSR1 write a checkpoint and end the program with exit code 75 (0 under torchrun, which would start it again otherwise).
     """
     from coda_fast import train as training
-    from coda_fast.train.errors import Stopped
+    from coda_fast.train.errors import SIGNALS, Stopped
 
     if recipe is None:
         click.echo("\n".join(f"{name:16} {about}" for name, about in training.list_recipes().items()))
@@ -105,6 +106,8 @@ def train(recipe: str | None, overrides: tuple[str, ...], output: Path | None, r
     try:
         training.run(chosen, Path("coda_runs") / chosen.name if output is None else output, resume, progress=not quiet)
     except Stopped as stop:
+        for number in SIGNALS:  # a second one, on the way out, would take the exit code
+            signal.signal(number, signal.SIG_IGN)
         click.echo(f"coda-fast: {stop}", err=True)
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return training.STOPPED

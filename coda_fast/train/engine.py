@@ -27,14 +27,13 @@ from coda_fast.models import CoDANet, create_model
 from coda_fast.train import processes, sources
 from coda_fast.train import state as files
 from coda_fast.train.data import open_data
-from coda_fast.train.errors import Stopped, TrainingError, need
+from coda_fast.train.errors import SIGNALS, Stopped, TrainingError, need
 from coda_fast.train.recipes import Recipe, make_recipe
 from coda_fast.train.sources import Batch, Place, seeded
 from coda_fast.train.watch import STEP_FIELDS, Watch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
 HEARTBEAT = 2.0  # seconds, about: a scheduler that sends a signal does not wait for log.every slow steps
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Objective(nn.Module):
@@ -118,6 +117,8 @@ class Run:
         self.facts = self.source.facts()
         gathered = self._gather(self.facts)
         self._first(lambda: self._alike(gathered))
+        if isinstance(self.source.train, sources.Shards):
+            self.source.train.need_enough(self.place)
         self.steps = len(self.source.train) // recipe.batch_size
         if not self.steps:
             raise TrainingError(f"batch_size: expected at most {len(self.source.train)}, the training images, got {recipe.batch_size}")
@@ -171,10 +172,13 @@ class Run:
     def _hold(self):
         """Nobody else trains in this folder until this run ends."""
         if self.lock is None:
-            self.lock = self.held.enter_context(files.locked(self.output, self.watch.say))
+            try:
+                self.output.mkdir(parents=True, exist_ok=True)
+                self.lock = self.held.enter_context(files.locked(self.output, self.watch.say))
+            except OSError as error:
+                raise TrainingError(f"{self.output}: expected a folder that can be written to (--output): {error.strerror}") from None
 
     def _open(self):
-        self.output.mkdir(parents=True, exist_ok=True)
         self._hold()
         if self.last_good is None and files.listed(self.folder):
             raise TrainingError(f"{self.output} holds a run that began meanwhile; --resume auto goes on with it")
@@ -268,6 +272,9 @@ class Run:
                     if self._agree(self.signals.asked) and self.epoch < recipe.epochs:
                         raise Stopped(self.last_good)
                 self._first(self._finish)
+        except KeyboardInterrupt:
+            self.watch.say(f"interrupted; {files.named(self.last_good)}")
+            raise
         except OSError as error:  # of the files beside the checkpoints: curves, pictures
             raise TrainingError(f"{error}; {files.named(self.last_good)}") from None
         return self.history[-1]

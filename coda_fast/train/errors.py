@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+
 STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class TrainingError(ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -61,6 +62,8 @@ def read(path: str | os.PathLike) -> dict:
         raise TrainingError(f"{path}: expected a checkpoint file or 'auto', got a folder")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own message advises to read it without weights_only, which could run any code
+        raise TrainingError(f"{path}: not a readable checkpoint (truncated, or of another program)") from None
     except Exception as error:  # damage leads to any exception
         reason = str(error).split("\n")[0] or type(error).__name__
         raise TrainingError(f"{path}: not a readable checkpoint (truncated, or of another program): {reason[:200]}") from None

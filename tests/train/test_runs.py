@@ -205,6 +205,7 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path):
         (None, "no such checkpoint"),
         (b"", "not a readable checkpoint"),
         (b"PK\x03\x04 not really", "not a readable checkpoint"),
+        (b"notes of mine\n", "not a readable checkpoint"),
         ({"state_dict": {}}, "expected a checkpoint of coda-fast train, got a file with 'state_dict'"),
         ([1, 2], "expected a checkpoint of coda-fast train, got list"),
         ({"format": "coda_fast.train", "version": "9"}, "a checkpoint of coda-fast train 9 without best, data"),
@@ -217,8 +218,9 @@ def test_a_foreign_checkpoint(tmp_path, content, message):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(TrainingError, match=message) as refused:
         run(tmp_path / "out", resume=str(path))
+    assert "weights_only" not in str(refused.value)  # no advice to run what a foreign file holds
     assert not (tmp_path / "out").exists()
 
 
@@ -336,6 +338,26 @@ def assert_goes_on(tmp_path, options):
         assert {k: v for k, v in row.items() if k != "images_per_second"} == {k: v for k, v in other.items() if k != "images_per_second"}
 
 
+def test_ctrl_c_names_what_is_kept(tmp_path, monkeypatch, capsys):
+    step = engine.Run._step
+
+    def interrupted(self, batch):
+        if self.updates == 26:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(engine.Run, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(recipe(), tmp_path)
+    assert f"interrupted; the last good checkpoint is {tmp_path / 'checkpoints' / 'epoch_0001_step_0000000.pt'}" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match=r"file.run: expected a folder that can be written to \(--output\): Not a directory"):
+        run(tmp_path / "file" / "run")
+
+
 def test_slow_steps_are_interrupted_soon(tmp_path, monkeypatch):
     """Not at the next row of the log, which may be minutes away."""
     step = engine.Run._step
@@ -392,7 +414,9 @@ def test_a_real_signal_to_a_real_process(tmp_path):
         while not (tmp_path / "steps.csv").exists() or len((tmp_path / "steps.csv").read_text().splitlines()) < 8:
             assert process.poll() is None, process.stderr.read()
         process.send_signal(signal.SIGTERM)
-        _, printed = process.communicate(timeout=60)
+        printed = process.stderr.readline()
+        process.send_signal(signal.SIGTERM)  # again, on the way out
+        printed += process.communicate(timeout=60)[1]
     finally:
         process.kill()
     assert process.returncode == STOPPED == 75
