@@ -263,6 +263,7 @@ class Run:
                 while self.epoch < recipe.epochs:
                     self._train_epoch()
                     row = self.row | (self.evaluate() if self._evaluates() else {})
+                    row["unreadable"] = len(self.bad)  # with those of validation
                     self.epoch, self.step = self.epoch + 1, 0
                     self.history.append(row)
                     better = _score(row) is not None and (self.best is None or _score(row) > self.best)

@@ -140,7 +140,7 @@ def curve(history: list[dict], recipe: Recipe):
                 x, y = [row["epoch"] for row in rows], [row[f"{prefix}_{what}"] for row in rows]
                 axes.plot(x, y, label=label, marker="o" if len(x) < 30 else None, markersize=3)
         axes.set(xlabel="epoch", ylabel="binary cross-entropy" if what == "loss" else "accuracy")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     own = recipe.model.out_channels  # a network of its own layers is not the one that it is named after

@@ -464,6 +464,7 @@ def test_corrupt_images_are_skipped_counted_and_named(folder, tmp_path, capsys):
     row = train.run(recipe(*NET, f"data.path={folder}"), tmp_path / "out")
     printed = capsys.readouterr().err
     assert row["val_images"] == 10
+    assert row["unreadable"] == 2  # also that of the last validation
     assert "skipped" in printed
     assert str(damaged) in printed
     assert "001.JPEG" in printed
