@@ -29,6 +29,8 @@ def fabric(recipe):
     accelerator = recipe.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("accelerator: expected a CUDA GPU for accelerator=cuda, found none")
     if devices == "auto":
         devices = torch.cuda.device_count() if accelerator == "cuda" else 1
     world = devices * nodes

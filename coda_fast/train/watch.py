@@ -155,10 +155,12 @@ def summary(history: list[dict]) -> str:
     best = max(scored, key=lambda row: row.get("ema_val_accuracy", row["val_accuracy"]), default=history[-1])
     columns = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top5", "ema_val_accuracy", "images_per_second")
     columns = [key for key in columns if key in history[-1]]
-    lines = ["".join(f"{key.replace('_', ' '):>19}" for key in ["", *columns])]
+    cells = [["", *(key.replace("_", " ").replace(" per ", "/") for key in columns)]]
     for label, row in (("best", best), ("last", history[-1])):
-        lines.append(f"{label:>19}" + "".join(f"{_short(row.get(key, '')):>19}" for key in columns))
-    return "\n".join(lines)
+        values = [row.get(key, "") for key in columns]
+        cells.append([label, *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
 def _short(value):

@@ -446,6 +446,12 @@ def test_what_cannot_start_says_so_and_writes_nothing(tmp_path, overrides, messa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(tmp_path):
+    with pytest.raises(TrainingError, match="accelerator: expected a CUDA GPU for accelerator=cuda, found none"):
+        run(tmp_path / "out", "accelerator=cuda")
+
+
 def test_the_command_line(tmp_path, capsys):
     from coda_fast import cli
 
