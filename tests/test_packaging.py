@@ -150,7 +150,7 @@ def test_extras(metadata):
     assert set(extras["video"]) == {*extras["cli"], "av"}
     assert set(extras["timm"]) == {"timm"}
     assert set(extras["hub"]) == {"huggingface_hub", "safetensors", "jinja2"}
-    added = {"lightning", "timm", "torchvision", "pydantic", "pyyaml", "tensorboard", "webdataset"}
+    added = {"lightning", "timm", "torchvision", "pydantic", "pyyaml", "tensorboard", "webdataset", "filelock"}
     assert set(extras["train"]) == {*extras["cli"], *added}
     needed = {*extras["train"], *extras["evaluation"], *extras["video"], *extras["hub"], "pytest", "setuptools"}
     assert needed < set(extras["test"]) < set(extras["dev"])

@@ -1,20 +1,28 @@
-"""What the tests of training share: a tiny network on digits, runs in this process and in others."""
+"""What the tests of training share: a tiny network on digits, runs in this process and in others, images that tell which they are."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from coda_fast import train
 from coda_fast.train.recipes import load_recipe
+from coda_fast.train.sources import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "model.out_channels=[4, 10]", "model.ranks=[4, 4]", "model.kernel_sizes=[3, 3]", "model.strides=[2, 1]", "epochs=2", "log.maps=0",
     "log.tensorboard=false", "log.every=4", "accelerator=cpu",
 )  # fmt: skip
+NET = (
+    "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=folder", "data.resize=24", "data.size=16", "data.workers=0",
+    "batch_size=8", "epochs=1", "precision=float64",
+)  # fmt: skip
+ONE = Place(0, 1)
 
 
 def recipe(*overrides, name="digits-s"):
@@ -70,3 +78,21 @@ def losses(output):
     header = lines[0].split(",")
     rows = [dict(zip(header, line.split(","), strict=True)) for line in lines[1:]]
     return {int(row["updates"]): float(row["loss"]) for row in rows}
+
+
+def picture(value, size=(40, 30), mode="RGB"):
+    """A JPEG of one colour, as bytes; (width, height)."""
+    buffer = io.BytesIO()
+    Image.new(mode, size, (value,) * 3 if mode == "RGB" else value).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def tree(root, counts, start=0, size=(40, 30)):
+    """root/CLASS/NUMBER.JPEG with as many images as ``counts`` says; each image of a brightness of its own, which tells it."""
+    value = start
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            (root / name / f"{i:03d}.JPEG").write_bytes(picture(value, size))
+            value += 4
+    return root

@@ -117,7 +117,7 @@ def test_a_run_of_two_goes_on_alone(alone, pair, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_go_on_in_the_middle_of_an_epoch(pair, tmp_path, strategy):
-    """From a checkpoint of two processes by two, copied or sharded: weights, moving average and optimiser, bit for bit."""
+    """From a checkpoint of two processes by two: bit for bit; sharded, up to the order of sums."""
     start = ("--quiet", "--resume", str(pair / "checkpoints" / "epoch_0001_step_0000009.pt"))
     finished(command(tmp_path, *OPTIONS, f"strategy={strategy}", launcher=STANDALONE, options=start))
     assert_same(end_of(pair), end_of(tmp_path), BOUND if strategy == "fsdp2" else 0.0)

@@ -382,7 +382,7 @@ def test_a_signal_during_evaluation(tmp_path, monkeypatch, at):
     forward, seen = engine.Objective.forward, []
 
     def signalled(self, images, *more):
-        if not self.training and (self.model is not None) and len(images) in (120, 90):
+        if not self.training and len(images) in (120, 90):
             seen.append(len(images))
             if len(seen) == 2 * at:  # the weights and their average
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,228 @@
+"""WebDataset shards: every sample once, exact positions, whatever in them cannot be read."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from support_train import ONE, assert_same, end_of, picture, run
+
+from coda_fast.train import TrainingError
+from coda_fast.train.data import open_data
+from coda_fast.train.recipes import Data
+from coda_fast.train.sources import Place
+
+
+def pack(path, files):
+    """Add files, {name: content}, to a shard."""
+    with tarfile.open(path, "a") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """6 shards of 5 training images, 3 of 4, 1 and 2 for validation; the brightness of an image tells which it is."""
+    value = 0
+    for kind, sizes in (("train", [5] * 6), ("val", [4, 1, 2])):
+        for i, size in enumerate(sizes):
+            for j in range(size):
+                files = {f"{i}{j}.jpg": picture(value % 256, (20, 20)), f"{i}{j}.cls": b"%d" % (value // 6 % 3)}
+                pack(tmp_path / f"{kind}-{i:03d}.tar", files)
+                value += 6
+    pattern = str(tmp_path)
+    return Data(
+        kind="webdataset", path=pattern + "/train-{000..005}.tar", val_path=pattern + "/val-{000..002}.tar", classes=3, resize=20, size=16,
+        workers=0, train_samples=30, shuffle=10,
+    )  # fmt: skip
+
+
+def values(batches):
+    return [round(float(v)) for b in batches for v in b.images.float().mean((1, 2, 3))]
+
+
+def test_shards_give_every_image_once_an_epoch(shards):
+    pytest.importorskip("webdataset")
+    found = open_data(shards, 3)
+    seen = values(found.train.training(0, 0, 0, 5, ONE))
+    assert len(seen) == 30
+    assert sorted(round(v / 6) for v in seen) == list(range(30))
+    assert seen != sorted(seen)
+    assert seen != values(found.train.training(0, 1, 0, 5, ONE))
+    for world in (1, 2, 4):
+        some = [values(found.val.evaluation(3, Place(rank, world))) for rank in range(world)]
+        assert sorted(round(v / 6) for part in some for v in part) == list(range(30, 37))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_go_on_in_the_middle(shards, workers):
+    pytest.importorskip("webdataset")
+    source = open_data(shards.model_copy(update={"workers": workers}), 3).train
+    for place in (ONE, Place(1, 2)):
+        whole = list(source.training(0, 0, 0, 6, place))
+        assert len(whole) == 5
+        for start in (1, 2, 4):
+            rest = list(source.training(0, 0, start, 6, place))
+            assert len(rest) == 5 - start
+            for a, b in zip(whole[start:], rest, strict=True):
+                assert torch.equal(a.images, b.images)
+                assert torch.equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_samples": None}, "data.train_samples: expected"),
+        ({"classes": None}, "data.classes: expected a value for shards"),
+        ({"path": "/nowhere/{0..3}.tar"}, "found 0; missing: .*/nowhere/0.tar"),
+    ],
+)
+def test_what_shards_need(shards, change, message):
+    pytest.importorskip("webdataset")
+    with pytest.raises(TrainingError, match=message):
+        open_data(shards.model_copy(update=change), 3)
+
+
+def test_too_few_shards(shards):
+    pytest.importorskip("webdataset")
+    """Refused in every process, also in those that have enough: they would wait for the others."""
+    source = open_data(shards.model_copy(update={"workers": 2}), 3).train
+    for rank in range(4):
+        with pytest.raises(TrainingError, match="a shard at least for each of 4 processes x 2 workers, got 6"):
+            source.need_enough(Place(rank, 4))
+
+
+def test_too_few_shards_leave_no_folder(shards, tmp_path):
+    pytest.importorskip("webdataset")
+    options = ("model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", "data.workers=7", "batch_size=4")
+    given = ("path", "val_path", "classes", "size", "train_samples")
+    with pytest.raises(TrainingError, match="a shard at least for each of 1 processes x 7 workers, got 6"):
+        run(tmp_path / "out", *options, *(f"data.{key}={getattr(shards, key)}" for key in given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_on_shards_stops_and_goes_on(shards, tmp_path):
+    pytest.importorskip("webdataset")
+    options = (
+        "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", f"data.path={shards.path}",
+        f"data.val_path={shards.val_path}", "data.classes=3", "data.resize=20", "data.size=16", "data.workers=0", "data.train_samples=30",
+        "batch_size=5", "checkpoint.every_steps=4", "checkpoint.keep=9", "log.maps=2",
+    )  # fmt: skip
+    row = run(tmp_path / "whole", *options)
+    assert (row["val_images"], row["updates"]) == (7, 12)
+    assert len(list((tmp_path / "whole" / "maps").iterdir())) == 2
+    run(tmp_path / "rest", *options, resume=str(tmp_path / "whole" / "checkpoints" / "epoch_0001_step_0000002.pt"))
+    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "rest"))
+
+
+@pytest.fixture
+def damaged_shards(shards):
+    """Of the training shards 2 and 5 are torn; in the others, in the middle, what cannot be read, 6 of it, and what is no sample."""
+    paths = [Path(shards.path.replace("{000..005}", f"00{i}")) for i in range(6)]
+    good = picture(250, (20, 20))
+    for i, files in (
+        (0, {"broken.jpg": b"\xff\xd8 broken", "broken.cls": b"2", "unlabelled.jpg": good}),
+        (1, {"pathless.cls": b"1", "README.txt": b"x", "many.jpg": good, "many.cls": b"3"}),
+        (3, {"text.cls": b"cat", "text.jpg": good, "negative.jpg": good, "negative.cls": b"-1"}),
+    ):
+        pack(paths[i], {**files, f"last{i}.jpg": good, f"last{i}.cls": b"0"})
+    for i, inside in ((2, 700), (5, 0)):  # at the third image, in its content and before its header
+        with tarfile.open(paths[i]) as tar:
+            cut = tar.getmembers()[4].offset + inside
+        paths[i].write_bytes(paths[i].read_bytes()[:cut])
+    return shards
+
+
+REASONS = {
+    "train-000.tar:broken": "cannot identify image file",
+    "train-000.tar:unlabelled": "cls: expected a class from 0 to 2, found none",
+    "train-001.tar:pathless": "no image",
+    "train-001.tar:many": "cls: expected a class from 0 to 2, got '3'",
+    "train-003.tar:text": "cls: expected a class from 0 to 2, got 'cat'",
+    "train-003.tar:negative": "cls: expected a class from 0 to 2, got '-1'",
+    "train-002.tar": "expected a whole tar file: unexpected end of data",
+    "train-005.tar": "expected a whole tar file: empty header",  # cut where a header should begin
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_samples_that_cannot_be_read_are_named_and_keep_their_place(damaged_shards, workers, evaluation):
+    changes = {"workers": workers} | ({"val_path": damaged_shards.path} if evaluation else {})
+    found = open_data(damaged_shards.model_copy(update=changes), 3)
+    batches = list(found.val.evaluation(5, ONE) if evaluation else found.train.training(0, 0, 0, 5, ONE))
+    if evaluation:  # 4 whole shards, 3 images added, the torn ones up to the last sample after which another began
+        assert sum(len(b.labels) if b.valid is None else int(b.valid.sum()) for b in batches) == 4 * 5 + 3 + 2 + 1
+    else:
+        batches += list(found.train.training(0, 1, 0, 5, ONE)) + list(found.train.training(0, 2, 0, 5, ONE))
+        assert {len(b.labels) for b in batches} == {5}
+    failures = [failure for b in batches for failure in b.failures]
+    assert {name for name, _ in failures} == set(REASONS)
+    for name, reason in failures:
+        assert reason.startswith(REASONS[name])
+    assert sum(0 if b.valid is None else int((~b.valid).sum()) for b in batches) == len(failures)
+    for batch in batches:
+        assert 0 <= batch.labels.min() <= batch.labels.max() < 3
+        assert batch.valid is None or not batch.images[~batch.valid].any()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_shards_go_on_exactly_from_anywhere(damaged_shards, workers):
+    """45 steps of 3: each lane goes through its shards several times."""
+    source = open_data(damaged_shards.model_copy(update={"workers": workers, "train_samples": 135}), 3).train
+    whole = list(source.training(4, 1, 0, 3, ONE))
+    assert sum(b.valid is not None for b in whole) > 10
+    for start in (1, 2, 3, 8, 17, 30, 44) if workers else range(1, 45):
+        rest = list(source.training(4, 1, start, 3, ONE))
+        assert len(rest) == 45 - start
+        for a, b in zip(whole[start:], rest, strict=True):
+            assert torch.equal(a.images, b.images)
+            assert torch.equal(a.labels, b.labels)
+            assert (a.valid is None and b.valid is None) or torch.equal(a.valid, b.valid)
+            assert a.failures == b.failures
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_lane_without_a_sample_says_one_clear_line(shards, workers):
+    for i in range(6):
+        path = Path(shards.path.replace("{000..005}", f"00{i}"))
+        path.write_bytes(b"" if i % 2 else path.read_bytes()[:700])
+    source = open_data(shards.model_copy(update={"workers": workers}), 3).train
+    with pytest.raises(TrainingError, match=r"no samples with an image and a class in \[.*tar: expected a whole tar file") as caught:
+        list(source.training(0, 0, 0, 5, ONE))
+    assert "\n" not in str(caught.value)
+    with tarfile.open(shards.val_path.replace("{000..002}", "003"), "w"):
+        pass
+    source = open_data(shards.model_copy(update={"val_path": shards.val_path.replace("{000..002}", "003")}), 3).val
+    with pytest.raises(TrainingError, match="no samples with an image and a class"):
+        source.sample(4)
+    assert list(source.evaluation(4, ONE)) == []
+
+
+def test_a_shard_that_cannot_be_opened_is_named(shards):
+    source = open_data(shards, 3).train
+    Path(source.urls[2]).unlink()
+    failures = {name: reason for b in source.training(0, 0, 0, 5, ONE) for name, reason in b.failures}
+    assert list(failures) == ["train-002.tar"]
+    assert failures["train-002.tar"].startswith("expected a whole tar file: [Errno 2] No such file")
+
+
+def test_names_that_are_not_text(shards):
+    pack(Path(shards.path.replace("{000..005}", "000")), {"\udcff.jpg": b"", "\udcff.cls": b"0"})
+    source = open_data(shards.model_copy(update={"train_samples": 31}), 3).train
+    ((name, _),) = (failure for b in source.training(0, 0, 0, 31, ONE) for failure in b.failures)
+    assert name == "train-000.tar:\\xff"
+
+
+def test_torn_shards_count_against_max_corrupt(damaged_shards, tmp_path):
+    options = (
+        "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", f"data.path={damaged_shards.path}",
+        f"data.val_path={damaged_shards.val_path}", "data.classes=3", "data.resize=20", "data.size=16", "data.workers=0",
+        "data.train_samples=40", "batch_size=5", "epochs=1",
+    )  # fmt: skip
+    assert run(tmp_path / "a", *options, "data.max_corrupt=8")["unreadable"] > 5
+    with pytest.raises(TrainingError, match=r"at most 1 images that cannot be read \(data.max_corrupt\), got"):
+        run(tmp_path / "b", *options, "data.max_corrupt=1")
