@@ -91,7 +91,11 @@ def probability(p: float) -> str:
 
 
 def explanation_figure(
-    images: torch.Tensor, explanation: Explanation, logit_bias: float, class_names: Sequence[str] | None = None
+    images: torch.Tensor,
+    explanation: Explanation,
+    logit_bias: float,
+    class_names: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
 ) -> Figure:
     """One row for each image: the image, a contribution map for each explained class, the dynamic weight of the first of them.
 
@@ -102,6 +106,7 @@ def explanation_figure(
         explanation: what it returned, with ``layer=None``.
         logit_bias: ``model.logit_bias``.
         class_names: one for each class; numbers if None.
+        labels: the true class of each image, written above it.
 
     Raises:
         ValueError: images and explanation that do not belong together. ImportError: matplotlib is not installed.
@@ -115,22 +120,25 @@ def explanation_figure(
             f"got {list(explanation.contribution_map.shape)}, layer {explanation.layer}"
         )
     count, classes = explanation.target.shape
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"labels: expected {count}, one for each image, got {len(labels)}")
+
+    def name(number):
+        return class_names[number] if class_names else f"class {number}"
+
     aspect = min(4.0, max(0.25, images.shape[2] / images.shape[3]))  # a strip is drawn small rather than on a page of metres
     figure = new_figure(width=2.3 * (classes + 2) + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
     axes = figure.subplots(count, classes + 2, squeeze=False)
     scale = symmetric_scale(explanation.contribution_map)
     sigmoid = explanation.logits.sigmoid()
     for i in range(count):
-        show_image(axes[i, 0], images[i], "image")
+        show_image(axes[i, 0], images[i], "image" if labels is None else f"image: {name(int(labels[i]))}")
         for k in range(classes):
             target = int(explanation.target[i, k])
-            name = class_names[target] if class_names else f"class {target}"
-            artist = show_map(
-                axes[i, k + 1], explanation.contribution_map[i, k], scale, f"{name}: {probability(float(sigmoid[i, target]))}"
-            )
+            title = f"{name(target)}: {probability(float(sigmoid[i, target]))}"
+            artist = show_map(axes[i, k + 1], explanation.contribution_map[i, k], scale, title)
             axes[i, k + 1].set_xlabel(proof(explanation, i, k, logit_bias), fontsize=7)
-        first = int(explanation.target[i, 0])
-        title = f"weight of {class_names[first] if class_names else f'class {first}'}"
+        title = f"weight of {name(int(explanation.target[i, 0]))}"
         show_weight(axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title)
     if count:
         colour_bar(figure, artist, axes)

@@ -105,6 +105,16 @@ def test_formats_of_results():
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
+@pytest.mark.parametrize("backend", ["factored", "triton"])
+def test_gradients_of_1x1_layers_have_the_strides_of_their_parameters(backend):
+    """is_contiguous() says nothing about axes of size 1; DDP compares strides, and warns."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = coda_fast.DAUConv2d(4, 6, 1, rank=3, backend=backend).to(device)
+    layer(torch.randn(2, 4, 5, 5, device=device)).sum().backward()
+    for parameter in layer.parameters():
+        assert parameter.grad.stride() == parameter.stride()
+
+
 # -- several gradients at once (vmap) ----------------------------------------------------------------------------------------------------
 
 

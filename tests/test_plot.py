@@ -82,6 +82,16 @@ def test_explanation_figure(tmp_path):
     assert "<svg" in (tmp_path / "figure.svg").read_text()[:1000]
 
 
+def test_explanation_figure_names_the_true_class():
+    model = create_model("coda_xs_digits")
+    images = torch.rand(2, 1, 8, 8)
+    explanation = model.explain(images, [[0], [1]])
+    figure = plot.explanation_figure(images, explanation, 0.0, list("abcdefghij"), [9, 1])
+    assert [axes.get_title() for axes in figure.axes][:6:3] == ["image: j", "image: b"]
+    with pytest.raises(ValueError, match="labels: expected 2, one for each image, got 3"):
+        plot.explanation_figure(images, explanation, 0.0, None, [1, 2, 3])
+
+
 def test_explanation_figure_refuses_strangers():
     model = create_model("coda_xs_digits")
     images = torch.rand(2, 1, 8, 8)

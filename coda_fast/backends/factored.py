@@ -168,7 +168,9 @@ class _Layer:
             d_weight = d_rows[:, :rank].to(dtype, memory_format=torch.contiguous_format, copy=True) if need_weight else None
             d_bias = d_rows[:, rank].to(dtype, memory_format=torch.contiguous_format, copy=True) if need_bias else None
         if need_reduce:
-            d_reduce = d_reduce.view(rank, *kernel, channels).permute(0, 3, 1, 2).to(dtype).contiguous()
+            d_reduce = d_reduce.view(rank, *kernel, channels).permute(0, 3, 1, 2)
+            # a copy: .contiguous() keeps the strides of 1 x 1 kernels, which DDP compares with those of the parameter
+            d_reduce = d_reduce.to(dtype, memory_format=torch.contiguous_format, copy=True)
         return (
             windows.canvas_to_image(dx, input) if need_x else None,
             applied_windows.canvas_to_image(du, applied) if need_u and not shared else None,

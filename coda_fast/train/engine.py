@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import gc
 import math
 import os
@@ -18,53 +19,22 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import distributed, nn
+from torch import distributed
 
 from coda_fast import checkpoints
-from coda_fast.losses import DynamicMatrixLoss
-from coda_fast.models import CoDANet, create_model
+from coda_fast.models import create_model
 from coda_fast.train import processes, sources
 from coda_fast.train import state as files
 from coda_fast.train.data import open_data
 from coda_fast.train.errors import SIGNALS, Stopped, TrainingError, need
+from coda_fast.train.objective import Objective
 from coda_fast.train.recipes import Recipe, make_recipe
+from coda_fast.train.schedule import make_schedule, set_rate
 from coda_fast.train.sources import Batch, Place, seeded
 from coda_fast.train.watch import STEP_FIELDS, Watch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
 HEARTBEAT = 2.0  # seconds, about: a scheduler that sends a signal does not wait for log.every slow steps
-
-
-class Objective(nn.Module):
-    """Model and loss in one module, so that DDP and FSDP2 see every parameter used in one forward pass."""
-
-    def __init__(self, model: CoDANet, recipe: Recipe):
-        super().__init__()
-        self.model, self.autocast, self.smoothing = model, recipe.precision == "bfloat16", recipe.loss.label_smoothing
-        loss = recipe.loss
-        self.matrix = DynamicMatrixLoss(loss.matrix_weight, loss.matrix_classes, loss.matrix_norm) if loss.matrix_weight else None
-
-    def forward(self, images, labels=None, rows=None, valid=None):
-        """images [N, C, H, W] in [0, 1] -> logits [N, classes]; with labels [N] (and the regulariser's rows [N, K], and valid [N], images
-        that count): (logits, loss of each image [N], penalty).
-        """
-        with torch.autocast(images.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            if labels is not None and self.matrix is not None and self.training:
-                found = self.matrix(self.model, images, labels, rows, valid)
-                return found.logits, _bce(found.logits, labels, self.smoothing), self.matrix.weight * found.penalty
-            logits = self.model(images)
-        if labels is None:
-            return logits
-        return logits, _bce(logits, labels, self.smoothing), logits.new_zeros(())
-
-
-def _bce(logits, labels, smoothing=0.0):
-    """Binary cross-entropy of each image, mean over classes, on one-hot targets (smoothed: each class by itself, towards 1/2)."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-    targets = targets * (1 - smoothing) + smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
 
 def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, progress: bool = True) -> dict:
@@ -238,7 +208,7 @@ class Run:
         self.module = fabric.setup_module(objective)
         self.objective = objective
         need("timm")
-        from timm.optim import create_optimizer_v2
+        from timm.optim import create_optimizer_v2, list_optimizers
 
         options = {"opt": recipe.optimizer.name, "lr": recipe.learning_rate(), "weight_decay": recipe.optimizer.weight_decay}
         if recipe.optimizer.eps is not None:
@@ -248,6 +218,10 @@ class Run:
         try:
             optimizer = create_optimizer_v2(self.module.parameters(), **options)
         except (ValueError, AssertionError, TypeError) as error:
+            known = list_optimizers()
+            if (name := recipe.optimizer.name.removeprefix("lookahead_")) not in known:
+                near = ", ".join(difflib.get_close_matches(name, known)) or "adam, adamw, sgd"
+                raise TrainingError(f"optimizer.name: expected one of timm.optim.list_optimizers() ({near}, ...), got {name!r}") from None
             raise TrainingError(f"optimizer: {error}") from None
         self.schedule = make_schedule(recipe, optimizer, self.steps)
         self.optimizer = fabric.setup_optimizers(optimizer)
@@ -439,7 +413,7 @@ class Run:
         self.watch.epoch(self.history)
         if recipe.log.maps and (self.epoch % recipe.log.maps_every == 0 or self.epoch == recipe.epochs):
             sample = self.source.val.sample(recipe.log.maps).to(self.device)
-            self.watch.maps(self.plain, sources.to_float(sample.images, self.dtype), self.epoch, self.updates)
+            self.watch.maps(self.plain, sources.to_float(sample.images, self.dtype), sample.labels, self.epoch, self.updates)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------------------------
 
@@ -507,15 +481,25 @@ class Run:
         self.watch.say(f"going on from {path}: epoch {self.epoch + 1}, step {self.step}")
 
     def _finish(self):
-        metadata = {"recipe": self.recipe.model_dump(mode="json"), **self.history[-1]}
-        state = files.read(self.last_good)
+        """Model files of the last epoch, and of the best one."""
         written = []
+        last, best = files.read(self.last_good), self.folder / "best.pt"
         for name in ("model", "ema"):
-            if state[name] is not None:
-                target = self.output / ("model.safetensors" if name == "model" else "model_ema.safetensors")
-                checkpoints.save(self._whole(state[name]), target, metadata | {"weights": name})
-                written.append(target)
+            if last[name] is not None:
+                written.append(self._export(last, name, "model.safetensors" if name == "model" else "model_ema.safetensors"))
+        try:
+            state = files.read(best)
+        except TrainingError as error:  # the last epoch stands all the same
+            self.watch.say(f"no model_best.safetensors: {error}")
+        else:
+            written.append(self._export(state, "model" if state["ema"] is None else "ema", "model_best.safetensors"))
         self.watch.finish(self.history, written)
+
+    def _export(self, state, name, file):
+        """One set of weights of a checkpoint as a model file, with its recipe and its row of the history."""
+        metadata = {"recipe": self.recipe.model_dump(mode="json"), **state["history"][-1], "weights": name}
+        checkpoints.save(self._whole(state[name]), self.output / file, metadata)
+        return self.output / file
 
     # -- agreement --------------------------------------------------------------------------------------------------------------------
 
@@ -575,40 +559,6 @@ class Run:
 
 
 # -- pieces ---------------------------------------------------------------------------------------------------------------------------
-
-
-def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
-    """A timm Scheduler of the recipe; ``steps``: optimiser steps of an epoch."""
-    need("timm")
-    from timm.scheduler import CosineLRScheduler, StepLRScheduler
-    from timm.scheduler.scheduler import Scheduler
-
-    spec = recipe.schedule
-    if spec.kind == "step":
-        return StepLRScheduler(optimizer, decay_t=spec.every, decay_rate=1 / spec.divisor)
-    if spec.kind == "cosine":
-        warmup, rate = round(spec.warmup * steps), recipe.learning_rate()
-        options = {"lr_min": spec.last * rate, "warmup_t": warmup, "warmup_lr_init": rate / warmup if warmup else 0.0}
-        return CosineLRScheduler(optimizer, recipe.epochs * steps - warmup, warmup_prefix=True, t_in_epochs=False, **options)
-
-    class Pieces(Scheduler):
-        """Linear pieces of the learning rate; "constant" has none."""
-
-        def _get_lr(self, t):
-            for first, epochs, start, end in spec.pieces or ():
-                if first <= t < first + epochs:
-                    rate = start + (end - start) * (t - first) / max(1, epochs - 1)
-                    return [rate for _ in self.base_values]
-            return list(self.base_values)
-
-    return Pieces(optimizer, "lr")
-
-
-def set_rate(schedule, epoch: int, updates: int) -> float:
-    """Set and return the learning rate of a step."""
-    schedule.step(epoch)
-    schedule.step_update(updates)
-    return schedule.optimizer.param_groups[0]["lr"]
 
 
 def _split(recipe, place):

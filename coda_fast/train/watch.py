@@ -86,11 +86,11 @@ class Watch:
             f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, accuracy {', '.join(found)}, {row['images_per_second']:.0f} images/s"
         )
 
-    def maps(self, model, images: torch.Tensor, epoch: int, updates: int) -> None:
+    def maps(self, model, images: torch.Tensor, labels: torch.Tensor, epoch: int, updates: int) -> None:
         """Contribution maps of ``images`` for the two most likely classes, as they are after so many epochs."""
         with torch.no_grad():
             classes = model(images).topk(min(2, model.num_classes)).indices
-        figure = plot.explanation_figure(images, model.explain(images, classes), model.logit_bias, model.class_names)
+        figure = plot.explanation_figure(images, model.explain(images, classes), model.logit_bias, model.class_names, labels.tolist())
         folder = self.folder / "maps"
         folder.mkdir(exist_ok=True)
         plot.save_figure(figure, folder / f"epoch_{epoch:04d}.png", dpi=100)
