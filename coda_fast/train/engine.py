@@ -57,6 +57,15 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
         row = found.train()
         found.fabric.barrier()
         return row
+    except Stopped:
+        raise
+    except Exception as error:
+        if not processes.lost_touch(error):
+            processes.report(error)
+            raise
+        known = "" if found is None else f"; {files.named(found.last_good)}"
+        reason = str(error).splitlines()[0][:200]
+        raise TrainingError(f"another process of this run ended, or cannot be reached: its message says why ({reason}){known}") from None
     finally:
         held.close()
         if distributed.is_available() and distributed.is_initialized():

@@ -65,6 +65,24 @@ def sharded(fabric) -> bool:
     return type(fabric.strategy).__name__ == "ModelParallelStrategy"
 
 
+def lost_touch(error: Exception) -> bool:
+    """Whether this is what a process sees of the end of another one."""
+    kinds = getattr(torch.distributed, "DistError", ())
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def report(error: Exception) -> None:
+    """Tell torchrun why this process ends, for its summary."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        raise error.with_traceback(error.__traceback__ if not isinstance(error, (TrainingError, OSError)) else None)
+    except type(error):
+        get_error_handler().record_exception(error)
+
+
 def _join_attempt(backend):
     """The process group of torchrun's present attempt. Its agent keeps one store for all of them, where a worker that was started again
     would find the addresses of its dead predecessors and fail, or wait, depending on who comes first.

@@ -291,6 +291,35 @@ def test_other_images_on_another_host_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+FAILING = """
+import sys
+from coda_fast.cli import main
+from coda_fast.train.engine import Run
+
+step = Run._step
+
+def failing(self, batch):
+    if self.updates == 9 and self.place.rank == 1:
+        raise OSError(5, "Input/output error", "the disk of rank 1")
+    return step(self, batch)
+
+Run._step = failing
+main(["train", *sys.argv[1:]])
+"""
+
+
+def test_who_fails_alone_says_why_and_the_others_no_more_than_that(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    options = ("checkpoint.every_steps=4",)
+    printed = finished(command(tmp_path / "out", *options, program=(tmp_path / "failing.py",), launcher=STANDALONE), 1)
+    reason = "[Errno 5] Input/output error: 'the disk of rank 1'; the last good checkpoint is"
+    assert f"coda-fast: {reason}" in printed
+    summary = printed[printed.index("Root Cause") :]
+    assert reason in summary
+    assert "rank      : 1 " in summary
+    assert "[rank" not in printed, "a traceback of a peer"
+
+
 def test_an_odd_share_is_refused(tmp_path):
     printed = finished(command(tmp_path / "out", "devices=2", "batch_size=63"), code=2)
     assert "batch_size: expected a multiple of 2, the number of processes, got 63" in printed
