@@ -284,10 +284,17 @@ def _read_header(path):
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     except Exception as error:  # safetensors raises bare exceptions of its own
-        raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+        hint = "; of a checkpoint of coda-fast train, take the model.safetensors of its run" if _starts_as_zip(path) else ""
+        raise CheckpointError(f"{path}: not a safetensors file: {error}{hint}") from None
     if header.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: expected a checkpoint of coda_fast (format {_FORMAT!r}), found {header.get('format')!r}")
     return header
+
+
+def _starts_as_zip(path):
+    """As files of torch.save do."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
 
 
 def require_safetensors():

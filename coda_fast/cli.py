@@ -119,7 +119,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], output: Path | None, r
 
 @cli.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A file written by coda_fast.save or the demo.")
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A model file: of coda_fast.save, train or demo.")
 @click.option("--target", "targets", multiple=True, help="Class to explain, by number or name; repeatable. Default: the two most likely.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("."), show_default=True, help="Folder for the figures.")
 @click.option("--size", type=click.IntRange(0, 4096), help="Scale the shorter side to this many pixels; 0: as it is. Default: the model's.")
@@ -205,7 +205,7 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
 
 
 @cli.command()
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A file written by coda_fast.save or the demo.")
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A model file: of coda_fast.save, train or demo.")
 @click.option("--data", required=True, help="A folder with a folder of images for each class, an .npz file, or 'digits'.")
 @click.option("--metric", type=click.Choice(["localisation", "removal"]), default="localisation", show_default=True)
 @click.option("--methods", default="Ours", show_default=True, help="Names separated by commas (Ours,Grad,IxG,...), or 'all'.")
@@ -283,7 +283,7 @@ def _method_settings(changes, names):
 
 @cli.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A file written by coda_fast.save or the demo.")
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A model file: of coda_fast.save, train or demo.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("coda_report.html"), show_default=True, help="The page.")
 @click.option("--classes", type=click.IntRange(min=1), default=3, show_default=True, help="Maps of this many most likely classes.")
 @click.option(

@@ -485,6 +485,8 @@ def test_best_is_the_best(tmp_path):
     assert best["epoch"] == first + 1
     shipped = coda_fast.load(tmp_path / "model_best.safetensors").state_dict()
     assert all(torch.equal(tensor, best["model"][f"model.{name}"]) for name, tensor in shipped.items())
+    with pytest.raises(coda_fast.CheckpointError, match="take the model.safetensors of its run"):
+        coda_fast.load(tmp_path / "checkpoints" / "best.pt")
 
 
 def test_a_torn_best_leaves_the_last(tmp_path, capsys):
