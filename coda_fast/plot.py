@@ -124,7 +124,8 @@ def explanation_figure(
         raise ValueError(f"labels: expected {count}, one for each image, got {len(labels)}")
 
     def name(number):
-        return class_names[number] if class_names else f"class {number}"
+        text = str(class_names[number]) if class_names else f"class {number}"
+        return text if len(text) <= 20 else f"{text[:19]}\u2026"  # or titles run into each other
 
     aspect = min(4.0, max(0.25, images.shape[2] / images.shape[3]))  # a strip is drawn small rather than on a page of metres
     figure = new_figure(width=2.3 * (classes + 2) + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
@@ -183,4 +184,4 @@ def _bare(axes, title):
         spine.set_linewidth(0.5)
         spine.set_color("0.6")
     if title:
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9, parse_math=False)  # names of classes may hold dollars

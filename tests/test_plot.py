@@ -88,6 +88,9 @@ def test_explanation_figure_names_the_true_class():
     explanation = model.explain(images, [[0], [1]])
     figure = plot.explanation_figure(images, explanation, 0.0, list("abcdefghij"), [9, 1])
     assert [axes.get_title() for axes in figure.axes][:6:3] == ["image: j", "image: b"]
+    figure = plot.explanation_figure(images, explanation, 0.0, ["a$x^$", "black-footed ferret, Mustela", *"cdefghij"], [0, 1])
+    assert [axes.get_title() for axes in figure.axes][:6:3] == ["image: a$x^$", "image: black-footed ferret\u2026"]
+    plot.render(figure)  # no formula
     with pytest.raises(ValueError, match="labels: expected 2, one for each image, got 3"):
         plot.explanation_figure(images, explanation, 0.0, None, [1, 2, 3])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import math
 import random
 import warnings
 from typing import NamedTuple
@@ -27,17 +28,26 @@ class Decoder:
 
     def __call__(self, data, generator: np.random.Generator | None) -> np.ndarray:
         """``data``: a path or the bytes of a file. Raises whatever the damage leads Pillow to."""
+        return self.finish(self.read(data, generator), generator)
+
+    def read(self, data, generator):
+        """The crop, as Pillow's image."""
         from PIL import Image
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF and the like
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-                if self.size is not None:
-                    image.draft(None, (2 * (self.resize or self.size),) * 2)  # JPEG: smaller from the start, never below twice the need
+                if self.size is not None:  # JPEG: smaller from the start, but twice the need, and the smallest crop not below ``size``
+                    least = self.size / self.scale[0] ** 0.5 if self.scale is not None and generator is not None else 0
+                    image.draft(None, (max(2 * (self.resize or self.size), math.ceil(least)),) * 2)
                 image = _eight_bits(image).convert("RGB" if self.channels == 3 else "L")
         if self.size is not None:
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=self._box(*image.size, generator))
+        return image
+
+    def finish(self, image, generator):
+        """RandAugment, and the pixels."""
         if self.randaugment is not None and generator is not None:
             image = _randaugment(image, self.randaugment, generator)
         pixels = np.asarray(image, np.uint8)
@@ -88,7 +98,14 @@ def _randaugment_transform(count, strength, channels):
     fill = (128,) * 3 if channels == 3 else 128
     # timm: strength of 10; translation by a share of the side, at most 0.45: the paper's 100 of 224 pixels, for images of any size
     operations = rand_augment_ops(strength / 3, 1.0, {"translate_pct": 0.45, "img_mean": fill})
+    for operation in operations:
+        if operation.name.startswith("Posterize"):  # of low strengths timm keeps 0 bits, which Pillow refuses
+            operation.aug_fn = functools.partial(_posterize, operation.aug_fn)
     return RandAugment(operations, count)
+
+
+def _posterize(operation, image, bits, **options):
+    return operation(image, max(1, bits), **options)
 
 
 class Item(NamedTuple):
@@ -107,10 +124,12 @@ def decode_all(items, decoder, generators):
         try:
             if item.problem is not None:
                 raise ValueError(item.problem)
-            pictures.append(decoder(item.file, generator))
+            image = decoder.read(item.file, generator)
         except Exception as error:  # decoders raise whatever the damage leads them to
             pictures.append(None)
             failures.append((item.name, str(error).partition(" <_io.")[0] or type(error).__name__))  # no addresses of buffers
+            continue
+        pictures.append(decoder.finish(image, generator))
     shapes = {p.shape for p in pictures if p is not None}
     of_one_size(shapes)
     shape = shapes.pop() if shapes else (decoder.channels, decoder.size or 1, decoder.size or 1)

@@ -63,8 +63,9 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
         if not processes.lost_touch(error):
             processes.report(error)
             raise
-        known = "" if found is None else f"; {files.named(found.last_good)}"
-        reason = str(error).splitlines()[0][:200]
+        reason, known = str(error).splitlines()[0][:200], "" if found is None else f"; {files.named(found.last_good)}"
+        if not distributed.is_initialized():
+            raise TrainingError(f"processes: cannot begin to talk to each other: {reason}{known}") from None
         raise TrainingError(f"another process of this run ended, or cannot be reached: its message says why ({reason}){known}") from None
     finally:
         held.close()
@@ -101,6 +102,9 @@ class Run:
         self.steps = len(self.source.train) // recipe.batch_size
         if not self.steps:
             raise TrainingError(f"batch_size: expected at most {len(self.source.train)}, the training images, got {recipe.batch_size}")
+        if recipe.loss.matrix_weight and recipe.loss.matrix_classes > (most := self.source.num_classes):
+            raise TrainingError(f"loss.matrix_classes: expected at most the {most} classes, got {recipe.loss.matrix_classes}")
+        self.watch.say(f"data: {self._amounts()}")
         if recipe.micro_batch and 2 * self.micro < min(recipe.micro_batch, self.local):
             self.watch.say(f"micro_batch: {recipe.micro_batch} does not divide the {self.local} images of a process, {self.micro} does")
         self._build(model)
@@ -141,7 +145,12 @@ class Run:
         path, self.chosen = Path(resume), files.read(resume)
         if there and path.resolve().parent != self.folder.resolve():
             raise TrainingError(f"{self.output} holds another run, up to {there[0].name}; choose an empty folder to go on from {path}")
-        if later := [p.name for p in there if files.position(p) > (self.chosen["epoch"], self.chosen["step"])]:
+        here = self.chosen["epoch"], self.chosen["step"]
+        later = [p.name for p in there if files.position(p) > here]
+        best = self.folder / "best.pt"
+        if best.exists() and not best.samefile(path) and (epoch := files.epoch_of(best)) is not None and (epoch, 0) > here:
+            later.append(best.name)
+        if later:
             raise TrainingError(
                 f"{self.output} holds checkpoints after {path.name}, up to {later[0]}, which would be lost; move them away, or go on "
                 f"from {path} in an empty folder (--output)"
@@ -161,18 +170,31 @@ class Run:
         self._hold()
         if self.last_good is None and files.listed(self.folder):
             raise TrainingError(f"{self.output} holds a run that began meanwhile; --resume auto goes on with it")
-        self._name_best()
+        if self.best is not None:
+            self._name_best()
         with checkpoints.atomic_path(self.output / "recipe.yaml") as temporary:
             temporary.write_text(self.recipe.to_yaml(), encoding="utf-8")
 
     def _name_best(self):
-        """A run that ended between a checkpoint and its other name goes on from there: the best epoch is the last, and best.pt older."""
-        if self.best is None or self.step or self.last_good not in files.listed(self.folder):
-            return
+        """best.pt is this run's best epoch: not yet, where a run ended between a checkpoint and this name of it, or goes on elsewhere."""
         best = self.folder / "best.pt"
-        older = not best.exists() or best.stat().st_mtime < self.last_good.stat().st_mtime
-        if older and self.best not in map(_score, self.history[:-1]):
-            files.link_best(self.last_good)
+        if self._is_best(best):
+            return
+        for path in (self.last_good, self.last_good.parent / "best.pt"):
+            if self._is_best(path):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                files.link_best(path, best)
+                return
+
+    def _is_best(self, path):
+        """Whether the checkpoint is of the epoch with the best score of this run's history."""
+        try:
+            state = files.read(path)
+        except TrainingError:
+            return False
+        history = state["history"]
+        first = next(i for i, row in enumerate(self.history) if _score(row) == self.best)
+        return not state["step"] and history == self.history[: first + 1]
 
     def _model_and_data(self):
         recipe = self.recipe
@@ -190,6 +212,12 @@ class Run:
                     f"model.out_channels: expected {source.num_classes} classes at the end, got {recipe.model.out_channels}"
                 )
         return create_model(recipe.model.name, **options, **recipe.model.arguments()), source
+
+    def _amounts(self):
+        """In words, as "1347 images to train with, 450 images to validate with, 10 classes"."""
+        uses = {"train": "train", "val": "validate"}
+        parts = [(*key.split("_"), count) for key, count in self.facts.items() if key.endswith(("_images", "_shards"))]
+        return ", ".join([f"{count} {unit} to {uses[split]} with" for split, unit, count in parts] + [f"{self.source.num_classes} classes"])
 
     def _alike(self, gathered):
         """Processes with other data would take other steps, and wait for each other for ever."""
@@ -222,16 +250,22 @@ class Run:
         options = {"opt": recipe.optimizer.name, "lr": recipe.learning_rate(), "weight_decay": recipe.optimizer.weight_decay}
         if recipe.optimizer.eps is not None:
             options["eps"] = recipe.optimizer.eps
-        if "adam" in recipe.optimizer.name:
+        if recipe.optimizer.betas is not None:
             options["betas"] = recipe.optimizer.betas
         try:
             optimizer = create_optimizer_v2(self.module.parameters(), **options)
-        except (ValueError, AssertionError, TypeError) as error:
+        except (ValueError, AssertionError, TypeError, IndexError) as error:
             known = list_optimizers()
             if (name := recipe.optimizer.name.removeprefix("lookahead_")) not in known:
                 near = ", ".join(difflib.get_close_matches(name, known)) or "adam, adamw, sgd"
                 raise TrainingError(f"optimizer.name: expected one of timm.optim.list_optimizers() ({near}, ...), got {name!r}") from None
             raise TrainingError(f"optimizer: {error}") from None
+        if recipe.optimizer.betas is not None and not any("beta" in key for key in optimizer.param_groups[0]):
+            raise TrainingError(f"optimizer.betas: expected none for {recipe.optimizer.name!r}, got {recipe.optimizer.betas}")
+        settings = [type(value).__name__ for group in optimizer.param_groups for value in group.values()]
+        if "dtype" in settings or getattr(optimizer, "is_second_order", False):
+            why = "holds what torch cannot keep in a checkpoint" if "dtype" in settings else "needs second derivatives in every step"
+            raise TrainingError(f"optimizer.name: expected another one, {recipe.optimizer.name!r} {why}")
         self.schedule = make_schedule(recipe, optimizer, self.steps)
         self.optimizer = fabric.setup_optimizers(optimizer)
 
@@ -243,6 +277,8 @@ class Run:
         try:
             with _Signals() as self.signals, self.watch.open(self.history, self.updates, self.steps):
                 self.clock = time.monotonic()
+                if self.history and not self.step:
+                    self._first(lambda: self._is_shown() or self._show())
                 while self.epoch < recipe.epochs:
                     self._train_epoch()
                     row = self.row | (self.evaluate() if self._evaluates() else {})
@@ -259,7 +295,7 @@ class Run:
         except KeyboardInterrupt:
             self.watch.say(f"interrupted; {files.named(self.last_good)}")
             raise
-        except OSError as error:  # of the files beside the checkpoints: curves, pictures
+        except OSError as error:  # of the files beside the checkpoints (curves, pictures), and processes that decode
             raise TrainingError(f"{error}; {files.named(self.last_good)}") from None
         return self.history[-1]
 
@@ -271,14 +307,33 @@ class Run:
         recipe = self.recipe
         self.module.train()
         if self.step == 0:
-            self.sums = torch.zeros(3, dtype=torch.float64)  # of the epoch: loss, correct, images
+            self.sums = torch.zeros(3, dtype=torch.float64)  # of the epoch: loss x images, correct, images
             self.seconds = 0.0
         self.lr = set_rate(self.schedule, self.epoch, self.updates - (self.step > 0))  # of the last update, where none is left
-        window = torch.zeros(4, dtype=self.wide, device=self.device)
+        if self.step < self.steps:
+            batches = self.source.train.training(recipe.seed, self.epoch, self.step, recipe.batch_size, self.place)
+            with contextlib.closing(batches):
+                self._train_steps(batches)
+        loss, correct, seen = self.sums.tolist()
+        if not seen:
+            raise TrainingError(f"data: expected training images, could read none of them; {files.named(self.last_good)}")
+        self.row = {
+            "epoch": self.epoch + 1,
+            "updates": self.updates,
+            "learning_rate": self.lr,
+            "train_loss": loss / seen,
+            "train_accuracy": correct / seen,
+            "images_per_second": self.steps * recipe.batch_size / max(self.seconds, 1e-9),
+            "unreadable": len(self.bad),
+        }
+
+    def _train_steps(self, batches):
+        """Steps up to the end of the epoch, and what processes say to each other between them."""
+        recipe = self.recipe
+        window = torch.zeros(5, dtype=self.wide, device=self.device)
         failures, begun = [], time.perf_counter()
         beat, passed, beaten = 1, 0, begun  # steps from one message to the next, those since the last one, and when that was
-        batches = self.source.train.training(recipe.seed, self.epoch, self.step, recipe.batch_size, self.place)
-        for batch in batches if self.step < self.steps else ():
+        for batch in batches:
             self.lr = set_rate(self.schedule, self.epoch, self.updates)
             window += self._step(batch)
             failures += batch.failures
@@ -290,10 +345,11 @@ class Run:
             passed += 1
             if passed < beat and not row_is_due:
                 continue
-            # loss, correct, seen, updates; failures, signal, clock of checkpoints, clock of messages: one message
+            # losses, correct, seen, penalties, updates; failures, signal, clock of checkpoints, clock of messages: one message
             votes = [len(failures), self.signals.asked, self.main and self._due(last), self.main and time.perf_counter() - beaten]
             total = torch.cat([window, window.new_tensor([float(v) for v in votes])])
-            loss, correct, seen, ranks_steps, failed, asked, due, waited = self.fabric.all_reduce(total, reduce_op="sum").tolist()
+            total = self.fabric.all_reduce(total, reduce_op="sum").tolist()
+            losses, correct, seen, penalties, ranks_steps, failed, asked, due, waited = total
             steps = round(ranks_steps / self.place.world)
             beat, passed, beaten = max(1, int(HEARTBEAT * passed / max(waited, 1e-9))), 0, time.perf_counter()
             if failed:
@@ -301,6 +357,7 @@ class Run:
                 failures = []
             if not (row_is_due or asked or due):
                 continue
+            loss = losses / max(1, seen) + penalties / max(1, ranks_steps)
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"loss: expected a finite number, got {loss} in epoch {self.epoch + 1} between steps {self.step - steps} and "
@@ -309,32 +366,19 @@ class Run:
             window.zero_()
             now = time.perf_counter()
             elapsed, begun = now - begun, now
-            # the mean over processes, whose number may be another when the run goes on
-            self.sums += torch.tensor([loss / self.place.world, correct, seen], dtype=torch.float64)
+            self.sums += torch.tensor([loss * seen, correct, seen], dtype=torch.float64)
             self.seconds += elapsed
-            mean, accuracy = loss / max(1, steps * self.place.world), correct / max(1, seen)
             if self.main:
                 rate = steps * recipe.batch_size / max(elapsed, 1e-9)
-                found = (self.epoch + 1, self.step, self.updates, mean, accuracy, self.lr, rate)
+                found = (self.epoch + 1, self.step, self.updates, loss, correct / max(1, seen), self.lr, rate)
                 self.watch.step(dict(zip(STEP_FIELDS, found, strict=True)))
             if asked or due or (save and not last):
                 self.save()
                 if asked:
                     raise Stopped(self.last_good)
-        if not float(self.sums[2]):
-            raise TrainingError(f"data: expected training images, could read none of them; {files.named(self.last_good)}")
-        self.row = {
-            "epoch": self.epoch + 1,
-            "updates": self.updates,
-            "learning_rate": self.lr,
-            "train_loss": float(self.sums[0]) / self.steps,
-            "train_accuracy": float(self.sums[1] / self.sums[2].clamp_min(1)),
-            "images_per_second": self.steps * recipe.batch_size / max(self.seconds, 1e-9),
-            "unreadable": len(self.bad),
-        }
 
     def _step(self, batch: Batch):
-        """One update; its loss, correct answers, images and 1, as a tensor on the device."""
+        """One update; sums of losses, correct answers, images that could be read, penalties, and 1, as a tensor on the device."""
         recipe, place = self.recipe, self.place
         batch = batch.to(self.device)
         generator = torch.Generator().manual_seed(seeded(recipe.seed, self.epoch, self.step))
@@ -348,11 +392,11 @@ class Run:
             with self.fabric.no_backward_sync(self.module, enabled=part < parts - 1):
                 logits, losses, penalty = self.module(images[some], labels, None if rows is None else rows[some], valid)
                 losses = losses if valid is None else losses * valid  # what could not be read is black, and weighs nothing
-                loss = (losses.mean() + penalty) / parts
-                self.fabric.backward(loss)
+                self.fabric.backward((losses.mean() + penalty) / parts)
             right = logits.detach().argmax(1) == labels
             right, seen = (right, torch.ones_like(right)) if valid is None else (right & valid, valid)
-            measured = measured + torch.stack([x.to(self.wide) for x in (loss.detach(), right.sum(), seen.sum())])
+            found = (losses.detach().sum(), right.sum(), seen.sum(), penalty.detach() / parts)
+            measured = measured + torch.stack([x.to(self.wide) for x in found])
         if recipe.optimizer.clip:
             self.fabric.clip_gradients(self.module, self.optimizer, max_norm=recipe.optimizer.clip, error_if_nonfinite=False)
         self.optimizer.step()
@@ -375,9 +419,26 @@ class Run:
         """Loss and accuracy on the validation images, each counted once; of the moving average too."""
         self.module.eval()
         modules = {"": self.objective} | ({"ema_": self.ema.module} if self.ema is not None else {})
+        batches = self.source.val.evaluation(self.recipe.evaluation.batch_size, self.place)
+        with contextlib.closing(batches):
+            sums, failures = self._judge(batches, modules.values())
+        total = torch.cat([sums.flatten(), torch.tensor([float(len(failures))])]).to(self.device, self.wide)
+        total = self.fabric.all_reduce(total, reduce_op="sum")
+        if float(total[-1]):
+            self._check_failures(failures)
+        row = {}
+        for name, (loss, first, five, count) in zip(modules, total[:-1].reshape(sums.shape).tolist(), strict=True):
+            row |= {f"{name}val_loss": loss / max(1, count), f"{name}val_accuracy": first / max(1, count)}
+            if self.source.num_classes >= 100:
+                row[f"{name}val_top5"] = five / max(1, count)
+        if not count:
+            raise TrainingError(f"data: expected validation images, could read none of them; {files.named(self.last_good)}")
+        return row | {"val_images": int(count)}
+
+    def _judge(self, batches, modules):
+        """Sums over the images of this process, for each module: loss, correct, correct among five, images. And what could not be read."""
         sums = torch.zeros(len(modules), 4, dtype=torch.float64)
         failures = []
-        batches = self.source.val.evaluation(self.recipe.evaluation.batch_size, self.place)
         while True:
             batch = next(batches, None)
             left, asked = self._sum(batch is not None, self.signals.asked)
@@ -394,34 +455,30 @@ class Run:
             failures += batch.failures
             images = sources.to_float(batch.images, self.dtype, self.recipe.channels_last)
             keep = torch.ones_like(batch.labels, dtype=torch.bool) if batch.valid is None else batch.valid
-            for row, module in enumerate(modules.values()):
+            for row, module in enumerate(modules):
                 logits, losses, _ = module(images, batch.labels)
                 losses, top = losses[keep], logits[keep].topk(min(5, logits.shape[1])).indices == batch.labels[keep, None]
                 sums[row] += torch.stack([losses.double().sum(), top[:, :1].sum().double(), top.sum().double(), keep.sum().double()]).cpu()
-        total = torch.cat([sums.flatten(), torch.tensor([float(len(failures))])]).to(self.device, self.wide)
-        total = self.fabric.all_reduce(total, reduce_op="sum")
-        if float(total[-1]):
-            self._check_failures(failures)
-        row = {}
-        for name, (loss, first, five, count) in zip(modules, total[:-1].reshape(sums.shape).tolist(), strict=True):
-            row |= {f"{name}val_loss": loss / max(1, count), f"{name}val_accuracy": first / max(1, count)}
-            if self.source.num_classes >= 100:
-                row[f"{name}val_top5"] = five / max(1, count)
-        if not count:
-            raise TrainingError(f"data: expected validation images, could read none of them; {files.named(self.last_good)}")
-        return row | {"val_images": int(count)}
+        return sums, failures
 
     def _nothing(self):
         side = self.recipe.data.size or 32
         images = torch.zeros(1, self.objective.model.image_channels, side, side, dtype=torch.uint8, device=self.device)
         return Batch(images, torch.zeros(1, dtype=torch.int64, device=self.device), torch.zeros(1, dtype=torch.bool, device=self.device))
 
+    def _maps_are_due(self):
+        log = self.recipe.log
+        return bool(log.maps) and (self.epoch % log.maps_every == 0 or self.epoch == self.recipe.epochs)
+
+    def _is_shown(self):
+        """Whether the epoch that this run goes on from was: it may have ended between the checkpoint and this."""
+        return self.watch.shows(self.epoch, self._maps_are_due())
+
     def _show(self):
         """The epoch that has ended, and maps of fixed validation images by the whole model of the last checkpoint."""
-        recipe = self.recipe
         self.watch.epoch(self.history)
-        if recipe.log.maps and (self.epoch % recipe.log.maps_every == 0 or self.epoch == recipe.epochs):
-            sample = self.source.val.sample(recipe.log.maps).to(self.device)
+        if self._maps_are_due():
+            sample = self.source.val.sample(self.recipe.log.maps).to(self.device)
             self.watch.maps(self.plain, sources.to_float(sample.images, self.dtype), sample.labels, self.epoch, self.updates)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------------------------
@@ -449,7 +506,7 @@ class Run:
             files.write(path, state, self.last_good)
             self.last_good = path
             if best:
-                files.link_best(path)
+                files.link_best(path, self.folder / "best.pt")
             files.prune(path, self.recipe.checkpoint.keep)
             self._whole(ema or model)
             return str(path)
@@ -471,12 +528,20 @@ class Run:
             raise TrainingError(f"{path}: the run that stands here had other values of {values}; a changed run needs a folder of its own")
         if changed := _changes(state["data"], self.facts, "was", "now"):
             raise TrainingError(f"{path}: the run that stands here had other data: {changed}")
+        if self.recipe.epochs < (least := state["epoch"] + (state["step"] > 0)):
+            raise TrainingError(f"{path}: epochs: expected at least {least}, where the run stands, got {self.recipe.epochs}")
+        lanes = (state["world"], stored.data.workers), (self.place.world, self.recipe.data.workers)
+        if state["step"] and self.recipe.data.kind == "webdataset" and lanes[0] != lanes[1]:
+            self.watch.say(
+                "shards: (processes, workers) were {}, now {}: in the rest of this epoch some images come twice, others not".format(*lanes)
+            )
         whole = StateDictOptions(full_state_dict=True)
         try:  # sharded modules put their shards into the dict that they are given
+            # the optimiser first: to have a state to load into, torch takes a step, which moves the weights of some
+            set_optimizer_state_dict(self.objective, self.optimizer.optimizer, state["optimizer"], options=whole)
             set_model_state_dict(self.objective, dict(state["model"]), options=whole)
             if self.ema is not None:
                 set_model_state_dict(self.ema.module, dict(state["ema"]), options=whole)
-            set_optimizer_state_dict(self.objective, self.optimizer.optimizer, state["optimizer"], options=whole)
         except (RuntimeError, KeyError, TypeError) as error:
             raise TrainingError(f"{path}: weights that do not fit this model: {str(error).splitlines()[0]}") from None
         self.schedule.load_state_dict(state["schedule"])
@@ -496,12 +561,11 @@ class Run:
         for name in ("model", "ema"):
             if last[name] is not None:
                 written.append(self._export(last, name, "model.safetensors" if name == "model" else "model_ema.safetensors"))
-        try:
+        if self._is_best(best):
             state = files.read(best)
-        except TrainingError as error:  # the last epoch stands all the same
-            self.watch.say(f"no model_best.safetensors: {error}")
-        else:
             written.append(self._export(state, "model" if state["ema"] is None else "ema", "model_best.safetensors"))
+        else:
+            self.watch.say(f"no model_best.safetensors: {best} is not the best epoch, of accuracy {self.best:.2%}")
         self.watch.finish(self.history, written)
 
     def _export(self, state, name, file):

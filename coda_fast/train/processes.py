@@ -66,7 +66,7 @@ def sharded(fabric) -> bool:
 
 
 def lost_touch(error: Exception) -> bool:
-    """Whether this is what a process sees of the end of another one."""
+    """Whether this is what a process sees of others that ended, or that it does not find."""
     kinds = getattr(torch.distributed, "DistError", ())
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 

@@ -90,14 +90,15 @@ class Optimizer(_Section):
     rule: Literal["none", "linear", "sqrt"] = "none"
     reference_batch: Positive | None = None
     weight_decay: Weight = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: Annotated[list[Share], Field(min_length=2, max_length=3)] | None = None  # null: the optimiser's own
     eps: Rate | None = None  # at high T gradients are small: Adam's own 1e-8 would hold them down
     clip: Rate | None = None  # largest norm of the gradient
 
 
 class Schedule(_Section):
     """Of the learning rate: "constant"; "step": divided by ``divisor`` every ``every`` epochs; "cosine": by step, after ``warmup`` epochs
-    from 0, to ``last`` times the rate; "pieces": ``[first epoch, epochs, rate at the first, rate at the last]`` each, linear.
+    from 0, to ``last`` times the rate; "pieces": ``[first epoch, epochs, rate at the first, rate at the last]`` each, linear, at the batch
+    of the optimiser's rule, of which the first is ``optimizer.lr``.
     """
 
     kind: Literal["constant", "step", "cosine", "pieces"] = "constant"
@@ -182,6 +183,8 @@ class Recipe(_Section):
             raise ValueError(f"optimizer.reference_batch: expected the batch that lr is for, by the rule {self.optimizer.rule!r}, got none")
         if self.schedule.kind == "pieces" and (end := sum(self.schedule.pieces[-1][:2])) < self.epochs:
             raise ValueError(f"schedule.pieces: expected learning rates for {self.epochs} epochs, got {end}")
+        if self.schedule.kind == "pieces" and self.optimizer.lr != (first := self.schedule.pieces[0][2]):
+            raise ValueError(f"optimizer.lr: expected {first:g}, with which schedule.pieces begin, got {self.optimizer.lr:g}; change both")
         if self.schedule.kind == "cosine" and self.schedule.warmup >= self.epochs:
             raise ValueError(f"schedule.warmup: expected less than {self.epochs} epochs, got {self.schedule.warmup}")
         if self.data.scale is not None and not 0 < self.data.scale[0] <= self.data.scale[1] <= 1:
@@ -194,9 +197,26 @@ class Recipe(_Section):
 
     def learning_rate(self) -> float:
         """The rate at the recipe's batch size, by its rule."""
+        return self.optimizer.lr * self.scale()
+
+    def scale(self) -> float:
+        """By which the rule changes learning rates."""
         optimizer = self.optimizer
         ratio = 1.0 if optimizer.rule == "none" else self.batch_size / optimizer.reference_batch
-        return optimizer.lr * (ratio**0.5 if optimizer.rule == "sqrt" else ratio)
+        return ratio**0.5 if optimizer.rule == "sqrt" else ratio
+
+    def unused(self) -> dict[str, str]:
+        """Keys that change nothing beside the others, and what they are for."""
+        kinds = {"step": ("every", "divisor"), "cosine": ("warmup", "last"), "pieces": ("pieces",)}
+        found = {f"schedule.{key}": f"schedule.kind={kind}" for kind, keys in kinds.items() if kind != self.schedule.kind for key in keys}
+        for key, users in _DATA_OF.items():
+            if self.data.kind not in users:
+                found[f"data.{key}"] = " or ".join(f"data.kind={kind}" for kind in users)
+        if not self.loss.matrix_weight:
+            found |= dict.fromkeys(("loss.matrix_classes", "loss.matrix_norm"), "loss.matrix_weight above 0")
+        if not self.ema.decay:
+            found["ema.warmup"] = "ema.decay above 0"
+        return found
 
     def differences(self, other: Recipe) -> list[str]:
         """Keys that change what is computed and differ from ``other``: a run cannot go on with another value of these."""
@@ -207,6 +227,15 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         return need("yaml").safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+
+_DATA_OF = {
+    "path": ("npz", "cifar10", "folder", "webdataset"),
+    "val_path": ("folder", "webdataset"),
+    "classes": ("folder", "webdataset"),
+    "in_memory": ("folder",),
+    "train_samples": ("webdataset",),
+    "shuffle": ("webdataset",),
+}
 
 # what a run may change when it goes on: where and how it is computed, not what
 _FREE = ("name", "about", "data.path", "data.val_path", "data.workers", "data.max_corrupt", "accelerator", "devices",
@@ -232,7 +261,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             raise TrainingError(f"recipe: no such file: {name}")
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
             raise TrainingError(f"recipe: expected one of {', '.join(_names())} or a .yaml file, got {name!r}")
-    values = _parse(yaml, path.read_text(encoding="utf-8"), str(name))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise TrainingError(f"{name}: expected a text file in UTF-8") from None
+    values = _parse(yaml, text, str(name))
     if not isinstance(values, dict):
         raise TrainingError(f"{name}: expected a mapping of keys to values, got {type(values).__name__}")
     known = set(keys())
@@ -249,7 +282,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
                 node[part] = {}
             node = node[part]
         node[parts[-1]] = _parse(yaml, value, key)
-    return make_recipe(values, str(name))
+    recipe = make_recipe(values, str(name))
+    unused = recipe.unused()
+    for key, _, value in (text.partition("=") for text in overrides):
+        if key in unused and _parse(yaml, value, key) is not None:
+            raise TrainingError(f"{key}: expected {unused[key]} beside it, without which it changes nothing; got {key}={value}")
+    return recipe
 
 
 def make_recipe(values: dict, source: str) -> Recipe:

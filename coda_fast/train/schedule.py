@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from coda_fast.train.errors import need
+from coda_fast.train.errors import TrainingError, need
 from coda_fast.train.recipes import Recipe
 
 
@@ -19,6 +19,8 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
         return StepLRScheduler(optimizer, decay_t=spec.every, decay_rate=1 / spec.divisor)
     if spec.kind == "cosine":
         warmup, rate = round(spec.warmup * steps), recipe.learning_rate()
+        if warmup >= recipe.epochs * steps:
+            raise TrainingError(f"schedule.warmup: expected less than the {recipe.epochs * steps} steps of the run, got {warmup} of them")
         options = {"lr_min": spec.last * rate, "warmup_t": warmup, "warmup_lr_init": rate / warmup if warmup else 0.0}
         return CosineLRScheduler(optimizer, recipe.epochs * steps - warmup, warmup_prefix=True, t_in_epochs=False, **options)
 
@@ -29,7 +31,7 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
             for first, epochs, start, end in spec.pieces or ():
                 if first <= t < first + epochs:
                     rate = start + (end - start) * (t - first) / max(1, epochs - 1)
-                    return [rate for _ in self.base_values]
+                    return [rate * recipe.scale() for _ in self.base_values]
             return list(self.base_values)
 
     return Pieces(optimizer, "lr")

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import random
 import signal
 import tarfile
+import threading
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,7 +112,7 @@ class Arrays:
 
     def evaluation(self, batch_size: int, place: Place) -> Iterator[Batch]:
         """Every sample once, over all processes."""
-        for index in torch.arange(place.rank, len(self), place.world, device=self.labels.device).split(batch_size):
+        for index in torch.arange(len(self), device=self.labels.device)[place.rank :: place.world].split(batch_size):
             yield Batch(self.images[index], self.labels[index])
 
     def sample(self, count: int) -> Batch:
@@ -166,7 +169,7 @@ class Folder:
             _Files(self.files, self.decoder, randomness), batch_sampler=plan, num_workers=self.workers, collate_fn=_collate,
             worker_init_fn=_quiet_worker, pin_memory=torch.device(self.device).type == "cuda", prefetch_factor=4 if self.workers else None,
         )  # fmt: skip
-        for decoded in loader:
+        for decoded in _decoded(loader):
             yield self._stack(decoded)
 
     def _stack(self, decoded):
@@ -217,14 +220,14 @@ class Shards:
         """As many steps as ``len`` says. A run that goes on in the middle reads over what it has seen."""
         urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][place.rank :: place.world]
         loader = self._loader(self._stream(urls, (seed, epoch, place.rank), start, batch_size // place.world))
-        for _, decoded in zip(range(start, len(self) // batch_size), loader, strict=False):
+        for _, decoded in zip(range(start, len(self) // batch_size), _decoded(loader), strict=False):
             yield self._stack(decoded)
 
     def evaluation(self, batch_size, place) -> Iterator[Batch]:
         """Every sample of every shard once, over all processes."""
         urls = self.urls[place.rank :: place.world]
         if urls:
-            for decoded in self._loader(self._stream(urls, None, 0, batch_size)):
+            for decoded in _decoded(self._loader(self._stream(urls, None, 0, batch_size))):
                 yield self._stack(decoded)
 
     def sample(self, count: int) -> Batch:
@@ -270,6 +273,61 @@ class _Files(torch.utils.data.Dataset):
 
 def _collate(decoded):
     return decoded
+
+
+def _decoded(loader):
+    """What a loader gives. However that ends, its workers end with it: torch ends them by a signal that ours ignore (``_quiet_worker``), so
+    that the program would for ever wait for one that waits itself, for a file, or for a lock of one that was killed.
+
+    Raises:
+        ChildProcessError: a worker was killed.
+    """
+    before = multiprocessing.active_children()
+    results = iter(loader)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    with _deaf_to_children():
+        try:
+            while True:
+                try:
+                    decoded = next(results)
+                except StopIteration:
+                    return
+                except Exception:  # an end of file, say, or torch's own error: depends on what the worker was at
+                    _need_alive(workers, patience=1.0)
+                    raise
+                yield decoded
+        finally:
+            for worker in workers:
+                worker.kill()
+            if workers:
+                results._shutdown_workers()
+
+
+def _need_alive(workers, patience):
+    """ChildProcessError if one was killed, or turns out to be within ``patience`` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        if killed := [worker for worker in workers if worker.exitcode not in (None, 0)]:
+            code = killed[0].exitcode
+            raise ChildProcessError(
+                f"data: a process that reads images ended with code {code}, perhaps for want of memory (lower data.workers)"
+            ) from None
+        if time.monotonic() >= end:
+            return
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _deaf_to_children():
+    """For every worker that is killed torch raises an error in whatever the program is at then; its loader sees it too, within 5 s."""
+    if threading.current_thread() is not threading.main_thread():  # where Python has no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 class _Stream(torch.utils.data.IterableDataset):

@@ -79,6 +79,14 @@ def listed(folder: Path) -> list[Path]:
     return sorted((path for path in Path(folder).glob("*.pt") if _NAME.fullmatch(path.name)), key=position, reverse=True)
 
 
+def epoch_of(path: Path) -> int | None:
+    """How far a checkpoint of any name is; None: it cannot be read."""
+    try:
+        return read(path)["epoch"]
+    except TrainingError:
+        return None
+
+
 def position(path: Path) -> tuple[int, int]:
     """Epoch and step of the checkpoint of this name."""
     epoch, step = _NAME.fullmatch(path.name).groups()
@@ -93,9 +101,13 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | Non
     best = Path(folder) / "best.pt"
     for path in [*there, *([best] if best.exists() else [])]:
         try:
-            return path, read(path)
+            state = read(path)
         except TrainingError as error:
             warn(f"skipped {error}")
+            continue
+        if best.exists() and not best.samefile(path) and (epoch_of(best) or 0) > state["epoch"]:  # later ones were taken away
+            return best, read(best)
+        return path, state
     if there:
         raise TrainingError(f"{folder}: none of the {len(there)} checkpoints can be read; move them away to begin anew")
     return None
@@ -105,11 +117,10 @@ def path_for(folder: Path, epoch: int, step: int) -> Path:
     return Path(folder) / f"epoch_{epoch:04d}_step_{step:07d}.pt"
 
 
-def link_best(path: Path) -> None:
-    """``best.pt`` becomes another name of ``path`` (a copy where the file system has no links)."""
+def link_best(path: Path, best: Path) -> None:
+    """``best`` becomes another name of ``path`` (a copy where the file system has no links)."""
     import shutil
 
-    best = path.with_name("best.pt")
     with atomic_path(best) as temporary:
         temporary.unlink()
         try:

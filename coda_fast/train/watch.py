@@ -16,7 +16,7 @@ import torch
 
 from coda_fast import plot
 from coda_fast.checkpoints import atomic_path
-from coda_fast.train.errors import need
+from coda_fast.train.errors import TrainingError, need
 from coda_fast.train.recipes import Recipe
 
 STEP_FIELDS = ("epoch", "step", "updates", "loss", "accuracy", "learning_rate", "images_per_second")
@@ -86,14 +86,25 @@ class Watch:
             f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, accuracy {', '.join(found)}, {row['images_per_second']:.0f} images/s"
         )
 
+    def shows(self, epoch: int, maps: bool) -> bool:
+        """Whether the row of this epoch is there, and its maps where they should be."""
+        try:
+            with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
+                epochs = [row.get("epoch") for row in csv.DictReader(file)]
+        except (OSError, ValueError):
+            return False
+        return str(epoch) in epochs and (not maps or self._map(epoch).exists())
+
+    def _map(self, epoch):
+        return self.folder / "maps" / f"epoch_{epoch:04d}.png"
+
     def maps(self, model, images: torch.Tensor, labels: torch.Tensor, epoch: int, updates: int) -> None:
         """Contribution maps of ``images`` for the two most likely classes, as they are after so many epochs."""
         with torch.no_grad():
             classes = model(images).topk(min(2, model.num_classes)).indices
         figure = plot.explanation_figure(images, model.explain(images, classes), model.logit_bias, model.class_names, labels.tolist())
-        folder = self.folder / "maps"
-        folder.mkdir(exist_ok=True)
-        plot.save_figure(figure, folder / f"epoch_{epoch:04d}.png", dpi=100)
+        self._map(epoch).parent.mkdir(exist_ok=True)
+        plot.save_figure(figure, self._map(epoch), dpi=100)
         if self.board is not None:
             self.board.add_figure("maps", figure, updates, close=False)
 
@@ -110,8 +121,11 @@ class Watch:
     def _open_steps(self, updates):
         path, kept = self.folder / "steps.csv", []
         if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if None not in row.values() and int(row["updates"]) <= updates]
+            try:
+                with open(path, newline="", encoding="utf-8") as file:
+                    kept = [row for row in csv.DictReader(file) if None not in row.values() and int(row["updates"]) <= updates]
+            except (KeyError, ValueError):
+                raise TrainingError(f"{path}: expected the steps of a run, found another file; move it away") from None
         with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, STEP_FIELDS)
             writer.writeheader()

@@ -69,7 +69,8 @@ def assert_same(a, b, bound=0.0):
     moments = [state["optimizer"]["state"] for state in (a, b)]
     for name, values in moments[0].items():
         for key, tensor in values.items():
-            assert float((tensor.double() - moments[1][name][key].double()).abs().max()) <= max(bound, 0.0), f"{name} {key}"
+            first, second = (torch.as_tensor(value).double() for value in (tensor, moments[1][name][key]))
+            assert float((first - second).abs().max()) <= max(bound, 0.0), f"{name} {key}"
 
 
 def losses(output):

@@ -323,6 +323,40 @@ def test_translation_is_a_share_of_the_side():
 # -- damage ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("strength", [0, 1, 5, 30])
+def test_randaugment_of_any_strength(channels, strength):
+    decoder = decoding.Decoder(channels, 24, 16, randaugment=(2, strength))
+    items = [decoding.Item(str(i), picture(120), 0) for i in range(150)]
+    _, _, valid, failures = decoding.decode_all(items, decoder, [np.random.default_rng(i) for i in range(150)])
+    assert valid.all(), failures[:3]
+
+
+def test_a_failure_of_augmentation_is_no_damaged_image(monkeypatch):
+    def broken(*_):
+        raise ArithmeticError("a bug")
+
+    monkeypatch.setattr(decoding, "_randaugment", broken)
+    decoder = decoding.Decoder(3, 24, 16, randaugment=(2, 10))
+    with pytest.raises(ArithmeticError):
+        decoding.decode_all([decoding.Item("x", picture(120), 0)], decoder, [np.random.default_rng(0)])
+
+
+@pytest.mark.parametrize(("scale", "least"), [(None, 48), ((0.25, 1.0), 48), ((0.04, 1.0), 80)])
+def test_jpegs_are_read_no_smaller_than_crops_need(monkeypatch, scale, least):
+    from PIL import JpegImagePlugin
+
+    asked, draft = [], JpegImagePlugin.JpegImageFile.draft
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda self, mode, size: asked.append(size) or draft(self, mode, size))
+    decoding.Decoder(3, 24, 16, scale)(picture(120, (400, 300)), np.random.default_rng(0))
+    assert asked == [(least, least)]
+
+
+def test_more_processes_than_images_to_validate_with():
+    few = Arrays(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
+    assert [sum(len(batch.labels) for batch in few.evaluation(4, Place(rank, 4))) for rank in range(4)] == [1, 1, 0, 0]
+
+
 def test_corrupt_images_are_skipped_counted_and_named(folder, tmp_path, capsys):
     damaged = folder / "train" / "bee" / "003.JPEG"
     damaged.write_bytes(damaged.read_bytes()[:200])
@@ -337,25 +371,43 @@ def test_corrupt_images_are_skipped_counted_and_named(folder, tmp_path, capsys):
 
 
 def test_an_image_that_cannot_be_read_weighs_nothing(folder, tmp_path, monkeypatch):
-    """The loss of a batch with a damaged image is that of the others, over the size of the batch."""
+    """What is minimised is the losses of the others over the size of the batch; what is reported, their mean."""
     damaged = folder / "train" / "bee" / "003.JPEG"
     damaged.write_bytes(b"")
     (batch,) = open_data(spec(folder), 3).train.training(0, 0, 0, 24, ONE)
     assert batch.valid.sum() == 23
     assert batch.labels[~batch.valid].tolist() == [1]
     assert batch.failures[0][0] == str(damaged)
-    step, by_hand = engine.Run._step, []
+    step, by_hand, stepped_by = engine.Run._step, [], []
 
     def noting(self, batch):
         logits = self.objective.model(batch.images.double() / 255)
         losses = F.binary_cross_entropy_with_logits(logits, F.one_hot(batch.labels, 3).double(), reduction="none").mean(1)
-        by_hand.append(float(losses[batch.valid].sum().detach() / 24))
+        by_hand.append(losses[batch.valid].sum().detach())
+        backward = self.fabric.backward
+        monkeypatch.setattr(self.fabric, "backward", lambda loss: stepped_by.append(loss.detach()) or backward(loss))
         return step(self, batch)
 
     monkeypatch.setattr(engine.Run, "_step", noting)
     row = run(tmp_path / "out", *NET, f"data.path={folder}", "batch_size=24")
-    assert row["train_loss"] == pytest.approx(by_hand[0], rel=1e-12)
+    assert float(stepped_by[0]) == pytest.approx(float(by_hand[0]) / 24, rel=1e-12)
+    assert row["train_loss"] == pytest.approx(float(by_hand[0]) / 23, rel=1e-12)
     assert row["unreadable"] == 1
+
+
+def test_the_loss_that_is_reported_is_of_images_that_were_read(tmp_path):
+    """At a rate at which weights stay: half of the images damaged, and without them."""
+    found = {}
+    for name, damaged in (("whole", 0), ("half", 8)):
+        root = tmp_path / name
+        tree(root / "train", {"ant": 4, "bee": 4})
+        tree(root / "val", {"ant": 2, "bee": 2})
+        for i in range(damaged):
+            (root / "train" / ("ant", "bee")[i % 2] / f"z{i}.JPEG").write_bytes(b"torn")
+        options = (f"data.path={root}", "data.kind=folder", "optimizer.lr=1e-30", f"batch_size={8 + damaged}", "model.out_channels=[4, 2]")
+        found[name] = run(tmp_path / f"{name}_run", *NET, *options, "data.resize=16", "schedule.kind=constant")
+    assert found["half"]["unreadable"] == 8
+    assert found["half"]["train_loss"] == pytest.approx(found["whole"]["train_loss"], rel=1e-12)
 
 
 def test_too_many_corrupt_images_stop_the_run(folder, tmp_path):

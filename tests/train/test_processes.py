@@ -287,7 +287,7 @@ def test_other_images_on_another_host_are_refused(tmp_path):
     (tmp_path / "other.py").write_text(OTHER)
     printed = finished(command(tmp_path / "out", launcher=STANDALONE, program=(tmp_path / "other.py",)), code=1)
     message = "data: expected the same images in every process, got train_images (process 0 1347, process 1 640), train_checksum"
-    assert printed.count(message) == 2
+    assert printed.count(f"coda-fast: {message}") == 2
     assert not (tmp_path / "out").exists()
 
 

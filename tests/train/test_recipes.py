@@ -49,7 +49,7 @@ def test_cifar10_is_as_published():
     for epoch, rate in enumerate(found):
         assert rate == pytest.approx(2.5e-4 / 1.5 ** (epoch // 30), rel=1e-12)
     optimizer = recipe.optimizer
-    assert (optimizer.name, optimizer.weight_decay, optimizer.betas, optimizer.clip) == ("adam", 0.0, (0.9, 0.999), None)
+    assert (optimizer.name, optimizer.weight_decay, optimizer.betas, optimizer.clip) == ("adam", 0.0, [0.9, 0.999], None)
     assert (recipe.data.flip, recipe.data.pad) == (True, 4)
     model = coda_fast.create_model(recipe.model.name, **recipe.model.arguments())
     assert sum(p.numel() for p in model.parameters()) == 7_782_816
@@ -132,6 +132,40 @@ def test_overrides_are_typed(tmp_path):
 def test_what_a_recipe_refuses(override, message):
     with pytest.raises(TrainingError, match=message):
         load_recipe("digits-s", [override])
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("cifar10-s", "schedule.warmup=5", "schedule.warmup: expected schedule.kind=cosine beside it, without which it changes nothing"),
+        ("digits-s", "schedule.every=5", "schedule.every: expected schedule.kind=step beside it"),
+        ("digits-s", "data.val_path=/nowhere", "data.val_path: expected data.kind=folder or data.kind=webdataset beside it"),
+        ("digits-s", "data.in_memory=true", "data.in_memory: expected data.kind=folder beside it"),
+        ("digits-s", "loss.matrix_norm=l2", "loss.matrix_norm: expected loss.matrix_weight above 0 beside it"),
+        ("digits-s", "ema.warmup=true", "ema.warmup: expected ema.decay above 0 beside it"),
+        ("imagenet100-l", "optimizer.lr=1e-5", "optimizer.lr: expected 0.00025, with which schedule.pieces begin, got 1e-05"),
+    ],
+)
+def test_a_change_that_changes_nothing_is_refused(name, override, message):
+    with pytest.raises(TrainingError, match=message):
+        load_recipe(name, [override])
+
+
+def test_what_a_recipe_leaves_unused_beside_a_change_is_no_error():
+    assert load_recipe("cifar10-s", ["schedule.kind=cosine", "schedule.every=null"]).schedule.kind == "cosine"
+    assert load_recipe("cifar10-s", ["schedule.kind=cosine"]).schedule.every == 30
+
+
+def test_pieces_go_by_the_rule_too():
+    large = load_recipe("imagenet100-l", ["batch_size=1024", "optimizer.rule=sqrt", "optimizer.reference_batch=64"])
+    assert rates(large) == pytest.approx([4 * rate for rate in rates(load_recipe("imagenet100-l"))])
+
+
+def test_a_recipe_that_is_no_text(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_bytes("about: gr\u00fcn".encode("latin-1"))
+    with pytest.raises(TrainingError, match="own.yaml: expected a text file in UTF-8"):
+        load_recipe(str(own))
 
 
 def test_an_unknown_recipe_names_those_there_are():

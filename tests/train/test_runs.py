@@ -5,7 +5,9 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -109,7 +111,7 @@ def test_one_update_by_hand(tmp_path, monkeypatch):
         if not models:
             models.append({name: p.detach().clone() for name, p in self.objective.model.named_parameters()})
         found = step(self, batch)
-        losses_seen.append(float(found[0]))
+        losses_seen.append(float(found[0] / found[2]))
         models.append({name: p.detach().clone() for name, p in self.objective.model.named_parameters()})
         return found
 
@@ -136,7 +138,14 @@ def test_one_update_by_hand(tmp_path, monkeypatch):
         torch.testing.assert_close(models[1][name], after, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("options", [(), ("data.pad=1", "data.flip=true", "ema.decay=0.9", "optimizer.clip=1.0", "loss.matrix_weight=0.1")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("data.pad=1", "data.flip=true", "ema.decay=0.9", "optimizer.clip=1.0", "loss.matrix_weight=0.1"),
+        ("optimizer.name=madgrad", "optimizer.weight_decay=0.1"),  # its steps of nothing are not nothing
+    ],
+)
 def test_going_on_in_the_middle_of_an_epoch_is_exact(tmp_path, interrupt, monkeypatch, options):
     options = (*options, "checkpoint.every_steps=10")
     step = engine.Run._step
@@ -193,6 +202,16 @@ def test_more_epochs_and_another_place_are_allowed_but_not_another_run(tmp_path)
         run(tmp_path / "a", *constant, "epochs=3", "optimizer.lr=0.5", resume="auto")
     with pytest.raises(TrainingError, match=r"ema.decay \(was 0.9, now 0.0\)"):
         run(tmp_path / "a", "schedule.kind=constant", "epochs=3", resume="auto")
+
+
+def test_fewer_epochs_than_were_run_are_refused(tmp_path, interrupt):
+    """Their row of the history would not be that of these weights."""
+    options = ("schedule.kind=constant", "checkpoint.every_steps=5")
+    interrupt(27)
+    with pytest.raises(Interrupted):
+        run(tmp_path, *options)
+    with pytest.raises(TrainingError, match="epoch_0001_step_0000004.pt: epochs: expected at least 2, where the run stands, got 1"):
+        run(tmp_path, *options, "epochs=1", resume="auto")
 
 
 def test_a_folder_with_a_run_is_not_written_over(tmp_path):
@@ -442,6 +461,11 @@ def test_a_real_signal_to_a_real_process(tmp_path):
         (("data.kind=cifar10",), "data.path: expected where the images are, got none"),
         (("data.kind=npz", "data.path=/nowhere/x.npz"), "no such file or folder: /nowhere/x.npz"),
         (("model.name=coda_s_cifar10",), "the model takes 3 channels, the images have 1"),
+        (("optimizer.name=adafactorbv",), "optimizer.name: expected another one, 'adafactorbv' holds what torch cannot keep"),
+        (("optimizer.name=adahessian",), "optimizer.name: expected another one, 'adahessian' needs second derivatives"),
+        (("optimizer.name=sgd", "optimizer.betas=[0.9, 0.99]"), r"optimizer.betas: expected none for 'sgd', got \[0.9, 0.99\]"),
+        (("schedule.warmup=1.999",), "schedule.warmup: expected less than the 42 steps of the run, got 42 of them"),
+        (("loss.matrix_weight=1", "loss.matrix_classes=11"), "loss.matrix_classes: expected at most the 10 classes, got 11"),
     ],
 )
 def test_what_cannot_start_says_so_and_writes_nothing(tmp_path, overrides, message):
@@ -454,6 +478,28 @@ def test_what_cannot_start_says_so_and_writes_nothing(tmp_path, overrides, messa
 def test_no_gpu(tmp_path):
     with pytest.raises(TrainingError, match="accelerator: expected a CUDA GPU for accelerator=cuda, found none"):
         run(tmp_path / "out", "accelerator=cuda")
+
+
+def test_betas_are_for_every_optimizer_that_has_them(tmp_path):
+    run(tmp_path / "a", "epochs=1", "optimizer.name=lamb")
+    run(tmp_path / "b", "epochs=1", "optimizer.name=lamb", "optimizer.betas=[0.1, 0.1]")
+    assert losses(tmp_path / "a")[4] != losses(tmp_path / "b")[4]
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", "gr\u00fcn".encode("latin-1")])
+def test_a_foreign_curve_is_not_written_over(tmp_path, content):
+    (tmp_path / "steps.csv").write_bytes(content)
+    with pytest.raises(TrainingError, match="steps.csv: expected the steps of a run, found another file; move it away"):
+        run(tmp_path)
+    assert (tmp_path / "steps.csv").read_bytes() == content
+
+
+def test_a_port_in_use_is_no_lost_process(tmp_path):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        printed = finished(command(tmp_path, "strategy=ddp"), 2, MASTER_ADDR="localhost", MASTER_PORT=port)
+    assert "coda-fast: processes: cannot begin to talk to each other: " in printed
+    assert "Traceback" not in printed
 
 
 def test_the_command_line(tmp_path, capsys):
@@ -489,15 +535,70 @@ def test_best_is_the_best(tmp_path):
         coda_fast.load(tmp_path / "checkpoints" / "best.pt")
 
 
-def test_a_torn_best_leaves_the_last(tmp_path, capsys):
+FALLING = ("schedule.kind=constant", "checkpoint.keep=9", "epochs=4")
+
+
+@pytest.fixture(scope="module")
+def falling(tmp_path_factory):
+    """A run of four epochs, all kept, of which the second is said to be the best."""
+    output, evaluate = tmp_path_factory.mktemp("falling"), engine.Run.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Run, "evaluate", lambda self: evaluate(self) | {"val_accuracy": 0.9 - 0.1 * abs(self.epoch - 1)})
+        run(output, *FALLING)
+    return output / "checkpoints"
+
+
+def test_the_best_goes_along_into_another_folder(falling, tmp_path):
+    """Also where no later epoch is better; where it is in no checkpoint, none is made up."""
+    last = falling / "epoch_0004_step_0000000.pt"
+    run(tmp_path / "along", *FALLING, resume=str(last))
+    assert checkpoints.read_metadata(tmp_path / "along" / "model_best.safetensors")["epoch"] == 2
+    lonely = tmp_path / "lonely.pt"
+    lonely.write_bytes(last.read_bytes())
+    run(tmp_path / "out", *FALLING, resume=str(lonely))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "model_best.safetensors").exists()
+
+
+def test_a_best_of_what_came_later_is_not_lost_and_not_passed_by(falling, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in ("epoch_0001_step_0000000.pt", "best.pt"):
+        shutil.copy(falling / name, folder)
+    with pytest.raises(TrainingError, match="holds checkpoints after epoch_0001_step_0000000.pt, up to best.pt"):
+        run(tmp_path / "run", *FALLING, resume=str(folder / "epoch_0001_step_0000000.pt"))
+    run(tmp_path / "run", *FALLING, resume="auto")
+    rows = end_of(tmp_path / "run", 4)["history"]
+    assert rows[1]["val_accuracy"] == 0.9, "it went on from the best, not from the first"
+
+
+def test_a_torn_best_is_made_anew(tmp_path):
     run(tmp_path, "epochs=1")
-    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model_best.safetensors").unlink()
     best = tmp_path / "checkpoints" / "best.pt"
-    best.unlink()  # maybe another name of the last
+    best.unlink()  # another name of the last
     best.write_bytes(b"torn")
-    train.run(recipe("epochs=1"), tmp_path, "auto")
-    assert (tmp_path / "model.safetensors").exists()
-    assert "no model_best.safetensors" in capsys.readouterr().err
+    run(tmp_path, "epochs=1", resume="auto")
+    assert checkpoints.read_metadata(tmp_path / "model_best.safetensors")["epoch"] == 1
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_what_was_not_shown_before_the_end_is_shown_after_it(tmp_path, monkeypatch, epoch):
+    """Killed between the checkpoint of an epoch and its row and maps."""
+
+    def dying(self):
+        if self.epoch == epoch:
+            raise Interrupted
+        show(self)
+
+    show = engine.Run._show
+    monkeypatch.setattr(engine.Run, "_show", dying)
+    with pytest.raises(Interrupted):
+        run(tmp_path, "log.maps=1")
+    monkeypatch.undo()
+    run(tmp_path, "log.maps=1", resume="auto")
+    assert {p.name for p in (tmp_path / "maps").iterdir()} == {"epoch_0001.png", "epoch_0002.png"}
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
 
 
 def test_accuracy_of_rows_is_json(tmp_path):
