@@ -530,10 +530,10 @@ class Run:
             raise TrainingError(f"{path}: the run that stands here had other data: {changed}")
         if self.recipe.epochs < (least := state["epoch"] + (state["step"] > 0)):
             raise TrainingError(f"{path}: epochs: expected at least {least}, where the run stands, got {self.recipe.epochs}")
-        lanes = (state["world"], stored.data.workers), (self.place.world, self.recipe.data.workers)
-        if state["step"] and self.recipe.data.kind == "webdataset" and lanes[0] != lanes[1]:
+        was, now = ((n, max(1, r.data.workers)) for n, r in ((state["world"], stored), (self.place.world, self.recipe)))
+        if state["step"] and self.recipe.data.kind == "webdataset" and was != now:
             self.watch.say(
-                "shards: (processes, workers) were {}, now {}: in the rest of this epoch some images come twice, others not".format(*lanes)
+                f"shards: (processes, workers) were {was}, now {now}: in the rest of this epoch some images come twice, some not at all"
             )
         whole = StateDictOptions(full_state_dict=True)
         try:  # sharded modules put their shards into the dict that they are given

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_train import ONE, assert_same, end_of, picture, run
+from support_train import ONE, assert_same, end_of, picture, recipe, run
 
+from coda_fast import train
 from coda_fast.train import TrainingError
 from coda_fast.train.data import open_data
 from coda_fast.train.recipes import Data
@@ -116,6 +117,20 @@ def test_a_run_on_shards_stops_and_goes_on(shards, tmp_path):
     assert len(list((tmp_path / "whole" / "maps").iterdir())) == 2
     run(tmp_path / "rest", *options, resume=str(tmp_path / "whole" / "checkpoints" / "epoch_0001_step_0000002.pt"))
     assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "rest"))
+
+
+def test_other_workers_in_the_middle_of_an_epoch_of_shards_are_told_of(shards, tmp_path, capsys):
+    options = (
+        "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", f"data.path={shards.path}",
+        f"data.val_path={shards.val_path}", "data.classes=3", "data.resize=20", "data.size=16", "data.train_samples=30", "batch_size=5",
+        "checkpoint.every_steps=4", "checkpoint.keep=9", "epochs=1",
+    )  # fmt: skip
+    run(tmp_path / "whole", *options, "data.workers=0")
+    middle = str(tmp_path / "whole" / "checkpoints" / "epoch_0000_step_0000004.pt")
+    for workers, told in ((1, False), (2, True)):
+        train.run(recipe(*options, f"data.workers={workers}"), tmp_path / f"rest{workers}", middle)
+        message = f"shards: (processes, workers) were (1, 1), now (1, {workers})"
+        assert (message in capsys.readouterr().err) is told
 
 
 @pytest.fixture
