@@ -14,7 +14,8 @@ import torch
 from coda_fast.train.decode import Decoder
 from coda_fast.train.errors import TrainingError, need
 from coda_fast.train.recipes import Data
-from coda_fast.train.sources import Arrays, Folder, Shards
+from coda_fast.train.shards import Shards
+from coda_fast.train.sources import Arrays, Folder
 
 
 @dataclasses.dataclass

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import gc
 import math
 import os
@@ -28,8 +27,9 @@ from coda_fast.train import state as files
 from coda_fast.train.data import open_data
 from coda_fast.train.errors import SIGNALS, Stopped, TrainingError, need
 from coda_fast.train.objective import Objective
+from coda_fast.train.optimization import make_optimizer, make_schedule, set_rate
 from coda_fast.train.recipes import Recipe, make_recipe
-from coda_fast.train.schedule import make_schedule, set_rate
+from coda_fast.train.shards import Shards
 from coda_fast.train.sources import Batch, Place, seeded
 from coda_fast.train.watch import STEP_FIELDS, Watch
 
@@ -97,7 +97,7 @@ class Run:
         self.facts = self.source.facts()
         gathered = self._gather(self.facts)
         self._first(lambda: self._alike(gathered))
-        if isinstance(self.source.train, sources.Shards):
+        if isinstance(self.source.train, Shards):
             self.source.train.need_enough(self.place)
         self.steps = len(self.source.train) // recipe.batch_size
         if not self.steps:
@@ -244,28 +244,7 @@ class Run:
             objective.compile()
         self.module = fabric.setup_module(objective)
         self.objective = objective
-        need("timm")
-        from timm.optim import create_optimizer_v2, list_optimizers
-
-        options = {"opt": recipe.optimizer.name, "lr": recipe.learning_rate(), "weight_decay": recipe.optimizer.weight_decay}
-        if recipe.optimizer.eps is not None:
-            options["eps"] = recipe.optimizer.eps
-        if recipe.optimizer.betas is not None:
-            options["betas"] = recipe.optimizer.betas
-        try:
-            optimizer = create_optimizer_v2(self.module.parameters(), **options)
-        except (ValueError, AssertionError, TypeError, IndexError) as error:
-            known = list_optimizers()
-            if (name := recipe.optimizer.name.removeprefix("lookahead_")) not in known:
-                near = ", ".join(difflib.get_close_matches(name, known)) or "adam, adamw, sgd"
-                raise TrainingError(f"optimizer.name: expected one of timm.optim.list_optimizers() ({near}, ...), got {name!r}") from None
-            raise TrainingError(f"optimizer: {error}") from None
-        if recipe.optimizer.betas is not None and not any("beta" in key for key in optimizer.param_groups[0]):
-            raise TrainingError(f"optimizer.betas: expected none for {recipe.optimizer.name!r}, got {recipe.optimizer.betas}")
-        settings = [type(value).__name__ for group in optimizer.param_groups for value in group.values()]
-        if "dtype" in settings or getattr(optimizer, "is_second_order", False):
-            why = "holds what torch cannot keep in a checkpoint" if "dtype" in settings else "needs second derivatives in every step"
-            raise TrainingError(f"optimizer.name: expected another one, {recipe.optimizer.name!r} {why}")
+        optimizer = make_optimizer(recipe, self.module.parameters())
         self.schedule = make_schedule(recipe, optimizer, self.steps)
         self.optimizer = fabric.setup_optimizers(optimizer)
 

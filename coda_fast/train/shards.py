@@ -1,0 +1,192 @@
+"""WebDataset shards: tar files of images and classes, for many processes on many nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coda_fast.train import workers
+from coda_fast.train.decode import Decoder, Item, decode_all
+from coda_fast.train.errors import TrainingError, need
+from coda_fast.train.sources import Batch, batch_of, order, seeded
+
+
+class Shards:
+    """WebDataset tar files with an image (jpg, jpeg, png, webp) and a class (cls: 0 to ``classes`` - 1) a sample. For training each process
+    and worker cycles through its share of the shards, so that the images of a step, unlike those of the other sources, depend on the number
+    of processes. A sample that cannot be read takes its place in a batch, and so does the rest of a broken shard.
+    """
+
+    def __init__(self, pattern, decoder: Decoder, workers: int, classes: int, device="cpu", samples: int | None = None, buffer: int = 5000):
+        need("webdataset")
+        from webdataset.shardlists import expand_urls
+
+        self.urls = sorted(str(p) for p in Path(pattern).glob("*.tar")) if os.path.isdir(pattern) else expand_urls(pattern)
+        if any(url.startswith("pipe:") for url in self.urls):
+            raise TrainingError(f"data: expected shards that are files or addresses, got {pattern!r}: a recipe must not run commands")
+        missing = [url for url in self.urls if "://" not in url and not os.path.exists(url)]
+        if not self.urls or missing:
+            raise TrainingError(f"data: expected shards {pattern!r}, found {len(self.urls) - len(missing)}; missing: {missing[:3]}")
+        self.decoder, self.workers, self.classes = decoder, workers, classes
+        self.device, self.samples, self.buffer = device, samples, buffer
+
+    def __len__(self) -> int:
+        if self.samples is None:
+            raise TrainingError("data.train_samples: expected the number of images that an epoch of shards is, got none")
+        return self.samples
+
+    def facts(self) -> dict:
+        """Number and checksum of the names of the shards."""
+        return {"shards": len(self.urls), "checksum": zlib.crc32("\n".join(url.rpartition("/")[2] for url in self.urls).encode())}
+
+    def need_enough(self, place) -> None:
+        """TrainingError: a worker would be without a shard. The same in every process: none waits for others that have ended."""
+        workers = max(1, self.workers)
+        if len(self.urls) // place.world < workers:
+            raise TrainingError(
+                f"data: expected a shard at least for each of {place.world} processes x {workers} workers, got {len(self.urls)}; "
+                f"make smaller shards or lower data.workers"
+            )
+
+    def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
+        """As many steps as ``len`` says. A run that goes on in the middle reads over what it has seen."""
+        urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][place.rank :: place.world]
+        results = self._read(self._stream(urls, (seed, epoch, place.rank), start, batch_size // place.world))
+        for _, decoded in zip(range(start, len(self) // batch_size), results, strict=False):
+            yield batch_of(decoded, self.device)
+
+    def evaluation(self, batch_size, place) -> Iterator[Batch]:
+        """Every sample of every shard once, over all processes."""
+        urls = self.urls[place.rank :: place.world]
+        if urls:
+            for decoded in self._read(self._stream(urls, None, 0, batch_size)):
+                yield batch_of(decoded, self.device)
+
+    def sample(self, count: int) -> Batch:
+        """The first few."""
+        with contextlib.closing(iter(self._stream(self.urls, None, 0, count))) as stream:
+            return batch_of(next(stream, _nothing_in(self.urls)), self.device)
+
+    def _stream(self, urls, randomness, start, batch_size):
+        return _Stream(urls, self.decoder, self.classes, randomness, start, batch_size, self.buffer)
+
+    def _read(self, stream):
+        return workers.read(stream, self.workers, batch_size=None)
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    """Decoded batches of a process' shards, or the TrainingError that came instead. Batch j of the process is made by worker j modulo their
+    number. ``randomness`` None: one pass in order, everything; else endless, shuffled by it, from batch ``start`` on.
+    """
+
+    def __init__(self, urls, decoder, classes, randomness, start, batch_size, buffer):
+        self.urls, self.decoder, self.classes, self.randomness = urls, decoder, classes, randomness
+        self.start, self.batch_size, self.buffer = start, batch_size, buffer
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        lane = (worker + self.start) % workers  # the loader asks worker 0 first, also for step ``start``
+        seen = len(range(lane, self.start, workers))
+        items = self._items(self.urls[lane::workers], lane)
+        try:
+            for _ in itertools.islice(items, seen * self.batch_size):
+                pass
+            while batch := list(itertools.islice(items, self.batch_size)):
+                yield decode_all(batch, self.decoder, [self._generator(item.name) for item in batch])
+        except TrainingError as error:
+            yield error
+
+    def _items(self, urls, lane):
+        def read():
+            return (item for url in urls for item in _shard(url, self.classes))
+
+        if self.randomness is None:
+            yield from read()
+            return
+        from webdataset import shuffle
+
+        for repeat in itertools.count():
+            good, problem = 0, ""
+            for item in shuffle(self.buffer, rng=random.Random(seeded(*self.randomness, 3, lane, repeat)))(read()):
+                good, problem = good + (item.problem is None), item.problem and f"; {item.name}: {item.problem}"
+                yield item
+            if not good:
+                raise _nothing_in(urls, problem)
+
+    def _generator(self, name):
+        return None if self.randomness is None else np.random.default_rng((*self.randomness[:2], 1, zlib.crc32(name.encode())))
+
+
+def _nothing_in(urls, problem=""):
+    return TrainingError(f"data: no samples with an image and a class in {urls[:3]}{problem}")
+
+
+class _Entry(tarfile.TarInfo):
+    """Of a tar file that ends where it says so: tarfile takes a header that is damaged or missing, after the first, for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def _shard(url, classes):
+    """The items of a tar file; if it cannot be read to its end, the last stands for what is lost."""
+    from webdataset.gopen import gopen
+
+    name = url.rpartition("/")[2]
+    try:
+        with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Entry, errors="backslashreplace") as tar:
+            for key, files in _samples(tar):
+                yield _item(f"{name}:{key}", files, classes)
+    except Exception as error:  # tarfile and programs that fetch raise whatever the damage leads them to
+        yield Item(name, None, 0, f"expected a whole tar file: {error}")
+
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+
+
+def _samples(tar):
+    """(key, {extension: content}) of files that follow one another, are named alike, and are an image or a class."""
+    from webdataset.tariterators import base_plus_ext
+
+    key, files = None, {}
+    while (entry := tar.next()) is not None:
+        tar.members = []  # or it keeps all of them
+        base, extension = base_plus_ext(entry.name)
+        if not entry.isreg() or base is None or extension.lower() not in (*_IMAGES, "cls"):
+            continue
+        if base != key or extension.lower() in files:
+            if files:
+                yield key, files
+            key, files = base, {}
+        files[extension.lower()] = tar.extractfile(entry).read()
+    if files:
+        yield key, files
+
+
+def _item(name, files, classes):
+    image = next((files[extension] for extension in _IMAGES if extension in files), None)
+    text = files.get("cls", b"").decode(errors="replace").strip()
+    label = int(text) if text.isdecimal() and len(text) < 10 else -1
+    problem = None
+    if not 0 <= label < classes:
+        label, got = 0, f"got {text[:20]!r}" if "cls" in files else "found none"
+        problem = f"cls: expected a class from 0 to {classes - 1}, {got}"
+    elif image is None:
+        problem = "no image"
+    return Item(name, image, label, problem)

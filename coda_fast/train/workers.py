@@ -1,0 +1,81 @@
+"""Processes that read and decode images: torch's, which end when the program does."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+
+
+def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator:
+    """What a torch loader of ``dataset`` gives, with its ``options``, by as many worker processes. However it ends, they end with it: torch
+    ends them by a signal that ours ignore (``_quiet``), so that the program would for ever wait for one that waits itself, for a file, or
+    for a lock of one that was killed.
+
+    Raises:
+        ChildProcessError: a worker was killed.
+    """
+    loader = torch.utils.data.DataLoader(
+        dataset, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=_quiet, prefetch_factor=4 if workers else None, **options
+    )
+    before = multiprocessing.active_children()
+    results = iter(loader)
+    children = [child for child in multiprocessing.active_children() if child not in before]
+    with _deaf_to_children():
+        try:
+            while True:
+                try:
+                    decoded = next(results)
+                except StopIteration:
+                    return
+                except Exception:  # an end of file, say, or torch's own error: depends on what the worker was at
+                    _need_alive(children, patience=1.0)
+                    raise
+                yield decoded
+        finally:
+            for child in children:
+                child.kill()
+            if children:
+                results._shutdown_workers()
+
+
+def _need_alive(children, patience):
+    """ChildProcessError if one was killed, or turns out to be within ``patience`` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        if killed := [child for child in children if child.exitcode not in (None, 0)]:
+            code = killed[0].exitcode
+            raise ChildProcessError(
+                f"data: a process that reads images ended with code {code}, perhaps for want of memory (lower data.workers)"
+            ) from None
+        if time.monotonic() >= end:
+            return
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _deaf_to_children():
+    """For every worker that is killed torch raises an error in whatever the program is at then; its loader sees it too, within 5 s."""
+    if threading.current_thread() is not threading.main_thread():  # where Python has no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _as_it_is(decoded):
+    return decoded
+
+
+def _quiet(_):
+    """The signals that tell a process group to end are for the process that trains, which needs its workers to finish the step."""
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
