@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import signal
 import threading
@@ -26,7 +25,7 @@ def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator
     before = multiprocessing.active_children()
     results = iter(loader)
     children = [child for child in multiprocessing.active_children() if child not in before]
-    with _deaf_to_children():
+    with _DeafToChildren():
         try:
             while True:
                 try:
@@ -58,17 +57,25 @@ def _need_alive(children, patience):
         time.sleep(0.05)
 
 
-@contextlib.contextmanager
-def _deaf_to_children():
-    """For every worker that is killed torch raises an error in whatever the program is at then; its loader sees it too, within 5 s."""
-    if threading.current_thread() is not threading.main_thread():  # where Python has no handlers
-        yield
-        return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+class _DeafToChildren:
+    """For every worker that is killed torch raises an error in whatever the program is at then; its loader sees it too, within 5 s. Deaf as
+    long as anything is read: loaders need not end in the order in which they began.
+    """
+
+    readers, handler = 0, None
+
+    def __enter__(self):
+        self.main = threading.current_thread() is threading.main_thread()  # elsewhere Python has no handlers
+        if self.main:
+            if not _DeafToChildren.readers:
+                _DeafToChildren.handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _DeafToChildren.readers += 1
+
+    def __exit__(self, *error):
+        if self.main:
+            _DeafToChildren.readers -= 1
+            if not _DeafToChildren.readers:
+                signal.signal(signal.SIGCHLD, _DeafToChildren.handler)
 
 
 def _as_it_is(decoded):

@@ -24,8 +24,9 @@ def start(tmp_path):
     def run(*overrides):
         options = (*NET, f"data.path={tmp_path / 'set'}", "data.workers=2", "model.ranks=[4, 4]", *overrides)
         process = subprocess.Popen(
-            command(tmp_path / "out", *options), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+            command(tmp_path / "out", *options), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells let programs in the background ignore it
+        )  # fmt: skip
         started.append(process)
         return process
 
@@ -37,6 +38,17 @@ def start(tmp_path):
 
 def children(process):
     return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def end_of(process, seconds=60):
+    """What it printed; where it does not end, with the stacks of its threads."""
+    try:
+        return process.communicate(timeout=seconds)[1]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # PYTHONFAULTHANDLER
+        for child in children(process):
+            os.kill(child, signal.SIGKILL)
+        pytest.fail(process.communicate()[1])
 
 
 def wait(condition, process, seconds=60):
@@ -52,7 +64,7 @@ def test_a_worker_that_is_killed_ends_the_run(start, tmp_path):
     process = start("checkpoint.every_steps=2")
     wait(lambda: list((tmp_path / "out" / "checkpoints").glob("epoch*.pt")), process)
     os.kill(children(process)[-1], signal.SIGKILL)
-    printed = process.communicate(timeout=60)[1]
+    printed = end_of(process)
     assert process.returncode == 2, printed
     assert "coda-fast: data: a process that reads images ended with code -9, perhaps for want of memory" in printed
     assert "the last good checkpoint is" in printed
@@ -66,6 +78,6 @@ def test_ctrl_c_while_a_file_cannot_be_read(start, tmp_path):
     wait(lambda: len(children(process)) == 2, process)
     time.sleep(3)
     process.send_signal(signal.SIGINT)
-    printed = process.communicate(timeout=30)[1]
+    printed = end_of(process)
     assert process.returncode == 130, printed
     assert "Traceback" not in printed
