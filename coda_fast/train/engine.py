@@ -63,10 +63,8 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
         if not processes.lost_touch(error):
             processes.report(error)
             raise
-        reason, known = (
-            (str(error) or type(error).__name__).splitlines()[0][:200],
-            "" if found is None else f"; {files.named(found.last_good)}",
-        )
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        known = "" if found is None else f"; {files.named(found.last_good)}"
         if not distributed.is_initialized():
             raise TrainingError(f"processes: cannot begin to talk to each other: {reason}{known}") from None
         raise TrainingError(f"another process of this run ended, or cannot be reached: its message says why ({reason}){known}") from None
