@@ -63,11 +63,11 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
         if not processes.lost_touch(error):
             processes.report(error)
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        reason = " ".join(str(error).split())[: 200 if "/gloo/" in str(error) else 800] or type(error).__name__  # NCCL says why at the end
         known = "" if found is None else f"; {files.named(found.last_good)}"
         if not distributed.is_initialized():
             raise TrainingError(f"processes: cannot begin to talk to each other: {reason}{known}") from None
-        raise TrainingError(f"another process of this run ended, or cannot be reached: its message says why ({reason}){known}") from None
+        raise TrainingError(f"processes: lost touch; if another one of this run ended, its message says why ({reason}){known}") from None
     finally:
         held.close()
         if distributed.is_available() and distributed.is_initialized():
@@ -134,7 +134,7 @@ class Run:
             self._hold()
         there = files.listed(self.folder)
         if resume is None:
-            if there:
+            if there := there or [path for path in [self.folder / "best.pt"] if path.exists()]:
                 raise TrainingError(f"{self.output} holds a run already, up to {there[0].name}; --resume auto goes on with it")
             return None
         if resume == "auto":
@@ -171,15 +171,14 @@ class Run:
         self._hold()
         if self.last_good is None and files.listed(self.folder):
             raise TrainingError(f"{self.output} holds a run that began meanwhile; --resume auto goes on with it")
-        if self.best is not None:
-            self._name_best()
+        self._name_best()
         with checkpoints.atomic_path(self.output / "recipe.yaml") as temporary:
             temporary.write_text(self.recipe.to_yaml(), encoding="utf-8")
 
     def _name_best(self):
         """best.pt is this run's best epoch: not yet, where a run ended between a checkpoint and this name of it, or goes on elsewhere."""
         best = self.folder / "best.pt"
-        if self._is_best(best):
+        if self.best is None or self._is_best(best):
             return
         for path in (self.last_good, self.last_good.parent / "best.pt"):
             if self._is_best(path):
@@ -189,6 +188,8 @@ class Run:
 
     def _is_best(self, path):
         """Whether the checkpoint is of the epoch with the best score of this run's history."""
+        if self.best is None:  # nothing was evaluated
+            return False
         try:
             state = files.read(path)
         except TrainingError:
@@ -544,7 +545,7 @@ class Run:
         if self._is_best(best):
             state = files.read(best)
             written.append(self._export(state, "model" if state["ema"] is None else "ema", "model_best.safetensors"))
-        else:
+        elif self.best is not None:
             self.watch.say(f"no model_best.safetensors: {best} is not the best epoch, of accuracy {self.best:.2%}")
         self.watch.finish(self.history, written)
 

@@ -19,18 +19,23 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> 
     options = {"opt": recipe.optimizer.name, "lr": recipe.learning_rate(), "weight_decay": recipe.optimizer.weight_decay}
     if recipe.optimizer.eps is not None:
         options["eps"] = recipe.optimizer.eps
-    if recipe.optimizer.betas is not None:
-        options["betas"] = recipe.optimizer.betas
+    parameters, betas = list(parameters), recipe.optimizer.betas
     try:
         optimizer = create_optimizer_v2(parameters, **options)
-    except (ValueError, AssertionError, TypeError, IndexError) as error:
+        if betas is not None:
+            own = optimizer.param_groups[0]
+            if not any("beta" in key for key in own) or len(own.get("betas", betas)) != len(betas):
+                expected = f"as many as {own['betas']}" if "betas" in own else "none"
+                raise TrainingError(f"optimizer.betas: expected {expected} for {recipe.optimizer.name!r}, got {betas}")
+            optimizer = create_optimizer_v2(parameters, **options, betas=betas)
+    except TrainingError:
+        raise
+    except (ValueError, AssertionError, TypeError) as error:
         known = list_optimizers()
         if (name := recipe.optimizer.name.removeprefix("lookahead_")) not in known:
             near = ", ".join(difflib.get_close_matches(name, known)) or "adam, adamw, sgd"
             raise TrainingError(f"optimizer.name: expected one of timm.optim.list_optimizers() ({near}, ...), got {name!r}") from None
         raise TrainingError(f"optimizer: {error}") from None
-    if recipe.optimizer.betas is not None and not any("beta" in key for key in optimizer.param_groups[0]):
-        raise TrainingError(f"optimizer.betas: expected none for {recipe.optimizer.name!r}, got {recipe.optimizer.betas}")
     settings = [type(value).__name__ for group in optimizer.param_groups for value in group.values()]
     if "dtype" in settings or getattr(optimizer, "is_second_order", False):
         why = "holds what torch cannot keep in a checkpoint" if "dtype" in settings else "needs second derivatives in every step"

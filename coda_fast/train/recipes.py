@@ -285,7 +285,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     recipe = make_recipe(values, str(name))
     unused = recipe.unused()
     for key, _, value in (text.partition("=") for text in overrides):
-        if key in unused and _parse(yaml, value, key) is not None:
+        if key not in unused:
+            continue
+        section, _, field = key.partition(".")
+        found = getattr(recipe, section)
+        if getattr(found, field) != type(found).model_fields[field].default:
             raise TrainingError(f"{key}: expected {unused[key]} beside it, without which it changes nothing; got {key}={value}")
     return recipe
 

@@ -61,8 +61,9 @@ class Shards:
         """As many steps as ``len`` says. A run that goes on in the middle reads over what it has seen."""
         urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][place.rank :: place.world]
         results = self._read(self._stream(urls, (seed, epoch, place.rank), start, batch_size // place.world))
-        for _, decoded in zip(range(start, len(self) // batch_size), results, strict=False):
-            yield batch_of(decoded, self.device)
+        with contextlib.closing(results):  # they are endless
+            for _, decoded in zip(range(start, len(self) // batch_size), results, strict=False):
+                yield batch_of(decoded, self.device)
 
     def evaluation(self, batch_size, place) -> Iterator[Batch]:
         """Every sample of every shard once, over all processes."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import threading
 import time
 from collections.abc import Iterator
 
 import torch
+
+PATIENCE = 2.0  # seconds that workers have to end
 
 
 def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator:
@@ -22,9 +23,8 @@ def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator
     loader = torch.utils.data.DataLoader(
         dataset, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=_quiet, prefetch_factor=4 if workers else None, **options
     )
-    before = multiprocessing.active_children()
     results = iter(loader)
-    children = [child for child in multiprocessing.active_children() if child not in before]
+    children = list(getattr(results, "_workers", ()))  # of a loader with workers, which has no public name for them
     with _DeafToChildren():
         try:
             while True:
@@ -37,16 +37,25 @@ def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator
                     raise
                 yield decoded
         finally:
-            for child in children:
-                child.kill()
             if children:
-                results._shutdown_workers()
+                _end(results, children)
+
+
+def _end(results, children):
+    """As torch ends them, so that they leave nothing behind; who has not gone by then is killed."""
+    impatience = threading.Timer(PATIENCE, lambda: [child.kill() for child in children])
+    impatience.daemon = True
+    impatience.start()
+    results._shutdown_workers()
+    impatience.cancel()
+    for child in children:
+        child.kill()
 
 
 def _need_alive(children, patience):
     """ChildProcessError if one was killed, or turns out to be within ``patience`` seconds."""
     end = time.monotonic() + patience
-    while True:
+    while children:
         if killed := [child for child in children if child.exitcode not in (None, 0)]:
             code = killed[0].exitcode
             raise ChildProcessError(
@@ -74,7 +83,7 @@ class _DeafToChildren:
     def __exit__(self, *error):
         if self.main:
             _DeafToChildren.readers -= 1
-            if not _DeafToChildren.readers:
+            if not _DeafToChildren.readers and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, _DeafToChildren.handler)
 
 

@@ -464,6 +464,8 @@ def test_a_real_signal_to_a_real_process(tmp_path):
         (("optimizer.name=adafactorbv",), "optimizer.name: expected another one, 'adafactorbv' holds what torch cannot keep"),
         (("optimizer.name=adahessian",), "optimizer.name: expected another one, 'adahessian' needs second derivatives"),
         (("optimizer.name=sgd", "optimizer.betas=[0.9, 0.99]"), r"optimizer.betas: expected none for 'sgd', got \[0.9, 0.99\]"),
+        (("optimizer.name=adan", "optimizer.betas=[0.9, 0.99]"), r"optimizer.betas: expected as many as \(0.98, 0.92, 0.99\) for 'adan'"),
+        (("optimizer.betas=[0.9, 0.99, 0.9]",), r"optimizer.betas: expected as many as \(0.9, 0.999\) for 'adam'"),
         (("schedule.warmup=1.999",), "schedule.warmup: expected less than the 42 steps of the run, got 42 of them"),
         (("loss.matrix_weight=1", "loss.matrix_classes=11"), "loss.matrix_classes: expected at most the 10 classes, got 11"),
     ],
@@ -492,6 +494,37 @@ def test_a_foreign_curve_is_not_written_over(tmp_path, content):
     with pytest.raises(TrainingError, match="steps.csv: expected the steps of a run, found another file; move it away"):
         run(tmp_path)
     assert (tmp_path / "steps.csv").read_bytes() == content
+
+
+def test_what_nccl_says_is_not_lost(tmp_path, monkeypatch):
+    def failing(self, batch):
+        raise torch.distributed.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp:1, invalid usage\nLast error:\nDuplicate GPU detected"
+        )
+
+    monkeypatch.setattr(engine.Run, "_step", failing)
+    with pytest.raises(TrainingError, match="processes: .*Last error: Duplicate GPU detected.*no checkpoint was written before"):
+        run(tmp_path)
+
+
+def test_a_run_without_any_evaluation_ends_all_the_same(tmp_path):
+    options = ("schedule.kind=constant", "evaluation.every=2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Run, "_show", lambda self: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            run(tmp_path, *options, "epochs=4")
+    run(tmp_path, *options, "epochs=1", resume="auto")
+    assert (tmp_path / "curve.png").exists()
+    assert not (tmp_path / "model_best.safetensors").exists()
+
+
+def test_a_folder_with_nothing_but_the_best_is_not_written_over(falling, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    kept = tmp_path / "checkpoints" / "best.pt"
+    shutil.copy(falling / "best.pt", kept)
+    with pytest.raises(TrainingError, match="holds a run already, up to best.pt; --resume auto goes on with it"):
+        run(tmp_path, *FALLING)
+    assert kept.read_bytes() == (falling / "best.pt").read_bytes()
 
 
 def test_a_port_in_use_is_no_lost_process(tmp_path):

@@ -1,12 +1,14 @@
 """WebDataset shards: every sample once, exact positions, whatever in them cannot be read."""
 
 import io
+import os
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from support_train import ONE, assert_same, end_of, picture, recipe, run
+from support_train import ONE, assert_same, command, end_of, finished, picture, recipe, run
 
 from coda_fast import train
 from coda_fast.train import TrainingError
@@ -131,6 +133,23 @@ def test_other_workers_in_the_middle_of_an_epoch_of_shards_are_told_of(shards, t
         train.run(recipe(*options, f"data.workers={workers}"), tmp_path / f"rest{workers}", middle)
         message = f"shards: (processes, workers) were (1, 1), now (1, {workers})"
         assert (message in capsys.readouterr().err) is told
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_run_on_shards_and_leave_nothing(shards, tmp_path):
+    """Whose stream is endless; and where the run ends with an error while a worker waits for a shard that does not answer."""
+    options = (
+        "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", f"data.val_path={shards.val_path}",
+        "data.classes=3", "data.resize=20", "data.size=16", "data.train_samples=30", "batch_size=5", "data.workers=2",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="coda") as temporary:  # not in tmp_path: names of sockets are short
+        finished(command(tmp_path / "out", *options, f"data.path={shards.path}"), TMPDIR=temporary)
+        assert not list(Path(temporary).glob("pymp-*"))
+    (tmp_path / "bad").mkdir()
+    pack(tmp_path / "bad" / "t-0.tar", {"notes.txt": b"nothing"})
+    os.mkfifo(tmp_path / "bad" / "t-1.tar")
+    printed = finished(command(tmp_path / "none", *options, f"data.path={tmp_path}/bad/t-{{0..1}}.tar"), 2)
+    assert "coda-fast: data: no samples with an image and a class in" in printed
 
 
 @pytest.fixture
