@@ -60,10 +60,9 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
     except Stopped:
         raise
     except Exception as error:
-        if not processes.lost_touch(error):
+        if (reason := processes.lost_touch(error)) is None:
             processes.report(error)
             raise
-        reason = " ".join(str(error).split())[: 200 if "/gloo/" in str(error) else 800] or type(error).__name__  # NCCL says why at the end
         known = "" if found is None else f"; {files.named(found.last_good)}"
         if not distributed.is_initialized():
             raise TrainingError(f"processes: cannot begin to talk to each other: {reason}{known}") from None
@@ -178,25 +177,22 @@ class Run:
     def _name_best(self):
         """best.pt is this run's best epoch: not yet, where a run ended between a checkpoint and this name of it, or goes on elsewhere."""
         best = self.folder / "best.pt"
-        if self.best is None or self._is_best(best):
+        if self.best is None or self._best_epoch(best):
             return
         for path in (self.last_good, self.last_good.parent / "best.pt"):
-            if self._is_best(path):
+            if self._best_epoch(path):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 files.link_best(path, best)
                 return
 
-    def _is_best(self, path):
-        """Whether the checkpoint is of the epoch with the best score of this run's history."""
-        if self.best is None:  # nothing was evaluated
-            return False
+    def _best_epoch(self, path):
+        """The checkpoint, if it is of the epoch with the best score of this run's history, else None."""
         try:
             state = files.read(path)
         except TrainingError:
-            return False
-        history = state["history"]
+            return None
         first = next(i for i, row in enumerate(self.history) if _score(row) == self.best)
-        return not state["step"] and history == self.history[: first + 1]
+        return None if state["step"] or state["history"] != self.history[: first + 1] else state
 
     def _model_and_data(self):
         recipe = self.recipe
@@ -542,8 +538,7 @@ class Run:
         for name in ("model", "ema"):
             if last[name] is not None:
                 written.append(self._export(last, name, "model.safetensors" if name == "model" else "model_ema.safetensors"))
-        if self._is_best(best):
-            state = files.read(best)
+        if self.best is not None and (state := self._best_epoch(best)):
             written.append(self._export(state, "model" if state["ema"] is None else "ema", "model_best.safetensors"))
         elif self.best is not None:
             self.watch.say(f"no model_best.safetensors: {best} is not the best epoch, of accuracy {self.best:.2%}")

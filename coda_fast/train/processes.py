@@ -65,10 +65,14 @@ def sharded(fabric) -> bool:
     return type(fabric.strategy).__name__ == "ModelParallelStrategy"
 
 
-def lost_touch(error: Exception) -> bool:
-    """Whether this is what a process sees of others that ended, or that it does not find."""
-    kinds = getattr(torch.distributed, "DistError", ())
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+def lost_touch(error: Exception) -> str | None:
+    """In one line, what a process sees of others that ended, or that it does not find. None: it is something else."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "/gloo/" in text:
+        return text[:200]
+    if isinstance(error, getattr(torch.distributed, "DistError", ())):
+        return text[:800] or type(error).__name__  # NCCL says why at the end
+    return None
 
 
 def report(error: Exception) -> None:

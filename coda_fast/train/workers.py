@@ -42,14 +42,12 @@ def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator
 
 
 def _end(results, children):
-    """As torch ends them, so that they leave nothing behind; who has not gone by then is killed."""
+    """As torch ends them, so that they leave nothing behind; who has not gone after PATIENCE (torch waits longer) is killed."""
     impatience = threading.Timer(PATIENCE, lambda: [child.kill() for child in children])
     impatience.daemon = True
     impatience.start()
     results._shutdown_workers()
     impatience.cancel()
-    for child in children:
-        child.kill()
 
 
 def _need_alive(children, patience):
