@@ -33,7 +33,7 @@ from bench import aot_tables, cases  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100, "gfx942")
 DTYPES = ("bfloat16", "float16", "float32")
-WITHOUT_MMA = {"grad_factors"}
+PRODUCTS = {"contracted", "generated", "fold", "grad_z", "parameter_sums"}
 BATCH = {"S": 256, "L": 64}
 
 
@@ -61,15 +61,15 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One compilation: a kernel, its types and constants, and how it is launched."""
+    """A launch of a layer in one dtype, for one architecture."""
 
-    kernel: str
-    signature: tuple
-    constants: tuple
-    divisible: tuple
-    options: tuple
-    arch: int | str
+    what: object  # coda_kernels.compile.Launch
     dtype: str
+    arch: int | str
+
+    @property
+    def kernel(self) -> str:
+        return self.what.kernel.rpartition(".")[2]
 
 
 def triton_version() -> tuple[int, int]:
@@ -84,108 +84,43 @@ def layers():
 
 
 def record(shape, dtype, arch, norm="squash"):
-    """Every launch of forward, backward and explanation of a layer, without running any: on meta tensors."""
+    """Every launch of forward, backward and explanation of a layer, with and without bias, without running any: on meta tensors."""
     import torch
 
-    from coda_kernels import backward_input, backward_weight, config, forward, layer, norm_factor, project
-
-    launches = []
-
-    class Recorder:
-        def __init__(self, function):
-            self.function, self.name = function, function.__name__
-
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: launches.append(self._launch(args, kwargs))
-
-        def _launch(self, args, kwargs):
-            options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
-            signature, constants, divisible = [], [], []
-            bound = dict(zip((p.name for p in self.function.params), args, strict=False)) | kwargs
-            for parameter in self.function.params:
-                value = bound[parameter.name]
-                if parameter.is_constexpr:
-                    constants.append((parameter.name, value))
-                elif isinstance(value, torch.Tensor):
-                    kind = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64"}[str(value.dtype)[6:]]
-                    signature.append((parameter.name, f"*{kind}"))
-                    divisible.append(parameter.name)
-                else:
-                    signature.append((parameter.name, parameter.annotation_type))
-                    divisible += [parameter.name] if value % 16 == 0 and not parameter.do_not_specialize else []
-            return Launch(self.name, *map(tuple, (signature, constants, divisible, options.items())), arch, dtype)
+    from coda_fast._geometry import Geometry
+    from coda_fast.backends import triton
+    from coda_kernels.compile import recording
+    from coda_kernels.config import Device
 
     channels, units, rank, kernel, stride, size, batch = shape
-    modules = (backward_input, backward_weight, forward, norm_factor, project)
-    kernels = ("contracted", "generated", "norm_factor", "gram", "project", "grad_factors", "grad_z", "fold", "outer_sum")
-    places = [(module, name) for module in modules for name in kernels if name in module.__dict__]
-    places = [(module, name) for module, name in places if module.__dict__[name].__module__ == module.__name__]
-    before = [module.__dict__[name] for module, name in places]
-    device_of = layer.device_of
-    try:
-        layer.device_of = lambda _: config.Device(arch, 132)
-        for module, name in places:
-            setattr(module, name, Recorder(module.__dict__[name]))
-        options = dict(dtype=getattr(torch, dtype), device="meta")
-        window = layer.Window((kernel, kernel), (stride, stride), (1, 1), ((kernel - 1) // 2,) * 4)
-        image = torch.empty(batch, channels, size, size, **options).to(memory_format=torch.channels_last)
-        shapes = ((rank,), (units, rank), (units,))
-        reduce, weight, bias = (torch.empty(*s, channels, kernel, kernel, **options) for s in shapes)
-        for bias_or_not in (bias, None):
-            packed = layer.Layer((size, size), reduce, weight, bias_or_not, window, norm, 1e-6)
-            _passes(packed, image)
-    finally:
-        layer.device_of = device_of
-        for (module, name), function in zip(places, before, strict=True):
-            setattr(module, name, function)
-    return launches
-
-
-def _passes(packed, image):
-    """Forward, backward and explanation; the option that keeps the contraction; the adjoint map; weights of x applied to another u."""
-    import torch
-
-    last, ranks = torch.channels_last, packed.shape.R
-    canvas = packed.canvas(image)
-    output, dot, square, _, z = packed.align(canvas, None, last, "products")
-    packed.align(canvas, None, last, "nothing")
-    packed.align(canvas, None, last, "norm", norm_only=True)
-    packed.align(canvas, canvas, last, "products")
-    contraction = packed.align(canvas, None, last, "contraction")[3]
-    _, _, _, starts = packed.project(canvas, starts=True)
-    gs, t, e = packed.grad_factors(output, dot, square, ranks)
-    packed.grad_factors(output, None, square)
-    packed.grad_z(canvas, z, gs, t, e, None)
-    if contraction is not None:
-        packed.grad_z(canvas, z, gs, t, e, contraction)
-    packed.fold(image, z, gs, e, packed.rows, last)
-    packed.fold(image, z, gs, e[:, ranks:], packed.rows[ranks:], last)  # explanation
-    packed.fold(image, None, None, e[:, :ranks], packed.reduce, last)
-    packed.grad_parameters(canvas, starts, z, gs, t)
-    packed.outer_sum(canvas, starts, e[:, :ranks].t())
+    options = dict(dtype=getattr(torch, dtype), device="meta")
+    geometry = Geometry.make((kernel, kernel), stride, (kernel - 1) // 2)
+    new = lambda *s: torch.empty(*s, **options).to(memory_format=torch.channels_last)  # noqa: E731
+    last = lambda *s: torch.empty(*s, kernel, kernel, channels, **options).movedim(-1, -3)  # noqa: E731
+    image, output = new(batch, channels, size, size), new(batch, units, *geometry.output_size(size, size))
+    needs = (True, True, True, True, True)
+    with recording(Device(arch, 132)) as launches:
+        for bias in (last(units), None):
+            layer = (last(rank), last(units, rank), bias)
+            rest = (geometry, norm, 1e-6)
+            for applied, keep in ((None, "products"), (None, "contraction"), (image, "products")):
+                kept = triton.align(image, applied, *layer, *rest, keep)[1:]
+                triton.align_backward(output, image, applied, *layer, *kept, *rest, False, needs)
+            triton.align_backward(output, image, None, *layer, *kept, *rest, True, needs)  # explanation
+            triton.adjoint(image, output, *layer, *rest)
+    return [Launch(launch, dtype, arch) for launch in launches]
 
 
 def compile_launch(launch: Launch, layers: str) -> Report:
     """Compile one launch and read the result."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from coda_kernels import config
 
-    from coda_kernels import backward_input, backward_weight, config, forward, norm_factor, project
-
-    modules = (forward, backward_input, backward_weight, norm_factor, project)
-    function = next(m.__dict__[launch.kernel] for m in modules if launch.kernel in m.__dict__)
-    names = [p.name for p in function.params]
-    constants = dict(launch.constants)
-    signature = {name: dict(launch.signature).get(name, "constexpr") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
-    amd = isinstance(launch.arch, str)
-    target = GPUTarget("hip", launch.arch, 64) if amd else GPUTarget("cuda", launch.arch, 32)
-    source = ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=target, options=dict(launch.options))
-    read = _read_amd if amd else _read_nvidia
-    found = read(compiled, launch)
-    options, blocks = dict(launch.options), {k: v for k, v in constants.items() if re.fullmatch("B[A-Z]", k)}
+    compiled = launch.what.compile(launch.arch)
+    function, _, options = launch.what.specialised(launch.arch)
+    constants = {p.name: options[p.name] for p in function.params if p.is_constexpr}
+    read = _read_amd if isinstance(launch.arch, str) else _read_nvidia
+    found = read(compiled, options["num_warps"], launch.arch)
+    blocks = {name: value for name, value in constants.items() if re.fullmatch("B[A-Z]", name)}
     report = Report(
         kernel=launch.kernel,
         layers=layers,
@@ -197,25 +132,26 @@ def compile_launch(launch: Launch, layers: str) -> Report:
         shared_bytes=compiled.metadata.shared,
         **found,
     )
-    lengths_only = launch.kernel == "project" and constants["R"] == constants["NB"] == 0
-    return dataclasses.replace(report, faults=tuple(_faults(report, config, mma=launch.kernel not in WITHOUT_MMA and not lengths_only)))
+    # some launches of `prepare` fill a canvas or sum squares only
+    products = launch.kernel != "prepare" or constants["Z"] or constants["BETA"]
+    return dataclasses.replace(report, faults=tuple(_faults(report, config, products)))
 
 
-def _faults(report, config, mma=True):
+def _faults(report, config, products=True):
     if report.spills or report.stack_bytes:
         yield f"{report.spills} spills, {report.stack_bytes} bytes of stack"
     if report.shared_bytes > config.SHARED_BYTES[report.arch]:
         yield f"{report.shared_bytes} bytes of shared memory, {config.SHARED_BYTES[report.arch]} there"
-    if mma and not report.mma and not (report.kernel == "norm_factor" and report.dtype == "float32"):
+    if products and not report.mma:
         yield "no tensor-core instructions"
     wanted = {90: "HGMMA", 100: "UTC"}.get(report.arch)
-    if wanted and report.mma and report.kernel in ("contracted", "generated", "fold", "grad_z") and wanted not in report.mma:
+    if wanted and report.mma and report.kernel in PRODUCTS and wanted not in report.mma:
         yield f"no {wanted}"
-    if report.serialised and triton_version() >= (3, 9):  # older compilers do it to some loops over register operands, and to correct ones
+    if report.serialised:
         yield report.serialised
 
 
-def _read_nvidia(compiled, launch):
+def _read_nvidia(compiled, warps, arch):
     from triton.backends import nvidia
 
     folder = Path(nvidia.__file__).parent / "bin"
@@ -226,15 +162,15 @@ def _read_nvidia(compiled, launch):
         usage = _run(folder / "cuobjdump", "--dump-resource-usage", cubin)
         code = _run(folder / "nvdisasm", cubin)
         log = ""
-        if launch.arch == 90:
+        if arch == 90:
             log = _run(folder / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", "/dev/null")
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     lines = re.findall(r"^\s*(\.L_x_\d+):|^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code, re.MULTILINE)
     opcodes = [opcode for _, opcode, _ in lines if opcode]
     mma = collections.Counter(o for o in opcodes if _is_mma(o))
     spills = sum(o.split(".")[0] in ("LDL", "STL") for o in opcodes)
-    threads, shared = dict(launch.options)["num_warps"] * 32, compiled.metadata.shared
-    room = {80: 167_936, 90: 233_472, 100: 233_472}[launch.arch]
+    threads, shared = warps * 32, compiled.metadata.shared
+    room = {80: 167_936, 90: 233_472, 100: 233_472}[arch]
     occupancy = min(65_536 // (-(-registers // 8) * 8 * threads), room // (shared + 1024), 2048 // threads)
     return dict(
         registers=registers,
@@ -242,7 +178,7 @@ def _read_nvidia(compiled, launch):
         stack_bytes=stack,
         occupancy=occupancy,
         mma=" ".join(f"{count}x{name}" for name, count in mma.most_common(3)),
-        loop_ratio=_loop_ratio(lines) if launch.arch in (80, 90) else None,
+        loop_ratio=_loop_ratio(lines) if arch in (80, 90) else None,
         serialised="; ".join(sorted(set(re.findall(r"C75\d\d[^\n]*serialized[^\n]*", log)))),
     )
 
@@ -279,12 +215,12 @@ def _clocks(opcode):
     return 0
 
 
-def _read_amd(compiled, launch):
+def _read_amd(compiled, warps, arch):
     text = compiled.asm["amdgcn"]
     number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])  # noqa: E731
     registers = number("vgpr_count")
     mma = collections.Counter(re.findall(r"\b(v_mfma\w+)", text))
-    waves = min(8, 512 // max(1, -(-registers // 8) * 8)) * 4 // dict(launch.options)["num_warps"]
+    waves = min(8, 512 // max(1, -(-registers // 8) * 8)) * 4 // warps
     shared = compiled.metadata.shared
     return dict(
         registers=registers,
@@ -304,14 +240,20 @@ def _run(*command):
 
 def sweep(wanted, dtypes, architectures, kernels=None, jobs=None, progress=lambda text: None):
     """Reports of every distinct compilation that these layers need."""
-    known = layers()
-    jobs_by_launch = collections.defaultdict(list)
+    from coda_kernels.compile import specialisation
+
+    known, jobs_by_launch = layers(), collections.defaultdict(list)
     for arch in architectures:
         for dtype in dtypes:
+            first = {}  # of the launches that need one compilation
             for name in wanted:
                 for launch in record(known[name], dtype, arch):
-                    if (not kernels or launch.kernel in kernels) and name not in jobs_by_launch[launch]:
-                        jobs_by_launch[launch].append(name)
+                    if kernels and launch.kernel not in kernels:
+                        continue
+                    key = specialisation(launch.what, arch)
+                    names = jobs_by_launch[first.setdefault(key, launch)]
+                    if name not in names:
+                        names.append(name)
     reports = []
     with concurrent.futures.ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
         futures = {pool.submit(compile_launch, launch, " ".join(names)): launch for launch, names in jobs_by_launch.items()}

@@ -78,6 +78,7 @@ def _accumulators(kernel, s, t):
         "grad_z": ("BM", "BR"),
         "fold": ("BM", "BC"),
         "outer_scaled": ("BO", "BR", "BN"),
+        "moments": ("BO", "BR", "BN"),
         "outer_plain": ("BR", "BN"),
         "gram": ("BR", "BR"),
         "grad_factors": ("BP", "BO"),

@@ -31,8 +31,8 @@ def _forward(input, applied_or_value, reduction_weight, weight, bias, stride, pa
 
 
 def _backward(
-    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, stride, padding, dilation, norm, eps, detach, needs,
-    *rest, **_,
+    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, stride, padding, dilation, norm, eps, detach,
+    needs, *rest, **_,
 ):  # fmt: skip
     main, reduce, gram = _parts(input, weight, stride, padding, dilation)
     if detach:  # the direct term, with the norms of forward

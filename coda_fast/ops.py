@@ -13,7 +13,7 @@ Autocast: ``coda_fast.functional`` casts before it calls, the same for every bac
 
 ``keep`` says what ``align`` leaves for the backward pass: "nothing", "norm" (|w|^2: explanation mode), "products" (and <w, u>) or
 "contraction" (and sum over the patch of A u, where the backend has it). What is not kept is an empty tensor [0]; a backward pass that
-misses something computes it again.
+misses something computes it again. ``prepared`` goes with it: the parameters in the backend's own layout, where it has one.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _GEOMETRY = "int[] stride, int[] padding, int[] dilation, str norm, float eps"
 _LAYER = "Tensor reduction_weight, Tensor weight, Tensor? bias"
 _SCHEMAS = {
     "align": f"(Tensor input, Tensor? applied, {_LAYER}, {_GEOMETRY}, bool detach, str keep, str backend) "
-    "-> (Tensor output, Tensor dot, Tensor square, Tensor contraction)",
+    "-> (Tensor output, Tensor dot, Tensor square, Tensor contraction, Tensor prepared)",
     "align_backward": f"(Tensor grad, Tensor input, Tensor? applied, {_LAYER}, Tensor dot, Tensor square, Tensor contraction, "
-    f"{_GEOMETRY}, bool detach, bool[] needs, str backend) -> (Tensor dx, Tensor du, Tensor dB, Tensor dA, Tensor db)",
+    f"Tensor prepared, {_GEOMETRY}, bool detach, bool[] needs, str backend) -> (Tensor dx, Tensor du, Tensor dB, Tensor dA, Tensor db)",
     "adjoint": f"(Tensor input, Tensor value, {_LAYER}, {_GEOMETRY}, str backend) -> Tensor",
 }
 _LIBRARY = torch.library.Library("coda_fast", "DEF")
@@ -79,9 +79,9 @@ def _filled(results, like, dtypes):
 
 
 def _kept_dtypes(dtype):
-    """Of <w, u>, |w|^2 and the contraction."""
+    """Of <w, u>, |w|^2, the contraction and the parameters as the backend has prepared them."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return wide, wide, dtype
+    return wide, wide, dtype, dtype
 
 
 @_kernel
@@ -96,13 +96,14 @@ def _align_kernel(
 
 @_kernel
 def _align_backward_kernel(
-    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, stride, padding, dilation, norm, eps, detach, needs,
-    backend,
+    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, stride, padding, dilation, norm, eps,
+    detach, needs, backend,
 ):  # fmt: skip
     geometry = _geometry(weight, stride, padding, dilation)
     dot, square, contraction = (t if t.dim() > 1 else None for t in (dot, square, contraction))
+    prepared = prepared if prepared.numel() else None
     gradients = _backend(backend).align_backward(
-        grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, geometry, norm, eps, detach, tuple(needs)
+        grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, geometry, norm, eps, detach, tuple(needs)
     )
     return _filled(gradients, input, [input.dtype] * 5)
 
@@ -120,22 +121,18 @@ def _align_fake(input, applied, reduction_weight, weight, bias, stride, padding,
     _check_keep(keep)
     geometry = _geometry(weight, stride, padding, dilation)
     batch, units, size = input.shape[0], weight.shape[0], geometry.output_size(*input.shape[2:])
-    shapes = _backend(backend).kept_shapes(input.shape, weight.shape, batch * size[0] * size[1], geometry, keep)
+    shapes = _backend(backend).kept_shapes(input, weight, bias, batch * size[0] * size[1], geometry, keep)
     output = torch.empty(batch, units, *size, dtype=input.dtype, device=input.device, memory_format=format_of(input))
     return output, *(input.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, _kept_dtypes(input.dtype), strict=True))
 
 
 def _align_backward_fake(
-    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, stride, padding, dilation, norm, eps, detach, needs,
-    backend,
+    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, stride, padding, dilation, norm, eps,
+    detach, needs, backend,
 ):  # fmt: skip
-    formats = [None if t is None else format_of(t) for t in (input, applied)] + [torch.contiguous_format] * 3
-    tensors = (input, applied, reduction_weight, weight, bias)
-    gradients = [
-        torch.empty_like(t, memory_format=form) if t is not None and need else None
-        for t, form, need in zip(tensors, formats, needs, strict=True)
-    ]
-    return _filled(gradients, input, [input.dtype] * 5)
+    images = [None if t is None else torch.empty_like(t, memory_format=format_of(t)) for t in (input, applied)]
+    gradients = [*images, *_backend(backend).gradients_like(reduction_weight, weight, bias)]
+    return _filled([g if need else None for g, need in zip(gradients, needs, strict=True)], input, [input.dtype] * 5)
 
 
 def _adjoint_fake(input, value, *rest):
@@ -154,7 +151,7 @@ def _setup_align(ctx, inputs, output):
 
 
 def _backward_of_align(ctx, grad, *_):
-    *tensors, dot, square, contraction = ctx.saved_tensors
+    *tensors, dot, square, contraction, prepared = ctx.saved_tensors
     needs = _needed(ctx.needs_input_grad, tensors, ctx.detach)
     if grad is None or not any(needs):
         return (None,) * 13
@@ -162,8 +159,8 @@ def _backward_of_align(ctx, grad, *_):
         enough = "norm" if ctx.detach else "products"
         if KEEPS.index(ctx.keep) < KEEPS.index(enough):
             with torch.no_grad():
-                _, dot, square, contraction = align(*tensors, *ctx.geometry, ctx.detach, enough, ctx.backend)
-        found = align_backward(grad, *tensors, dot, square, contraction, *ctx.geometry, ctx.detach, needs, ctx.backend)
+                _, dot, square, contraction, prepared = align(*tensors, *ctx.geometry, ctx.detach, enough, ctx.backend)
+        found = align_backward(grad, *tensors, dot, square, contraction, prepared, *ctx.geometry, ctx.detach, needs, ctx.backend)
     return *(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 8
 
 
@@ -174,7 +171,7 @@ def _needed(needs, tensors, detach):
 
 
 def _setup_align_backward(ctx, inputs, output):
-    grad, *tensors, dot, square, contraction, stride, padding, dilation, norm, eps, ctx.detach, ctx.needs, ctx.backend = inputs
+    grad, *tensors, _, _, _, _, stride, padding, dilation, norm, eps, ctx.detach, ctx.needs, ctx.backend = inputs
     ctx.geometry = (stride, padding, dilation, norm, eps)
     ctx.save_for_backward(grad, *tensors)
     ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
@@ -185,7 +182,7 @@ def _backward_of_align_backward(ctx, *upstream):
     grad, *tensors = ctx.saved_tensors
     upstream = [h if need else None for h, need in zip(upstream, ctx.needs, strict=True)]
     needs = ctx.needs_input_grad[:6]
-    rest = (None,) * 11
+    rest = (None,) * 12
     if all(h is None for h in upstream):
         return *(None,) * 6, *rest
     with without_autocast(grad.device.type):
@@ -245,9 +242,9 @@ def _second_derivatives(grad, tensors, upstream, first_needs, needs, geometry):
 
 
 def _vmap_align_backward(info, in_dims, *args):
-    grad, input, applied, *layer, dot, square, contraction, stride, padding, dilation, norm, eps, detach, needs, backend = args
-    alone = isinstance(in_dims[0], int) and all(dim is None for dim in in_dims[1:9])
-    tensors = [t for t in args[:9] if t is not None]
+    grad, input, applied, *layer, dot, square, contraction, prepared, stride, padding, dilation, norm, eps, detach, needs, backend = args
+    alone = isinstance(in_dims[0], int) and all(dim is None for dim in in_dims[1:10])
+    tensors = [t for t in args[:10] if t is not None]
     if alone and detach and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         module = _backend(backend)
         if hasattr(module, "adjoints"):
@@ -291,15 +288,13 @@ def _autocast(op, kind):
     return run
 
 
-for _op, _name, _kernel_function, _fake, _setup, _backward, _vmap in (
-    (align, "align", _align_kernel, _align_fake, _setup_align, _backward_of_align, _vmap_align),
-    (
-        align_backward, "align_backward", _align_backward_kernel, _align_backward_fake, _setup_align_backward, _backward_of_align_backward,
-        _vmap_align_backward,
-    ),
-    (adjoint, "adjoint", _adjoint_kernel, _adjoint_fake, _setup_adjoint, _backward_of_adjoint, _vmap_adjoint),
-):  # fmt: skip
-    _LIBRARY.impl(_name, _kernel_function, "CompositeExplicitAutograd")
+KERNELS = {"align": _align_kernel, "align_backward": _align_backward_kernel, "adjoint": _adjoint_kernel}
+for _op, _name, _fake, _setup, _backward, _vmap in (
+    (align, "align", _align_fake, _setup_align, _backward_of_align, _vmap_align),
+    (align_backward, "align_backward", _align_backward_fake, _setup_align_backward, _backward_of_align_backward, _vmap_align_backward),
+    (adjoint, "adjoint", _adjoint_fake, _setup_adjoint, _backward_of_adjoint, _vmap_adjoint),
+):
+    _LIBRARY.impl(_name, KERNELS[_name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"coda_fast::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_autograd(f"coda_fast::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
     torch.library.register_vmap(f"coda_fast::{_name}", _vmap, lib=_LIBRARY)

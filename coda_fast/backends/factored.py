@@ -31,11 +31,11 @@ CHUNK_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
 def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float, keep: str):
     """``F(x, u)``, with what ``keep`` leaves for the backward pass; ``applied=None`` is u = x."""
     layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps)
-    return (*layer.align(input, applied, keep), None)
+    return (*layer.align(input, applied, keep), None, None)
 
 
 def align_backward(
-    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, geometry, norm, eps, detach, needs
+    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, geometry, norm, eps, detach, needs
 ):  # fmt: skip
     """Gradients of ``F`` (dx, du, dB, dA, db), ``None`` where not needed; with ``detach`` the direct term du alone, as dx where u = x."""
     # packed anew rather than kept: what waits for the backward pass is of the size of the activations
@@ -57,10 +57,15 @@ def adjoints(input, values, reduction_weight, weight, bias, geometry: Geometry, 
     return layer.adjoints(input, values, input if like is None else like, square)
 
 
-def kept_shapes(input_shape, weight_shape, pixels, geometry: Geometry, keep: str):
-    """Shapes of what ``align`` keeps: <w, u>, |w|^2 and the contraction, which this backend never does."""
-    rows = (pixels, weight_shape[0])
-    return rows if keep in ("products", "contraction") else (0,), rows if keep != "nothing" else (0,), (0,)
+def kept_shapes(input, weight, bias, pixels, geometry: Geometry, keep: str):
+    """Shapes of what ``align`` keeps: <w, u>, |w|^2; the contraction and prepared parameters this backend never does."""
+    rows = (pixels, weight.shape[0])
+    return rows if keep in ("products", "contraction") else (0,), rows if keep != "nothing" else (0,), (0,), (0,)
+
+
+def gradients_like(*parameters):
+    """Tensors such as ``align_backward`` makes for the parameters."""
+    return [None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
 
 
 @dataclasses.dataclass

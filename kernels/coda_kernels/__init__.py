@@ -16,7 +16,9 @@ def unavailable(device_type: str = "cuda") -> str | None:
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MINIMUM:
         return f"Triton {triton.__version__} is too old: {'.'.join(map(str, MINIMUM))} or newer is needed"
-    if device_type != "cuda" and not interpreted():
+    from coda_kernels.compile import recorded_device
+
+    if device_type != "cuda" and not interpreted() and recorded_device() is None:
         return f"the kernels need a GPU, the tensors are on {device_type!r} (TRITON_INTERPRET=1 runs them, slowly, on a CPU)"
     return None
 

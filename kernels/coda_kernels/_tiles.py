@@ -25,7 +25,7 @@ def pixel_tile(i_p, P, BP: tl.constexpr):
 
 
 @triton.jit
-def window_starts(first, o_p, OH, OW, HP, WP, CP: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr):
+def window_starts(first, o_p, OH, OW, HP, WP, CP: tl.constexpr, SH, SW):
     """Offset in the canvas [N, HP, WP, CP] of the first entry of the window of every output pixel, int64.
 
     ``first``: a pixel shortly before all of them, so that one wide division serves the tile.

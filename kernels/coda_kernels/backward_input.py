@@ -1,8 +1,7 @@
-"""Gradients that go back to the input: the factors gs and t, the gradient of z, and the fold G(x, v) with what z sends back.
+"""Gradients that go back to the input: the gradient of z, and the fold G(x, v) with what z sends back.
 
-    gs = g s(q),  t = 2 g <w, u> s'(q)
     dz_p = sum_o gs_o A_o^T u_p + t_o A_o^T w_po
-    dx   = fold(sum_o gs_o (A_o z + b_o) + B^T dz)
+    dx   = fold(sum_o gs_o (A_o z + b_o) + B^T dz)           gs = g s(q), t = 2 g <w, u> s'(q): prepare.py
 
 The scaled operand (z gs, u gs or z t) is made in registers and goes to the tensor cores from there.
 """
@@ -10,68 +9,7 @@ The scaled operand (z gs, u gs or z t) is made in registers and goes to the tens
 import triton
 import triton.language as tl
 
-from coda_kernels._tiles import dot, narrow, pixel_tile, scaled, times, widen, window_offsets, window_starts
-
-
-@triton.jit
-def _saturated(b_x, dtype: tl.constexpr):
-    """To ``dtype``; float16 stops at its largest number, where "l2" asks for 1 / eps of it at w = 0: infinity times 0 is NaN."""
-    if dtype == tl.float16:
-        b_x = tl.clamp(b_x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-    return narrow(b_x, dtype)
-
-
-@triton.jit(do_not_specialize=["P", "g_image", "g_unit", "g_row", "g_column"])
-def grad_factors(
-    grad_ptr,  # strides g_image, g_unit, g_row, g_column
-    dot_ptr,  # [n, P], or unused without T
-    square_ptr,  # [n, P]
-    scale_ptr,  # [n]: what t is multiplied by and the Gram matrix divided by
-    gs_ptr,  # out [n, PP], with zeros past P
-    t_ptr,  # out [n, PP], likewise
-    e_ptr,  # out: column E - NB + o of [PP, E] is gs_o too, with NB > 0
-    P: tl.int64,
-    PP: tl.int64,
-    OH: tl.int32,
-    OW: tl.int32,
-    g_image: tl.int64,
-    g_unit: tl.int64,
-    g_row: tl.int64,
-    g_column: tl.int64,
-    N_UNITS: tl.constexpr,
-    E: tl.constexpr,
-    NB: tl.constexpr,
-    SQUASH: tl.constexpr,
-    EPS: tl.constexpr,
-    T: tl.constexpr,
-    BP: tl.constexpr,
-    BO: tl.constexpr,
-):
-    """gs and, with T, t; both 0 in the limit q = 0. Reads an upstream gradient of any strides.
-
-    t goes with |w|^-2: times a power of two near |A_o|^2 it is of the size of the gradient, and fits float16.
-    """
-    first, o_p, o_known = pixel_tile(tl.program_id(0), P, BP)
-    o_o = tl.program_id(1) * BO + tl.arange(0, BO)
-    m_o, m_g = (o_o < N_UNITS)[None, :] & (o_p < PP)[:, None], (o_o < N_UNITS)[None, :] & (o_p < P)[:, None]
-    o_n, rest = o_known // (OH * OW), (o_known % (OH * OW)).to(tl.int32)
-    p_grad = grad_ptr + (o_n * g_image + (rest // OW) * g_row + (rest % OW) * g_column)[:, None]
-    b_grad = widen(tl.load(p_grad + (o_o * g_unit)[None, :], mask=m_g, other=0))
-    o_kept, o_out = o_p[:, None] + (o_o * P)[None, :], o_p[:, None] + (o_o * PP)[None, :]
-    b_square = tl.load(square_ptr + o_kept, mask=m_g, other=0)
-    b_length = tl.sqrt(b_square)
-    b_gs = _saturated(b_grad * scaled(b_square, SQUASH, EPS), gs_ptr.dtype.element_ty)
-    tl.store(gs_ptr + o_out, b_gs, m_o)
-    if NB > 0:  # columns past the last unit are written too, with zeros
-        tl.store(e_ptr + o_p[:, None] * E + (E - NB + o_o)[None, :], b_gs, (o_p < PP)[:, None] & (o_o < NB)[None, :])
-    if T:
-        b_ratio = tl.load(dot_ptr + o_kept, mask=m_g, other=0) / tl.where(b_length == 0, 1, b_length)  # bounded by |u|
-        if SQUASH:
-            b_t = tl.where(b_length == 0, 0, b_grad * b_ratio * ((1 - b_square) / (1 + b_square)) / (1 + b_square))
-        else:
-            b_t = tl.where(b_length <= EPS, 0, -b_grad * b_ratio / tl.where(b_square == 0, 1, b_square))
-        b_t *= tl.load(scale_ptr + o_o % N_UNITS)[None, :]
-        tl.store(t_ptr + o_out, _saturated(b_t, t_ptr.dtype.element_ty), m_o)
+from coda_kernels._tiles import dot, narrow, pixel_tile, times, widen, window_offsets, window_starts
 
 
 @triton.jit
@@ -91,7 +29,7 @@ def _per_unit(b_image, p_scale, m_scale, p_matrix, b_acc, PP, units, s_unit: tl.
     return b_before + b_acc if b_image.dtype == tl.float32 else b_acc
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "OH", "OW", "HP", "WP", "SH", "SW", "units"])
 def grad_z(
     u_ptr,  # canvas [N, HP, WP, CP]
     a_ptr,  # [n, R, K]
@@ -101,27 +39,26 @@ def grad_z(
     gram_ptr,  # [n, R, R]
     cross_ptr,  # [n, R]: A_o b_o
     contraction_ptr,  # [P, n R]: A_o^T u, where forward kept it
-    e_ptr,  # out: dz, with zeros past P, is the first R columns of [PP, E]
+    e_ptr,  # out: dz, with zeros past P, is the first R columns of [PP, s_e]
     P: tl.int64,
     PP: tl.int64,
     OH: tl.int32,
     OW: tl.int32,
     HP: tl.int64,
     WP: tl.int32,
+    SH: tl.int32,
+    SW: tl.int32,
+    s_e: tl.int32,
     units: tl.int32,  # n, K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
     depth: tl.int32,
     ranks: tl.int32,
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
-    E: tl.constexpr,
-    N_UNITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -137,7 +74,7 @@ def grad_z(
     o_r = i_r * BR + tl.arange(0, BR)
     b_acc = tl.zeros((BM, BR), tl.float32)
     if KEPT:
-        p_c = contraction_ptr + o_p[:, None] * (N_UNITS * R) + o_r[None, :]
+        p_c = contraction_ptr + o_p[:, None] * (units * R) + o_r[None, :]
         for o in range(units):
             b_gs = widen(tl.load(gs_ptr + o * PP + o_p))
             b_acc += b_gs[:, None] * widen(tl.load(p_c + o * R))
@@ -156,11 +93,11 @@ def grad_z(
     if HAS_BIAS:
         for o in range(0, units, 16):
             o_o = o + tl.arange(0, 16)
-            b_t = tl.load(t_ptr + o_p[:, None] + (tl.minimum(o_o, N_UNITS - 1) * PP)[None, :])
-            b_h = tl.load(cross_ptr + (o_o * R)[:, None] + o_r[None, :], mask=(o_o < N_UNITS)[:, None], other=0)
+            b_t = tl.load(t_ptr + o_p[:, None] + (tl.minimum(o_o, units - 1) * PP)[None, :])
+            b_h = tl.load(cross_ptr + (o_o * R)[:, None] + o_r[None, :], mask=(o_o < units)[:, None], other=0)
             b_acc = dot(b_t, b_h, b_acc, PRECISION)
     b_acc = tl.where((o_all < P)[:, None], b_acc, 0)
-    tl.store(e_ptr + o_all[:, None] * E + o_r[None, :], narrow(b_acc, e_ptr.dtype.element_ty), (o_all < PP)[:, None])
+    tl.store(e_ptr + o_all[:, None] * s_e + o_r[None, :], narrow(b_acc, e_ptr.dtype.element_ty), (o_all < PP)[:, None])
 
 
 @triton.jit
@@ -174,13 +111,13 @@ def _class_pixels(i_m, o_i, N, class_h, class_w, BM: tl.constexpr):
     return o_n, rest // class_w, rest % class_w, first + o_i < N * class_h * class_w
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "taps", "units"])
 def fold(
     a_ptr,  # [n, R, K]
     rows_ptr,  # [E, K]: rows of B, of b, or both
     z_ptr,  # [PP, R]
     gs_ptr,  # [n, PP]
-    e_ptr,  # [PP, E]: dz, gs, or both
+    e_ptr,  # [PP, s_e]: dz, gs, or both
     dx_ptr,  # out [N, H, W, C]
     N: tl.int64,
     H: tl.int32,
@@ -191,6 +128,7 @@ def fold(
     units: tl.int32,  # n, kh kw and E, as bounds of loops
     taps: tl.int32,
     columns_e: tl.int32,
+    s_e: tl.int32,
     C: tl.constexpr,
     CP: tl.constexpr,
     KH: tl.constexpr,
@@ -203,7 +141,6 @@ def fold(
     LEFT: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
-    E: tl.constexpr,
     DIRECT: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -243,7 +180,7 @@ def fold(
                     p_a = a_ptr + ((r + o_r) * K)[:, None] + o_k[None, :]
                     b_acc = _per_unit(b_z, gs_ptr + first_p + o_p, m_p, p_a, b_acc, PP, units, R * K, PRECISION)
             for e in range(0, columns_e, BE):
-                b_e = tl.load(e_ptr + first_p * E + o_p[:, None] * E + (e + o_e)[None, :], mask=m_p[:, None], other=0)
+                b_e = tl.load(e_ptr + first_p * s_e + o_p[:, None] * s_e + (e + o_e)[None, :], mask=m_p[:, None], other=0)
                 b_rows = tl.load(rows_ptr + ((e + o_e) * K)[:, None] + o_k[None, :])
                 b_acc = dot(b_e, b_rows, b_acc, PRECISION)
     # found anew, not carried through the loop in the layout of the store: 64 registers (a range that looks different keeps it so)

@@ -74,6 +74,17 @@ class Shape:
         return -(-self.taps * self.CP // self.block_k) * self.block_k
 
     @property
+    def padded_units(self) -> int:
+        """Units in whole blocks of the largest kind, so that the kernels read without masks."""
+        return -(-self.units // 16) * 16
+
+    @property
+    def prepared(self) -> int:
+        """Numbers in the packed parameters [n' R + R + n', K] and in the float32 scales [n] behind them."""
+        rows = self.padded_units * self.R + self.R + (self.padded_units if self.bias else 0)
+        return rows * self.K + self.units * 32 // self.bits
+
+    @property
     def generated(self) -> bool:
         """Whether the forward pass generates w in registers; else it contracts the product with z (design: the two exact forms)."""
         return self.R >= 128 or self.channels * self.taps <= 64
@@ -132,7 +143,7 @@ def shared_bytes(kernel: str, shape: Shape, tile: Tile) -> int:
     """Shared memory of a tile, modelled: the operands of its products, once for each pipeline stage. AOT reports have the truth."""
     t, size = dict(tile.blocks), shape.bits // 8
     stages = max(1, tile.stages)
-    if kernel == "project":
+    if kernel in ("prepare", "prepare_backward"):
         return stages * (t["BM"] + t["BN"]) * t["BK"] * size
     if kernel in ("contracted", "contracted_kept"):
         columns = t["BO"] * shape.R
@@ -144,39 +155,37 @@ def shared_bytes(kernel: str, shape: Shape, tile: Tile) -> int:
         return (stages * t["BR"] * max(t["BK"], t["BU"]) + t["BM"] * max(t["BK"], t["BU"])) * size
     if kernel == "fold":
         return (stages * max(t["BR"], t["BE"]) * t["BC"] + t["BM"] * max(t["BR"], t["BE"])) * size
-    if kernel in ("outer_scaled", "outer_plain"):
-        return stages * t["BP"] * (t["BN"] + t["BR"] + t["BO"]) * size
-    if kernel == "gram":
-        return stages * 2 * t["BR"] * t["BK"] * size
-    return 2 * shape.R * t["BK"] * 8 if kernel == "norm_factor" else 0
+    return stages * t["BP"] * (t["BN"] + t["BR"] + t["BO"]) * size
 
 
 def _limits(kernel: str, s: Shape) -> dict[str, tuple[int, int, int]]:
     """{block: (least, most, number it must divide)}, all powers of two. What is padded to whole blocks limits the blocks: units to 16,
     pixels to 64 (``layer.whole_blocks``), ranks to R, patches to K; a product of tensor cores takes 16 at least.
     """
-    any_size, padded = 1 << 30, -(-s.units // 16) * 16
+    any_size = 1 << 30
     units = (1, power_of_two(s.units), 16)
     pixels, depth, ranks = (16, 256, any_size), (16, 128, s.K), (16, 256, s.R)
     summed, window = (16, 64, 64), (16, max(16, power_of_two(s.K)), any_size)
     return {
-        "project": dict(BM=pixels, BN=(16, power_of_two(s.R + padded), any_size), BK=depth),
+        "prepare": dict(BM=pixels, BN=(16, power_of_two(s.R + s.padded_units), any_size), BK=depth),
+        "prepare_backward": dict(BM=pixels, BN=(16, s.R, any_size), BK=depth),
         "contracted": dict(BM=pixels, BO=units, BK=depth, BR=ranks),
         "contracted_kept": dict(BM=pixels, BO=units, BK=depth, BR=ranks),
         "generated": dict(BM=pixels, BO=units, BD=depth, BR=ranks),
         "grad_z": dict(BM=pixels, BR=ranks, BK=depth, BU=ranks),
-        "fold": dict(BM=pixels, BC=(16, max(16, power_of_two(s.CP)), any_size), BR=ranks, BE=(16, 128, math.gcd(s.R, padded))),
-        "outer_scaled": dict(BO=units, BR=ranks, BN=window, BP=summed),
-        "outer_plain": dict(BO=(1, 1, 1), BR=(16, power_of_two(max(64, s.R, padded)), any_size), BN=window, BP=summed),
-        "gram": dict(BR=ranks, BK=depth),
-        "norm_factor": dict(BK=depth),
-        "grad_factors": dict(BP=pixels, BO=(1, 16, 16)),
+        "fold": dict(BM=pixels, BC=(16, max(16, power_of_two(s.CP)), any_size), BR=ranks, BE=(16, 128, math.gcd(s.R, s.padded_units))),
+        "sums": dict(BO=units, BR=ranks, BN=window, BP=summed),
     }[kernel]
 
 
 def splits(kernel_tiles: int, pixels: int, block: int, device: Device) -> int:
-    """In how many parts a sum over pixels is taken: about two programs a processor, each at least 8 blocks long."""
-    return max(1, min(-(-2 * device.processors // kernel_tiles), pixels // (8 * block)))
+    """In how many parts a sum over pixels is taken, each at least 8 blocks long: the number with the least steps, program after program on
+    a processor, where a part costs about 14 more (filling the pipeline, writing its result and reading it again).
+    """
+    blocks = -(-pixels // block)
+    steps = lambda parts: -(-kernel_tiles * parts // device.processors) * (-(-blocks // parts) + 14)  # noqa: E731
+    most = max(1, min(-(-4 * device.processors // kernel_tiles), pixels // (8 * block)))
+    return min(range(1, most + 1), key=steps)
 
 
 def power_of_two(number: int) -> int:
@@ -187,8 +196,9 @@ def power_of_two(number: int) -> int:
 # From the wanted size down to one that fits anywhere; warps and stages last. What decided the first ones: registers and tensor-core
 # clocks of compiled code (bench/results/aot_*.json), to be replaced by rows measured on devices.
 _SIZES = {
-    # BM, BN
-    "project": [(128, 128, 8, 3), (128, 128, 4, 3), (64, 64, 4, 2), (32, 16, 4, 1)],
+    # BM, most of BN
+    "prepare": [(128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (32, 16, 4, 1)],
+    "prepare_backward": [(64, 128, 4, 3), (64, 64, 4, 2), (32, 16, 4, 1)],
     # BM, columns of the accumulator (BO R)
     "contracted": [(128, 256, 8, 3), (128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
     # BM, BO R; the stores of the contraction need registers
@@ -200,7 +210,7 @@ _SIZES = {
     # BM, most of BC, most of BR: with 64 ranks at once up to 57 spills
     "fold": [(128, 64, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 2), (32, 16, 16, 4, 1)],
     # rows (BO BR), BN, BP: 256 x 128 takes fewer registers, but Triton before 3.9 makes wgmma of it that ptxas serialises
-    "outer_scaled": [
+    "sums": [
         (128, 256, 64, 8, 3),
         (256, 128, 64, 8, 3),
         (256, 64, 64, 8, 2),
@@ -209,24 +219,17 @@ _SIZES = {
         (64, 32, 32, 4, 1),
         (16, 16, 16, 4, 1),
     ],
-    # BR, BN, BP
-    "outer_plain": [(64, 128, 64, 4, 3), (64, 64, 32, 4, 2), (16, 16, 16, 4, 1)],
-    # most of BR and BK
-    "gram": [(64, 64, 4, 2), (16, 16, 4, 1)],
-    "norm_factor": [(32, 8, 1), (16, 8, 1)],
-    "grad_factors": [(64, 16, 4, 1)],
 }
 # Where to begin in these lists: float32 operands take twice the room, and the first size spills on some architectures
 _BEGIN = {
-    "project": {"float32": 2, 100: 1},
+    "prepare": {"float32": 2},
+    "prepare_backward": {"float32": 1},
     "contracted": {"float32": 2, 80: 1, 100: 1, "amd": 1},
     "contracted_kept": {"float32": 2},
     "generated": {"float32": 2},
     "grad_z": {"float32": 1},
     "fold": {"float32": 3, 80: 1, 100: 2},
-    "outer_scaled": {"float32": 5, 80: 2, 100: 2, "amd": 3},
-    "outer_plain": {"float32": 1},
-    "norm_factor": {"float32": 1},
+    "sums": {"float32": 5, 80: 2, 100: 2, "amd": 3},
 }
 
 
@@ -248,8 +251,8 @@ def _tile(kernel, s, *size):
     *size, warps, stages = size
     units, width = power_of_two(s.units), max(16, power_of_two(s.K))
     make = functools.partial(Tile.make, warps, stages)
-    if kernel == "project":
-        rows = s.R + (-(-s.units // 16) * 16 if s.bias else 0)
+    if kernel in ("prepare", "prepare_backward"):
+        rows = s.R + (s.padded_units if s.bias and kernel == "prepare" else 0)
         return make(BM=size[0], BN=min(size[1], max(16, power_of_two(rows))), BK=s.block_k)
     if kernel in ("contracted", "contracted_kept"):
         depth = s.block_k if s.bits == 16 else min(32, s.block_k)
@@ -258,17 +261,13 @@ def _tile(kernel, s, *size):
         depth = min(64, s.block_k, size[1])
         return make(BM=size[0], BO=max(1, min(units, size[1] // depth)), BD=depth, BR=min(s.R, size[2]))
     if kernel == "grad_z":
-        return make(BM=size[0], BR=min(s.R, size[1]), BK=min(size[2], s.block_k), BU=min(s.R, size[2]))
+        return make(BM=size[0], BR=min(s.R, size[1]), BK=min(size[2], s.block_k), BU=min(s.R, size[2], s.block_k))
     if kernel == "fold":
         return make(BM=size[0], BC=min(size[1], max(16, power_of_two(s.CP))), BR=min(s.R, size[2]), BE=16)
-    if kernel == "outer_scaled":
-        ranks = min(s.R, 64, size[0])
-        return make(BO=max(1, min(units, size[0] // ranks)), BR=ranks, BN=min(size[1], width), BP=size[2])
-    if kernel == "outer_plain":
-        return make(BO=1, BR=min(size[0], max(16, power_of_two(max(s.units, s.rank)))), BN=min(size[1], width), BP=size[2])
-    if kernel == "gram":
-        return make(BR=min(s.R, size[0]), BK=min(size[1], s.block_k))
-    return make(BK=min(size[0], s.block_k)) if kernel == "norm_factor" else make(BP=size[0], BO=size[1])
+    # columns past the window are wasted; fewer at a time need their rows made more often
+    columns = min((n for n in (256, 128, 64, 32, 16) if n <= min(size[1], width)), key=lambda n: -(-s.K // n) * (n + 64))
+    ranks, rows = min(s.R, 64, size[0]), size[0] * (2 if columns < min(size[1], width) else 1)
+    return make(BO=max(1, min(units, 16, rows // ranks)), BR=ranks, BN=columns, BP=size[2])
 
 
 def verified(capability: tuple[int, int], hip: str | None = None) -> bool:

@@ -29,27 +29,26 @@ def _finish(
     m_p,
     o_o,
     P,
-    N_UNITS: tl.constexpr,
+    units,
+    keep,
     SQUASH: tl.constexpr,
     EPS: tl.constexpr,
-    KEEP_DOT: tl.constexpr,
-    KEEP_SQUARE: tl.constexpr,
 ):
     """Scale, and store y as [P, n] and what backward needs as [n, P]."""
     # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
     b_bound = tl.where(b_square == 0, 0, tl.sqrt(b_square) * tl.sqrt(tl.load(length_ptr + o_p))[:, None])
     b_dot = tl.clamp(b_dot, -b_bound, b_bound, propagate_nan=tl.PropagateNan.ALL)
-    m_y = m_p[:, None] & (o_o < N_UNITS)[None, :]
+    m_y = m_p[:, None] & (o_o < units)[None, :]
     b_y = scaled(b_square, SQUASH, EPS) * b_dot
-    tl.store(y_ptr + o_p[:, None] * N_UNITS + o_o[None, :], narrow(b_y, y_ptr.dtype.element_ty), m_y)
+    tl.store(y_ptr + o_p[:, None] * units + o_o[None, :], narrow(b_y, y_ptr.dtype.element_ty), m_y)
     o_kept = o_p[:, None] + (o_o.to(tl.int64) * P)[None, :]
-    if KEEP_DOT:
+    if keep > 1:
         tl.store(dot_ptr + o_kept, b_dot, m_y)
-    if KEEP_SQUARE:
+    if keep > 0:
         tl.store(square_ptr + o_kept, b_square, m_y)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "OH", "OW", "HP", "WP", "SH", "SW", "keep"])
 def contracted(
     u_ptr,  # canvas [N, HP, WP, CP]
     a_ptr,  # [n', R, K], n' = n rounded up to whole blocks, as for everything of a unit that is read by blocks
@@ -69,23 +68,23 @@ def contracted(
     OW: tl.int32,
     HP: tl.int64,
     WP: tl.int32,
+    SH: tl.int32,
+    SW: tl.int32,
+    units: tl.int32,
+    keep: tl.int32,  # what is stored for backward: 0 nothing, 1 |w|^2, 2 <w, u> too
+    NB: tl.int32,  # n', or 0 without a bias
     depth: tl.int32,  # K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
     ranks: tl.int32,
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
-    N_UNITS: tl.constexpr,
-    NB: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     SQUASH: tl.constexpr,
     EPS: tl.constexpr,
-    KEEP_DOT: tl.constexpr,
-    KEEP_SQUARE: tl.constexpr,
     KEEP_CONTRACTION: tl.constexpr,
     NORM_ONLY: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -98,7 +97,7 @@ def contracted(
 
     NORM_ONLY leaves the product out: |w|^2 is all that the adjoint map needs.
     """
-    blocks: tl.constexpr = (N_UNITS + BO - 1) // BO
+    blocks = (units + BO - 1) // BO
     i_m, i_n = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     first, o_all, o_p = pixel_tile(i_m, P, BM)
     m_p = o_all < P
@@ -114,14 +113,14 @@ def contracted(
         b_acc = dot(b_u, b_a, b_acc, PRECISION)
     o_o = i_n * BO + tl.arange(0, BO)
     if KEEP_CONTRACTION:
-        m_c = m_p[:, None] & (i_j + o_j < N_UNITS * R)[None, :]
-        p_c = contraction_ptr + o_p[:, None] * (N_UNITS * R) + (i_j + o_j)[None, :]
+        m_c = m_p[:, None] & (i_j + o_j < units * R)[None, :]
+        p_c = contraction_ptr + o_p[:, None] * (units * R) + (i_j + o_j)[None, :]
         tl.store(p_c, narrow(b_acc, contraction_ptr.dtype.element_ty), m_c)
     # <w, u> is reduced before the norm is begun: one accumulator alive at a time (the other order spilled 592 bytes)
     b_z = tl.load(z_ptr + o_p[:, None] * R + o_r[None, :])
     b_wide = widen(b_z)
     b_dot = tl.sum(tl.reshape(b_acc, (BM, BO, R)) * b_wide[:, None, :], 2)
-    if NB > 0 and not NORM_ONLY:
+    if HAS_BIAS and not NORM_ONLY:
         b_dot += tl.load(beta_ptr + o_p[:, None] * NB + o_o[None, :])
     # |L^T z + shift|^2 + rest in units of the largest entries of z and of L: 16-bit z is exact in float16, and L loses less than z did
     b_inverse = _inverse_power_of_two(tl.max(tl.abs(b_wide), 1))
@@ -135,15 +134,14 @@ def contracted(
         b_v = dot(narrow(b_unit, b_l.dtype), b_l, b_v, PRECISION)
     b_size = tl.load(scale_ptr + o_o)[None, :] / b_inverse[:, None]
     b_square = tl.sum(tl.reshape(b_v * b_v, (BM, BO, R)), 2) * (b_size * b_size)
-    if NB > 0:
+    if HAS_BIAS:
         b_square += tl.load(rest_ptr + o_o)[None, :]
     _finish(
-        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, N_UNITS, SQUASH, EPS,
-        KEEP_DOT, KEEP_SQUARE,
+        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, units, keep, SQUASH, EPS,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "OH", "OW", "HP", "WP", "SH", "SW", "keep"])
 def generated(
     u_ptr,  # canvas [N, HP, WP, CP]
     a_ptr,  # [n', R, K]
@@ -158,23 +156,22 @@ def generated(
     OW: tl.int32,
     HP: tl.int64,
     WP: tl.int32,
+    SH: tl.int32,
+    SW: tl.int32,
+    units: tl.int32,
+    keep: tl.int32,  # what is stored for backward: 0 nothing, 1 |w|^2, 2 <w, u> too
     depth: tl.int32,  # K and R, as above
     ranks: tl.int32,
     CP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
-    N_UNITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SQUASH: tl.constexpr,
     EPS: tl.constexpr,
-    KEEP_DOT: tl.constexpr,
-    KEEP_SQUARE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BO: tl.constexpr,
@@ -182,7 +179,7 @@ def generated(
     BR: tl.constexpr,
 ):
     """GEMM [pixels, R] x [R, BD of d] a unit: a tile of w, multiplied by u and by itself where it stands. z stays put if BR = R."""
-    blocks: tl.constexpr = (N_UNITS + BO - 1) // BO
+    blocks = (units + BO - 1) // BO
     i_m, i_n = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     first, o_all, o_p = pixel_tile(i_m, P, BM)
     m_p = o_all < P
@@ -210,6 +207,5 @@ def generated(
         b_square += tl.sum(b_w * b_w, 2)
     o_o = i_n * BO + tl.arange(0, BO)
     _finish(
-        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, N_UNITS, SQUASH, EPS,
-        KEEP_DOT, KEEP_SQUARE,
+        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, units, keep, SQUASH, EPS,
     )  # fmt: skip

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import warnings
 
 import torch
 import triton
 
-from coda_kernels import backward_input, backward_weight, config, forward, interpreted, norm_factor, project
+from coda_kernels import backward_input, backward_weight, config, forward, interpreted, prepare
+from coda_kernels.compile import launch, recorded_device
 from coda_kernels.config import Device, Shape
 
 
@@ -29,276 +31,273 @@ class Window:
 
 
 class Layer:
-    """A layer's parameters packed for the kernels, for inputs of one size."""
+    """A layer's parameters, for inputs of one size. ``prepared``: what `align` has left of them in the kernels' layout; without it, `align`
+    or `pack` comes before all others.
+    """
 
-    def __init__(self, image_size, reduce, weight, bias, window: Window, norm: str, eps: float):
+    def __init__(self, image_size, reduce, weight, bias, window: Window, norm: str, eps: float, prepared=None):
         units, rank, channels = weight.shape[:3]
-        self.window, self.norm, self.eps = window, norm, eps
+        self.window, self.norm, self.eps, self.rank = window, norm, eps, rank
         self.bits = weight.element_size() * 8
-        self.shape = Shape(channels, units, rank, window.kernel, window.stride, window.dilation, bias is not None, self.bits)
-        self.device, self.dtype, self.torch_device = device_of(weight.device), weight.dtype, weight.device
+        self.shape = s = Shape(channels, units, rank, window.kernel, window.stride, window.dilation, bias is not None, self.bits)
+        self.device, self.dtype, self.torch_device = recorded_device() or device_of(weight.device), weight.dtype, weight.device
         self.precision = precision(weight.dtype, self.device)
         (height, width), (left, right, top, bottom) = image_size, window.padding
         self.canvas_size = (height + top + bottom, width + left + right)
         extent = [d * (k - 1) + 1 for k, d in zip(window.kernel, window.dilation, strict=True)]
-        self.out = tuple((size - e) // s + 1 for size, e, s in zip(self.canvas_size, extent, window.stride, strict=True))
-        self.padded_units = -(-units // 16) * 16  # whole blocks of the largest kind, so that the kernels read without masks
-        self.weight = self._pack(weight, self.padded_units, self.shape.R)  # [n', R, K]
-        parts = [self._pack(reduce.unsqueeze(0), 1, self.shape.R)[0]]
-        if bias is not None:
-            parts.append(self._pack(bias.unsqueeze(0), 1, self.padded_units)[0])
-        self.rows = torch.cat(parts)  # [R + NB, K]: B and b, a small convolution one way and its transpose the other
-        self.NB = len(self.rows) - self.shape.R
-        self.reduce, self.bias = self.rows[: self.shape.R], self.rows[self.shape.R :] if bias is not None else None
-
-    def _pack(self, tensor, count, rows):
-        """[m, rows, C, kh, kw] -> [count, rows', K], patches as (kh, kw, C'), zeros where padded."""
-        s = self.shape
-        last = tensor.detach().permute(0, 1, 3, 4, 2)
-        if (count, rows, s.CP, s.K) == (*tensor.shape[:2], s.channels, s.taps * s.channels):
-            return last.contiguous().view(count, rows, s.K)
-        packed = tensor.new_zeros(count, rows, s.K)
-        inner = packed[: len(tensor), : tensor.shape[1], : s.taps * s.CP].unflatten(2, (*s.kernel, s.CP))
-        inner[..., : s.channels] = last
-        return packed
+        self.out = tuple((size - e) // t + 1 for size, e, t in zip(self.canvas_size, extent, window.stride, strict=True))
+        self.NB = s.padded_units if bias is not None else 0
+        self.last = channels_last(reduce, weight, bias)
+        self.parameters = [None if p is None else p.detach() if self.last else p.detach().contiguous() for p in (reduce, weight, bias)]
+        self.prepared = weight.new_empty(s.prepared) if prepared is None else prepared
+        generated = s.padded_units * s.R
+        rows = self.prepared[: (generated + s.R + self.NB) * s.K].view(-1, s.K)
+        self.weight, self.rows = rows[:generated].view(s.padded_units, s.R, s.K), rows[generated:]
+        self.reduce, self.bias = self.rows[: s.R], self.rows[s.R :] if bias is not None else None
+        self.scale = self.prepared[rows.numel() :].view(torch.float32)  # powers of two, see `_unit_scale`
 
     # -- pieces -----------------------------------------------------------------------------------------------------------------
 
-    def canvas(self, image):
-        """The zero-padded, channels-last copy that windows are read from, [N, H', W', C']; the image itself where it is one already."""
-        s, (left, _, top, _) = self.shape, self.window.padding
-        last = image.detach().permute(0, 2, 3, 1)
-        if self.canvas_size == tuple(last.shape[1:3]) and s.CP == s.channels and last.is_contiguous() and last.data_ptr() % 16 == 0:
-            return last
-        canvas = image.new_zeros(len(image), *self.canvas_size, s.CP)
-        canvas[:, top : top + last.shape[1], left : left + last.shape[2], : s.channels] = last
-        return canvas
-
-    def project(self, canvas, reduce=True, bias=False, starts=False):
-        """z [P, R], beta [P, n'] (float32), |x_p|^2 [P] and the starts of the windows [P]; what is not asked for is empty.
-
-        P is rounded up to whole blocks here and in all that the backward pass makes, so that its loops need no masks.
+    def _canvas(self, image):
+        """(the zero-padded, channels-last tensor that windows are read from, [N, H', W', C'], how many programs have yet to fill it): the
+        image itself where it is one already.
         """
-        s, pixels = self.shape, len(canvas) * self.out[0] * self.out[1]
-        whole = whole_blocks(pixels)
-        ranks, units = s.R if reduce else 0, self.NB if bias else 0
-        z = canvas.new_empty(whole, ranks)
-        beta = canvas.new_empty(whole, units, dtype=torch.float32)
-        length = canvas.new_empty(whole if bias else 0, dtype=torch.float32)
-        start = canvas.new_empty(whole if starts else 0, dtype=torch.int64)
-        rows = self.rows[0 if reduce else s.R :][: ranks + units] if ranks + units else self.rows[:16]  # for the length alone: any
+        s, last = self.shape, image.detach().permute(0, 2, 3, 1)
+        if self.canvas_size == tuple(last.shape[1:3]) and s.CP == s.channels and last.is_contiguous() and last.data_ptr() % 16 == 0:
+            return last, 0
+        canvas = image.new_empty(len(image), *self.canvas_size, s.CP)
+        return canvas, triton.cdiv(canvas.numel(), prepare.CANVAS_BLOCK.value)
 
-        def launch(tile):
-            project.project[(triton.cdiv(whole, tile["BM"]) * triton.cdiv(len(rows), tile["BN"]),)](
-                canvas, rows, z, beta, length, start, pixels, whole, *self._sizes(), s.K, **self._geometry(), K=s.K, R=ranks, NB=units,
-                ROWS=len(rows), LENGTH=bias, STARTS=starts, PRECISION=self.precision, **tile.options(),
+    def _prepare(self, x, u, canvas, canvases, z=False, lengths=False, parameters=False):
+        """One launch for what a forward pass needs: z = B x [P, R]; <b_o, x> [P, n'] and |x_p|^2 [P] with ``lengths``; the norm
+        factor, with ``parameters``, which are packed too; and the canvas of u. None for the rest. P is rounded up to whole blocks here and
+        in all that the backward pass makes, so that its loops need no masks.
+        """
+        s, pixels, wide = self.shape, len(x) * self.out[0] * self.out[1], self.bits == 32
+        reduce, weight, bias = self.parameters
+        whole, ranks, units = whole_blocks(pixels), s.R if z else 0, self.NB if lengths else 0
+        new = functools.partial(torch.empty, dtype=torch.float32, device=self.torch_device)
+        z_rows = x.new_empty(whole, ranks) if z else None
+        beta, length = (new(whole, units), new(whole)) if lengths else (None, None)
+        factored, factor = parameters and not s.generated, None
+        if factored:
+            per_unit = new if s.units == s.padded_units else functools.partial(torch.zeros, dtype=torch.float32, device=self.torch_device)
+            matrix = per_unit(s.padded_units, s.R, s.R, dtype=torch.float32 if wide else torch.float16)
+            factor = (matrix, per_unit(s.padded_units, s.R), per_unit(s.padded_units), per_unit(s.padded_units))
+        norms, packs = (s.units, (s.padded_units * s.R + s.R + self.NB) // prepare.PACK_ROWS.value) if parameters else (0, 0)
+        columns = max(16, ranks + units) if z or lengths else 0
+
+        def run(tile):
+            projects = triton.cdiv(whole, tile["BM"]) * triton.cdiv(columns, tile["BN"])
+            launch(
+                prepare.prepare, (norms + packs + canvases + projects,), x, u, reduce, weight, weight if bias is None else
+                bias, self.prepared, *(factor or [self.scale] * 4), self.scale, canvas, x if z_rows is None else z_rows,
+                *(self.scale if t is None else t for t in (beta, length)), norms, packs, canvases, *x.stride(), *u.stride(),
+                *self._image(u), canvas.numel(), pixels, whole, *self._sizes(), self.rank, s.units, s.padded_units, s.K,
+                C=s.channels, **self._geometry(), LAST=self.last, R=s.R, Z=z, BETA=units > 0, LENGTH=lengths,
+                HAS_BIAS=s.bias, FACTOR=factored, WIDE=wide, PRECISION=self.precision, **tile.options(),
             )  # fmt: skip
 
-        self._launch("project", launch)
-        return z, beta, length, start
-
-    def _factor(self):
-        s = self.shape
-        new = functools.partial(torch.empty if s.units == self.padded_units else torch.zeros, device=self.torch_device)
-        factor = new(self.padded_units, s.R, s.R, dtype=torch.float16 if self.bits == 16 else torch.float32)
-        shift, rest, scale = new(self.padded_units, s.R), new(self.padded_units), new(self.padded_units)
-
-        def launch(tile):
-            norm_factor.norm_factor[(s.units,)](
-                self.weight, self._or_dummy(self.bias), factor, shift, rest, scale, K=s.K, R=s.R, HAS_BIAS=s.bias,
-                WIDE=self.bits == 32, **tile.options(),
-            )  # fmt: skip
-
-        self._launch("norm_factor", launch)
-        return factor, shift, rest, scale
-
-    @functools.cached_property
-    def scale(self):
-        """A power of two for every unit, [n], at least the largest entry of A_o A_o^T and of A_o b_o."""
-        with self.on_device():
-            lengths = torch.linalg.vector_norm(self.weight[: self.shape.units], dim=2, dtype=torch.float32)
-            longest = other = lengths.amax(1)
-            if self.bias is not None:
-                other = torch.maximum(longest, torch.linalg.vector_norm(self.bias[: self.shape.units], dim=1, dtype=torch.float32))
-            return torch.exp2(torch.ceil(torch.log2((longest * other).clamp(2.0**-100, 2.0**100))))
-
-    def _gram(self):
-        """A_o A_o^T [n, R, R] and A_o b_o [n, R], over ``scale``."""
-        s = self.shape
-        gram, cross = self.weight.new_empty(s.units, s.R, s.R), self.weight.new_empty(s.units, s.R)
-
-        def launch(tile):
-            norm_factor.gram[(s.units * (s.R // tile["BR"]) ** 2,)](
-                self.weight, self._or_dummy(self.bias), self.scale, gram, cross, K=s.K, R=s.R, HAS_BIAS=s.bias, PRECISION=self.precision,
-                **tile.options(),
-            )  # fmt: skip
-
-        self._launch("gram", launch)
-        return gram, cross
+        self._launch("prepare", run)
+        return z_rows, beta, length, factor
 
     # -- passes -----------------------------------------------------------------------------------------------------------------
 
-    def align(self, canvas, applied, memory_format, keep, norm_only=False):
-        """F(x, u) [N, n, OH, OW]; what backward needs: <w, u> and |w|^2 as [n, P] float32, the contraction [P, n R], or None; and z."""
-        s, pixels = self.shape, len(canvas) * self.out[0] * self.out[1]
+    def align(self, x, applied, memory_format, keep, norm_only=False):
+        """F(x, u) [N, n, OH, OW]; what backward needs: <w, u> and |w|^2 as [n, P] float32, the contraction [P, n R], or None."""
+        s, pixels = self.shape, len(x) * self.out[0] * self.out[1]
         with self.on_device():
-            output = torch.empty(len(canvas), *self.out, s.units, dtype=self.dtype, device=self.torch_device)
+            output = torch.empty(len(x), *self.out, s.units, dtype=self.dtype, device=self.torch_device)
             kept = functools.partial(torch.empty, device=self.torch_device)
             dot = kept(s.units, pixels) if keep in ("products", "contraction") else None
             square = kept(s.units, pixels) if keep != "nothing" else None
             save = keep == "contraction" and not s.generated  # the generated form has none
             contraction = kept(pixels, s.units * s.R, dtype=self.dtype) if save else None
             if not pixels:
-                return _as_image(output, memory_format), dot, square, contraction, None
-            if applied is None:
-                z, beta, length, _ = self.project(canvas, bias=True)
-            else:
-                z, _, _, _ = self.project(canvas)
-                _, beta, length, _ = self.project(applied, reduce=False, bias=True)
-            u = canvas if applied is None else applied
+                return _as_image(output, memory_format), dot, square, contraction
+            x, u = x.detach(), (x if applied is None else applied).detach()
+            canvas, canvases = self._canvas(u)
+            z, beta, length, factor = self._prepare(x, u, canvas, canvases, z=True, lengths=applied is None, parameters=True)
+            if applied is not None:
+                _, beta, length, _ = self._prepare(u, u, canvas, 0, lengths=True)
             common = dict(
-                **self._geometry(), K=s.K, R=s.R, N_UNITS=s.units, SQUASH=self.norm == "squash", EPS=self.eps,
-                KEEP_DOT=dot is not None, KEEP_SQUARE=square is not None, PRECISION=self.precision,
+                **self._geometry(), K=s.K, R=s.R, SQUASH=self.norm == "squash", EPS=self.eps, PRECISION=self.precision,
             )  # fmt: skip
-            kept = [self._or_dummy(t) for t in (dot, square)]
+            kept = [self.scale if t is None else t for t in (dot, square)]
+            sizes = (*self._sizes(), s.units, (square is not None) + (dot is not None), s.K, s.R)
 
             def generated(tile):
-                forward.generated[self._grid(pixels, tile)](
-                    u, self.weight, self._or_dummy(self.bias), z, length, output, *kept, pixels, *self._sizes(), s.K, s.R,
-                    HAS_BIAS=s.bias, **common, **tile.options(),
+                launch(
+                    forward.generated, self._grid(pixels, tile), canvas, self.weight, self._or_dummy(self.bias), z,
+                    length, output, *kept, pixels, *sizes, HAS_BIAS=s.bias, **common, **tile.options(),
                 )  # fmt: skip
 
             def contracted(tile):
-                forward.contracted[self._grid(pixels, tile)](
-                    u, self.weight, z, beta, length, *factor, output, *kept, self._or_dummy(contraction), pixels, *self._sizes(),
-                    s.K, s.R, NB=self.NB, **common, KEEP_CONTRACTION=contraction is not None, NORM_ONLY=norm_only, **tile.options(),
+                launch(
+                    forward.contracted, self._grid(pixels, tile), canvas, self.weight, z, beta, length, *factor, output,
+                    *kept, self._or_dummy(contraction), pixels, *sizes[:-2], self.NB, *sizes[-2:], HAS_BIAS=s.bias,
+                    **common, KEEP_CONTRACTION=contraction is not None, NORM_ONLY=norm_only, **tile.options(),
                 )  # fmt: skip
 
             if s.generated:
                 self._launch("generated", generated)
             else:
-                factor = self._factor()
                 self._launch("contracted" if contraction is None else "contracted_kept", contracted)
-            return _as_image(output, memory_format), dot, square, contraction, z
+            return _as_image(output, memory_format), dot, square, contraction
 
-    def grad_factors(self, grad, dot, square, ranks=0):
-        """gs and t, [n, P] in the dtype of the layer (t times ``scale``, None without ``dot``), and [dz | gs], [P, ranks + NB], dz to come.
+    def pack(self, x):
+        """The parameters in the kernels' layout, where no forward pass has left them."""
+        self._prepare(x, x, x, 0, parameters=True)
+
+    def canvas(self, image):
+        """The zero-padded, channels-last tensor that windows are read from, [N, H', W', C']."""
+        canvas, canvases = self._canvas(image.detach())
+        if canvases:
+            self._prepare(image.detach(), image.detach(), canvas, canvases)
+        return canvas
+
+    def prepare_backward(self, x, applied, grad, dot, square, ranks=0, full=False):
+        """One launch for what a backward pass needs: z [P, R], gs [n, P], and [dz | gs], [P, ranks + NB], dz to come; with ``full`` also
+        the canvas of u, the starts of its windows [P], t [n, P] times ``scale``, and over ``scale`` the Gram matrices [n, R, R] and A b
+        [n, R].
 
         ``ranks`` is R where dz will be needed, else 0.
         """
         s, pixels = self.shape, square.shape[1]
         whole = whole_blocks(pixels)
-        gs = torch.empty(s.units, whole, dtype=self.dtype, device=self.torch_device)
-        t = None if dot is None else torch.empty_like(gs)
-        e = gs.new_empty(whole, ranks + self.NB)
+        x, u = x.detach(), (x if applied is None else applied).detach()
+        canvas, canvases = self._canvas(u) if full else (u, 0)
+        z, gs, e = x.new_empty(whole, s.R), x.new_empty(s.units, whole), x.new_empty(whole, ranks + self.NB)
+        t, starts = torch.empty_like(gs) if full else None, x.new_empty(whole if full else 0, dtype=torch.int64)
+        gram, cross = (x.new_empty(s.units, s.R, s.R), x.new_empty(s.units, s.R)) if ranks else (None, None)
+        grams = s.units * triton.cdiv(s.R, prepare.GRAM_RANKS.value) ** 2 if ranks else 0
+        factors = triton.cdiv(whole, prepare.FACTOR_PIXELS.value) * (s.padded_units // 16)
 
-        def launch(tile):
-            backward_input.grad_factors[(triton.cdiv(whole, tile["BP"]), self.padded_units // tile["BO"])](
-                grad, self._or_dummy(dot), square, square if t is None else self.scale, gs, self._or_dummy(t), e, pixels, whole,
-                *self.out, *grad.stride(), N_UNITS=s.units, E=e.shape[1], NB=self.NB, SQUASH=self.norm == "squash", EPS=self.eps,
-                T=t is not None, **tile.options(),
+        def run(tile):
+            projects = triton.cdiv(whole, tile["BM"]) * triton.cdiv(s.R, tile["BN"])
+            launch(
+                prepare.prepare_backward, (projects + grams + canvases + factors,), x, u, self.parameters[0], self.weight,
+                self._or_dummy(self.bias), self.scale, grad, square if dot is None else dot, square, gs, *(self._or_dummy(a)
+                for a in (t, e, gram, cross)), canvas, z, starts, projects, grams, canvases, *x.stride(), *u.stride(),
+                *grad.stride(), *self._image(u), canvas.numel(), pixels, whole, *self._sizes(), self.rank, s.units,
+                s.padded_units, e.shape[1], ranks, int(full), s.K, C=s.channels, **self._geometry(), LAST=self.last, R=s.R,
+                HAS_BIAS=s.bias, SQUASH=self.norm == "squash", EPS=self.eps,  PRECISION=self.precision, **tile.options(),
             )  # fmt: skip
 
-        self._launch("grad_factors", launch)
-        return gs, t, e
+        self._launch("prepare_backward", run)
+        return canvas, z, starts, gs, t, gram, cross, e
 
-    def grad_z(self, applied, z, gs, t, e, contraction):
+    def grad_z(self, canvas, z, gs, t, gram, cross, e, contraction):
         """dz, into the first R columns of ``e``."""
-        s, pixels, whole = self.shape, len(applied) * self.out[0] * self.out[1], len(z)
-        gram, cross = self._gram()
+        s, pixels, whole = self.shape, len(canvas) * self.out[0] * self.out[1], len(z)
 
-        def launch(tile):
-            backward_input.grad_z[(triton.cdiv(whole, tile["BM"]) * (s.R // tile["BR"]),)](
-                applied, self.weight, z, gs, t, gram, cross, self._or_dummy(contraction), e, pixels, whole, *self._sizes(), s.units, s.K,
-                s.R, **self._geometry(), K=s.K, R=s.R, E=e.shape[1], N_UNITS=s.units, HAS_BIAS=s.bias, KEPT=contraction is not None,
+        def run(tile):
+            launch(
+                backward_input.grad_z, (triton.cdiv(whole, tile["BM"]) * (s.R // tile["BR"]),), canvas, self.weight, z, gs,
+                t, gram, cross, self._or_dummy(contraction), e, pixels, whole, *self._sizes(), e.shape[1], s.units, s.K,
+                s.R, **self._geometry(), K=s.K, R=s.R, HAS_BIAS=s.bias, KEPT=contraction is not None,
                 PRECISION=self.precision, **tile.options(),
             )  # fmt: skip
 
-        self._launch("grad_z", launch)
+        self._launch("grad_z", run)
 
     def fold(self, like, z, gs, e, rows, memory_format):
         """An image like ``like``: the transposed convolution of ``e`` [P, E] with ``rows`` [E, K] and, with gs, of gs (x) z with A."""
         s, (left, _, top, _) = self.shape, self.window.padding
         batch, _, height, width = like.shape
         dx = torch.empty(batch, height, width, s.channels, dtype=self.dtype, device=self.torch_device)
-        classes = s.stride[0] * s.stride[1]
-        pixels = batch * -(-height // s.stride[0]) * -(-width // s.stride[1])
+        (stride_h, stride_w), taps = s.stride, s.taps
+        pixels = batch * -(-height // stride_h) * -(-width // stride_w)
 
-        def launch(tile):
-            backward_input.fold[(triton.cdiv(pixels, tile["BM"]) * triton.cdiv(s.CP, tile["BC"]), classes)](
-                self.weight, rows, self._or_dummy(z), self._or_dummy(gs), e, dx, batch, height, width, *self.out, len(e), s.units,
-                s.taps, len(rows), C=s.channels, **self._geometry(), TOP=top, LEFT=left, K=s.K, R=s.R, E=e.stride(0),
-                DIRECT=gs is not None, PRECISION=self.precision, **tile.options(),
+        def run(tile):
+            launch(
+                backward_input.fold, (triton.cdiv(pixels, tile["BM"]) * triton.cdiv(s.CP, tile["BC"]), stride_h * stride_w),
+                self.weight, rows, self._or_dummy(z), self._or_dummy(gs), e, dx, batch, height, width, *self.out, len(e),
+                s.units, taps, len(rows), e.stride(0), C=s.channels, **self._geometry(), SH=stride_h, SW=stride_w, TOP=top,
+                LEFT=left, K=s.K, R=s.R, DIRECT=gs is not None, PRECISION=self.precision, **tile.options(),
             )  # fmt: skip
 
         if dx.numel():
-            self._launch("fold", launch)
+            self._launch("fold", run)
         return _as_image(dx, memory_format)
 
-    def outer_sum(self, image, starts, rows, scale=None):
-        """``sum_p row_p (x) u_p`` in float32: [n, R, K] with row (o, k) = scale_o z_k from rows = z [P, R] and scale [n, P], else [m, K]
-        from rows [m, P], either dimension first in memory. ``image``: the canvas and where its windows start, or z [P, R] (K is R then).
+    def sums(self, canvas, starts, z, gs, t, e, parameters=True, zeroth=True):
+        """Sums over the pixels in parts, float32, views of one buffer: of gs z u^T [parts, n, R, K], t z z^T [parts, n, R, R], e u^T
+        [parts, E, K], t z [parts, n, R] and t [parts, n]; [0] where not asked for. ``e``: [P, E], columns of a tensor.
         """
-        s, geometry, width, depth = self.shape, self._geometry(), self.canvas_size[1], self.shape.K
-        if image.dim() == 2:
-            width, depth, geometry = 1, image.shape[1], dict(CP=image.shape[1], KH=1, KW=1, DH=1, DW=1)
-        pixels, scaled = len(starts), scale is not None
-        count = s.units * s.R if scaled else len(rows)
-        pixels_first = scaled or rows.stride(0) == 1
-        stride = rows.stride(0) if scaled else rows.stride(1 if pixels_first else 0)
+        s, pixels, rows = self.shape, len(starts), e.shape[1]
+        shapes = [(s.units, s.R, s.K) if parameters else (0,), (s.units, s.R, s.R) if parameters else (0,), (rows, s.K)]
+        shapes += [(s.units, s.R), (s.units,)] if zeroth else [(0,), (0,)]
+        lengths = [-(-math.prod(shape) // 16) * 16 for shape in shapes]
 
-        def launch(tile):
-            tiles = triton.cdiv(s.units, tile["BO"]) * (s.R // tile["BR"]) if scaled else triton.cdiv(count, tile["BR"])
-            tiles *= triton.cdiv(depth, tile["BN"])
+        def run(tile):
+            columns, groups, lower = triton.cdiv(s.K, tile["BN"]), triton.cdiv(s.units, tile["BO"]), min(64, tile["BO"] * tile["BR"])
+            thin = triton.cdiv(s.R, min(tile["BN"], s.R, 64))
+            weights = groups * (s.R // tile["BR"]) * columns if parameters else 0
+            moments = groups * (s.R // tile["BR"]) * thin if parameters else 0
+            directs = triton.cdiv(rows, lower) * triton.cdiv(s.K, min(tile["BN"], 128))
+            tiles = weights + moments + directs + (triton.cdiv(s.units, lower) * thin if zeroth else 0)
             parts = config.splits(tiles, pixels, tile["BP"], self.device)
             chunk = triton.cdiv(triton.cdiv(pixels, parts), tile["BP"]) * tile["BP"]
             parts = triton.cdiv(pixels, chunk)
-            partial = torch.empty(parts, count, depth, device=self.torch_device)
-            backward_weight.outer_sum[(tiles, parts)](
-                image, starts, rows, self._or_dummy(scale), partial, pixels, chunk, stride, width,
-                **{key: geometry[key] for key in ("CP", "KH", "KW", "DH", "DW")}, K=depth, ROWS=count, R=s.R, SCALED=scaled,
-                PIXELS_FIRST=pixels_first, PRECISION=self.precision, **tile.options(),
+            partial = torch.empty(parts, sum(lengths), device=self.torch_device)
+            found = [
+                part[:, : math.prod(shape)].unflatten(1, shape) if shape[0] else part[0]
+                for part, shape in zip(partial.split(lengths, 1), shapes, strict=True)
+            ]
+            launch(
+                backward_weight.parameter_sums, (tiles, parts), canvas, starts, z, *(self._or_dummy(a) for a in (gs, t)), e,
+                *(partial if not f.numel() else f for f in found), partial.stride(0), weights, moments, directs, pixels,
+                chunk, e.stride(0), rows, s.units, self.canvas_size[1], s.K, **self._geometry(), R=s.R,
+                PRECISION=self.precision, **tile.options(),
             )  # fmt: skip
-            return partial[0] if parts == 1 else partial.sum(0)
+            return found
 
-        total = self._launch("outer_scaled" if scaled else "outer_plain", launch)
-        return total.view(s.units, s.R, depth) if scaled else total
+        return self._launch("sums", run)
 
-    def grad_parameters(self, canvas_u, starts, z, gs, t, need_weight=True, need_bias=True):
-        """(dA, db), packed as the parameters are, float32: ``gs (x) [z; 1] (x) u + (sum_p t [z; 1] [z; 1]^T) [A b]``; None: not needed."""
+    def grad_parameters(self, canvas_x, canvas_u, starts, z, gs, t, e, ranks, needs):
+        """(dB, dA, db), None where not needed; ``e`` is [dz | gs] with ``ranks`` columns of dz."""
         s = self.shape
-        rows = torch.arange(len(z), device=self.torch_device) * s.R
-        weight, inverse = self.weight[: s.units].float(), 1 / self.scale.unsqueeze(1)
-        first = self.outer_sum(z, rows, t) * inverse if s.bias else None  # sum_p t z, [n, R]
-        bias = self.bias[: s.units].float() if s.bias else None
-        d_weight = d_bias = None
-        if need_weight:
-            moments = self.outer_sum(z, rows, z, t) * inverse.unsqueeze(1)
-            d_weight = torch.baddbmm(self.outer_sum(canvas_u, starts, z, gs), moments, weight)
-            if s.bias:
-                d_weight += first.unsqueeze(2) * bias.unsqueeze(1)
-        if need_bias and s.bias:
-            d_bias = self.outer_sum(canvas_u, starts, gs)
-            d_bias += torch.bmm(first.unsqueeze(1), weight).squeeze(1)
-            d_bias += t.sum(1, dtype=torch.float32).unsqueeze(1) * inverse * bias
-        return d_weight, d_bias
-
-    def unpack(self, packed, rows):
-        """[m, rows', K] -> [m, rows, C, kh, kw] in the dtype of the parameters, contiguous: the inverse of packing."""
-        s = self.shape
-        inner = packed[:, :rows, : s.taps * s.CP].unflatten(2, (*s.kernel, s.CP))[..., : s.channels]
-        return inner.permute(0, 1, 4, 2, 3).to(self.dtype, memory_format=torch.contiguous_format, copy=True)
+        needs = need_reduce, need_weight, need_bias = (*needs[:2], needs[2] and s.bias)
+        shared, generation = canvas_x is canvas_u, need_weight or need_bias
+        results = [g if need else None for g, need in zip(gradients_like(*self.parameters), needs, strict=True)]
+        first = 0 if need_reduce and shared else ranks
+        last = ranks + s.units if need_bias else ranks
+        sums, reduce = [None] * 5, None
+        if generation:
+            sums = self.sums(canvas_u, starts, z, gs, t, e[:, first:last], need_weight, s.bias)
+            reduce, sums[2] = (sums[2][:, :ranks], sums[2][:, ranks:]) if need_reduce and shared else (None, sums[2])
+        if need_reduce and reduce is None:
+            reduce = self.sums(canvas_x, starts, z, None, None, e[:, :ranks], False, False)[2]
+        blocks = triton.cdiv(s.K, 64)
+        weights = s.units * blocks if generation else 0
+        part = next((a for a in sums if a is not None and a.dim() > 1), None)
+        parts, s_part = (0, 0) if part is None else (len(part), part.stride(0))
+        reduces, s_reduce = (0, 0) if reduce is None else (len(reduce), reduce.stride(0))
+        programs = weights + (triton.cdiv(s.R, 64) * blocks if need_reduce else 0)
+        d_reduce, d_weight, d_bias = results
+        launch(
+            backward_weight.finish, (programs,), *(self.scale if a is None else a for a in (sums[0], sums[1], sums[2], sums[3],
+            sums[4], reduce)), self.weight, self._or_dummy(self.bias), self.scale, *(self._or_dummy(a) for a in (d_reduce,
+            d_weight, d_bias)), weights, parts, s_part, reduces, s_reduce, self.rank, s.channels, s.taps, s.K, s.CP, R=s.R,
+            LAST=self.last, HAS_BIAS=s.bias, WEIGHT=need_weight, BIAS=need_bias, PRECISION="tf32" if self.bits == 16 and not
+            interpreted() else self.precision, BK=64, num_warps=4, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+        return d_reduce, d_weight, d_bias
 
     # -- launching --------------------------------------------------------------------------------------------------------------
 
     def _sizes(self):
-        return (*self.out, *self.canvas_size)
+        return (*self.out, *self.canvas_size, *self.shape.stride)
+
+    def _image(self, image):
+        """Height and width, and how much lies above and to the left of them in a canvas."""
+        left, _, top, _ = self.window.padding
+        return (*image.shape[2:], top, left)
 
     def _geometry(self):
         s = self.shape
-        return dict(
-            CP=s.CP, KH=s.kernel[0], KW=s.kernel[1], SH=s.stride[0], SW=s.stride[1], DH=s.dilation[0], DW=s.dilation[1]
-        )  # fmt: skip
+        return dict(CP=s.CP, KH=s.kernel[0], KW=s.kernel[1], DH=s.dilation[0], DW=s.dilation[1])
 
     def _grid(self, pixels, tile):
         return (triton.cdiv(pixels, tile["BM"]) * triton.cdiv(self.shape.units, tile["BO"]),)
@@ -311,13 +310,13 @@ class Layer:
         """Context in which launches go to the device of the tensors, not to the current one."""
         return torch.cuda.device(self.torch_device) if self.torch_device.type == "cuda" else contextlib.nullcontext()
 
-    def _launch(self, kernel, launch):
-        """Run ``launch`` with the first tile that the device can hold; what did not fit once is not tried again."""
+    def _launch(self, kernel, run):
+        """Call ``run`` with the first tile that the device can hold; what did not fit once is not tried again."""
         key = (config.row_key(kernel, self.shape), self.device)
         tiles = config.candidates(kernel, self.shape, self.device)
         for index in range(min(_first_fitting.get(key, 0), len(tiles) - 1), len(tiles)):
             try:
-                return launch(tiles[index])
+                return run(tiles[index])
             except triton.runtime.errors.OutOfResources as error:
                 if index + 1 == len(tiles):
                     raise
@@ -332,6 +331,17 @@ _first_fitting: dict = {}
 def whole_blocks(pixels):
     """``pixels`` rounded up to whole blocks of the longest kind."""
     return -(-pixels // 64) * 64
+
+
+def channels_last(*parameters):
+    """Whether all of them, [.., C, kh, kw] or None, lie in memory as [.., kh, kw, C]; else they are taken contiguous."""
+    return all(p is None or p.movedim(-3, -1).is_contiguous() for p in parameters)
+
+
+def gradients_like(*parameters):
+    """Tensors for the gradients of parameters, in the layout in which these are read."""
+    form = torch.preserve_format if channels_last(*parameters) else torch.contiguous_format
+    return [None if p is None else torch.empty_like(p, memory_format=form) for p in parameters]
 
 
 def _as_image(last, memory_format):

@@ -1,0 +1,127 @@
+"""Compiling the fused kernels of a model before its first step, in parallel, also for a GPU that is not here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coda_fast import backends, ops
+from coda_fast.nn import DAUConv2d, explanation_mode
+
+PASSES = ("inference", "training", "explanation")
+
+
+class _Launches(TorchDispatchMode):
+    """The operators of the fused backend go to its launchers, which note what they would launch."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("coda_fast::")
+        if function.namespace == "coda_fast" and name in ops.KERNELS:
+            return ops.KERNELS[name](*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def record_launches(
+    model: torch.nn.Module,
+    input_shape: Sequence[int],
+    dtype: torch.dtype | None = None,
+    passes: Iterable[str] = PASSES,
+    device=None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> dict[str, list]:
+    """Every kernel launch that the passes of a model make on a GPU, from shapes alone, nothing computed: {pass: launches}.
+
+    Args:
+        model: any module with DAU layers; it is left as it is.
+        input_shape: of a batch of images, (N, C, H, W).
+        dtype: of parameters and images, or that of autocast; None: the dtype of the model's first parameter.
+        passes: of "inference", "training" (forward and backward, with a gradient of the parameters only) and "explanation".
+        device: ``coda_kernels.config.Device``; None: the GPU at hand, an H100 where there is none.
+        memory_format: of the images.
+    """
+    from coda_kernels import compile as compiler
+
+    if unknown := set(passes) - set(PASSES):
+        raise ValueError(f"passes: expected some of {', '.join(PASSES)}, got {', '.join(map(str, sorted(unknown)))}")
+    if len(input_shape) != 4 or not all(isinstance(size, int) and size > 0 for size in input_shape):
+        raise ValueError(f"input_shape: expected four positive integers (N, C, H, W), got {tuple(input_shape)}")
+    layers = [module for module in model.modules() if isinstance(module, DAUConv2d)]
+    if not layers:
+        raise ValueError(f"model: expected a module with at least one DAUConv2d, got {type(model).__name__} without any")
+    dtype = dtype or layers[0].weight.dtype
+    # shapes, strides and the way through the model are all that is needed of it
+    shadow = copy.deepcopy(model).to("meta", dtype)
+    for module in shadow.modules():
+        if isinstance(module, DAUConv2d):
+            module.backend = "triton"
+    found = {}
+    for name in passes:
+        images = torch.empty(input_shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+        with compiler.recording(device or _device()) as found[name], _Launches():
+            _run(shadow, images, name)
+    return found
+
+
+def _run(model, images, name):
+    if name == "inference":
+        model.eval()
+        with torch.no_grad():
+            model(images)
+    elif name == "training":
+        model.train()
+        model(images).sum().backward()
+    else:
+        model.eval()
+        with explanation_mode(model):
+            images.requires_grad_()
+            torch.autograd.grad(model(images).sum(), images)
+
+
+def compile_kernels(
+    model: torch.nn.Module,
+    input_shape: Sequence[int],
+    dtype: torch.dtype | None = None,
+    *,
+    workers: int | None = None,
+    passes: Iterable[str] = PASSES,
+    arch: int | str | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> int:
+    """Compile every fused kernel that a model will launch, in parallel, into Triton's cache: the first step then begins at once.
+
+    The batch size does not matter. A kernel that is in the cache already costs a few milliseconds.
+
+    Args:
+        model, input_shape, dtype, passes, memory_format: as in :func:`record_launches`.
+        workers: processes; None: one for each processor.
+        arch: compute capability as 80, 90 or 100, or AMD's "gfx942"; None: that of the GPU at hand. Another one needs no GPU.
+        progress: called with how many kernels are done, and of how many.
+
+    Returns:
+        How many kernels there were.
+
+    Raises:
+        ValueError: a model without DAU layers, a shape that is none.
+        BackendUnavailable: no Triton, or no GPU here and none named.
+        RuntimeError: what the compiler refused.
+    """
+    if missing := backends._triton_unavailable("cuda"):
+        raise backends.BackendUnavailable(f"compile_kernels: {missing}")
+    from coda_kernels import compile as compiler
+    from coda_kernels import config
+
+    if arch is None and not torch.cuda.is_available():
+        raise backends.BackendUnavailable("compile_kernels: torch sees no GPU here; name one with arch, such as 90 for an H100")
+    device = _device() if arch is None else config.Device(arch, 132)
+    launches = record_launches(model, input_shape, dtype, passes, device, memory_format)
+    return compiler.compile_launches([each for found in launches.values() for each in found], device.arch, workers, progress)
+
+
+def _device():
+    from coda_kernels import config, layer
+
+    return layer.device_of(torch.device("cuda")) if torch.cuda.is_available() else config.Device(90, 132)

@@ -1,0 +1,204 @@
+"""What would be launched, without launching it; and compiling it ahead, in several processes, also for a GPU that is not here.
+
+with recording(Device(90, 132)) as launches:      on this thread, launchers only note what they would launch: tensors may be "meta"
+    ...
+compile_launches(launches, arch=90, workers=16)   into Triton's cache, where the first real launch finds it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+from coda_kernels.config import Device
+
+_recording: contextvars.ContextVar[tuple[Device, list[Launch]] | None] = contextvars.ContextVar("coda_kernels_recording", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A launch: ``kernel`` as "module.name", its grid, arguments in order (numbers, or pointers as ("bfloat16", whether 16 bytes divide
+    them)), and constants and options by name.
+    """
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: tuple[tuple[str, object], ...]
+
+    @classmethod
+    def make(cls, kernel, grid, arguments, options) -> Launch:
+        noted = tuple(_pointer(a) if hasattr(a, "untyped_storage") else a for a in arguments)
+        return cls(f"{kernel.fn.__module__}.{kernel.fn.__name__}", tuple(grid), noted, tuple(options.items()))
+
+    def specialised(self, arch: int | str):
+        """The kernel with arguments that Triton compiles it for exactly as for the launch: (function, arguments, options)."""
+        import torch
+        from triton.runtime.jit import MockTensor
+
+        module, _, name = self.kernel.rpartition(".")
+        arguments = []
+        for argument in self.arguments:
+            if isinstance(argument, tuple):
+                dtype, aligned = argument
+                argument = MockTensor(getattr(torch, dtype))
+                argument.data_ptr = (lambda: 0) if aligned else (lambda: 8)
+            arguments.append(argument)
+        return getattr(importlib.import_module(module), name), arguments, dict(self.options)
+
+    def compile(self, arch: int | str):
+        """Triton's CompiledKernel for a compute capability as 90, or for AMD's "gfx942"; kept in Triton's cache. Needs no GPU."""
+        from triton.runtime import driver
+
+        driver.set_active(_Absent(arch))
+        try:
+            function, arguments, options = self.specialised(arch)
+            return function.warmup(*arguments, grid=self.grid, **options)
+        finally:
+            driver.set_active(None)  # found anew by whoever needs one
+
+
+class _Absent:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def get_current_device(self):
+        return self.arch  # what is compiled for one architecture is not looked for by another
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("hip", self.arch, 64) if isinstance(self.arch, str) else GPUTarget("cuda", self.arch, 32)
+
+
+def _pointer(tensor):
+    aligned = tensor.storage_offset() * tensor.element_size() % 16 == 0 if tensor.device.type == "meta" else tensor.data_ptr() % 16 == 0
+    return str(tensor.dtype).removeprefix("torch."), aligned
+
+
+@contextlib.contextmanager
+def recording(device: Device) -> Iterator[list[Launch]]:
+    """Within it, on this thread, launches for ``device`` are noted in the list that it gives, and nothing is computed."""
+    launches: list[Launch] = []
+    token = _recording.set((device, launches))
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
+def recorded_device() -> Device | None:
+    """The device that launches are recorded for; None: they are real."""
+    found = _recording.get()
+    return found and found[0]
+
+
+def launch(kernel, grid, *arguments, **options) -> None:
+    """``kernel[grid](*arguments, **options)``, or a note of it."""
+    if (found := _recording.get()) is None:
+        kernel[grid](*arguments, **options)
+    else:
+        found[1].append(Launch.make(kernel, grid, arguments, options))
+
+
+def distinct(launches: Iterable[Launch], arch: int | str) -> list[Launch]:
+    """One launch for each compilation that they need, in order."""
+    found = {}
+    for each in launches:
+        found.setdefault(specialisation(each, arch), each)
+    return list(found.values())
+
+
+def specialisation(each: Launch, arch: int | str) -> tuple:
+    """What Triton compiles anew for, by its own rules."""
+    from triton.runtime import driver
+
+    driver.set_active(_Absent(arch))
+    try:
+        function, arguments, options = each.specialised(arch)
+        binder = function.device_caches[arch][-1]
+        _, specialisation, rest = binder(*arguments, **options, debug=False)
+        return each.kernel, str(specialisation), str(sorted(rest.items()))
+    finally:
+        driver.set_active(None)
+
+
+def compile_launches(
+    launches: Iterable[Launch], arch: int | str, workers: int | None = None, progress: Callable[[int, int], None] = lambda done, of: None
+) -> int:
+    """Compile every kernel that ``launches`` need, in ``workers`` processes (None: one for each processor); how many there were.
+
+    ``progress`` is called with how many are done, and of how many. RuntimeError: what the compiler said, of all that it refused.
+    """
+    pending = distinct(launches, arch)
+    count, done, failures, lock = len(pending), 0, [], threading.Lock()
+    progress(0, count)
+
+    def work():
+        nonlocal done
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, "-m", "coda_kernels.compile", json.dumps(arch)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            while True:
+                with lock:
+                    if not pending:
+                        break
+                    each = pending.pop(0)
+                try:
+                    process.stdin.write(json.dumps(dataclasses.astuple(each)) + "\n")
+                    process.stdin.flush()
+                    answer = process.stdout.readline()
+                except BrokenPipeError:
+                    answer = ""
+                with lock:
+                    done += 1
+                    if answer.strip() != "ok":
+                        failures.append(f"{each.kernel}: {answer.strip() or 'the compiler ended'}")
+                        if not answer:
+                            break
+                    progress(done, count)
+            process.stdin.close()
+
+    threads = [threading.Thread(target=work) for _ in range(min(count, workers or os.cpu_count() or 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures or pending:
+        raise RuntimeError(f"compile: {len(failures) + len(pending)} of {count} kernels failed: {'; '.join(failures)}")
+    return count
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def main() -> None:
+    """A worker: launches as lines of JSON on standard input, "ok" or what went wrong for each on standard output."""
+    arch, out = json.loads(sys.argv[1]), sys.stdout
+    sys.stdout = sys.stderr  # whatever a compiler prints
+    for line in sys.stdin:
+        try:
+            Launch(*_tuples(json.loads(line))).compile(arch)
+            answer = "ok"
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}".replace("\n", " ")[-700:]
+        print(answer, file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
