@@ -9,6 +9,7 @@ DEMO_ARGS   ?=
 BENCH_ARGS  ?=
 AOT_ARGS    ?=
 GPU_ARGS    ?=
+TORCH       ?= 2.14
 
 READY        := $(VENV)/.coda-fast-ready
 READY_OLDEST := $(VENV_OLDEST)/.coda-fast-ready
@@ -22,12 +23,12 @@ PARALLEL     := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest lint format bench tables gpu-report aot clean
+.PHONY: help demo test test-oldest test-torch lint format bench tables gpu-report aot clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo 'Variables: PYTHON=python3.x  VENV=folder  JOBS=processes  PIP_ARGS="arguments of pip install"  DEMO_ARGS  PYTEST_ARGS  BENCH_ARGS  GPU_ARGS  AOT_ARGS'
+	@echo 'Variables: PYTHON=python3.x  VENV=folder  JOBS=processes  PIP_ARGS="arguments of pip install"  TORCH=release  DEMO_ARGS  PYTEST_ARGS  BENCH_ARGS  GPU_ARGS  AOT_ARGS'
 	@echo 'The first run downloads PyTorch. The build for CPUs only is far smaller: PIP_ARGS="--extra-index-url URL", with the URL that'
 	@echo 'the installation page of PyTorch names for it.'
 
@@ -43,6 +44,9 @@ test-oldest: $(READY_OLDEST) ## the tests that are not slow, with the oldest sup
 	@$(VENV_OLDEST)/bin/python -c '$(VERSIONS)'
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 	$(VENV_OLDEST)/bin/python -m pytest bench/ -q -k "not compiled"
+
+test-torch: ## the same with the release TORCH=2.14 (or another), in .venv-torch-2.14; what CI runs in turn with the oldest: .ci/run
+	$(MAKE) test-oldest VENV_OLDEST=.venv-torch-$(TORCH) OLDEST="'torch==$(TORCH).*'"
 
 lint: $(READY) ## ruff check and ruff format --check
 	$(VENV)/bin/python -m ruff check .

@@ -1,7 +1,9 @@
 """Shared by all tests: deterministic seeds, memory that is not zero by accident, and where the fused kernels run."""
 
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,8 +25,8 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    """A fixed seed, and torch.empty filled with NaN: an element that nobody wrote cannot pass for a zero."""
-    torch.manual_seed(0)
+    """Fixed seeds, and torch.empty filled with NaN: an element that nobody wrote cannot pass for a zero."""
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

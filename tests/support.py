@@ -1,10 +1,14 @@
 """What several test files need: golden files in our layout, random layers, and one way to compare."""
 
+import contextlib
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+
+from coda_fast.backends import reference
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYERS = [f"layer_{i}" for i in range(1, 7)]
@@ -40,22 +44,45 @@ class Golden:
         return self[f"{kind}/{B}"], ours, bias
 
 
+@contextlib.contextmanager
+def scale_held():
+    """The definition with s(|w|^2) held constant where it is differentiated: the direct part of every gradient. The rest of a gradient
+    comes from the norm. Under "l2" the two may cancel to nothing: a layer of rank 1 without a bias depends on the direction of z alone.
+    """
+    weight = reference._weight
+
+    def held(*args):
+        w, scale = weight(*args)
+        return w, scale.detach()
+
+    with mock.patch.object(reference, "_weight", held):
+        yield
+
+
+def errors(actual, truth, terms=()):
+    """Largest and RMS deviation, each over that of the truth, or of the largest of ``terms``: where a result is a sum that may cancel, what
+    is rounded is of the size of its terms.
+    """
+    assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    actual, truth, *terms = (t.detach().double().cpu() for t in (actual, truth, *terms))
+    difference = actual - truth
+    assert torch.isfinite(difference).all(), "NaN or infinity"
+    if not difference.numel():
+        return 0.0, 0.0
+    largest, rms = lambda t: float(t.abs().max()), lambda t: float(t.square().mean().sqrt())
+    return tuple(size(difference) / max(1e-300, *map(size, (truth, *terms))) for size in (largest, rms))
+
+
 def relative_error(actual, expected):
     """Largest deviation over the largest expected magnitude."""
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    actual, expected = actual.detach().cpu(), expected.detach().cpu()
-    difference = (actual.double() - expected.double()).abs()
-    assert torch.isfinite(difference).all(), "NaN or infinity"
-    return float(difference.max() / expected.double().abs().max().clamp_min(1e-300)) if difference.numel() else 0.0
+    return errors(actual, expected)[0]
 
 
-def assert_close(actual, expected, bound, what=""):
-    """Both the largest and the RMS deviation, each over the expected one's, within ``bound``; names the worst coordinate."""
-    worst = relative_error(actual, expected)
-    actual, expected = actual.detach().double(), expected.detach().double()
-    rms = float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(1e-300)) if actual.numel() else 0.0
+def assert_close(actual, expected, bound, what="", terms=()):
+    """Both the largest and the RMS deviation, relative as in ``errors``, within ``bound``; names the worst coordinate."""
+    worst, rms = errors(actual, expected, terms)
     if max(worst, rms) > bound:
-        where = np.unravel_index(int((actual - expected).abs().argmax()), actual.shape)
+        where = np.unravel_index(int((actual.detach().double() - expected.detach().double()).abs().argmax()), actual.shape)
         raise AssertionError(f"{what}: error max {worst:.2e}, rms {rms:.2e}, allowed {bound:.1e}; worst at {tuple(map(int, where))}")
 
 

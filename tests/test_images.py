@@ -7,8 +7,7 @@ from PIL import Image
 
 from coda_fast.images import ImageError, read_image, resize
 
-RNG = np.random.default_rng(0)
-COLOUR = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+COLOUR = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = COLOUR[..., 0]
 
 
@@ -40,13 +39,13 @@ def test_modes(tmp_path, mode):
 
 
 def test_sixteen_bits(tmp_path):
-    deep = RNG.integers(0, 65536, (4, 4), dtype=np.uint16)
+    deep = np.random.default_rng(1).integers(0, 65536, (4, 4), dtype=np.uint16)
     path = _save(tmp_path / "a.png", deep)
     assert np.allclose(read_image(path, 1)[0].numpy(), deep / 65535, atol=1e-6)
 
 
 def test_float_tiff(tmp_path):
-    path = _save(tmp_path / "a.tif", RNG.random((4, 4), dtype=np.float32))
+    path = _save(tmp_path / "a.tif", np.random.default_rng(1).random((4, 4), dtype=np.float32))
     assert read_image(path, 1).shape == (1, 4, 4)
 
 
@@ -64,7 +63,7 @@ def _nan(path):
 
 
 def _truncated(path):
-    _save(path, RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    _save(path, np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     path.write_bytes(path.read_bytes()[:2000])
 
 
