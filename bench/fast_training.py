@@ -33,7 +33,6 @@ import coda_fast  # noqa: E402
 from bench import measure, results  # noqa: E402
 from coda_fast import evaluation  # noqa: E402
 
-RECIPE = ROOT / "coda_fast" / "recipes" / "cifar10-s-fast.yaml"
 # Of a rehearsal: the published network takes seconds a step on a CPU
 TINY = dict(out_channels=[8, 8, 10], ranks=[4, 4, 4], kernel_sizes=[3, 3, 1], strides=[2, 2, 1])
 WEIGHTS = "cifar10_s_fast.safetensors"
@@ -101,7 +100,8 @@ class Trainer:
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.rate = torch.zeros((), device=device)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.rate, fused=self.cuda, capturable=self.cuda)
+        betas = tuple(recipe["optimizer"].get("betas", (0.9, 0.999)))
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.rate, betas=betas, fused=self.cuda, capturable=self.cuda)
         self.ema = [parameter.detach().clone() for parameter in self.parameters]
         self.decay, self.keep = recipe.get("ema", {}).get("decay", 0.0), torch.zeros((), device=device)
         self.index = torch.zeros(self.batch, dtype=torch.int64, device=device)
@@ -334,11 +334,11 @@ def judge(path: Path, images, labels, device, finish: float, keep, *, half: bool
 # -- the tool -------------------------------------------------------------------------------------------------------------------------
 
 
-def recipe_of(path: Path = RECIPE) -> dict:
+def recipe_of(name: str = "cifar10-s-fast") -> dict:
     """The recipe as plain values; what it says about epochs is for runs that are not measured in minutes."""
     import yaml
 
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return yaml.safe_load((ROOT / "coda_fast" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def main(argv=None) -> int:
@@ -351,9 +351,7 @@ def main(argv=None) -> int:
     parser.add_argument("--batch", type=int, help="instead of the recipe's")
     parser.add_argument("--temperature", type=float, help="instead of the recipe's")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument(
-        "--quick", action="store_true", help="a rehearsal: a tiny network, few images, made-up ones without --data"
-    )
+    parser.add_argument("--quick", action="store_true", help="a rehearsal: a tiny network, few images, made-up ones without --data")
     options = parser.parse_args(argv)
     for name in ("minutes", "steps", "batch", "temperature"):
         if (value := getattr(options, name)) is not None and value <= 0:

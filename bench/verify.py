@@ -112,6 +112,22 @@ def shards(tests: list[str], count: int, until: float, folder: Path, root: Path 
     return found
 
 
+def outcomes(folder: Path) -> dict[str, dict]:
+    """{test: {outcome, seconds, reason}} of what ``shards`` ran there."""
+    lines = [line for log in sorted(folder.glob("shard*.jsonl")) for line in _lines(log)]
+    found = {}
+    for line in lines:
+        if "test" in line and found.get(line["test"], {}).get("outcome") != "failed":
+            found[line["test"]] = {key: line[key] for key in ("outcome", "seconds", "reason")}
+    return found
+
+
+def what_differs(reason: str | None, lines: int = 3) -> list[str]:
+    """Of what pytest says about a failure, the lines of the error itself."""
+    found = [line[1:].strip() for line in (reason or "").splitlines() if line.startswith("E ")]
+    return [line[:400] for line in (found or (reason or "").strip().splitlines()[-1:])[:lines]]
+
+
 def wait(processes: list[subprocess.Popen], until: float) -> list[int | None]:
     """Their exit statuses; None for those that had to be killed at ``until``. Each must be the leader of a session: it dies with all that
     it has started (compute-sanitizer, compilers), also if this process is interrupted.
