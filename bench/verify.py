@@ -113,12 +113,12 @@ def shards(tests: list[str], count: int, until: float, folder: Path, root: Path 
 
 
 def outcomes(folder: Path) -> dict[str, dict]:
-    """{test: {outcome, seconds, reason}} of what ``shards`` ran there."""
+    """{test: {outcome, seconds, and where there are some reason, properties}} of what ``shards`` ran there."""
     lines = [line for log in sorted(folder.glob("shard*.jsonl")) for line in _lines(log)]
     found = {}
     for line in lines:
         if "test" in line and found.get(line["test"], {}).get("outcome") != "failed":
-            found[line["test"]] = {key: line[key] for key in ("outcome", "seconds", "reason")}
+            found[line["test"]] = {key: line[key] for key in ("outcome", "seconds", "reason", "properties") if line.get(key) is not None}
     return found
 
 

@@ -25,19 +25,20 @@ BATCH = 16  # Triton compiles anew for sizes that are no multiple of 16
 LETTERS = {"coda_s_cifar10": "S", "coda_l_imagenet100": "L"}
 
 
-def warm(networks, dtypes, device: str, workers: int, until: float, folder: Path, layers: int | None = None) -> list[str]:
-    """Every kernel of these networks compiled, forward, backward and explanation; what failed, in words. ``until``: time.monotonic.
+def warm(wanted, device: str, workers: int, until: float, folder: Path, layers: int | None = None) -> list[str]:
+    """Every kernel of ``wanted``, (network, dtype) each, compiled: forward, backward and explanation. What failed, in words.
 
-    ``layers``: only so many of the layers, for a rehearsal.
+    Args:
+        until: ``time.monotonic`` of the end, also of processes that have not come to theirs.
+        layers: only so many of each network, for a rehearsal.
     """
     if device == "cuda" and hasattr(coda_fast, "compile_kernels"):
-        return _by_the_package(networks, dtypes, workers)
+        return _by_the_package(wanted, workers)
     from bench import cases
 
     jobs = []
-    for dtype in dtypes:
-        found = cases.distinct(cases.layers({LETTERS[name]: BATCH for name in networks}))
-        jobs += [[case.name, dtype] for case in found[:layers]]
+    for network, dtype in wanted:
+        jobs += [[case.name, dtype] for case in cases.distinct(cases.layers({LETTERS[network]: BATCH}))[:layers]]
     folder.mkdir(parents=True, exist_ok=True)
     running, environment = [], verify.environment(folder / "warm.jsonl")
     for i, part in enumerate(jobs[i::workers] for i in range(min(workers, len(jobs)))):
@@ -56,16 +57,15 @@ def warm(networks, dtypes, device: str, workers: int, until: float, folder: Path
     return problems
 
 
-def _by_the_package(networks, dtypes, workers):
+def _by_the_package(wanted, workers):
     problems = []
-    for name in networks:
-        model = coda_fast.create_model(name, device="cuda", backend="triton")
-        for dtype in dtypes:
-            try:
-                shape = (BATCH, model.image_channels, model.image_size, model.image_size)
-                coda_fast.compile_kernels(model, shape, getattr(torch, dtype), workers=workers)
-            except Exception as error:
-                problems.append(f"failed: {name} {dtype}: {type(error).__name__}: {error}")
+    for network, dtype in wanted:
+        try:
+            model = coda_fast.create_model(network, device="cuda", backend="triton")
+            shape = (BATCH, model.image_channels, model.image_size, model.image_size)
+            coda_fast.compile_kernels(model, shape, getattr(torch, dtype), workers=workers)
+        except Exception as error:
+            problems.append(f"failed: {network} {dtype}: {type(error).__name__}: {error}")
     return problems
 
 
@@ -74,7 +74,7 @@ def part(jobs, device: str) -> int:
     from bench import cases, measure, providers
 
     status = 0
-    found = {case.name: case for case in cases.distinct(cases.layers(dict.fromkeys("SL", BATCH)))}
+    found = {case.name: case for letter in "SL" for case in cases.distinct(cases.layers({letter: BATCH}))}
     if device == "cpu":  # a rehearsal: the interpreter takes its time for every pixel
         found = {name: cases.dataclasses.replace(case, batch=1, size=8, units=min(case.units, 8)) for name, case in found.items()}
     for name, dtype in jobs:
@@ -106,7 +106,8 @@ def main(argv=None) -> int:
         return part(json.loads(options.part), options.device)
     start = time.monotonic()
     folder = ROOT / "bench" / "results" / "report" / "logs" / "warm"
-    problems = warm(options.networks, options.dtype, options.device, options.workers, start + 60 * options.minutes, folder)
+    wanted = [(network, dtype) for network in options.networks for dtype in options.dtype]
+    problems = warm(wanted, options.device, options.workers, start + 60 * options.minutes, folder)
     print("\n".join([*problems, f"{time.monotonic() - start:.0f} s"]))
     return int(bool(problems))
 

@@ -53,7 +53,7 @@ def checked(case, dtype, size, batch, tensors=None, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("name", CASES)
-def test_kernels(name, dtype):
+def test_kernels(name, dtype, record_property):
     case, options = CASES[name]
     launched, launch = [], Layer._launch
 
@@ -63,7 +63,7 @@ def test_kernels(name, dtype):
 
     with mock.patch.object(Layer, "_launch", noted):
         checked(few_units(case), dtype, SIZE, BATCH, **options)
-    print("launched:", *sorted(set(launched)))
+    record_property("launched", sorted(set(launched)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
