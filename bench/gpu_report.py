@@ -17,12 +17,12 @@ Stages, in order, each leaving its results on disk as it goes, so that a run tha
     profile          with ncu: every kernel of a layer once                           ncu.csv
     tune             proposes rows of the configuration table                         tuned.json
 
-A stage replaces its own results only. later.json names the tests that had no time, and those that are not for nine minutes: tiles that are
-taken only where the first one does not fit, other numbers of warps and stages. Once tests, configurations and large have all passed, in one
-call or several of one commit, sm_XX.json says so and what was run: put into kernels/coda_kernels/tables/, it makes backend="auto" pick the
-kernels. Needs no network and no installation beyond torch, Triton, NumPy, pytest and pytest-benchmark (training: Pillow, PyYAML, safetensors).
-``--device cpu`` rehearses it anywhere: the same stages, tests under Triton's interpreter. Exit status 1 if something failed or was not run.
-What to do with the results: docs/gpu.md.
+A stage replaces its own results only. later.json names the tests that had no time, and those that are not for nine minutes: tiles that
+are taken only where the first one does not fit, other numbers of warps and stages. Once tests, configurations and large have all passed,
+in one call or several of one commit, sm_XX.json says so and what was run: put into kernels/coda_kernels/tables/, it makes backend="auto"
+pick the kernels. Needs no network and no installation beyond torch, Triton, NumPy, pytest and pytest-benchmark; training also Pillow,
+PyYAML and safetensors. ``--device cpu`` rehearses it anywhere: the same stages, tests under Triton's interpreter. Exit status 1 if
+something failed or was not run. What to do with the results: docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import io
 import json
 import os
 import pkgutil
@@ -38,7 +37,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -67,7 +65,6 @@ FILES = {
 VERDICTS = ("tests", "configurations", "large")
 LATER, ARCHIVE = "later.json", "report.tar.gz"
 MOST = 16 << 20  # bytes of a file that is packed
-LOG = 200_000  # bytes of a log that are packed, from its beginning and from its end
 NEEDED = ("tests.json", "configurations.json", "large.json")  # by the mark
 OPTIONAL = ("fallbacks.json", "warps.json")  # not needed, but a failure in them is one
 TILES, WARPS, SANITIZER = "test_shipped_tile", "test_warps_and_stages", "test_sanitizer"
@@ -91,6 +88,7 @@ class Report:
     data: Path | None = None
     packed: Path | None = None
     left: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    found: tuple[list[str], set[str]] | None = None
 
     def __post_init__(self):
         self.name = results.device_name(torch.device(self.device))
@@ -119,30 +117,31 @@ class Report:
         return Verdict(failures=tuple(f"compile: {problem}" for problem in problems if problem.startswith("failed")))
 
     def tests(self, until: float) -> Verdict:
-        """compute-sanitizer first: it takes longest, beside the others."""
+        """compute-sanitizer first: it takes longest, beside the others. Then what says most."""
+        found, slow = self._collected(until)
         if self.quick:
-            return self._tests("tests", until, *TESTS[:1], "-m", "not slow", "-k", "golden and layer_1")
-        found = self._collect(until, *TESTS)
-        slow = set(self._collect(until, *TESTS, "-m", "slow"))
-        first = [name for name in found if SANITIZER in name]
-        first += [name for name in found if name not in slow and ("test_golden" in name or "test_layer.py" in name)]
-        first += [name for name in found if name in slow and "test_layer.py" in name]
+            return self._shards("tests", [name for name in found if "test_golden" in name and "layer_1" in name], until)
+        layers = [name for name in found if "test_golden" in name or "test_layer.py" in name]
         rest = [name for name in found if name not in slow and not (TILES in name or WARPS in name)]
+        first = [*(name for name in found if SANITIZER in name), *sorted(layers, key=lambda name: name in slow)]
         return self._shards("tests", list(dict.fromkeys([*first, *rest])), until)
 
     def configurations(self, until: float) -> Verdict:
         """The tile that each kernel of each layer takes first. The others are taken where that one does not fit, with a warning."""
-        found = self._collect(until, LARGE, "-k", f"{TILES} or {WARPS}")
+        found, _ = self._collected(until)
         first, others = first_tiles([name for name in found if TILES in name])
         warps = [name for name in found if WARPS in name]
         if self.quick:
             first, others, warps = first[:2], others[:2], warps[:2]
-        self._later("fallbacks", others), self._later("warps", warps)
+        self._later("fallbacks", others)
+        self._later("warps", warps)
         return self._shards("configurations", first, until)
 
     def large(self, until: float) -> Verdict:
         """One at a time: they fill the device."""
-        return self._tests("large", until, LARGE, "-m", "slow", "-k", f"not ({TILES} or {WARPS} or {SANITIZER})", jobs=1)
+        found, slow = self._collected(until)
+        tests = [name for name in found if name in slow and name.startswith(LARGE) and SANITIZER not in name]
+        return self._shards("large", tests[: 1 if self.quick else None], until, jobs=1)
 
     def later(self, until: float, listed: dict[str, list[str]], folder: Path) -> Verdict:
         """The tests of a later.json, and verdicts of them and of what ran before."""
@@ -162,9 +161,11 @@ class Report:
 
     def layers(self, until: float) -> Verdict:
         """Without torch.compile first: compiling takes most of the time, and what is cut off should be the compiled peer."""
+        if self.quick:
+            return self._bench("bench/bench_layers.py", until, f"S9 and not explanation and {TO_BEAT}")
         half = time.monotonic() + 0.5 * (until - time.monotonic())
-        eager = self._bench("bench/bench_layers.py", half, "S9 and not compiled" if self.quick else "not compiled")
-        return eager + self._bench("bench/bench_layers.py", until, f"forward_+_backward and {TO_BEAT}" + " and S9" * self.quick)
+        eager = self._bench("bench/bench_layers.py", half, "not compiled")
+        return eager + self._bench("bench/bench_layers.py", until, f"forward_+_backward and {TO_BEAT}")
 
     def networks(self, until: float) -> Verdict:
         half = time.monotonic() + 0.5 * (until - time.monotonic())
@@ -198,12 +199,11 @@ class Report:
 
     # -- how ----
 
-    def _tests(self, name, until, *selection, jobs=None):
-        return self._shards(name, self._collect(until, *selection), until, jobs)
-
-    @staticmethod
-    def _collect(until, *selection):
-        return verify.collect(*selection, timeout=max(1.0, until - time.monotonic()))
+    def _collected(self, until):
+        """All tests that may be run, and which are slow; found out once."""
+        if self.found is None:
+            self.found = verify.collect_marked(*TESTS, timeout=max(1.0, until - time.monotonic()))
+        return self.found
 
     def _shards(self, name, tests, until, jobs=None, before=Verdict()):  # noqa: B008
         folder = self.output / "logs" / name
@@ -309,24 +309,12 @@ class Report:
 
     def pack(self) -> None:
         """All there is so far as two files, the weights and an archive of the rest: a machine that is only lent may give back few files of
-        limited size. Long logs lose their middle.
+        limited size.
         """
         if self.packed is None:
             return
-        self.packed.mkdir(parents=True, exist_ok=True)
-        scratch = self.packed / f".{ARCHIVE}"
-        with tarfile.open(scratch, "w:gz") as archive:
-            files = {path.relative_to(self.output): path for path in sorted(self.output.rglob("*")) if path.is_file()}
-            for name, path in (files | {Path(self.path.name): self.path}).items():
-                if not path.exists() or path.suffix == ".safetensors" or path.name.startswith("."):
-                    continue
-                data = path.read_bytes()
-                if "logs" in name.parts and len(data) > 2 * LOG:
-                    data = data[:LOG] + b"\n...\n" + data[-LOG:]
-                entry = tarfile.TarInfo(str(name))
-                entry.size, entry.mtime = len(data), path.stat().st_mtime
-                archive.addfile(entry, io.BytesIO(data))
-        os.replace(scratch, self.packed / ARCHIVE)
+        files = {path.relative_to(self.output): path for path in self.output.rglob("*") if path.suffix != ".safetensors"}
+        results.pack(files | {Path(self.path.name): self.path}, self.packed / ARCHIVE)
         if (weights := self.output / fast_training.WEIGHTS).exists():
             shutil.copyfile(weights, self.packed / weights.name)
         for path in self.packed.iterdir():

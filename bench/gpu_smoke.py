@@ -52,10 +52,10 @@ LAYERS = ("S7", "L7")
 class Smoke:
     """Stages, verdicts, and what was found, on disk after each."""
 
-    def __init__(self, output: Path, device: str, finish: float, quick: bool = False, jobs: int = 1):
+    def __init__(self, output: Path, device: str, finish: float, quick: bool = False, jobs: int = 1, packed: Path | None = None):
         self.output, self.device, self.finish, self.quick, self.jobs = output, torch.device(device), finish, quick, jobs
         self.found = {"of": {**results.environment(self.device), "tree": results.tree()}, "verdicts": {}}
-        self.cuda = device == "cuda"
+        self.cuda, self.packed = device == "cuda", packed
 
     def verdict(self, name: str, result: str, detail: str = "") -> None:
         """``result``: pass; FAIL; left: it had no time; none: a rehearsal without a GPU has nothing of it."""
@@ -67,6 +67,10 @@ class Smoke:
         scratch = self.output / ".smoke.json"
         scratch.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
         os.replace(scratch, self.output / "smoke.json")
+
+    def pack(self):
+        if self.packed is not None:
+            results.pack({path.relative_to(self.output): path for path in self.output.rglob("*")}, self.packed / "smoke.tar.gz")
 
     def run(self, stages) -> bool:
         """All stages; one that raises is a verdict and not the end. Whether nothing failed or was left."""
@@ -81,6 +85,7 @@ class Smoke:
                 self.verdict(stage, "FAIL", measure.reason(error))
             self.found.setdefault("seconds", {})[stage] = round(time.monotonic() - begun, 1)
             self.keep()
+            self.pack()
         return all(verdict["result"] in ("pass", "none") for verdict in self.found["verdicts"].values())
 
     # -- stages ----
@@ -227,6 +232,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=results.FOLDER / "report" / "smoke", help="folder, made if it is not there")
     parser.add_argument("--minutes", type=float, default=2.5)
+    parser.add_argument("--pack", type=Path, help="folder for an archive of the results, one file")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="one small part of each stage")
@@ -240,7 +246,8 @@ def main(argv=None) -> int:
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.benchmark = options.device == "cuda"
-    smoke = Smoke(options.output.resolve(), options.device, start + 60 * options.minutes - 3, options.quick, options.jobs)
+    finish, packed = start + 60 * options.minutes - 3, options.pack and options.pack.resolve()
+    smoke = Smoke(options.output.resolve(), options.device, finish, options.quick, options.jobs, packed)
     good = smoke.run(options.stages)
     others = [name for name, verdict in smoke.found["verdicts"].items() if verdict["result"] in ("FAIL", "left")]
     print("all pass" if good else f"not passed: {', '.join(others)}")

@@ -5,7 +5,8 @@ import os
 
 
 def pytest_collection_finish(session):
-    _write({"collected": [item.nodeid for item in session.items]})
+    slow = [item.nodeid for item in session.items if item.get_closest_marker("slow")]
+    _write({"collected": [item.nodeid for item in session.items], "slow": slow})
 
 
 def pytest_runtest_logreport(report):

@@ -154,6 +154,11 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 def collect(*arguments: str, root: Path = ROOT, timeout: float | None = None) -> list[str]:
     """Names of the tests that a selection has. RuntimeError with pytest's own words if it finds none. subprocess.TimeoutExpired."""
+    return collect_marked(*arguments, root=root, timeout=timeout)[0]
+
+
+def collect_marked(*arguments: str, root: Path = ROOT, timeout: float | None = None) -> tuple[list[str], set[str]]:
+    """The same, and which of them are marked slow."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         done = subprocess.run(
@@ -161,10 +166,10 @@ def collect(*arguments: str, root: Path = ROOT, timeout: float | None = None) ->
             timeout=timeout,
         )  # fmt: skip
         lines = _lines(log)
-        names = next((line["collected"] for line in lines if "collected" in line), [])
+        names, slow = next(((line["collected"], line["slow"]) for line in lines if "collected" in line), ([], []))
         if not names or done.returncode:
             raise RuntimeError(f"expected tests from {' '.join(arguments)}, pytest said: {(done.stdout + done.stderr)[-1000:]}")
-        return names
+        return names, set(slow)
 
 
 def read(log: Path, done: subprocess.CompletedProcess | None = None) -> Verdict:
