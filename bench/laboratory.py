@@ -63,6 +63,7 @@ class Laboratory:
             for name in names:
                 try:
                     runners[name] = Runner(*providers.setup(name, case, mode, getattr(torch, self.dtype), self.device))
+                    runners[name].captures_itself = COMPILED in name
                 except (providers.Missing, torch.cuda.OutOfMemoryError) as error:
                     found[name] = Measurement(missing=str(error) if isinstance(error, providers.Missing) else measure.reason(error))
             seconds = self.seconds / 2 if getattr(case, "axis", "") else self.seconds
@@ -129,6 +130,7 @@ class Laboratory:
                 "p80_us": _short(p80),
                 "host_p50_us": _short(measure.quantiles(m.host_us)[1] if m.host_us else None),
                 "turns": len(m.device_us),
+                "timed": m.timed,
                 "peak_bytes": m.peak_bytes,
                 "error": _short(m.error),
                 "ceiling": _short(ceilings[bound] / p50) if bound and p50 else None,

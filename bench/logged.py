@@ -5,13 +5,15 @@ import os
 
 
 def pytest_collection_finish(session):
-    _write({"collected": [item.nodeid for item in session.items]})
+    slow = [item.nodeid for item in session.items if item.get_closest_marker("slow")]
+    _write({"collected": [item.nodeid for item in session.items], "slow": slow})
 
 
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
         reason = None if report.passed else str(report.longrepr)[-2000:]
-        _write({"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3), "reason": reason})
+        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3), "reason": reason}
+        _write(line | ({"properties": dict(report.user_properties)} if report.user_properties else {}))
 
 
 def pytest_collectreport(report):

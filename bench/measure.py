@@ -17,17 +17,20 @@ import torch
 
 BLOCK_SECONDS = {"cuda": 0.01, "cpu": 0.02}
 TURNS = (5, 15)  # least, most
+GRAPHS = 4  # inputs of a provider that are captured; what it writes on the way is far larger than what one more input would be
+CAPTURED = 0.1  # of a GPU's memory: what takes more at its peak keeps the device busy for longer than the host needs to launch it
 
 
 @dataclasses.dataclass
 class Measurement:
     """Of one provider. Sample i of each provider of a group was taken in the same turn, so that ratios can be formed turn by turn."""
 
-    device_us: list[float] = dataclasses.field(default_factory=list)  # a GPU: between events around the work; a CPU: the same as host_us
+    device_us: list[float] = dataclasses.field(default_factory=list)  # a GPU: between events around replays; a CPU: the same as host_us
     host_us: list[float] = dataclasses.field(default_factory=list)  # until the work is done
     peak_bytes: int | None = None
     error: float | None = None
     missing: str | None = None  # why there is nothing
+    timed: str = "calls"  # what device_us is of: "graph", replays of CUDA graphs, or "calls", which on a GPU may have waited for the host
 
 
 @dataclasses.dataclass
@@ -37,10 +40,59 @@ class Runner:
     inputs: list[tuple]
     function: Callable
     calls: int = 0
+    captures_itself: bool = False  # torch.compile does, with mode="max-autotune"
+    graphs: list | None = None  # see ``capture``
 
     def __call__(self):
         self.calls += 1
         return self.function(*self.inputs[self.calls % len(self.inputs)])
+
+    def replay(self):
+        """The same work without the host's: the next graph, or a call where there is none."""
+        if self.graphs is None:
+            return self()
+        self.calls += 1
+        self.graphs[self.calls % len(self.graphs)].replay()
+
+    def capture(self) -> str | None:
+        """A CUDA graph for each input (GRAPHS of them at most, in one pool of memory); why not, where that fails."""
+        try:
+            self.graphs = capture(self.function, self.inputs[:GRAPHS])
+        except Exception as error:
+            torch.cuda.synchronize()  # raises where the device is lost, and not only the capture
+            return reason(error)
+        return None
+
+
+def capture(function: Callable, inputs: list[tuple]) -> list[torch.cuda.CUDAGraph]:
+    """A CUDA graph of ``function`` for each of ``inputs``. They share their memory: only one may run at a time, and what they write is
+    not to be read.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries take their workspaces, kernels are compiled
+        for _ in range(2):
+            function(*inputs[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graphs, pool = [], torch.cuda.graph_pool_handle()
+    for arguments in inputs:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], pool=pool):
+            function(*arguments)
+    return graphs
+
+
+def device_us(function: Callable, inputs: list[tuple], seconds: float = 0.1) -> tuple[float, str]:
+    """(median microseconds of the device's work, "graph" or why there is none), inputs in rotation."""
+    runner, device = Runner(inputs, function), torch.device("cuda")
+    runner()
+    why = runner.capture()
+    once = _replays(runner, 2, device)
+    count = max(1, min(50, math.ceil(0.01 / max(once, 1e-7))))
+    turns = max(3, min(15, int(seconds / max(count * once, 1e-7))))
+    times = sorted(1e6 * _replays(runner, count, device) for _ in range(turns))
+    return times[len(times) // 2], why or "graph"
 
 
 def in_turn(runners: dict[str, Runner], device: torch.device, seconds: float, turns: tuple[int, int] = TURNS) -> dict[str, Measurement]:
@@ -55,16 +107,22 @@ def in_turn(runners: dict[str, Runner], device: torch.device, seconds: float, tu
             runners[name]()
             # of CUDA graphs the second call is the recording one: later ones replay and allocate nothing
             found[name].peak_bytes = peak_bytes(runners[name], device)
-            estimate = _block(runners[name], 1, device)[1]
+            estimate = _block(runners[name], 1, 1, device)[1]
             for _ in range(2 if estimate < 0.3 else 0):
-                estimate = min(estimate, _block(runners[name], 1, device)[1])
-            repeats[name] = max(1, min(100, math.ceil(BLOCK_SECONDS[device.type] / max(estimate, 1e-7))))
-            total += repeats[name] * estimate * (2 if device.type == "cuda" else 1)  # there a block runs twice
+                estimate = min(estimate, _block(runners[name], 1, 1, device)[1])
+            if device.type == "cuda" and not runners[name].captures_itself:
+                memory = torch.cuda.get_device_properties(device).total_memory
+                if found[name].peak_bytes <= CAPTURED * memory and runners[name].capture() is None:
+                    found[name].timed = "graph"
+            replayed = _replays(runners[name], 2, device) if found[name].timed == "graph" else estimate
+            repeats[name] = [max(1, min(100, math.ceil(BLOCK_SECONDS[device.type] / max(t, 1e-7)))) for t in (replayed, estimate)]
+            # on a GPU a block runs twice, for the device's time and for the host's
+            total += repeats[name][1] * estimate + (repeats[name][0] * replayed if device.type == "cuda" else 0)
     least, most = turns
     for _ in range(max(least, min(most, int(seconds / max(total, 1e-9)))) if repeats else 0):
         for name in list(runners):
             with _survive(name, runners, found, device):
-                on_device, on_host = _block(runners[name], repeats[name], device)
+                on_device, on_host = _block(runners[name], *repeats[name], device)
                 found[name].device_us.append(1e6 * on_device)
                 found[name].host_us.append(1e6 * on_host)
             if name not in runners:
@@ -91,28 +149,29 @@ def empty(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _block(runner, count, device):
-    """Seconds a call: on the device, and until the host knows that all are done."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(count):
-            runner()
-        seconds = (time.perf_counter() - start) / count
-        return seconds, seconds
+def _block(runner, replays, calls, device):
+    """Seconds of one, on the device and until the host knows that all are done: of so many replays, and of so many calls."""
+    on_device = _replays(runner, replays, device) if device.type == "cuda" else None
+    start = time.perf_counter()
+    for _ in range(calls):
+        runner()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = (time.perf_counter() - start) / calls
+    return seconds if on_device is None else on_device, seconds
+
+
+def _replays(runner, count, device):
+    """Seconds on the device of one of ``count`` in a row."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     head_start(device)
     start.record()
     for _ in range(count):
-        runner()
+        runner.replay()
     end.record()
     torch.cuda.synchronize(device)
-    on_device = 1e-3 * start.elapsed_time(end) / count
-    begin = time.perf_counter()
-    for _ in range(count):
-        runner()
-    torch.cuda.synchronize(device)
-    return on_device, (time.perf_counter() - begin) / count
+    return 1e-3 * start.elapsed_time(end) / count
 
 
 _scratch = {}

@@ -252,7 +252,8 @@ def _steps(logits, explained, parameters, classes, case, mode, dtype, device):
         inputs.append((images, torch.randint(classes, (case.batch,), generator=generator, device=device)))
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # noqa: E731
     # a rate of zero: every step does its work on the same weights, so that what is timed does not depend on how often
-    optimiser = torch.optim.Adam(parameters, lr=0.0, fused=device.type == "cuda")
+    gpu = device.type == "cuda"
+    optimiser = torch.optim.Adam(parameters, lr=0.0, fused=gpu, capturable=gpu)  # in a CUDA graph too
 
     def inference(images, labels):
         with torch.no_grad(), autocast():

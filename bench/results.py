@@ -6,11 +6,13 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import re
 import subprocess
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -130,3 +132,23 @@ def replace(path: Path, rows: Iterable[dict]) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]), encoding="utf-8")
     os.replace(scratch, path)
+
+
+LOG = 200_000  # bytes of a log that are packed, from its beginning and from its end
+
+
+def pack(files: dict[Path, Path], archive: Path) -> None:
+    """Files into a .tar.gz under these names, all of it or nothing; in folders named logs, long ones lose their middle."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    scratch = archive.with_name(f".{archive.name}.{os.getpid()}")
+    with tarfile.open(scratch, "w:gz") as tar:
+        for name, path in sorted(files.items()):
+            if not path.is_file() or path.name.startswith("."):
+                continue
+            data = path.read_bytes()
+            if "logs" in name.parts and len(data) > 2 * LOG:
+                data = data[:LOG] + b"\n...\n" + data[-LOG:]
+            entry = tarfile.TarInfo(str(name))
+            entry.size, entry.mtime = len(data), int(path.stat().st_mtime)
+            tar.addfile(entry, io.BytesIO(data))
+    os.replace(scratch, archive)

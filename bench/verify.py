@@ -112,6 +112,22 @@ def shards(tests: list[str], count: int, until: float, folder: Path, root: Path 
     return found
 
 
+def outcomes(folder: Path) -> dict[str, dict]:
+    """{test: {outcome, seconds, and where there are some reason, properties}} of what ``shards`` ran there."""
+    lines = [line for log in sorted(folder.glob("shard*.jsonl")) for line in _lines(log)]
+    found = {}
+    for line in lines:
+        if "test" in line and found.get(line["test"], {}).get("outcome") != "failed":
+            found[line["test"]] = {key: line[key] for key in ("outcome", "seconds", "reason", "properties") if line.get(key) is not None}
+    return found
+
+
+def what_differs(reason: str | None, lines: int = 3) -> list[str]:
+    """Of what pytest says about a failure, the lines of the error itself."""
+    found = [line[1:].strip() for line in (reason or "").splitlines() if line.startswith("E ")]
+    return [line[:400] for line in (found or (reason or "").strip().splitlines()[-1:])[:lines]]
+
+
 def wait(processes: list[subprocess.Popen], until: float) -> list[int | None]:
     """Their exit statuses; None for those that had to be killed at ``until``. Each must be the leader of a session: it dies with all that
     it has started (compute-sanitizer, compilers), also if this process is interrupted.
@@ -138,6 +154,11 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 def collect(*arguments: str, root: Path = ROOT, timeout: float | None = None) -> list[str]:
     """Names of the tests that a selection has. RuntimeError with pytest's own words if it finds none. subprocess.TimeoutExpired."""
+    return collect_marked(*arguments, root=root, timeout=timeout)[0]
+
+
+def collect_marked(*arguments: str, root: Path = ROOT, timeout: float | None = None) -> tuple[list[str], set[str]]:
+    """The same, and which of them are marked slow."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         done = subprocess.run(
@@ -145,10 +166,10 @@ def collect(*arguments: str, root: Path = ROOT, timeout: float | None = None) ->
             timeout=timeout,
         )  # fmt: skip
         lines = _lines(log)
-        names = next((line["collected"] for line in lines if "collected" in line), [])
+        names, slow = next(((line["collected"], line["slow"]) for line in lines if "collected" in line), ([], []))
         if not names or done.returncode:
             raise RuntimeError(f"expected tests from {' '.join(arguments)}, pytest said: {(done.stdout + done.stderr)[-1000:]}")
-        return names
+        return names, set(slow)
 
 
 def read(log: Path, done: subprocess.CompletedProcess | None = None) -> Verdict:

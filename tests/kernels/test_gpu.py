@@ -251,7 +251,7 @@ def shape_of(case, dtype):
 
 def kernels_of(shape):
     """Those that the layer launches."""
-    left_out = ("contracted", "norm_factor") if shape.generated else ("generated",)
+    left_out = ("contracted", "contracted_kept", "norm_factor") if shape.generated else ("generated",)
     return [kernel for kernel in config._SIZES if kernel not in left_out]
 
 
@@ -297,19 +297,19 @@ def forced(monkeypatch, kernel, tile):
     assert used, f"{kernel} was not launched"
 
 
-def compare_layer(case, dtype, size=(12, 12)):
-    """Forward, gradients and explanation of two images against the definition in float64."""
-    channels, units, rank, kernel, stride = case
-    tensors = layer_tensors(channels, units, rank, kernel, size, batch=2, dtype=dtype)
-    options = dict(stride=stride, padding=(kernel - 1) // 2)
-    compare(tensors, **options)
+def compare_layer(case, dtype, kernel=None, size=(12, 12)):
+    """Forward, gradients and explanation of two images against the definition in float64, in the way that launches ``kernel``."""
+    channels, units, rank, side, stride = case
+    tensors = layer_tensors(channels, units, rank, side, size, batch=2, dtype=dtype)
+    options = dict(stride=stride, padding=(side - 1) // 2)
+    compare(tensors, **options, save_contraction=kernel == "contracted_kept")
     compare([tensors[0], *(t.detach() for t in tensors[1:])], **options, detach=True)
 
 
 @pytest.mark.parametrize(("case", "dtype", "kernel", "tile"), list(cases()))
 def test_shipped_tile(case, dtype, kernel, tile, monkeypatch):
     with forced(monkeypatch, kernel, tile):
-        compare_layer(case, dtype)
+        compare_layer(case, dtype, kernel)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
@@ -319,7 +319,7 @@ def test_warps_and_stages(case, kernel, warps, stages, monkeypatch):
     """The wanted blocks, however they are launched."""
     wanted = config.candidates(kernel, shape_of(case, torch.bfloat16), layer.device_of(DEVICE))[0]
     with forced(monkeypatch, kernel, config.Tile(wanted.blocks, warps, stages)):
-        compare_layer(case, torch.bfloat16)
+        compare_layer(case, torch.bfloat16, kernel)
 
 
 # -- precision of float32 ---------------------------------------------------------------------------------------------------------------
