@@ -22,7 +22,8 @@ def test_any_shape(data):
     tensors = layer_tensors(
         channels, units, rank, kernel, size, batch=draw(1, 3), bias=data.draw(st.booleans()), dtype=data.draw(st.sampled_from(DTYPES))
     )
-    eps = 1e-4 if tensors[0].dtype == torch.float16 else 1e-6  # a patch may lie in the padding wholly: 1 / eps must fit
+    # Under "l2" the kernels' gradients have a factor 1 / |w|^2, which must fit into float16; eager torch's have 1 / |w|
+    eps = 3e-2 if tensors[0].dtype == torch.float16 else 1e-6
     compare(tensors, stride=stride, padding=padding, dilation=dilation, norm=norm, eps=eps)
 
 
