@@ -110,8 +110,8 @@ class Report:
     def compile(self, until: float) -> Verdict:
         """What was tested and trained then waits for no compiler: bfloat16 for all, float32 for what judges the training."""
         wanted = [("coda_s_cifar10", "bfloat16"), ("coda_l_imagenet100", "bfloat16"), ("coda_s_cifar10", "float32")]
-        wanted, layers = (wanted[:1], 1) if self.quick else (wanted, None)
-        problems = warm.warm(wanted, self.device, self.jobs, until, self.output / "logs" / "warm", layers)
+        wanted, passes = (wanted[:1], ("inference",)) if self.quick else (wanted, warm.PASSES)
+        problems = warm.warm(wanted, self.device, self.jobs, passes)
         for problem in problems:
             say(problem)
         return Verdict(failures=tuple(f"compile: {problem}" for problem in problems if problem.startswith("failed")))

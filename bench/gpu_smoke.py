@@ -101,10 +101,8 @@ class Smoke:
         self.verdict("ceilings", "pass", f"{self.found['product_tflops']} TFLOP/s, {self.found['copy_tb_s']} TB/s")
 
     def compile(self):
-        until = time.monotonic() + 0.35 * (self.finish - time.monotonic())
-        wanted = [(network, "bfloat16") for network in list(warm.LETTERS)[: 1 if self.quick else None]]
-        begun, logs = time.monotonic(), self.output / "logs" / "warm"
-        problems = warm.warm(wanted, self.device.type, self.jobs, until, logs, 1 if self.quick else None)
+        wanted, begun = [(network, "bfloat16") for network in warm.NETWORKS[: 1 if self.quick else None]], time.monotonic()
+        problems = warm.warm(wanted, self.device.type, self.jobs, ("inference",) if self.quick else warm.PASSES)
         detail = f"{self.jobs} processes, {time.monotonic() - begun:.0f} s"
         self.verdict("compile", "FAIL" if problems else "pass", "; ".join([detail, *problems[:8]]))
         self.found["compile"] = problems

@@ -50,9 +50,7 @@ def neighbours(kernel: str, shape: config.Shape, device: config.Device, tile: Ti
     blocks = dict(tile.blocks)
     moves = [{name: size * factor} for name, size in blocks.items() for factor in (0.5, 2)]
     moves += [{a: blocks[a] / 2, b: blocks[b] * 2} for a in blocks for b in blocks if a != b]
-    found = [tile, *(dataclasses.replace(tile, warps=w) for w in WARPS)]
-    if kernel != "grad_factors":  # it has no loop
-        found += [dataclasses.replace(tile, stages=s) for s in STAGES]
+    found = [tile, *(dataclasses.replace(tile, warps=w) for w in WARPS), *(dataclasses.replace(tile, stages=s) for s in STAGES)]
     found += [Tile.make(tile.warps, tile.stages, **{name: int(size) for name, size in (blocks | move).items()}) for move in moves]
     return tuple(dict.fromkeys(t for t in found if t == tile or legal(kernel, shape, device, t)))
 
@@ -70,18 +68,13 @@ def _accumulators(kernel, s, t):
     """Numbers in the accumulator of a program."""
     if kernel in ("contracted", "contracted_kept"):
         return t["BM"] * t["BO"] * s.R
-    if kernel == "norm_factor":
-        return s.R**2 * (s.bits // 16)
     names = {
-        "project": ("BM", "BN"),
+        "prepare": ("BM", "BN"),
+        "prepare_backward": ("BM", "BN"),
         "generated": ("BM", "BO", "BD"),
         "grad_z": ("BM", "BR"),
         "fold": ("BM", "BC"),
-        "outer_scaled": ("BO", "BR", "BN"),
-        "moments": ("BO", "BR", "BN"),
-        "outer_plain": ("BR", "BN"),
-        "gram": ("BR", "BR"),
-        "grad_factors": ("BP", "BO"),
+        "sums": ("BO", "BR", "BN"),
     }[kernel]
     return math.prod(t[name] for name in names)
 
@@ -106,7 +99,7 @@ class Launch:
                 tensor.copy_(value)
             with unwritten_is_nan():
                 result = self.run(tile)
-            found = self.outputs + ([] if result is None else [result])
+            found = self.outputs + ([] if result is None else [result.sum(0)])  # other tiles sum in other parts
             return next(filter(None, map(_difference, found, self.after)), None)
         finally:
             for tensor, value in zip(self.outputs, now, strict=True):
@@ -157,7 +150,7 @@ def record(layer: tuple, dtype: str, device: str | torch.device) -> dict[str, Jo
         before = [t.clone() for t in tensors]
         result = original(self, name, lambda tile: used.append(tile) or run(tile))
         written = [i for i, tensor in enumerate(tensors) if not _same_bits(tensor, before[i])]
-        after = [tensors[i].clone() for i in written] + ([] if result is None else [result.clone()])
+        after = [tensors[i].clone() for i in written] + ([] if result is None else [result.sum(0)])
         job = jobs.setdefault(name, Job(name, self.shape, self.device, used[-1]))
         job.launches.append(Launch(run, [tensors[i] for i in written], [before[i] for i in written], after))
         return result
@@ -183,10 +176,11 @@ def unwritten_is_nan():
 
 
 def _tensors_of(run):
-    """Tensors that a launcher's closure holds, by itself or in lists; each once."""
+    """Tensors that a launcher's closure holds, by itself, in lists or as a layer's packed parameters; each once."""
     found = {}
     for cell in run.__closure__ or ():
         held = cell.cell_contents
+        held = held.prepared if hasattr(held, "prepared") else held
         for value in held if isinstance(held, list | tuple) else (held,):
             if isinstance(value, torch.Tensor):
                 found[id(value)] = value

@@ -4,6 +4,7 @@ from coda_fast import functional
 from coda_fast._version import __version__
 from coda_fast.backends import BackendUnavailable, backend_info
 from coda_fast.checkpoints import CheckpointError, load, save
+from coda_fast.compile import compile_kernels
 from coda_fast.explain import Explanation
 from coda_fast.models import CoDANet, create_model, list_models
 from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, explanation_mode
@@ -18,6 +19,7 @@ __all__ = [
     "SumPool2d",
     "__version__",
     "backend_info",
+    "compile_kernels",
     "create_model",
     "explanation_mode",
     "functional",

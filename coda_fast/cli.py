@@ -1,4 +1,4 @@
-"""The command line: ``coda-fast demo|train|explain|evaluate|report|info``. Bad input: one line, exit code 2, no file written."""
+"""The command line: ``coda-fast demo|train|explain|evaluate|report|compile|info``. Bad input: one line, exit code 2, no file written."""
 
 from __future__ import annotations
 
@@ -339,6 +339,32 @@ def report(images, checkpoint, output, classes, methods, limit, size, device) ->
 
 def _digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+@cli.command()
+@click.argument("network")
+@click.option("--size", type=click.IntRange(min=1), help="Height and width of the images. Default: that of the network.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--arch", help="Compute capability as 80, 90 or 100, or gfx942. Default: that of the GPU at hand; another one needs no GPU.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. Default: one for each processor.")
+def compile(network: str, size: int | None, dtype: str, arch: str | None, workers: int | None) -> None:
+    """Compile all fused kernels of NETWORK (a name or a checkpoint) ahead of the first step, in parallel, into Triton's cache."""
+    from coda_fast import compile_kernels, create_model, list_models
+
+    model = create_model(network) if network in list_models() else checkpoints.load(network)
+    model = model.to(memory_format=torch.channels_last)
+    side = size or model.image_size
+    shape = (16, model.image_channels, side, side)
+    target = int(arch) if arch and arch.isdigit() else arch
+    with tqdm(desc=network, unit=" kernels", disable=None) as bar:
+
+        def advance(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        options = {"workers": workers, "arch": target, "memory_format": torch.channels_last, "progress": advance}
+        count = compile_kernels(model, shape, getattr(torch, dtype), **options)
+    click.echo(f"{count} kernels of {network} in {dtype} are in Triton's cache")
 
 
 @cli.command()

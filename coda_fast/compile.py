@@ -105,7 +105,7 @@ def compile_kernels(
         How many kernels there were.
 
     Raises:
-        ValueError: a model without DAU layers, a shape that is none.
+        ValueError: a model without DAU layers, a shape that is none, an unknown pass or architecture.
         BackendUnavailable: no Triton, or no GPU here and none named.
         RuntimeError: what the compiler refused.
     """
@@ -116,6 +116,8 @@ def compile_kernels(
 
     if arch is None and not torch.cuda.is_available():
         raise backends.BackendUnavailable("compile_kernels: torch sees no GPU here; name one with arch, such as 90 for an H100")
+    if arch is not None and arch not in config.SHARED_BYTES:
+        raise ValueError(f"arch: expected one of {', '.join(map(str, config.SHARED_BYTES))}, got {arch}")
     device = _device() if arch is None else config.Device(arch, 132)
     launches = record_launches(model, input_shape, dtype, passes, device, memory_format)
     return compiler.compile_launches([each for found in launches.values() for each in found], device.arch, workers, progress)

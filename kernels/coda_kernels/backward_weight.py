@@ -68,8 +68,8 @@ def _outer_sum(
     if SCALED:
         b_acc = tl.trans(b_acc)
     tl.store(out_ptr + o_row.to(tl.int64)[:, None] * width + o_j[None, :], b_acc, m_row[:, None] & (o_j < width)[None, :])
-    if not SCALED and not PIXELS_FIRST:
-        tl.store(totals_ptr + o_r, b_totals, mask=o_r < tl.where(i_n == 0, rows, 0))
+    if not SCALED and not PIXELS_FIRST:  # whole blocks of 16, so that nothing is left unwritten
+        tl.store(totals_ptr + o_r, b_totals, mask=o_r < tl.where(i_n == 0, (rows + 15) // 16 * 16, 0))
 
 
 @triton.jit(do_not_specialize=["PP", "chunk", "weights", "moments", "directs", "WP", "rows", "units"])

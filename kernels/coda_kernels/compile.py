@@ -129,6 +129,8 @@ def specialisation(each: Launch, arch: int | str) -> tuple:
     driver.set_active(_Absent(arch))
     try:
         function, arguments, options = each.specialised(arch)
+        if not hasattr(function, "device_caches"):  # Triton's interpreter, which does not compile: all that is not the grid
+            return each.kernel, each.arguments, each.options
         binder = function.device_caches[arch][-1]
         _, specialisation, rest = binder(*arguments, **options, debug=False)
         return each.kernel, str(specialisation), str(sorted(rest.items()))

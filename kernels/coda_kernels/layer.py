@@ -241,19 +241,16 @@ class Layer:
             chunk = triton.cdiv(triton.cdiv(pixels, parts), tile["BP"]) * tile["BP"]
             parts = triton.cdiv(pixels, chunk)
             partial = torch.empty(parts, sum(lengths), device=self.torch_device)
-            found = [
-                part[:, : math.prod(shape)].unflatten(1, shape) if shape[0] else part[0]
-                for part, shape in zip(partial.split(lengths, 1), shapes, strict=True)
-            ]
             launch(
                 backward_weight.parameter_sums, (tiles, parts), canvas, starts, z, *(self._or_dummy(a) for a in (gs, t)), e,
-                *(partial if not f.numel() else f for f in found), partial.stride(0), weights, moments, directs, pixels,
-                chunk, e.stride(0), rows, s.units, self.canvas_size[1], s.K, **self._geometry(), R=s.R,
+                *(part if part.numel() else partial for part in partial.split(lengths, 1)), partial.stride(0), weights, moments,
+                directs, pixels, chunk, e.stride(0), rows, s.units, self.canvas_size[1], s.K, **self._geometry(), R=s.R,
                 PRECISION=self.precision, **tile.options(),
             )  # fmt: skip
-            return found
+            return partial
 
-        return self._launch("sums", run)
+        parts = self._launch("sums", run).split(lengths, 1)
+        return [part[:, : math.prod(shape)].unflatten(1, shape) if shape[0] else part[0] for part, shape in zip(parts, shapes, strict=True)]
 
     def grad_parameters(self, canvas_x, canvas_u, starts, z, gs, t, e, ranks, needs):
         """(dB, dA, db), None where not needed; ``e`` is [dz | gs] with ``ranks`` columns of dz."""
@@ -365,6 +362,6 @@ def device_of(device: torch.device) -> Device:
 def precision(dtype: torch.dtype, device: Device) -> str:
     """How float32 operands are multiplied, after ``torch.set_float32_matmul_precision``: "highest" is three TF32 products (about 2^-21)
     on NVIDIA tensor cores, "high" and "medium" one; AMD and the interpreter compute float32 as it is."""
-    if dtype != torch.float32 or device.amd or interpreted():
+    if dtype != torch.float32 or device.amd or (interpreted() and recorded_device() is None):
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

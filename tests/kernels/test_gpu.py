@@ -251,7 +251,7 @@ def shape_of(case, dtype):
 
 def kernels_of(shape):
     """Those that the layer launches."""
-    left_out = ("contracted", "contracted_kept", "norm_factor") if shape.generated else ("generated",)
+    left_out = ("contracted", "contracted_kept") if shape.generated else ("generated",)
     return [kernel for kernel in config._SIZES if kernel not in left_out]
 
 
@@ -271,8 +271,7 @@ def grid_cases():
     for case in GRID_LAYERS:
         shape = shape_of(case, torch.bfloat16)
         for kernel in kernels_of(shape):
-            if kernel != "grad_factors":
-                yield pytest.param(case, kernel, id=config.row_key(kernel, shape))
+            yield pytest.param(case, kernel, id=config.row_key(kernel, shape))
 
 
 def tile_id(tile):

@@ -142,6 +142,21 @@ def test_strides(rank):
     assert torch.equal(run(unaligned), run(unaligned.contiguous()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rank", "kernel"), [(5, 3), (128, 3), (5, 1)])
+def test_parameters_channels_last(rank, kernel, dtype):
+    """Read as they lie, with the bits of contiguous ones; their gradients come in their layout. One of another layout: all are copied."""
+    tensors = layer_tensors(9, 4, rank, kernel, (5, 4), batch=2, dtype=dtype)
+    grad = torch.randn(2, 4, 5, 4).to(DEVICE, dtype)
+    run = lambda *t: dau_conv2d(*t, padding=kernel // 2, backend="triton")  # noqa: E731
+    last = [tensors[0], *(p.detach().movedim(-3, -1).contiguous().movedim(-1, -3).requires_grad_() for p in tensors[1:])]
+    expected = grads_of(run, tensors, grad)
+    for mixed in (last, [*last[:2], tensors[2], last[3]]):
+        found = grads_of(run, mixed, grad)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert mixed is not last or all(g.stride() == p.stride() for g, p in zip(found[2:], last[1:], strict=True))
+
+
 def test_batches():
     """Images do not see each other; a batch of none gives empty results and zero gradients."""
     x, *parameters = layer_tensors(9, 4, 5, 3, (5, 4), batch=3)
@@ -176,13 +191,12 @@ def test_saved_contraction(dtype):
 
 
 def test_saved_contraction_is_kept_where_there_is_one():
-    kept = []
-    for kernel, expected in ((3, 2 * 20 * 4 * 16), (1, None)):  # [P, n R], R = 5 padded to 16; a patch of 9 numbers is generated
+    kept, contraction = [], 2 * 20 * 4 * 16  # [P, n R], R = 5 padded to 16
+    for kernel in (3, 1):  # a patch of 9 numbers is generated
         tensors = layer_tensors(9, 4, 5, kernel, (5, 4), batch=2)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
             dau_conv2d(*tensors, padding=kernel // 2, backend="triton", save_contraction=True)
-        assert expected is None or expected in kept
-        assert expected is not None or max(kept) == tensors[0].numel()
+        assert (contraction in kept) == (kernel == 3)
         kept.clear()
 
 
@@ -282,7 +296,10 @@ def test_never_longer_than_the_patch():
 
 @ALL_DTYPES
 def test_norm_of_the_contracted_form(dtype):
-    """|w|^2 itself, against float64: as good as the direct |A z + b|^2 in the same dtype, where it cancels too, and never negative."""
+    """|w|^2 itself, against float64: as good as the direct |A z + b|^2 in the same dtype, where it cancels too, and never negative.
+
+    Both are draws of roundings: RMS over a thousand numbers, of which a quarter more would be seen.
+    """
     x = torch.randn(1, 64, 6, 6, dtype=torch.float64)
     reduction, weight, _ = random_layer(64, 16, 64)
     patch = x[0, :, :3, :3].flatten()
@@ -299,8 +316,8 @@ def test_norm_of_the_contracted_form(dtype):
     eager = (torch.cat((eager_z, torch.ones_like(eager_z[:, :1])), 1) @ rows).double().square().sum(2)  # w in the dtype, as eager torch
     assert (square >= 0).all()
     others = slice(1, None)
-    worst = lambda found: float(((found - direct).abs() / direct)[:, others].max())  # noqa: E731
-    assert worst(square) <= worst(eager) + 4 * torch.finfo(torch.float32).eps
+    rms = lambda found: float(((found - direct) / direct)[:, others].square().mean().sqrt())  # noqa: E731
+    assert rms(square) <= 1.25 * rms(eager) + torch.finfo(torch.float32).eps
     there = lambda found: float((found - direct)[:, 0].abs().max() / direct[:, 1].mean())  # where w cancels  # noqa: E731
     assert there(square) <= 2 * there(eager) + 1e-6
 
