@@ -44,6 +44,7 @@ class Launch:
         import torch
         from triton.runtime.jit import MockTensor
 
+        importlib.import_module("coda_kernels.layer")  # which settles the keys
         module, _, name = self.kernel.rpartition(".")
         arguments = []
         for argument in self.arguments:

@@ -365,3 +365,16 @@ def precision(dtype: torch.dtype, device: Device) -> str:
     if dtype != torch.float32 or device.amd or (interpreted() and recorded_device() is None):
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _settle_keys():
+    """Triton 3.6's key of a compiled kernel depends on which functions had theirs before: asked for in one order here, every process finds
+    in the cache what another one has compiled ahead.
+    """
+    for module in (prepare, forward, backward_input, backward_weight):
+        for function in vars(module).values():
+            getattr(function, "cache_key", None)
+
+
+if not interpreted():
+    _settle_keys()
