@@ -23,7 +23,7 @@ PARALLEL     := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest test-torch lint format bench tables gpu-report aot clean
+.PHONY: help demo test test-oldest test-torch lint format bench tables gpu-smoke gpu-report gpu-gather aot clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -62,12 +62,18 @@ bench: $(READY) ## measure everything beside its peers, keep the rows in bench/r
 tables: $(READY) ## all tables and plots of measured results in README.md and docs/, from bench/results
 	$(VENV)/bin/python bench/tables.py
 
-gpu-report: ## on a CUDA GPU, with the Python at hand: tests, layers, networks, every configuration, in 9 minutes
+gpu-smoke: ## on a CUDA GPU, with the Python at hand: does it compile, is it right, how fast, in 2.5 minutes (docs/gpu.md)
+	$(PYTHON) bench/gpu_smoke.py $(GPU_ARGS)
+
+gpu-report: ## likewise: tests, layers, networks, a training with GPU_ARGS="--data FILE", profile, tuner, in 9 minutes (docs/gpu.md)
 	$(PYTHON) bench/gpu_report.py $(GPU_ARGS)
 
 aot: $(READY) ## compile all kernels for all architectures, without a GPU (20 to 40 minutes); the tables of docs/kernels.md
 	$(VENV)/bin/python bench/aot.py $(AOT_ARGS)
 	$(VENV)/bin/python bench/tables.py
+
+gpu-gather: ## into one folder (gpu_run) what both runs on a GPU need on a machine without a network; GPU_ARGS="--data FILE"
+	$(PYTHON) bench/gather.py $(GPU_ARGS)
 
 clean: ## remove build products and caches; the environments and results stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

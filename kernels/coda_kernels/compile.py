@@ -26,18 +26,21 @@ _recording: contextvars.ContextVar[tuple[Device, list[Launch]] | None] = context
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """A launch: ``kernel`` as "module.name", its grid, arguments in order (numbers, or pointers as ("bfloat16", whether 16 bytes divide
-    them)), and constants and options by name.
+    them)), and constants and options by name. ``bytes``: of all its tensors, each once.
     """
 
     kernel: str
     grid: tuple[int, ...]
     arguments: tuple
     options: tuple[tuple[str, object], ...]
+    bytes: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
     def make(cls, kernel, grid, arguments, options) -> Launch:
+        tensors = [a for a in arguments if hasattr(a, "untyped_storage")]
         noted = tuple(_pointer(a) if hasattr(a, "untyped_storage") else a for a in arguments)
-        return cls(f"{kernel.fn.__module__}.{kernel.fn.__name__}", tuple(grid), noted, tuple(options.items()))
+        sizes = {(t.untyped_storage()._cdata, t.storage_offset()): t.numel() * t.element_size() for t in tensors}
+        return cls(f"{kernel.fn.__module__}.{kernel.fn.__name__}", tuple(grid), noted, tuple(options.items()), sum(sizes.values()))
 
     def specialised(self, arch: int | str):
         """The kernel with arguments that Triton compiles it for exactly as for the launch: (function, arguments, options)."""

@@ -145,9 +145,8 @@ def test_smoke_tells_what_failed(tmp_path, capsys, monkeypatch):
     other = "tests/kernels/test_gpu.py::test_same_bits_twice[1]"
     monkeypatch.setattr(verify, "collect", lambda *a, **k: [name, other])
     monkeypatch.setattr(verify, "shards", lambda *a: Verdict(failures=(name,), unfinished=1))
-    monkeypatch.setattr(
-        verify, "outcomes", lambda folder: {name: {"outcome": "failed", "seconds": 1.0, "reason": f"x = 1\n{error}\nwhere"}}
-    )
+    failed = {"outcome": "failed", "seconds": 1.0, "reason": f"x = 1\n{error}\nwhere"}
+    monkeypatch.setattr(verify, "outcomes", lambda folder: {name: failed})
     assert not smoke.run(["tests"])
     text = capsys.readouterr().out
     assert "FAIL  every kernel and dtype: 1 failed\n" in text
@@ -218,7 +217,7 @@ def test_what_had_no_time_is_run_later(report, monkeypatch):
     assert stored == {"of": report.key, "tests": {"tests": ["b", "c"], "fallbacks": ["d"]}}
 
     monkeypatch.setattr(verify, "shards", lambda tests, *a: Verdict(passes=len(tests)))
-    monkeypatch.setattr(verify, "outcomes", lambda folder: {name: {"outcome": "passed"} for name in "abcd"})
+    monkeypatch.setattr(verify, "outcomes", lambda folder: {key: {"outcome": "passed"} for key in "abcd"})
     found = report.later(time.monotonic() + 60, stored["tests"], report.output)
     assert found.passed
     assert Verdict.load(report.output / "tests.json") == Verdict(passes=3)
@@ -339,7 +338,7 @@ def test_steps_learn():
         losses.append(float(found.sums[0]) / 20)
         found.sums.zero_()
     assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:3])
-    apart = [float((a - p).norm() / p.norm()) for a, p in zip(found.ema, found.parameters, strict=True)]
+    apart = [float((a - p.detach()).norm() / p.detach().norm()) for a, p in zip(found.ema, found.parameters, strict=True)]
     assert 0 < max(apart) < 0.5
 
 
