@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
 
-from bench import aot_tables, launches, evaluate_digits, evaluation_speed, golden, matrix_regulariser, plots, results  # noqa: E402
+from bench import aot_tables, evaluate_digits, evaluation_speed, golden, launches, matrix_regulariser, plots, results  # noqa: E402
 from bench import training as training_runs  # noqa: E402
 from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING  # noqa: E402
 from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, COPY, MATERIALISING, PRODUCT  # noqa: E402

@@ -48,43 +48,43 @@ class Shape:
     bias: bool = True
     bits: int = 16
 
-    @property
+    @functools.cached_property
     def CP(self) -> int:
         """Channels, rounded up to 8 so that a row of a canvas is whole 16-byte words."""
         return -(-self.channels // 8) * 8
 
-    @property
+    @functools.cached_property
     def R(self) -> int:
         """Rank, rounded up to a power of two that a tensor core takes; above 256 to a multiple of 256."""
         return max(16, power_of_two(self.rank)) if self.rank <= 256 else -(-self.rank // 256) * 256
 
-    @property
+    @functools.cached_property
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1]
 
-    @property
+    @functools.cached_property
     def block_k(self) -> int:
         """Step of the loop over a patch: the longest that pads a patch by at most an eighth, at least 16 for the tensor cores."""
         depth = self.taps * self.CP
         return next(b for b in (64, 32, 16) if b == 16 or -(-depth // b) * b * 8 <= depth * 9)
 
-    @property
+    @functools.cached_property
     def K(self) -> int:
         """Numbers in a packed patch (kh, kw, channels), rounded up to whole steps."""
         return -(-self.taps * self.CP // self.block_k) * self.block_k
 
-    @property
+    @functools.cached_property
     def padded_units(self) -> int:
         """Units in whole blocks of the largest kind, so that the kernels read without masks."""
         return -(-self.units // 16) * 16
 
-    @property
+    @functools.cached_property
     def prepared(self) -> int:
         """Numbers in the packed parameters [n' R + R + n', K] and in the float32 scales [n] behind them."""
         rows = self.padded_units * self.R + self.R + (self.padded_units if self.bias else 0)
         return rows * self.K + self.units * 32 // self.bits
 
-    @property
+    @functools.cached_property
     def generated(self) -> bool:
         """Whether the forward pass generates w in registers; else it contracts the product with z (design: the two exact forms)."""
         return self.R >= 128 or self.channels * self.taps <= 64
@@ -105,6 +105,7 @@ class Tile:
     def __getitem__(self, name: str) -> int:
         return dict(self.blocks)[name]
 
+    @functools.cached_property
     def options(self) -> dict:
         """Keyword arguments of a launch."""
         # fusing multiplies with adds is asked for explicitly: its default goes from on to off in Triton 3.10
@@ -117,12 +118,19 @@ def candidates(kernel: str, shape: Shape, device: Device) -> tuple[Tile, ...]:
     >>> candidates("contracted", Shape(64, 64, 64, (3, 3)), Device(90))[0]
     Tile(blocks=(('BM', 128), ('BO', 4), ('BK', 64), ('BR', 32)), warps=8, stages=3)
     """
-    wanted = _heuristic(kernel, shape, device)
-    fitting = [tile for tile in wanted if shared_bytes(kernel, shape, tile) <= device.shared_bytes] or [wanted[-1]]
-    measured = _table(device.arch).get(row_key(kernel, shape))
-    if measured and not right(kernel, shape, measured):
+    fitting, table = _fitting(kernel, shape, device), _table(device.arch)
+    measured = table.get(row_key(kernel, shape)) if table else None
+    if measured is None:
+        return fitting
+    if not right(kernel, shape, measured):
         raise ValueError(f"table row {row_key(kernel, shape)!r}: expected blocks within {_limits(kernel, shape)}, got {measured}")
-    return tuple(dict.fromkeys(([measured] if measured else []) + fitting))
+    return tuple(dict.fromkeys((measured, *fitting)))
+
+
+@functools.lru_cache(4096)  # of every launch: it must cost the host next to nothing
+def _fitting(kernel, shape, device):
+    wanted = _heuristic(kernel, shape, device)
+    return tuple(dict.fromkeys(t for t in wanted if shared_bytes(kernel, shape, t) <= device.shared_bytes)) or (wanted[-1],)
 
 
 def right(kernel: str, shape: Shape, tile: Tile) -> bool:
@@ -178,6 +186,7 @@ def _limits(kernel: str, s: Shape) -> dict[str, tuple[int, int, int]]:
     }[kernel]
 
 
+@functools.lru_cache(4096)
 def splits(kernel_tiles: int, pixels: int, block: int, device: Device) -> int:
     """In how many parts a sum over pixels is taken, each at least 8 blocks long: the number with the least steps, program after program on
     a processor, where a part costs about 14 more (filling the pipeline, writing its result and reading it again).
@@ -277,15 +286,16 @@ def verified(capability: tuple[int, int], hip: str | None = None) -> bool:
 
 def _table(arch: int | str) -> dict[str, Tile]:
     """Measured rows for a device: {row_key: Tile}."""
-    rows = _read_table(arch).get("tiles", [])
-    return {row["key"]: Tile.make(row["warps"], row["stages"], **row["blocks"]) for row in rows}
+    return _read_table(arch)["tiles"]
 
 
 @functools.cache
 def _read_table(arch: int | str) -> dict:
-    """What was measured on a kind of device, or nothing. CODA_FAST_TABLES names another folder of tables than the package's.
+    """What was measured on a kind of device, its tiles by key. CODA_FAST_TABLES names another folder of tables than the package's.
 
     {"verified": {"device", "triton", "torch", "commit", "date"} where all tests passed, "tiles": [{"key", "blocks", "warps", "stages"}]}
     """
     path = pathlib.Path(os.environ.get("CODA_FAST_TABLES", TABLES)) / f"{arch if isinstance(arch, str) else f'sm_{arch}'}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    tiles = {row["key"]: Tile.make(row["warps"], row["stages"], **row["blocks"]) for row in found.get("tiles", [])}
+    return found | {"tiles": tiles}
