@@ -214,7 +214,7 @@ _SIZES = {
     "contracted_kept": [(128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
     # BM, columns (BO BD), most of BR
     "generated": [(128, 128, 256, 8, 2), (128, 64, 256, 8, 1), (64, 64, 64, 4, 2), (64, 64, 64, 4, 1), (32, 16, 16, 4, 1)],
-    # BM, BR, most of BK and BU
+    # BM, BR, most of BK and BU, the latter 32 at most: with 64 of both, Triton 3.8 makes wgmma that ptxas serialises
     "grad_z": [(128, 64, 64, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)],
     # BM, most of BC, most of BR: with 64 ranks at once up to 57 spills
     "fold": [(128, 64, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 2), (32, 16, 16, 4, 1)],
@@ -270,7 +270,7 @@ def _tile(kernel, s, *size):
         depth = min(64, s.block_k, size[1])
         return make(BM=size[0], BO=max(1, min(units, size[1] // depth)), BD=depth, BR=min(s.R, size[2]))
     if kernel == "grad_z":
-        return make(BM=size[0], BR=min(s.R, size[1]), BK=min(size[2], s.block_k), BU=min(s.R, size[2], s.block_k))
+        return make(BM=size[0], BR=min(s.R, size[1]), BK=min(size[2], s.block_k), BU=min(s.R, size[2], 32, s.block_k))
     if kernel == "fold":
         return make(BM=size[0], BC=min(size[1], max(16, power_of_two(s.CP))), BR=min(s.R, size[2]), BE=16)
     # columns past the window are wasted; fewer at a time need their rows made more often

@@ -193,10 +193,10 @@ class Layer:
 
         def run(tile):
             launch(
-                backward_input.grad_z, (cdiv(whole, tile["BM"]) * (s.R // tile["BR"]),), canvas, self.weight, z, gs,
-                t, gram, cross, self._or_dummy(contraction), e, pixels, whole, *self._sizes(), e.shape[1], s.units, s.K,
-                s.R, **self._geometry(), K=s.K, R=s.R, HAS_BIAS=s.bias, KEPT=contraction is not None,
-                PRECISION=self.precision, **tile.options,
+                backward_input.grad_z, (cdiv(whole, tile["BM"]) * (s.R // tile["BR"]),), canvas, self.weight, z, gs, t,
+                gram, cross, self._or_dummy(contraction), e, pixels, whole, *self._sizes(), e.shape[1], s.units, s.K, s.R,
+                **self._geometry(), K=s.K, R=s.R, HAS_BIAS=s.bias, KEPT=contraction is not None, PRECISION=self.precision,
+                **tile.options,
             )  # fmt: skip
 
         self._launch("grad_z", run)
@@ -211,10 +211,10 @@ class Layer:
 
         def run(tile):
             launch(
-                backward_input.fold, (cdiv(pixels, tile["BM"]) * cdiv(s.CP, tile["BC"]), stride_h * stride_w),
-                self.weight, rows, self._or_dummy(z), self._or_dummy(gs), e, dx, batch, height, width, *self.out, len(e),
-                s.units, taps, len(rows), e.stride(0), C=s.channels, **self._geometry(), SH=stride_h, SW=stride_w, TOP=top,
-                LEFT=left, K=s.K, R=s.R, DIRECT=gs is not None, PRECISION=self.precision, **tile.options,
+                backward_input.fold, (cdiv(pixels, tile["BM"]) * cdiv(s.CP, tile["BC"]), stride_h * stride_w), self.weight,
+                rows, self._or_dummy(z), self._or_dummy(gs), e, dx, batch, height, width, *self.out, len(e), s.units, taps,
+                len(rows), e.stride(0), C=s.channels, **self._geometry(), SH=stride_h, SW=stride_w, TOP=top, LEFT=left,
+                K=s.K, R=s.R, DIRECT=gs is not None, PRECISION=self.precision, **tile.options,
             )  # fmt: skip
 
         if dx.numel():
@@ -243,9 +243,9 @@ class Layer:
             partial = torch.empty(parts, sum(lengths), device=self.torch_device)
             launch(
                 backward_weight.parameter_sums, (tiles, parts), canvas, starts, z, *(self._or_dummy(a) for a in (gs, t)), e,
-                *(part if part.numel() else partial for part in partial.split(lengths, 1)), partial.stride(0), weights, moments,
-                directs, pixels, chunk, e.stride(0), rows, s.units, self.canvas_size[1], s.K, **self._geometry(), R=s.R,
-                PRECISION=self.precision, **tile.options,
+                *(part if part.numel() else partial for part in partial.split(lengths, 1)), partial.stride(0), weights,
+                moments, directs, pixels, chunk, e.stride(0), rows, s.units, self.canvas_size[1], s.K, **self._geometry(),
+                R=s.R, PRECISION=self.precision, **tile.options,
             )  # fmt: skip
             return partial
 
@@ -266,7 +266,8 @@ class Layer:
             reduce, sums[2] = (sums[2][:, :ranks], sums[2][:, ranks:]) if need_reduce and shared else (None, sums[2])
         if need_reduce and reduce is None:
             reduce = self.sums(canvas_x, starts, z, None, None, e[:, :ranks], False, False)[2]
-        blocks = cdiv(s.K, 64)
+        block = 64 if s.R <= 64 else 32  # registers
+        blocks = cdiv(s.K, block)
         weights = s.units * blocks if generation else 0
         part = next((a for a in sums if a is not None and a.dim() > 1), None)
         parts, s_part = (0, 0) if part is None else (len(part), part.stride(0))
@@ -278,7 +279,7 @@ class Layer:
             sums[4], reduce)), self.weight, self._or_dummy(self.bias), self.scale, *(self._or_dummy(a) for a in (d_reduce,
             d_weight, d_bias)), weights, parts, s_part, reduces, s_reduce, self.rank, s.channels, s.taps, s.K, s.CP, R=s.R,
             LAST=self.last, HAS_BIAS=s.bias, WEIGHT=need_weight, BIAS=need_bias, PRECISION="tf32" if self.bits == 16 and not
-            interpreted() else self.precision, BK=64, num_warps=4, num_stages=1, enable_fp_fusion=True,
+            interpreted() else self.precision, BK=block, num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         return d_reduce, d_weight, d_bias
 
