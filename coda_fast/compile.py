@@ -123,6 +123,18 @@ def compile_kernels(
     return compiler.compile_launches([each for found in launches.values() for each in found], device.arch, workers, progress)
 
 
+def compile_for(model: torch.nn.Module, images: torch.Tensor, dtype: torch.dtype, passes: Iterable[str] = PASSES) -> int:
+    """What :func:`compile_kernels` does, for a batch of images on its device, and only if a layer would use the fused backend there: how many
+    kernels there were. ``dtype``: in which the layers compute, under autocast another than the images'.
+    """
+    layers = [module for module in model.modules() if isinstance(module, DAUConv2d)]
+    if not any(backends.choose(layer.backend, images.device, dtype) == "triton" for layer in layers):
+        return 0
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if last else torch.contiguous_format
+    return compile_kernels(model, tuple(images.shape), dtype, passes=passes, memory_format=form)
+
+
 def _device():
     from coda_kernels import config, layer
 

@@ -21,6 +21,7 @@ import torch
 from torch import distributed
 
 from coda_fast import checkpoints
+from coda_fast.compile import compile_for
 from coda_fast.models import create_model
 from coda_fast.train import processes, sources
 from coda_fast.train import state as files
@@ -230,7 +231,7 @@ class Run:
             model = model.to(memory_format=torch.channels_last)
         objective = Objective(model.to(self.device), recipe)
         self.plain = copy.deepcopy(objective.model).requires_grad_(False) if self.main else None  # whole, for maps and files
-        self.ema = None
+        self.ema, self.compiled = None, False
         if recipe.ema.decay:
             need("timm")
             from timm.utils import ModelEmaV3
@@ -361,6 +362,8 @@ class Run:
         generator = torch.Generator().manual_seed(seeded(recipe.seed, self.epoch, self.step))
         images = sources.augment(batch.images, recipe.data, generator, place)
         images = sources.to_float(images, self.dtype, recipe.channels_last)
+        if not self.compiled:
+            self._compile(images)
         rows = self._rows(batch.labels, generator) if self.objective.matrix is not None else None
         parts, measured = self.local // self.micro, 0
         for part in range(parts):
@@ -381,6 +384,18 @@ class Run:
         if self.ema is not None:
             self.ema.update(self.objective, self.updates)
         return torch.cat([measured, measured.new_ones(1)])
+
+    def _compile(self, images):
+        """The fused kernels of the network, in parallel, before the first step would compile them one after the other: once a host."""
+        self.compiled = True
+        if self.device.type != "cuda" or processes.sharded(self.fabric):  # of a sharded network each process has a part
+            return
+        if self.fabric.local_rank == 0:
+            begun = time.perf_counter()
+            dtype = torch.bfloat16 if self.objective.autocast else self.dtype
+            if count := compile_for(self.objective.model, images, dtype, ("training", "inference")):
+                self.watch.say(f"{count} fused kernels compiled in {time.perf_counter() - begun:.0f} s")
+        self.fabric.barrier()
 
     def _rows(self, labels, generator):
         """The regulariser's classes: drawn for the global batch."""

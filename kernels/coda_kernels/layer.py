@@ -274,12 +274,14 @@ class Layer:
         reduces, s_reduce = (0, 0) if reduce is None else (len(reduce), reduce.stride(0))
         programs = weights + (cdiv(s.R, 64) * blocks if need_reduce else 0)
         d_reduce, d_weight, d_bias = results
+        # what is added to rounded products may be a product of rounded numbers
+        precision = "tf32" if self.bits == 16 and not self.device.amd and not interpreted() else self.precision
         launch(
             backward_weight.finish, (programs,), *(self.scale if a is None else a for a in (sums[0], sums[1], sums[2], sums[3],
             sums[4], reduce)), self.weight, self._or_dummy(self.bias), self.scale, *(self._or_dummy(a) for a in (d_reduce,
             d_weight, d_bias)), weights, parts, s_part, reduces, s_reduce, self.rank, s.channels, s.taps, s.K, s.CP, R=s.R,
-            LAST=self.last, HAS_BIAS=s.bias, WEIGHT=need_weight, BIAS=need_bias, PRECISION="tf32" if self.bits == 16 and not
-            interpreted() else self.precision, BK=block, num_warps=4, num_stages=1, enable_fp_fusion=True,
+            LAST=self.last, HAS_BIAS=s.bias, WEIGHT=need_weight, BIAS=need_bias, PRECISION=precision, BK=block, num_warps=4,
+            num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         return d_reduce, d_weight, d_bias
 

@@ -187,6 +187,23 @@ except RuntimeError as error:
     assert "CompilationError" in said
 
 
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_for_a_batch_that_is_at_hand(form, monkeypatch):
+    """As training asks: in the format of its images, and nothing where no layer takes the fused backend."""
+    from coda_fast import backends, compile
+
+    net = coda_fast.CoDANet([8, 4], ranks=[4, 4], kernel_sizes=[3, 1], strides=[1, 1], temperature=1)
+    images, asked = torch.rand(2, 3, 8, 8).to(memory_format=form), []
+    monkeypatch.setattr(compile, "compile_kernels", lambda *args, **options: asked.append((*args, options)) or 5)
+    assert compile.compile_for(net, images, torch.bfloat16) == 0
+    assert asked == []
+    monkeypatch.setattr(backends, "_auto", lambda device: "triton")
+    monkeypatch.setattr(backends, "_triton_unavailable", lambda kind: None)
+    assert compile.compile_for(net, images, torch.float64) == 0
+    assert compile.compile_for(net, images, torch.bfloat16, ("training",)) == 5
+    assert asked == [(net, (2, 3, 8, 8), torch.bfloat16, {"passes": ("training",), "memory_format": form})]
+
+
 def test_float32_is_recorded_as_a_gpu_multiplies_it():
     with recording(H100):
         assert layer.precision(torch.float32, H100) in ("tf32", "tf32x3")
