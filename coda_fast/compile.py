@@ -124,8 +124,8 @@ def compile_kernels(
 
 
 def compile_for(model: torch.nn.Module, images: torch.Tensor, dtype: torch.dtype, passes: Iterable[str] = PASSES) -> int:
-    """What :func:`compile_kernels` does, for a batch of images on its device, and only if a layer would use the fused backend there: how many
-    kernels there were. ``dtype``: in which the layers compute, under autocast another than the images'.
+    """What :func:`compile_kernels` does, for a batch of images on its device, and only if a layer would use the fused backend there: how
+    many kernels there were. ``dtype``: in which the layers compute, under autocast another than the images'.
     """
     layers = [module for module in model.modules() if isinstance(module, DAUConv2d)]
     if not any(backends.choose(layer.backend, images.device, dtype) == "triton" for layer in layers):

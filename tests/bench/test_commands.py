@@ -114,7 +114,7 @@ def test_report_rehearsed(tmp_path):
     """Every stage in small, on a CPU: rows, verdicts and log on disk, tables printed. The configurations need a GPU, and the report says
     so instead of passing.
     """
-    status, text = run("bench/gpu_report.py", *CPU, "--quick", "--output", tmp_path, "--minutes", "4", "--jobs", "2")
+    status, text = run("bench/gpu_report.py", *CPU, "--quick", "--output", tmp_path, "--minutes", "9", "--jobs", "2")
     tests = Verdict.load(tmp_path / "tests.json")
     assert tests.passed
     assert tests.passes >= 5
@@ -133,10 +133,12 @@ def test_report_rehearsed(tmp_path):
 
 @pytest.mark.slow
 def test_report_cut_off(tmp_path):
-    """Killed, and its benchmark with it, once the second stage has its first rows: what the first stage found is there, the group is whole,
+    """Killed, and its benchmark with it, once the layers have their first rows: what the first stage found is there, the group is whole,
     and of the rest there is nothing.
     """
-    process = start("bench/gpu_report.py", *CPU, "--quick", "--output", tmp_path, "--minutes", "4", "--jobs", "1")
+    process = start(
+        "bench/gpu_report.py", *CPU, "--quick", "--output", tmp_path, "--minutes", "9", "--jobs", "1", "--stages", "tests", "layers"
+    )
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("*.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -262,4 +264,6 @@ def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations,
         mark = json.loads(path.read_text())["verified"]
         assert mark.pop("commit") == report.commit
         assert mark.pop("skipped") == {"large.json": 2}
+        assert mark.pop("tiles") == {"first": 1, "fallbacks": 0}
+        assert mark.pop("warps_and_stages") == 0
         assert mark == {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "date": "d", "tree": "this tree"}
