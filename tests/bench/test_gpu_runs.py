@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import fast_training, gather, gpu_report, gpu_smoke, results, verify, warm
+from bench import fast_training, gather, gpu_report, gpu_smoke, providers, results, verify, warm
 from bench.verify import Verdict
 from coda_fast import load
 from coda_kernels import config
@@ -68,10 +68,9 @@ def hide(folder):
     return folder
 
 
-@pytest.mark.slow
 def test_both_runs_rehearsed_from_a_bare_tree(tmp_path):
     """With nothing but the tracked files and the packages that such a machine has: every stage comes to its end, nothing has failed, and
-    the results are few small files.
+    the results are few small files. Not marked slow: the oldest versions are those of such a machine.
     """
     tree, site = tmp_path / "tree", hide(tmp_path / "site")
     gather.copy_tree(tree)
@@ -106,6 +105,16 @@ def test_both_runs_rehearsed_from_a_bare_tree(tmp_path):
         names = set(archive.getnames())
     assert {"tests.json", "configurations.json", "large.json", "later.json", "training.json"} < names
     assert any(name.endswith(".jsonl") and "logs" not in name for name in names)
+    assert Verdict.load(tmp_path / "report" / "tests.json").passed
+    rows = results.read(next((tmp_path / "report").glob("*.jsonl")))
+    assert {(r["op"], r["mode"]) for r in rows} >= {("S9", "forward"), ("S9", "forward + backward"), ("coda_s_cifar10", "inference")}
+    assert any(r["provider"] == providers.ALGEBRAIC + providers.COMPILED for r in rows)
+    assert "| S9 " in texts["report"]
+    if not torch.cuda.is_available():  # the report says so instead of passing
+        assert Verdict.load(tmp_path / "report" / "large.json").skipped > 0
+        configurations = Verdict.load(tmp_path / "report" / "configurations.json")
+        assert configurations.skipped > 0
+        assert not configurations.passed
     training = json.loads((tmp_path / "report" / "training.json").read_text())
     assert training["data"] == "CIFAR-10 (JPEG)"
     assert not [value for value in training["judged"].values() if isinstance(value, dict) and "missing" in value]
