@@ -206,8 +206,8 @@ def power_of_two(number: int) -> int:
 # clocks of compiled code (bench/results/aot_*.json), to be replaced by rows measured on devices.
 _SIZES = {
     # BM, most of BN
-    "prepare": [(128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (32, 16, 4, 1)],
-    "prepare_backward": [(64, 128, 4, 3), (64, 64, 4, 2), (32, 16, 4, 1)],
+    "prepare": [(128, 128, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (32, 16, 4, 1)],
+    "prepare_backward": [(64, 128, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (32, 16, 4, 1)],
     # BM, columns of the accumulator (BO R)
     "contracted": [(128, 256, 8, 3), (128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
     # BM, BO R; the stores of the contraction need registers
@@ -217,7 +217,7 @@ _SIZES = {
     # BM, BR, most of BK and BU, the latter 32 at most: with 64 of both, Triton 3.8 makes wgmma that ptxas serialises
     "grad_z": [(128, 64, 64, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)],
     # BM, most of BC, most of BR: with 64 ranks at once up to 57 spills
-    "fold": [(128, 64, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 2), (32, 16, 16, 4, 1)],
+    "fold": [(128, 64, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 8, 2), (64, 32, 32, 4, 2), (32, 16, 16, 4, 1)],
     # rows (BO BR), BN, BP: 256 x 128 takes fewer registers, but Triton before 3.9 makes wgmma of it that ptxas serialises
     "sums": [
         (128, 256, 64, 8, 3),
@@ -231,8 +231,8 @@ _SIZES = {
 }
 # Where to begin in these lists: float32 operands take twice the room, and the first size spills on some architectures
 _BEGIN = {
-    "prepare": {"float32": 2},
-    "prepare_backward": {"float32": 1},
+    "prepare": {"float32": 2, 80: 1},
+    "prepare_backward": {"float32": 2, 100: 1},
     "contracted": {"float32": 2, 80: 1, 100: 1, "amd": 1},
     "contracted_kept": {"float32": 2},
     "generated": {"float32": 2},
