@@ -1,6 +1,7 @@
 """The command line as its users see it: what it prints, writes, and refuses."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -188,3 +189,30 @@ def _one_line(capsys, message):
     assert message in error
     assert "\n" not in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nobody"], "nobody: no such checkpoint"),
+        (["coda_s_cifar10", "--arch", "70"], "arch: expected one of 80, .*, gfx942, got 70"),
+        (["coda_s_cifar10", "--dtype", "float64"], "'float64' is not one of 'bfloat16', 'float16', 'float32'"),
+    ],
+)
+def test_compile_refuses(arguments, message, capsys):
+    assert run("compile", *arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_compile(checkpoint, capsys, monkeypatch):
+    """A checkpoint's network, at its own size or another, channels last."""
+    asked = []
+    monkeypatch.setattr(coda_fast, "compile_kernels", lambda net, *args, **options: asked.append((args, options)) or 3)
+    assert run("compile", checkpoint, "--arch", "gfx942", "--workers", "2", "--size", "24", "--dtype", "float16") == 0
+    assert run("compile", checkpoint, "--arch", "90") == 0
+    (shape, dtype), options = asked[0]
+    assert (shape, dtype, options["arch"], options["workers"]) == ((16, 1, 24, 24), torch.float16, "gfx942", 2)
+    assert options["memory_format"] == torch.channels_last
+    assert asked[1][0] == ((16, 1, 8, 8), torch.bfloat16)
+    assert asked[1][1]["arch"] == 90
+    assert "3 kernels of" in capsys.readouterr().out

@@ -50,11 +50,11 @@ def test_launches(name):
 
 @pytest.mark.parametrize(("name", "most"), [("coda_s_cifar10", 39), ("coda_l_imagenet100", 40)])
 def test_compilations(name, most):
-    """Of a first training step 78 and 65 once; one that explains and predicts compiles little more."""
+    """Of a first training step 78 and 65 once; to predict and to explain compiles one more."""
     found = json.loads(without_interpreter("-c", COUNT, name, json.dumps(SIZES[name])))
     assert found["training"] <= most
     assert found["inference"] <= found["explanation"] <= found["training"]
-    assert found["all"] <= found["training"] + 8
+    assert found["all"] <= found["training"] + 1
 
 
 def test_no_torch_operator_runs_a_kernel():
