@@ -25,7 +25,7 @@ CASES = {
     "one of each": (1, 1, 1, (1, 1), (1, 1), 1, (1, 1), (0, 0), (1, 1), False, f32, "squash", "products", "sliced"),
     "one pixel, all padding": (3, 2, 5, (3, 3), (1, 1), 2, (2, 2), (1, 1), (1, 1), True, f16, "squash", "products", "contiguous"),
     "odd everything": (9, 5, 7, (3, 2), (7, 6), 2, (2, 3), (0, 2), (2, 1), True, bf16, "squash", "products", "sliced"),
-    "a unit past a block": (6, 17, 33, (3, 3), (4, 5), 2, (1, 1), (1, 1), (1, 1), True, f16, "l2", "contraction", "last"),
+    "a unit past a block": (6, 17, 17, (3, 1), (3, 3), 1, (1, 1), (1, 0), (1, 1), True, f16, "l2", "contraction", "last"),
     "the image is the canvas": (8, 16, 16, (1, 1), (5, 3), 3, (1, 1), (0, 0), (1, 1), True, bf16, "squash", "products", "last"),
     "patch past a block": (33, 3, 20, (2, 1), (5, 4), 1, (3, 1), (1, 0), (1, 2), False, f32, "l2", "contraction", "sliced last"),
     "generated": (7, 2, 130, (2, 1), (3, 2), 2, (2, 1), (1, 1), (1, 1), True, f16, "squash", "products", "sliced last"),
