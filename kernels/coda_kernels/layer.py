@@ -348,12 +348,13 @@ def _check_offsets(s, image_size, padding, out):
     """
     (height, width), (left, right, top, bottom), (rows, columns), stride = image_size, padding, out, s.stride
     full_height, full_width = height + top + bottom, width + left + right
-    extent = s.dilation[0] * (s.kernel[0] - 1) + 1
-    window = extent * full_width * s.CP
+    extents = [d * (k - 1) + 1 for k, d in zip(s.kernel, s.dilation, strict=True)]
+    window = extents[0] * full_width * s.CP
     class_h, class_w = max(1, cdiv(height, stride[0])), max(1, cdiv(width, stride[1]))  # pixels that `fold` takes at a time, 256 at most
+    down, right_or_left = (cdiv(max(e, p), t) + 1 for e, p, t in zip(extents, (top, left), stride, strict=True))  # what a tap adds, at most
     images = cdiv(256, class_h * class_w) * abs(rows * columns - class_h * class_w)
-    lines = abs(rows - class_h) + cdiv(256, class_w) + 2 + cdiv(max(extent, top), stride[0])
-    reach = (images + lines * max(columns, class_w) + 256) * (s.R + s.padded_units)
+    lines = min(cdiv(256, class_w), class_h - 1) + min(down, max(rows, class_h) - 1)
+    reach = (images + lines * max(columns, class_w) + min(right_or_left, columns) + 256) * (s.R + s.padded_units)
     sizes = {"a window": window + 4096, "an image": full_height * full_width + 256, "the reach of a tile": reach}
     if large := [what for what, size in sizes.items() if size >= 1 << 31]:
         raise ValueError(f'backend="triton": {", ".join(large)} passes 2^31: images of {height} x {width}, padding {padding}, {s}')

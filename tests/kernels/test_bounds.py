@@ -15,7 +15,7 @@ from support_kernels import DEVICE
 from coda_fast._geometry import Geometry
 from coda_fast.backends import triton as backend
 from coda_fast.functional import dau_conv2d
-from coda_kernels import backward_weight, config, layer
+from coda_kernels import config, layer
 from coda_kernels.compile import recording
 
 ZONE = 1 << 15  # bytes on either side, a multiple of every alignment
@@ -173,3 +173,123 @@ def only(index, monkeypatch):
 def test_red_zones(name, tile, monkeypatch):
     only(tile, monkeypatch)
     check(CASES[name], monkeypatch, applied=name in ("odd everything", "patch past a block"))
+
+
+def test_the_zones_see_a_step_aside(monkeypatch):
+    """An allocation that is one row short is read past its end, and written there."""
+    case, zones = CASES["odd everything"], Zones()
+    place, short = zones.place, []
+
+    def shortened(shape, strides, dtype, fill=0xFF):
+        if len(shape) == 4 and shape[-1] == 5 and not short:  # y
+            short.append(shape := (shape[0] - 1, *shape[1:]))
+            return place(shape, strides, dtype, fill).as_strided((shape[0] + 1, *shape[1:]), strides)
+        return place(shape, strides, dtype, fill)
+
+    zones.place = shortened
+    with monkeypatch.context() as patch:
+        allocate_between(zones, patch)
+        passes(case, plainly)
+    assert short
+    assert not zones.untouched()
+
+
+def test_the_least_of_least_lengths():
+    """1 / eps is infinity (times 0 NaN) for an eps that is not normal, in float64, which Triton takes for constants below 2^-126: no matter
+    where w is not 0, and the pixels of the padding have no w.
+    """
+    x, *parameters = (t.to(DEVICE, f32) for t in (torch.randn(1, 3, 3, 3, dtype=torch.float64), *random_layer(3, 2, 4)))
+    for p in parameters:
+        p.requires_grad_()
+    y = dau_conv2d(x, *parameters, norm="l2", eps=1e-310, backend="triton")
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), parameters))
+
+
+# -- grids and sizes, of launches that are only noted -----------------------------------------------------------------------------------
+
+
+def noted(channels, units, rank, kernel, size, batch=1, stride=(1, 1), padding=(0, 0), dilation=(1, 1), dtype=bf16):
+    """Launches of forward, backward and explanation on an H100."""
+    new = functools.partial(torch.empty, device="meta", dtype=dtype)
+    parameters = [new(*shape, channels, *kernel) for shape in ((rank,), (units, rank), (units,))]
+    geometry = Geometry.make(kernel, stride, padding, dilation)
+    rest = (geometry, "squash", 1e-6)
+    with recording(config.Device(90, 132)) as launches:
+        x = new(batch, channels, *size)
+        y, *kept = backend.align(x, None, *parameters, *rest, "products")
+        backend.align_backward(y, x, None, *parameters, *kept, *rest, False, (True,) * 5)
+        backend.align_backward(y, x, None, *parameters, *kept, *rest, True, (True,) * 5)
+    return launches
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(channels=8, units=4, rank=5, kernel=(1, 1), size=(600, 600), stride=(300, 300)),
+        dict(channels=8, units=4, rank=5, kernel=(1, 1), size=(2, 3), stride=(70_000, 70_000)),
+        dict(channels=8, units=4, rank=5, kernel=(1, 1), size=(4000, 4000), batch=100),
+        dict(channels=3, units=1, rank=1, kernel=(3, 3), size=(1, 1), padding=(1, 1)),
+    ],
+    ids=str,
+)
+def test_grids(options):
+    """At most 65,535 programs in y and in z, 2^31 - 1 in x."""
+    for each in noted(**options):
+        x, y, z = (*each.grid, 1, 1)[:3]
+        assert 0 < x < 1 << 31, each.kernel
+        assert 0 < max(y, z) < 1 << 16, each.kernel
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (dict(channels=8, units=4, rank=5, kernel=(1, 1), size=(1, 1 << 28)), "a window"),
+        (dict(channels=4096, units=4, rank=5, kernel=(3, 3), size=(64, 10_000), dilation=(30, 1)), "a window"),
+        (dict(channels=1, units=4, rank=5, kernel=(1, 1), size=(1 << 16, 1 << 15)), "an image"),
+        (dict(channels=8, units=1000, rank=5, kernel=(3, 1), size=(10_000, 10_000), dilation=(300, 1)), "the reach of a tile"),
+    ],
+    ids=str,
+)
+def test_offsets_past_32_bits_are_refused(options, what):
+    with pytest.raises(ValueError, match=rf"{what}.* passes 2\^31"):
+        noted(**options)
+    height, width = options["size"]
+    assert noted(**{**options, "size": (height, width // 8)})
+
+
+def test_published_sizes_and_far_larger_are_not_refused():
+    assert noted(512, 1000, 256, (3, 3), (1024, 1024), batch=64, padding=(1, 1))
+    assert noted(64, 64, 64, (7, 7), (8192, 8192), padding=(3, 3), stride=(3, 3))
+
+
+@pytest.mark.parametrize("case", [(3, 6, 20, 8, 16), (9, 3, 256, 128, 64), (4, 3, 512, 256, 64), (9, 17, 16, 64, 16)], ids=str)
+def test_no_program_is_idle(case, monkeypatch):
+    """The last program of each job of `parameter_sums` writes something that no other does: host and kernel count them alike."""
+    channels, units, rank, columns, ranks = case
+    tile = config.Tile.make(4, 1, BO=2, BR=ranks, BN=columns, BP=64)
+    made = layer.Layer((1, 1), *sums_parameters(channels, units, rank), layer.Window((3, 3), (1, 1), (1, 1), (1, 1, 1, 1)), "squash", 1e-6)
+    s = made.shape
+    z, gs = torch.ones(64, s.R, device=DEVICE), torch.ones(units, 64, device=DEVICE)
+    canvas, starts = torch.ones(1, 3, 3, s.CP, device=DEVICE), torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    e = torch.ones(64, s.R + s.padded_units, device=DEVICE)
+    monkeypatch.setattr(config, "candidates", lambda *args: (tile,))
+    assert all(part.isfinite().all() for part in made.sums(canvas, starts, z, gs, gs, e))
+    real = layer.launch
+    for job in range(4):  # weights, moments, directs, and the sums of t
+
+        def one_less(kernel, grid, *arguments, job=job, **options):
+            counts = 12 if job < 3 else None
+            arguments = list(arguments)
+            if counts:
+                arguments[counts + job] -= 1
+            real(kernel, (grid[0] - 1, *grid[1:]), *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "launch", one_less)
+            parts = made.sums(canvas, starts, z, gs, gs, e)
+        outputs = (parts[3], parts[4]) if job == 3 else (parts[job],)
+        assert not all(part.isfinite().all() for part in outputs), f"job {job}"
+
+
+def sums_parameters(channels, units, rank):
+    return [t.to(DEVICE, f32) for t in random_layer(channels, units, rank)]
