@@ -56,6 +56,7 @@ class Report:
     mma: str
     loop_ratio: float | None
     serialised: str  # the assembler's warning, if it gave one
+    overwritten: int = 0  # registers' writes that a wgmma under way may still read, see `_overwritten`
     faults: tuple[str, ...] = ()
 
 
@@ -149,6 +150,8 @@ def _faults(report, config, products=True):
         yield f"no {wanted}"
     if report.serialised:
         yield report.serialised
+    if report.overwritten:
+        yield f"{report.overwritten} writes to registers of a wgmma under way"
 
 
 def _read_nvidia(compiled, warps, arch):
@@ -180,6 +183,7 @@ def _read_nvidia(compiled, warps, arch):
         mma=" ".join(f"{count}x{name}" for name, count in mma.most_common(3)),
         loop_ratio=_loop_ratio(lines) if arch in (80, 90) else None,
         serialised="; ".join(sorted(set(re.findall(r"C75\d\d[^\n]*serialized[^\n]*", log)))),
+        overwritten=len(_overwritten(lines)) if arch == 90 else 0,
     )
 
 
@@ -187,18 +191,49 @@ def _is_mma(opcode):
     return re.match(r"(HG?|Q|I|D|UTC\w*)MMA|HGMMA", opcode) is not None
 
 
-def _loop_ratio(lines):
-    """Instructions over tensor-core clocks of the innermost loop with most tensor-core work; of everything where there is no loop."""
-    position, loops, count = {}, [], 0
+def _loops(lines):
+    """Instructions, and where loops begin and end among them."""
+    position, loops, code = {}, [], []
     for label, opcode, operands in lines:
         if label:
-            position[label] = count
+            position[label] = len(code)
             continue
-        target = re.search(r"\(?(\.L_x_\d+)", operands) if opcode.startswith("BRA") else None
-        count += 1
+        code.append((opcode, operands))
+        target = re.search(r"(\.L_x_\d+)", operands) if opcode.startswith("BRA") else None
         if target and target[1] in position:
-            loops.append((position[target[1]], count))
-    opcodes = [opcode for _, opcode, _ in lines if opcode]
+            loops.append((position[target[1]], len(code)))
+    return code, loops
+
+
+def _overwritten(lines):
+    """Instructions of a loop that write a register which a wgmma, not yet waited for, has as its first operand: it may read it after them.
+
+    Every loop is gone through twice in a row, so that what one turn leaves under way meets the next.
+    """
+    code, loops = _loops(lines)
+    found = []
+    for begin, end in loops:
+        groups, group = [], set()
+        for opcode, operands in code[begin:end] * 2:
+            if opcode.startswith("HGMMA"):
+                if first := re.match(r"\s*R\d+, R(\d+)", operands):
+                    group |= set(range(int(first[1]), int(first[1]) + 4))
+                if "gsb0" in operands:
+                    groups, group = [*groups, group], set()
+            elif opcode.startswith("WARPGROUP.DEPBAR"):
+                left = int(re.search(r"gsb0, 0x([0-9a-f]+)", operands)[1], 16)
+                groups = groups[max(0, len(groups) - left) :]
+            elif written := re.match(r"\s*(?:P\d, )?R(\d+)", operands):
+                width = 4 if ".128" in opcode else 2 if ".64" in opcode or ".WIDE" in opcode else 1
+                if group.union(*groups) & set(range(int(written[1]), int(written[1]) + width)):
+                    found.append(opcode + operands)
+    return found
+
+
+def _loop_ratio(lines):
+    """Instructions over tensor-core clocks of the innermost loop with most tensor-core work; of everything where there is no loop."""
+    code, loops = _loops(lines)
+    opcodes = [opcode for opcode, _ in code]
     clocks = [_clocks(o) for o in opcodes]
     bodies = [(a, b) for a, b in loops if sum(clocks[a:b])]
     bodies = [x for x in bodies if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in bodies)] or [(0, len(opcodes))]

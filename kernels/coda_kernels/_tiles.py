@@ -7,6 +7,7 @@ Pixels are int64 (any tensor may pass 2^31 elements); offsets inside one window 
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 # NumPy has no bfloat16. Triton's interpreter (3.6 to 3.9) keeps its bits in integers, multiplies those, cuts off where a GPU rounds, and
 # makes 1e-38 of 0: under it, conversion is done here, bit by bit, and arithmetic goes through float32, with the results of a GPU.
@@ -86,3 +87,16 @@ def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr):
     if INTERPRETED:
         b_x, b_y = (b_x, b_y) if b_x.dtype == b_acc.dtype else (widen(b_x), widen(b_y))
     return tl.dot(b_x, b_y, b_acc, input_precision=PRECISION, out_dtype=b_acc.dtype)
+
+
+@triton.jit
+def landed(b_acc):
+    """``acc``, once the products that it is made of are done: for a loop whose first operand is made in registers.
+
+    wgmma reads these registers while the program goes on. Triton 3.6 waits for all but three products before the next operand is written
+    over them (https://github.com/triton-lang/triton/issues/9433), 3.8 still for all but one where the assembler saves registers. A use of
+    the result, here by no instruction, makes it wait for all; loads go on.
+    """
+    if not INTERPRETED and cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
+        b_acc = tl.inline_asm_elementwise("// landed", "=f,0", [b_acc], dtype=tl.float32, is_pure=True, pack=1)
+    return b_acc

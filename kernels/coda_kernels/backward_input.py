@@ -9,7 +9,7 @@ The scaled operand (z gs, u gs or z t) is made in registers and goes to the tens
 import triton
 import triton.language as tl
 
-from coda_kernels._tiles import dot, narrow, pixel_tile, times, widen, window_offsets, window_starts
+from coda_kernels._tiles import dot, landed, narrow, pixel_tile, times, widen, window_offsets, window_starts
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _per_unit(b_image, p_scale, m_scale, p_matrix, b_acc, PP, units, s_unit: tl.
         b_acc = tl.zeros_like(b_acc)
     for _ in range(units):
         b_scale = tl.load(p_scale) if m_scale is None else tl.load(p_scale, mask=m_scale, other=0)
-        b_acc = dot(times(b_image, b_scale[:, None]), tl.load(p_matrix), b_acc, PRECISION)
+        b_acc = landed(dot(times(b_image, b_scale[:, None]), tl.load(p_matrix), b_acc, PRECISION))
         p_scale += PP
         p_matrix += s_unit
     return b_before + b_acc if b_image.dtype == tl.float32 else b_acc
@@ -154,7 +154,7 @@ def fold(
     """
     columns: tl.constexpr = (CP + BC - 1) // BC
     i_m, i_c = tl.program_id(0) // columns, tl.program_id(0) % columns
-    i_h, i_w = tl.program_id(1) // SW, tl.program_id(1) % SW
+    i_h, i_w = tl.program_id(1), tl.program_id(2)
     class_h, class_w = (H + SH - 1) // SH, (W + SW - 1) // SW
     o_n, o_a, o_b, m_x = _class_pixels(i_m, tl.arange(0, BM), N, class_h, class_w, BM)
     m_x = m_x & (o_a * SH + i_h < H) & (o_b * SW + i_w < W)

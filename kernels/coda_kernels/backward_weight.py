@@ -113,7 +113,8 @@ def parameter_sums(
     first = part * chunk
     count = tl.minimum(PP - first, chunk).to(tl.int32)
     shift = part * s_part
-    narrower: tl.constexpr = BN if BN < R else (R if R < 64 else 64)  # columns of what is as wide as z
+    narrowest: tl.constexpr = BN if BN < R else R
+    narrower: tl.constexpr = narrowest if narrowest < 64 else 64  # columns of what is as wide as z
     lower: tl.constexpr = 64 if BR * BO > 64 else BR * BO  # rows of what is not scaled
     if i < weights:
         _outer_sum(

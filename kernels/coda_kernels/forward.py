@@ -7,7 +7,7 @@ generated    w = A_o z + b_o, a tile of d at a time in registers: <w, u> += w u,
 import triton
 import triton.language as tl
 
-from coda_kernels._tiles import dot, narrow, pixel_tile, scaled, widen, window_offsets, window_starts
+from coda_kernels._tiles import dot, landed, narrow, pixel_tile, scaled, widen, window_offsets, window_starts
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def contracted(
     for k in range(0, ranks, BR):  # z again, a piece at a time: all of L at once took 40 registers
         b_l = tl.load(p_l + k)
         b_unit = widen(tl.load(p_z + k)) * b_inverse[:, None]
-        b_v = dot(narrow(b_unit, b_l.dtype), b_l, b_v, PRECISION)
+        b_v = landed(dot(narrow(b_unit, b_l.dtype), b_l, b_v, PRECISION))
     b_size = tl.load(scale_ptr + o_o)[None, :] / b_inverse[:, None]
     b_square = tl.sum(tl.reshape(b_v * b_v, (BM, BO, R)), 2) * (b_size * b_size)
     if HAS_BIAS:

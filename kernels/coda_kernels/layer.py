@@ -47,6 +47,7 @@ class Layer:
         extent = [d * (k - 1) + 1 for k, d in zip(window.kernel, window.dilation, strict=True)]
         self.out = tuple((size - e) // t + 1 for size, e, t in zip(self.canvas_size, extent, window.stride, strict=True))
         self.NB = s.padded_units if bias is not None else 0
+        _check_offsets(s, (height, width), window.padding, self.out)
         self.last = channels_last(reduce, weight, bias)
         self.parameters = [None if p is None else p.detach() if self.last else p.detach().contiguous() for p in (reduce, weight, bias)]
         self.prepared = weight.new_empty(s.prepared) if prepared is None else prepared
@@ -211,10 +212,10 @@ class Layer:
 
         def run(tile):
             launch(
-                backward_input.fold, (cdiv(pixels, tile["BM"]) * cdiv(s.CP, tile["BC"]), stride_h * stride_w), self.weight,
-                rows, self._or_dummy(z), self._or_dummy(gs), e, dx, batch, height, width, *self.out, len(e), s.units, taps,
-                len(rows), e.stride(0), C=s.channels, **self._geometry(), SH=stride_h, SW=stride_w, TOP=top, LEFT=left,
-                K=s.K, R=s.R, DIRECT=gs is not None, PRECISION=self.precision, **tile.options,
+                backward_input.fold, (cdiv(pixels, tile["BM"]) * cdiv(s.CP, tile["BC"]), min(stride_h, height), min(stride_w, width)),
+                self.weight, rows, self._or_dummy(z), self._or_dummy(gs), e, dx, batch, height, width, *self.out, len(e),
+                s.units, taps, len(rows), e.stride(0), C=s.channels, **self._geometry(), SH=stride_h, SW=stride_w, TOP=top,
+                LEFT=left, K=s.K, R=s.R, DIRECT=gs is not None, PRECISION=self.precision, **tile.options,
             )  # fmt: skip
 
         if dx.numel():
@@ -237,7 +238,7 @@ class Layer:
             moments = groups * (s.R // tile["BR"]) * thin if parameters else 0
             directs = cdiv(rows, lower) * cdiv(s.K, min(tile["BN"], 128))
             tiles = weights + moments + directs + (cdiv(s.units, lower) * thin if zeroth else 0)
-            parts = config.splits(tiles, pixels, tile["BP"], self.device)
+            parts = max(config.splits(tiles, pixels, tile["BP"], self.device), cdiv(pixels, 1 << 30))  # a part's pixels are int32
             chunk = cdiv(cdiv(pixels, parts), tile["BP"]) * tile["BP"]
             parts = cdiv(pixels, chunk)
             partial = torch.empty(parts, sum(lengths), device=self.torch_device)
@@ -341,6 +342,25 @@ def cdiv(a: int, b: int) -> int:
 def whole_blocks(pixels):
     """``pixels`` rounded up to whole blocks of the longest kind."""
     return -(-pixels // 64) * 64
+
+
+@functools.lru_cache(4096)
+def _check_offsets(s, image_size, padding, out):
+    """ValueError where an offset that the kernels take in 32 bits does not fit: in a window, or from the first pixel of a tile of `fold` to
+    a row of [dz | gs] that it reads; or the number of a pixel in its image.
+    """
+    (height, width), (left, right, top, bottom), (rows, columns), stride = image_size, padding, out, s.stride
+    full_height, full_width = height + top + bottom, width + left + right
+    extents = [d * (k - 1) + 1 for k, d in zip(s.kernel, s.dilation, strict=True)]
+    window = extents[0] * full_width * s.CP
+    class_h, class_w = max(1, cdiv(height, stride[0])), max(1, cdiv(width, stride[1]))  # pixels that `fold` takes at a time, 256 at most
+    down, right_or_left = (cdiv(max(e, p), t) + 1 for e, p, t in zip(extents, (top, left), stride, strict=True))  # what a tap adds, at most
+    images = cdiv(256, class_h * class_w) * abs(rows * columns - class_h * class_w)
+    lines = min(cdiv(256, class_w), class_h - 1) + min(down, max(rows, class_h) - 1)
+    reach = (images + lines * max(columns, class_w) + min(right_or_left, columns) + 256) * (s.R + s.padded_units)
+    sizes = {"a window": window + 4096, "an image": full_height * full_width + 256, "the reach of a tile": reach}
+    if large := [what for what, size in sizes.items() if size >= 1 << 31]:
+        raise ValueError(f'backend="triton": {", ".join(large)} passes 2^31: images of {height} x {width}, padding {padding}, {s}')
 
 
 def channels_last(*parameters):

@@ -125,7 +125,7 @@ def _norm_factor(
     H: tl.constexpr = R // 2 if R > 16 else R
     dtype = tl.float64 if WIDE else tl.float32
     p_a = weight_ptr + tl.cast(i_o, tl.int64) * (rank * D)
-    p_factor = factor_ptr + i_o * (R * R)
+    p_factor = factor_ptr + tl.cast(i_o, tl.int64) * (R * R)
     o_h = tl.arange(0, H)
     on_diagonal = o_h[:, None] == o_h[None, :]
     m_1, m_2 = o_h < rank, H + o_h < rank
@@ -335,7 +335,7 @@ def _grad_factors(
     o_grad = o_n * g_image + (rest // OW).to(tl.int64) * g_row + (rest % OW).to(tl.int64) * g_column
     b_grad = widen(tl.load(grad_ptr + o_grad[:, None] + (o_o.to(tl.int64) * g_unit)[None, :], mask=m_g, other=0))
     o_kept, o_out = o_p[:, None] + (o_o * P)[None, :], o_p[:, None] + (o_o * PP)[None, :]
-    b_square = tl.load(square_ptr + o_kept, mask=m_g, other=0)
+    b_square = tl.load(square_ptr + o_kept, mask=m_g, other=1)  # not 0, which may make infinity of 1 / eps, and NaN of the padding
     b_length = tl.sqrt(b_square)
     b_gs = _saturated(b_grad * scaled(b_square, SQUASH, EPS), gs_ptr.dtype.element_ty)
     tl.store(gs_ptr + o_out, b_gs, m_o)

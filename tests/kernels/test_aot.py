@@ -62,6 +62,14 @@ def test_the_forward_loop():
     assert found["faults"] == []
 
 
+@pytest.mark.parametrize("kernel", ["grad_z", "fold", "contracted"])
+def test_operands_in_registers_are_not_overwritten(kernel):
+    """No register that a wgmma under way reads as its first operand is written, by the code itself: a loop gone through twice."""
+    found = report(kernel)
+    assert "HGMMA" in found["mma"]
+    assert found["overwritten"] == 0
+
+
 def test_spills_are_found():
     """A tile that no version of the compiler has the registers for is reported with its spills."""
     found = report("contracted", BM=256)
@@ -85,9 +93,24 @@ def test_missing_tensor_cores_are_found(monkeypatch):
         "no HGMMA": dataclasses.replace(good, mma="8xHMMA.16816.F32"),
         "bytes of shared memory": dataclasses.replace(good, shared_bytes=300_000),
         "bytes of stack": dataclasses.replace(good, stack_bytes=8),
+        "of a wgmma under way": dataclasses.replace(good, overwritten=1),
     }
     for expected, broken in faults.items():
         assert any(expected in fault for fault in aot._faults(broken, config)), expected
+
+
+@pytest.mark.parametrize(("left", "expected"), [(1, ["MOV R20, R1 ", "LDS.64 R23, [R1] "]), (0, [])])
+def test_overwritten_operands_are_found(left, expected, monkeypatch):
+    """The next turn of a loop writes what the second product of the last one may still read, unless it has waited for it."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import aot
+
+    lines = [(".L_x_1", "", ""), ("", "MOV", " R20, R1 "), ("", "LDS.64", " R23, [R1] "), ("", "MOV", " R10, R1 ")]
+    for operand in ("R10", "R20"):
+        lines += [("", "HGMMA.64x64x16.F32.BF16", f" R56, {operand}, gdesc[UR4], R56, gsb0 ")]
+        lines += [("", "WARPGROUP.DEPBAR.LE", f" gsb0, 0x{left} ")]
+    lines += [("", "BRA", " `(.L_x_1) ")]
+    assert [each.strip() for each in aot._overwritten(lines)] == [each.strip() for each in expected]
 
 
 def test_refuses_unknown_layers():
