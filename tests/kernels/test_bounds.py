@@ -66,7 +66,8 @@ def refilled(placed, tensor):
 def plainly(tensor, strides=None):
     """The same numbers in those strides, between whatever there is, zeros in the gaps."""
     strides = tensor.stride() if strides is None else strides
-    return refilled(torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=DEVICE).nan_to_num_(0), tensor)
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
+    return refilled(torch.zeros(extent, dtype=tensor.dtype, device=DEVICE).as_strided(tensor.shape, strides), tensor)
 
 
 class Allocator:
