@@ -29,7 +29,6 @@ CASES = {
     "the image is the canvas": (8, 16, 16, (1, 1), (5, 3), 3, (1, 1), (0, 0), (1, 1), True, bf16, "squash", "products", "last"),
     "patch past a block": (33, 3, 20, (2, 1), (5, 4), 1, (3, 1), (1, 0), (1, 2), False, f32, "l2", "contraction", "sliced last"),
     "generated": (7, 2, 130, (2, 1), (3, 2), 2, (2, 1), (1, 1), (1, 1), True, f16, "squash", "products", "sliced last"),
-    "rank past 256": (3, 1, 257, (1, 1), (2, 3), 1, (1, 1), (1, 0), (1, 1), False, bf16, "squash", "products", "contiguous"),
     "stride past the image": (4, 3, 2, (1, 2), (3, 5), 2, (7, 6), (0, 1), (1, 1), True, f32, "squash", "products", "expanded"),
 }  # fmt: skip
 
@@ -67,7 +66,8 @@ def refilled(placed, tensor):
 def plainly(tensor, strides=None):
     """The same numbers in those strides, between whatever there is, zeros in the gaps."""
     strides = tensor.stride() if strides is None else strides
-    return refilled(torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=DEVICE).nan_to_num_(0), tensor)
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
+    return refilled(torch.zeros(extent, dtype=tensor.dtype, device=DEVICE).as_strided(tensor.shape, strides), tensor)
 
 
 class Allocator:
@@ -169,7 +169,7 @@ def only(index, monkeypatch):
 
 
 @pytest.mark.parametrize("tile", [0, -1], ids=["first", "last"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name if i < 3 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(CASES)])
 def test_red_zones(name, tile, monkeypatch):
     only(tile, monkeypatch)
     check(CASES[name], monkeypatch, applied=name in ("odd everything", "patch past a block"))
