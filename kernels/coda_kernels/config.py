@@ -262,7 +262,7 @@ def _tile(kernel, s, *size):
     make = functools.partial(Tile.make, warps, stages)
     if kernel in ("prepare", "prepare_backward"):
         rows = s.R + (s.padded_units if s.bias and kernel == "prepare" else 0)
-        return make(BM=size[0], BN=min(size[1], max(16, power_of_two(rows))), BK=s.block_k)
+        return make(BM=size[0], BN=min(size[1], max(16, power_of_two(rows))), BK=s.block_k if s.bits == 16 else min(32, s.block_k))
     if kernel in ("contracted", "contracted_kept"):
         depth = s.block_k if s.bits == 16 else min(32, s.block_k)
         return make(BM=size[0], BO=max(1, min(units, size[1] // s.R)), BK=depth, BR=min(s.R, 32))
