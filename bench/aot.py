@@ -6,7 +6,7 @@
 
 Nothing is simulated: launches are recorded from the launchers themselves (shapes, constants, alignment), compiled by the installed
 Triton, and registers, stack, shared memory and instructions are read off the result. Exit status 1 if a kernel spills, exceeds the
-device, lacks tensor-core instructions, or (from Triton 3.9 on) has its wgmma serialised by the assembler.
+device, lacks tensor-core instructions, has its wgmma serialised by the assembler, or writes over what a wgmma still reads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a layer's forward and backward pass cost the host, without a GPU: everything but the driver's launch, which does nothing here.
 
-    python bench/host_time.py                       microseconds a launch and a layer, eager and compiled
-    python bench/host_time.py --store               also into bench/results/host_time.json
+    python bench/host_time.py        microseconds a launch and a layer, eager and compiled
 
 Tensors are on the CPU and small, so that what remains is Python, torch's dispatcher, autograd, allocations and Triton's own launcher up to
 the call of the driver. Medians; on a machine with a faster core all of it is faster.
@@ -9,10 +8,7 @@ the call of the driver. Medians; on a machine with a faster core all of it is fa
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -31,7 +27,6 @@ from coda_fast import backends  # noqa: E402
 from coda_fast.nn import DAUConv2d  # noqa: E402
 from coda_kernels import compile as compiler  # noqa: E402
 
-PATH = results.FOLDER / "host_time.json"
 LAYERS = 9
 
 
@@ -90,23 +85,12 @@ def measure() -> dict:
     return found
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", action="store_true")
-    options = parser.parse_args(argv)
+def main() -> int:
     torch.set_num_threads(1)
     silence()
-    found = {key: round(value, 1) for key, value in measure().items()}
-    stamp = {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "processor": results.device_name(torch.device("cpu")),
-    }
-    for key, value in found.items():
+    for key, value in measure().items():
         print(f"{key:30} {value:10.1f} us")
-    if options.store:
-        PATH.write_text(json.dumps({"of": stamp | {"commit": results.commit()}, "microseconds": found}, indent=1) + "\n", encoding="utf-8")
+    print(f"{results.device_name(torch.device('cpu'))}, torch {torch.__version__}, Triton {triton.__version__}; commit {results.commit()}")
     return 0
 
 

@@ -353,7 +353,8 @@ def compile(network: str, size: int | None, dtype: str, arch: str | None, worker
 
     model = create_model(network) if network in list_models() else checkpoints.load(network)
     model = model.to(memory_format=torch.channels_last)
-    side = size or model.image_size
+    if (side := size or model.image_size) is None:
+        raise click.UsageError(f"--size: expected the height and width of the images, {network} names none")
     shape = (16, model.image_channels, side, side)
     target = int(arch) if arch and arch.isdigit() else arch
     with tqdm(desc=network, unit=" kernels", disable=None) as bar:

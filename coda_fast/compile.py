@@ -37,7 +37,7 @@ def record_launches(
     Args:
         model: any module with DAU layers; it is left as it is.
         input_shape: of a batch of images, (N, C, H, W).
-        dtype: of parameters and images, or that of autocast; None: the dtype of the model's first parameter.
+        dtype: of parameters and images, or that of autocast; None: the dtype of the model's first DAU layer.
         passes: of "inference", "training" (forward and backward, with a gradient of the parameters only) and "explanation".
         device: ``coda_kernels.config.Device``; None: the GPU at hand, an H100 where there is none.
         memory_format: of the images.

@@ -393,8 +393,11 @@ class Run:
         if self.fabric.local_rank == 0:
             begun = time.perf_counter()
             dtype = torch.bfloat16 if self.objective.autocast else self.dtype
-            if count := compile_for(self.objective.model, images, dtype, ("training", "inference")):
-                self.watch.say(f"{count} fused kernels compiled in {time.perf_counter() - begun:.0f} s")
+            try:
+                if count := compile_for(self.objective.model, images, dtype, ("training", "inference")):
+                    self.watch.say(f"{count} fused kernels compiled in {time.perf_counter() - begun:.0f} s")
+            except RuntimeError as error:  # a step may do without: a layer takes its next smaller tile
+                self.watch.say(f"not compiled ahead: {error}")
         self.fabric.barrier()
 
     def _rows(self, labels, generator):
