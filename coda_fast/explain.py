@@ -92,9 +92,9 @@ def explain(
 
 def _explain_chunk(model, images, targets, index, together):
     # not inference tensors, whatever the caller's mode: they are differentiated
+    with torch.inference_mode(False), torch.no_grad():
+        entering = model.run_layers(model.encoder(images.clone()), 0, index)
     with torch.inference_mode(False), torch.enable_grad(), explanation_mode(model):
-        with torch.no_grad():
-            entering = model.run_layers(model.encoder(images.clone()), 0, index)
         entering = entering.detach().requires_grad_()
         outputs = model.head(model.run_layers(entering, index))
         logits = outputs.detach()

@@ -156,7 +156,13 @@ class _DynamicLinear(torch.autograd.Function):
 
 
 def _keep(tensors, detach, save_contraction):
-    """What forward leaves for a backward pass, if there can be one; in explanation mode only the input has a gradient."""
+    """What forward leaves for a backward pass, if there can be one; in explanation mode only the input has a gradient.
+
+    Where somebody watches what is saved, it is the same in both modes: a checkpointed segment may be recomputed outside of the mode, and
+    what counts of that is only what it saves (the graph is that of the first call).
+    """
+    if detach and not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        detach = False
     wanted = tensors[:1] if detach else tensors
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)):
         return "nothing"

@@ -52,7 +52,7 @@ def matrix_penalty(model: CoDANet, images: torch.Tensor, classes: torch.Tensor, 
 def _check_model(model):
     if not isinstance(model, CoDANet):
         raise TypeError(f"model: expected a CoDANet, got {type(model).__name__}")
-    if any(layer.detach for layer in model.layers):  # the numbers would be right and the gradients silently not
+    if any(layer.explaining for layer in model.layers):  # the numbers would be right and the gradients silently not
         raise ValueError("model: expected a network that trains, got one in explanation mode")
 
 

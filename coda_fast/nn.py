@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import itertools
 import math
+import sys
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -30,7 +34,7 @@ class DAUConv2d(nn.Module):
 
     Shapes: input [N, C, H, W] or [C, H, W]; output [N, n, OH, OW] or [n, OH, OW].
     Parameters: ``reduction_weight`` [r, C, kh, kw], ``weight`` [n, r, C, kh, kw], ``bias`` [n, C, kh, kw] or None.
-    Attribute ``detach``: explanation mode of this layer, set by ``explanation_mode``.
+    Attribute ``explaining``: whether a call made here and now is in ``explanation_mode`` (read-only).
 
     Raises:
         ValueError, TypeError: at construction, for anything that the layer does not support, with the reason.
@@ -86,7 +90,7 @@ class DAUConv2d(nn.Module):
         _ = self.geometry  # refuses what does not fit together
         self.groups, self.padding_mode = groups, padding_mode
         self.norm, self.eps, self.backend, self.save_contraction = norm, eps, backend, save_contraction
-        self.detach = False
+        self._number = next(_NUMBERS)
         window = (in_channels, *self.kernel_size)
         options = {"device": device, "dtype": dtype}
         self.reduction_weight = nn.Parameter(torch.empty(rank, *window, **options))
@@ -110,7 +114,20 @@ class DAUConv2d(nn.Module):
     def geometry(self) -> Geometry:
         return Geometry.make(self.kernel_size, self.stride, self.padding, self.dilation)
 
+    @property
+    def explaining(self) -> bool:
+        """Whether a call made here and now is in explanation mode: see ``explanation_mode``."""
+        if self._replica_explains:
+            return True
+        for scope in _scopes():  # a loop and comparisons by value: what torch.compile can trace and guard
+            if scope.open and self._number in scope.layers:
+                return True
+        return False
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        explaining = self.explaining
+        if explaining and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            _refuse_reentrant_checkpoint()
         return dau_conv2d(
             input,
             self.reduction_weight,
@@ -121,10 +138,23 @@ class DAUConv2d(nn.Module):
             self.dilation,
             self.norm,
             self.eps,
-            self.detach,
+            explaining,
             self.backend,
             self.save_contraction,
         )
+
+    # The mode of a replica of torch.nn.DataParallel is that of the call which made it: its thread begins with an empty context.
+    _replica_explains = False
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica._replica_explains = self.explaining
+        return replica
+
+    def __setstate__(self, state):
+        # A copy (copy, deepcopy, pickle) is a layer of its own, whatever scope of explanation mode its original is in.
+        super().__setstate__(state)
+        self._number = next(_NUMBERS)
 
     def _apply(self, fn, recurse=True):
         # module.to(memory_format=torch.channels_last) would refuse the five dimensions of ``weight``: it travels as four
@@ -159,12 +189,66 @@ class SumPool2d(nn.Module):
         return input.sum((-2, -1))
 
 
+# Explanation mode belongs to a call, not to a module: what is shared between threads and tasks is never written. Each ``with`` is a scope;
+# the scopes that a call is in are a context variable, so threads begin with none, asyncio's tasks have their own, and each layer looks
+# whether it is in one. A scope that was left is closed, which counts also where it was left from another context (an asynchronous generator
+# that is finalised by the event loop) or out of order (two generators that take turns).
+_NUMBERS = itertools.count()  # layers by number: a value that compiled code can compare, unlike an address
+_SCOPES: contextvars.ContextVar[tuple[_Scope, ...]] = contextvars.ContextVar("coda_fast.explanation_mode", default=())
+
+
+class _Scope:
+    def __init__(self, layers: frozenset[int]):
+        self.layers, self.open = layers, True
+
+
+class _Thread(threading.local):
+    """What torch.compile needs beside the context variable: it can trace attributes of an object, but not setting a context variable, and
+    before torch 2.14 not reading one.
+    """
+
+    def __init__(self):
+        self.entered = ()  # scopes that compiled code entered, while it is in them
+        self.mirror = ()  # of the context variable, for compiled code of older releases: of this thread, whichever its tasks
+
+
+_THREAD = _Thread()
+_TRACES_CONTEXT_VARIABLES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+
+
+def _scopes():
+    if torch.compiler.is_dynamo_compiling() and not _TRACES_CONTEXT_VARIABLES:
+        return _THREAD.mirror + _THREAD.entered
+    return _SCOPES.get() + _THREAD.entered
+
+
+def _enter(scope):
+    scopes = (*(s for s in _SCOPES.get() if s.open), scope)
+    _SCOPES.set(scopes)
+    _THREAD.mirror = scopes
+
+
+def _leave(scope):
+    scope.open = False
+    scopes = tuple(s for s in _SCOPES.get() if s.open)
+    _SCOPES.set(scopes)
+    _THREAD.mirror = scopes
+
+
 @contextlib.contextmanager
 def explanation_mode(module: nn.Module) -> Iterator[nn.Module]:
     """Within it, every DAU layer of ``module`` treats its scaled weight as a constant in the backward pass.
 
-    The gradient of an output with respect to the input is then the row of the global linear map ``W(x)``. Modes are restored at
-    the end, also after an error.
+    The gradient of an output with respect to the input is then the row of the global linear map ``W(x)``. It is a property of the calls
+    made within the ``with``, in its thread and asyncio task: other threads, tasks, copies and later callers see nothing of it, and a module
+    can be explained in many threads while it trains in another. What was computed within it stays as it was computed, wherever and whenever
+    its backward pass runs, also if a checkpointed segment is recomputed after the ``with`` (``use_reentrant=False``; the older form, which
+    recomputes without a trace of how it was called, is refused). A compiled module has one graph for each mode.
+
+    As with ``torch.no_grad``, a generator that yields within it leaves it on for the code that it yields to, until it goes on.
+
+    Raises:
+        ValueError: a module without DAU layers. RuntimeError, at the call: a reentrant checkpoint.
 
     >>> import torch, coda_fast
     >>> net = torch.nn.Sequential(coda_fast.DAUConv2d(6, 8, 3, rank=4), coda_fast.DAUConv2d(8, 2, 3, rank=4))
@@ -175,14 +259,33 @@ def explanation_mode(module: nn.Module) -> Iterator[nn.Module]:
     >>> torch.allclose((row * x).sum(), total, atol=1e-5)
     True
     """
-    layers = [m for m in module.modules() if isinstance(m, DAUConv2d)]
-    if not layers:
+    numbers = [m._number for m in module.modules() if isinstance(m, DAUConv2d)]
+    if not numbers:
         raise ValueError(f"explanation_mode: expected a module with at least one DAUConv2d, got {type(module).__name__} without any")
-    before = [layer.detach for layer in layers]
+    scope = _Scope(frozenset(numbers))
+    if torch.compiler.is_dynamo_compiling():
+        before = _THREAD.entered
+        _THREAD.entered = (*before, scope)
+        try:
+            yield module
+        finally:
+            _THREAD.entered = before
+        return
+    _enter(scope)
     try:
-        for layer in layers:
-            layer.detach = True
         yield module
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.detach = value
+        _leave(scope)
+
+
+def _refuse_reentrant_checkpoint():
+    """Its forward pass runs without a graph, and what its backward pass calls again cannot know the mode of the first call."""
+    forward = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is forward:
+            raise RuntimeError(
+                "explanation_mode: expected torch.utils.checkpoint with use_reentrant=False, got a reentrant one, which would recompute "
+                "outside of the mode"
+            )
+        frame = frame.f_back

@@ -113,7 +113,7 @@ class TimmCoDANet(CoDANet):
             layer = self.layers[index]
             if index == self.depth:
                 activations = self.head_drop(activations)
-            if self.grad_checkpointing and torch.is_grad_enabled() and not layer.detach:
+            if self.grad_checkpointing and torch.is_grad_enabled() and not layer.explaining:
                 activations = checkpoint(layer, activations, use_reentrant=False)
             else:
                 activations = layer(activations)

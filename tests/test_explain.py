@@ -204,7 +204,6 @@ def test_empty_batch():
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_leaves_nothing_behind(context):
     model = _model()
-    model.layers[1].detach = True
     model.layers[2].weight.requires_grad_(False)
     images = torch.rand(2, 3, 8, 8, requires_grad=True)
     with context():
@@ -222,7 +221,7 @@ def test_leaves_nothing_behind(context):
             assert tensor.grad_fn is None
     assert images.grad is None
     assert all(p.grad is None for p in model.parameters())
-    assert [layer.detach for layer in model.layers] == [False, True, False]
+    assert not any(layer.explaining for layer in model.layers)
     assert [p.requires_grad for p in model.layers[2].parameters()] == [True, False, True]
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
     assert model.training

@@ -152,18 +152,20 @@ def test_add_inverse_and_sum_pool():
     assert torch.allclose(SumPool2d()(x), x.flatten(2).sum(2))
 
 
-def test_explanation_mode_restores():
+def test_explanation_mode_ends():
     net = nn.Sequential(DAUConv2d(2, 3, 1), nn.Sequential(DAUConv2d(3, 2, 1)))
-    net[1][0].detach = True
-    with explanation_mode(net) as inside:
-        assert inside is net
-        assert net[0].detach
-        assert net[1][0].detach
-    assert not net[0].detach
-    assert net[1][0].detach
+    other = DAUConv2d(2, 2, 1)
+    modes = lambda: [layer.explaining for layer in (net[0], net[1][0], other)]  # noqa: E731
+    with explanation_mode(net[1]):
+        assert modes() == [False, True, False]
+        with explanation_mode(net) as inside:
+            assert inside is net
+            assert modes() == [True, True, False]
+        assert modes() == [False, True, False]
+    assert modes() == [False] * 3
     with pytest.raises(RuntimeError, match="stop"), explanation_mode(net):
         raise RuntimeError("stop")
-    assert not net[0].detach
+    assert modes() == [False] * 3
     with pytest.raises(ValueError, match="at least one DAUConv2d, got Linear"), explanation_mode(nn.Linear(1, 1)):
         pass
 

@@ -378,7 +378,7 @@ def test_compile_explanation_mode(compiler):
     assert counter.frame_count == 1
     assert_close(ours, eager, 1e-12)
     assert not torch.allclose(ours, plain), "explanation mode has another gradient"
-    assert not any(layer.detach for layer in model.layers)
+    assert not any(layer.explaining for layer in model.layers)
 
 
 def test_compile_adjoint(compiler):
