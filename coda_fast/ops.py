@@ -4,9 +4,9 @@
     align_backward(g, ..) its gradients; with ``detach`` (explanation mode) only the direct term G(x, g)
     adjoint(x, v)         G(x, v), the transpose of u -> F(x, u)
 
-Each is differentiable to any order, has a fake kernel with true strides (torch.compile, torch.export) and a FLOP formula, and hands the
-work to ``coda_fast.backends.<backend>``. Registered one level below ``torch.library.custom_op``, whose wrapper imports the compiler at
-the first eager call: seconds and 110 MB for those who never compile.
+Each is differentiable to any order, in reverse and forward mode and under the transforms of ``torch.func``, has a fake kernel with true
+strides (torch.compile, torch.export) and a FLOP formula, and hands the work to ``coda_fast.backends.<backend>``. Registered one level below
+``torch.library.custom_op``, whose wrapper imports the compiler at the first eager call: seconds and 110 MB for those who never compile.
 
 Autocast: ``coda_fast.functional`` casts before it calls, the same for every backend. Called directly under autocast, ``align`` and
 ``adjoint`` cast like a convolution (float64 stays); ``align_backward`` takes what ``align`` left, as it is.
@@ -18,11 +18,12 @@ misses something computes it again. ``prepared`` goes with it: the parameters in
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 
 import torch
 
-from coda_fast import _flops
+from coda_fast import _decompositions, _flops
 from coda_fast._autocast import cast_as_convolution, without_autocast
 from coda_fast._geometry import Geometry
 from coda_fast.backends import reference
@@ -143,6 +144,7 @@ def _adjoint_fake(input, value, *rest):
 
 
 def _setup_align(ctx, inputs, output):
+    ctx.save_for_forward(*inputs[:5])
     input, applied, reduction_weight, weight, bias, *geometry, norm, eps, ctx.detach, ctx.keep, ctx.backend = inputs
     ctx.geometry = (*geometry, norm, eps)
     ctx.save_for_backward(input, applied, reduction_weight, weight, bias, *output[1:])
@@ -152,16 +154,29 @@ def _setup_align(ctx, inputs, output):
 
 def _backward_of_align(ctx, grad, *_):
     *tensors, dot, square, contraction, prepared = ctx.saved_tensors
-    needs = _needed(ctx.needs_input_grad, tensors, ctx.detach)
+    needs = _needed(ctx.needs_input_grad[1:], tensors, ctx.detach)
     if grad is None or not any(needs):
-        return (None,) * 13
+        return None
     with without_autocast(grad.device.type):
         enough = "norm" if ctx.detach else "products"
         if KEEPS.index(ctx.keep) < KEEPS.index(enough):
             with torch.no_grad():
                 _, dot, square, contraction, prepared = align(*tensors, *ctx.geometry, ctx.detach, enough, ctx.backend)
         found = align_backward(grad, *tensors, dot, square, contraction, prepared, *ctx.geometry, ctx.detach, needs, ctx.backend)
-    return *(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 8
+    return [g if need else None for g, need in zip(found, needs, strict=True)]
+
+
+def _jvp_of_align(ctx, *tangents):
+    """In explanation mode w counts as a constant in forward mode too: F(x, u')."""
+    (x, u, *parameters), geometry = ctx.saved_tensors, _geometry_of(ctx)
+    of_x, of_u, *of_parameters = tangents
+    if ctx.detach:
+        direction = of_x if u is None else of_u
+        found = None if direction is None else align(x, direction, *parameters, *ctx.geometry, False, "nothing", ctx.backend)[0]
+    else:
+        align_ = lambda x, u, *p: reference.align(x, x if u is None else u, *p, *geometry)  # noqa: E731
+        found = _jvp(align_, (x, u, *parameters), tangents)
+    return found, None, None, None, None
 
 
 def _needed(needs, tensors, detach):
@@ -171,6 +186,7 @@ def _needed(needs, tensors, detach):
 
 
 def _setup_align_backward(ctx, inputs, output):
+    ctx.save_for_forward(*inputs[:6])
     grad, *tensors, _, _, _, _, stride, padding, dilation, norm, eps, ctx.detach, ctx.needs, ctx.backend = inputs
     ctx.geometry = (stride, padding, dilation, norm, eps)
     ctx.save_for_backward(grad, *tensors)
@@ -181,21 +197,21 @@ def _setup_align_backward(ctx, inputs, output):
 def _backward_of_align_backward(ctx, *upstream):
     grad, *tensors = ctx.saved_tensors
     upstream = [h if need else None for h, need in zip(upstream, ctx.needs, strict=True)]
-    needs = ctx.needs_input_grad[:6]
-    rest = (None,) * 12
+    needs = ctx.needs_input_grad[1:7]
     if all(h is None for h in upstream):
-        return *(None,) * 6, *rest
+        return None
     with without_autocast(grad.device.type):
         if not ctx.detach:
-            return *_second_derivatives(grad, tensors, upstream, ctx.needs, needs, ctx.geometry), *rest
+            return _second_derivatives(grad, tensors, upstream, ctx.needs, needs, ctx.geometry)
         # the direct term is G(x, grad), whatever u is
         x, _, *parameters = tensors
         h = upstream[0] if tensors[1] is None else upstream[1]
         dx, dgrad, *others = _adjoint_derivatives(h, x, grad, parameters, (needs[1], needs[0], *needs[3:]), ctx.geometry, ctx.backend)
-        return dgrad, dx, None, *others, *rest
+        return dgrad, dx, None, *others
 
 
 def _setup_adjoint(ctx, inputs, output):
+    ctx.save_for_forward(*inputs[:5])
     *tensors, stride, padding, dilation, norm, eps, ctx.backend = inputs
     ctx.geometry = (stride, padding, dilation, norm, eps)
     ctx.save_for_backward(*tensors)
@@ -205,10 +221,9 @@ def _setup_adjoint(ctx, inputs, output):
 def _backward_of_adjoint(ctx, h):
     input, value, *parameters = ctx.saved_tensors
     if h is None:
-        return (None,) * 11
+        return None
     with without_autocast(h.device.type):
-        found = _adjoint_derivatives(h, input, value, parameters, ctx.needs_input_grad[:5], ctx.geometry, ctx.backend)
-    return *found, *(None,) * 6
+        return _adjoint_derivatives(h, input, value, parameters, ctx.needs_input_grad[1:6], ctx.geometry, ctx.backend)
 
 
 def _adjoint_derivatives(h, input, value, parameters, needs, geometry, backend):
@@ -221,21 +236,111 @@ def _adjoint_derivatives(h, input, value, parameters, needs, geometry, backend):
 
 def _second_derivatives(grad, tensors, upstream, first_needs, needs, geometry):
     """Gradients of <upstream, gradients of F> by the definition, which materialises w; differentiable in turn where asked for."""
-    create_graph = torch.is_grad_enabled()
     *window, norm, eps = geometry
-    with torch.enable_grad():
-        # fresh nodes, so that a tensor that enters twice has two gradients
-        fresh = [None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (grad, *tensors)]
-        v, x, u, *parameters = fresh
-        output = reference.align(x, x if u is None else u, *parameters, _geometry(parameters[1], *window), norm, eps)
-        wanted = [i for i in range(5) if first_needs[i] and upstream[i] is not None]
-        first = torch.autograd.grad(output, [fresh[i + 1] for i in wanted], v, create_graph=True)
-    sources = [i for i in range(6) if needs[i] and fresh[i] is not None]
-    second = torch.autograd.grad(
-        first, [fresh[i] for i in sources], [upstream[i] for i in wanted], create_graph=create_graph, allow_unused=True
-    )
+    wanted = [i for i in range(5) if first_needs[i] and upstream[i] is not None]
+    sources = [i for i in range(6) if needs[i] and (grad, *tensors)[i] is not None]
+    gradients = lambda *some: _gradients_by_definition(_replaced((grad, *tensors), sources, some), wanted, *window, norm, eps)  # noqa: E731
+    second = torch.func.vjp(gradients, *((grad, *tensors)[i] for i in sources))[1]([upstream[i] for i in wanted])
     found = dict(zip(sources, second, strict=True))
     return [found.get(i) for i in range(6)]
+
+
+def _gradients_by_definition(tensors, wanted, *geometry):
+    """Of (v, x, u, B, A, b): the gradients of <v, F(x, u)> in those of (x, u, B, A, b) that are ``wanted``."""
+    v, *tensors = tensors
+    *window, norm, eps = geometry
+
+    def output(*some):
+        x, u, *parameters = _replaced(tensors, wanted, some)
+        return reference.align(x, x if u is None else u, *parameters, _geometry(parameters[1], *window), norm, eps)
+
+    return list(torch.func.vjp(output, *(tensors[i] for i in wanted))[1](v))
+
+
+def _replaced(tensors, places, others):
+    """A list of ``tensors`` with ``others`` in ``places``."""
+    tensors = list(tensors)
+    for i, other in zip(places, others, strict=True):
+        tensors[i] = other
+    return tensors
+
+
+def _jvp(function, tensors, tangents):
+    """Directional derivative of a function of tensors, some of which are None; of None, too, where nothing has a tangent."""
+    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+    if not moving:
+        return None
+    call = lambda *some: function(*_replaced(tensors, moving, some))  # noqa: E731
+    return torch.func.jvp(call, tuple(tensors[i] for i in moving), tuple(tangents[i] for i in moving))[1]
+
+
+def _jvp_of_align_backward(ctx, *tangents):
+    tensors, geometry = ctx.saved_tensors, _geometry_of(ctx)
+    if ctx.detach:
+        # the direct term is G(x, grad), whatever u is
+        of_grad, of_x, _, *of_parameters = tangents[:6]
+        grad, x, u, *parameters = tensors
+        direction = _jvp(lambda *t: reference.adjoint(*t, *geometry), (x, grad, *parameters), (of_x, of_grad, *of_parameters))
+        place = 0 if u is None else 1
+        return [direction if ctx.needs[i] and i == place else None for i in range(5)]
+    wanted = [i for i in range(5) if ctx.needs[i]]
+    found = _jvp(lambda *t: _gradients_by_definition(t, wanted, *ctx.geometry), tensors, tangents[:6])
+    found = {} if found is None else dict(zip(wanted, found, strict=True))
+    return [found.get(i) for i in range(5)]
+
+
+def _jvp_of_adjoint(ctx, *tangents):
+    return _jvp(lambda *t: reference.adjoint(*t, *_geometry_of(ctx)), ctx.saved_tensors, tangents)
+
+
+def _geometry_of(ctx):
+    """(geometry, norm, eps) as backends take them."""
+    weight = next(t for t in ctx.saved_tensors if t is not None and t.dim() == 5)
+    *window, norm, eps = ctx.geometry
+    return _geometry(weight, *window), norm, eps
+
+
+def _differentiable(op, setup, backward, jvp):
+    """Autograd kernel of an operator.
+
+    torch.library.register_autograd would do, but for torch.func and forward mode, which it has not (pytorch issue 168393; when that is
+    closed, this can go). The dispatcher brings every level of every transform here, one at a time, so what a level needs is a node of
+    automatic differentiation of this level alone, as torch.func itself makes for functions of the user.
+    """
+
+    class Node(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(keyset, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            setup(ctx, inputs[1:], output)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            found = backward(ctx, *grads) or ()
+            return None, *found, *(None,) * (count - len(found))
+
+        @staticmethod
+        def jvp(ctx, keyset, *tangents):
+            return jvp(ctx, *tangents)
+
+    count = len(op._schema.arguments)
+    Node.__name__ = Node.__qualname__ = f"coda_fast_{op._opname}"
+
+    def run(keyset, *args):
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        forward_mode = torch.autograd.forward_ad._current_level >= 0
+        tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not (transformed or forward_mode or tracked):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with torch._functorch.utils.enable_single_level_autograd_function() if transformed else contextlib.nullcontext():
+            return Node.apply(keyset, *args)
+
+    return run
 
 
 # -- vmap: several upstream gradients of one input (``is_grads_batched``), for explanations of several classes at once -----------------
@@ -289,16 +394,22 @@ def _autocast(op, kind):
 
 
 KERNELS = {"align": _align_kernel, "align_backward": _align_backward_kernel, "adjoint": _adjoint_kernel}
-for _op, _name, _fake, _setup, _backward, _vmap in (
-    (align, "align", _align_fake, _setup_align, _backward_of_align, _vmap_align),
-    (align_backward, "align_backward", _align_backward_fake, _setup_align_backward, _backward_of_align_backward, _vmap_align_backward),
-    (adjoint, "adjoint", _adjoint_fake, _setup_adjoint, _backward_of_adjoint, _vmap_adjoint),
+_DERIVATIVES = {
+    "align": (_setup_align, _backward_of_align, _jvp_of_align),
+    "align_backward": (_setup_align_backward, _backward_of_align_backward, _jvp_of_align_backward),
+    "adjoint": (_setup_adjoint, _backward_of_adjoint, _jvp_of_adjoint),
+}
+for _op, _name, _fake, _vmap in (
+    (align, "align", _align_fake, _vmap_align),
+    (align_backward, "align_backward", _align_backward_fake, _vmap_align_backward),
+    (adjoint, "adjoint", _adjoint_fake, _vmap_adjoint),
 ):
     _LIBRARY.impl(_name, KERNELS[_name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"coda_fast::{_name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"coda_fast::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
+    _LIBRARY.impl(_name, _differentiable(_op, *_DERIVATIVES[_name]), "Autograd", with_keyset=True)
     torch.library.register_vmap(f"coda_fast::{_name}", _vmap, lib=_LIBRARY)
     if _name != "align_backward":
         for _kind, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _LIBRARY.impl(_name, _autocast(_op, _kind), _key)
 _flops.register()
+_decompositions.register({align: _align_fake, adjoint: _adjoint_fake})

@@ -1,0 +1,153 @@
+"""The operators in terms of standard ones, for programs that must run without us: ONNX, AOTInductor, ``run_decompositions``.
+
+Known to ``torch.onnx.export(dynamo=True)`` by itself, through torch's table of decompositions; everything else asks for them by
+``coda_fast.export.decompositions()``. Neither eager calls nor torch.compile come here.
+
+The factored form (``coda_fast.backends.factored``) by convolutions, with ``z~ = [B x; 1]`` and ``A~ = [A b]``:
+
+    <w_o, u> = sum_k z~_k (A~_ok * u)     one convolution with n m filters, contracted with z~
+    |w_o|^2  = z~^T (A~_o A~_o^T) z~      in float64: float32 would cancel where w nearly vanishes; ONNX has no triangular factor
+    G(x, v)  = A~^T * (gs (x) z~)         one transposed convolution
+
+Where a patch has fewer numbers than z~ has (d <= m), w itself is the smaller thing and is made. In float64 |w|^2 is that of w itself:
+there is no wider type to cancel in.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from coda_fast.backends.factored import format_of
+
+
+def align(
+    input, applied, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, detach, keep, backend
+):  # fmt: skip
+    """``torch.ops.coda_fast.align``. Of what it keeps there are <w, u> and |w|^2; without the rest a backward pass does as well."""
+    layer = _Layer(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
+    u = layer.x if applied is None else applied.to(layer.compute)
+    z = layer.reduce()
+    if layer.generates:
+        w = layer.weights(z)
+        square = w.square().sum(2)
+        dot = (w * layer.convolve(u, layer.taps()).unsqueeze(1)).sum(2)
+    else:
+        square = layer.square(z)
+        products = layer.convolve(u, layer.rows.flatten(0, 1)).unflatten(1, (layer.units, layer.terms))
+        dot = (products * z.unsqueeze(1)).sum(2)
+        # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
+        length = layer.convolve(u.square().sum(1, keepdim=True), torch.ones_like(layer.rows[:1, 0, :1])).sqrt()
+        bound = square.sqrt() * length
+        dot = torch.minimum(torch.maximum(dot, -bound), bound)
+    output = (layer.scale(square) * dot).to(input.dtype).contiguous(memory_format=format_of(input))
+    empty = lambda dtype: input.new_empty(0, dtype=dtype)  # noqa: E731
+    kept_dot = _kept(dot, backend) if keep in ("products", "contraction") else empty(layer.compute)
+    kept_square = _kept(square, backend) if keep != "nothing" else empty(layer.compute)
+    return output, kept_dot, kept_square, empty(input.dtype), empty(input.dtype)
+
+
+def adjoint(input, value, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend):
+    """``torch.ops.coda_fast.adjoint``."""
+    layer = _Layer(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
+    z = layer.reduce()
+    if layer.generates:
+        w = layer.weights(z)
+        gs = layer.scale(w.square().sum(2)) * value.to(layer.compute)
+        image = layer.convolve_transposed((gs.unsqueeze(2) * w).sum(1), layer.taps())
+    else:
+        gs = layer.scale(layer.square(z)) * value.to(layer.compute)
+        outer = (gs.unsqueeze(2) * z.unsqueeze(1)).flatten(1, 2)
+        image = layer.convolve_transposed(outer, layer.rows.flatten(0, 1))
+    return image.to(input.dtype).contiguous(memory_format=format_of(input))
+
+
+def register(fakes: dict) -> None:
+    """Put the decompositions into torch's table, where torch.onnx finds them. ``fakes``: the fake kernels, by operator.
+
+    FakeTensorMode would take a decomposition, where there is one, in place of the fake kernel, unless the other table has that too.
+    """
+    for op, function in table().items():
+        torch._decomp.register_decomposition(op)(function)
+        torch._decomp.register_decomposition(op, type="meta")(fakes[op])
+
+
+def table() -> dict:
+    """{operator: its decomposition}."""
+    return {torch.ops.coda_fast.align.default: align, torch.ops.coda_fast.adjoint.default: adjoint}
+
+
+class _Layer:
+    """A layer as filters of convolutions. n units, m terms in z~ (the rank, and one for the bias), d = C kh kw numbers in a patch."""
+
+    def __init__(self, input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps):
+        self.compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+        self.x, self.norm, self.eps, self.padding = input.to(self.compute), norm, eps, padding
+        self.stride, self.dilation = list(stride), list(dilation)
+        filters = reduction_weight.to(self.compute)
+        rows = weight.to(self.compute)
+        self.one = None
+        if bias is not None:
+            rows = torch.cat((rows, bias.to(self.compute).unsqueeze(1)), 1)
+            filters = torch.cat((filters, torch.zeros_like(filters[:1])))
+            self.one = torch.cat((filters.new_zeros(len(reduction_weight)), filters.new_ones(1)))
+        self.filters, self.rows = filters, rows  # B~ [m, C, kh, kw], A~ [n, m, C, kh, kw]
+        self.units, self.terms = rows.shape[:2]
+        self.patch = rows.shape[2:]
+        self.generates = self.patch.numel() <= self.terms
+
+    def reduce(self):
+        """z~, [N, m, OH, OW]."""
+        return self.convolve(self.x, self.filters, self.one)
+
+    def weights(self, z):
+        """w, [N, n, d, OH, OW]."""
+        filters = self.rows.flatten(2).transpose(1, 2).reshape(-1, self.terms, 1, 1)
+        return F.conv2d(z, filters).unflatten(1, (self.units, self.patch.numel()))
+
+    def square(self, z):
+        """|w|^2, [N, n, OH, OW]."""
+        if self.compute == torch.float64:
+            return self.weights(z).square().sum(2)
+        batch, _, height, width = z.shape
+        rows = self.rows.flatten(2).double()
+        gram = torch.bmm(rows, rows.transpose(1, 2)).flatten(0, 1)  # [n m, m]
+        z = z.double().permute(0, 2, 3, 1).reshape(-1, self.terms)
+        square = (torch.mm(z, gram.t()).unflatten(1, (self.units, self.terms)) * z.unsqueeze(1)).sum(2)
+        return square.clamp_min(0).to(self.compute).view(batch, height, width, self.units).permute(0, 3, 1, 2)
+
+    def scale(self, square):
+        """s(|w|^2)."""
+        length = square.sqrt()
+        return length / (1 + square) if self.norm == "squash" else 1 / length.clamp_min(self.eps)
+
+    def taps(self):
+        """Filters that each take one number of a patch, [d, C, kh, kw]: patches as channels."""
+        d = self.patch.numel()
+        return torch.eye(d, dtype=self.compute, device=self.x.device).view(d, *self.patch)
+
+    def convolve(self, image, filters, bias=None):
+        left, right, top, bottom = self.padding
+        if (left, top) != (right, bottom):
+            image, top, left = F.pad(image, self.padding), 0, 0
+        return F.conv2d(image, filters, bias, self.stride, [top, left], self.dilation)
+
+    def convolve_transposed(self, value, filters):
+        """The transpose of ``convolve`` in its image: [N, filters, OH, OW] -> [N, C, H, W]."""
+        left, right, top, bottom = self.padding
+        symmetric = (left, top) == (right, bottom)
+        padding = [top, left] if symmetric else [0, 0]
+        # up to stride - 1 pixels at the far edges are in no window: ask for all that there can be, then cut
+        further = [s - 1 for s in self.stride]
+        image = F.conv_transpose2d(value, filters, None, self.stride, padding, further, 1, self.dilation)
+        if symmetric and further == [0, 0]:
+            return image
+        height, width = self.x.shape[2:]
+        first = [0, 0] if symmetric else [top, left]
+        return image[:, :, first[0] : first[0] + height, first[1] : first[1] + width]
+
+
+def _kept(image, backend):
+    """[N, n, OH, OW] as the backend keeps it: [P, n], or [n, P]."""
+    rows = image.permute(0, 2, 3, 1).flatten(0, 2)
+    return rows if backend == "factored" else rows.t().contiguous()
