@@ -6,6 +6,7 @@ from coda_fast.backends import BackendUnavailable, backend_info
 from coda_fast.checkpoints import CheckpointError, load, save
 from coda_fast.compile import compile_kernels
 from coda_fast.explain import Explanation
+from coda_fast.export import Explainer
 from coda_fast.models import CoDANet, create_model, list_models
 from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, explanation_mode
 
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "CoDANet",
     "DAUConv2d",
+    "Explainer",
     "Explanation",
     "SumPool2d",
     "__version__",

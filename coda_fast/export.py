@@ -1,0 +1,252 @@
+"""Networks as files that run without PyTorch (ONNX) or without Python (a package of AOTInductor), with their exact explanation.
+
+What ``torch.onnx.export(model, ..., dynamo=True)`` makes of a network needs nothing of ours either, without any of this. Here is more: the
+explanation as part of the program, names, any image size, what a reader of the file wants to know, and all or nothing on the disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from coda_fast import _decompositions
+from coda_fast._geometry import pair
+from coda_fast._version import __version__
+from coda_fast.checkpoints import atomic_path
+from coda_fast.functional import dau_conv2d_transpose
+from coda_fast.models import CoDANet
+
+ONNX_LIMIT = 2**31 - 2**24  # bytes of weights: protobuf ends a file at 2 GiB, and the graph takes some
+
+
+class ExportError(RuntimeError):
+    """The file cannot be made on this machine; the message says what is missing."""
+
+
+class Explainer(nn.Module):
+    """A network that also returns why: ``forward(images, target)`` gives the logits and the contribution map of one class for each image.
+
+    Without automatic differentiation: a vector that is one for the class is sent back through the transposed layers, whose weights are
+    those that the image generates, and multiplied by the encoded image. So it can be exported like any other module, and is in turn
+    differentiable. What it returns is what ``model.explain(images, target)`` does: ``contribution_map.sum((1, 2)) + logit_bias`` is the
+    logit, to rounding.
+
+    Args:
+        model: a CoDANet with a classifier (also of timm); shared, not copied. Dropout, which some networks of timm have before the
+            classifier, is left out, also while training.
+
+    Shapes: images [N, C, H, W] in [0, 1], target [N] of integers; logits [N, classes], contribution map [N, H, W], in logits (float32, or
+    float64 for a network in float64).
+
+    Raises:
+        TypeError: not a CoDANet, or a target that is not of integers. ValueError: a network without a classifier, shapes that do not fit,
+            classes that do not exist. In an exported program, which cannot raise, a class that does not exist has a map of zeros.
+
+    >>> import torch, coda_fast
+    >>> explainer = coda_fast.Explainer(coda_fast.create_model("coda_xs_digits"))
+    >>> logits, contribution_map = explainer(torch.rand(2, 1, 8, 8), torch.tensor([3, 7]))
+    >>> contribution_map.shape
+    torch.Size([2, 8, 8])
+    """
+
+    def __init__(self, model: CoDANet):
+        super().__init__()
+        if not isinstance(model, CoDANet):
+            raise TypeError(f"model: expected a CoDANet, got {type(model).__name__}")
+        model.config()  # networks of timm without a classifier refuse, and there is nothing to explain
+        self.model = model
+
+    def forward(self, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        model = self.model
+        model.check_images(images)
+        _check_target(target, images, model.num_classes)
+        activations = [model.encoder(images)]
+        for layer in model.layers:
+            activations.append(layer(activations[-1]))
+        last = activations.pop()
+        logits = model.head(last)
+        classes = torch.arange(model.num_classes, device=target.device)
+        chosen = (target.unsqueeze(1) == classes).to(last.dtype)
+        value = chosen[:, :, None, None].expand_as(last)  # the head sums over pixels
+        for layer, entering in zip(reversed(model.layers), reversed(activations), strict=True):
+            value = dau_conv2d_transpose(
+                entering, value.to(entering.dtype), layer.reduction_weight, layer.weight, layer.bias, stride=layer.stride,
+                padding=layer.padding, dilation=layer.dilation, norm=layer.norm, eps=layer.eps, backend=layer.backend,
+            )  # fmt: skip
+        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+        # 1 / T last: 1e-5 has two digits in float16
+        return logits, (value.to(wide) * activations[0].to(wide)).sum(1) / model.temperature
+
+
+def _check_target(target, images, classes):
+    if not isinstance(target, torch.Tensor) or target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
+        raise TypeError(f"target: expected a tensor of integers, got {getattr(target, 'dtype', type(target).__name__)}")
+    if target.dim() != 1 or target.shape[0] != images.shape[0]:
+        raise ValueError(f"target: expected shape [{images.shape[0]}], a class for each image, got {list(target.shape)}")
+    if not torch.compiler.is_compiling() and target.numel() and not (target.min() >= 0 and target.max() < classes):
+        raise ValueError(f"target: expected classes from 0 to {classes - 1}, got {int(target.min())} to {int(target.max())}")
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """What our operators are in terms of standard ones, for ``torch.export.ExportedProgram.run_decompositions``:
+
+    >>> import torch, coda_fast.export
+    >>> program = torch.export.export(coda_fast.create_model("coda_xs_digits"), (torch.rand(1, 1, 8, 8),))
+    >>> program = program.run_decompositions(torch.export.default_decompositions() | coda_fast.export.decompositions())
+    >>> any("coda_fast" in str(node.target) for node in program.graph.nodes)
+    False
+    """
+    return _decompositions.table()
+
+
+def export_onnx(model: CoDANet, path: str | os.PathLike, *, explain: bool = False, size: int | tuple[int, int] | None = None) -> None:
+    """Write ``model`` as one ONNX file of standard operators, for onnxruntime and others, all or nothing.
+
+    Input ``images`` [N, C, H, W] in [0, 1], unnormalised, any N, float32 (as everything inside, whatever the dtype of the model); output
+    ``logits`` [N, classes]. With ``explain`` also the input ``target`` [N], int64, and the output ``contribution_map`` [N, H, W]: see
+    ``Explainer``. The file's metadata hold ``class_names`` (JSON), ``image_size`` (where the model names them), ``image_channels``,
+    ``logit_bias``, ``temperature``, ``coda_fast_version`` and ``torch_version``. The model stays as it is.
+
+    Args:
+        path: ends in ``.onnx``; missing folders are made.
+        size: H and W, for a file of that image size alone; None: any size.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed. TypeError, ValueError: not a CoDANet with a classifier, a name or size that does
+            not fit, more than 2 GiB of weights. OSError: the file cannot be written; an older one stays as it was.
+    """
+    path = _path(path, ".onnx")
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"export to ONNX needs {error.name}: pip install 'coda-fast[onnx]'") from None
+    module, arguments, names = _prepare(model, explain, size, "cpu")
+    weights = 4 * sum(parameter.numel() for parameter in module.parameters())
+    if weights > ONNX_LIMIT:
+        raise ValueError(f"model: expected at most {ONNX_LIMIT} bytes of weights, what one ONNX file holds, got {weights}; export to pt2")
+    axes = {name: dict(enumerate(symbols)) for name, symbols in names.items()}
+    with torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            dynamic_shapes=tuple({axis: symbol for axis, symbol in of.items() if symbol} for of in axes.values()),
+            input_names=list(names),
+            output_names=["logits", "contribution_map"][: 1 + explain],
+            verbose=False,
+        )
+    _strip(program.model)
+    program.model.metadata_props.update(_metadata(model))
+    _write(path, lambda temporary: program.save(temporary, external_data=False))
+
+
+def export_pt2(model: CoDANet, path: str | os.PathLike, *, explain: bool = False, size: int | tuple[int, int] | None = None) -> None:
+    """Compile ``model`` ahead of time by AOTInductor, for the kind of device that it is on, into one package, all or nothing.
+
+    ``torch._inductor.aoti_load_package(path)`` gives a function of (images) or, with ``explain``, (images, target); it needs PyTorch but
+    neither coda_fast nor a compiler, and C++ can load it without Python. Inputs, outputs, metadata (its ``get_metadata()``) and arguments
+    as of ``export_onnx``; ``path`` ends in ``.pt2``. Takes half a minute to some minutes.
+
+    Raises:
+        ExportError: there is no C++ compiler. TypeError, ValueError, OSError: as ``export_onnx``.
+    """
+    path = _path(path, ".pt2")
+    from torch._inductor import aoti_compile_and_package, cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise ExportError("export to pt2 needs a C++ compiler: install g++, or name one in the environment variable CXX") from None
+    module, arguments, names = _prepare(model, explain, size, None)
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = tuple({axis: dynamic for axis, symbol in enumerate(symbols) if symbol} for symbols in names.values())
+    with torch.no_grad():
+        program = torch.export.export(module, arguments, dynamic_shapes=shapes)
+        program = program.run_decompositions(torch.export.default_decompositions() | decompositions())
+        options = {"aot_inductor.metadata": _metadata(model)}
+        _write(path, lambda temporary: aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=options))
+
+
+def _path(path, ending):
+    path = Path(path)
+    if path.suffix != ending:
+        raise ValueError(f"path: expected a name that ends in {ending}, got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file, got a folder")
+    return path
+
+
+def _prepare(model, explain, size, device):
+    """A float32 copy to be exported, example arguments, and the names of its inputs with those of their axes (None: a fixed size)."""
+    explainer = Explainer(model)
+    sizes = _example_size(model) if size is None else pair(size, "size")
+    _check_size(model, sizes)
+    explainer = copy.deepcopy(explainer).float().eval().to(device)
+    parameter = next(explainer.parameters())
+    images = torch.rand(2, model.image_channels, *sizes, device=parameter.device)  # 2: torch.export takes 0 and 1 for constants
+    axes = ("batch", None, *(("height", "width") if size is None else (None, None)))
+    if not explain:
+        return explainer.model, (images,), {"images": axes}
+    return explainer, (images, torch.zeros(2, dtype=torch.int64, device=parameter.device)), {"images": axes, "target": ("batch",)}
+
+
+def _example_size(model):
+    """A size that leaves more than one pixel everywhere, so that no size becomes a constant; unequal, so that none becomes the other."""
+    for side in (32, 64, 128, 256, 512, 1024, 2048):
+        try:
+            if min(_check_size(model, (side, side + 8))) > 1:
+                return side, side + 8
+        except ValueError:
+            continue
+    raise ValueError("model: expected a network for images of at most 2048 x 2056 pixels; name the size of the images")
+
+
+def _check_size(model, size):
+    """The size behind the last layer; ValueError where a kernel does not fit."""
+    smallest = size
+    for layer in model.layers:
+        size = layer.geometry.output_size(*size)
+        smallest = tuple(map(min, smallest, size))
+    return smallest
+
+
+def _metadata(model):
+    """What a reader of the file wants to know, as strings."""
+    found = {
+        "coda_fast_version": __version__,
+        "torch_version": str(torch.__version__),
+        "image_channels": str(model.image_channels),
+        "logit_bias": repr(float(model.logit_bias)),
+        "temperature": repr(float(model.temperature)),
+    }
+    if model.image_size is not None:
+        found["image_size"] = str(model.image_size)
+    if model.class_names is not None:
+        found["class_names"] = json.dumps(model.class_names)
+    return found
+
+
+def _strip(model):
+    """Take out what the exporter notes beside every node: lines of source with paths of this machine, more bytes than the graph."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _write(path, write):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        write(temporary)
