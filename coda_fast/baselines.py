@@ -333,11 +333,19 @@ def _check_classes(model, images, targets):
         raise ValueError(f"targets: expected classes from 0 to {count - 1}, got {int(targets.max())}")
 
 
+# Beyond these a method would take memory, or for ever: more than anyone has a use for
+_MOST = {
+    "p1": 1, "ratio": 1, "max_dist": 10**6, "kernel_size": 100, "size": 2**14, "stride": 2**14, "masks": 10**5, "cells": 64,
+    "samples": 10**6, "features": 10**6, "n_steps": 10**4, "batch_size": 2**14, "seed": 2**32 - 1,
+}  # fmt: skip
+
+
 def _check_settings(method, settings):
     for name, value in settings.items():
+        most = _MOST[name]
         if name in ("p1", "max_dist", "ratio", "kernel_size"):
-            if not (isinstance(value, int | float) and 0 < value <= (1 if name in ("p1", "ratio") else float("inf"))):
-                raise ValueError(f"{method}: {name}: expected a positive number{' up to 1' * (name in ('p1', 'ratio'))}, got {value!r}")
+            if not (isinstance(value, int | float) and 0 < value <= most):
+                raise ValueError(f"{method}: {name}: expected a positive number up to {most}, got {value!r}")
             continue
         least = 0 if name == "seed" else 1
         try:
@@ -346,6 +354,8 @@ def _check_settings(method, settings):
             wrong = True
         if wrong:
             raise ValueError(f"{method}: {name}: expected an int of at least {least}, got {value!r}")
+        if value > most:
+            raise ValueError(f"{method}: {name}: expected at most {most}, got {value!r}")
     if "stride" in settings and settings["stride"] > settings["size"]:
         raise ValueError(f"{method}: stride: expected at most size {settings['size']}, got {settings['stride']}")
 

@@ -1,4 +1,4 @@
-"""The command line: ``coda-fast demo|train|explain|evaluate|report|compile|info``. Bad input: one line, exit code 2, no file written."""
+"""The command line: ``coda-fast demo|train|explain|evaluate|report|compile|export|info``. Bad input: one line, exit code 2, no file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from coda_fast import backends, checkpoints, plot
+from coda_fast import backends, checkpoints, plot, safety
 from coda_fast._version import __version__
 
 try:
@@ -38,6 +38,12 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, ImportError, OSError, backends.BackendUnavailable) as error:
         # what the library raises for bad input, each with one clear line; anything else is a bug and keeps its traceback
         _fail(str(error))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _fail(f"not enough memory: {error or 'of this machine'}")
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # what torch says on a CPU
+            raise
+        _fail(f"not enough memory: {str(error).partition('DefaultCPUAllocator: ')[2] or error}")
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
@@ -49,7 +55,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--output", type=click.Path(path_type=Path), default=Path("coda_demo"), show_default=True, help="Folder for the results.")
-@click.option("--epochs", type=click.IntRange(min=1), default=30, show_default=True, help="Passes over the training images, for each T.")
+@click.option("--epochs", type=click.IntRange(1, 10**6), default=30, show_default=True, help="Passes over the training images, for each T.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 def demo(output: Path, epochs: int, seed: int) -> None:
     """Train small CoDA-Nets on scans of digits, at a low and a high temperature, and draw why they decide as they do.
@@ -103,8 +109,14 @@ def train(recipe: str | None, overrides: tuple[str, ...], output: Path | None, r
     if show:
         click.echo(chosen.to_yaml(), nl=False)
         return 0
+    if output is None and (chosen.name in ("", ".", "..") or Path(chosen.name).name != chosen.name):
+        raise click.UsageError(f"name: expected a recipe with a name for its folder, or --output, got {chosen.name!r}")
+    output = Path("coda_runs") / chosen.name if output is None else output
+    own = Path(recipe)
+    if own.is_file() and own.read_text(encoding="utf-8") != chosen.to_yaml():  # written over with itself, it stays as it is
+        safety.check_outputs([output / name for name in training.FILES], [own])
     try:
-        training.run(chosen, Path("coda_runs") / chosen.name if output is None else output, resume, progress=not quiet)
+        training.run(chosen, output, resume, progress=not quiet)
     except Stopped as stop:
         for number in SIGNALS:  # a second one, on the way out, would take the exit code
             signal.signal(number, signal.SIG_IGN)
@@ -149,13 +161,17 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
         raise click.UsageError(f"{', '.join(given)}: expected videos only, got {pictures[0]}, a picture or a file that cannot be read")
     if videos and len(classes) > 1:
         raise click.UsageError(f"--target: expected one class for a video ({videos[0]}), got {len(classes)}")
+    safety.check_output_folder(output)
     clips = [output / f"{path.stem}_explained.{ending or ('gif' if path.suffix.lower() == '.gif' else 'mp4')}" for path in videos]
+    figures = [output / f"{path.stem}_explained.png" for path in pictures]
+    safety.check_outputs(figures + clips, [*images, checkpoint])
     images = tuple(pictures)
     # all pictures are read and checked before anything is written; a video only as it is explained
     tensors = [read_image(path, model.image_channels) for path in images]
     if size:
-        tensors = [resize(tensor, size) for tensor in tensors]
-    figures = [output / f"{path.stem}_explained.png" for path in images]
+        tensors = [resize(tensor, size, str(path)) for path, tensor in zip(images, tensors, strict=True)]
+    for path, tensor in zip(images, tensors, strict=True):
+        safety.check_explainable(model, *tensor.shape[1:], str(path), len(classes) or min(2, model.num_classes))
     twice = {f for f in figures + clips if (figures + clips).count(f) > 1}
     if twice:
         raise click.UsageError(f"several images would be written to {', '.join(map(str, sorted(twice)))}; explain them one by one")
@@ -192,8 +208,8 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
         for message in dict.fromkeys(str(w.message) for w in caught):
             click.echo(f"coda-fast: warning: {message}", err=True)
         click.echo(
-            f"{path}: {result.frames} frames, {_class_name(result.target, model)}, colours to {result.scale:.3g} logits, "
-            f"completeness error {result.completeness_error:.1e} logits -> {clip}"
+            f"{safety.printable(path)}: {result.frames} frames, {_class_name(result.target, model)}, colours to {result.scale:.3g} logits, "
+            f"completeness error {result.completeness_error:.1e} logits -> {safety.printable(clip)}"
         )
     for target, (picture, explanation, path) in zip(figures, rendered, strict=True):
         with checkpoints.atomic_path(target) as temporary:
@@ -201,7 +217,8 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
         best = int(explanation.logits[0].argmax())
         sure = plot.probability(float(explanation.logits[0, best].sigmoid()))
         error = float(explanation.completeness_error.max())
-        click.echo(f"{path}: {_class_name(best, model)} ({sure}), completeness error {error:.1e} logits -> {target}")
+        names = safety.printable(path), safety.printable(target)
+        click.echo(f"{names[0]}: {_class_name(best, model)} ({sure}), completeness error {error:.1e} logits -> {names[1]}")
 
 
 @cli.command()
@@ -218,7 +235,7 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
 @click.option("--order", type=click.Choice(["least", "most"]), default="least", show_default=True, help="Removal: which pixels go first.")
 @click.option("--insert", is_flag=True, help="Removal: begin without any pixel and insert, in the same order.")
 @click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), default=0.25, show_default=True, help="Removal: of the pixels.")
-@click.option("--points", type=click.IntRange(min=2), default=129, show_default=True, help="Removal: points of the curve.")
+@click.option("--points", type=click.IntRange(2, 10_000), default=129, show_default=True, help="Removal: points of the curve.")
 @click.option("--set", "changes", multiple=True, metavar="METHOD.NAME=VALUE", help="A setting of a method (Occ9.size=13); repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use this many images only (published, for removal: 1024).")
 @click.option("--size", type=click.IntRange(1, 4096), help="Scale and crop images to squares of this many pixels.")
@@ -234,6 +251,11 @@ def evaluate(checkpoint, data, metric, methods, output, limit, size, device, cha
     from coda_fast.evaluation import runner
 
     model = checkpoints.load(checkpoint, device=_device(device)).eval()
+    settings = runner.Settings(metric, side, grids, protocol, **removal)
+    if data != "digits":
+        safety.check_output_folder(output, [data])
+    safety.check_output_folder(output)
+    safety.check_outputs(runner.outputs(output, settings), [checkpoint, data])
     names = list(baselines.METHODS) if methods == "all" else list(dict.fromkeys(name.strip() for name in methods.split(",")))
     for name, twin in baselines.TWINS.items():
         if name in names and (methods == "all" or twin in names):
@@ -243,14 +265,17 @@ def evaluate(checkpoint, data, metric, methods, output, limit, size, device, cha
     bar = lambda items, label: tqdm(items, desc=label, disable=None)  # noqa: E731
     found = source.load(data, model, limit=limit, size=size, progress=bar)
     for path, reason in found.skipped.items():
-        click.echo(f"skipped {path}: {reason}", err=True)
+        click.echo(safety.printable(f"skipped {path}: {reason}"), err=True)
     if found.note:
         click.echo(found.note, err=True)
-    settings = runner.Settings(metric, side, grids, protocol, **removal)
+    height, width = found.images.shape[2:]
+    across, classes = (side, side**2) if metric == "localisation" else (1, 1)
+    safety.check_explainable(model, across * height, across * width, f"data: {data}", classes)
     description = {"checkpoint": _digest(checkpoint), "data": data, "data_digest": found.digest(), "images": len(found.images)}
     description["skipped"] = len(found.skipped)
     images, labels = found.images.to(next(model.parameters())), found.labels.to(next(model.parameters()).device)
-    evaluation = runner.Evaluation(model, images, labels, settings, output, description)
+    together = safety.batch_within(model, height, width, runner.Evaluation.batch_size)
+    evaluation = runner.Evaluation(model, images, labels, settings, output, description, together)
     try:
         results = {name: evaluation.measure(name, a, a.settings, bar) for name, a in attributions.items()}
     except KeyboardInterrupt:
@@ -277,7 +302,7 @@ def _method_settings(changes, names):
             number = None
         if not setting or number is None or method not in found:
             raise click.UsageError(f"--set: expected METHOD.NAME=NUMBER with a method among {', '.join(names)}, got {change!r}")
-        found[method][setting] = int(number) if number == int(number) and "." not in value else number
+        found[method][setting] = int(number) if number.is_integer() and "." not in value else number
     return found
 
 
@@ -303,17 +328,22 @@ def report(images, checkpoint, output, classes, methods, limit, size, device) ->
 
     model = checkpoints.load(checkpoint, device=_device(device)).eval()
     size = model.image_size if size is None else size
+    if output.exists():
+        everything, _ = page.find_images(images, sys.maxsize)
+        safety.check_outputs([output], [checkpoint, *(path for path, *_ in everything)])
+    safety.check_output_folder(output.parent)
     files, found = page.find_images(images, limit)
     read, names, skipped = [], [], []
     for path, name, in_folder in files:
         try:
             image = read_image(path, model.image_channels)
+            image = resize(image, size, str(path)) if size else image
         except ImageError as error:
             if not in_folder:  # asked for by name
                 raise
             skipped.append(str(error))
             continue
-        read.append(resize(image, size) if size else image)
+        read.append(image)
         names.append(name)
     if not read:
         raise click.UsageError(
@@ -334,7 +364,7 @@ def report(images, checkpoint, output, classes, methods, limit, size, device) ->
     page.write(output, text)
     for note in notes:
         click.echo(note)
-    click.echo(f"{len(read)} images{f', {len(skipped)} that could not be read' if skipped else ''} -> {output}")
+    click.echo(f"{len(read)} images{f', {len(skipped)} that could not be read' if skipped else ''} -> {safety.printable(output)}")
 
 
 def _digest(path):
@@ -343,10 +373,10 @@ def _digest(path):
 
 @cli.command()
 @click.argument("network")
-@click.option("--size", type=click.IntRange(min=1), help="Height and width of the images. Default: that of the network.")
+@click.option("--size", type=click.IntRange(1, 16384), help="Height and width of the images. Default: that of the network.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--arch", help="Compute capability as 80, 90 or 100, or gfx942. Default: that of the GPU at hand; another one needs no GPU.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes. Default: one for each processor.")
+@click.option("--workers", type=click.IntRange(1, 1024), help="Processes. Default: one for each processor.")
 def compile(network: str, size: int | None, dtype: str, arch: str | None, workers: int | None) -> None:
     """Compile all fused kernels of NETWORK (a name or a checkpoint) ahead of the first step, in parallel, into Triton's cache."""
     from coda_fast import compile_kernels, create_model, list_models
@@ -366,6 +396,35 @@ def compile(network: str, size: int | None, dtype: str, arch: str | None, worker
         options = {"workers": workers, "arch": target, "memory_format": torch.channels_last, "progress": advance}
         count = compile_kernels(model, shape, getattr(torch, dtype), **options)
     click.echo(f"{count} kernels of {network} in {dtype} are in Triton's cache")
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--format", "kind", type=click.Choice(["onnx", "pt2"]), default="onnx", show_default=True, help="pt2: AOTInductor's package.")
+@click.option("--explain", "explained", is_flag=True, help="Also the contribution map of a class that is given with the images.")
+@click.option("--output", type=click.Path(path_type=Path), help="The file. Default: the name of CHECKPOINT with the new ending, here.")
+@click.option("--size", type=click.IntRange(1, 4096), help="Height and width of the images. Default: any.")
+@click.option("--device", default="cpu", show_default=True, help="pt2: where the package will run: cpu, cuda ...")
+def export(checkpoint: Path, kind: str, explained: bool, output: Path | None, size: int | None, device: str) -> None:
+    """Write the network of CHECKPOINT, and its exact explanation, as a file that runs without coda_fast: in onnxruntime, or compiled.
+
+    Images are [N, C, H, W], float32 in [0, 1]. The file names its inputs, outputs and classes: docs/export.md.
+    """
+    from coda_fast import export as exporter
+
+    output = Path(f"{checkpoint.stem}.{kind}") if output is None else output
+    safety.check_outputs([output], [checkpoint])
+    safety.check_output_folder(output.parent)
+    write = exporter.export_onnx if kind == "onnx" else exporter.export_pt2
+    model = checkpoints.load(checkpoint, device=_device(device))
+    try:
+        write(model, output, explain=explained, size=size)
+    except exporter.ExportError as error:
+        raise click.ClickException(str(error)) from None
+    what = "logits and contribution map" if explained else "logits"
+    sizes = f"{size} x {size} pixels" if size else "any size"
+    bytes_written = output.stat().st_size
+    click.echo(f"{safety.printable(checkpoint)}: {what} of images of {sizes}, {bytes_written / 1e6:.1f} MB -> {safety.printable(output)}")
 
 
 @cli.command()
@@ -424,7 +483,7 @@ def _device(name):
 
 
 def _fail(message):
-    click.echo("coda-fast: " + " ".join(message.split()), err=True)
+    click.echo("coda-fast: " + safety.printable(" ".join(message.split())), err=True)
     raise SystemExit(BAD_INPUT)
 
 

@@ -9,6 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from coda_fast.safety import MOST_PIXELS, NotAFile, open_file
+
+LONGEST = 256  # times the shorter side: so long may the other side become where an image is enlarged
+
 
 class ImageError(ValueError):
     """A file that is not a usable image; the message names the file, what was expected and what was found."""
@@ -21,28 +25,40 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> torch.Tensor:
     scaled by 1/65535; floating-point files (TIFF) must lie in [0, 1]. Of an animation, the first frame is read.
 
     Raises:
-        ImageError: missing, not an image, truncated, transparent, NaN, out of range, or colour where grey is needed.
+        ImageError: missing, not a file (a pipe or a device is not opened), not an image, truncated, of more than ``MOST_PIXELS`` pixels,
+        transparent, NaN, out of range, or colour where grey is needed.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = Path(path)
-    if not path.exists():
-        raise ImageError(f"{path}: no such file")
-    if path.is_dir():
-        raise ImageError(f"{path}: expected an image file, got a folder")
     try:
-        with warnings.catch_warnings():
+        file = open_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageError(f"{path}: no such file") from None
+    except NotAFile as error:
+        raise ImageError(str(error).replace("expected a file", "expected an image file")) from None
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        with file, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
+                check_pixels(*image.size, str(path))
+                if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+                    raise UnidentifiedImageError
                 image.load()
                 image = ImageOps.exif_transpose(image)
+        pixels = _to_array(image, path)  # [H, W] or [H, W, 3]
     except UnidentifiedImageError:
         raise ImageError(f"{path}: not an image that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{path}: too large: {error}") from None
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError(f"{path}: too large: its pixels do not fit into the memory that is left") from None
     except Exception as error:  # decoders raise whatever the damage leads them to
         raise ImageError(f"{path}: damaged or truncated image: {error or type(error).__name__}") from None
-    pixels = _to_array(image, path)  # [H, W] or [H, W, 3]
     if channels == 3:
         pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
@@ -55,13 +71,34 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels))[None]
 
 
-def resize(image: torch.Tensor, size: int) -> torch.Tensor:
-    """``image`` [C, H, W] with its shorter side scaled to ``size`` pixels (bilinear, anti-aliased), aspect kept."""
+def check_pixels(width: int, height: int, name: str = "image") -> None:
+    """ImageError where an image has more than ``MOST_PIXELS`` pixels, or none."""
+    if not 0 < width * height <= MOST_PIXELS:
+        raise ImageError(f"{name}: too large: expected 1 to {MOST_PIXELS:,} pixels, got {width} x {height}")
+
+
+def resize(image: torch.Tensor, size: int, name: str = "image") -> torch.Tensor:
+    """``image`` [C, H, W] with its shorter side scaled to ``size`` pixels (bilinear, anti-aliased), aspect kept.
+
+    Raises:
+        ImageError: of what would have more than ``MOST_PIXELS`` pixels, or would grow to more than ``LONGEST`` times as long as wide;
+        ``name``: of the image, for the message.
+    """
     height, width = image.shape[1:]
-    scale = size / min(height, width)
+    check_pixels(width, height, name)
+    shorter, longer = sorted((height, width))
+    if size > MOST_PIXELS:
+        raise ImageError(f"{name}: expected a size of at most {MOST_PIXELS} pixels, got {size}")
+    if size > shorter and longer > LONGEST * shorter:
+        raise ImageError(
+            f"{name}: expected an image at most {LONGEST} times as long as wide to enlarge its shorter side to {size} pixels, "
+            f"got {width} x {height}; size 0 takes it as it is"
+        )
+    scale = size / shorter
     shape = (max(1, round(height * scale)), max(1, round(width * scale)))
     if shape == (height, width):
         return image
+    check_pixels(*shape[::-1], f"{name}: {width} x {height} pixels scaled to {size}")
     return torch.nn.functional.interpolate(image[None], shape, mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
@@ -86,4 +123,6 @@ def _to_array(image, path):
             raise ImageError(f"{path}: expected an opaque image, got transparent pixels; flatten it on a background first")
         mode = "RGB"
     target = "L" if mode in ("1", "L") else "RGB"
-    return np.asarray(image.convert(target), np.float32) / 255
+    pixels = np.array(image.convert(target), np.float32)
+    pixels /= 255
+    return pixels

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from coda_fast import __version__, baselines, plot
 from coda_fast.checkpoints import atomic_path
 from coda_fast.evaluation.data import SUFFIXES
 from coda_fast.models import CoDANet
+from coda_fast.safety import batch_within, check_explainable, printable, walk
 
 SHOWN = 160  # pixels of a picture's shorter side on the page; sharp squares, not blurred, when enlarged
 METHODS = ("IxG", "IntGrad", "GCam")  # by default: some passes an image, where occlusion and RISE take thousands of a large one
@@ -103,8 +104,8 @@ def render(
         notes, skipped: sentences, and files that could not be read and why, for the top of the page.
 
     Raises:
-        ValueError: no images, unknown methods, images that the model cannot take. ImportError: jinja2 or matplotlib is missing, or
-        captum for methods that are asked for.
+        ValueError: no images, unknown methods, images that the model cannot take, or whose explanation this machine cannot hold.
+        ImportError: jinja2 or matplotlib is missing, or captum for methods that are asked for.
     """
     try:
         import jinja2
@@ -120,6 +121,9 @@ def render(
         if methods is not None:
             raise
         attributions, notes = {}, [*notes, f"No other methods are shown: {error}."]
+    names, skipped = [printable(name) for name in names], [printable(reason) for reason in skipped]
+    for image, name in zip(images, names, strict=True):
+        check_explainable(model, *image.shape[-2:], name, classes)
     pairs = list(zip(images, names, strict=True))
     items = [_item(model, image, name, classes, attributions) for image, name in (progress(pairs, "report") if progress else pairs)]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
@@ -156,13 +160,8 @@ def write(path: str | Path, page: str) -> None:
 
 def _walk(root):
     """Image files below a folder, in order; a folder that links lead back to counts once."""
-    files, seen = [], set()
-    for folder, below, names in os.walk(root, onerror=_raise, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
+    files = []
+    for folder, below, names in walk(root, onerror=_raise):
         below[:] = [name for name in below if not name.startswith(".")]
         files += [Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
     return sorted(files)
@@ -206,7 +205,7 @@ def _item(model, image, name, classes, attributions):
     ]
     best = top[:, :1]
     layers = [(i, model.explain(batch, best, layer=i).contribution_map[0, 0]) for i in range(1, len(model.layers))]
-    others = [(method, a.attribute(batch, best)[0, 0]) for method, a in attributions.items()]
+    others = [(method, _within(a, model, image).attribute(batch, best)[0, 0]) for method, a in attributions.items()]
     return {
         "name": name,
         "prediction": f"{rows[0]['name']} ({plot.probability(float(logits[0, top[0, 0]].sigmoid()))})",
@@ -220,6 +219,14 @@ def _item(model, image, name, classes, attributions):
         "methods": [_map(m, plot.symmetric_scale(m), method) for method, m in others],
         "layers": [_map(m, plot.symmetric_scale(m), f"layer {i + 1}, {m.shape[1]} x {m.shape[0]}") for i, m in layers],
     }
+
+
+def _within(attribution, model, image):
+    """The method in batches that the network can take of images of this size."""
+    settings = dict(attribution.settings)
+    if "batch_size" in settings:
+        settings["batch_size"] = batch_within(model, *image.shape[1:], settings["batch_size"])
+    return dataclasses.replace(attribution, settings=settings)
 
 
 def _map(values, scale, caption):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -16,6 +17,7 @@ import torch
 from coda_fast.checkpoints import atomic_path
 from coda_fast.images import resize
 from coda_fast.plot import COLOURS, probability
+from coda_fast.safety import MOST_PIXELS, NotAFile, batch_within, check_explainable, open_file
 
 PERCENTILE = 99.75  # of absolute contributions over the video, as published
 SIDE = 256  # pixels of a panel's shorter side, at least
@@ -44,14 +46,14 @@ def is_video(path: str | os.PathLike) -> bool:
 
     try:
         with Image.open(path) as image:
-            return image.format == "GIF" and image.n_frames > 1
+            return image.format == "GIF" and image.is_animated  # without counting the frames, of which there may be millions
     except UnidentifiedImageError:
         pass
     except Exception:  # a damaged picture: read_image says what is wrong
         return False
     try:
-        with _av().open(os.fspath(path)) as container:
-            return bool(container.streams.video) and container.format.name != "tty"  # ffmpeg draws any text as a terminal
+        with _open(path) as container:
+            return bool(container.streams.video)
     except ImportError:
         if Path(path).suffix.lower() in _ENDINGS:
             raise
@@ -87,13 +89,14 @@ def explain_video(
         crop: x, y, width, height in pixels of the upright source.
         size: pixels of the shorter side for the network; None: the model's, 0: as it is.
         scale: end of the colour scale in logits; None: the ``PERCENTILE`` of absolute contributions over the video.
-        batch: frames explained at once.
+        batch: frames explained at once, fewer where they are so large that the network would take more than a GiB for them.
         progress: called after each batch of each pass with its number of frames and the number of all passes together (by what the
             container says of its length; None if it says nothing).
 
     Raises:
         VideoError: not a video, no frame in the range, a crop outside the frame, frames of several sizes, colour where grey is needed, a
-            class that does not exist, a scale or a time that is not a positive number, logits that are not finite.
+            class that does not exist, a scale or a time that is not a positive number, logits that are not finite, frames that this
+            machine cannot hold, a file that cannot be written (disk full ...).
         ImportError: PyAV or matplotlib is missing. A damaged end is a warning: what could be decoded is explained.
     """
     if target is not None and not 0 <= target < model.num_classes:
@@ -111,15 +114,19 @@ def explain_video(
     total = total and total * (1 + (target is None) + (scale is None))
 
     def batches():
-        frames = []
+        frames, together = [], None
         for pixels, time in _frames(source, start, end, crop):
             image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
             if model.image_channels == 1:
                 if np.ptp(pixels, axis=2).max() > GREY:
                     raise VideoError(f"{source}: expected grey frames (1 channel), got colour; convert the video first")
                 image = image.mean(0, keepdim=True)
-            frames.append((resize(image, size) if size else image, time))
-            if len(frames) == batch:
+            image = resize(image, size, str(source)) if size else image
+            if together is None:  # frames are of one size
+                check_explainable(model, *image.shape[1:], str(source))
+                together = batch_within(model, *image.shape[1:], batch)
+            frames.append((image, time))
+            if len(frames) == together:
                 yield frames
                 report(frames)
                 frames = []
@@ -156,7 +163,7 @@ def explain_video(
     name = model.class_names[target] if model.class_names else f"class {target}"
     count, worst = 0, 0.0
     with atomic_path(target_path) as temporary:
-        writer = _Writer(temporary, _rate(source))
+        writer = _Writer(temporary, _rate(source), target_path)
         try:
             for frames in batches():
                 explanation = model.explain(tensor(frames), target)
@@ -187,18 +194,38 @@ def _finite(logits, source):
     return logits
 
 
+# Of ffmpeg's formats those that are one file of pictures: playlists and scripts would have it open what else they name, and any text is
+# a terminal to it
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,flv,mpeg,mpegts,mpegvideo,m4v,ogg,asf,h264,hevc,vvc,h263,h261,av1,obu,ivf,nut,rm,mxf,"
+    "dv,yuv4mpegpipe,mjpeg,wtv,swf"
+)
+
+
+def _open(source):
+    """A container of PyAV. FFmpegError: not a video, or of a format that is not one file."""
+    with open_file(source):
+        pass  # no pipe, which would block, and no device
+    return _av().open(os.fspath(source), options={"format_whitelist": _FORMATS})
+
+
 def _rate(source):
-    with _av().open(os.fspath(source)) as container:
+    with _open(source) as container:
         return container.streams.video[0].average_rate or Fraction(25)
 
 
 def _count(source, start, end):
     """Frames in the range, by what the container says of its length; None if it says nothing."""
-    if not Path(source).exists():
-        raise VideoError(f"{source}: no such file")
     av = _av()
     try:
-        with av.open(os.fspath(source)) as container:
+        with open_file(source):
+            pass
+    except FileNotFoundError:
+        raise VideoError(f"{source}: no such file") from None
+    except (NotAFile, OSError) as error:
+        raise VideoError(f"{source}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        with _open(source) as container:
             stream = container.streams.video[0]
             if start == 0 and end is None and stream.frames:
                 return stream.frames
@@ -225,11 +252,12 @@ def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
     av = _av()
     number, zero, first, sides = 0, None, None, None
     try:
-        with av.open(os.fspath(source)) as container:
+        with _open(source) as container:
             if not container.streams.video:
                 raise VideoError(f"{source}: expected a video, got a file without pictures")
             stream = container.streams.video[0]
             rate = stream.average_rate or Fraction(25)
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             for frame in container.decode(stream):
                 time = frame.pts * frame.time_base if frame.pts is not None else number / rate
                 zero = time if zero is None else zero
@@ -313,8 +341,9 @@ def _picture(image, contribution, scale, name, sure):
 class _Writer:
     """Frames with their times into a file; GIFs through a palette for each frame, so that no frame has to wait for the last."""
 
-    def __init__(self, path, rate):
+    def __init__(self, path, rate, name):
         self.av, self.rate, self.stream, self.graph, self.last = _av(), rate, None, None, -1
+        self.name = name  # of what the file will be
         self.gif = path.suffix.lower() == ".gif"
         self.base = Fraction(1, 100) if self.gif else Fraction(1, 90_000)
         try:
@@ -323,6 +352,10 @@ class _Writer:
             raise VideoError(f"{path.suffix}: expected the ending of a video format, such as .mp4 or .gif") from None
 
     def write(self, pixels, time):
+        with self._said():
+            self._write(pixels, time)
+
+    def _write(self, pixels, time):
         frame = self.av.VideoFrame.from_ndarray(pixels, format="rgb24")
         self.last = max(round(time / self.base), self.last + 1)  # times must grow, which above 100 Hz a GIF's do not
         frame.pts, frame.time_base = self.last, self.base
@@ -362,10 +395,22 @@ class _Writer:
             self.container.mux(self.stream.encode(frame))
 
     def finish(self):
-        if self.graph is not None:
-            self.graph.push(None)
-            self._drain()
-        self.container.mux(self.stream.encode(None))
+        """What encoder and container still hold, and the end of the file: only then it is whole."""
+        with self._said():
+            if self.graph is not None:
+                self.graph.push(None)
+                self._drain()
+            self.container.mux(self.stream.encode(None))
+            self.container.close()
 
     def close(self):
-        self.container.close()
+        """After an error, which what cannot be written now must not hide."""
+        with contextlib.suppress(self.av.FFmpegError, OSError):
+            self.container.close()
+
+    @contextlib.contextmanager
+    def _said(self):
+        try:
+            yield
+        except (self.av.FFmpegError, OSError) as error:  # a full disk, or pictures that the format has no room for
+            raise VideoError(f"{self.name}: cannot be written: {error.strerror or error}") from None

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coda_fast.images import ImageError, read_image, resize
+from coda_fast.images import ImageError, check_pixels, read_image, resize
+from coda_fast.safety import need_memory, read_npz
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 
@@ -102,10 +103,12 @@ def _folder(path, model, limit, size, progress):
     for file, label in progress(pairs, "reading") if progress else pairs:
         try:
             image = read_image(file, model.image_channels)
+            image = image if size is None else _square(image, size, str(file))
         except ImageError as error:
             skipped[str(file)] = str(error)
             continue
-        image = image if size is None else _square(image, size)
+        if not images:
+            need_memory(f"data: {len(pairs)} images of {image.shape[2]} x {image.shape[1]} pixels", 2 * len(pairs) * image.nbytes)
         sizes.setdefault(tuple(image.shape[1:]), file)
         images.append(image)
         kept.append(label)
@@ -122,26 +125,27 @@ def _folder(path, model, limit, size, progress):
 def _cropped(found, size):
     if size is None or not len(found.images):
         return found
+    count, channels = found.images.shape[:2]
+    need_memory(f"data: {count} images of {size} x {size} pixels", 2 * 4 * count * channels * size**2)
     return dataclasses.replace(found, images=torch.stack([_square(image, size) for image in found.images]))
 
 
-def _square(image, size):
-    image = resize(image, size)
+def _square(image, size, name="image"):
+    image = resize(image, size, name)
     top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
     return image[:, top : top + size, left : left + size]
 
 
 def _npz(path, model, limit, progress):
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files if not key.startswith("train_")}
-    except Exception as error:  # zipfile and NumPy raise whatever the damage leads them to
-        raise ValueError(f"data: {path}: not an .npz file that NumPy can read ({error})") from None
+        arrays = read_npz(path, lambda key: not key.startswith("train_"))
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from None
     for names in (("images", "labels"), ("test_images", "test_labels")):
         if not set(names) <= arrays.keys():
             continue
-        images, labels = (arrays[name][:limit] for name in names)
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+        images, labels = (np.atleast_1d(arrays[name])[:limit] for name in names)
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels) or not _are_classes(labels):
             raise ValueError(
                 f"data: {path}: expected images [N, H, W, C] uint8 and as many labels, got {images.dtype} {list(images.shape)}"
             )
@@ -156,17 +160,30 @@ def _npz(path, model, limit, progress):
 def _jpegs(arrays, path, limit, progress):
     from PIL import Image, UnidentifiedImageError
 
-    count = min(len(arrays["test_label"]), limit if limit is not None else len(arrays["test_label"]))
-    lossless = dict(zip(arrays.get("test_lossless_idx", ()), range(len(arrays.get("test_lossless_idx", ()))), strict=True))
-    raw, offsets, images, kept, skipped = arrays["test_jpeg"].tobytes(), arrays["test_offset"], [], [], {}
+    labels, offsets = arrays["test_label"], arrays["test_offset"]
+    index, pixels = arrays.get("test_lossless_idx", np.zeros(0, int)), arrays.get("test_lossless_rgb", np.zeros((0, 1, 1, 3), np.uint8))
+    if (
+        not all(map(_are_classes, (labels, offsets, index)))
+        or len(offsets) <= len(labels)
+        or pixels.shape != (len(index), *pixels.shape[1:3], 3)
+    ):
+        raise ValueError(
+            f"data: {path}: expected test_label [N], test_offset [N + 1], test_lossless_idx [K], all integers, and "
+            f"test_lossless_rgb [K, H, W, 3], got {list(labels.shape)}, {list(offsets.shape)}, {list(index.shape)} and {list(pixels.shape)}"
+        )
+    count = len(labels) if limit is None else min(len(labels), limit)
+    lossless = {int(i): place for place, i in enumerate(index)}
+    raw, images, kept, skipped = arrays["test_jpeg"].tobytes(), [], [], {}
     for i in progress(range(count), "reading") if progress else range(count):
         if i in lossless:
-            images.append(arrays["test_lossless_rgb"][lossless[i]])
+            images.append(pixels[lossless[i]])
         else:
             try:
-                images.append(np.asarray(Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]])).convert("RGB")))
-            except (UnidentifiedImageError, OSError, ValueError) as error:
-                reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+                with Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]])) as image:
+                    check_pixels(*image.size)
+                    images.append(np.asarray(image.convert("RGB")))
+            except Exception as error:  # decoders raise whatever the damage leads them to
+                reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
                 skipped[f"{path}, test_jpeg {i}"] = reason
                 continue
         kept.append(i)
@@ -175,8 +192,13 @@ def _jpegs(arrays, path, limit, progress):
         raise ValueError(f"data: expected images of one size in {path}, got {len(sizes)} sizes: {some}")
     if not images:
         raise ValueError(f"data: no readable image among {count} in {path}")
-    return Labelled(_to_tensor(np.stack(images)), torch.from_numpy(arrays["test_label"][kept].astype(np.int64)), skipped)
+    return Labelled(_to_tensor(np.stack(images)), torch.from_numpy(labels[kept].astype(np.int64)), skipped)
+
+
+def _are_classes(array):
+    return array.ndim == 1 and (array.dtype.kind in "iu" or (array.dtype.kind == "f" and bool((array == np.rint(array)).all())))
 
 
 def _to_tensor(images):
+    need_memory(f"data: {len(images)} images of {images.shape[2]} x {images.shape[1]} pixels", 2 * 4 * images.size)
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 255

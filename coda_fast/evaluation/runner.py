@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,8 +22,10 @@ from coda_fast.evaluation.completeness import completeness_error
 from coda_fast.evaluation.localisation import Localisation, confident_images, draw_grids, score_grids
 from coda_fast.evaluation.removal import Removal, pixel_removal
 from coda_fast.models import CoDANet
+from coda_fast.safety import open_file
 
 METRICS = ("localisation", "removal")
+FILES = ("evaluation.json", "results.json", "results.csv")  # beside the figures and the folder of pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,11 @@ class Settings:
         common.check_choice("metric", self.metric, METRICS)
         common.check_choice("protocol", self.protocol, common.PROTOCOLS)
         common.check_positive(side=self.side, grids=self.grids, points=self.points, piece=self.piece)
+
+
+def outputs(folder: Path, settings: Settings) -> list[Path]:
+    """The files that an evaluation writes into its folder, beside those of its folder of pieces."""
+    return [Path(folder) / name for name in (*FILES, f"{settings.metric}.png", f"{settings.metric}.svg")]
 
 
 @dataclasses.dataclass
@@ -102,12 +111,15 @@ class Evaluation:
 
     def _stored(self, path, count):
         """A piece that is there and whole, or None."""
-        try:
-            values = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
         columns = self.settings.side**2 if self.settings.metric == "localisation" else self.settings.points
-        return values if values.shape == (count, columns) else None
+        try:
+            with open_file(path) as file:
+                if os.fstat(file.fileno()).st_size > 8 * count * columns + 4096:  # nor has it the size that a header claims
+                    return None
+                values = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        except (OSError, ValueError, EOFError, MemoryError):
+            return None
+        return values if values.shape == (count, columns) and values.dtype == np.float64 else None
 
     def _values(self, piece, attribute):
         s = self.settings
@@ -128,7 +140,13 @@ class Evaluation:
         mine = json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), **versions, **description}))
         path = self.folder / "evaluation.json"
         if path.exists():
-            other = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                with open_file(path) as file:
+                    other = json.loads(file.read(1 << 20))
+                    if not isinstance(other, dict):
+                        raise ValueError
+            except (ValueError, RecursionError):
+                raise ValueError(f"output: {path}: expected the description of an evaluation, got another file; move it away") from None
             if other != mine:
                 differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
                 raise ValueError(f"output: {self.folder} holds another evaluation (other {', '.join(differing)}); choose another folder")

@@ -10,10 +10,10 @@ optimiser step comes from generators seeded by (seed, epoch, step), drawn for th
 by (seed, epoch, image). So the number of processes changes rounding only, and a position is two numbers.
 """
 
-from coda_fast.train.errors import STOPPED, TrainingError
+from coda_fast.train.errors import FILES, STOPPED, TrainingError
 from coda_fast.train.recipes import Recipe, list_recipes, load_recipe
 
-__all__ = ["STOPPED", "Recipe", "TrainingError", "list_recipes", "load_recipe", "run"]
+__all__ = ["FILES", "STOPPED", "Recipe", "TrainingError", "list_recipes", "load_recipe", "run"]
 
 
 def run(recipe, output, resume=None, progress=True):

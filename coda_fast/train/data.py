@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from coda_fast.images import check_pixels
+from coda_fast.safety import need_memory, read_npz, walk
 from coda_fast.train.decode import Decoder
 from coda_fast.train.errors import TrainingError, need
 from coda_fast.train.recipes import Data
@@ -93,10 +95,9 @@ def _digits(spec, channels, device, progress):
 
 def _npz(spec, channels, device, progress):
     try:
-        with np.load(spec.path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # zipfile and NumPy raise whatever the damage leads them to
-        raise TrainingError(f"data.path: {spec.path}: not an .npz file that NumPy can read: {error}") from None
+        arrays = read_npz(spec.path)
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"data.path: {error}") from None
     splits = []
     for split in ("train", "test"):
         if f"{split}_jpeg" in arrays:
@@ -105,14 +106,14 @@ def _npz(spec, channels, device, progress):
         images, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
         if images is None or labels is None:
             raise TrainingError(f"data.path: {spec.path}: expected {_EXPECTED['npz']}, got {', '.join(arrays) or 'nothing'}")
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.shape != images.shape[:1]:
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.shape != images.shape[:1] or 0 in images.shape[1:]:
             raise TrainingError(
                 f"data.path: {spec.path}: expected {split}_images [N, H, W, C] uint8 and as many labels, "
                 f"got {images.dtype} {list(images.shape)} and {list(labels.shape)}"
             )
         images = images[..., None] if images.ndim == 3 else images
         splits.append(Arrays(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), _labels(labels, split, spec.path), device))
-    names = [str(name) for name in arrays["class_names"]] if "class_names" in arrays else None
+    names = [str(name) for name in np.atleast_1d(arrays["class_names"])] if "class_names" in arrays else None
     return Source(*splits, names, len(names) if names else 1 + max(int(split.labels.max()) for split in splits))
 
 
@@ -131,7 +132,9 @@ def _jpegs(arrays, split, path, progress):
         raw, offsets, labels = arrays[f"{split}_jpeg"].tobytes(), arrays[f"{split}_offset"], arrays[f"{split}_label"]
         images, places = [], range(len(labels))
         for i in progress(places, f"reading {split}") if progress else places:
-            images.append(np.asarray(Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]])).convert("RGB")))
+            with Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]])) as image:
+                check_pixels(*image.size)
+                images.append(np.asarray(image.convert("RGB")))
         images = np.stack(images)
         if f"{split}_lossless_idx" in arrays:
             images[arrays[f"{split}_lossless_idx"]] = arrays[f"{split}_lossless_rgb"]
@@ -155,6 +158,9 @@ def _cifar10(spec, channels, device, progress):
             )
         raise TrainingError(f"data.path: expected {_EXPECTED['cifar10']}, found none in {folder}")
     splits = []
+    if odd := [file for file in (*files[0], *files[1]) if not file.is_file()]:
+        raise TrainingError(f"data.path: expected {_EXPECTED['cifar10']}, got no file: {odd[0]}")
+    need_memory(f"data.path: {folder}", sum(file.stat().st_size for some in files for file in some))
     for some in files:
         records = np.concatenate([np.fromfile(file, np.uint8) for file in some])
         if len(records) % 3073 or not len(records):  # a label and 3 x 32 x 32 pixels, channels first
@@ -163,13 +169,15 @@ def _cifar10(spec, channels, device, progress):
         images, labels = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(records[:, 0].astype(np.int64))
         splits.append(Arrays(images, labels, device))
     meta = folder / "batches.meta.txt"
-    names = meta.read_text().split() if meta.exists() else list(_CIFAR10)
+    names = meta.read_text(errors="replace").split() if meta.is_file() else list(_CIFAR10)
+    if len(names) != 10:
+        raise TrainingError(f"data.path: {meta}: expected the names of 10 classes, got {len(names)}")
     return Source(*splits, names, 10)
 
 
 def _folder(spec, channels, device, progress):
     need("torchvision")
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
     root = Path(spec.path)
     train_root, val_root = root / "train", Path(spec.val_path) if spec.val_path else root / "val"
@@ -184,15 +192,15 @@ def _folder(spec, channels, device, progress):
     index = {name: i for i, name in enumerate(names[: spec.classes])}
     annotations = val_root / "val_annotations.txt"  # Tiny-ImageNet keeps its validation images in one folder
     try:
-        train = make_dataset(str(train_root), index, IMG_EXTENSIONS, allow_empty=True)
-        if annotations.exists():
-            rows = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
-            if any(len(row) < 2 for row in rows):
-                raise ValueError(f"{annotations.name}: expected a file, a tab and its class in every line")
+        train = _images_of(train_root, index, IMG_EXTENSIONS)
+        if annotations.is_file():
+            rows = [line.split("\t") for line in annotations.read_text(errors="surrogateescape").splitlines() if line.strip()]
+            if any(len(row) < 2 or not row[0] or Path(row[0]).name != row[0] for row in rows):
+                raise ValueError(f"{annotations.name}: expected the name of a file in images/, a tab and its class in every line")
             val = [(str(val_root / "images" / name), index[label]) for name, label, *_ in rows if label in index]
             val_names = {row[1] for row in rows}
         else:
-            val = make_dataset(str(val_root), index, IMG_EXTENSIONS, allow_empty=True)
+            val = _images_of(val_root, index, IMG_EXTENSIONS)
             val_names = _folders(val_root)
     except (OSError, ValueError) as error:
         raise TrainingError(f"data.path: {root}: {error}") from None
@@ -221,6 +229,21 @@ def _folder(spec, channels, device, progress):
         splits.append(arrays)
         failures += failed
     return Source(*splits, list(index), len(index), failures)
+
+
+def _images_of(root, index, endings):
+    """Paths and classes of the images below root/CLASS, at any depth, in the order of torchvision's ImageFolder; but a folder that links
+    lead back to counts once.
+    """
+
+    def refuse(error):
+        raise error
+
+    found = []
+    for name, label in sorted(index.items()):
+        for folder, _, names in sorted(walk(root / name, onerror=refuse) if (root / name).is_dir() else ()):
+            found += [(os.path.join(folder, file), label) for file in sorted(names) if file.lower().endswith(endings)]
+    return found
 
 
 def _folders(root):

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from coda_fast.images import check_pixels
+from coda_fast.safety import open_file
 from coda_fast.train.errors import TrainingError, need
 
 
@@ -37,7 +39,10 @@ class Decoder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF and the like
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            with io.BytesIO(data) if isinstance(data, bytes) else open_file(data) as file, Image.open(file) as image:
+                check_pixels(*image.size)
+                if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+                    raise ValueError("not an image that Pillow can read")
                 if self.size is not None:  # JPEG: smaller from the start, but twice the need, and the smallest crop not below ``size``
                     least = self.size / self.scale[0] ** 0.5 if self.scale is not None and generator is not None else 0
                     image.draft(None, (max(2 * (self.resize or self.size), math.ceil(least)),) * 2)

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from coda_fast import checkpoints
+from coda_fast import checkpoints, safety
 from coda_fast.compile import compile_for
 from coda_fast.models import create_model
 from coda_fast.train import processes, sources
 from coda_fast.train import state as files
 from coda_fast.train.data import open_data
-from coda_fast.train.errors import SIGNALS, Stopped, TrainingError, need
+from coda_fast.train.errors import FILES, MODELS, SIGNALS, Stopped, TrainingError, need
 from coda_fast.train.objective import Objective
 from coda_fast.train.optimization import make_optimizer, make_schedule, set_rate
 from coda_fast.train.recipes import Recipe, make_recipe
@@ -93,6 +93,7 @@ class Run:
         self.last_good: Path | None = None
         # everything that can be refused is refused before the folder is written to
         self.held, self.lock = held or contextlib.ExitStack(), None
+        self._first(lambda: _check_folder(recipe, output))
         start = self._start(resume)
         model, self.source = self._model_and_data()
         self.facts = self.source.facts()
@@ -136,6 +137,8 @@ class Run:
         if resume is None:
             if there := there or [path for path in [self.folder / "best.pt"] if path.exists()]:
                 raise TrainingError(f"{self.output} holds a run already, up to {there[0].name}; --resume auto goes on with it")
+            if models := [name for name in MODELS if (self.output / name).exists()]:
+                raise TrainingError(f"{self.output} holds the model of another run, {models[0]}; choose another folder, or move it away")
             return None
         if resume == "auto":
             found = files.newest(self.folder, self.watch.say)
@@ -197,10 +200,7 @@ class Run:
 
     def _model_and_data(self):
         recipe = self.recipe
-        try:
-            probe = create_model(recipe.model.name, device="meta", **recipe.model.arguments())
-        except (ValueError, TypeError) as error:
-            raise TrainingError(f"model: {str(error).removeprefix('model: ')}") from None
+        probe = self._model(recipe.model.arguments(), device="meta")  # nothing is allocated
         source = open_data(recipe.data, probe.image_channels, self.device, self.watch.reading)
         torch.manual_seed(seeded(recipe.seed))  # the same weights in every process
         options = {"num_classes": source.num_classes, "class_names": source.class_names, "dtype": self.dtype}
@@ -210,7 +210,38 @@ class Run:
                 raise TrainingError(
                     f"model.out_channels: expected {source.num_classes} classes at the end, got {recipe.model.out_channels}"
                 )
-        return create_model(recipe.model.name, **options, **recipe.model.arguments()), source
+        options |= recipe.model.arguments()
+        self._check_memory(self._model(options, device="meta"), source)
+        return self._model(options), source
+
+    def _model(self, options, **more):
+        try:
+            return create_model(self.recipe.model.name, **options, **more)
+        except (ValueError, TypeError) as error:
+            raise TrainingError(f"model: {str(error).removeprefix('model: ')}") from None
+        except (RuntimeError, OverflowError, MemoryError) as error:  # torch, of sizes that 64 bits do not hold
+            raise TrainingError(f"model: expected layers that this machine can hold, got {' '.join(str(error).split())[:200]}") from None
+
+    def _check_memory(self, model, source):
+        """TrainingError where weights, images or activations of a step take more than there is, whatever else they take."""
+        recipe = self.recipe
+        weights = sum(p.numel() for p in model.parameters()) * self.dtype.itemsize
+        try:
+            safety.need_memory("model: weights, their gradients and a copy", 3 * weights, self.device)
+            arrays = isinstance(source.train, sources.Arrays)
+            height, width = source.train.images.shape[2:] if arrays else (recipe.data.size or 1,) * 2
+            pixels = height * width * model.image_channels
+            if not arrays:
+                batches = 1 + 4 * recipe.data.workers  # that the loader keeps ready
+                safety.need_memory("batch_size, data.workers, data.size: images", batches * self.local * pixels)
+            activations = 0
+            for layer in model.layers if arrays or recipe.data.size else ():
+                height, width = layer.geometry.output_size(height, width)
+                activations += layer.out_channels * height * width
+            # of two bytes under autocast
+            safety.need_memory("batch_size, micro_batch: activations", 2 * self.micro * (activations + 2 * pixels), self.device)
+        except ValueError as error:
+            raise TrainingError(str(error)) from None
 
     def _amounts(self):
         """In words, as "1347 images to train with, 450 images to validate with, 10 classes"."""
@@ -537,8 +568,11 @@ class Run:
             set_model_state_dict(self.objective, dict(state["model"]), options=whole)
             if self.ema is not None:
                 set_model_state_dict(self.ema.module, dict(state["ema"]), options=whole)
-        except (RuntimeError, KeyError, TypeError) as error:
-            raise TrainingError(f"{path}: weights that do not fit this model: {str(error).splitlines()[0]}") from None
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise TrainingError(f"{path}: weights that do not fit this model: {reason}") from None
+        if unknown := state["schedule"].keys() ^ self.schedule.state_dict().keys():
+            raise TrainingError(f"{path}: a schedule that does not fit this recipe's: {sorted(map(str, unknown))[:3]}")
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
         self.history, self.best, self.last_good = list(state["history"]), state["best"], path
@@ -555,9 +589,9 @@ class Run:
         last, best = files.read(self.last_good), self.folder / "best.pt"
         for name in ("model", "ema"):
             if last[name] is not None:
-                written.append(self._export(last, name, "model.safetensors" if name == "model" else "model_ema.safetensors"))
+                written.append(self._export(last, name, MODELS[0] if name == "model" else MODELS[1]))
         if self.best is not None and (state := self._best_epoch(best)):
-            written.append(self._export(state, "model" if state["ema"] is None else "ema", "model_best.safetensors"))
+            written.append(self._export(state, "model" if state["ema"] is None else "ema", MODELS[2]))
         elif self.best is not None:
             self.watch.say(f"no model_best.safetensors: {best} is not the best epoch, of accuracy {self.best:.2%}")
         self.watch.finish(self.history, written)
@@ -635,6 +669,20 @@ def _split(recipe, place):
     local = recipe.batch_size // place.world
     most = min(local, recipe.micro_batch or local)
     return local, next(size for size in range(most, 0, -1) if local % size == 0)
+
+
+def _check_folder(recipe, output):
+    """TrainingError where the run would write into its data."""
+    data = recipe.data
+    read = [path for path in (data.path, data.val_path) if path is not None]
+    classes = []
+    if data.kind == "folder" and data.path is not None:
+        classes = [os.path.join(data.path, "train"), data.val_path or os.path.join(data.path, "val")]
+    try:
+        safety.check_output_folder(output, classes)
+        safety.check_outputs([output / name for name in FILES], read)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
 
 
 def _changes(before, after, first, second):

@@ -1,4 +1,4 @@
-"""How a run ends that does not reach its last epoch."""
+"""How a run ends that does not reach its last epoch, and what its folder holds where it does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import signal
 
 STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+MODELS = ("model.safetensors", "model_ema.safetensors", "model_best.safetensors")
+FILES = ("recipe.yaml", *MODELS, "steps.csv", "metrics.csv", "curve.png")  # of a run, beside its folders
 
 
 class TrainingError(ValueError):

@@ -33,6 +33,8 @@ def fabric(recipe):
         raise TrainingError("accelerator: expected a CUDA GPU for accelerator=cuda, found none")
     if devices == "auto":
         devices = torch.cuda.device_count() if accelerator == "cuda" else 1
+    if accelerator == "cpu" and "LOCAL_WORLD_SIZE" not in environment and devices > (most := max(16, os.cpu_count() or 1)):
+        raise TrainingError(f"devices: expected at most {most} processes on this machine's processors, got {devices}")
     world = devices * nodes
     strategy = "auto"
     if recipe.strategy == "fsdp2":

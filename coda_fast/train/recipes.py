@@ -13,8 +13,12 @@ from coda_fast.train.errors import TrainingError, need
 need("pydantic")
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator  # noqa: E402
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+# bounds, so that what cannot be meant is refused before anything is made of it
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Batch = Annotated[int, Field(ge=1, le=2**20)]
+Side = Annotated[int, Field(ge=1, le=2**14)]  # pixels
+Layers = Annotated[list[Positive], Field(min_length=1, max_length=256)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -33,11 +37,11 @@ class Model(_Section):
     norm: Literal["squash", "l2"] | None = None
     logit_bias: float | None = None
     backend: str | None = None
-    out_channels: list[Positive] | None = None
-    ranks: list[Positive] | None = None
-    kernel_sizes: list[Positive] | None = None
-    strides: list[Positive] | None = None
-    image_size: Positive | None = None
+    out_channels: Layers | None = None
+    ranks: Layers | None = None
+    kernel_sizes: Layers | None = None
+    strides: Layers | None = None
+    image_size: Side | None = None
 
     def arguments(self) -> dict:
         """For ``create_model``."""
@@ -47,7 +51,7 @@ class Model(_Section):
 class RandAugment(_Section):
     """``n`` operations of strength ``m`` of 30 (the scale of arXiv:1909.13719), by timm, each applied always."""
 
-    n: Positive = 2
+    n: Annotated[int, Field(ge=1, le=100)] = 2
     m: Annotated[float, Field(ge=0, le=30)] = 10
 
 
@@ -57,18 +61,19 @@ class Data(_Section):
     kind: Literal["digits", "npz", "cifar10", "folder", "webdataset"]
     path: str | None = None  # a file, a folder, or (webdataset) a pattern of shards
     val_path: str | None = None  # where it is not beside the training images
-    classes: Positive | None = None  # webdataset: how many; folder: the first so many in the order of their names; null: all
+    # webdataset: how many; folder: the first so many in the order of their names; null: all
+    classes: Annotated[int, Field(ge=1, le=10**7)] | None = None
     flip: bool = False  # left to right, half of the images
-    pad: Count = 0  # random crop of the padded image, as for CIFAR
-    resize: Positive | None = None  # shorter side, before the crop
-    size: Positive | None = None  # side of the square crop; null: images are of one size already
+    pad: Annotated[int, Field(ge=0, le=256)] = 0  # random crop of the padded image, as for CIFAR
+    resize: Side | None = None  # shorter side, before the crop
+    size: Side | None = None  # side of the square crop; null: images are of one size already
     scale: tuple[Share, float] | None = None  # share of the area that a random crop takes (Inception); null: ``size`` of ``resize``
     randaugment: RandAugment | None = None
     in_memory: bool = False  # folder: decode once, keep all on the device
-    workers: Count = 4  # processes that decode, for each training process
+    workers: Annotated[int, Field(ge=0, le=256)] = 4  # processes that decode, for each training process
     max_corrupt: Count = 100  # so many images that cannot be read are skipped; one more stops the run
     train_samples: Positive | None = None  # webdataset: how many images an epoch is
-    shuffle: Positive = 5000  # webdataset: the buffer to draw from
+    shuffle: Annotated[int, Field(ge=1, le=10**6)] = 5000  # webdataset: the buffer to draw from
 
 
 class Loss(_Section):
@@ -142,14 +147,14 @@ class Log(_Section):
     """``every`` steps: metrics, the signals' check and the check for NaN. ``maps``: how many validation images are explained."""
 
     every: Positive = 50
-    maps: Count = 4
+    maps: Annotated[int, Field(ge=0, le=64)] = 4
     maps_every: Positive = 1  # epochs
     tensorboard: bool = True
 
 
 class Evaluation(_Section):
     every: Positive = 1  # epochs
-    batch_size: Positive = 256  # of each process
+    batch_size: Batch = 256  # of each process
 
 
 class Recipe(_Section):
@@ -159,9 +164,9 @@ class Recipe(_Section):
     about: str = ""
     model: Model
     data: Data
-    epochs: Positive
-    batch_size: Positive
-    micro_batch: Positive | None = None
+    epochs: Annotated[int, Field(ge=1, le=10**6)]
+    batch_size: Batch
+    micro_batch: Batch | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     loss: Loss = Loss()
     optimizer: Optimizer
@@ -171,7 +176,7 @@ class Recipe(_Section):
     channels_last: bool = False
     compile: bool = False
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    devices: Positive | Literal["auto"] = "auto"  # of this node; torchrun and SLURM say it themselves
+    devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"  # of this node; torchrun and SLURM say it themselves
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
@@ -262,7 +267,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
             raise TrainingError(f"recipe: expected one of {', '.join(_names())} or a .yaml file, got {name!r}")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(LONGEST + 1).decode()
     except UnicodeDecodeError:
         raise TrainingError(f"{name}: expected a text file in UTF-8") from None
     values = _parse(yaml, text, str(name))
@@ -300,7 +306,7 @@ def make_recipe(values: dict, source: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         problems = []
-        for found in error.errors():
+        for found in error.errors()[:10]:
             # positions in lists stay; names of the types that a union tried go
             key = ".".join(str(part) for part in found["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _TYPES))
             if found["type"] == "extra_forbidden":
@@ -312,7 +318,7 @@ def make_recipe(values: dict, source: str) -> Recipe:
             else:
                 message = found["msg"][0].lower() + found["msg"][1:]
                 wanted = message.removeprefix("input should be ").removeprefix("a valid ")
-                problems.append(f"{key}: expected {wanted}, got {found['input']!r}")
+                problems.append(f"{key}: expected {wanted}, got {_short(found['input'])}")
         raise TrainingError(f"recipe {source}: " + "; ".join(dict.fromkeys(problems))) from None
 
 
@@ -332,7 +338,14 @@ def _names():
     return sorted(p.name.removesuffix(".yaml") for p in files("coda_fast").joinpath("recipes").iterdir() if p.name.endswith(".yaml"))
 
 
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _unknown(key, known):
+    if len(key) > 100:
+        return f"unknown key {_short(key)}"
     last = {k: k.rpartition(".")[2] for k in known}
     near = [k for k in known if last[k] == key.rpartition(".")[2]] + difflib.get_close_matches(key, known, 3, 0.6)
     near += [k for k in known if last[k] in difflib.get_close_matches(key.rpartition(".")[2], set(last.values()), 2, 0.7)]
@@ -340,11 +353,40 @@ def _unknown(key, known):
     return f"unknown key {key!r}" + (f"; near to it: {', '.join(near)}" if near else "")
 
 
+LONGEST, DEEPEST, LARGEST = 2**16, 20, 10_000  # of a recipe: bytes, values in values, values in all
+
+
 def _parse(yaml, text, what):
+    if len(text) > LONGEST:
+        raise TrainingError(f"{what}: expected a recipe of at most {LONGEST} bytes, got more")
     try:
-        return yaml.safe_load(text)
+        found = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise TrainingError(f"{what}: not YAML: {' '.join(str(error).split())}") from None
+        raise TrainingError(f"{what}: not YAML: {' '.join(str(error).split())[:1000]}") from None
+    except RecursionError:
+        raise TrainingError(f"{what}: expected values at most {DEEPEST} deep, got deeper ones") from None
+    except (ValueError, TypeError, OverflowError) as error:  # numbers and dates that Python has none of
+        raise TrainingError(f"{what}: not YAML that can be read: {' '.join(str(error).split())[:1000]}") from None
+    _need_modest(found, what)
+    return found
+
+
+def _need_modest(found, what):
+    """Aliases make few bytes many values, or a value of itself."""
+    level, count = [found], 0
+    for _ in range(DEEPEST + 1):
+        count += len(level)
+        if count > LARGEST:
+            raise TrainingError(f"{what}: expected at most {LARGEST} values, aliases counted as what they stand for, got more")
+        below = []
+        for value in level:
+            if isinstance(value, (dict, list, tuple, set)):
+                below += [*value, *value.values()] if isinstance(value, dict) else value
+                if len(below) > LARGEST:
+                    break
+        level = below
+    if level:
+        raise TrainingError(f"{what}: expected values at most {DEEPEST} deep, got deeper ones")
 
 
 def _flat(values, prefix=""):

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -14,10 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from coda_fast.safety import open_file
 from coda_fast.train import workers
 from coda_fast.train.decode import Decoder, Item, decode_all
 from coda_fast.train.errors import TrainingError, need
 from coda_fast.train.sources import Batch, batch_of, order, seeded
+
+MOST_SHARDS = 10**6
+LARGEST = 2**28  # bytes of a file in a shard that is read; of a class, and of what tar has to say of an entry, LARGEST_TEXT
+LARGEST_TEXT = 2**20
 
 
 class Shards:
@@ -30,10 +36,12 @@ class Shards:
         need("webdataset")
         from webdataset.shardlists import expand_urls
 
+        if _count(pattern) > MOST_SHARDS:
+            raise TrainingError(f"data: expected a pattern of at most {MOST_SHARDS} shards, got one of more: {pattern[:200]!r}")
         self.urls = sorted(str(p) for p in Path(pattern).glob("*.tar")) if os.path.isdir(pattern) else expand_urls(pattern)
-        if any(url.startswith("pipe:") for url in self.urls):
+        if any(url.lower().startswith("pipe:") for url in self.urls):
             raise TrainingError(f"data: expected shards that are files or addresses, got {pattern!r}: a recipe must not run commands")
-        missing = [url for url in self.urls if "://" not in url and not os.path.exists(url)]
+        missing = [url for url in self.urls if "://" not in url and not os.path.isfile(url)]
         if not self.urls or missing:
             raise TrainingError(f"data: expected shards {pattern!r}, found {len(self.urls) - len(missing)}; missing: {missing[:3]}")
         self.decoder, self.workers, self.classes = decoder, workers, classes
@@ -136,6 +144,13 @@ class _Entry(tarfile.TarInfo):
     """Of a tar file that ends where it says so: tarfile takes a header that is damaged or missing, after the first, for the end."""
 
     @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _SAYINGS and found.size > LARGEST_TEXT:  # tarfile would read all of it
+            raise tarfile.ReadError(f"expected a name or attributes of at most {LARGEST_TEXT} bytes, got {found.size}")
+        return found
+
+    @classmethod
     def fromtarfile(cls, tar):
         try:
             return super().fromtarfile(tar)
@@ -151,7 +166,10 @@ def _shard(url, classes):
 
     name = url.rpartition("/")[2]
     try:
-        with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Entry, errors="backslashreplace") as tar:
+        with (
+            gopen(url) if "://" in url else open_file(url) as stream,
+            tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Entry, errors="backslashreplace") as tar,
+        ):
             for key, files in _samples(tar):
                 yield _item(f"{name}:{key}", files, classes)
     except Exception as error:  # tarfile and programs that fetch raise whatever the damage leads them to
@@ -159,10 +177,11 @@ def _shard(url, classes):
 
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
+_SAYINGS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
 def _samples(tar):
-    """(key, {extension: content}) of files that follow one another, are named alike, and are an image or a class."""
+    """(key, {extension: content, or in words why there is none}) of files that follow one another and are named alike: images, classes."""
     from webdataset.tariterators import base_plus_ext
 
     key, files = None, {}
@@ -175,12 +194,33 @@ def _samples(tar):
             if files:
                 yield key, files
             key, files = base, {}
-        files[extension.lower()] = tar.extractfile(entry).read()
+        most = LARGEST_TEXT if extension.lower() == "cls" else LARGEST
+        if entry.issparse() or entry.size > most:  # the holes of a few bytes may be terabytes
+            files[extension.lower()] = f"{extension}: expected a file of at most {most} bytes without holes, got {entry.size} bytes"
+        else:
+            files[extension.lower()] = tar.extractfile(entry).read()
     if files:
         yield key, files
 
 
+def _count(pattern):
+    """Of the shards that a pattern stands for, at most: what braces expand to is a list before it can be counted."""
+    total, alternatives = 1, []
+    for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):
+        total *= abs(int(last) - int(first)) + 1 if max(len(first), len(last)) < 20 else MOST_SHARDS + 1
+    for character in pattern:
+        if character == "{":
+            alternatives.append(1)
+        elif character == "," and alternatives:  # of nested braces, those within count for those around them too
+            alternatives = [number + 1 for number in alternatives]
+        elif character == "}" and alternatives:
+            total *= alternatives.pop()
+    return total
+
+
 def _item(name, files, classes):
+    if refused := next((content for content in files.values() if isinstance(content, str)), None):
+        return Item(name, None, 0, refused)
     image = next((files[extension] for extension in _IMAGES if extension in files), None)
     text = files.get("cls", b"").decode(errors="replace").strip()
     label = int(text) if text.isdecimal() and len(text) < 10 else -1

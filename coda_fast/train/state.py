@@ -22,7 +22,11 @@ FORMAT = "coda_fast.train"
 PATIENCE = 100.0  # seconds; servers of NFS keep locks of a host that was lost for 90
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without locks say
 _NAME = re.compile(r"epoch_(\d+)_step_(\d+)\.pt")
-_KEYS = {"recipe", "world", "epoch", "step", "updates", "model", "ema", "optimizer", "schedule", "rng", "history", "best", "data"}
+_KEYS = {
+    "recipe": dict, "data": dict, "world": int, "epoch": int, "step": int, "updates": int, "model": dict, "ema": (dict, type(None)),
+    "optimizer": dict, "schedule": dict, "rng": list, "history": list, "best": (int, float, type(None)), "bad": dict,
+    "seconds": (int, float), "sums": (torch.Tensor, type(None)),
+}  # fmt: skip
 
 
 def write(path: Path, state: dict, last_good: Path | None) -> None:
@@ -69,8 +73,12 @@ def read(path: str | os.PathLike) -> dict:
         raise TrainingError(f"{path}: not a readable checkpoint (truncated, or of another program): {reason[:200]}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise TrainingError(f"{path}: expected a checkpoint of coda-fast train, got {_what(state)}")
-    if missing := sorted(_KEYS - state.keys()):
+    if missing := sorted(_KEYS.keys() - state.keys()):
         raise TrainingError(f"{path}: a checkpoint of coda-fast train {state.get('version')} without {', '.join(missing)}")
+    if odd := [key for key, kind in _KEYS.items() if not isinstance(state[key], kind) or (kind is int and state[key] < 0)]:
+        raise TrainingError(f"{path}: not a readable checkpoint: {odd[0]} is a {type(state[odd[0]]).__name__} that cannot be")
+    if not all(isinstance(row, dict) for row in state["history"]):
+        raise TrainingError(f"{path}: not a readable checkpoint: history: expected rows")
     return state
 
 

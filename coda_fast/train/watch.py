@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 
 from coda_fast import plot
 from coda_fast.checkpoints import atomic_path
+from coda_fast.safety import printable
 from coda_fast.train.errors import TrainingError, need
 from coda_fast.train.recipes import Recipe
 
@@ -32,7 +35,7 @@ class Watch:
     def say(self, text: str) -> None:
         """A line beside the bar."""
         if self.active:
-            need("tqdm", "cli").tqdm.write(text, file=sys.stderr)
+            need("tqdm", "cli").tqdm.write(printable(text), file=sys.stderr)
 
     def reading(self, items: Iterable, label: str, total: int | None = None) -> Iterable:
         """A bar around what takes long before the first step."""
@@ -44,7 +47,7 @@ class Watch:
         if not self.main:
             yield
             return
-        images = self.recipe.batch_size
+        images, hook = self.recipe.batch_size, threading.excepthook
         tqdm = need("tqdm", "cli").tqdm
         try:
             self._open_steps(updates)
@@ -52,14 +55,20 @@ class Watch:
                 need("tensorboard")
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=updates + 1)
+                threading.excepthook = functools.partial(_of_threads, hook)
+                try:
+                    self.board = SummaryWriter(self.folder / "tensorboard", purge_step=updates + 1)
+                except OSError as error:
+                    self._lose_board(error)
             total = self.recipe.epochs * steps * images
             self.bar = tqdm(total=total, initial=updates * images, unit="img", unit_scale=True, disable=not self.active, smoothing=0.1)
             yield
         finally:
-            for thing in (self.bar, self.board, self.steps_file):
+            for thing in (self.bar, self.steps_file):
                 if thing is not None:
                     thing.close()
+            self._on_board("close")
+            threading.excepthook = hook
 
     def step(self, row: dict) -> None:
         """One row of STEP_FIELDS."""
@@ -68,23 +77,34 @@ class Watch:
         self.bar.update(row["updates"] * self.recipe.batch_size - self.bar.n)
         self.rows.writerow({key: _short(row[key]) for key in STEP_FIELDS})
         self.steps_file.flush()
-        if self.board is not None:
-            for key in ("loss", "accuracy", "learning_rate", "images_per_second"):
-                self.board.add_scalar(f"step/{key}", row[key], row["updates"])
+        for key in ("loss", "accuracy", "learning_rate", "images_per_second"):
+            self._on_board("add_scalar", f"step/{key}", row[key], row["updates"])
 
     def epoch(self, history: list[dict]) -> None:
         """The history so far; the last row is new."""
         self._write_metrics(history)
         row = history[-1]
-        if self.board is not None:
-            for key, value in row.items():
-                if key not in ("epoch", "updates"):
-                    self.board.add_scalar(f"epoch/{key}", value, row["updates"])
-            self.board.flush()
+        for key, value in row.items():
+            if key not in ("epoch", "updates"):
+                self._on_board("add_scalar", f"epoch/{key}", value, row["updates"])
+        self._on_board("flush")
         found = [f"{label} {row[key]:.2%}" for key, label in _ACCURACIES.items() if key in row]
         self.say(
             f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, accuracy {', '.join(found)}, {row['images_per_second']:.0f} images/s"
         )
+
+    def _on_board(self, method, *arguments, **options):
+        if self.board is None:
+            return
+        try:
+            getattr(self.board, method)(*arguments, **options)
+        except OSError as error:  # also of its thread, at some later call
+            self._lose_board(error)
+
+    def _lose_board(self, error):
+        """TensorBoard shows what steps.csv, metrics.csv and maps/ hold: no reason to lose a run."""
+        self.board = None  # its thread has ended, and closing it would raise once more
+        self.say(f"TensorBoard: {self.folder / 'tensorboard'} cannot be written: {error.strerror or error}; the run goes on without it")
 
     def shows(self, epoch: int, maps: bool) -> bool:
         """Whether the row of this epoch is there, and its maps where they should be."""
@@ -105,8 +125,7 @@ class Watch:
         figure = plot.explanation_figure(images, model.explain(images, classes), model.logit_bias, model.class_names, labels.tolist())
         self._map(epoch).parent.mkdir(exist_ok=True)
         plot.save_figure(figure, self._map(epoch), dpi=100)
-        if self.board is not None:
-            self.board.add_figure("maps", figure, updates, close=False)
+        self._on_board("add_figure", "maps", figure, updates, close=False)
 
     def finish(self, history: list[dict], written: list[Path]) -> None:
         """The curve and the summary."""
@@ -139,6 +158,12 @@ class Watch:
             writer = csv.DictWriter(file, fields)
             writer.writeheader()
             writer.writerows({key: _short(value) for key, value in row.items()} for row in history)
+
+
+def _of_threads(hook, arguments):
+    """What ``hook`` does, but for TensorBoard's thread, whose errors its next call raises."""
+    if not type(arguments.thread).__module__.startswith("tensorboard."):
+        hook(arguments)
 
 
 _ACCURACIES = {"train_accuracy": "training", "val_accuracy": "validation", "ema_val_accuracy": "moving average"}

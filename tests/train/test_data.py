@@ -267,7 +267,7 @@ def test_annotations_of_other_classes_or_torn(folder):
     with pytest.raises(TrainingError, match=r"found others: \['dog'\]"):
         open_data(spec(folder), 3)
     (folder / "val" / "val_annotations.txt").write_text("a.JPEG\tant\t0\nb.JPEG")
-    with pytest.raises(TrainingError, match="val_annotations.txt: expected a file, a tab and its class in every line"):
+    with pytest.raises(TrainingError, match="val_annotations.txt: expected the name of a file in images/, a tab and its class"):
         open_data(spec(folder), 3)
 
 

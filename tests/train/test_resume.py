@@ -133,7 +133,7 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path):
         (b"notes of mine\n", "not a readable checkpoint"),
         ({"state_dict": {}}, "expected a checkpoint of coda-fast train, got a file with 'state_dict'"),
         ([1, 2], "expected a checkpoint of coda-fast train, got list"),
-        ({"format": "coda_fast.train", "version": "9"}, "a checkpoint of coda-fast train 9 without best, data"),
+        ({"format": "coda_fast.train", "version": "9"}, "a checkpoint of coda-fast train 9 without bad, best, data"),
         (print, "not a readable checkpoint"),  # a function: nothing is unpickled freely
     ],
 )
