@@ -137,13 +137,19 @@ def dau_conv2d_transpose(
 
 
 class _DynamicLinear(torch.autograd.Function):
-    """Explanation mode of the reference: the layer forward, its adjoint backward."""
+    """Explanation mode of the reference: the layer forward, its adjoint backward, and forward mode with w as a constant."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, input, reduction_weight, weight, bias, geometry, norm, eps):
-        ctx.save_for_backward(input, reduction_weight, weight, bias)
-        ctx.rest = (geometry, norm, eps)
+    def forward(input, reduction_weight, weight, bias, geometry, norm, eps):
         return reference.align(input, input, reduction_weight, weight, bias, geometry, norm, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_forward(*inputs[:4])
+        ctx.rest = inputs[4:]
 
     @staticmethod
     def backward(ctx, grad):
@@ -153,6 +159,12 @@ class _DynamicLinear(torch.autograd.Function):
             with without_autocast(grad.device.type):
                 gradient = reference.adjoint(input, grad, *parameters, *ctx.rest)
         return gradient, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        input, *parameters = (None if t is None else torch.autograd.forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors)
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):  # off here, which levels below would take for theirs
+            return None if tangent is None else reference.align(input, tangent, *parameters, *ctx.rest)
 
 
 def _keep(tensors, detach, save_contraction):

@@ -8,7 +8,7 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from coda_fast import backends
 from coda_fast._geometry import Geometry, integer, pair
 from coda_fast.functional import EPS, check_norm, dau_conv2d
+from coda_fast.safety import need_memory
 
 
 class DAUConv2d(nn.Module):
@@ -82,10 +83,12 @@ class DAUConv2d(nn.Module):
             if counts[name] < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
         in_channels, out_channels, rank = counts.values()
+        kernel_size = pair(kernel_size, "kernel_size")
+        check_size([in_channels * math.prod(kernel_size) * (rank + out_channels * (rank + bool(bias)))], device, dtype)
         check_norm(norm, eps)
         backends.check_name(backend)
         self.in_channels, self.out_channels, self.rank = in_channels, out_channels, rank
-        self.kernel_size, self.stride, self.dilation = pair(kernel_size, "kernel_size"), pair(stride, "stride"), pair(dilation, "dilation")
+        self.kernel_size, self.stride, self.dilation = kernel_size, pair(stride, "stride"), pair(dilation, "dilation")
         self.padding = padding if isinstance(padding, str) else pair(padding, "padding", least=0)
         _ = self.geometry  # refuses what does not fit together
         self.groups, self.padding_mode = groups, padding_mode
@@ -119,10 +122,7 @@ class DAUConv2d(nn.Module):
         """Whether a call made here and now is in explanation mode: see ``explanation_mode``."""
         if self._replica_explains:
             return True
-        for scope in _scopes():  # a loop and comparisons by value: what torch.compile can trace and guard
-            if scope.open and self._number in scope.layers:
-                return True
-        return False
+        return any(scope.open and self._number in scope.layers for scope in _scopes())
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         explaining = self.explaining
@@ -170,6 +170,17 @@ class DAUConv2d(nn.Module):
             if getattr(self, name) != plain[name]:
                 text += f", {name}={getattr(self, name)!r}"
         return text + (", bias=False" if self.bias is None else "")
+
+
+def check_size(numbers: Iterable[int], device, dtype: torch.dtype | None) -> None:
+    """ValueError where weights of so many numbers cannot be: more than a tensor can have, or than the machine can hold."""
+    size = getattr(torch.get_default_dtype() if dtype is None else dtype, "itemsize", 4)
+    device = torch.get_default_device() if device is None else torch.device(device)
+    numbers = list(numbers)
+    if max(numbers) * size >= 2**63:
+        raise ValueError(f"weights: expected less than 2**63 bytes for a layer, got about 2**{(max(numbers) * size).bit_length() - 1}")
+    if device.type != "meta" and sum(numbers) * size > 2**28:  # smaller ones are not worth the question
+        need_memory(f"weights of {sum(numbers):.1e} numbers", sum(numbers) * size, device)
 
 
 class AddInverse(nn.Module):

@@ -168,15 +168,21 @@ def _backward_of_align(ctx, grad, *_):
 
 def _jvp_of_align(ctx, *tangents):
     """In explanation mode w counts as a constant in forward mode too: F(x, u')."""
-    (x, u, *parameters), geometry = ctx.saved_tensors, _geometry_of(ctx)
-    of_x, of_u, *of_parameters = tangents
+    tensors, geometry = _primals(ctx)
     if ctx.detach:
-        direction = of_x if u is None else of_u
-        found = None if direction is None else align(x, direction, *parameters, *ctx.geometry, False, "nothing", ctx.backend)[0]
+        x, u, *parameters = tensors
+        direction = tangents[0] if u is None else tangents[1]
+        direction = torch.zeros_like(x) if direction is None else direction
+        found = align(x, direction, *parameters, *ctx.geometry, False, "nothing", ctx.backend)[0]
     else:
-        align_ = lambda x, u, *p: reference.align(x, x if u is None else u, *p, *geometry)  # noqa: E731
-        found = _jvp(align_, (x, u, *parameters), tangents)
+        found = _align_jvp(tensors, tangents, geometry)
     return found, None, None, None, None
+
+
+def _align_jvp(tensors, tangents, geometry):
+    (x, u, *parameters), (of_x, of_u, *of_parameters) = tensors, tangents[:5]
+    u, of_u = (x, of_x) if u is None else (u, of_u)
+    return reference.align_jvp((x, u, *parameters), (of_x, of_u, *of_parameters), *geometry)
 
 
 def _needed(needs, tensors, detach):
@@ -202,7 +208,7 @@ def _backward_of_align_backward(ctx, *upstream):
         return None
     with without_autocast(grad.device.type):
         if not ctx.detach:
-            return _second_derivatives(grad, tensors, upstream, ctx.needs, needs, ctx.geometry)
+            return _second_derivatives(grad, tensors, upstream, needs, ctx.geometry)
         # the direct term is G(x, grad), whatever u is
         x, _, *parameters = tensors
         h = upstream[0] if tensors[1] is None else upstream[1]
@@ -234,70 +240,47 @@ def _adjoint_derivatives(h, input, value, parameters, needs, geometry, backend):
     return [g if need else None for g, need in zip((dx, dv, *rest), needs, strict=True)]
 
 
-def _second_derivatives(grad, tensors, upstream, first_needs, needs, geometry):
-    """Gradients of <upstream, gradients of F> by the definition, which materialises w; differentiable in turn where asked for."""
+def _second_derivatives(grad, tensors, upstream, needs, geometry):
+    """Gradients of <upstream, gradients of L> in (v, x, u, B, A, b), L = <v, F(x, u)>, by the definition, which materialises w.
+
+    Second derivatives commute, so those in what F depends on are the directional derivative of the gradients along ``upstream``; that in
+    v is the directional derivative of F.
+    """
     *window, norm, eps = geometry
-    wanted = [i for i in range(5) if first_needs[i] and upstream[i] is not None]
-    sources = [i for i in range(6) if needs[i] and (grad, *tensors)[i] is not None]
-    gradients = lambda *some: _gradients_by_definition(_replaced((grad, *tensors), sources, some), wanted, *window, norm, eps)  # noqa: E731
-    second = torch.func.vjp(gradients, *((grad, *tensors)[i] for i in sources))[1]([upstream[i] for i in wanted])
-    found = dict(zip(sources, second, strict=True))
-    return [found.get(i) for i in range(6)]
-
-
-def _gradients_by_definition(tensors, wanted, *geometry):
-    """Of (v, x, u, B, A, b): the gradients of <v, F(x, u)> in those of (x, u, B, A, b) that are ``wanted``."""
-    v, *tensors = tensors
-    *window, norm, eps = geometry
-
-    def output(*some):
-        x, u, *parameters = _replaced(tensors, wanted, some)
-        return reference.align(x, x if u is None else u, *parameters, _geometry(parameters[1], *window), norm, eps)
-
-    return list(torch.func.vjp(output, *(tensors[i] for i in wanted))[1](v))
-
-
-def _replaced(tensors, places, others):
-    """A list of ``tensors`` with ``others`` in ``places``."""
-    tensors = list(tensors)
-    for i, other in zip(places, others, strict=True):
-        tensors[i] = other
-    return tensors
-
-
-def _jvp(function, tensors, tangents):
-    """Directional derivative of a function of tensors, some of which are None; of None, too, where nothing has a tangent."""
-    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
-    if not moving:
-        return None
-    call = lambda *some: function(*_replaced(tensors, moving, some))  # noqa: E731
-    return torch.func.jvp(call, tuple(tensors[i] for i in moving), tuple(tangents[i] for i in moving))[1]
+    rest = (_geometry(tensors[3], *window), norm, eps)
+    of_grad = _align_jvp(tensors, upstream, rest) if needs[0] else None
+    found = reference.gradients_jvp((grad, *tensors), (None, *upstream), *rest) if any(needs[1:]) else (None,) * 5
+    return [g if need else None for g, need in zip((of_grad, *found), needs, strict=True)]
 
 
 def _jvp_of_align_backward(ctx, *tangents):
-    tensors, geometry = ctx.saved_tensors, _geometry_of(ctx)
-    if ctx.detach:
-        # the direct term is G(x, grad), whatever u is
-        of_grad, of_x, _, *of_parameters = tangents[:6]
-        grad, x, u, *parameters = tensors
-        direction = _jvp(lambda *t: reference.adjoint(*t, *geometry), (x, grad, *parameters), (of_x, of_grad, *of_parameters))
+    (grad, *tensors), geometry = _primals(ctx)
+    of_grad, *of_tensors = tangents[:6]
+    if ctx.detach:  # the direct term is G(x, grad), whatever u is
+        (x, u, *parameters), (of_x, _, *of_parameters) = tensors, of_tensors
+        found = reference.adjoint_jvp((x, grad, *parameters), (of_x, of_grad, *of_parameters), *geometry)
         place = 0 if u is None else 1
-        return [direction if ctx.needs[i] and i == place else None for i in range(5)]
-    wanted = [i for i in range(5) if ctx.needs[i]]
-    found = _jvp(lambda *t: _gradients_by_definition(t, wanted, *ctx.geometry), tensors, tangents[:6])
-    found = {} if found is None else dict(zip(wanted, found, strict=True))
-    return [found.get(i) for i in range(5)]
+        return tuple(found if ctx.needs[i] and i == place else None for i in range(5))
+    found = reference.gradients_jvp((grad, *tensors), tangents[:6], *geometry)
+    return tuple(t if need else None for t, need in zip(found, ctx.needs, strict=True))
 
 
 def _jvp_of_adjoint(ctx, *tangents):
-    return _jvp(lambda *t: reference.adjoint(*t, *_geometry_of(ctx)), ctx.saved_tensors, tangents)
+    tensors, geometry = _primals(ctx)
+    return reference.adjoint_jvp(tensors, tangents[:5], *geometry)
 
 
-def _geometry_of(ctx):
-    """(geometry, norm, eps) as backends take them."""
-    weight = next(t for t in ctx.saved_tensors if t is not None and t.dim() == 5)
+def _primals(ctx):
+    """The saved tensors without their tangents, and (geometry, norm, eps) as backends take them."""
+    strip = lambda t: torch.autograd.forward_ad.unpack_dual(t, level=0).primal  # noqa: E731
+    tensors = [None if t is None else strip(t) for t in ctx.saved_tensors]
     *window, norm, eps = ctx.geometry
-    return _geometry(weight, *window), norm, eps
+    return tensors, (_geometry(tensors[-2], *window), norm, eps)  # weight and bias are the last two
+
+
+def _transformed():
+    """Whether a transform of torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _differentiable(op, setup, backward, jvp):
@@ -311,7 +294,11 @@ def _differentiable(op, setup, backward, jvp):
     class Node(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(keyset, *args):
-            with torch._C._AutoDispatchBelowAutograd():
+            # A node computes without gradients; the levels below this one, if there are any, decide for themselves.
+            below = (torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True)) if _transformed() else ()
+            with contextlib.ExitStack() as stack:
+                for context in (*below, torch._C._AutoDispatchBelowAutograd()):
+                    stack.enter_context(context)
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
         @staticmethod
@@ -325,16 +312,15 @@ def _differentiable(op, setup, backward, jvp):
 
         @staticmethod
         def jvp(ctx, keyset, *tangents):
-            return jvp(ctx, *tangents)
+            with torch.autograd.forward_ad._set_fwd_grad_enabled(True):  # off here, which the levels below would take for theirs
+                return jvp(ctx, *tangents)
 
     count = len(op._schema.arguments)
     Node.__name__ = Node.__qualname__ = f"coda_fast_{op._opname}"
 
     def run(keyset, *args):
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        forward_mode = torch.autograd.forward_ad._current_level >= 0
-        tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if not (transformed or forward_mode or tracked):
+        transformed, forward_mode = _transformed(), torch.autograd.forward_ad._current_level >= 0
+        if not (transformed or forward_mode or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))):
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
         with torch._functorch.utils.enable_single_level_autograd_function() if transformed else contextlib.nullcontext():
@@ -350,7 +336,12 @@ def _vmap_align_backward(info, in_dims, *args):
     grad, input, applied, *layer, dot, square, contraction, prepared, stride, padding, dilation, norm, eps, detach, needs, backend = args
     alone = isinstance(in_dims[0], int) and all(dim is None for dim in in_dims[1:10])
     tensors = [t for t in args[:10] if t is not None]
-    if alone and detach and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    watched = (
+        _transformed()
+        or torch.autograd.forward_ad._current_level >= 0
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
+    if alone and detach and not watched:  # nobody differentiates what the backend does
         module = _backend(backend)
         if hasattr(module, "adjoints"):
             like = input if applied is None else applied
@@ -412,4 +403,4 @@ for _op, _name, _fake, _vmap in (
         for _kind, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _LIBRARY.impl(_name, _autocast(_op, _kind), _key)
 _flops.register()
-_decompositions.register({align: _align_fake, adjoint: _adjoint_fake})
+_decompositions.register({align: _align_fake, align_backward: _align_backward_fake, adjoint: _adjoint_fake})

@@ -6,6 +6,8 @@ to any order. Slow and memory-hungry by design; choose it for tests and for teac
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -16,28 +18,154 @@ def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, no
     """``F(x, u)[p, o] = s(|w|^2) <w[p, o], u_p>`` with ``w[p, o] = A_o B x_p + b_o``; the layer itself is ``F(x, x)``."""
     w, scale = _weight(input, reduction_weight, weight, bias, geometry, norm, eps)
     dot = (w * _patches(applied, geometry).unsqueeze(1)).sum(2)  # <w, u>, [N, n, P]
-    return (scale * dot).unflatten(2, geometry.output_size(*input.shape[2:]))
+    return (scale * dot).reshape(*dot.shape[:2], *geometry.output_size(*input.shape[2:]))
 
 
 def adjoint(input, value, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
     """``G(x, v) = fold(sum_o v[p, o] s(|w|^2) w[p, o])``, the adjoint of ``u -> F(x, u)``."""
     w, scale = _weight(input, reduction_weight, weight, bias, geometry, norm, eps)
-    patches = ((scale * value.flatten(2)).unsqueeze(2) * w).sum(1)
+    patches = ((scale * _rows(value)).unsqueeze(2) * w).sum(1)
     return _fold(patches, input.shape, geometry)
+
+
+def align_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
+    """Directional derivative of F at ``tensors`` = (x, u, B, A, b) along ``tangents`` (None: zero):
+    ``s <w, u'> + s <w', u> + s' <w, u>``.
+    """
+    input, applied, *parameters = tensors
+    of_input, of_applied, *of_parameters = tangents
+    w, scale, of_w, of_scale = _weight_jvp((input, *parameters), (of_input, *of_parameters), geometry, norm, eps)
+    patches = _patches(applied, geometry).unsqueeze(1)
+    found = scale * (of_w * patches).sum(2) + of_scale * (w * patches).sum(2)
+    if of_applied is not None:
+        found = found + scale * (w * _patches(of_applied, geometry).unsqueeze(1)).sum(2)
+    return found.reshape(*found.shape[:2], *geometry.output_size(*input.shape[2:]))
+
+
+def adjoint_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
+    """Directional derivative of G at ``tensors`` = (x, v, B, A, b) along ``tangents`` (None: zero)."""
+    input, value, *parameters = tensors
+    of_input, of_value, *of_parameters = tangents
+    w, scale, of_w, of_scale = _weight_jvp((input, *parameters), (of_input, *of_parameters), geometry, norm, eps)
+    value = _rows(value)
+    factor = of_scale * value if of_value is None else of_scale * value + scale * _rows(of_value)
+    patches = (factor.unsqueeze(2) * w + (scale * value).unsqueeze(2) * of_w).sum(1)
+    return _fold(patches, input.shape, geometry)
+
+
+def gradients_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
+    """Directional derivative of the gradients (dx, du, dB, dA, db) of ``L = <v, F(x, u)>`` at ``tensors`` = (v, x, u, B, A, b) along
+    ``tangents``. With ``u = None`` (u = x) dx is the whole gradient of the image.
+
+    The gradient of L in w is ``v (s u + s1 <w, u> w)``; the others follow from it, as w is linear in z, A and b and z in B and x.
+    """
+    shared = tensors[2] is None
+    (v, x, u, reduce, weight, bias), (of_v, of_x, of_u, of_reduce, of_weight, of_bias) = (
+        (*many[:2], many[1] if shared else many[2], *many[3:]) for many in (tensors, tangents)
+    )
+    zeros = lambda tangent, tensor: torch.zeros_like(tensor) if tangent is None and tensor is not None else tangent  # noqa: E731
+    pairs = ((of_v, v), (of_x, x), (of_u, u), (of_reduce, reduce), (of_weight, weight), (of_bias, bias))
+    of_v, of_x, of_u, of_reduce, of_weight, of_bias = (zeros(*pair) for pair in pairs)
+    w, scale, of_w, of_scale = (
+        t if t.dim() == 4 else t.unsqueeze(2)
+        for t in _weight_jvp((x, reduce, weight, bias), (of_x, of_reduce, of_weight, of_bias), geometry, norm, eps)
+    )
+    first, second = (t.unsqueeze(2) for t in _slopes(w, norm, eps))
+    of_first = second * (w * of_w).sum(2, keepdim=True)
+    z = _rows(_reduce(x, reduce, geometry))
+    of_z = _rows(_reduce(of_x, reduce, geometry) + _reduce(x, of_reduce, geometry))
+    v, of_v = (_rows(t).unsqueeze(2) for t in (v, of_v))
+    columns, of_columns, patches, of_patches = (_patches(t, geometry) for t in (x, of_x, u, of_u))
+    applied, of_applied = patches.unsqueeze(1), of_patches.unsqueeze(1)
+    dot = (w * applied).sum(2, keepdim=True)
+    of_dot = (of_w * applied + w * of_applied).sum(2, keepdim=True)
+    dw = v * (scale * applied + first * dot * w)
+    of_dw = of_v * (scale * applied + first * dot * w) + v * (
+        of_scale * applied + scale * of_applied + (of_first * dot + first * of_dot) * w + first * dot * of_w
+    )
+    # as products of matrices: [r, n d], [N, n d, P], [r, d]
+    rows, of_rows = (t.transpose(0, 1).reshape(len(reduce), -1) for t in (weight, of_weight))
+    flat, of_flat = (t.reshape(len(x), rows.shape[1], z.shape[2]) for t in (dw, of_dw))
+    reduce_rows, of_reduce_rows = (t.reshape(len(reduce), -1) for t in (reduce, of_reduce))
+    dz = rows @ flat
+    of_dz = of_rows @ flat + rows @ of_flat
+    through_w = of_reduce_rows.t() @ dz + reduce_rows.t() @ of_dz
+    direct = ((of_v * scale + v * of_scale) * w + v * scale * of_w).sum(1)
+    d_reduce = (of_dz @ columns.mT + dz @ of_columns.mT).sum(0)
+    d_weight = (of_z @ flat.mT + z @ of_flat.mT).sum(0).view(len(reduce), *weight.shape[:1], *weight.shape[2:]).transpose(0, 1)
+    return (
+        _fold(through_w + direct if shared else through_w, x.shape, geometry),
+        None if shared else _fold(direct, u.shape, geometry),
+        d_reduce.view(reduce.shape),
+        d_weight,
+        None if bias is None else of_dw.sum((0, 3)).view(bias.shape),
+    )
 
 
 def _weight(input, reduction_weight, weight, bias, geometry, norm, eps):
     """w, [N, n, d, P], and s(|w|^2), [N, n, P]."""
-    units, rank = weight.shape[:2]
-    padded = F.pad(input, geometry.padding)
-    z = F.conv2d(padded, reduction_weight, stride=geometry.stride, dilation=geometry.dilation)  # z = B x
-    generate = weight.reshape(units, rank, -1).transpose(1, 2).reshape(-1, rank, 1, 1)
-    w = F.conv2d(z, generate, None if bias is None else bias.flatten())  # w = A z + b, a 1x1 convolution
-    w = w.flatten(2).unflatten(1, (units, -1))
-    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
-    length = torch.linalg.vector_norm(w, dim=2, dtype=wide)  # its subgradient at w = 0 is 0: the limit
+    w = _generate(_reduce(input, reduction_weight, geometry), weight, bias)
+    length = _length(w)
     scale = length / (1 + length.square()) if norm == "squash" else 1 / length.clamp_min(eps)
     return w, scale.to(w.dtype)
+
+
+def _weight_jvp(tensors, tangents, geometry, norm, eps):
+    """w and s(|w|^2), and their directional derivatives: ``s' = s1 <w, w'>``."""
+    (input, reduce, weight, bias), (of_input, of_reduce, of_weight, of_bias) = tensors, tangents
+    w, scale = _weight(input, reduce, weight, bias, geometry, norm, eps)
+    of_w = torch.zeros_like(w)
+    if of_input is not None:
+        of_w = of_w + _generate(_reduce(of_input, reduce, geometry), weight)
+    if of_reduce is not None:
+        of_w = of_w + _generate(_reduce(input, of_reduce, geometry), weight)
+    if of_weight is not None:
+        of_w = of_w + _generate(_reduce(input, reduce, geometry), of_weight)
+    if of_bias is not None:
+        of_w = of_w + of_bias.reshape(len(of_bias), -1, 1)
+    return w, scale, of_w, _slopes(w, norm, eps)[0] * (w * of_w).sum(2)
+
+
+def _slopes(w, norm, eps):
+    """s1 and s2 with ``ds = s1 <w, dw>``, ``ds1 = s2 <w, dw>``; 0 at w = 0, where what they are multiplied with vanishes faster, and
+    where "l2" is cut off.
+    """
+    length = _length(w)
+    inside = length > (0 if norm == "squash" else eps)
+    safe = torch.where(inside, length, 1)
+    if norm == "squash":
+        q = safe.square()
+        first = (1 - q) / (safe * (1 + q).square())
+        second = (3 * q.square() - 6 * q - 1) / (safe * q * (1 + q) ** 3)
+    else:
+        first, second = -1 / safe**3, 3 / safe**5
+    return tuple(torch.where(inside, t, 0).to(w.dtype) for t in (first, second))
+
+
+def _reduce(input, reduction_weight, geometry):
+    """z = B x, [N, r, OH, OW]."""
+    return F.conv2d(F.pad(input, geometry.padding), reduction_weight, stride=geometry.stride, dilation=geometry.dilation)
+
+
+def _generate(z, weight, bias=None):
+    """w = A z + b, [N, n, d, P]: a 1x1 convolution."""
+    units, rank = weight.shape[:2]
+    rows = weight.reshape(units, rank, -1).transpose(1, 2).reshape(-1, rank, 1, 1)
+    return F.conv2d(z, rows, None if bias is None else bias.reshape(-1)).reshape(
+        len(z), units, math.prod(weight.shape[2:]), z.shape[2] * z.shape[3]
+    )
+
+
+def _rows(tensor):
+    """[a, b, ...] as [a, b, everything else]. Not ``flatten``, which ``is_grads_batched`` of torch.autograd.grad does not know."""
+    return tensor.reshape(*tensor.shape[:2], math.prod(tensor.shape[2:]))
+
+
+def _length(w):
+    """|w|, [N, n, P]. At w = 0 all derivatives are 0 (the limit of the first; torch's own second one is NaN)."""
+    some = (w != 0).any(2)
+    length = torch.linalg.vector_norm(torch.where(some.unsqueeze(2), w, 1), dim=2, dtype=torch.promote_types(w.dtype, torch.float32))
+    return torch.where(some, length, 0)
 
 
 def _patches(input, geometry):
@@ -63,4 +191,4 @@ def _fold(patches, shape, geometry):
         dilation=geometry.dilation,
         stride=geometry.stride,
     )
-    return padded[:, :, top : top + height, left : left + width]
+    return padded.narrow(2, top, height).narrow(3, left, width)
