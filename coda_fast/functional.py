@@ -52,6 +52,9 @@ def dau_conv2d(
             backend use it, and only where the layer is computed in the contracted form (rank <= 64 and more than 64 numbers in a
             patch); elsewhere there is nothing to keep and it changes nothing. Costs P n r numbers of memory a layer.
 
+    ``|w|^2`` must be a number of float32 (of float64 in float64): inputs and parameters that make ``|w|`` larger than 1.8e19 give NaN, as
+    infinite ones do. Images in [0, 1] and the weights of a trained network are far from that.
+
     Returns:
         y, [N, n, OH, OW] (or [n, OH, OW]), in the dtype and memory format of the input. Under autocast everything is cast to
         the autocast dtype first, as for a convolution; sums and norms are float32 or better inside.

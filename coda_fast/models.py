@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 
+import numpy as np
 import torch
 from torch import nn
 
-from coda_fast._autocast import autocasting
-from coda_fast._geometry import pair
+from coda_fast._autocast import autocasting, wide
+from coda_fast._geometry import integer, pair
+from coda_fast._wrappers import unwrap
 from coda_fast.explain import MEMORY_BUDGET, Explanation, explain
 from coda_fast.functional import EPS
-from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, explanation_mode
+from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, check_size, explanation_mode
 
 LOGIT_BIAS = math.log(0.1 / 0.9)
+MOST = 1 << 16  # pixels: of an image's side, of a kernel, stride, padding or dilation. A file that asks for more is damaged, or hostile
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 class CoDANet(nn.Module):
@@ -26,16 +30,18 @@ class CoDANet(nn.Module):
     Args:
         out_channels, ranks, kernel_sizes, strides: one entry for each DAU layer; the last of ``out_channels`` is the number of
             classes.
-        paddings: one entry for each layer; None: ``(k - 1) // 2``.
+        paddings, dilations: one entry for each layer; None: ``dilation * (k - 1) // 2``, and 1.
         temperature: T; larger T asks the layers for better alignment (paper, section 3.3).
         logit_bias: added to every logit; ``log(0.1 / 0.9)`` starts all classes at 10 %.
-        norm, eps, bias, backend, save_contraction: as in ``DAUConv2d``, for all layers.
+        norm, eps, bias: as in ``DAUConv2d``, for all layers, or a list with one entry for each.
+        backend, save_contraction: as in ``DAUConv2d``, for all layers.
         image_channels: 3 for colour, 1 for grey images.
         image_size: native size in pixels: a hint for tools, any size is accepted.
         class_names: a hint for tools, one for each class.
 
     Raises:
-        ValueError: lists of different lengths or values that a layer refuses.
+        ValueError, TypeError: lists of different lengths, values that a layer refuses, weights that this machine cannot hold: before
+            anything is allocated.
 
     >>> import torch, coda_fast
     >>> net = coda_fast.CoDANet([16, 10], ranks=[8, 8], kernel_sizes=[3, 1], strides=[2, 1], temperature=100)
@@ -53,9 +59,10 @@ class CoDANet(nn.Module):
         *,
         temperature: float,
         logit_bias: float = LOGIT_BIAS,
-        norm: str = "squash",
-        eps: float = EPS,
-        bias: bool = True,
+        dilations: Sequence[int] | None = None,
+        norm: str | Sequence[str] = "squash",
+        eps: float | Sequence[float] = EPS,
+        bias: bool | Sequence[bool] = True,
         image_channels: int = 3,
         image_size: int | None = None,
         class_names: Sequence[str] | None = None,
@@ -65,35 +72,44 @@ class CoDANet(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if paddings is None:
-            paddings = [tuple((n - 1) // 2 for n in pair(k, "kernel_size")) for k in kernel_sizes]
-        lists = {"ranks": ranks, "kernel_sizes": kernel_sizes, "strides": strides, "paddings": paddings}
-        if not len(out_channels):
+        out_channels = [_integer(n, f"out_channels[{i}]") for i, n in enumerate(_list(out_channels, "out_channels"))]
+        count = len(out_channels)
+        if not count:
             raise ValueError("out_channels: expected at least one layer, got none")
-        for name, values in lists.items():
-            if len(values) != len(out_channels):
-                raise ValueError(f"{name}: expected {len(out_channels)} entries, as many as out_channels, got {len(values)}")
+        ranks = [_integer(r, f"ranks[{i}]") for i, r in enumerate(_list(ranks, "ranks", count))]
+        kernel_sizes, strides = _pairs(kernel_sizes, "kernel_sizes", count), _pairs(strides, "strides", count)
+        dilations = [(1, 1)] * count if dilations is None else _pairs(dilations, "dilations", count)
+        if paddings is None:
+            paddings = [tuple(d * (k - 1) // 2 for k, d in zip(*two, strict=True)) for two in zip(kernel_sizes, dilations, strict=True)]
+        paddings = _pairs(paddings, "paddings", count, least=0)
         temperature, logit_bias = _number(temperature, "temperature"), _number(logit_bias, "logit_bias")
-        if temperature <= 0:
-            raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
-        if image_size is not None and not (isinstance(image_size, int) and image_size > 0):
-            raise ValueError(f"image_size: expected a positive int or None, got {image_size!r}")
-        if class_names is not None and not all(isinstance(name, str) for name in class_names):
-            raise ValueError(f"class_names: expected a list of strings, got {class_names!r}")
-        if class_names is not None and len(class_names) != out_channels[-1]:
-            raise ValueError(f"class_names: expected {out_channels[-1]} names, one for each class, got {len(class_names)}")
+        if temperature < _FLOAT32.tiny:
+            least = f", at least {_FLOAT32.tiny:.1e}" * (temperature > 0)
+            raise ValueError(f"temperature: expected a positive number{least}, got {temperature:g}")
+        norm, eps, bias = (_each(value, name, count) for name, value in (("norm", norm), ("eps", eps), ("bias", bias)))
+        eps = [_number(value, "eps") for value in eps]
+        if wrong := [value for value in bias if not isinstance(value, bool | np.bool_)]:
+            raise ValueError(f"bias: expected True or False, got {wrong[0]!r}")
+        image_channels = _integer(image_channels, "image_channels")
+        image_size = None if image_size is None else _integer(image_size, "image_size", MOST)
         self.temperature, self.logit_bias = temperature, logit_bias
         self.image_channels, self.image_size = image_channels, image_size
-        self.class_names = None if class_names is None else list(class_names)
-        self.encoder = AddInverse()
+        self.class_names = None if class_names is None else _names(class_names, out_channels[-1])
         widths = [2 * image_channels, *out_channels]
-        options = {
-            "norm": norm, "eps": eps, "backend": backend, "save_contraction": save_contraction, "device": device, "dtype": dtype,
-        }  # fmt: skip
-        self.layers = nn.ModuleList(
-            DAUConv2d(widths[i], widths[i + 1], kernel_sizes[i], strides[i], paddings[i], bias=bias, rank=ranks[i], **options)
-            for i in range(len(out_channels))
+        check_size(
+            (widths[i] * k * l * (ranks[i] + widths[i + 1] * (ranks[i] + bool(bias[i]))) for i, (k, l) in enumerate(kernel_sizes)),
+            device,
+            dtype,
         )
+        self.encoder = AddInverse()
+        options = {"backend": backend, "save_contraction": save_contraction, "device": device, "dtype": dtype}
+        self.layers = nn.ModuleList(
+            DAUConv2d(
+                widths[i], widths[i + 1], kernel_sizes[i], strides[i], paddings[i], dilations[i], bias=bool(bias[i]), rank=ranks[i],
+                norm=norm[i], eps=eps[i], **options,
+            )
+            for i in range(count)
+        )  # fmt: skip
         self.pool = SumPool2d()
 
     @property
@@ -101,19 +117,31 @@ class CoDANet(nn.Module):
         return self.layers[-1].out_channels
 
     def config(self) -> dict:
-        """The constructor's arguments, as plain JSON values (device, dtype, backend and save_contraction left out)."""
-        layers = self.layers
+        """The constructor's arguments, as plain JSON values (device, dtype, backend and save_contraction left out).
+
+        Lists have an entry for each layer. ``norm``, ``eps`` and ``bias`` are one value where all layers agree, and ``dilations`` is there
+        where one is not 1. ``CoDANet(**config)`` has layers of the same options and shapes.
+
+        Raises:
+            ValueError: a layer that is no ``DAUConv2d``.
+        """
+        layers = [unwrap(layer) for layer in self.layers]
+        for index, layer in enumerate(layers):
+            if not isinstance(layer, DAUConv2d):
+                raise ValueError(f"layers.{index}: expected a DAUConv2d, got a {type(layer).__name__}, which no configuration describes")
+        dilations = [_plain(layer.dilation) for layer in layers]
         return {
-            "out_channels": [layer.out_channels for layer in layers],
-            "ranks": [layer.rank for layer in layers],
+            "out_channels": [int(layer.out_channels) for layer in layers],
+            "ranks": [int(layer.rank) for layer in layers],
             "kernel_sizes": [_plain(layer.kernel_size) for layer in layers],
             "strides": [_plain(layer.stride) for layer in layers],
             "paddings": [_plain(layer.padding) for layer in layers],
-            "temperature": self.temperature,
-            "logit_bias": self.logit_bias,
-            "norm": layers[0].norm,
-            "eps": layers[0].eps,
-            "bias": layers[0].bias is not None,
+            **({"dilations": dilations} if any(d != 1 for d in dilations) else {}),
+            "temperature": float(self.temperature),
+            "logit_bias": float(self.logit_bias),
+            "norm": _one([layer.norm for layer in layers]),
+            "eps": _one([float(layer.eps) for layer in layers]),
+            "bias": _one([layer.bias is not None for layer in layers]),
             "image_channels": self.image_channels,
             "image_size": self.image_size,
             "class_names": self.class_names,
@@ -131,12 +159,13 @@ class CoDANet(nn.Module):
         return activations
 
     def head(self, activations: torch.Tensor) -> torch.Tensor:
-        """Class evidence maps [N, classes, H, W] -> logits [N, classes]; in float32 under autocast: beside the bias, bfloat16 would tell
-        hardly any two logits apart.
+        """Class evidence maps [N, classes, H, W] -> logits [N, classes], summed and divided by T in float32 at least.
+
+        They have the dtype of the maps (sums of a network with a large T leave float16, logits do not), but are float32 under autocast:
+        beside the bias, bfloat16 would tell hardly any two logits apart.
         """
-        if autocasting(activations.device.type) and activations.dtype != torch.float64:
-            activations = activations.float()
-        return self.pool(activations) / self.temperature + self.logit_bias
+        logits = self.pool(wide(activations)) / self.temperature + self.logit_bias
+        return logits if autocasting(activations.device.type) else logits.to(activations.dtype)
 
     def explain(
         self,
@@ -155,6 +184,8 @@ class CoDANet(nn.Module):
 
     def check_images(self, images: torch.Tensor) -> None:
         """TypeError or ValueError unless ``images`` is a floating-point [N, image_channels, H, W]."""
+        if isinstance(images, torch.fx.Proxy):
+            return  # traced: nothing is known of it
         if not isinstance(images, torch.Tensor):
             raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
         if not images.dtype.is_floating_point:
@@ -272,16 +303,77 @@ def model_config(name: str, *, num_classes: int | None = None, rank: int | None 
 
 
 def _number(value, name):
-    """``value`` as a finite float; numpy's numbers included."""
+    """``value`` as a finite float that float32 holds; numpy's numbers included."""
     try:
-        value = float(value)
+        if isinstance(value, bool | str | bytes | bytearray):
+            raise TypeError
+        number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected a number, got {value!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return value
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= _FLOAT32.max:
+        raise ValueError(f"{name}: expected a finite number, at most {_FLOAT32.max:.1e}, got {_short(value)}")
+    return number
+
+
+def _integer(value, name, most=2**63 - 1):
+    try:
+        number = integer(value)
+    except TypeError:
+        number = 0
+    if not 1 <= number <= most:
+        raise ValueError(f"{name}: expected a positive int, at most {most}, got {_short(value)}")
+    return number
+
+
+def _short(value):
+    text = f"about 2**{value.bit_length() - 1}" if isinstance(value, int) and value.bit_length() > 64 else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _list(values, name, count=None):
+    """``values`` as a list, of ``count`` entries."""
+    if isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
+        raise TypeError(f"{name}: expected a list with an entry for each layer, got {_short(values)}")
+    if count is not None and len(values) != count:
+        raise ValueError(f"{name}: expected {count} entries, as many as out_channels, got {len(values)}")
+    return list(values)
+
+
+def _each(value, name, count):
+    """One value for each layer, of a list or of one for all."""
+    return _list(value, name, count) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else [value] * count
+
+
+def _pairs(values, name, count, least=1):
+    """Two numbers for each layer, or what ``padding`` may be besides."""
+    found = []
+    for index, value in enumerate(_list(values, name, count)):
+        if not (isinstance(value, str) and name == "paddings"):
+            value = pair(value, f"{name}[{index}]", least)
+            if max(value) > MOST:
+                raise ValueError(f"{name}[{index}]: expected at most {MOST}, got {_short(max(value))}")
+        found.append(value)
+    return found
+
+
+def _names(values, count):
+    if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"class_names: expected a list of strings, got {_short(values)}")
+    if len(values) != count:
+        raise ValueError(f"class_names: expected {count} names, one for each class, got {len(values)}")
+    return list(values)
 
 
 def _plain(value):
     """A pair of equal numbers as one number, so that configurations read like the published ones."""
-    return value if isinstance(value, str) else value[0] if value[0] == value[1] else list(value)
+    if isinstance(value, str):
+        return value
+    first, second = pair(value, "pair", least=0)
+    return first if first == second else [first, second]
+
+
+def _one(values):
+    """One value where all layers have the same."""
+    return values[0] if all(value == values[0] for value in values) else values

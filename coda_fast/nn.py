@@ -125,6 +125,8 @@ class DAUConv2d(nn.Module):
         return any(scope.open and self._number in scope.layers for scope in _scopes())
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not isinstance(input, torch.Tensor) and isinstance(input, torch.fx.Proxy):
+            return self._trace(input)
         explaining = self.explaining
         if explaining and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             _refuse_reentrant_checkpoint()
@@ -142,6 +144,16 @@ class DAUConv2d(nn.Module):
             self.backend,
             self.save_contraction,
         )
+
+    def _trace(self, input):
+        """A leaf of torch.fx.symbolic_trace, as an nn.Conv2d is."""
+        names = [name for name, module in input.tracer.root.named_modules() if module is self]
+        if not names or not names[0]:
+            raise TypeError("torch.fx.symbolic_trace: expected a module with the DAUConv2d in it, got the layer itself, which is a leaf")
+        return input.tracer.create_proxy("call_module", names[0], (input,), {})
+
+    def __prepare_scriptable__(self):
+        raise TypeError("torch.jit.script: expected torch.jit.trace, torch.export or torch.compile for a DAUConv2d, whose code is Python")
 
     # The mode of a replica of torch.nn.DataParallel is that of the call which made it: its thread begins with an empty context.
     _replica_explains = False
