@@ -178,6 +178,8 @@ def _keep(tensors, detach, save_contraction):
     """
     if detach and not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         detach = False
+    if torch.jit.is_tracing():  # it traces with gradients, checks without, and both must give one graph
+        return "products"
     wanted = tensors[:1] if detach else tensors
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)):
         return "nothing"

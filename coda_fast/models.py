@@ -97,7 +97,7 @@ class CoDANet(nn.Module):
         self.class_names = None if class_names is None else _names(class_names, out_channels[-1])
         widths = [2 * image_channels, *out_channels]
         check_size(
-            (widths[i] * k * l * (ranks[i] + widths[i + 1] * (ranks[i] + bool(bias[i]))) for i, (k, l) in enumerate(kernel_sizes)),
+            (widths[i] * math.prod(k) * (ranks[i] + widths[i + 1] * (ranks[i] + bool(bias[i]))) for i, k in enumerate(kernel_sizes)),
             device,
             dtype,
         )
@@ -165,7 +165,7 @@ class CoDANet(nn.Module):
         beside the bias, bfloat16 would tell hardly any two logits apart.
         """
         logits = self.pool(wide(activations)) / self.temperature + self.logit_bias
-        return logits if autocasting(activations.device.type) else logits.to(activations.dtype)
+        return _as_maps(logits, activations)
 
     def explain(
         self,
@@ -195,6 +195,15 @@ class CoDANet(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"
+
+
+def _as_maps(logits, maps):
+    return logits if autocasting(maps.device.type) else logits.to(maps.dtype)
+
+
+# What asks about a dtype is one call in a graph of torch.fx, where it is not known yet.
+torch.fx.wrap("wide")
+torch.fx.wrap("_as_maps")
 
 
 # Published configurations (paper, appendix) and ours. "base": the rank that the override ``rank=`` replaces, others in proportion.

@@ -336,11 +336,9 @@ def _vmap_align_backward(info, in_dims, *args):
     grad, input, applied, *layer, dot, square, contraction, prepared, stride, padding, dilation, norm, eps, detach, needs, backend = args
     alone = isinstance(in_dims[0], int) and all(dim is None for dim in in_dims[1:10])
     tensors = [t for t in args[:10] if t is not None]
-    watched = (
-        _transformed()
-        or torch.autograd.forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    )
+    levels = len(torch._C._functorch.get_interpreter_stack() or ())  # of transforms, this vmap being the last
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    watched = levels > 1 or tracked or torch.autograd.forward_ad._current_level >= 0
     if alone and detach and not watched:  # nobody differentiates what the backend does
         module = _backend(backend)
         if hasattr(module, "adjoints"):
