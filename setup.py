@@ -16,10 +16,11 @@ VIDEO = [*CLI, "av"]  # brings its own ffmpeg
 EVALUATION = [*CLI, "captum>=0.9", "scikit-image>=0.21"]  # the methods of attribution that others made
 TIMM = ["timm>=1.0.31"]
 HUB = ["huggingface_hub", "safetensors", "jinja2"]
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
 TRAIN = [*CLI, *TIMM, "lightning>=2.6", "torchvision", "pydantic>=2.7", "pyyaml", "tensorboard", "webdataset>=1.0", "filelock"]
 BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
 TOOLS = ["pytest>=8.2", "pytest-benchmark", "pytest-xdist", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
-TEST = list(dict.fromkeys([*EVALUATION, *VIDEO, *TRAIN, *HUB, *TOOLS]))
+TEST = list(dict.fromkeys([*EVALUATION, *VIDEO, *TRAIN, *HUB, *ONNX, *TOOLS]))
 DEV = [*TEST, *BENCH, "ruff==0.17.6"]
 
 setup(
@@ -46,6 +47,7 @@ setup(
         "train": TRAIN,
         "timm": TIMM,
         "hub": HUB,
+        "onnx": ONNX,
         "bench": BENCH,
         "test": TEST,
         "dev": DEV,

@@ -47,6 +47,21 @@ def align(
     return output, kept_dot, kept_square, empty(input.dtype), empty(input.dtype)
 
 
+def align_backward(
+    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, stride, padding, dilation, norm, eps, detach,
+    needs, backend,
+):  # fmt: skip
+    """``torch.ops.coda_fast.align_backward`` of explanation mode, which is the adjoint; that of training stays the operator it is."""
+    if not detach:
+        return NotImplemented
+    like = input if applied is None else applied
+    found = [input.new_empty(0) for _ in range(5)]
+    if needs[0 if applied is None else 1]:
+        direct = adjoint(input, grad, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend)
+        found[0 if applied is None else 1] = direct.contiguous(memory_format=format_of(like))
+    return tuple(found)
+
+
 def adjoint(input, value, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend):
     """``torch.ops.coda_fast.adjoint``."""
     layer = _Layer(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
@@ -74,7 +89,8 @@ def register(fakes: dict) -> None:
 
 def table() -> dict:
     """{operator: its decomposition}."""
-    return {torch.ops.coda_fast.align.default: align, torch.ops.coda_fast.adjoint.default: adjoint}
+    functions = {"align": align, "align_backward": align_backward, "adjoint": adjoint}
+    return {getattr(torch.ops.coda_fast, name).default: function for name, function in functions.items()}
 
 
 class _Layer:

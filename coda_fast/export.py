@@ -7,8 +7,10 @@ explanation as part of the program, names, any image size, what a reader of the 
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,18 +129,20 @@ def export_onnx(model: CoDANet, path: str | os.PathLike, *, explain: bool = Fals
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"export to ONNX needs {error.name}: pip install 'coda-fast[onnx]'") from None
-    module, arguments, names = _prepare(model, explain, size, "cpu")
+    module, arguments, axes = _prepare(model, explain, size, "cpu", ("height", "width"))
     weights = 4 * sum(parameter.numel() for parameter in module.parameters())
     if weights > ONNX_LIMIT:
         raise ValueError(f"model: expected at most {ONNX_LIMIT} bytes of weights, what one ONNX file holds, got {weights}; export to pt2")
-    axes = {name: dict(enumerate(symbols)) for name, symbols in names.items()}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # of the exporter about itself: that images and target share their first axis; what an older one calls within torch
+        warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         program = torch.onnx.export(
             module,
             arguments,
             dynamo=True,
-            dynamic_shapes=tuple({axis: symbol for axis, symbol in of.items() if symbol} for of in axes.values()),
-            input_names=list(names),
+            dynamic_shapes=tuple(axes.values()),
+            input_names=list(axes),
             output_names=["logits", "contribution_map"][: 1 + explain],
             verbose=False,
         )
@@ -152,7 +156,8 @@ def export_pt2(model: CoDANet, path: str | os.PathLike, *, explain: bool = False
 
     ``torch._inductor.aoti_load_package(path)`` gives a function of (images) or, with ``explain``, (images, target); it needs PyTorch but
     neither coda_fast nor a compiler, and C++ can load it without Python. Inputs, outputs, metadata (its ``get_metadata()``) and arguments
-    as of ``export_onnx``; ``path`` ends in ``.pt2``. Takes half a minute to some minutes.
+    as of ``export_onnx``; ``path`` ends in ``.pt2``. Takes half a minute to some minutes. AOTInductor compares what it is given with what
+    it was compiled for only where the environment sets ``AOTI_RUNTIME_CHECK_INPUTS=1``.
 
     Raises:
         ExportError: there is no C++ compiler. TypeError, ValueError, OSError: as ``export_onnx``.
@@ -164,14 +169,17 @@ def export_pt2(model: CoDANet, path: str | os.PathLike, *, explain: bool = False
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler:
         raise ExportError("export to pt2 needs a C++ compiler: install g++, or name one in the environment variable CXX") from None
-    module, arguments, names = _prepare(model, explain, size, None)
     dynamic = torch.export.Dim.DYNAMIC
-    shapes = tuple({axis: dynamic for axis, symbol in enumerate(symbols) if symbol} for symbols in names.values())
+    module, arguments, axes = _prepare(model, explain, size, None, (dynamic, dynamic))
+    options = {"aot_inductor.metadata": _metadata(model)}
+    # 2, where torch.export begins to count, is no bound of ours; what depends on the weights alone is computed once
+    options |= {"aot_inductor.check_lowerbound": False, "aot_inductor.use_runtime_constant_folding": True}
     with torch.no_grad():
-        program = torch.export.export(module, arguments, dynamic_shapes=shapes)
+        program = torch.export.export(module, arguments, dynamic_shapes=tuple(axes.values()))
         program = program.run_decompositions(torch.export.default_decompositions() | decompositions())
-        options = {"aot_inductor.metadata": _metadata(model)}
-        _write(path, lambda temporary: aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=options))
+        package = io.BytesIO()  # a file would name the folders inside after itself
+        aoti_compile_and_package(program, package_path=package, inductor_configs=options)
+    _write(path, lambda temporary: temporary.write_bytes(package.getbuffer()))
 
 
 def _path(path, ending):
@@ -183,18 +191,21 @@ def _path(path, ending):
     return path
 
 
-def _prepare(model, explain, size, device):
-    """A float32 copy to be exported, example arguments, and the names of its inputs with those of their axes (None: a fixed size)."""
+def _prepare(model, explain, size, device, any_size):
+    """A float32 copy to be exported, example arguments, and {name of an input: {axis: what torch.export calls one of any length}}."""
     explainer = Explainer(model)
     sizes = _example_size(model) if size is None else pair(size, "size")
     _check_size(model, sizes)
     explainer = copy.deepcopy(explainer).float().eval().to(device)
-    parameter = next(explainer.parameters())
-    images = torch.rand(2, model.image_channels, *sizes, device=parameter.device)  # 2: torch.export takes 0 and 1 for constants
-    axes = ("batch", None, *(("height", "width") if size is None else (None, None)))
+    for layer in explainer.model.layers:
+        layer.backend = "auto"  # the operators, which have decompositions, whatever else the model runs on
+    device = next(explainer.parameters()).device
+    images = torch.empty(2, model.image_channels, *sizes, device=device)  # 2: torch.export takes 0 and 1 for constants
+    batch = torch.export.Dim("batch")
+    axes = {0: batch} | (dict(zip((2, 3), any_size, strict=True)) if size is None else {})
     if not explain:
         return explainer.model, (images,), {"images": axes}
-    return explainer, (images, torch.zeros(2, dtype=torch.int64, device=parameter.device)), {"images": axes, "target": ("batch",)}
+    return explainer, (images, torch.zeros(2, dtype=torch.int64, device=device)), {"images": axes, "target": {0: batch}}
 
 
 def _example_size(model):

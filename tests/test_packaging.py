@@ -17,7 +17,8 @@ import coda_fast
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HEAVY = {
-    "PIL", "av", "click", "huggingface_hub", "lightning", "matplotlib", "pydantic", "safetensors", "sklearn", "timm", "tqdm", "yaml",
+    "PIL", "av", "click", "huggingface_hub", "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pydantic", "safetensors",
+    "sklearn", "timm", "tqdm", "yaml",
 }  # fmt: skip
 DIST_INFO = f"coda_fast-{coda_fast.__version__}.dist-info"
 
@@ -144,15 +145,16 @@ def test_extras(metadata):
         extra: {r.name: str(r.specifier) for r in requirements if r.marker is not None and r.marker.evaluate({"extra": extra})}
         for extra in metadata.get_all("Provides-Extra")
     }
-    assert set(extras) == {"bench", "cli", "evaluation", "quantus", "train", "timm", "hub", "video", "test", "dev"}
+    assert set(extras) == {"bench", "cli", "evaluation", "quantus", "train", "timm", "hub", "onnx", "video", "test", "dev"}
     assert set(extras["cli"]) == {"click", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn", "jinja2"}
     assert set(extras["evaluation"]) == {*extras["cli"], "captum", "scikit-image"}
     assert set(extras["video"]) == {*extras["cli"], "av"}
     assert set(extras["timm"]) == {"timm"}
     assert set(extras["hub"]) == {"huggingface_hub", "safetensors", "jinja2"}
+    assert set(extras["onnx"]) == {"onnx", "onnxscript", "onnxruntime"}
     added = {"lightning", "timm", "torchvision", "pydantic", "pyyaml", "tensorboard", "webdataset", "filelock"}
     assert set(extras["train"]) == {*extras["cli"], *added}
-    needed = {*extras["train"], *extras["evaluation"], *extras["video"], *extras["hub"], "pytest", "setuptools"}
+    needed = {*extras["train"], *extras["evaluation"], *extras["video"], *extras["hub"], *extras["onnx"], "pytest", "setuptools"}
     assert needed < set(extras["test"]) < set(extras["dev"])
     assert {"torchvision", "bcos", "pytest-benchmark"} < set(extras["bench"]) < set(extras["dev"])
     assert extras["dev"]["ruff"].startswith("==")
