@@ -17,6 +17,11 @@ def without_autocast(kind: str) -> contextlib.AbstractContextManager:
     return torch.autocast(kind, enabled=False) if autocasting(kind) else contextlib.nullcontext()
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in float32 at least: what is summed, squared or divided by T in float16 leaves its range, in bfloat16 its digits."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def cast_as_convolution(kind: str, arguments) -> tuple:
     """What autocast does to the inputs of a convolution: float32 and lower go to its dtype, float64 (and what is no tensor) stays."""
     dtype = torch.get_autocast_dtype(kind)

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from coda_fast._autocast import wide
+from coda_fast._classes import as_classes, check_range
 from coda_fast._geometry import integer
+from coda_fast._wrappers import gathered, need_network, unwrap
 from coda_fast.nn import DAUConv2d, explanation_mode
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ class Explanation:
     are those of the activations that enter layer l.
 
     Attributes:
-        logits: [N, classes].
+        logits: [N, classes], in the dtype of the network; the rest is in float32 at least.
         target: explained classes, [N, K].
         dynamic_weight: ``[W(x)]_c / T``: the row of the global linear map that gives each logit, [N, K, C, H, W].
         contributions: ``dynamic_weight * activations``, in logits, [N, K, C, H, W].
@@ -57,6 +60,7 @@ def explain(
     ``contribution_map = sum_channels [W_{0->L}(x)]_c * x`` (arXiv:2104.00032, eq. 11), with the 1/T included.
 
     Args:
+        model: a CoDANet, or a wrapper of one (``coda_fast.unwrap``). One sharded by FSDP2 is gathered: every process must call this.
         images: [N, C, H, W] in [0, 1], any size.
         target: None: the predicted class; an int: that class for every image; N classes: one for each image; [N, K] classes:
             several for each image.
@@ -74,10 +78,12 @@ def explain(
     >>> e.contribution_map.shape
     torch.Size([2, 2, 8, 8])
     """
+    model = need_network(model)
     model.check_images(images)
     if not torch.isfinite(images).all():
         raise ValueError("images: expected finite values, got NaN or infinity")
     index = _layer_index(model, layer)
+    model = gathered(model)
     targets = None if target is None else _targets(target, len(images), model.num_classes, images.device)
     classes = 1 if targets is None else targets.shape[1]
     fixed, each = _bytes_per_image(model, images)
@@ -96,15 +102,19 @@ def _explain_chunk(model, images, targets, index, together):
         entering = model.run_layers(model.encoder(images.clone()), 0, index)
     with torch.inference_mode(False), torch.enable_grad(), explanation_mode(model):
         entering = entering.detach().requires_grad_()
-        outputs = model.head(model.run_layers(entering, index))
-        logits = outputs.detach()
+        evidence = model.run_layers(entering, index)
+        logits = model.head(evidence.detach())
         targets = logits.argmax(1, keepdim=True) if targets is None else targets.clone()
         # many classes in one backward pass: the weights of a layer are the same for them
-        one_hot = torch.zeros(targets.shape[1], *outputs.shape, dtype=outputs.dtype, device=outputs.device)
+        one_hot = torch.zeros(targets.shape[1], *logits.shape, dtype=evidence.dtype, device=evidence.device)
         one_hot.scatter_(2, targets.t().unsqueeze(2), 1)
-        backward = lambda v: torch.autograd.grad(outputs, entering, v, retain_graph=True)[0]  # noqa: E731
+
+        def backward(chosen):  # the head sums over pixels
+            return torch.autograd.grad(evidence, entering, chosen[:, :, None, None].expand_as(evidence), retain_graph=True)[0]
+
         weight = torch.func.vmap(backward, out_dims=1, chunk_size=together)(one_hot)
-        entering = entering.detach()
+        entering = wide(entering.detach())
+    weight = wide(weight) / model.temperature  # last: float16 holds 1 / T = 1e-5 to two digits
     contributions = weight * entering.unsqueeze(1)
     contribution_map = contributions.sum(2)
     total = contributions.sum((2, 3, 4), dtype=torch.float64) + model.logit_bias
@@ -114,9 +124,10 @@ def _explain_chunk(model, images, targets, index, together):
 
 def _layer_index(model, layer):
     count = len(model.layers)
+    layer = unwrap(layer)
     if isinstance(layer, DAUConv2d):
         for index, candidate in enumerate(model.layers):
-            if candidate is layer:
+            if unwrap(candidate) is layer:
                 return index
         raise ValueError("layer: expected a DAU layer of this model, got one of another")
     if layer is None:
@@ -132,21 +143,21 @@ def _layer_index(model, layer):
 
 def _targets(target, batch, classes, device):
     """Any legal form of targets as [N, K]."""
-    if isinstance(target, torch.Tensor) and (target.dtype.is_floating_point or target.dtype == torch.bool):
-        raise TypeError(f"target: expected integers, got {target.dtype}")
+    if isinstance(target, torch.Tensor):
+        as_classes(target, "target")  # before a copy of it
     try:
         tensor = torch.as_tensor(target, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"target: expected an int, [N] or [N, K] ints, got {target!r} ({error})") from None
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise TypeError(f"target: expected integers, got {target!r}")
+    if not isinstance(target, torch.Tensor) and not tensor.numel():
+        tensor = tensor.long()  # of an empty list, torch makes floats
+    tensor = as_classes(tensor, "target")
     if tensor.dim() == 0:
         tensor = tensor.expand(batch)
     if tensor.dim() not in (1, 2) or len(tensor) != batch or tensor.shape[1:].numel() == 0:
         raise ValueError(f"target: expected an int, [{batch}] or [{batch}, K] classes, got shape {list(tensor.shape)}")
-    if batch and (tensor.min() < 0 or tensor.max() >= classes):
-        raise ValueError(f"target: expected classes from 0 to {classes - 1}, got {int(tensor.min())} to {int(tensor.max())}")
-    return tensor.reshape(batch, -1).long()
+    check_range(tensor, classes, "target")
+    return tensor.reshape(batch, -1)
 
 
 def _bytes_per_image(model, images) -> tuple[int, int]:

@@ -1,0 +1,28 @@
+"""Classes and labels as users have them: tensors or arrays of any integer dtype."""
+
+from __future__ import annotations
+
+import torch
+
+
+def as_classes(value, name: str) -> torch.Tensor:
+    """``value`` as int64, what gather, scatter and one_hot want. TypeError: no tensor, or one of bools, floats or complex numbers."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {value.dtype}")
+    return value.long()
+
+
+def one_each(value, count: int, name: str) -> torch.Tensor:
+    """One class for each of ``count`` images, [N] int64, of [N] or [N, 1] (MedMNIST's form). TypeError, ValueError: anything else."""
+    classes = as_classes(value, name)
+    if classes.shape not in ((count,), (count, 1)):
+        raise ValueError(f"{name}: expected one class for each of {count} images, got shape {list(classes.shape)}")
+    return classes.reshape(count)
+
+
+def check_range(classes: torch.Tensor, count: int, name: str) -> None:
+    """ValueError unless all are from 0 to ``count - 1``."""
+    if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < count):
+        raise ValueError(f"{name}: expected classes from 0 to {count - 1}, got {int(classes.min())} to {int(classes.max())}")
