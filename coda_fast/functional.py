@@ -193,6 +193,8 @@ def _check(input, reduction_weight, weight, bias, stride, padding, dilation, nor
     for name, tensor in named.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
     if reduction_weight.dim() != 4:
         raise ValueError(f"reduction_weight: expected [rank, C, kh, kw], got shape {list(reduction_weight.shape)}")
     rank, channels, *kernel = reduction_weight.shape
