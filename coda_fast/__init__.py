@@ -2,6 +2,7 @@
 
 from coda_fast import functional
 from coda_fast._version import __version__
+from coda_fast._wrappers import unwrap
 from coda_fast.backends import BackendUnavailable, backend_info
 from coda_fast.checkpoints import CheckpointError, load, save
 from coda_fast.compile import compile_kernels
@@ -28,4 +29,5 @@ __all__ = [
     "list_models",
     "load",
     "save",
+    "unwrap",
 ]

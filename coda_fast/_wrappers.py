@@ -33,16 +33,26 @@ def unwrap(model: nn.Module) -> nn.Module:
     >>> coda_fast.unwrap(wrapped).explain(torch.rand(2, 1, 8, 8)).contribution_map.shape
     torch.Size([2, 1, 8, 8])
     """
-    while (name := _inside(model)) is not None:
-        model = getattr(model, name)
+    while (inner := _inside(model)) is not None:
+        model = inner[1]
     return model
 
 
 def _inside(model):
+    """The kind of wrapper that ``model`` is, and what it holds; None: it is none."""
     for kind in type(model).__mro__:
         if kind.__name__ in _INSIDE and kind.__module__.partition(".")[0] in _LIBRARIES:
-            return _INSIDE[kind.__name__]
+            return kind.__name__, getattr(model, _INSIDE[kind.__name__])
     return None
+
+
+def wrapped_by(model, kind: str) -> bool:
+    """Whether a wrapper of this kind is around what ``unwrap`` finds."""
+    while (inner := _inside(model)) is not None:
+        if inner[0] == kind:
+            return True
+        model = inner[1]
+    return False
 
 
 def network_in(model):

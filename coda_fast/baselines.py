@@ -18,7 +18,10 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
+from coda_fast._autocast import wide
+from coda_fast._classes import as_classes
 from coda_fast._geometry import integer
+from coda_fast._wrappers import network_in, unwrap
 from coda_fast.evaluation._common import evaluated
 from coda_fast.models import CoDANet
 
@@ -49,11 +52,9 @@ class Attribution:
             raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
         if images.dim() != 4:
             raise ValueError(f"images: expected [N, C, H, W], got shape {list(images.shape)}")
-        targets = torch.as_tensor(targets, device=images.device)
+        targets = as_classes(torch.as_tensor(targets, device=images.device), "targets")
         if targets.dim() not in (1, 2) or len(targets) != len(images) or targets.shape[1:].numel() == 0:
             raise ValueError(f"targets: expected [{len(images)}] or [{len(images)}, K], got shape {list(targets.shape)}")
-        if targets.dtype.is_floating_point or targets.dtype == torch.bool:
-            raise TypeError(f"targets: expected integers, got {targets.dtype}")
         if targets.numel() and targets.min() < 0:  # would count from the end
             raise ValueError(f"targets: expected classes from 0, got {int(targets.min())}")
         table = targets if targets.dim() == 2 else targets[:, None]
@@ -62,7 +63,7 @@ class Attribution:
         # not inference tensors, whatever the caller's mode: they are differentiated
         with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model):
             _check_classes(self.model, images, table)
-            maps = self._function(self, images.detach().clone(), table.long().clone())
+            maps = self._function(self, images.detach().clone(), table.clone())
         return maps if targets.dim() == 2 else maps[:, 0]
 
 
@@ -71,7 +72,8 @@ def create(method: str, model: nn.Module, *, layer: nn.Module | None = None, **s
 
     Args:
         method: a key of ``METHODS``; "Ours" is the contribution map of a CoDA-Net itself.
-        model: a CoDA-Net, or any classifier [N, C, H, W] -> [N, classes].
+        model: a CoDA-Net, or any classifier [N, C, H, W] -> [N, classes]. Of a wrapped one (``coda_fast.unwrap``), the network inside:
+            captum's hooks do not reach into what is compiled.
         layer: for "GCam", whose output is weighted; default: a CoDA-Net's last layer, else the last convolution that is called.
         settings: see ``METHODS[method]``; ``batch_size`` bounds how many images (perturbed ones included) are computed at once.
 
@@ -90,6 +92,7 @@ def create(method: str, model: nn.Module, *, layer: nn.Module | None = None, **s
         raise TypeError(f"{method}: expected settings among {', '.join(defaults) or 'none'}, got {', '.join(sorted(unknown))}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    model = network_in(unwrap(model))
     _check_settings(method, {**defaults, **settings})
     if layer is not None and (method != "GCam" or not isinstance(layer, nn.Module)):
         raise TypeError(f"layer: expected a module, for GCam only, got a {type(layer).__name__} for {method}")
@@ -210,7 +213,7 @@ def _rise(self, images, targets):
             masks = _rise_masks(part[0].to(images), *part[1:], height, width)
             for i, image in enumerate(images):
                 logits = self.model(image * masks[:, None])
-                scores = (logits.sigmoid() if isinstance(self.model, CoDANet) else logits.softmax(1))[:, targets[i]]
+                scores = (wide(logits).sigmoid() if isinstance(self.model, CoDANet) else wide(logits).softmax(1))[:, targets[i]]
                 maps[i] += torch.einsum("mk,mhw->khw", scores.double(), masks.double())
     return (maps / (s["masks"] * s["p1"])).to(images.dtype)
 

@@ -7,6 +7,8 @@ import functools
 import numpy as np
 import torch
 
+from coda_fast._classes import one_each
+from coda_fast._wrappers import need_network
 from coda_fast.models import CoDANet
 
 try:  # nothing else of the package imports this module: who does not want captum does not pay for it
@@ -39,9 +41,7 @@ class CoDAAttribution(_Attribution):
     """
 
     def __init__(self, forward_func: CoDANet):
-        if not isinstance(forward_func, CoDANet):
-            raise TypeError(f"forward_func: expected a CoDANet, got {type(forward_func).__name__}")
-        self.forward_func = forward_func
+        self.forward_func = need_network(forward_func, "forward_func")
 
     @classmethod
     def get_name(cls) -> str:
@@ -102,10 +102,11 @@ def quantus_explain_func(model: CoDANet, inputs: np.ndarray, targets: np.ndarray
     >>> quantus_explain_func(model, numpy.random.rand(2, 1, 8, 8), numpy.array([3, 7])).shape
     (2, 1, 8, 8)
     """
+    model = need_network(model)
     parameter = next(model.parameters())
     model = model if device is None else model.to(device)
     images = torch.as_tensor(np.asarray(inputs), dtype=parameter.dtype, device=next(model.parameters()).device)
-    classes = torch.as_tensor(np.asarray(targets)).long().reshape(-1)
+    classes = one_each(torch.as_tensor(np.asarray(targets)), len(images), "targets")
     return model.explain(images, classes).contribution_map.detach().float().cpu().numpy()
 
 

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from coda_fast._autocast import wide
+from coda_fast._classes import as_classes, one_each
+from coda_fast._wrappers import need_network, wrapped_by
 from coda_fast.functional import dau_conv2d_transpose
 from coda_fast.models import CoDANet
 
@@ -32,37 +35,42 @@ def matrix_penalty(model: CoDANet, images: torch.Tensor, classes: torch.Tensor, 
     mode would not do: it cuts that path. Costs a forward pass, and for each class an adjoint of every layer and the backward pass of that.
 
     Args:
-        images: [N, C, H, W]; classes: the rows of each image, [N, K].
+        model: a CoDANet, or a wrapper of one (``coda_fast.unwrap``); DistributedDataParallel has no part in what its network is called
+            for alone, and is refused where there are gradients to share.
+        images: [N, C, H, W]; classes: the rows of each image, [N, K], of any integer dtype.
 
     Raises:
         ValueError, TypeError: shapes, classes or a norm that do not fit.
     """
     if norm not in PENALTIES:
         raise ValueError(f"norm: expected one of {', '.join(map(repr, PENALTIES))}, got {norm!r}")
-    _check_model(model)
+    model = _network(model)
     model.check_images(images)
-    classes = _integers(classes, "classes")
-    if classes.dim() != 2 or len(classes) != len(images) or not classes.shape[1]:
-        raise ValueError(f"classes: expected [{len(images)}, K] with K >= 1, got shape {list(classes.shape)}")
+    classes = _rows(classes, "classes", len(images))
     if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < model.num_classes):
         raise ValueError(f"classes: expected 0 to {model.num_classes - 1}, got {int(classes.min())} to {int(classes.max())}")
     return _penalty(model, _activations(model, images), classes, norm)
 
 
-def _check_model(model):
-    if not isinstance(model, CoDANet):
-        raise TypeError(f"model: expected a CoDANet, got {type(model).__name__}")
+def _network(model):
+    """The network inside of wrappers, which trains."""
+    given, model = model, need_network(model)
+    if torch.is_grad_enabled() and wrapped_by(given, "DistributedDataParallel"):  # its processes would train apart, without a word
+        raise TypeError(
+            "model: expected a CoDANet, got DistributedDataParallel, which shares the gradients of its own calls alone: wrap a module "
+            "that holds the network and calls the loss"
+        )
     if any(layer.explaining for layer in model.layers):  # the numbers would be right and the gradients silently not
         raise ValueError("model: expected a network that trains, got one in explanation mode")
+    return model
 
 
-def _integers(tensor, name):
-    """``tensor`` as int64, which is what one_hot and scatter want."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
-    return tensor.long()
+def _rows(classes, name, count):
+    """[N, K] classes as int64."""
+    classes = as_classes(classes, name)
+    if classes.dim() != 2 or len(classes) != count or not classes.shape[1]:
+        raise ValueError(f"{name}: expected [{count}, K] with K >= 1, got shape {list(classes.shape)}")
+    return classes
 
 
 def _activations(model, images):
@@ -75,7 +83,7 @@ def _activations(model, images):
 
 def _penalty(model, activations, classes, norm, valid=None):
     if not len(classes):
-        return sum(p.sum() for p in model.parameters()) * 0
+        return sum((p * 0).sum() for p in model.parameters())
     total, wide = 0, torch.float64 if activations[0].dtype == torch.float64 else torch.float32
     for k in range(classes.shape[1]):
         chosen = F.one_hot(classes[:, k], model.num_classes).to(activations[-1])
@@ -129,24 +137,23 @@ class DynamicMatrixLoss(nn.Module):
         rows: torch.Tensor | None = None,
         valid: torch.Tensor | None = None,
     ) -> MatrixLoss:
-        """Images [N, C, H, W], their classes [N], the rows of each image [N, K] (None: drawn by ``self.rows``), and which images the
-        penalty counts [N] (None: all; the others are in its mean as zeros). ValueError, TypeError: what does not fit.
+        """Images [N, C, H, W], their classes [N] or [N, 1], the rows of each image [N, K] (None: drawn by ``self.rows``), and which images
+        the penalty counts [N] (None: all; the others are in its mean as zeros). Classes may be of any integer dtype. The losses are in
+        float32 at least, the logits as the network gives them. ValueError, TypeError: what does not fit, as in ``matrix_penalty``.
         """
-        _check_model(model)
+        model = _network(model)
         model.check_images(images)
-        labels = _integers(labels, "labels")
-        if labels.shape != (len(images),):
-            raise ValueError(f"labels: expected one class for each of {len(images)} images, got shape {list(labels.shape)}")
+        labels = one_each(labels, len(images), "labels")
         if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < model.num_classes):
             raise ValueError(f"labels: expected 0 to {model.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
         if self.classes > model.num_classes:
             raise ValueError(f"classes: expected at most {model.num_classes}, those of the model, got {self.classes}")
         activations = _activations(model, images)
         logits = model.head(activations[-1])
-        bce = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, model.num_classes).to(logits.dtype))
+        bce = F.binary_cross_entropy_with_logits(wide(logits), F.one_hot(labels, model.num_classes).to(wide(logits).dtype))
         if not self.weight:
             return MatrixLoss(bce, bce, bce.new_zeros(()), logits)
-        rows = self.rows(labels, model.num_classes) if rows is None else rows
+        rows = self.rows(labels, model.num_classes) if rows is None else _rows(rows, "rows", len(images))
         penalty = _penalty(model, activations, rows, self.norm, valid)
         return MatrixLoss(bce + self.weight * penalty, bce, penalty, logits)
 

@@ -48,7 +48,8 @@ class TimmCoDANet(CoDANet):
         self.global_pool, self.head_drop, self.grad_checkpointing = "sum", nn.Dropout(drop_rate), False
         last = self.layers[-1]
         self._classifier_options = {
-            name: getattr(last, name) for name in ("kernel_size", "stride", "padding", "rank", "norm", "eps", "backend", "save_contraction")
+            name: getattr(last, name)
+            for name in ("kernel_size", "stride", "padding", "dilation", "rank", "norm", "eps", "backend", "save_contraction")
         } | {"bias": last.bias is not None}
         self._set_features(len(self.layers) - 1)
         num_classes = last.out_channels if num_classes is None else num_classes

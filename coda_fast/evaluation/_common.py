@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from coda_fast._autocast import wide
+from coda_fast._classes import one_each
+from coda_fast._wrappers import network_in
 from coda_fast.models import CoDANet
 
 # images [N, C, H, W], classes [N, K] -> maps [N, K, H, W]: one map for each class, larger where the image speaks for it
@@ -17,6 +20,7 @@ PROTOCOLS = ("plain", "published")
 def attribution_of(model, attribution) -> Attribution:
     """``attribution`` itself (or its method ``attribute``), or for None the contribution maps of a CoDA-Net."""
     if attribution is None:
+        model = network_in(model)
         if not hasattr(model, "explain"):
             raise ValueError(f"attribution: expected a function for a {type(model).__name__}, which cannot explain itself, got None")
         return lambda images, targets: model.explain(images, targets).contribution_map
@@ -52,21 +56,22 @@ def evaluated(model) -> Iterator[None]:
 
 
 def log_odds(model, logits: torch.Tensor) -> torch.Tensor:
-    """Of the probability of each class: the logits of a CoDA-Net, which is trained with a sigmoid for each; else of their softmax."""
-    if isinstance(model, CoDANet) or not isinstance(model, torch.nn.Module):
-        return logits
+    """Of the probability of each class, in float32 at least: the logits of a CoDA-Net, which is trained with a sigmoid for each; else of
+    their softmax.
+    """
+    if isinstance(network_in(model), CoDANet) or not isinstance(model, torch.nn.Module):
+        return wide(logits)
     log_probability = logits.double().log_softmax(1)
-    return (log_probability - torch.log(-torch.expm1(log_probability))).to(logits.dtype)
+    return (log_probability - torch.log(-torch.expm1(log_probability))).to(wide(logits).dtype)
 
 
-def check_labelled(images, labels, name="labels") -> None:
-    """ValueError, TypeError unless there is one class for each image."""
+def labelled(images, labels, name="labels") -> torch.Tensor:
+    """The class of each image, [N] int64, of [N] or [N, 1] of any integer dtype. ValueError, TypeError: there is not one for each."""
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
     if images.dim() != 4:
         raise ValueError(f"images: expected [N, C, H, W], got shape {list(images.shape)}")
-    if labels.shape != (len(images),):
-        raise ValueError(f"{name}: expected one class for each of {len(images)} images, got shape {list(labels.shape)}")
-    if labels.dtype.is_floating_point or labels.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got {labels.dtype}")
+    return one_each(labels, len(images), name)
 
 
 def check_choice(name, value, known) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from coda_fast._wrappers import network_in
 from coda_fast.evaluation import _common as common
 from coda_fast.models import CoDANet
 
@@ -13,14 +14,15 @@ def completeness_error(model, images: torch.Tensor, targets: torch.Tensor, *, ba
     contributions: what rounding of that many terms is measured against.
 
     Args:
-        model: a CoDA-Net. images, targets: [N, C, H, W] and a class for each, [N].
+        model: a CoDA-Net, or a wrapper of one. images, targets: [N, C, H, W] and a class for each, [N] or [N, 1], of any integer dtype.
 
     Raises:
         ValueError, TypeError: a model without DAU layers; shapes that do not fit.
     """
+    model = network_in(model)
     if not isinstance(model, CoDANet):
         raise ValueError(f"model: expected one made of DAU layers, got a {type(model).__name__}")
-    common.check_labelled(images, targets, "targets")
+    targets = common.labelled(images, targets, "targets")
     common.check_positive(batch_size=batch_size)
     found = [images.new_zeros(0, dtype=torch.float64)]
     for part, classes in zip(images.split(batch_size), targets.split(batch_size), strict=True):

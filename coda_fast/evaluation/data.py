@@ -46,7 +46,7 @@ def load(
 
     Args:
         source: "digits" (scikit-learn, the test half of the demo); an .npz file with ``images`` [N, H, W(, C)] uint8 and ``labels``
-            (or ``test_images``, ``test_labels``), or with ``test_jpeg``, ``test_offset``, ``test_label`` (JPEGs end to end;
+            [N] or [N, 1] (or ``test_images``, ``test_labels``), or with ``test_jpeg``, ``test_offset``, ``test_label`` (JPEGs end to end;
             ``test_lossless_idx``, ``test_lossless_rgb`` replace some); or a folder with a folder of image files for each class, in the
             order of the names or by ``model.class_names``.
         size: scale the shorter side and crop the middle to this many pixels, square; None: all images must have one size.
@@ -145,6 +145,7 @@ def _npz(path, model, limit, progress):
         if not set(names) <= arrays.keys():
             continue
         images, labels = (np.atleast_1d(arrays[name])[:limit] for name in names)
+        labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # as MedMNIST has them
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels) or not _are_classes(labels):
             raise ValueError(
                 f"data: {path}: expected images [N, H, W, C] uint8 and as many labels, got {images.dtype} {list(images.shape)}"
@@ -196,7 +197,9 @@ def _jpegs(arrays, path, limit, progress):
 
 
 def _are_classes(array):
-    return array.ndim == 1 and (array.dtype.kind in "iu" or (array.dtype.kind == "f" and bool((array == np.rint(array)).all())))
+    """Integers, or what 64 bits hold of them as floating point."""
+    whole = array.dtype.kind == "f" and bool(((array == np.rint(array)) & (abs(array) < 2**53)).all())
+    return array.ndim == 1 and (array.dtype.kind in "iu" or whole)
 
 
 def _to_tensor(images):

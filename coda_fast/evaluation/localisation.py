@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
+from coda_fast._autocast import wide
+from coda_fast._classes import check_range, one_each
+from coda_fast._wrappers import network_in
 from coda_fast.evaluation import _common as common
 
 
@@ -53,6 +56,9 @@ def confident_images(logits: torch.Tensor, labels: torch.Tensor, threshold: floa
     >>> confident_images(torch.tensor([[2.0, 0.0], [5.0, 1.0], [3.0, 4.0], [-1.0, -2.0]]), torch.tensor([0, 0, 0, 0]))
     {0: [1, 0]}
     """
+    labels = one_each(labels, len(logits), "labels")
+    check_range(labels, logits.shape[1], "labels")
+    logits = wide(logits)
     own = logits.gather(1, labels[:, None])[:, 0]
     sure = (logits.argmax(1) == labels) & (own.sigmoid() > threshold)
     found = {}
@@ -145,8 +151,9 @@ def localisation(
     """The grid pointing game with ``side x side`` cells; all classes of a batch of grids are explained at once.
 
     Args:
-        model: a classifier of images of any size; its logits decide which images are used.
-        images, labels: [N, C, H, W] and their classes [N].
+        model: a classifier of images of any size; its logits decide which images are used. Of a wrapped CoDA-Net (torch.compile,
+            DataParallel and others: ``coda_fast.unwrap``), the network inside.
+        images, labels: [N, C, H, W] and their classes [N] or [N, 1], of any integer dtype.
         attribution: ``(grids [B, C, side H, side W], classes [B, side^2]) -> maps [B, side^2, side H, side W]``, or an object with such a
             method ``attribute`` (``coda_fast.baselines.create``); None: the model's own contribution maps.
         grids: how many at most; the published evaluation has 500 of 3 x 3.
@@ -158,7 +165,7 @@ def localisation(
     Raises:
         ValueError, TypeError: shapes or options that do not fit; fewer classes with confident images than a grid needs.
     """
-    common.check_labelled(images, labels)
+    labels, model = common.labelled(images, labels), network_in(model)
     common.check_positive(side=side, grids=grids, batch_size=batch_size)
     attribute = common.attribution_of(model, attribution)
     logits = common.logits_of(model, images, 64) if logits is None else logits

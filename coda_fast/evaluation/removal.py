@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from coda_fast._classes import check_range
+from coda_fast._wrappers import network_in
 from coda_fast.evaluation import _common as common
 from coda_fast.models import CoDANet
 
@@ -56,7 +58,8 @@ def pixel_removal(
     images 0 to 256 pixels in steps of 2; published numbers are of the first 1,024 test images and their true classes.
 
     Args:
-        images, targets: [N, C, H, W] and the class that is watched for each, [N].
+        model: a classifier; of a wrapped CoDA-Net (``coda_fast.unwrap``), the network inside.
+        images, targets: [N, C, H, W] and the class that is watched for each, [N] or [N, 1], of any integer dtype.
         attribution: as for ``localisation``: ``(images [B, C, H, W], classes [B, 1]) -> maps [B, 1, H, W]``; None: the model's own.
         order: which pixels go first: "least" or "most" important.
         fraction: share of the pixels that is removed in the end; "most" up to 1 is known as deletion.
@@ -68,7 +71,7 @@ def pixel_removal(
     Raises:
         ValueError, TypeError: shapes or options that do not fit.
     """
-    common.check_labelled(images, targets, "targets")
+    targets, model = common.labelled(images, targets, "targets"), network_in(model)
     common.check_choice("order", order, ORDERS)
     common.check_positive(points=points, batch_size=batch_size, attribution_batch=attribution_batch)
     if not 0 < fraction <= 1:
@@ -109,6 +112,7 @@ def _curves(model, images, classes, turns, counts, insert, batch_size):
             gone = turns[image] < counts[point][:, None, None]
             kept = (gone if insert else ~gone)[:, None]
             logits = common.log_odds(model, _logits(model, encoded[image] * kept))
+            check_range(classes, logits.shape[1], "targets")
             found.append(logits.gather(1, classes[image][:, None])[:, 0].sigmoid())
     return torch.cat(found).view(len(images), len(counts))
 

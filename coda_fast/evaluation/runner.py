@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from coda_fast import __version__
+from coda_fast._wrappers import network_in
 from coda_fast.baselines import REVISION
 from coda_fast.checkpoints import atomic_path
 from coda_fast.evaluation import _common as common
@@ -70,7 +71,7 @@ class Evaluation:
 
     def __post_init__(self):
         self.folder = Path(self.folder)
-        common.check_labelled(self.images, self.labels)
+        self.model, self.labels = network_in(self.model), common.labelled(self.images, self.labels)
         self._work = None
 
     # -- pieces ----
