@@ -84,7 +84,10 @@ def read_npz(path: str | os.PathLike, wanted: Callable[[str], bool] = lambda nam
                         raise ValueError(f"{name} claims {claimed} bytes, the file holds {sizes[name]}")
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
-                return {key: arrays[key] for key in arrays.files if wanted(key)}
+                found = {key: arrays[key] for key in arrays.files if wanted(key)}
+            if odd := [key for key, array in found.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{odd[0]}: expected an array, got other bytes")
+            return found
         except TooLarge:
             raise
         except Exception as error:  # zipfile and NumPy raise whatever the damage leads them to

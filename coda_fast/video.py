@@ -257,6 +257,8 @@ def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
                 raise VideoError(f"{source}: expected a video, got a file without pictures")
             stream = container.streams.video[0]
             rate = stream.average_rate or Fraction(25)
+            if stream.codec_context is None:
+                raise VideoError(f"{source}: not a video that can be read: its codec is not known")
             stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             for frame in container.decode(stream):
                 time = frame.pts * frame.time_base if frame.pts is not None else number / rate

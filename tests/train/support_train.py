@@ -40,6 +40,24 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **{k: str(v) for k, v in more.items()}}
 
 
+_STUCK = """
+import builtins, os, time
+plain = builtins.open
+def stuck(file, *arguments, **options):
+    if isinstance(file, (str, os.PathLike)) and os.path.basename(file) == os.environ["CODA_STUCK"]:
+        time.sleep(3600)
+    return plain(file, *arguments, **options)
+builtins.open = stuck
+"""
+
+
+def stuck(folder, name):
+    """More of the environment of a process for which files called ``name`` are on storage that does not answer."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_STUCK)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), environment()["PYTHONPATH"]]), "CODA_STUCK": name}
+
+
 def command(output, *overrides, launcher=(), program=("-m", "coda_fast.train"), options=("--quiet",)):
     """The command line of a run in a process of its own, or of several (``launcher``: options of torchrun)."""
     start = ("-m", "torch.distributed.run", *launcher) if launcher else ()

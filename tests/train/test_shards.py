@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_train import ONE, assert_same, command, end_of, finished, picture, recipe, run
+from support_train import ONE, assert_same, command, end_of, finished, picture, recipe, run, stuck
 
 from coda_fast import train
 from coda_fast.train import TrainingError
@@ -147,8 +147,9 @@ def test_workers_end_with_a_run_on_shards_and_leave_nothing(shards, tmp_path):
         assert not list(Path(temporary).glob("pymp-*"))
     (tmp_path / "bad").mkdir()
     pack(tmp_path / "bad" / "t-0.tar", {"notes.txt": b"nothing"})
-    os.mkfifo(tmp_path / "bad" / "t-1.tar")
-    printed = finished(command(tmp_path / "none", *options, f"data.path={tmp_path}/bad/t-{{0..1}}.tar"), 2)
+    (tmp_path / "bad" / "t-1.tar").touch()
+    path = f"data.path={tmp_path}/bad/t-{{0..1}}.tar"
+    printed = finished(command(tmp_path / "none", *options, path), 2, **stuck(tmp_path / "site", "t-1.tar"))
     assert "coda-fast: data: no samples with an image and a class in" in printed
 
 

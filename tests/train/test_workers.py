@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support_train import NET, command, environment, tree
+from support_train import NET, command, environment, stuck, tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux' /proc")]
 
@@ -21,10 +21,10 @@ def start(tmp_path):
     tree(tmp_path / "set" / "val", {"ant": 2, "bee": 2, "cat": 2}, 100)
     started = []
 
-    def run(*overrides):
+    def run(*overrides, **more):
         options = (*NET, f"data.path={tmp_path / 'set'}", "data.workers=2", "model.ranks=[4, 4]", *overrides)
         process = subprocess.Popen(
-            command(tmp_path / "out", *options), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+            command(tmp_path / "out", *options), env=environment(**more), stderr=subprocess.PIPE, text=True, start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells let programs in the background ignore it
         )  # fmt: skip
         started.append(process)
@@ -73,8 +73,8 @@ def test_a_worker_that_is_killed_ends_the_run(start, tmp_path):
 
 def test_ctrl_c_while_a_file_cannot_be_read(start, tmp_path):
     """A worker that waits for storage does not keep the program from its end."""
-    os.mkfifo(tmp_path / "set" / "train" / "bee" / "zzz.jpg")
-    process = start()
+    (tmp_path / "set" / "train" / "bee" / "zzz.jpg").touch()
+    process = start(**stuck(tmp_path / "site", "zzz.jpg"))
     wait(lambda: len(children(process)) == 2, process)
     time.sleep(3)
     process.send_signal(signal.SIGINT)
