@@ -107,3 +107,36 @@ def test_resize():
     assert resize(image, 20) is image
     assert resize(torch.full((1, 30, 30), 0.3), 7).allclose(torch.tensor(0.3), atol=1e-6)
     assert resize(torch.rand(1, 1, 50), 1).shape == (1, 1, 50)
+
+
+def test_resize_makes_no_more_than_it_should():
+    """A strip grows to 256 times as long as wide at most, and nothing to more than MOST_PIXELS; shrinking is free, and so is size 0."""
+    assert resize(torch.rand(1, 1, 256), 8).shape == (1, 8, 2048)
+    with pytest.raises(ImageError, match="strip: expected an image at most 256 times as long as wide to enlarge .* 8 pixels, got 257 x 1"):
+        resize(torch.rand(1, 1, 257), 8, "strip")
+    assert resize(torch.rand(1, 10, 20_000), 5).shape == (1, 5, 10_000)
+    with pytest.raises(ImageError, match="100 x 100 pixels scaled to 10000: too large: expected 1 to 89,478,485 pixels, got 10000 x 10000"):
+        resize(torch.rand(1, 100, 100), 10_000)
+    for size in (10**12, 10**400):
+        with pytest.raises(ImageError, match="expected a size of at most 89478485 pixels"):
+            resize(torch.rand(1, 100, 100), size)
+
+
+def test_too_many_pixels_whatever_pillow_allows(tmp_path, monkeypatch):
+    """Of a file whose header says so, before anything is decoded."""
+    path = tmp_path / "a.bmp"
+    Image.new("L", (8, 8)).save(path)
+    data = bytearray(path.read_bytes())
+    data[18:26] = (30_000).to_bytes(4, "little") * 2
+    path.write_bytes(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(ImageError, match="a.bmp: too large: expected 1 to 89,478,485 pixels, got 30000 x 30000"):
+        read_image(path)
+
+
+def test_programs_are_no_images(tmp_path):
+    """Pillow has Ghostscript run what is PostScript, by whatever name."""
+    Image.fromarray(COLOUR).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="a.png: not an image that Pillow can read"):
+        read_image(tmp_path / "a.png")

@@ -244,3 +244,76 @@ def test_one_scale_for_all_frames(model, tmp_path):
     depth = [255 - panel.min(2).min() for panel in panels]  # white has none
     assert depth[strong] > 245
     assert depth[weak] / 255 == pytest.approx(float(peaks[weak]) / scale, abs=0.05)
+
+
+def test_playlists_open_no_other_files(model, clip, tmp_path, monkeypatch):
+    """ffmpeg would have them name any file of this machine, or of another."""
+    first, text = tmp_path / f"first{clip.suffix}", tmp_path / "list.mp4"
+    clip.rename(first)
+    for playlist in (
+        f"ffconcat version 1.0\nfile '{first.name}'\n",
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1,\n{first.name}\n#EXT-X-ENDLIST\n",
+    ):
+        text.write_text(playlist)
+        assert is_video(text)  # by its name, so that the message is that of a video
+        with pytest.raises(VideoError, match="list.mp4: not a video that can be read"):
+            explain_video(model, text, tmp_path / "out.mp4")
+    text.rename(tmp_path / "list.txt")
+    assert not is_video(tmp_path / "list.txt")
+
+
+def test_frames_of_an_animation_are_not_counted_to_know_it(tmp_path, monkeypatch):
+    """A GIF may have millions of them."""
+    from PIL.GifImagePlugin import GifImageFile
+
+    frames = [Image.new("L", (8, 8), 50 * i) for i in range(4)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "b.gif")
+    monkeypatch.setattr(GifImageFile, "n_frames", property(lambda self: pytest.fail("counted")))
+    assert is_video(tmp_path / "a.gif")
+    assert not is_video(tmp_path / "b.gif")
+
+
+def test_frames_that_are_too_large(model, clip, tmp_path, monkeypatch):
+    from coda_fast import safety
+
+    monkeypatch.setattr(safety, "machine_memory", lambda device="cpu": 1 << 19)
+    with pytest.raises(ValueError, match=f"clip{clip.suffix}: an explanation of 48 x 32 pixels: expected what fits"):
+        explain_video(model, clip, tmp_path / "out.mp4", size=0, target=0)
+    assert list(tmp_path.iterdir()) == [clip]
+
+
+def test_large_frames_come_in_smaller_batches(model, clip, tmp_path, monkeypatch):
+    from coda_fast import explain
+
+    sizes = []
+    whole = explain_video(model, clip, tmp_path / "a.gif", size=0, target=0, progress=lambda n, total: sizes.append(n))
+    assert sizes == [len(TIMES)] * 2
+    sizes.clear()
+    monkeypatch.setattr(explain, "MEMORY_BUDGET", 3 << 20)  # three frames of 48 x 32 by this network
+    less = explain_video(model, clip, tmp_path / "b.gif", size=0, target=0, progress=lambda n, total: sizes.append(n))
+    assert 1 < sizes[0] < len(TIMES)
+    assert sum(sizes) == 2 * len(TIMES)
+    assert less.scale == pytest.approx(whole.scale, rel=0.002)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "webm", "mkv", "avi"])
+def test_a_full_disk(model, tmp_path, ending):
+    """Wherever it fills, also at the last bytes: one line, and no file. Simulated by a limit on the size of files."""
+    resource = pytest.importorskip("resource")
+    frames = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)) for i in range(3)]
+    clip, output = tmp_path / "clip.gif", tmp_path / f"out.{ending}"
+    frames[0].save(clip, save_all=True, append_images=frames[1:], duration=100)
+    options = dict(size=0, target=3, scale=1.0)
+    explain_video(model, clip, output, **options)
+    size = output.stat().st_size
+    before, rest = resource.getrlimit(resource.RLIMIT_FSIZE), output.read_bytes()
+    for limit in (1, size // 2, size - 300, size - 1):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            with pytest.raises(VideoError, match=f"out.{ending}: cannot be written: File too large"):
+                explain_video(model, clip, output, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.gif", output.name]
+        assert output.read_bytes() == rest, "the older video stays as it was"
