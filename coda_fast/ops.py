@@ -291,15 +291,18 @@ def _differentiable(op, setup, backward, jvp):
     automatic differentiation of this level alone, as torch.func itself makes for functions of the user.
     """
 
+    def below(keyset, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
     class Node(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(keyset, *args):
-            # A node computes without gradients; the levels below this one, if there are any, decide for themselves.
-            below = (torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True)) if _transformed() else ()
-            with contextlib.ExitStack() as stack:
-                for context in (*below, torch._C._AutoDispatchBelowAutograd()):
-                    stack.enter_context(context)
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            if not _transformed():
+                return below(keyset, *args)
+            # A node computes without gradients; the levels below this one decide for themselves.
+            with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+                return below(keyset, *args)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -321,8 +324,7 @@ def _differentiable(op, setup, backward, jvp):
     def run(keyset, *args):
         transformed, forward_mode = _transformed(), torch.autograd.forward_ad._current_level >= 0
         if not (transformed or forward_mode or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))):
-            with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            return below(keyset, *args)
         with torch._functorch.utils.enable_single_level_autograd_function() if transformed else contextlib.nullcontext():
             return Node.apply(keyset, *args)
 

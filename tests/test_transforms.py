@@ -248,3 +248,20 @@ def test_fused_backends(backend):
     truth = jvp(_loss("reference"), tuple(t.double() for t in tensors), tuple(t.double() for t in tangents))[1]
     found = jvp(_loss(backend), tuple(t.to(device) for t in tensors), tuple(t.to(device) for t in tangents))[1]
     assert_close(found, truth, 1e-4)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lower_precision(dtype, norm):
+    """Short weights, whose powers leave float16: the directional derivative and a second derivative to the rounding of the numbers."""
+    tensors = [t.to(dtype) for t in _tensors(grad=False)]
+    tensors[2:] = [t / 64 for t in tensors[2:]]
+    tangents = [torch.randn_like(t) for t in tensors]
+    layer = functools.partial(dau_conv2d, norm=norm)
+    found = jvp(layer, tuple(tensors), tuple(tangents))[1]
+    truth = jvp(layer, tuple(t.double() for t in tensors), tuple(t.double() for t in tangents))[1]
+    assert found.dtype == dtype
+    bound = 4 * torch.finfo(dtype).eps
+    assert_close(found, truth, bound)
+    second = lambda *t: grad(lambda x: grad(lambda x: layer(x, *t[1:]).sum())(x).sum())(t[0])  # noqa: E731
+    assert_close(second(*tensors), second(*(t.double() for t in tensors)), 8 * bound)

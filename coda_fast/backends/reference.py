@@ -6,6 +6,7 @@ to any order. Slow and memory-hungry by design; choose it for tests and for teac
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -28,6 +29,22 @@ def adjoint(input, value, reduction_weight, weight, bias, geometry: Geometry, no
     return _fold(patches, input.shape, geometry)
 
 
+def _in_float32(function):
+    """Derivatives of lower precision are computed in float32: powers of |w| leave float16's range."""
+
+    def run(tensors, tangents, *rest):
+        dtype = tensors[0].dtype
+        if dtype not in (torch.float16, torch.bfloat16):
+            return function(tensors, tangents, *rest)
+        found = function(*([None if t is None else t.float() for t in many] for many in (tensors, tangents)), *rest)
+        if isinstance(found, torch.Tensor):
+            return found.to(dtype)
+        return tuple(None if t is None else t.to(dtype) for t in found)
+
+    return functools.wraps(function)(run)
+
+
+@_in_float32
 def align_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
     """Directional derivative of F at ``tensors`` = (x, u, B, A, b) along ``tangents`` (None: zero):
     ``s <w, u'> + s <w', u> + s' <w, u>``.
@@ -42,6 +59,7 @@ def align_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
     return found.reshape(*found.shape[:2], *geometry.output_size(*input.shape[2:]))
 
 
+@_in_float32
 def adjoint_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
     """Directional derivative of G at ``tensors`` = (x, v, B, A, b) along ``tangents`` (None: zero)."""
     input, value, *parameters = tensors
@@ -53,6 +71,7 @@ def adjoint_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
     return _fold(patches, input.shape, geometry)
 
 
+@_in_float32
 def gradients_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
     """Directional derivative of the gradients (dx, du, dB, dA, db) of ``L = <v, F(x, u)>`` at ``tensors`` = (v, x, u, B, A, b) along
     ``tangents``. With ``u = None`` (u = x) dx is the whole gradient of the image.
