@@ -59,7 +59,8 @@ def save(model: CoDANet, path: str | os.PathLike, metadata: Mapping[str, object]
     """
     safetensors = require_safetensors()
     model = need_network(model)
-    config, tensors, sharded = _content(model)
+    config, state = describe(model)
+    sharded, tensors = any(hasattr(tensor, "full_tensor") for tensor in state.values()), _gathered(state)
     try:
         stored = json.dumps(dict(metadata or {}))
     except (TypeError, ValueError, RecursionError) as error:
@@ -178,7 +179,8 @@ def to_published(model: CoDANet) -> dict[str, torch.Tensor]:
         TypeError, ValueError: as ``save``; and for layers with a dilation, or some with a bias and some without, for which the published
             form has no place.
     """
-    config, tensors, _ = _content(need_network(model))
+    config, tensors = describe(need_network(model))
+    tensors = _gathered(tensors)
     for name in ("dilations", "bias"):
         if isinstance(config.get(name), list):
             raise ValueError(f"{name}: the published form has none of its own for each layer, got {config[name]}")
@@ -316,10 +318,11 @@ def _published_layers(state_dict):
 # -- what a network is, and whether a configuration says all of it ----------------------------------------------------------------------
 
 
-def _content(model):
-    """Configuration and tensors of a CoDANet, on the CPU, and whether they were gathered from several processes.
+def describe(model: CoDANet) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Configuration and tensors of a CoDANet (bare; its layers may be wrapped), of which ``CoDANet(**config)`` is the same network.
 
-    ValueError where ``CoDANet(**config)`` with these tensors would be another network.
+    Raises:
+        ValueError: no configuration says all of it; the message names the part and what it has. See ``save``.
     """
     parts = {"model": (model, CoDANet, ("forward", "run_layers", "head", "check_images"))}
     parts |= {"encoder": (model.encoder, AddInverse, ("forward",)), "pool": (model.pool, SumPool2d, ("forward",))}
@@ -333,7 +336,7 @@ def _content(model):
                     f"{name}: expected a {kind.__name__}, got a {type(module).__name__} with a {method} of its own, which no "
                     "configuration describes"
                 )
-    state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    state = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     try:
         config = model.config()
         twin = CoDANet(**json.loads(json.dumps(config)), device="meta")  # as load will
@@ -361,13 +364,18 @@ def _content(model):
             raise ValueError(f"{name}: expected shape {list(expected[name].shape)}, as configured, got {list(tensor.shape)}")
         if tensor.is_meta:
             raise ValueError(f"{name}: expected numbers, got a tensor on the meta device")
-    gathered, owners = {}, set()
+    return config, state
+
+
+def _gathered(state):
+    """On the CPU, none in memory of another's: one tensor in two layers is stored twice."""
+    found, owners = {}, set()
     for name, tensor in state.items():
         tensor = whole(tensor.detach()).cpu().contiguous()
         owner = tensor.untyped_storage().data_ptr()
-        gathered[name] = tensor.clone() if owner in owners else tensor  # one tensor in two layers is stored twice
+        found[name] = tensor.clone() if owner in owners else tensor
         owners.add(owner)
-    return config, gathered, any(hasattr(tensor, "full_tensor") for tensor in state.values())
+    return found
 
 
 def _is_ours(kind, method):

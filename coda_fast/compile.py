@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coda_fast import backends, ops
+from coda_fast._wrappers import unwrap
 from coda_fast.nn import DAUConv2d, explanation_mode
 
 PASSES = ("inference", "training", "explanation")
@@ -48,6 +49,7 @@ def record_launches(
         raise ValueError(f"passes: expected some of {', '.join(PASSES)}, got {', '.join(map(str, sorted(unknown)))}")
     if len(input_shape) != 4 or not all(isinstance(size, int) and size > 0 for size in input_shape):
         raise ValueError(f"input_shape: expected four positive integers (N, C, H, W), got {tuple(input_shape)}")
+    model = unwrap(model)
     layers = [module for module in model.modules() if isinstance(module, DAUConv2d)]
     if not layers:
         raise ValueError(f"model: expected a module with at least one DAUConv2d, got {type(model).__name__} without any")

@@ -20,6 +20,7 @@ from torch import nn
 from coda_fast import _decompositions
 from coda_fast._geometry import pair
 from coda_fast._version import __version__
+from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
 from coda_fast.functional import dau_conv2d_transpose
 from coda_fast.models import CoDANet
@@ -40,8 +41,8 @@ class Explainer(nn.Module):
     logit, to rounding.
 
     Args:
-        model: a CoDANet with a classifier (also of timm); shared, not copied. Dropout, which some networks of timm have before the
-            classifier, is left out, also while training.
+        model: a CoDANet with a classifier (also of timm, or in a wrapper: ``coda_fast.unwrap``); shared, not copied. Dropout, which some
+            networks of timm have before the classifier, is left out, also while training.
 
     Shapes: images [N, C, H, W] in [0, 1], target [N] of integers; logits [N, classes], contribution map [N, H, W], in logits (float32, or
     float64 for a network in float64).
@@ -59,8 +60,7 @@ class Explainer(nn.Module):
 
     def __init__(self, model: CoDANet):
         super().__init__()
-        if not isinstance(model, CoDANet):
-            raise TypeError(f"model: expected a CoDANet, got {type(model).__name__}")
+        model = need_network(model)
         model.config()  # networks of timm without a classifier refuse, and there is nothing to explain
         self.model = model
 
@@ -123,7 +123,7 @@ def export_onnx(model: CoDANet, path: str | os.PathLike, *, explain: bool = Fals
         ImportError: onnx or onnxscript is not installed. TypeError, ValueError: not a CoDANet with a classifier, a name or size that does
             not fit, more than 2 GiB of weights. OSError: the file cannot be written; an older one stays as it was.
     """
-    path = _path(path, ".onnx")
+    path, model = _path(path, ".onnx"), need_network(model)
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -162,7 +162,7 @@ def export_pt2(model: CoDANet, path: str | os.PathLike, *, explain: bool = False
     Raises:
         ExportError: there is no C++ compiler. TypeError, ValueError, OSError: as ``export_onnx``.
     """
-    path = _path(path, ".pt2")
+    path, model = _path(path, ".pt2"), need_network(model)
     from torch._inductor import aoti_compile_and_package, cpp_builder, exc
 
     try:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from coda_fast import checkpoints
+from coda_fast._wrappers import need_network
 from coda_fast.models import CoDANet
 
 try:
@@ -45,13 +46,20 @@ class HubCoDANet(
     """
 
     def __init__(self, *args, dtype: torch.dtype | str | None = None, **options):
-        super().__init__(*args, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, **options)
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not (found is None and dtype is None) and not isinstance(found, torch.dtype):
+            raise ValueError(f"dtype: expected a floating-point dtype, by name or not, got {dtype!r}")
+        super().__init__(*args, dtype=found, **options)
 
     @classmethod
     def from_model(cls, model: CoDANet) -> HubCoDANet:
-        """``model`` with these methods; the two share their parameters."""
-        twin = cls(**model.config(), device="meta")
-        twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+        """``model`` (a CoDANet, or a wrapper of one) with these methods; the two share their parameters. TypeError, ValueError: as
+        ``coda_fast.save``.
+        """
+        model = need_network(model)
+        config, state = checkpoints.describe(model)
+        twin = cls(**config, device="meta")
+        twin.load_state_dict(state, assign=True)
         return twin.train(model.training)
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from coda_fast import __version__, baselines, plot
+from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
 from coda_fast.evaluation.data import SUFFIXES
 from coda_fast.models import CoDANet
@@ -111,6 +112,7 @@ def render(
         import jinja2
     except ImportError:
         raise ImportError("the report needs jinja2: pip install jinja2") from None
+    model = need_network(model)
     if not images or len(images) != len(names):
         raise ValueError(f"images: expected at least one and a name for each, got {len(images)} images and {len(names)} names")
     if not 1 <= classes <= model.num_classes:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
 from coda_fast.images import resize
 from coda_fast.plot import COLOURS, probability
@@ -99,6 +100,7 @@ def explain_video(
             machine cannot hold, a file that cannot be written (disk full ...).
         ImportError: PyAV or matplotlib is missing. A damaged end is a warning: what could be decoded is explained.
     """
+    model = need_network(model)
     if target is not None and not 0 <= target < model.num_classes:
         raise VideoError(f"target: expected a class from 0 to {model.num_classes - 1}, got {target}")
     if scale is not None and not 0 < scale < float("inf"):

@@ -106,6 +106,7 @@ def _npz(spec, channels, device, progress):
         images, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
         if images is None or labels is None:
             raise TrainingError(f"data.path: {spec.path}: expected {_EXPECTED['npz']}, got {', '.join(arrays) or 'nothing'}")
+        labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # as MedMNIST has them
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.shape != images.shape[:1] or 0 in images.shape[1:]:
             raise TrainingError(
                 f"data.path: {spec.path}: expected {split}_images [N, H, W, C] uint8 and as many labels, "
