@@ -90,9 +90,9 @@ def create(method: str, model: nn.Module, *, layer: nn.Module | None = None, **s
     function, defaults = _FUNCTIONS[method], METHODS[method]
     if unknown := set(settings) - set(defaults):
         raise TypeError(f"{method}: expected settings among {', '.join(defaults) or 'none'}, got {', '.join(sorted(unknown))}")
+    model = network_in(unwrap(model))
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
-    model = network_in(unwrap(model))
     _check_settings(method, {**defaults, **settings})
     if layer is not None and (method != "GCam" or not isinstance(layer, nn.Module)):
         raise TypeError(f"layer: expected a module, for GCam only, got a {type(layer).__name__} for {method}")
@@ -317,15 +317,10 @@ def _captum():
 
 @contextlib.contextmanager
 def _quiet(model) -> Iterator[None]:
-    """``evaluated``, parameters' ``.grad`` as before afterwards, captum's advice unsaid."""
-    grads = [(p, p.grad) for p in model.parameters()]
-    try:
-        with evaluated(model), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module=r"captum\..*")
-            yield
-    finally:
-        for parameter, grad in grads:
-            parameter.grad = grad
+    """``evaluated``, captum's advice unsaid. Parameters' ``.grad`` is not touched, here or by captum: a thread that trains may be at it."""
+    with evaluated(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"captum\..*")
+        yield
 
 
 def _check_classes(model, images, targets):

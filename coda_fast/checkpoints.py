@@ -7,6 +7,7 @@ import errno
 import inspect
 import json
 import os
+import pickle
 import re
 import stat
 import tempfile
@@ -88,7 +89,12 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
     with _opened(path, device) as file:
         header = _header(path, file)
         config = _json(header, "config", path)
-        unknown = set(config) - set(inspect.signature(CoDANet).parameters) | set(config) & {"device", "dtype", "backend"}
+        unknown = set(config) - set(inspect.signature(CoDANet).parameters) | set(config) & {
+            "device",
+            "dtype",
+            "backend",
+            "save_contraction",
+        }
         if unknown:
             raise CheckpointError(f"{path}: unknown entries {_some(sorted(unknown))} in the stored configuration")
         found = {name: file.get_slice(name) for name in list(file.keys())}
@@ -211,6 +217,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files end in whatever exception their bytes lead to
             reason = str(error).split("\n")[0] or type(error).__name__
+            if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to read it without weights_only
+                reason = "it is damaged, or holds other things"
             raise CheckpointError(f"{path}: expected a file of torch.save with tensors only: {_line(reason)}") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: expected a state dict, names to tensors, got {type(state).__name__}")
@@ -245,7 +253,7 @@ def _published_layers(state_dict):
     """One dict of tensors in our shapes for each layer, in order."""
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(f"state dict: expected names to tensors, got {type(state_dict).__name__}")
-    pattern = re.compile(r"(?P<prefix>.*?)(?P<layer>[0-9]{1,9})\.(?P<key>" + "|".join(map(re.escape, _PUBLISHED.values())) + ")")
+    pattern = re.compile(r"(?P<prefix>(?:.*[^0-9])?)(?P<layer>[0-9]{1,9})\.(?P<key>" + "|".join(map(re.escape, _PUBLISHED.values())) + ")")
     names = {key: name for name, key in _PUBLISHED.items()}
     found, problems, prefixes = {}, [], set()
     for key, tensor in state_dict.items():
@@ -263,7 +271,7 @@ def _published_layers(state_dict):
             continue
         found.setdefault(int(match["layer"]), {})[names[match["key"]]] = tensor
     if len(prefixes) > 1:
-        problems.append(f"keys with different prefixes {sorted(prefixes)}")
+        problems.append(f"keys with different prefixes {_some(sorted(prefixes))}")
     if not found:
         problems.append("no layers")
     biased = any("bias" in tensors for tensors in found.values())
@@ -329,11 +337,11 @@ def describe(model: CoDANet) -> tuple[dict, dict[str, torch.Tensor]]:
     parts |= {f"layers.{i}": (unwrap(layer), DAUConv2d, ("forward", "geometry")) for i, layer in enumerate(model.layers)}
     for name, (module, kind, methods) in parts.items():
         if not isinstance(module, kind):
-            raise ValueError(f"{name}: expected a {kind.__name__}, got a {type(module).__name__}, which no configuration describes")
+            raise ValueError(f"{name}: expected {kind.__name__}, got {type(module).__name__}, which no configuration describes")
         for method in methods:
             if not _is_ours(type(module), method):
                 raise ValueError(
-                    f"{name}: expected a {kind.__name__}, got a {type(module).__name__} with a {method} of its own, which no "
+                    f"{name}: expected {kind.__name__}, got {type(module).__name__} with a {method} of its own, which no "
                     "configuration describes"
                 )
     state = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -357,9 +365,10 @@ def describe(model: CoDANet) -> tuple[dict, dict[str, torch.Tensor]]:
         if not _is_plain(tensor):
             kind = tensor.layout if isinstance(tensor, torch.Tensor) and tensor.layout != torch.strided else type(tensor).__name__
             raise ValueError(f"{name}: expected a dense tensor, got {kind}")
-        if tensor.dtype != first or first not in _DTYPES.values():
-            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES.values())
-            raise ValueError(f"{name}: expected one dtype for all layers, of {kinds}, got {tensor.dtype} beside {first}")
+        if tensor.dtype not in _DTYPES.values():
+            raise ValueError(f"{name}: expected {' or '.join(map(str, _DTYPES.values()))}, got {tensor.dtype}")
+        if tensor.dtype != first:
+            raise ValueError(f"{name}: expected {first}, as in layers.0, got {tensor.dtype}")
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name}: expected shape {list(expected[name].shape)}, as configured, got {list(tensor.shape)}")
         if tensor.is_meta:

@@ -326,13 +326,13 @@ def _number(value, name):
     return number
 
 
-def _integer(value, name, most=2**63 - 1):
+def _integer(value, name, most=None):
     try:
         number = integer(value)
     except TypeError:
         number = 0
-    if not 1 <= number <= most:
-        raise ValueError(f"{name}: expected a positive int, at most {most}, got {_short(value)}")
+    if number < 1 or number > (most or number):
+        raise ValueError(f"{name}: expected a positive int{'' if most is None else f', at most {most}'}, got {_short(value)}")
     return number
 
 
