@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -41,18 +42,30 @@ def maps_of(attribute: Attribution, images, targets) -> torch.Tensor:
     return maps
 
 
+_EVALUATED: dict[int, list] = {}  # modules in evaluation mode for now, by id: how many want them so, the mode that they had
+_LOCK = threading.Lock()
+
+
 @contextlib.contextmanager
 def evaluated(model) -> Iterator[None]:
-    """The model in evaluation mode; every module in its own mode again afterwards."""
+    """The model in evaluation mode; every module in its own mode again afterwards, also where several threads evaluate it at once: the
+    last one out restores what the first one found.
+    """
     modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    modes = [(module, module.training) for module in modules]
-    for module in modules:
-        module.training = False
+    with _LOCK:
+        for module in modules:
+            _EVALUATED.setdefault(id(module), [0, module.training])[0] += 1
+            module.training = False
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with _LOCK:
+            for module in modules:
+                entry = _EVALUATED[id(module)]
+                entry[0] -= 1
+                if not entry[0]:
+                    module.training = entry[1]
+                    del _EVALUATED[id(module)]
 
 
 def log_odds(model, logits: torch.Tensor) -> torch.Tensor:

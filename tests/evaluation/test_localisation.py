@@ -196,3 +196,18 @@ def test_confidence_of_a_softmax_classifier():
     model = create_model("coda_xs_digits")
     logits = torch.randn(3, 10)
     assert common.log_odds(model, logits) is logits
+
+
+def test_threads_that_evaluate_one_model_leave_its_mode_as_it_was():
+    """In any order of coming and going, as the first one found it."""
+    model = create_model("coda_xs_digits").train()
+    model.layers[1].eval()
+    first, second = (common.evaluated(model) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules()), "the second one is at it"
+    second.__exit__(None, None, None)
+    assert [module.training for module in model.layers] == [True, False, True]
+    assert model.training
+    assert not common._EVALUATED
