@@ -344,6 +344,7 @@ def test_batches_shrink_with_the_size_of_images():
     [
         (("--metric", "removal", "--points", 10**12), "--points"),
         (("--side", 10**9), "--side"),
+        (("--metric", "removal", "--size", 1), "fraction: expected at least one pixel of 1, got 0"),
         (("--size", 10**9), "--size"),
         (("--methods", "RISE", "--set", "RISE.masks=1e12"), "RISE: masks: expected at most 100000, got 1000000000000"),
         (("--methods", "RISE", "--set", "RISE.masks=1e999"), "RISE: masks: expected an int of at least 1, got inf"),
@@ -470,7 +471,7 @@ def test_arrays_as_numpy_reads_them(tmp_path):
         ({"images": np.zeros((), np.uint8)}, "expected images"),
         ({"labels": np.array(["a"] * 4)}, "expected images"),
         ({"labels": np.full(4, np.nan)}, "expected images"),
-        ({"labels": np.zeros((4, 1), int)}, "expected images"),
+        ({"labels": np.zeros((4, 2), int)}, "expected images"),
         ({"labels": np.full(4, 2**62)}, "labels up to"),
         ({"images": np.zeros((4, 0, 8), np.uint8)}, "kernel"),
     ],

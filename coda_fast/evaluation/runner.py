@@ -80,6 +80,8 @@ class Evaluation:
         """Grids [G, n] or images [N] as indices into the data."""
         if self._work is None:
             if self.settings.metric == "removal":
+                if (last := int(self.settings.fraction * self._pixels())) < 1:
+                    raise ValueError(f"fraction: expected at least one pixel of {self._pixels()}, got {last}")
                 self._work = torch.arange(len(self.images))
             else:
                 confident = confident_images(common.logits_of(self.model, self.images, self.batch_size), self.labels)

@@ -131,14 +131,14 @@ class Run:
 
     def _choose(self, resume):
         """The path of that checkpoint; its state stays in ``chosen``."""
+        if resume is None and (models := [name for name in MODELS if (self.output / name).exists()]) and not self.folder.exists():
+            raise TrainingError(f"{self.output} holds the model of another run, {models[0]}; choose another folder, or move it away")
         if self.output.exists():
             self._hold()
         there = files.listed(self.folder)
         if resume is None:
             if there := there or [path for path in [self.folder / "best.pt"] if path.exists()]:
                 raise TrainingError(f"{self.output} holds a run already, up to {there[0].name}; --resume auto goes on with it")
-            if models := [name for name in MODELS if (self.output / name).exists()]:
-                raise TrainingError(f"{self.output} holds the model of another run, {models[0]}; choose another folder, or move it away")
             return None
         if resume == "auto":
             found = files.newest(self.folder, self.watch.say)

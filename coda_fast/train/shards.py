@@ -160,6 +160,20 @@ class _Entry(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from None
 
 
+class _Ending:
+    """A stream that insists that it has ended: to pass over an entry of terabytes, tarfile would ask it again and again."""
+
+    def __init__(self, stream):
+        self.stream, self.left = stream, 100
+
+    def read(self, size=-1):
+        content = self.stream.read(size)
+        self.left -= not content
+        if self.left < 0:
+            raise tarfile.ReadError("unexpected end of data")
+        return content
+
+
 def _shard(url, classes):
     """The items of a tar file; if it cannot be read to its end, the last stands for what is lost."""
     from webdataset.gopen import gopen
@@ -168,7 +182,7 @@ def _shard(url, classes):
     try:
         with (
             gopen(url) if "://" in url else open_file(url) as stream,
-            tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Entry, errors="backslashreplace") as tar,
+            tarfile.open(fileobj=_Ending(stream), mode="r|*", tarinfo=_Entry, errors="backslashreplace") as tar,
         ):
             for key, files in _samples(tar):
                 yield _item(f"{name}:{key}", files, classes)

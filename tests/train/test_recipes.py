@@ -186,3 +186,64 @@ def test_an_unknown_recipe_names_those_there_are():
         load_recipe("cifar")
     with pytest.raises(TrainingError, match="recipe: no such file: mine.yaml"):
         load_recipe("mine.yaml")
+
+
+def _laughs():
+    """Nine times nine times ... : a billion values in a few lines."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_laughs(), "expected at most 10000 values, aliases counted as what they stand for, got more"),
+        ("about: &a [*a]", "expected values at most 20 deep, got deeper ones"),
+        ("data: &d {kind: digits, path: *d}", "expected values at most 20 deep"),
+        ("about: " + "[" * 5000 + "]" * 5000, "expected values at most 20 deep"),
+        ("about: " + "[" * 30 + "]" * 30, "expected values at most 20 deep"),
+        ("about: !!python/object/apply:os.system [touch ran]", "not YAML: could not determine a constructor"),
+        ("about: !!python/name:os.system x", "not YAML: could not determine a constructor"),
+        ("about: 2024-13-45", "not YAML that can be read: month must be in 1..12"),
+        ("epochs: " + "9" * 5000, "not YAML that can be read: Exceeds the limit"),
+        ("about: " + "x" * 70_000, "expected a recipe of at most 65536 bytes, got more"),
+        ("\n".join(f"key{i}: 1" for i in range(2000)), "recipe .*: .*unknown key 'key0'"),
+        ("k" * 60_000 + ": 1", "not YAML: mapping values"),
+        ("- 1\n", "expected a mapping of keys to values, got list"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_recipe_of_bad_will(tmp_path, text, message):
+    """One line of modest length, nothing run, nothing that grows."""
+    own = tmp_path / "own.yaml"
+    own.write_text(text)
+    with pytest.raises(TrainingError, match=message) as refused:
+        load_recipe(str(own))
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 5000
+    assert list(tmp_path.iterdir()) == [own]
+
+
+def test_aliases_of_a_modest_recipe_are_fine(tmp_path):
+    own = tmp_path / "own.yaml"
+    text = load_recipe("digits-s").to_yaml()
+    own.write_text("about: &same ours\n" + text.replace("name: digits-s", "name: *same").replace("about: scikit", "#"))
+    assert load_recipe(str(own)).name == "ours"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "epochs=1000000000000", "batch_size=1000000000039", "micro_batch=1000000000038", "evaluation.batch_size=1000000000000",
+        "model.rank=1000000000000", "model.image_size=1000000000000", "model.kernel_sizes=[1000000000000]", "data.workers=1000000000",
+        "data.pad=1000000000", "data.size=1000000000", "data.resize=1000000000", "data.classes=1000000000000", "data.shuffle=1000000000000",
+        "data.randaugment={n: 1000000000000}", "log.maps=1000000000", "devices=1000000000", "log.every=1000000000000",
+        f"model.out_channels={[1] * 257}", "loss.matrix_classes=1000000000000",
+    ],
+)  # fmt: skip
+def test_numbers_that_nobody_can_mean(change):
+    """By key, before anything is made of them."""
+    key, _, value = change.partition("=")
+    with pytest.raises(TrainingError, match=f"{key.partition('[')[0]}.*: expected "):
+        load_recipe("imagenet100-l", [change])

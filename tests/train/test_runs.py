@@ -1,19 +1,25 @@
 """Runs in one process: the files they leave, the update by hand, and every message."""
 
 import csv
+import errno
 import json
+import os
 import socket
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support_train import TINY, command, end_of, environment, finished, losses, recipe, run
+from PIL import Image
+from support_train import TINY, assert_same, command, end_of, environment, finished, losses, recipe, run
 
 import coda_fast
-from coda_fast import checkpoints, train
-from coda_fast.train import TrainingError, engine, list_recipes
+from coda_fast import checkpoints, cli, train
+from coda_fast.train import TrainingError, engine, list_recipes, load_recipe
+from coda_fast.train import state as train_state
 
 
 def test_a_run_leaves_what_it_promises(tmp_path):
@@ -319,3 +325,170 @@ def test_validation_images_that_cannot_be_read_are_no_accuracy(tmp_path):
 def test_small_micro_batches_are_said(tmp_path, capsys):
     train.run(recipe("epochs=1", "batch_size=62", "micro_batch=30"), tmp_path)
     assert "micro_batch: 30 does not divide the 62 images of a process, 2 does" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.rank=2000000000",), "model: .*expected"),
+        (("model.ranks=[2000000000, 4]",), "model: .*: expected what fits into the .* GiB of this machine"),
+        (("model.kernel_sizes=[2000000001, 3]",), "model: expected|model: .*kernel"),
+        (("model.out_channels=[2000000000, 10]",), "model: .*: expected what fits into the .* GiB of this machine"),
+        (("model.out_channels=[1000000, 10]", "model.ranks=[10000, 4]"), "model: .*expected what fits into the .* GiB of this machine"),
+        (("devices=1000",), "devices: expected at most .* processes on this machine's processors, got 1000"),
+        (("data.kind=npz", "data.path=x.npz"), "data.path: no such file"),
+    ],
+    ids=str,
+)
+def test_what_this_machine_cannot_hold_is_refused_before_it_is_made(tmp_path, overrides, message):
+    kept = [change for change in TINY if not (change.startswith("model.ranks") and "model.rank=" in overrides[0])]
+    with pytest.raises(TrainingError, match=message) as refused:
+        train.run(load_recipe("digits-s", [*kept, *overrides]), tmp_path / "out", progress=False)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_make_a_model_too_large(tmp_path):
+    """The largest label is the number of classes."""
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 2, 2**40])
+    np.savez(tmp_path / "d.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    options = ("data.kind=npz", f"data.path={tmp_path / 'd.npz'}", "batch_size=2")
+    with pytest.raises(TrainingError, match="model: .*expected"):
+        train.run(load_recipe("digits-s", [*options, "accelerator=cpu"]), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_batches_that_this_machine_cannot_hold(tmp_path, monkeypatch):
+    from coda_fast import safety
+
+    monkeypatch.setattr(safety, "machine_memory", lambda device="cpu": 1 << 19)
+    with pytest.raises(TrainingError, match="batch_size, micro_batch: activations: expected what fits into"):
+        run(tmp_path / "out", "batch_size=1024")
+    run(tmp_path / "out", "batch_size=1024", "micro_batch=64", "epochs=1")
+
+
+# -- a run and what it reads ----------------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def command_line(*arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *map(str, arguments)])
+    return stop.value.code or 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "link.yaml"])
+def test_a_run_never_writes_over_its_recipe(tmp_path, capsys, name):
+    """Its folder gets a recipe.yaml with all values. Written over with itself it stays as it is; written over with changes it is lost."""
+    (tmp_path / "recipe.yaml").write_text("# mine\n" + recipe("epochs=1").to_yaml())
+    if name != "recipe.yaml":
+        os.link(tmp_path / "recipe.yaml", tmp_path / name)
+    before = contents(tmp_path)
+    code, error = command_line(tmp_path / name, "--output", tmp_path, capsys=capsys)
+    assert code == 2
+    assert "output: expected another file than those that are read, got" in error
+    assert contents(tmp_path) == before
+    for path in before:
+        path.unlink()
+    (tmp_path / "recipe.yaml").write_text(recipe("epochs=1").to_yaml())
+    code, error = command_line(tmp_path / "recipe.yaml", "--output", tmp_path, "--quiet", capsys=capsys)
+    assert code == 0, error
+    assert command_line(tmp_path / "recipe.yaml", "--output", tmp_path, "--quiet", "--resume", "auto", capsys=capsys)[0] == 0
+
+
+def test_a_run_never_goes_into_its_data(tmp_path):
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / "set" / split / label).mkdir(parents=True)
+            Image.new("L", (8, 8), 99).save(tmp_path / "set" / split / label / "1.png")
+    (tmp_path / "link").symlink_to(tmp_path / "set" / "train", target_is_directory=True)
+    before = contents(tmp_path)
+    data = ("data.kind=folder", f"data.path={tmp_path / 'set'}", "data.workers=0", "batch_size=2", "model.out_channels=[4, 2]", "epochs=1")
+    for output in ("set/train", "set/train/run", "set/val/x/y", "link", "link/run", "set/train/../val"):
+        with pytest.raises(TrainingError, match="output: expected a folder outside of .*set/(train|val), which is read, got"):
+            run(tmp_path / output, *data)
+    assert contents(tmp_path) == before
+    run(tmp_path / "set" / "run", *data)  # beside them it is in nobody's way
+
+
+def test_a_run_never_writes_over_its_arrays(tmp_path):
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.arange(4)
+    np.savez(tmp_path / "d.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    os.link(tmp_path / "d.npz", tmp_path / "metrics.csv")
+    before = contents(tmp_path)
+    with pytest.raises(TrainingError, match="output: expected another file than those that are read, got .*metrics.csv, which is .*d.npz"):
+        run(tmp_path, "data.kind=npz", f"data.path={tmp_path / 'd.npz'}", "batch_size=2", "model.out_channels=[4, 4]")
+    assert contents(tmp_path) == before
+
+
+def test_a_new_run_never_writes_over_another_model(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights of months")
+    with pytest.raises(TrainingError, match="holds the model of another run, model.safetensors"):
+        run(tmp_path, "epochs=1")
+    assert contents(tmp_path) == {tmp_path / "model.safetensors": b"weights of months"}
+
+
+@pytest.mark.parametrize("name", ["../../up", "/abs", "..", "", "a/b"])
+def test_a_recipe_does_not_choose_where_it_writes(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    code, error = command_line("digits-s", f"name='{name}'", capsys=capsys)
+    assert code == 2
+    assert f"name: expected a recipe with a name for its folder, or --output, got {name!r}" in error
+    assert not list(tmp_path.iterdir())
+
+
+# -- a full disk ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_goes_on_without_tensorboard(tmp_path, capsys, monkeypatch):
+    """Whose thread finds the disk full: no traceback, one line, the same weights."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    options = ("log.tensorboard=true", "log.maps=1", "log.every=2")
+    train.run(recipe(*options), tmp_path / "whole", progress=True)
+    capsys.readouterr()
+    written, hook = [0], threading.excepthook
+
+    def full(self, data):
+        written[0] += 1
+        if written[0] > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(self, data)
+
+    plain = RecordWriter.write
+    monkeypatch.setattr(RecordWriter, "write", full)
+    train.run(recipe(*options), tmp_path / "full", progress=True)
+    said = capsys.readouterr().err
+    assert said.count("cannot be written: No space left on device; the run goes on without it") == 1
+    assert "Traceback" not in said
+    assert threading.excepthook is hook
+    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "full"))
+    assert {p.name for p in (tmp_path / "full").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+@pytest.mark.parametrize("what", ["steps", "maps", "model.safetensors", "epoch_0002", "curve"])
+def test_a_full_disk_keeps_what_was_trained(tmp_path, monkeypatch, what):
+    """Wherever it fills, the last checkpoint is named and as it was, and no file is half-written."""
+    plain, good = checkpoints.os.replace, []
+
+    def replace(source, target):
+        if (what in Path(target).name or what in Path(target).parent.name) and (what != "maps" or good):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if Path(target).name.startswith("epoch_") and target.suffix == ".pt":
+            good.append((Path(target), Path(source).read_bytes()))
+        plain(source, target)
+
+    monkeypatch.setattr(checkpoints.os, "replace", replace)
+    with pytest.raises(TrainingError, match="No space left on device"):
+        run(tmp_path, "log.maps=1", "checkpoint.keep=9")
+    for path, content in good:
+        assert path.read_bytes() == content
+        train_state.read(path)
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".writing-")]
+    assert len(good) == {"steps": 0, "maps": 1, "epoch_0002": 1, "model.safetensors": 2, "curve": 2}[what]
+    monkeypatch.undo()
+    assert run(tmp_path, "log.maps=1", "checkpoint.keep=9", resume="auto")["epoch"] == 2

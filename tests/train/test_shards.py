@@ -12,6 +12,8 @@ from support_train import ONE, assert_same, command, end_of, finished, picture, 
 
 from coda_fast import train
 from coda_fast.train import TrainingError
+from coda_fast.train import decode as decoding
+from coda_fast.train import shards as shards_module
 from coda_fast.train.data import open_data
 from coda_fast.train.recipes import Data
 from coda_fast.train.sources import Place
@@ -261,3 +263,191 @@ def test_torn_shards_count_against_max_corrupt(damaged_shards, tmp_path):
     assert run(tmp_path / "a", *options, "data.max_corrupt=8")["unreadable"] > 5
     with pytest.raises(TrainingError, match=r"at most 1 images that cannot be read \(data.max_corrupt\), got"):
         run(tmp_path / "b", *options, "data.max_corrupt=1")
+
+
+# -- shards of bad will ---------------------------------------------------------------------------------------------------------------
+
+
+def entry(name, content=b"", kind=tarfile.REGTYPE, size=None, link="", pax=None):
+    made = tarfile.TarInfo(name)
+    made.type, made.size, made.linkname, made.pax_headers = kind, len(content) if size is None else size, link, pax or {}
+    return made, content
+
+
+def shard_of(path, *entries, mode="w", format=tarfile.PAX_FORMAT):
+    """A tar file of (header, content) as they are, whether or not they fit."""
+    with tarfile.open(path, mode, format=format) as tar:
+        for made, content in entries:
+            tar.addfile(made, io.BytesIO(content) if content else None)
+    return path
+
+
+def sample(name, label=0, image=None):
+    return entry(f"{name}.jpg", picture(90, (20, 20)) if image is None else image), entry(f"{name}.cls", b"%d" % label)
+
+
+def read(path, classes=3):
+    """{name: label, or why it cannot be read} of a shard, and whether anything was written anywhere near it."""
+    before = sorted(path.parent.rglob("*"))
+    found = []
+    for item in shards_module._shard(str(path), classes):
+        _, _, valid, failures = decoding.decode_all([item], decoding.Decoder(3, 20, 16), [None])
+        found.append((item.name.removeprefix(f"{path.name}:"), item.label if bool(valid.all()) else failures[0][1]))
+    assert sorted(path.parent.rglob("*")) == before
+    return found
+
+
+GOOD = sample("good", 2)
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (sample("../../up", 1), [("../../up", 1)]),  # a name, no place
+        (sample("/etc/passwd", 1), [("/etc/passwd", 1)]),
+        ((entry("a.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd"), entry("a.cls", b"1")), [("a", "no image")]),
+        ((*sample("a", 1), entry("b.jpg", kind=tarfile.LNKTYPE, link="a.jpg"), entry("b.cls", b"1")), [("a", 1), ("b", "no image")]),
+        ((entry("a.jpg", kind=tarfile.CHRTYPE), entry("a.cls", b"1")), [("a", "no image")]),
+        ((entry("a.jpg", kind=tarfile.BLKTYPE), entry("a.cls", kind=tarfile.FIFOTYPE)), []),
+        ((entry("a.jpg", kind=tarfile.DIRTYPE), entry("a.cls", b"1")), [("a", "no image")]),
+        ((entry("a.jpg", kind=b"Z"), entry("a.cls", b"1")), [("a", "no image")]),  # a kind that nobody knows
+        ((*sample("a", 1), *sample("a", 0)), [("a", 1), ("a", 0)]),  # two samples of one name
+        ((GOOD[0], *GOOD), [("good", "cls: expected a class from 0 to 2, found none"), ("good", 2)]),  # two images, one class
+        ((GOOD[0], GOOD[1], GOOD[1]), [("good", 2), ("good", "no image")]),
+        ((entry("A.JPG", GOOD[0][1]), entry("A.CLS", b"1")), [("A", 1)]),
+        ((entry("A.jpg", GOOD[0][1]), entry("a.cls", b"1")), [("A", "cls: expected a class from 0 to 2, found none"), ("a", "no image")]),
+        ((GOOD[0], entry("good.png", b"torn"), GOOD[1]), [("good", 2)]),  # jpg goes first
+        ((entry("a.jpg"), entry("a.cls", b"1")), [("a", "cannot identify image file")]),  # no byte
+        ((entry(""), entry("."), entry(".."), entry(".jpg", b"x"), entry("a/", b"x"), entry("noending", b"x")), []),
+        (sample("\udcff\x1b[2J", 1), [("\\xff\x1b[2J", 1)]),
+        (sample("n" * 3000 + "/x", 1), [("n" * 3000 + "/x", 1)]),
+        ((entry("a.jpg", GOOD[0][1], pax={"comment": "\x00" * 99, "GNU.sparse.major": "x", "path": "b.jpg"}), entry("b.cls", b"1")),
+         [("b", 1)]),
+        ((entry("inside.tar", b"ustar" * 500), entry("inside.tar.jpg", b"ustar" * 500), entry("inside.tar.cls", b"0")), []),
+        ((entry("a.cls", b"9" * 5000), entry("a.jpg", GOOD[0][1])), [("a", f"cls: expected a class from 0 to 2, got {'9' * 20!r}")]),
+        ((entry("a.cls", "\u0661".encode()), entry("a.jpg", GOOD[0][1])), [("a", 1)]),  # a digit of another script is a digit
+    ],
+    ids=lambda value: value[0][0].name[:20] + value[0][0].type.decode() if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_entries_of_bad_will(tmp_path, entries, expected):
+    """Whatever they are called and whatever they are: nothing is written, no link is followed, and what comes after them is read."""
+    path = shard_of(tmp_path / "t.tar", *entries, *sample("last", 0))
+    found = read(path)
+    assert found[-1] == ("last", 0)
+    assert [name for name, _ in found[:-1]] == [name for name, _ in expected]
+    for (_, got), (_, wanted) in zip(found, expected, strict=False):
+        assert got == wanted or str(got).startswith(str(wanted))
+
+
+@pytest.mark.parametrize(("ending", "most"), [("jpg", 2**28), ("cls", 2**20)])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch, ending, most, mode):
+    """Also where they are a few bytes that a compressor made of many; and what follows is."""
+    monkeypatch.setattr(shards_module, "LARGEST", 2**21)
+    size = min(most, 2**21) + 1
+    other = entry("a.cls", b"1") if ending == "jpg" else GOOD[0]
+    path = shard_of(tmp_path / "t.tar", entry(f"a.{ending}", bytes(size)), (other[0], other[1]), *sample("last"), mode=mode)
+    reads = []
+    plain = tarfile.ExFileObject.read
+    monkeypatch.setattr(tarfile.ExFileObject, "read", lambda self, *a: reads.append(plain(self, *a)) or reads[-1])
+    found = dict(read(path))
+    assert found["a"] == f"{ending}: expected a file of at most {size - 1} bytes without holes, got {size} bytes"
+    assert found["last"] == 0
+    assert max(map(len, reads)) < size
+
+
+def test_a_file_that_claims_more_than_there_is(tmp_path):
+    """Terabytes, by its header: the rest of the shard is lost, and named once; it is not asked for, block by block, for hours."""
+    path = shard_of(tmp_path / "t.tar", *sample("first", 1), *sample("torn", 1))
+    whole = path.read_bytes().rstrip(b"\0")
+    whole += bytes(-len(whole) % 512)
+    for name in ("huge.jpg", "huge.txt"):
+        made = tarfile.TarInfo(name)
+        made.size = 10**13
+        path.write_bytes(whole + made.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+        assert read(path) == [("first", 1), ("t.tar", "expected a whole tar file: unexpected end of data")]
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_names_and_attributes_that_are_too_large(tmp_path, kind):
+    """tarfile would read all of them, at once."""
+    import gzip
+
+    made = tarfile.TarInfo("x")
+    made.type, made.size = kind, 2**30
+    with gzip.open(tmp_path / "t.tar", "wb", 1) as file:
+        file.write(made.tobuf(tarfile.GNU_FORMAT))
+        file.write(bytes(2**20))  # the rest need not be there
+    ((name, reason),) = read(tmp_path / "t.tar")
+    assert name == "t.tar"
+    assert reason == "expected a whole tar file: expected a name or attributes of at most 1048576 bytes, got 1073741824"
+
+
+@pytest.mark.parametrize("version", ["old", "0.1", "1.0"])
+def test_files_with_holes(tmp_path, version):
+    """A few bytes that stand for terabytes."""
+    size = 10**12
+    if version == "old":
+        made = tarfile.TarInfo("a.jpg")
+        made.type = tarfile.GNUTYPE_SPARSE
+        header = bytearray(made.tobuf(tarfile.GNU_FORMAT))
+        header[386:410] = b"00000000000\0" * 2
+        header[483:495] = b"\x80" + size.to_bytes(11, "big")
+        header[148:156] = b"%06o\0 " % sum(bytes(header[:148]) + b" " * 8 + bytes(header[156:512]))
+        rest = shard_of(tmp_path / "rest.tar", entry("a.cls", b"1"), *sample("last")).read_bytes()
+        path = tmp_path / "t.tar"
+        path.write_bytes(bytes(header) + rest)
+    else:
+        pax = {"GNU.sparse.size": str(size), "GNU.sparse.map": "0,0"} if version == "0.1" else {
+            "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a.jpg", "GNU.sparse.realsize": str(size)}  # fmt: skip
+        content = b"" if version == "0.1" else b"1\n0\n0\n".ljust(512, b"\0")
+        path = shard_of(tmp_path / "t.tar", entry("a.jpg", content, pax=pax), entry("a.cls", b"1"), *sample("last"))
+    found = dict(read(path))
+    assert found["a"] == f"jpg: expected a file of at most {2**28} bytes without holes, got {size} bytes"
+    assert found["last"] == 0
+
+
+def test_headers_of_headers_of_headers(tmp_path):
+    """tarfile reads them within one another: beyond Python's depth, the rest of the shard is lost and named."""
+    made = tarfile.TarInfo("x")
+    made.type, made.size = tarfile.XHDTYPE, 12
+    block = made.tobuf(tarfile.USTAR_FORMAT) + b"12 comment=\n".ljust(512, b"\0")
+    (tmp_path / "t.tar").write_bytes(block * 3000)
+    ((name, reason),) = read(tmp_path / "t.tar")
+    assert name == "t.tar"
+    assert reason.startswith("expected a whole tar file: ")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_shards_that_are_no_files(tmp_path, kind):
+    path = tmp_path / "t-0.tar"
+    {"pipe": os.mkfifo, "folder": os.mkdir, "loop": lambda p: os.symlink(p, p)}[kind](path)
+    with pytest.raises(TrainingError, match="found 0; missing: .*t-0.tar"):
+        shards_module.Shards(str(tmp_path / "t-{0..0}.tar"), None, 0, 3)
+    ((name, reason),) = read(path)  # where it takes the place of a shard
+    assert name == "t-0.tar"
+    assert reason.startswith("expected a whole tar file: ")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["x-{0..999999999999}.tar", "x-{" + "0" * 25 + "..9}.tar", "{a,b}" * 25, "{a,{b,c}}" * 20, "{0..9}" * 7, "x{1..1000001}"],
+)
+def test_patterns_of_more_shards_than_anyone_has(pattern):
+    """What braces expand to is a list, which must not be made."""
+    with pytest.raises(TrainingError, match="expected a pattern of at most 1000000 shards"):
+        shards_module.Shards(pattern, None, 0, 3)
+
+
+def test_patterns_are_counted_as_they_expand():
+    from braceexpand import braceexpand
+
+    for pattern in ("x-{000..146}.tar", "{a,b}-{0..9}.tar", "x.tar", "{a,b,c}", "{{a,b},c}-{1..3}"):
+        assert len(list(braceexpand(pattern))) <= shards_module._count(pattern) <= 2 * len(list(braceexpand(pattern)))
+
+
+@pytest.mark.parametrize("scheme", ["pipe", "PIPE", "Pipe"])
+def test_no_spelling_runs_commands(tmp_path, scheme):
+    with pytest.raises(TrainingError, match="a recipe must not run commands"):
+        shards_module.Shards(f"{scheme}:touch {tmp_path}/ran #://", None, 0, 3)
+    assert not list(tmp_path.iterdir())
