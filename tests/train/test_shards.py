@@ -361,11 +361,11 @@ def test_a_file_that_claims_more_than_there_is(tmp_path):
     path = shard_of(tmp_path / "t.tar", *sample("first", 1), *sample("torn", 1))
     whole = path.read_bytes().rstrip(b"\0")
     whole += bytes(-len(whole) % 512)
-    for name in ("huge.jpg", "huge.txt"):
+    for name, samples in (("huge.jpg", ["first", "torn"]), ("huge.txt", ["first"])):  # the last may go on after what is no sample
         made = tarfile.TarInfo(name)
         made.size = 10**13
         path.write_bytes(whole + made.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        assert read(path) == [("first", 1), ("t.tar", "expected a whole tar file: unexpected end of data")]
+        assert read(path) == [*((key, 1) for key in samples), ("t.tar", "expected a whole tar file: unexpected end of data")]
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
