@@ -178,9 +178,10 @@ def test_saves_what_computes_the_same(tmp_path):
     net.layers.insert(1, DAUConv2d(4, 4, 3, padding=1, rank=5))
     net.layers[2].weight = net.layers[1].weight
     net.layers[3] = torch.compile(DAUConv2d(4, 3, 1, rank=3), backend="eager")
-    net.to(memory_format=torch.channels_last)
-    coda_fast.save(net, tmp_path / "net.safetensors")
-    assert torch.allclose(coda_fast.load(tmp_path / "net.safetensors")(images), net(images), rtol=1e-6)
+    for _ in range(2):
+        coda_fast.save(net, tmp_path / "net.safetensors")
+        assert torch.allclose(coda_fast.load(tmp_path / "net.safetensors")(images), net(images), rtol=1e-6)
+        net.to(memory_format=torch.channels_last)
 
 
 def test_save_refuses_others(model, tmp_path):
