@@ -119,8 +119,8 @@ def _npz(spec, channels, device, progress):
 
 
 def _labels(labels, split, path):
-    if labels.dtype.kind not in "iu" or not labels.size or int(labels.min()) < 0:
-        got = f"{labels.dtype} from {labels.min()}" if labels.size else "none"
+    if labels.dtype.kind not in "iu" or not labels.size or int(labels.min()) < 0 or int(labels.max()) >= 2**63:
+        got = f"{labels.dtype} from {labels.min()} to {labels.max()}" if labels.size else "none"
         raise TrainingError(f"data.path: {path}: expected labels of {split} that are integers from 0 on, got {got}")
     return torch.from_numpy(labels.astype(np.int64))
 
@@ -196,7 +196,7 @@ def _folder(spec, channels, device, progress):
         train = _images_of(train_root, index, IMG_EXTENSIONS)
         if annotations.is_file():
             rows = [line.split("\t") for line in annotations.read_text(errors="surrogateescape").splitlines() if line.strip()]
-            if any(len(row) < 2 or not row[0] or Path(row[0]).name != row[0] for row in rows):
+            if any(len(row) < 2 or row[0] in ("", "..") or Path(row[0]).name != row[0] for row in rows):
                 raise ValueError(f"{annotations.name}: expected the name of a file in images/, a tab and its class in every line")
             val = [(str(val_root / "images" / name), index[label]) for name, label, *_ in rows if label in index]
             val_names = {row[1] for row in rows}

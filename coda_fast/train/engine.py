@@ -580,7 +580,11 @@ class Run:
         if self.main:
             self._whole(state["ema"] or state["model"])
         if state["world"] == self.place.world:  # another number of processes: nothing that a step draws depends on these
-            files.set_rng_state(state["rng"][self.place.rank])
+            try:
+                files.set_rng_state(state["rng"][self.place.rank])
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise TrainingError(f"{path}: random states that cannot be: {reason}") from None
         self.watch.say(f"going on from {path}: epoch {self.epoch + 1}, step {self.step}")
 
     def _finish(self):

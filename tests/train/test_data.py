@@ -2,6 +2,7 @@
 
 import collections
 import io
+import os
 import pickle
 import shutil
 
@@ -515,3 +516,128 @@ def test_npz_truncated(tmp_path):
     (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
     with pytest.raises(TrainingError, match="not an .npz file that NumPy can read"):
         open_data(Data(kind="npz", path=str(tmp_path / "b.npz")), 3)
+
+
+# -- folders and files of bad will ----------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_a_folder_are_those_of_torchvision_in_its_order(folder):
+    """A run goes on by the order; torchvision's own list goes through links that lead back, again and again."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    for path in ("deep/er/x.PNG", "deep/a.jpg", "._0.jpeg", "notes.txt", "B.webp", "deep.png"):
+        (folder / "train" / "bee" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "train" / "bee" / path).touch()
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "y.png").touch()
+    (folder / "train" / "cat" / "linked").symlink_to(folder / "elsewhere", target_is_directory=True)
+    index = {"ant": 0, "bee": 1, "cat": 2}
+    expected = make_dataset(str(folder / "train"), index, IMG_EXTENSIONS)
+    assert open_data(spec(folder), 3).train.files == expected
+    assert str(folder / "train" / "cat" / "linked" / "y.png") in [path for path, _ in expected]
+
+
+def test_links_that_lead_back(folder):
+    """Two of them: each path is one of 2^40, which would be listed for ever."""
+    count = len(open_data(spec(folder), 3).train.files)
+    for name in ("again", "once_more"):
+        (folder / "train" / "ant" / name).symlink_to(folder / "train" / "ant", target_is_directory=True)
+        (folder / "train" / "ant" / f"up_{name}").symlink_to("..", target_is_directory=True)
+    found = open_data(spec(folder), 3).train.files
+    assert len([path for path, _ in found if "again" not in path and "once_more" not in path]) == count
+    assert len(found) == 2 * count - 9  # and those of the other classes, by the links that lead up
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_no_file_is_skipped_and_never_waited_for(folder, workers):
+    """A pipe would block a worker for ever, a device never ends, an image may be gone when its turn comes, or too large."""
+    source = open_data(spec(folder, workers=workers), 3)
+    victims = {
+        name: folder / "train" / "bee" / f"00{i}.JPEG" for i, name in enumerate(("pipe", "device", "gone", "folder", "large", "program"))
+    }
+    for path in victims.values():
+        path.unlink()
+    os.mkfifo(victims["pipe"])
+    victims["device"].symlink_to("/dev/zero")
+    victims["folder"].mkdir()
+    Image.new("L", (8, 8)).save(victims["large"], "BMP")
+    data = bytearray(victims["large"].read_bytes())
+    data[18:26] = (30_000).to_bytes(4, "little") * 2
+    victims["large"].write_bytes(data)
+    Image.new("RGB", (8, 8)).save(victims["program"], "EPS")
+    failures = {name: reason for b in source.train.training(0, 0, 0, 8, ONE) for name, reason in b.failures}
+    reasons = {
+        "pipe": "got a pipe",
+        "device": "got a device",
+        "gone": "No such file",
+        "folder": "got a folder",
+        "large": "",
+        "program": "not an",
+    }
+    assert failures.keys() == {str(path) for path in victims.values()}
+    for name, reason in reasons.items():
+        assert reason in failures[str(victims[name])]
+
+
+def test_a_run_skips_what_vanishes(folder, tmp_path, monkeypatch):
+    """Between listing and reading: counted, named, and the run goes on."""
+    opened = engine.open_data
+
+    def and_gone(*arguments):
+        source = opened(*arguments)
+        (folder / "train" / "cat" / "003.JPEG").unlink()
+        return source
+
+    monkeypatch.setattr(engine, "open_data", and_gone)
+    row = run(tmp_path / "out", *NET, f"data.path={folder}")
+    assert row["unreadable"] == 1
+
+
+@pytest.mark.parametrize("name", ["../../train/ant/000.JPEG", "/etc/passwd", "sub/x.JPEG", "", ".."])
+def test_annotations_name_files_of_their_folder(folder, name):
+    (folder / "val" / "val_annotations.txt").write_text(f"{name}\tant\t0\n")
+    with pytest.raises(TrainingError, match="val_annotations.txt: expected the name of a file in images/"):
+        open_data(spec(folder), 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_images": np.zeros((3, 0, 4, 3), np.uint8)}, "expected train_images"),
+        ({"train_images": np.zeros((), np.uint8)}, "expected train_images"),
+        ({"train_labels": np.full(3, 1 + 1j)}, "expected labels of train that are integers"),
+        ({"train_labels": np.full(3, 2**63, np.uint64)}, "expected labels of train that are integers"),
+        ({"class_names": np.array("a")}, "expected labels 0 to 0, got"),
+        ({"train_jpeg": np.zeros(5, np.uint8)}, "expected train_jpeg, train_offset and train_label that fit"),
+    ],
+)
+def test_arrays_of_bad_will(tmp_path, changes, message):
+    images, labels = np.zeros((3, 4, 4, 3), np.uint8), np.arange(3)
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    np.savez(tmp_path / "a.npz", **{**arrays, **changes})
+    with pytest.raises(TrainingError, match=message):
+        open_data(Data(kind="npz", path=str(tmp_path / "a.npz")), 3)
+
+
+def test_arrays_that_claim_more_than_there_is(tmp_path):
+    """By the header of one of them: refused before anything is allocated."""
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        text = repr({"descr": "|u1", "fortran_order": False, "shape": (10**12, 32, 32, 3)}).encode().ljust(117) + b"\n"
+        file.writestr("train_images.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(TrainingError, match="a.npz: not an .npz file .* claims 3072000000000128 bytes, the file holds 128"):
+        open_data(Data(kind="npz", path=str(tmp_path / "a.npz")), 3)
+
+
+def test_binary_cifar_of_bad_will(tmp_path):
+    records = np.zeros((4, 3073), np.uint8)
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        records.tofile(tmp_path / name)
+    (tmp_path / "batches.meta.txt").write_bytes(b"a b \xff")
+    with pytest.raises(TrainingError, match="batches.meta.txt: expected the names of 10 classes, got 3"):
+        open_data(Data(kind="cifar10", path=str(tmp_path)), 3)
+    (tmp_path / "batches.meta.txt").unlink()
+    os.mkfifo(tmp_path / "data_batch_2.bin")
+    with pytest.raises(TrainingError, match="got no file: .*data_batch_2.bin"):
+        open_data(Data(kind="cifar10", path=str(tmp_path)), 3)

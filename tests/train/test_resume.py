@@ -498,3 +498,31 @@ def test_other_data_is_another_run(tmp_path):
         with pytest.raises(TrainingError, match=f"had other data: {what}"):
             run(tmp_path / "out", *options, write("b.npz", *changed), "epochs=2", resume="auto")
     assert run(tmp_path / "out", *options, write("e.npz", images, labels), "epochs=2", resume="auto")["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("recipe", 3), ("data", []), ("world", "x"), ("epoch", -1), ("epoch", 1.5), ("step", None), ("updates", []), ("model", None),
+        ("ema", 3), ("optimizer", []), ("optimizer", {}), ("schedule", 1), ("schedule", {"step": 3}), ("rng", {}), ("history", 3),
+        ("history", [3]), ("best", "x"), ("bad", 3), ("seconds", "x"), ("sums", 3), ("model", {"x": torch.zeros(3)}), ("rng", []),
+        ("rng", [None]), ("rng", [{"torch": torch.zeros(3), "numpy": [], "python": [], "cuda": None}]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_of_bad_will(tmp_path, finished_run, key, value):
+    """One line, whatever stands where; and nothing is written into the folder of the run."""
+    state = torch.load(finished_run, weights_only=True) | {key: value}
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(TrainingError) as refused:
+        run(tmp_path / "out", resume=str(tmp_path / "c.pt"))
+    assert "c.pt: " in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run(folder)
+    return folder / "checkpoints" / "epoch_0001_step_0000000.pt"
