@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from coda_fast._autocast import wide
-from coda_fast._classes import as_classes, one_each
+from coda_fast._classes import as_classes, check_range, one_each
 from coda_fast._wrappers import need_network, wrapped_by
 from coda_fast.functional import dau_conv2d_transpose
 from coda_fast.models import CoDANet
@@ -154,6 +154,8 @@ class DynamicMatrixLoss(nn.Module):
         if not self.weight:
             return MatrixLoss(bce, bce, bce.new_zeros(()), logits)
         rows = self.rows(labels, model.num_classes) if rows is None else _rows(rows, "rows", len(images))
+        if not rows.is_cuda:  # there one_hot does, without waiting for the device
+            check_range(rows, model.num_classes, "rows")
         penalty = _penalty(model, activations, rows, self.norm, valid)
         return MatrixLoss(bce + self.weight * penalty, bce, penalty, logits)
 

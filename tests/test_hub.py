@@ -131,3 +131,20 @@ def test_without_huggingface_hub():
     path = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=100)
     assert "ImportError: coda_fast.hub needs huggingface_hub: pip install 'coda-fast[hub]'" in done.stderr
+
+
+def test_what_a_folder_cannot_say_is_refused(tmp_path):
+    """As ``save`` refuses it; a wrapper changes nothing; a dtype is one."""
+    model = coda_fast.create_model("coda_xs_digits")
+    twin = HubCoDANet.from_model(torch.nn.DataParallel(model))
+    assert twin.layers[0].weight is model.layers[0].weight
+    model.layers[1] = coda_fast.DAUConv2d(8, 16, 3, stride=2, padding=2, dilation=2, rank=32)
+    HubCoDANet.from_model(model).save_pretrained(tmp_path / "dilated")
+    images = torch.rand(1, 1, 8, 8)
+    assert torch.equal(HubCoDANet.from_pretrained(tmp_path / "dilated")(images), model(images))
+    model.layers[1].register_buffer("mean", torch.zeros(1))
+    with pytest.raises(ValueError, match=r"layers.1: .*has \['mean'\] besides"):
+        HubCoDANet.from_model(model)
+    for dtype in ("load", "no", 3):
+        with pytest.raises(ValueError, match="dtype: expected a floating-point dtype"):
+            HubCoDANet(**coda_fast.create_model("coda_xs_digits").config(), dtype=dtype)

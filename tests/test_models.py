@@ -150,3 +150,55 @@ def test_logits_under_autocast_can_be_told_apart():
     assert logits.dtype == torch.float32
     assert len(logits[0].unique()) > 500
     assert model.to(torch.bfloat16)(images.bfloat16()).dtype == torch.bfloat16
+
+
+def test_options_of_each_layer():
+    """One value for all, or one for each; ``config`` has what the constructor takes."""
+    config = dict(
+        out_channels=[4, 5, 3], ranks=[2, 3, 5], kernel_sizes=[3, [3, 1], 1], strides=[1, 2, 1], dilations=[1, [2, 1], 1],
+        norm=["squash", "l2", "l2"], eps=[1e-6, 1e-3, 1e-6], bias=[True, False, True],
+    )  # fmt: skip
+    model = CoDANet(**config, temperature=3.0)
+    assert [layer.dilation for layer in model.layers] == [(1, 1), (2, 1), (1, 1)]
+    assert [layer.padding for layer in model.layers] == [(1, 1), (2, 0), (0, 0)]  # by default, the size of an image stays
+    assert [layer.norm for layer in model.layers] == config["norm"]
+    assert [layer.eps for layer in model.layers] == config["eps"]
+    assert [layer.bias is not None for layer in model.layers] == config["bias"]
+    found = model.config()
+    assert {key: found[key] for key in config} == config
+    twin = CoDANet(**found)
+    assert repr(twin) == repr(model)
+    assert {k: t.shape for k, t in twin.state_dict().items()} == {k: t.shape for k, t in model.state_dict().items()}
+    same = CoDANet(**SMALL, temperature=3.0, norm=["l2", "l2"], eps=[1e-3] * 2, bias=[False] * 2, dilations=[1, 1])
+    assert same.config() == CoDANet(**SMALL, temperature=3.0, norm="l2", eps=1e-3, bias=False).config()
+    assert "dilations" not in same.config()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(ranks=[10**12, 5]), r"weights of .* numbers: expected what fits into the .* GiB of this machine"),
+        (dict(ranks=[2**62, 5]), r"weights: expected less than 2\*\*63 bytes for a layer, got about 2\*\*"),
+        (dict(out_channels=[10**200, 3]), r"weights: expected less than 2\*\*63 bytes"),
+    ],
+    ids=str,
+)
+def test_what_no_machine_holds_is_refused_before_it_is_allocated(options, message, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: made.append(args))
+    with pytest.raises(ValueError, match=message):
+        CoDANet(**(SMALL | options), temperature=1.0)
+    with pytest.raises(ValueError, match=message):
+        coda_fast.DAUConv2d(6, (options.get("out_channels") or [4])[0], 3, rank=(options.get("ranks") or [2])[0])
+    assert not made
+
+
+def test_the_sum_of_all_layers_counts(monkeypatch):
+    """Each layer would fit, all of them do not. On the meta device nothing is held."""
+    layers = dict(out_channels=[64] * 9, ranks=[64] * 9, kernel_sizes=[31] * 9, strides=[1] * 9)  # about 1 GiB each
+    monkeypatch.setattr("coda_fast.safety.machine_memory", lambda device="cpu": 2 << 30)
+    with pytest.raises(ValueError, match="weights of .* numbers: expected what fits into the 2 GiB of this machine"):
+        CoDANet(**layers, temperature=1.0)
+    assert CoDANet(**layers, temperature=1.0, device="meta").num_classes == 64
+    with torch.device("meta"):
+        assert CoDANet(**layers, temperature=1.0).num_classes == 64

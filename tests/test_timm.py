@@ -367,3 +367,14 @@ def test_without_timm():
 def test_the_entry_points_are_public():
     assert set(coda_fast.list_models()) < set(timm_models.__all__)
     assert timm_models.coda_xs_digits().num_classes == 10
+
+
+def test_options_of_a_classifier_come_back():
+    """A fresh classifier has the geometry of the one before, its dilation too."""
+    model = timm_models.TimmCoDANet([4, 3], [2, 2], [3, 3], [1, 1], dilations=[1, 2], norm=["squash", "l2"], temperature=1.0)
+    model.reset_classifier(5)
+    assert (
+        model.config() | {"out_channels": [4, 3]}
+        == timm_models.TimmCoDANet([4, 3], [2, 2], [3, 3], [1, 1], dilations=[1, 2], norm=["squash", "l2"], temperature=1.0).config()
+    )
+    assert model(torch.rand(1, 3, 9, 9)).shape == (1, 5)
