@@ -114,6 +114,14 @@ def test_npz_of_arrays(tmp_path, grey):
     assert found.train.images[2, 0, 4, 1] == (images[2, 4, 1] if grey else images[2, 4, 1, 0])
 
 
+def test_npz_of_medmnist(tmp_path):
+    """Labels [N, 1] uint8, a class for each image."""
+    images, labels = np.zeros((7, 5, 6), np.uint8), np.arange(7, dtype=np.uint8)[:, None]
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    found = open_data(Data(kind="npz", path=str(tmp_path / "a.npz")), 1)
+    assert found.train.labels.tolist() == found.val.labels.tolist() == list(range(7))
+
+
 def test_npz_of_jpegs(tmp_path):
     arrays, exact = {}, np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
     for split, values in (("train", [10, 200, 90]), ("test", [50])):
