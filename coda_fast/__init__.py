@@ -6,6 +6,7 @@ from coda_fast._wrappers import unwrap
 from coda_fast.backends import BackendUnavailable, backend_info
 from coda_fast.checkpoints import CheckpointError, load, save
 from coda_fast.compile import compile_kernels
+from coda_fast.convert import Conversion, convert_conv2d
 from coda_fast.explain import Explanation
 from coda_fast.export import Explainer
 from coda_fast.models import CoDANet, create_model, list_models
@@ -16,6 +17,7 @@ __all__ = [
     "BackendUnavailable",
     "CheckpointError",
     "CoDANet",
+    "Conversion",
     "DAUConv2d",
     "Explainer",
     "Explanation",
@@ -23,6 +25,7 @@ __all__ = [
     "__version__",
     "backend_info",
     "compile_kernels",
+    "convert_conv2d",
     "create_model",
     "explanation_mode",
     "functional",

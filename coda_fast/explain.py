@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
-from collections.abc import Sequence
+import html
+import json
+import math
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +23,16 @@ from coda_fast._wrappers import gathered, need_network, unwrap
 from coda_fast.nn import DAUConv2d, explanation_mode
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from coda_fast.models import CoDANet
 
 MEMORY_BUDGET = 1 << 30
+_FORMAT = "coda_fast.Explanation"
+_SHOWN = 4  # images in a notebook
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Explanation:
     """Why a network gave its logits; N images, K explained classes each, all tensors on the images' device.
 
@@ -36,6 +48,18 @@ class Explanation:
         completeness_error: ``|sum of contributions + logit bias - logit|``, in logits, [N, K]: rounding, below 1e-6 (float32), 1e-14
             (float64) or 2e-2 (bfloat16) of the logit plus the sum of absolute contributions.
         layer: index of the DAU layer whose inputs are the terms of the decomposition; 0: the encoded image.
+        images: what was explained, [N, C, H, W]: the tensor that was given, without its graph.
+        logit_bias: the constant in every logit that no pixel contributes.
+        class_names: those of the network, or None.
+
+    ``len(e)`` is N; ``e[i]``, ``e[1:3]``, ``e[[0, 2]]`` and iteration give explanations of these images. In a notebook it shows itself.
+
+    >>> import torch, coda_fast
+    >>> e = coda_fast.create_model("coda_xs_digits").explain(torch.rand(5, 1, 8, 8), target=[[3, 7]] * 5)
+    >>> e
+    Explanation(5 images, 2 classes each, maps 8 x 8, layer 0, float32 on cpu, ...)
+    >>> e[1:3].to(torch.float64)
+    Explanation(2 images, 2 classes each, maps 8 x 8, layer 0, float64 on cpu, ...)
     """
 
     logits: torch.Tensor
@@ -45,6 +69,122 @@ class Explanation:
     contribution_map: torch.Tensor
     completeness_error: torch.Tensor
     layer: int
+    images: torch.Tensor | None = None
+    logit_bias: float = 0.0
+    class_names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | torch.Tensor) -> Explanation:
+        """Of some of the images: an int gives a batch of one. IndexError: there is no such image."""
+        if not isinstance(index, slice | Sequence | torch.Tensor):
+            index = range(len(self))[index]  # numpy's ints too; IndexError ends an iteration
+            index = slice(index, index + 1)
+        return self._each(lambda tensor: tensor[index])
+
+    def __iter__(self) -> Iterator[Explanation]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        n, k, height, width = self.contribution_map.shape
+        error = f"{float(self.completeness_error.max()):.1e}" if self.completeness_error.numel() else "none"
+        dtype, device = str(self.contribution_map.dtype).removeprefix("torch."), self.contribution_map.device
+        return (
+            f"Explanation({n} images, {k} classes each, maps {height} x {width}, layer {self.layer}, {dtype} on {device}, "
+            f"completeness error up to {error} logits)"
+        )
+
+    def to(self, *args, **kwargs) -> Explanation:
+        """On another device, or in another floating-point dtype: arguments as of ``torch.Tensor.to``; classes stay integers."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point one, got {dtype}")
+
+        def move(tensor):
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking)
+
+        return self._each(move)
+
+    def name(self, index: int) -> str:
+        """Of a class."""
+        return self.class_names[index] if self.class_names else f"class {index}"
+
+    def plot(self) -> Figure:
+        """A figure: a row for each image with its maps and the proof that they are complete, see ``coda_fast.plot.explanation_figure``.
+
+        Raises:
+            ValueError: an explanation without its images. ImportError: matplotlib is not installed.
+        """
+        from coda_fast import plot
+
+        if self.images is None:
+            raise ValueError("plot: expected an explanation with its images, got one without; see coda_fast.plot.explanation_figure")
+        return plot.explanation_figure(self.images, self, self.logit_bias, self.class_names)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """All of it, images too, to a safetensors file that ``load`` reads; all or nothing. ImportError: safetensors is not installed."""
+        from coda_fast import checkpoints
+
+        safetensors = checkpoints.require_safetensors()
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        names = None if self.class_names is None else list(self.class_names)
+        facts = json.dumps({"layer": self.layer, "logit_bias": self.logit_bias, "class_names": names})
+        data = safetensors.torch.save(tensors, {"format": _FORMAT, "facts": facts})
+        with checkpoints.atomic_path(path) as temporary:
+            temporary.write_bytes(data)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> Explanation:
+        """What ``save`` wrote. FileNotFoundError: no such file. ValueError: another file, or a damaged one."""
+        from coda_fast import checkpoints
+
+        safetensors = checkpoints.require_safetensors()
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: no such explanation")
+        try:
+            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises bare exceptions of its own
+            raise ValueError(f"{path}: expected an explanation that was saved, got a file that safetensors cannot read: {error}") from None
+        if header.get("format") != _FORMAT:
+            raise ValueError(f"{path}: expected an explanation (format {_FORMAT!r}), got format {header.get('format')!r}")
+        try:
+            facts = json.loads(header["facts"])
+            names = facts["class_names"]
+            return cls(**tensors, **{**facts, "class_names": None if names is None else tuple(names)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected an explanation that was saved, got a damaged one: {error}") from None
+
+    def _tensors(self):
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+    def _each(self, function):
+        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{i}</td><td>{html.escape(e.name(int(c)))}</td><td>{float(e.logits[0, c].sigmoid()):.3f}</td>"
+            f"<td>{float(e.logits[0, c]):.3f}</td><td>{float(e.completeness_error[0, k]):.1e}</td></tr>"
+            for i, e in enumerate(self[:_SHOWN])
+            for k, c in enumerate(e.target[0])
+        )
+        table = (
+            "<table><tr><th>image</th><th>class</th><th>probability</th><th>logit</th><th>completeness error</th></tr>" + rows + "</table>"
+        )
+        more = f"<p>and {len(self) - _SHOWN} more images</p>" if len(self) > _SHOWN else ""
+        drawn = ""
+        if len(self):
+            try:
+                from coda_fast import plot
+
+                picture = base64.b64encode(plot.render(self[:_SHOWN].plot(), dpi=100)).decode()
+                drawn = f'<img alt="images and contribution maps" src="data:image/png;base64,{picture}">'
+            except (ImportError, ValueError) as error:
+                drawn = f"<p>no figure: {html.escape(str(error))}</p>"
+        return f"<div>{drawn}{table}{more}<p><code>{html.escape(repr(self))}</code></p></div>"
 
 
 def explain(
@@ -70,7 +210,10 @@ def explain(
     Leaves no graph, no hook, no changed mode and no ``.grad`` behind, and works under ``torch.no_grad`` and ``inference_mode``.
 
     Raises:
-        ValueError, TypeError: images of the wrong shape or with NaN or infinite values, targets or layers that do not exist.
+        ValueError, TypeError: images of the wrong shape or with NaN or infinite values, targets or layers that do not exist, logits that
+            are not finite.
+
+    Warns, once: images that leave [0, 1] by more than rounding.
 
     >>> import torch, coda_fast
     >>> model = coda_fast.create_model("coda_xs_digits")
@@ -80,10 +223,9 @@ def explain(
     """
     model = need_network(model)
     model.check_images(images)
-    if not torch.isfinite(images).all():
-        raise ValueError("images: expected finite values, got NaN or infinity")
+    largest = _check_pixels(images)
     index = _layer_index(model, layer)
-    model = gathered(model)
+    names, model = model.class_names, gathered(model)
     targets = None if target is None else _targets(target, len(images), model.num_classes, images.device)
     classes = 1 if targets is None else targets.shape[1]
     fixed, each = _bytes_per_image(model, images)
@@ -93,7 +235,45 @@ def explain(
     for start in range(0, max(1, len(images)), step):
         chunk = slice(start, start + step)
         parts.append(_explain_chunk(model, images[chunk], None if targets is None else targets[chunk], index, together))
-    return Explanation(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), layer=index)
+    found = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    finite = torch.isfinite(found[0]).all(1)
+    if not finite.all():
+        i = int((~finite).nonzero()[0, 0])
+        raise ValueError(
+            f"model: expected finite logits, got {found[0][i].tolist()[:4]} for image {i}; pixels reach {largest:.3g}, and |w|^2 or a sum "
+            f"leaves the range of {str(images.dtype).removeprefix('torch.')}, or weights are not finite"
+        )
+    return Explanation(*found, index, images.detach(), model.logit_bias, None if names is None else tuple(names))
+
+
+_WARNED = threading.Event()
+
+
+def _check_pixels(images) -> float:
+    """The largest absolute pixel; ValueError for NaN and infinity, one warning where pixels are not in [0, 1]."""
+    if not images.numel():
+        return 0.0
+    low, high = torch.stack(images.detach().aminmax()).tolist()  # one look at the device
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("images: expected finite values, got NaN or infinity")
+    slack = max(1e-4, 2 * torch.finfo(images.dtype).eps)
+    if (low < -slack or high > 1 + slack) and not _WARNED.is_set():
+        _WARNED.set()
+        cause = "were they normalised by mean and deviation?" if low < -slack else "are they 0 to 255?" if high > 2 else "are they scaled?"
+        warnings.warn(
+            f"images: expected pixels in [0, 1], which the encoding [x, 1 - x] is made for, got {low:.3g} to {high:.3g}; {cause} This is "
+            f"said once.",
+            stacklevel=_outside(),
+        )
+    return max(abs(low), abs(high))
+
+
+def _outside() -> int:
+    """The ``stacklevel`` of a warning of the function that calls this: the first frame that is not ours."""
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "coda_fast":
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _explain_chunk(model, images, targets, index, together):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 import os
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,13 +101,14 @@ def explanation_figure(
     class_names: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
 ) -> Figure:
-    """One row for each image: the image, a contribution map for each explained class, the dynamic weight of the first of them.
+    """One row for each image: the image, a contribution map for each explained class, and, of the encoded image (``layer=None``), the
+    dynamic weight of the first of them.
 
     All maps share one symmetric scale; below each stands the proof that it is complete.
 
     Args:
         images: [N, C, H, W], as given to ``model.explain``.
-        explanation: what it returned, with ``layer=None``.
+        explanation: what it returned.
         logit_bias: ``model.logit_bias``.
         class_names: one for each class; numbers if None.
         labels: the true class of each image, written above it.
@@ -111,14 +116,9 @@ def explanation_figure(
     Raises:
         ValueError: images and explanation that do not belong together. ImportError: matplotlib is not installed.
     """
-    if explanation.layer != 0 or explanation.contribution_map.shape[:1] + explanation.contribution_map.shape[2:] != (
-        len(images),
-        *images.shape[2:],
-    ):
-        raise ValueError(
-            f"explanation: expected maps of these images ({list(images.shape)}, layer 0), "
-            f"got {list(explanation.contribution_map.shape)}, layer {explanation.layer}"
-        )
+    maps, encoded = list(explanation.contribution_map.shape), explanation.layer == 0
+    if maps[0] != len(images) or (encoded and maps[2:] != list(images.shape[2:])):
+        raise ValueError(f"explanation: expected maps of these images ({list(images.shape)}), got {maps}, layer {explanation.layer}")
     count, classes = explanation.target.shape
     if labels is not None and len(labels) != count:
         raise ValueError(f"labels: expected {count}, one for each image, got {len(labels)}")
@@ -128,8 +128,9 @@ def explanation_figure(
         return text if len(text) <= 20 else f"{text[:19]}\u2026"  # or titles run into each other
 
     aspect = min(4.0, max(0.25, images.shape[2] / images.shape[3]))  # a strip is drawn small rather than on a page of metres
-    figure = new_figure(width=2.3 * (classes + 2) + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
-    axes = figure.subplots(count, classes + 2, squeeze=False)
+    columns = classes + 1 + encoded
+    figure = new_figure(width=2.3 * columns + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
+    axes = figure.subplots(max(1, count), columns, squeeze=False)
     scale = symmetric_scale(explanation.contribution_map)
     sigmoid = explanation.logits.sigmoid()
     for i in range(count):
@@ -139,8 +140,9 @@ def explanation_figure(
             title = f"{name(target)}: {probability(float(sigmoid[i, target]))}"
             artist = show_map(axes[i, k + 1], explanation.contribution_map[i, k], scale, title)
             axes[i, k + 1].set_xlabel(proof(explanation, i, k, logit_bias), fontsize=7)
-        title = f"weight of {name(int(explanation.target[i, 0]))}"
-        show_weight(axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title)
+        if encoded:
+            title = f"weight of {name(int(explanation.target[i, 0]))}"
+            show_weight(axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title)
     if count:
         colour_bar(figure, artist, axes)
     return figure
@@ -184,4 +186,83 @@ def _bare(axes, title):
         spine.set_linewidth(0.5)
         spine.set_color("0.6")
     if title:
-        axes.set_title(title, fontsize=9, parse_math=False)  # names of classes may hold dollars
+        text, families, _ = drawable(title)
+        axes.set_title(text, fontsize=9, fontfamily=families, parse_math=False)  # names of classes may hold dollars
+
+
+# -- names in every script --------------------------------------------------------------------------------------------------------------
+
+
+def drawable(text: str) -> tuple[str, list[str], list[str]]:
+    """A text as figures can show it, the families of fonts to draw it with, and the files of those beside the default font.
+
+    What matplotlib's default font lacks (Chinese, Japanese, emoji ...) comes from the first installed font that has it, also from that of
+    the package matplotlib-fontja. What no font has is drawn as U+25A1, an empty box, and named in one warning.
+    """
+    from matplotlib import rcParams
+
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    families, files, lost = list(rcParams["font.family"]), [], []
+    for character in sorted(set(text)):
+        if not _has(_default_font(), character):
+            entry = _font_with(character)
+            if entry is None:
+                lost.append(character)
+            elif entry.name not in families:
+                families.append(entry.name)
+                files.append(entry.fname)
+    if lost:
+        _say_lost(frozenset(lost))
+        text = "".join("\u25a1" if c in lost else c for c in text)
+    return text, families, files
+
+
+_LOST: set[str] = set()
+
+
+def _say_lost(characters):
+    if fresh := characters - _LOST:
+        _LOST.update(fresh)
+        some = " ".join(f"{c} (U+{ord(c):04X})" for c in sorted(fresh)[:5]) + (" ..." if len(fresh) > 5 else "")
+        warnings.warn(
+            f"figures: no installed font has {some}, drawn as \u25a1; install one, such as the package matplotlib-fontja for Japanese and "
+            f"many Chinese characters",
+            stacklevel=4,
+        )
+
+
+def _default_font():
+    from matplotlib import font_manager
+
+    return font_manager.findfont(font_manager.FontProperties())
+
+
+@functools.cache
+def _characters(path):
+    """The code points that a font file has; none of one that cannot be read (of coloured emoji, matplotlib can read none)."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(path).get_charmap())
+    except Exception:  # whatever a font file is, it is not worth a figure
+        return frozenset()
+
+
+def _has(path, character):
+    return ord(character) in _characters(path)
+
+
+@functools.cache
+def _font_with(character):
+    """An installed font with this character, upright and of normal weight if there is one; None: there is none."""
+    from matplotlib import font_manager
+
+    package = importlib.util.find_spec("matplotlib_fontja")
+    if package is not None and package.origin:
+        known = {entry.fname for entry in font_manager.fontManager.ttflist}
+        for path in sorted(Path(package.origin).parent.rglob("*.ttf")):
+            if str(path) not in known:
+                font_manager.fontManager.addfont(str(path))
+    entries = [entry for entry in font_manager.fontManager.ttflist if not entry.name.startswith("Last Resort")]  # boxes with numbers
+    plain = sorted(entries, key=lambda entry: (entry.style != "normal", str(entry.weight) not in ("400", "normal")))
+    return next((entry for entry in plain if _has(entry.fname, character)), None)

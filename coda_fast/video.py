@@ -17,7 +17,7 @@ import torch
 from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
 from coda_fast.images import resize
-from coda_fast.plot import COLOURS, probability
+from coda_fast.plot import COLOURS, drawable, probability
 from coda_fast.safety import MOST_PIXELS, NotAFile, batch_within, check_explainable, open_file
 
 PERCENTILE = 99.75  # of absolute contributions over the video, as published
@@ -154,8 +154,7 @@ def explain_video(
     if scale is None:
         histogram = torch.zeros(_BINS, dtype=torch.float64)
         for frames in batches():
-            explanation = model.explain(tensor(frames), target)
-            _finite(explanation.logits, source)
+            explanation = _explained(model, tensor(frames), target, source)
             maps = explanation.contribution_map.abs().double().cpu()
             histogram += torch.histc(maps.clamp(10**_LOW, 10**_HIGH * 0.999).log10(), _BINS, _LOW, _HIGH)
         index = int(torch.searchsorted(histogram.cumsum(0), histogram.sum() * PERCENTILE / 100))
@@ -168,8 +167,8 @@ def explain_video(
         writer = _Writer(temporary, _rate(source), target_path)
         try:
             for frames in batches():
-                explanation = model.explain(tensor(frames), target)
-                sure = _finite(explanation.logits, source)[:, target].sigmoid().tolist()
+                explanation = _explained(model, tensor(frames), target, source)
+                sure = explanation.logits[:, target].sigmoid().tolist()
                 worst = max(worst, float(explanation.completeness_error.max()))
                 for (image, time), contribution, p in zip(frames, explanation.contribution_map[:, 0].cpu(), sure, strict=True):
                     writer.write(_picture(image, contribution, scale, name, probability(p)), time)
@@ -188,6 +187,13 @@ def _av():
     except ImportError:
         raise ImportError("videos need PyAV: pip install 'coda-fast[video]'") from None
     return av
+
+
+def _explained(model, frames, target, source):
+    try:
+        return model.explain(frames, target)
+    except ValueError as error:  # logits that are not finite
+        raise VideoError(f"{source}: {error}") from None
 
 
 def _finite(logits, source):
@@ -295,12 +301,12 @@ def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
 
 
 @functools.lru_cache
-def _font(size):
-    """That of the figures, which has most alphabets."""
+def _font(size, file=None):
+    """That of the figures, which has most alphabets, or another one."""
     import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+    return ImageFont.truetype(file or os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _picture(image, contribution, scale, name, sure):
@@ -325,7 +331,8 @@ def _picture(image, contribution, scale, name, sure):
     draw.line([(start - 1, 0), (start - 1, height), (start + width, height)], "#999999")  # the map's edge, which may be white
     draw.line([(0, height), (width - 1, height)], "#999999")
 
-    font, room = _font(14 * unit), width - 8 * unit
+    name, _, files = drawable(name)
+    font, room = _font(14 * unit, files[0] if files else None), width - 8 * unit  # one font for all: those of other scripts have ours too
     caption, kept = f"{name}: {sure}", len(name)
     while font.getlength(caption) > room and kept:
         kept -= 1

@@ -1,12 +1,23 @@
 """Explanations: complete, batched, and leaving nothing behind."""
 
+import base64
+import dataclasses
 import gc
+import io
+import re
+import sys
+import threading
+import warnings
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
+import coda_fast
 from coda_fast import CoDANet, create_model
+from coda_fast import explain as explain_module
 from coda_fast.functional import dau_conv2d_transpose
 
 MAPS = ("dynamic_weight", "contributions", "contribution_map")
@@ -253,3 +264,145 @@ def test_gradients_accumulated_elsewhere_stay():
     before = [p.grad.clone() for p in model.parameters()]
     model.explain(images)
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
+
+
+# -- the object -------------------------------------------------------------------------------------------------------------------------
+
+
+def _fields(explanation):
+    return {f.name: getattr(explanation, f.name) for f in dataclasses.fields(explanation)}
+
+
+def _same(a, b):
+    for name, value in _fields(a).items():
+        other = getattr(b, name)
+        same = torch.equal(value, other) and value.dtype == other.dtype if isinstance(value, torch.Tensor) else value == other
+        assert same, name
+
+
+def test_images_of_an_explanation():
+    model, images = _model(), torch.rand(4, 3, 8, 8)
+    classes = torch.tensor([[0, 1], [2, 3], [4, 0], [1, 1]])
+    e = model.explain(images.requires_grad_(), classes)
+    assert len(e) == 4
+    assert torch.equal(e.images, images)
+    assert not e.images.requires_grad
+    assert e.images.data_ptr() == images.data_ptr()  # no copy
+    for index in (2, -1, np.int64(1)):
+        i = range(4)[index]
+        one = e[index]
+        assert len(one) == 1
+        for name, value in _fields(one).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, getattr(e, name)[i : i + 1])
+    assert torch.equal(e[1:3].target, classes[1:3])
+    assert torch.equal(e[[3, 0]].target, classes[[3, 0]])
+    assert torch.equal(e[torch.tensor([True, False, True, False])].target, classes[::2])
+    assert [len(one) for one in e] == [1] * 4
+    for index in (4, -5):
+        with pytest.raises(IndexError):
+            e[index]
+
+
+def test_moved_explanations():
+    e = _model().explain(torch.rand(2, 3, 8, 8))
+    wide = e.to(torch.float64)
+    assert all(t.dtype == (torch.float64 if t.is_floating_point() else torch.int64) for t in wide._tensors().values())
+    assert torch.equal(wide.contributions, e.contributions.double())
+    assert e.to("meta").contributions.device.type == "meta"
+    _same(e.to("cpu"), e)
+    with pytest.raises(TypeError, match="dtype: expected a floating-point one|only accepts floating point"):
+        e.to(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("names", [None, ["a", "b", "\u732b", "$", "e"]])
+def test_saved_explanations(dtype, names, tmp_path):
+    model = _model(class_names=names).to(dtype)
+    e = model.explain(torch.rand(2, 3, 8, 8).to(dtype), [[0, 1], [2, 3]], layer=1)
+    e.save(tmp_path / "e.safetensors")
+    loaded = coda_fast.Explanation.load(tmp_path / "e.safetensors")
+    _same(loaded, e)
+    assert loaded.name(2) == (names[2] if names else "class 2")
+    assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
+
+
+def test_files_that_are_no_explanation(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such explanation"):
+        coda_fast.Explanation.load(tmp_path / "none")
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(ValueError, match="expected an explanation that was saved, got a file that safetensors cannot read"):
+        coda_fast.Explanation.load(tmp_path / "text")
+    coda_fast.save(_model(), tmp_path / "model")
+    with pytest.raises(ValueError, match="expected an explanation .*, got format 'coda_fast.CoDANet'"):
+        coda_fast.Explanation.load(tmp_path / "model")
+
+
+def test_an_explanation_in_a_notebook():
+    """Image, maps, classes, errors; names are text, not HTML; a long batch is cut."""
+    model = _model(class_names=["<b>bold</b>", "b", "c", "d", "e"])
+    e = model.explain(torch.rand(6, 3, 8, 8), 0)
+    page = e._repr_html_()
+    assert page.count("<tr>") == 1 + 4
+    assert "and 2 more images" in page
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page
+    assert "<b>" not in page
+    picture = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", page).group(1))
+    assert Image.open(io.BytesIO(picture)).width > 200
+    for k in range(4):
+        assert f"{float(e.completeness_error[k, 0]):.1e}" in page
+    without = dataclasses.replace(e, images=None)
+    assert "expected an explanation with its images" in without._repr_html_()
+    assert model.explain(torch.rand(0, 3, 8, 8))._repr_html_().count("<tr>") == 1
+    assert len(repr(e)) < 200
+
+
+def test_an_explanation_without_matplotlib(monkeypatch):
+    e = _model().explain(torch.rand(1, 3, 8, 8))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "figures need matplotlib" in e._repr_html_()
+    with pytest.raises(ImportError, match="figures need matplotlib"):
+        e.plot()
+
+
+# -- pixels out of range ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unwarned(monkeypatch):
+    monkeypatch.setattr(explain_module, "_WARNED", threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "cause"),
+    [(255, 0, r"got \S+ to 25\S+; are they 0 to 255"), (1 / 0.22, -0.45 / 0.22, r"got -2\S* to 2\S*; were they normalised")],
+    ids=["bytes", "normalised"],
+)
+def test_images_out_of_range_are_said_once(scale, shift, cause, unwarned):
+    model, images = _model(), scale * torch.rand(3, 3, 8, 8) + shift
+    explain = lambda: [model.explain(images, memory_budget=1) for _ in range(3)]  # noqa: E731
+    with pytest.warns(UserWarning, match=r"images: expected pixels in \[0, 1\].*" + cause) as caught:
+        explain()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_reason_to_warn(dtype, unwarned):
+    images = torch.rand(2, 3, 8, 8)
+    images[0, 0, 0, 0], images[1, 0, 0, 0] = 1 + 1e-6, -1e-6
+    images[0, 1, 0, 0] = 1 + float(torch.finfo(dtype).eps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _model().to(dtype).explain(images.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:images. expected pixels")
+def test_logits_that_are_not_finite():
+    """Squares of 1e30 leave float32: named, with the image and how far its pixels reach."""
+    model, images = _model(), torch.rand(3, 3, 8, 8)
+    images[1] *= 1e30
+    with pytest.raises(ValueError, match=r"expected finite logits, got \[nan.* for image 1; pixels reach (\S+e\+29|1e\+30)"):
+        model.explain(images)

@@ -1,5 +1,8 @@
 """Pictures whose pixels are known."""
 
+import importlib.util
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -98,9 +101,66 @@ def test_explanation_figure_names_the_true_class():
 def test_explanation_figure_refuses_strangers():
     model = create_model("coda_xs_digits")
     images = torch.rand(2, 1, 8, 8)
-    for explanation in (model.explain(images[:1]), model.explain(images, layer=1)):
+    for explanation in (model.explain(images[:1]), model.explain(torch.rand(2, 1, 9, 8))):
         with pytest.raises(ValueError, match="explanation: expected maps of these images"):
             plot.explanation_figure(images, explanation, model.logit_bias)
+
+
+def test_explanation_of_a_layer():
+    """The maps of what enters it, without the weight, which is a picture of pixels only."""
+    model = create_model("coda_xs_digits")
+    images = torch.rand(2, 1, 8, 8)
+    figure = plot.explanation_figure(images, model.explain(images, layer=2), model.logit_bias)
+    assert [len(axes.images) for axes in figure.axes[:4]] == [1] * 4
+    assert figure.axes[1].images[0].get_array().shape == (4, 4)
+    plot.render(figure)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """No character was found missing yet."""
+    monkeypatch.setattr(plot, "_LOST", set())
+
+
+def test_names_in_scripts_that_the_default_font_lacks(fresh):
+    """Drawn by a font that has them: no warning, and ink where the name is."""
+    if importlib.util.find_spec("matplotlib_fontja") is None:  # importing it would make its font that of all figures
+        pytest.skip("needs the package with a Japanese font")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text, families, files = plot.drawable("\u732b \u3042 cat")
+        assert text == "\u732b \u3042 cat"
+        assert len(families) == 2
+        assert files[0].endswith("ipaexg.ttf")
+        assert plot.drawable("\u00dcn\u00efc\u00f6d\u00e9")[1:] == (families[:1], [])
+        pictures = []
+        for name in ("\u732b\u732b", "\u72ac\u72ac"):  # cat, dog: another picture each, not one box for all
+            model = create_model("coda_xs_digits", class_names=[name] * 10)
+            images = torch.zeros(1, 1, 8, 8)
+            pictures.append(plot.render(model.explain(images).plot(), dpi=60))
+    assert pictures[0] != pictures[1]
+
+
+def test_characters_that_no_font_has(fresh):
+    """An empty box each, one warning for all of them, none the second time."""
+    with pytest.warns(UserWarning, match=r"no installed font has \U0001fae0 \(U\+1FAE0\) \U0001faf6 \(U\+1FAF6\), drawn as") as caught:
+        text, families, files = plot.drawable("a \U0001faf6\U0001fae0 b")
+    assert len(caught) == 1
+    assert (text, len(families), files) == ("a \u25a1\u25a1 b", 1, [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.drawable("\U0001faf6")
+
+
+def test_names_of_bad_will(fresh):
+    """Formulas, control characters, lines: drawn as they are, or visibly replaced."""
+    assert plot.drawable("a\nb\tc\x00")[0] == "a b c\ufffd"
+    names = ["$", "$x^2$", "a\nb", "\x00", "\\frac{", "x" * 200, "", " ", "\u05e9\u05dc\u05d5\u05dd", "%s{}"]
+    model = create_model("coda_xs_digits", class_names=names)
+    figure = model.explain(torch.rand(1, 1, 8, 8), [list(range(10))]).plot()
+    plot.render(figure, dpi=50)
+    titles = [axes.get_title().rpartition(":")[0] for axes in figure.axes[1:11]]
+    assert titles[:5] == ["$", "$x^2$", "a b", "\ufffd", "\\frac{"]
 
 
 def test_failed_figure_leaves_nothing(tmp_path):

@@ -1,0 +1,131 @@
+"""DAU layers in the place of a model's convolutions."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from coda_fast.functional import EPS
+from coda_fast.nn import DAUConv2d
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What ``convert_conv2d`` did.
+
+    Attributes:
+        module: the converted module: the one that was given, changed in place, unless that was itself a convolution.
+        converted: names of the convolutions that are DAU layers now ("" is the module itself).
+        kept: names of those that are not, each with the reason.
+    """
+
+    module: nn.Module
+    converted: tuple[str, ...]
+    kept: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.converted)} convolutions are DAU layers now, {len(self.kept)} are kept"]
+        return "\n".join(lines + [f"  kept {name or 'the module itself'}: {reason}" for name, reason in self.kept.items()])
+
+
+def convert_conv2d(
+    module: nn.Module,
+    *,
+    rank: int = 32,
+    only: str | Iterable[str] | Callable[[str, nn.Conv2d], bool] | None = None,
+    bias: bool = True,
+    norm: str = "squash",
+    eps: float = EPS,
+    backend: str = "auto",
+    save_contraction: bool = False,
+) -> Conversion:
+    """Replace every ``nn.Conv2d`` of a module, in place, by a ``DAUConv2d`` of the same geometry, device, dtype and mode.
+
+    The new layers have fresh weights, frozen where those of the convolution were: a DAU layer computes its weight from its input, so there
+    is nothing that a convolution's weight could be carried over to, and its bias adds to that weight instead of to the output. A
+    convolution that is used in several places becomes one layer in all of them. Shapes stay, so the model runs and trains; its explanation
+    is exact only as far as it is dynamic linear, that is, without activations, normalisation or biases between the layers
+    (``coda_fast.CoDANet`` has none).
+
+    Kept, with the reason: convolutions with groups, other padding than zeros, hooks, or a class of their own (parametrised, pruned, lazy,
+    quantised ones are such).
+
+    Args:
+        module: any module; a convolution itself comes back replaced as ``Conversion.module``.
+        rank, bias, norm, eps, backend, save_contraction: of the new layers, as for ``DAUConv2d``.
+        only: which to replace: names or patterns of names (``"layer4.*"``), or a function of name and convolution; None: all. The others
+            are not reported.
+
+    Raises:
+        ValueError: nothing is replaced, or options that a layer refuses; nothing is changed then. TypeError: not a module.
+
+    >>> from torch import nn
+    >>> import coda_fast
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2))
+    >>> print(coda_fast.convert_conv2d(net, rank=4))
+    1 convolutions are DAU layers now, 1 are kept
+      kept 1: groups=2, a DAU layer aligns with all channels
+    >>> net[0]
+    DAUConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), rank=4)
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    wanted = _choice(only)
+    found = {
+        name: child
+        for name, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, nn.Conv2d) and wanted(name, child)
+    }  # fmt: skip
+    if not found:
+        raise ValueError(
+            f"module: expected at least one nn.Conv2d{'' if only is None else ' that only= chooses'}, got a {type(module).__name__} without"
+        )
+    kept = {name: reason for name, conv in found.items() if (reason := _obstacle(conv))}
+    converted = tuple(name for name in found if name not in kept)
+    if not converted:
+        reasons = "; ".join(f"{name or 'the module itself'}: {reason}" for name, reason in kept.items())
+        raise ValueError(f"module: expected a convolution that can be a DAU layer, got {reasons}")
+    options = dict(bias=bias, rank=rank, norm=norm, eps=eps, backend=backend, save_contraction=save_contraction)
+    layers = {id(found[name]): None for name in converted}
+    for name in converted:  # all are made before the first is put in
+        conv = found[name]
+        layers[id(conv)] = layers[id(conv)] or _layer(conv, options)
+    for name in converted:
+        parent, _, last = name.rpartition(".")
+        if name:
+            setattr(module.get_submodule(parent), last, layers[id(found[name])])
+    return Conversion(module if converted != ("",) else layers[id(module)], converted, kept)
+
+
+def _choice(only):
+    if only is None:
+        return lambda name, conv: True
+    if callable(only):
+        return only
+    patterns = [only] if isinstance(only, str) else list(only)
+    return lambda name, conv: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _obstacle(conv):
+    """Why a convolution must stay; empty if it need not."""
+    if type(conv) is not nn.Conv2d:
+        return f"a {type(conv).__name__}, whose own behaviour would be lost"
+    if conv.groups != 1:
+        return f"groups={conv.groups}, a DAU layer aligns with all channels"
+    if conv.padding_mode != "zeros":
+        return f'padding_mode="{conv.padding_mode}", a DAU layer pads with zeros'
+    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+    if any(hooks):
+        return "hooks (of pruning, weight_norm or others) that would be lost"
+    return ""
+
+
+def _layer(conv, options):
+    layer = DAUConv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+        device=conv.weight.device, dtype=conv.weight.dtype, **options,
+    )  # fmt: skip
+    return layer.train(conv.training).requires_grad_(conv.weight.requires_grad)

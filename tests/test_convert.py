@@ -1,0 +1,145 @@
+"""convert_conv2d: DAU layers in the place of convolutions, in models that others wrote."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import coda_fast
+from coda_fast import DAUConv2d, convert_conv2d
+
+
+def test_resnet18_of_torchvision_trains():
+    """All 20 convolutions; the shapes stay, the loss falls."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(num_classes=4)
+    x, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 4
+    shape = net(x).shape
+    report = convert_conv2d(net, rank=2)
+    assert report.module is net
+    assert len(report.converted) == 20
+    assert not report.kept
+    assert not any(isinstance(m, nn.Conv2d) for m in net.modules())
+    assert net(x).shape == shape
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(6):
+        loss = F.cross_entropy(net(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in net.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0], losses
+
+
+def test_what_cannot_be_is_kept_and_said():
+    """mobilenet_v2 has depthwise convolutions in each block; they stay, and the model runs."""
+    net = torchvision.models.mobilenet_v2(num_classes=4)
+    depthwise = [name for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    report = convert_conv2d(net, rank=2)
+    assert list(report.kept) == depthwise
+    assert len(depthwise) == 17
+    assert set(report.kept.values()) == {
+        f"groups={m.groups}, a DAU layer aligns with all channels" for m in map(net.get_submodule, depthwise)
+    }
+    assert str(report).startswith("35 convolutions are DAU layers now, 17 are kept\n  kept features.1.conv.0.0: groups=32")
+    assert net(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+
+
+def _pruned():
+    conv = nn.Conv2d(3, 4, 3)
+    prune.l1_unstructured(conv, "weight", 0.5)
+    return conv
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: nn.Conv2d(4, 4, 3, groups=2), "groups=2"),
+        (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), 'padding_mode="reflect"'),
+        (lambda: nn.LazyConv2d(4, 3), "a LazyConv2d"),
+        (lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), "a ParametrizedConv2d"),
+        (_pruned, "hooks"),
+    ],
+    ids=["groups", "padding", "lazy", "parametrised", "pruned"],
+)
+def test_obstacles(make, reason):
+    net = nn.Sequential(make(), nn.Conv2d(4, 4, 1))
+    before = net[0]
+    report = convert_conv2d(net, rank=2)
+    assert report.converted == ("1",)
+    assert report.kept["0"].startswith(reason)
+    assert net[0] is before
+    with pytest.raises(ValueError, match=f"expected a convolution that can be a DAU layer, got 0: {reason}"):
+        convert_conv2d(nn.Sequential(make()))
+
+
+def test_geometry_device_dtype_and_mode():
+    conv = nn.Conv2d(3, 5, (3, 2), (2, 1), (1, 0), (1, 2), bias=False, dtype=torch.float64).eval().requires_grad_(False)
+    report = convert_conv2d(conv, rank=3, bias=False, norm="l2", eps=1e-3, backend="reference")
+    layer = report.module
+    assert report.converted == ("",)
+    assert isinstance(layer, DAUConv2d)
+    assert layer(torch.rand(1, 3, 9, 9, dtype=torch.float64)).shape == conv(torch.rand(1, 3, 9, 9, dtype=torch.float64)).shape
+    assert (layer.rank, layer.norm, layer.eps, layer.backend, layer.bias) == (3, "l2", 1e-3, "reference", None)
+    assert not layer.training
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert convert_conv2d(nn.Conv2d(3, 5, 4, padding="same")).module.padding == "same"
+    assert convert_conv2d(nn.Conv2d(3, 5, 3, device="meta")).module.weight.device.type == "meta"
+
+
+def test_a_shared_convolution_stays_shared():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 3, 3, padding=1)
+            self.second = self.first
+            self.inside = nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(3, 2, 1))})
+
+        def forward(self, x):
+            return self.inside["a"](self.second(self.first(x)))
+
+    net = Twice()
+    report = convert_conv2d(net, rank=2)
+    assert report.converted == ("first", "second", "inside.a.0")
+    assert net.first is net.second
+    assert net(torch.rand(1, 3, 5, 5)).shape == (1, 2, 5, 5)
+
+
+@pytest.mark.parametrize("only", ["layer4.*", ["layer4.0.*", "layer4.1.*"], lambda name, conv: conv.out_channels == 512], ids=str)
+def test_only_some(only):
+    net = torchvision.models.resnet18()
+    report = convert_conv2d(net, rank=2, only=only)
+    assert len(report.converted) == 5
+    assert not report.kept
+    assert isinstance(net.conv1, nn.Conv2d)
+
+
+def test_nothing_is_changed_where_something_is_wrong():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    before = copy.deepcopy(net.state_dict())
+    for options in (dict(rank=0), dict(norm="l3"), dict(only="nothing.*")):
+        with pytest.raises(ValueError, match="expected"):
+            convert_conv2d(net, **options)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before.values(), strict=True))
+    with pytest.raises(ValueError, match="expected at least one nn.Conv2d, got a Linear without"):
+        convert_conv2d(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="expected a torch.nn.Module, got str"):
+        convert_conv2d("resnet18")
+
+
+def test_a_network_without_anything_between_is_explained_exactly():
+    """Convolutions alone become a dynamic linear network: the rows of its map, applied to the input, are its outputs."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, 2)).double()
+    convert_conv2d(net, rank=3)
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    with coda_fast.explanation_mode(net):
+        output = net(x)[:, 1].sum((1, 2))
+        (row,) = torch.autograd.grad(output.sum(), x)
+    assert torch.allclose((row * x).sum((1, 2, 3)), output, rtol=1e-12)
