@@ -20,7 +20,8 @@ ONNX = ["onnx", "onnxscript", "onnxruntime"]
 TRAIN = [*CLI, *TIMM, "lightning>=2.6", "torchvision", "pydantic>=2.7", "pyyaml", "tensorboard", "webdataset>=1.0", "filelock"]
 BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
 TOOLS = ["pytest>=8.2", "pytest-benchmark", "pytest-xdist", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
-TEST = list(dict.fromkeys([*EVALUATION, *VIDEO, *TRAIN, *HUB, *ONNX, *TOOLS]))
+FONTS = ["matplotlib-fontja"]  # Japanese and many Chinese characters, for names of classes
+TEST = list(dict.fromkeys([*EVALUATION, *VIDEO, *TRAIN, *HUB, *ONNX, *FONTS, *TOOLS]))
 DEV = [*TEST, *BENCH, "ruff==0.17.6"]
 
 setup(
@@ -48,6 +49,7 @@ setup(
         "timm": TIMM,
         "hub": HUB,
         "onnx": ONNX,
+        "fonts": FONTS,
         "bench": BENCH,
         "test": TEST,
         "dev": DEV,

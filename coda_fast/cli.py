@@ -26,6 +26,7 @@ BAD_INPUT = 2
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
+    warnings.showwarning = _warn
     try:
         code = cli.main(arguments, prog_name="coda-fast", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -480,6 +481,14 @@ def _device(name):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise click.UsageError(f"--device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def _warn(message, category, filename, lineno, file=None, line=None):
+    """Ours in one line; those of libraries as Python shows them."""
+    if Path(filename).parent.parent.name == "coda_fast" or Path(filename).parent.name == "coda_fast":
+        click.echo("coda-fast: warning: " + " ".join(str(message).split()), err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
 
 
 def _fail(message):

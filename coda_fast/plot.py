@@ -225,8 +225,8 @@ def _say_lost(characters):
         _LOST.update(fresh)
         some = " ".join(f"{c} (U+{ord(c):04X})" for c in sorted(fresh)[:5]) + (" ..." if len(fresh) > 5 else "")
         warnings.warn(
-            f"figures: no installed font has {some}, drawn as \u25a1; install one, such as the package matplotlib-fontja for Japanese and "
-            f"many Chinese characters",
+            f"figures: no installed font has {some}, drawn as \u25a1; install one, such as that of pip install 'coda-fast[fonts]' for "
+            f"Japanese and many Chinese characters",
             stacklevel=4,
         )
 
