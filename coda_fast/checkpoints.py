@@ -86,7 +86,7 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
         FileNotFoundError: no such file. CheckpointError: not a checkpoint of coda_fast, no file at all (a folder, a pipe, a device),
             damaged, or weights that do not fit. OSError: it may not be read.
     """
-    with _opened(path, device) as file:
+    with opened(path, device) as file:
         header = _header(path, file)
         config = _json(header, "config", path)
         unknown = set(config) - set(inspect.signature(CoDANet).parameters) | set(config) & {
@@ -121,7 +121,7 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
 
 def read_metadata(path: str | os.PathLike) -> dict:
     """The ``metadata`` that was given to ``save``. Raises as ``load``."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return _json(_header(path, file), "metadata", path)
 
 
@@ -446,12 +446,12 @@ def _unique(pairs):
 
 
 @contextlib.contextmanager
-def _regular(path) -> Iterator:
+def _regular(path, kind="checkpoint") -> Iterator:
     """A file, open for reading."""
     try:
         file = open_file(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path}: no such checkpoint") from None
+        raise FileNotFoundError(f"{path}: no such {kind}") from None
     except ValueError as error:  # NotAFile, or a name with a zero byte
         raise CheckpointError(str(error) if isinstance(error, NotAFile) else f"{path!r}: expected the name of a file: {error}") from None
     with file:
@@ -459,10 +459,10 @@ def _regular(path) -> Iterator:
 
 
 @contextlib.contextmanager
-def _opened(path, device="cpu") -> Iterator:
+def opened(path, device="cpu", kind="checkpoint") -> Iterator:
     """A safetensors file, its header read and checked against its length."""
     safetensors = require_safetensors()
-    with _regular(path) as file:
+    with _regular(path, kind) as file:
         zipped = file.read(2) == b"PK"  # as files of torch.save begin
     try:
         opened = safetensors.safe_open(path, framework="pt", device=str(device))

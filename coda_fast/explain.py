@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from coda_fast._autocast import wide
@@ -21,6 +22,7 @@ from coda_fast._classes import as_classes, check_range
 from coda_fast._geometry import integer
 from coda_fast._wrappers import gathered, need_network, unwrap
 from coda_fast.nn import DAUConv2d, explanation_mode
+from coda_fast.safety import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 MEMORY_BUDGET = 1 << 30
 _FORMAT = "coda_fast.Explanation"
-_SHOWN = 4  # images in a notebook
+_SHOWN, _CLASSES = 4, 5  # images, and classes of each, in a notebook
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,24 +78,27 @@ class Explanation:
     def __len__(self) -> int:
         return len(self.target)
 
-    def __getitem__(self, index: int | slice | Sequence[int] | torch.Tensor) -> Explanation:
-        """Of some of the images: an int gives a batch of one. IndexError: there is no such image."""
-        if not isinstance(index, slice | Sequence | torch.Tensor):
-            index = range(len(self))[index]  # numpy's ints too; IndexError ends an iteration
-            index = slice(index, index + 1)
-        return self._each(lambda tensor: tensor[index])
+    def __getitem__(self, index: int | slice | Sequence | torch.Tensor) -> Explanation:
+        """Of some of the images: an int gives a batch of one; a slice; several ints, or N bools, as a list, an array or a tensor.
+
+        Raises:
+            IndexError: there is no such image. TypeError: anything else.
+        """
+        chosen = _chosen(index, len(self))
+        return self._each(lambda tensor: tensor[chosen])
 
     def __iter__(self) -> Iterator[Explanation]:
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         n, k, height, width = self.contribution_map.shape
-        error = f"{float(self.completeness_error.max()):.1e}" if self.completeness_error.numel() else "none"
         dtype, device = str(self.contribution_map.dtype).removeprefix("torch."), self.contribution_map.device
-        return (
-            f"Explanation({n} images, {k} classes each, maps {height} x {width}, layer {self.layer}, {dtype} on {device}, "
-            f"completeness error up to {error} logits)"
+        text = (
+            f"{_count(n, 'image')}, {_count(k, 'class', 'classes')} each, maps {height} x {width}, layer {self.layer}, {dtype} on {device}"
         )
+        if self.completeness_error.numel() and device.type != "meta":
+            text += f", completeness error up to {float(self.completeness_error.max()):.1e} logits"
+        return f"Explanation({text})"
 
     def to(self, *args, **kwargs) -> Explanation:
         """On another device, or in another floating-point dtype: arguments as of ``torch.Tensor.to``; classes stay integers."""
@@ -136,26 +141,34 @@ class Explanation:
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> Explanation:
-        """What ``save`` wrote. FileNotFoundError: no such file. ValueError: another file, or a damaged one."""
+        """What ``save`` wrote, bit for bit.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: not an explanation, no file at all (a folder, a pipe, a device), or a damaged one.
+            OSError: it may not be read. ImportError: safetensors is not installed.
+        """
         from coda_fast import checkpoints
 
-        safetensors = checkpoints.require_safetensors()
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such explanation")
-        try:
-            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors raises bare exceptions of its own
-            raise ValueError(f"{path}: expected an explanation that was saved, got a file that safetensors cannot read: {error}") from None
-        if header.get("format") != _FORMAT:
-            raise ValueError(f"{path}: expected an explanation (format {_FORMAT!r}), got format {header.get('format')!r}")
-        try:
-            facts = json.loads(header["facts"])
-            names = facts["class_names"]
-            return cls(**tensors, **{**facts, "class_names": None if names is None else tuple(names)})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: expected an explanation that was saved, got a damaged one: {error}") from None
+        with checkpoints.opened(path, device, "explanation") as file:
+            header = file.metadata() or {}
+            if (found := header.get("format")) != _FORMAT:
+                raise ValueError(f"{path}: expected an explanation (format {_FORMAT!r}), got format {printable(repr(found))[:100]}")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            try:  # before any tensor is read
+                facts = _facts(json.loads(header.get("facts", "")))
+                _check_shapes(shapes, facts)
+                explanation = cls(**{name: file.get_tensor(name) for name in shapes}, **facts)
+                explanation._check_values()
+            except Exception as error:  # safetensors and json raise what the damage leads them to
+                reason = " ".join(printable(error).split())[:300]
+                raise ValueError(f"{path}: expected an explanation that was saved, got a damaged one: {reason}") from None
+        return explanation
+
+    def _check_values(self):
+        if self.target.dtype != torch.int64 or not all(t.is_floating_point() for name, t in self._tensors().items() if name != "target"):
+            raise ValueError("expected integer classes and floating-point tensors")
+        if self.target.device.type != "meta":
+            check_range(self.target, self.logits.shape[1], "target")
 
     def _tensors(self):
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -165,26 +178,111 @@ class Explanation:
         return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
 
     def _repr_html_(self) -> str:
+        """For notebooks: the first images with their maps, classes and completeness errors. Never raises: what cannot be drawn is said."""
+        words = f"<p><code>{html.escape(printable(repr(self)))}</code></p>"
+        if not len(self) or self.target.device.type == "meta":
+            return f"<div>{words}</div>"
+        shown, (count, classes) = self._first(_SHOWN, _CLASSES), self.target.shape
         rows = "".join(
-            f"<tr><td>{i}</td><td>{html.escape(e.name(int(c)))}</td><td>{float(e.logits[0, c].sigmoid()):.3f}</td>"
+            f"<tr><td>{i}</td><td>{html.escape(printable(e.name(int(c))))}</td><td>{float(e.logits[0, c].sigmoid()):.3f}</td>"
             f"<td>{float(e.logits[0, c]):.3f}</td><td>{float(e.completeness_error[0, k]):.1e}</td></tr>"
-            for i, e in enumerate(self[:_SHOWN])
+            for i, e in enumerate(shown)
             for k, c in enumerate(e.target[0])
         )
-        table = (
-            "<table><tr><th>image</th><th>class</th><th>probability</th><th>logit</th><th>completeness error</th></tr>" + rows + "</table>"
-        )
-        more = f"<p>and {len(self) - _SHOWN} more images</p>" if len(self) > _SHOWN else ""
-        drawn = ""
-        if len(self):
-            try:
-                from coda_fast import plot
+        head = "".join(f"<th>{title}</th>" for title in ("image", "class", "probability", "logit", "completeness error"))
+        more = [_count(count - _SHOWN, "more image")] * (count > _SHOWN)
+        more += [_count(classes - _CLASSES, "more class", "more classes") + " of each"] * (classes > _CLASSES)
+        words = f"<p>and {', '.join(more)}</p>{words}" if more else words
+        try:
+            from coda_fast import plot
 
-                picture = base64.b64encode(plot.render(self[:_SHOWN].plot(), dpi=100)).decode()
-                drawn = f'<img alt="images and contribution maps" src="data:image/png;base64,{picture}">'
-            except (ImportError, ValueError) as error:
-                drawn = f"<p>no figure: {html.escape(str(error))}</p>"
-        return f"<div>{drawn}{table}{more}<p><code>{html.escape(repr(self))}</code></p></div>"
+            picture = base64.b64encode(plot.render(shown.plot(), dpi=100)).decode()
+            drawn = f'<img alt="images and contribution maps" src="data:image/png;base64,{picture}">'
+        except Exception as error:  # a cell of a notebook that shows a result must not fail for want of its picture
+            drawn = f"<p>no figure: {html.escape(printable(error))}</p>"
+        return f"<div>{drawn}<table><tr>{head}</tr>{rows}</table>{words}</div>"
+
+    def _first(self, images: int, classes: int) -> Explanation:
+        """The first images, with the first classes of each."""
+        changed = {name: getattr(self, name)[:images, :classes] for name in _OF_CLASSES}
+        return dataclasses.replace(self[:images], **changed)
+
+
+_OF_CLASSES = ("target", "dynamic_weight", "contributions", "contribution_map", "completeness_error")
+
+
+def _chosen(index, count):
+    """What to index tensors of ``count`` images with so that one dimension stays for them."""
+    if isinstance(index, slice):
+        rows = range(count)[index]
+        return index if rows.step > 0 else list(rows)  # torch has no steps back
+    if not isinstance(index, torch.Tensor | np.ndarray | list | range):
+        try:
+            row = range(count)[integer(index)]  # its IndexError ends an iteration
+        except TypeError:
+            raise TypeError(f"index: expected an int, a slice, or a list of ints or of {count} bools, got {index!r}") from None
+        return slice(row, row + 1)
+    try:
+        rows = torch.as_tensor(list(index) if isinstance(index, range) else index, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"index: expected an int, a slice, or a list of ints or of {count} bools, got {index!r}") from None
+    if rows.dtype == torch.bool and rows.dim():
+        if rows.shape != (count,):
+            raise IndexError(f"index: expected {count} bools, one for each image, got shape {list(rows.shape)}")
+        return rows.nonzero()[:, 0].tolist()
+    if not rows.numel():
+        rows = rows.long()  # of an empty list, torch makes floats
+    rows = as_classes(rows, "index")
+    if rows.dim() > 1:
+        raise TypeError(f"index: expected one dimension, that of the images, got shape {list(rows.shape)}")
+    rows = rows.reshape(-1).tolist()
+    if wrong := [row for row in rows if not -count <= row < count]:
+        raise IndexError(f"index: expected images from {-count} to {count - 1}, got {wrong[0]}")
+    return rows
+
+
+def _count(number: int, one: str, several: str | None = None) -> str:
+    return f"{number} {one if number == 1 else several or one + 's'}"
+
+
+def _facts(facts):
+    """What is stored beside the tensors; ValueError where it is something else."""
+    if not isinstance(facts, dict) or set(facts) != {"layer", "logit_bias", "class_names"}:
+        raise ValueError(f"expected layer, logit_bias and class_names, got {str(facts)[:100]}")
+    layer, bias, names = facts["layer"], facts["logit_bias"], facts["class_names"]
+    if integer(layer) < 0 or not isinstance(bias, float):
+        raise ValueError(f"expected a layer and a bias, got {str((layer, bias))[:100]}")
+    if names is None:
+        return facts
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"expected names of classes, got {str(names)[:100]}")
+    return facts | {"class_names": tuple(names)}
+
+
+def _check_shapes(shapes, facts):
+    """ValueError unless these are the shapes of one explanation."""
+    names = {field.name for field in dataclasses.fields(Explanation)} - set(facts)
+    if odd := (set(shapes) | {"images"}) ^ names:
+        raise ValueError(f"expected the tensors of an explanation, got others or none: {', '.join(sorted(odd))[:200]}")
+    weight, logits = shapes["dynamic_weight"], shapes["logits"]
+    if len(weight) != 5 or len(logits) != 2:
+        raise ValueError(f"expected dynamic_weight [N, K, C, H, W] and logits [N, classes], got {list(weight)} and {list(logits)}")
+    n, k, _, height, width = weight
+    expected = {
+        "logits": (n, logits[1]),
+        "target": (n, k),
+        "contributions": weight,
+        "contribution_map": (n, k, height, width),
+        "completeness_error": (n, k),
+    }
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ValueError(f"expected {name} of shape {list(shape)}, got {list(shapes[name])}")
+    images = shapes.get("images", (n, 0, 0, 0))
+    if len(images) != 4 or images[0] != n:
+        raise ValueError(f"expected images of shape [{n}, C, H, W], got {list(images)}")
+    if facts["class_names"] is not None and len(facts["class_names"]) != logits[1]:
+        raise ValueError(f"expected {logits[1]} names of classes, got {len(facts['class_names'])}")
 
 
 def explain(
@@ -258,13 +356,13 @@ def _check_pixels(images) -> float:
         raise ValueError("images: expected finite values, got NaN or infinity")
     slack = max(1e-4, 2 * torch.finfo(images.dtype).eps)
     if (low < -slack or high > 1 + slack) and not _WARNED.is_set():
-        _WARNED.set()
         cause = "were they normalised by mean and deviation?" if low < -slack else "are they 0 to 255?" if high > 2 else "are they scaled?"
         warnings.warn(
             f"images: expected pixels in [0, 1], which the encoding [x, 1 - x] is made for, got {low:.3g} to {high:.3g}; {cause} This is "
             f"said once.",
             stacklevel=_outside(),
         )
+        _WARNED.set()  # not before: where warnings are errors, each call is one
     return max(abs(low), abs(high))
 
 

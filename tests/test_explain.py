@@ -4,6 +4,8 @@ import base64
 import dataclasses
 import gc
 import io
+import json
+import os
 import re
 import sys
 import threading
@@ -12,11 +14,13 @@ import warnings
 import numpy as np
 import psutil
 import pytest
+import safetensors
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import coda_fast
-from coda_fast import CoDANet, create_model
+from coda_fast import CoDANet, create_model, plot
 from coda_fast import explain as explain_module
 from coda_fast.functional import dau_conv2d_transpose
 
@@ -299,8 +303,19 @@ def test_images_of_an_explanation():
     assert torch.equal(e[[3, 0]].target, classes[[3, 0]])
     assert torch.equal(e[torch.tensor([True, False, True, False])].target, classes[::2])
     assert [len(one) for one in e] == [1] * 4
-    for index in (4, -5):
+    reverse, several = [3, 2, 1, 0], [2, -4]
+    for index, rows in [
+        (slice(None, None, -1), reverse), (several, [2, 0]), (np.array(several), [2, 0]), (torch.tensor(several), [2, 0]),
+        (range(1, 4, 2), [1, 3]), ([], []), (np.array([True, False, False, True]), [0, 3]), ([False, True, True, False], [1, 2]),
+        (torch.tensor(3), [3]), (torch.tensor([1], dtype=torch.uint8), [1]),
+    ]:  # fmt: skip
+        assert torch.equal(e[index].target, classes[rows])
+        assert torch.equal(e[index].images, images[rows])
+    for index in (4, -5, [0, 4], [-5], torch.tensor([9]), [True, False]):
         with pytest.raises(IndexError):
+            e[index]
+    for index in ((0, 1), "a", None, ..., 1.0, True, [0.5], torch.zeros(4), torch.tensor([[0, 1]]), torch.tensor(True), ["a"]):
+        with pytest.raises(TypeError, match="index: expected"):
             e[index]
 
 
@@ -331,11 +346,53 @@ def test_files_that_are_no_explanation(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such explanation"):
         coda_fast.Explanation.load(tmp_path / "none")
     (tmp_path / "text").write_text("text")
-    with pytest.raises(ValueError, match="expected an explanation that was saved, got a file that safetensors cannot read"):
+    with pytest.raises(ValueError, match="text: not a safetensors file"):
         coda_fast.Explanation.load(tmp_path / "text")
+    with pytest.raises(ValueError, match="expected a file, got a folder"):
+        coda_fast.Explanation.load(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="expected a file, got a pipe"):  # which would wait for a writer
+        coda_fast.Explanation.load(tmp_path / "pipe")
     coda_fast.save(_model(), tmp_path / "model")
     with pytest.raises(ValueError, match="expected an explanation .*, got format 'coda_fast.CoDANet'"):
         coda_fast.Explanation.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts", "message"),
+    [
+        ({"target": torch.zeros(2, 3, dtype=torch.long)}, {}, r"expected target of shape \[2, 2\], got \[2, 3\]"),
+        ({"target": torch.full((2, 2), 5)}, {}, "target: expected classes from 0 to 4, got 5 to 5"),
+        ({"target": torch.zeros(2, 2)}, {}, "expected integer classes"),
+        ({"logits": torch.zeros(2, 5, dtype=torch.long)}, {}, "expected integer classes and floating-point tensors"),
+        ({"contribution_map": torch.zeros(3)}, {}, r"expected contribution_map of shape \[2, 2, 8, 8\], got \[3\]"),
+        ({"dynamic_weight": torch.zeros(3)}, {}, "expected dynamic_weight"),
+        ({"images": torch.zeros(3, 3, 8, 8)}, {}, r"expected images of shape \[2, C, H, W\]"),
+        ({"logits": None}, {}, "expected the tensors of an explanation, got others or none: logits"),
+        ({"more": torch.zeros(1)}, {}, "got others or none: more"),
+        ({}, {"layer": "x"}, "damaged one"),
+        ({}, {"layer": -1}, "expected a layer and a bias"),
+        ({}, {"logit_bias": None}, "expected a layer and a bias"),
+        ({}, {"class_names": ["a"]}, "expected 5 names of classes, got 1"),
+        ({}, {"class_names": "abcde"}, "expected names of classes"),
+        ({}, {"class_names": [1] * 5}, "expected names of classes"),
+        ({}, {"more": 1}, "expected layer, logit_bias and class_names"),
+        ({}, None, "damaged one"),
+    ],
+    ids=str,
+)
+def test_damaged_explanations(tensors, facts, message, tmp_path):
+    """All that a reader of the file would stumble over later is named as it is loaded."""
+    e = _model().explain(torch.rand(2, 3, 8, 8), [[0, 1], [2, 3]])
+    e.save(path := tmp_path / "e.safetensors")
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors = {name: tensor for name, tensor in ({**load_file(path)} | tensors).items() if tensor is not None}
+    header["facts"] = "[" * 100 if facts is None else json.dumps(json.loads(header["facts"]) | facts)
+    save_file(tensors, path, header)
+    with pytest.raises(ValueError, match=message) as caught:
+        coda_fast.Explanation.load(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_explanation_in_a_notebook():
@@ -353,8 +410,29 @@ def test_an_explanation_in_a_notebook():
         assert f"{float(e.completeness_error[k, 0]):.1e}" in page
     without = dataclasses.replace(e, images=None)
     assert "expected an explanation with its images" in without._repr_html_()
-    assert model.explain(torch.rand(0, 3, 8, 8))._repr_html_().count("<tr>") == 1
+    assert "<code>Explanation(0 images, 1 class each, " in model.explain(torch.rand(0, 3, 8, 8))._repr_html_()
     assert len(repr(e)) < 200
+
+
+def test_a_long_explanation_in_a_notebook():
+    """Of hundreds of classes, a few; what is not shown is counted."""
+    model = _model(out_channels=[6, 8, 300])
+    page = model.explain(torch.rand(5, 3, 8, 8), [list(range(300))] * 5)._repr_html_()
+    assert page.count("<tr>") == 1 + 4 * 5
+    assert "and 1 more image, 295 more classes of each" in page
+    assert "data:image/png" in page
+
+
+def test_an_explanation_without_a_picture(monkeypatch):
+    """Whatever matplotlib makes of it, a cell of a notebook shows the numbers; on no device, the sizes."""
+    e = _model(class_names=["\x1b[31m", "b", "c", "d", "e"]).explain(torch.rand(1, 3, 8, 8), 0)
+    monkeypatch.setattr(plot, "render", lambda figure, dpi: 1 / 0)
+    page = e._repr_html_()
+    assert "<p>no figure: division by zero</p>" in page
+    assert page.count("<tr>") == 2
+    assert "\x1b" not in page
+    assert repr(e.to("meta")) == "Explanation(1 image, 1 class each, maps 8 x 8, layer 0, float32 on meta)"
+    assert repr(e.to("meta")) in e.to("meta")._repr_html_()
 
 
 def test_an_explanation_without_matplotlib(monkeypatch):
@@ -387,6 +465,15 @@ def test_images_out_of_range_are_said_once(scale, shift, cause, unwarned):
         explain()
     assert len(caught) == 1
     assert caught[0].filename == __file__
+
+
+def test_where_warnings_are_errors_each_call_is_one(unwarned):
+    model, images = _model(), 255 * torch.rand(1, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(UserWarning, match="images: expected pixels"):
+                model.explain(images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
