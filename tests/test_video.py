@@ -1,5 +1,7 @@
 """Videos explained: what an independent reading of the written file finds."""
 
+import importlib.util
+import itertools
 import sys
 from fractions import Fraction
 
@@ -8,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import colormaps
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import coda_fast
-from coda_fast import cli
+from coda_fast import cli, video
 from coda_fast.video import VideoError, explain_video, is_video
 
 TIMES = [0, 10, 20, 40, 50, 90, 100, 110]  # hundredths of a second: the rate varies
@@ -230,6 +232,27 @@ def test_long_names_are_shortened(model, clip, tmp_path):
     assert (long[:, 253:264] > 200).all(), "and leaves the gap free"
 
 
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib_fontja") is None, reason="needs the package with a Japanese font")
+def test_names_in_several_scripts(monkeypatch):
+    """Each piece is drawn with the font that has it, one after the other; what is cut is cut by its width."""
+    drawn, whole = [], ImageDraw.ImageDraw.text
+
+    def text(self, xy, piece, fill, font, anchor):
+        drawn.append((xy[0], piece, font.getname()[0], font.getlength(piece)))
+        return whole(self, xy, piece, fill, font, anchor=anchor)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    for name, pieces in [("cat \u732b", ["cat ", "\u732b", ": p = 0.5"]), ("\u732b" * 50, ["\u732b" * 12, "\u2026: p = 0.5"])]:
+        drawn.clear()
+        video._picture(torch.rand(1, 256, 256), torch.zeros(256, 256), 1.0, name, "p = 0.5")
+        caption = drawn[: len(pieces)]
+        assert [piece for _, piece, *_ in caption] == pieces
+        assert [family for _, _, family, _ in caption] == ["IPAexGothic" if "\u732b" in piece else "DejaVu Sans" for piece in pieces]
+        for (x, _, _, length), (following, *_) in itertools.pairwise(caption):
+            assert following == x + length
+        assert caption[-1][0] + caption[-1][3] <= 256
+
+
 def test_one_scale_for_all_frames(model, tmp_path):
     """A frame whose contributions are small looks pale beside one whose contributions are large."""
     noise = np.random.default_rng(0).integers(0, 2, (8, 8, 1)).repeat(4, 0).repeat(4, 1).repeat(3, 2).astype(np.uint8) * 255
@@ -298,9 +321,11 @@ def test_large_frames_come_in_smaller_batches(model, clip, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("ending", ["mp4", "gif", "webm", "mkv", "avi"])
-def test_a_full_disk(model, tmp_path, ending):
-    """Wherever it fills, also at the last bytes: one line, and no file. Simulated by a limit on the size of files."""
+def test_a_full_disk(model, tmp_path, monkeypatch, ending):
+    """Wherever it fills, also at the last byte: one line, and no file. Simulated by a limit on the size of files."""
     resource = pytest.importorskip("resource")
+    # the frames alone: rounding, which may differ from one explanation to the next, would make videos of several sizes
+    monkeypatch.setattr(video, "_picture", lambda image, *_: (255 * image[0].numpy()).astype(np.uint8)[..., None].repeat(3, 2))
     frames = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)) for i in range(3)]
     clip, output = tmp_path / "clip.gif", tmp_path / f"out.{ending}"
     frames[0].save(clip, save_all=True, append_images=frames[1:], duration=100)
