@@ -145,16 +145,26 @@ def test_extras(metadata):
         extra: {r.name: str(r.specifier) for r in requirements if r.marker is not None and r.marker.evaluate({"extra": extra})}
         for extra in metadata.get_all("Provides-Extra")
     }
-    assert set(extras) == {"bench", "cli", "evaluation", "quantus", "train", "timm", "hub", "onnx", "video", "test", "dev"}
+    assert set(extras) == {"bench", "cli", "evaluation", "quantus", "train", "timm", "hub", "onnx", "fonts", "video", "test", "dev"}
     assert set(extras["cli"]) == {"click", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn", "jinja2"}
     assert set(extras["evaluation"]) == {*extras["cli"], "captum", "scikit-image"}
     assert set(extras["video"]) == {*extras["cli"], "av"}
     assert set(extras["timm"]) == {"timm"}
     assert set(extras["hub"]) == {"huggingface_hub", "safetensors", "jinja2"}
     assert set(extras["onnx"]) == {"onnx", "onnxscript", "onnxruntime"}
+    assert set(extras["fonts"]) == {"matplotlib-fontja"}
     added = {"lightning", "timm", "torchvision", "pydantic", "pyyaml", "tensorboard", "webdataset", "filelock"}
     assert set(extras["train"]) == {*extras["cli"], *added}
-    needed = {*extras["train"], *extras["evaluation"], *extras["video"], *extras["hub"], *extras["onnx"], "pytest", "setuptools"}
+    needed = {
+        *extras["train"],
+        *extras["evaluation"],
+        *extras["video"],
+        *extras["hub"],
+        *extras["onnx"],
+        *extras["fonts"],
+        "pytest",
+        "setuptools",
+    }
     assert needed < set(extras["test"]) < set(extras["dev"])
     assert {"torchvision", "bcos", "pytest-benchmark"} < set(extras["bench"]) < set(extras["dev"])
     assert extras["dev"]["ruff"].startswith("==")
