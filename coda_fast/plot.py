@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import os
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,8 +104,8 @@ def explanation_figure(
     class_names: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
 ) -> Figure:
-    """One row for each image: the image, a contribution map for each explained class, and, of the encoded image (``layer=None``), the
-    dynamic weight of the first of them.
+    """One row for each image: the image, a contribution map for each explained class, and, of an encoded image in grey or colour
+    (``layer=None``), the dynamic weight of the first of them.
 
     All maps share one symmetric scale; below each stands the proof that it is complete.
 
@@ -116,7 +119,8 @@ def explanation_figure(
     Raises:
         ValueError: images and explanation that do not belong together. ImportError: matplotlib is not installed.
     """
-    maps, encoded = list(explanation.contribution_map.shape), explanation.layer == 0
+    maps = list(explanation.contribution_map.shape)
+    encoded = explanation.layer == 0
     if maps[0] != len(images) or (encoded and maps[2:] != list(images.shape[2:])):
         raise ValueError(f"explanation: expected maps of these images ({list(images.shape)}), got {maps}, layer {explanation.layer}")
     count, classes = explanation.target.shape
@@ -124,13 +128,16 @@ def explanation_figure(
         raise ValueError(f"labels: expected {count}, one for each image, got {len(labels)}")
 
     def name(number):
-        text = str(class_names[number]) if class_names else f"class {number}"
-        return text if len(text) <= 20 else f"{text[:19]}\u2026"  # or titles run into each other
+        text = " ".join(str(class_names[number]).split()) if class_names else f"class {number}"
+        return _shortened(text, 20)  # or titles run into each other
 
     aspect = min(4.0, max(0.25, images.shape[2] / images.shape[3]))  # a strip is drawn small rather than on a page of metres
-    columns = classes + 1 + encoded
+    weighted = encoded and explanation.dynamic_weight.shape[2] in (2, 6)  # or there is no picture of it
+    columns = classes + 1 + weighted
     figure = new_figure(width=2.3 * columns + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
     axes = figure.subplots(max(1, count), columns, squeeze=False)
+    named = {*explanation.target.flatten().tolist(), *([] if labels is None else map(int, labels))}
+    drawable(" ".join(map(name, sorted(named))))  # one warning for all names
     scale = symmetric_scale(explanation.contribution_map)
     sigmoid = explanation.logits.sigmoid()
     for i in range(count):
@@ -140,12 +147,20 @@ def explanation_figure(
             title = f"{name(target)}: {probability(float(sigmoid[i, target]))}"
             artist = show_map(axes[i, k + 1], explanation.contribution_map[i, k], scale, title)
             axes[i, k + 1].set_xlabel(proof(explanation, i, k, logit_bias), fontsize=7)
-        if encoded:
+        if weighted:
             title = f"weight of {name(int(explanation.target[i, 0]))}"
             show_weight(axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title)
     if count:
         colour_bar(figure, artist, axes)
     return figure
+
+
+def _shortened(text, most):
+    """The beginning of a text that takes at most so many columns; Chinese characters take two."""
+    widths = list(itertools.accumulate(1 + (unicodedata.east_asian_width(c) in "WF") for c in text))
+    if not widths or widths[-1] <= most:
+        return text
+    return f"{text[: sum(width < most for width in widths)].rstrip()}\u2026"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -186,38 +201,55 @@ def _bare(axes, title):
         spine.set_linewidth(0.5)
         spine.set_color("0.6")
     if title:
-        text, families, _ = drawable(title)
+        text, families = drawable(title)
         axes.set_title(text, fontsize=9, fontfamily=families, parse_math=False)  # names of classes may hold dollars
 
 
 # -- names in every script --------------------------------------------------------------------------------------------------------------
 
+# Of packages that ship fonts, those that are looked through where they are installed (none is imported)
+_PACKAGES = ("matplotlib_fontja", "manimgx_fonts", "manimgx_fonts_cjk", "mplfonts", "koreanize_matplotlib")
+_IGNORABLE = frozenset("\u200c\u200d\ufe0e\ufe0f")  # joiners and variation selectors: nothing is missing where a font lacks them
+_LOST: set[str] = set()
 
-def drawable(text: str) -> tuple[str, list[str], list[str]]:
-    """A text as figures can show it, the families of fonts to draw it with, and the files of those beside the default font.
 
-    What matplotlib's default font lacks (Chinese, Japanese, emoji ...) comes from the first installed font that has it, also from that of
-    the package matplotlib-fontja. What no font has is drawn as U+25A1, an empty box, and named in one warning.
+def drawable(text: str) -> tuple[str, list[str]]:
+    """A text as figures can show it, and the families of fonts to draw it with.
+
+    What matplotlib's default font lacks (Chinese, Japanese, emoji ...) comes from the first installed font that has it: of matplotlib, of
+    the system, or of a package such as matplotlib-fontja. What no font has is drawn as U+25A1, an empty box, and named in one warning;
+    control characters are drawn as U+FFFD.
     """
     from matplotlib import rcParams
 
-    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
-    families, files, lost = list(rcParams["font.family"]), [], []
-    for character in sorted(set(text)):
-        if not _has(_default_font(), character):
-            entry = _font_with(character)
-            if entry is None:
-                lost.append(character)
-            elif entry.name not in families:
-                families.append(entry.name)
-                files.append(entry.fname)
-    if lost:
-        _say_lost(frozenset(lost))
-        text = "".join("\u25a1" if c in lost else c for c in text)
-    return text, families, files
+    text, fonts = _with_fonts(text)
+    return text, [*rcParams["font.family"], *dict.fromkeys(entry.name for entry in fonts.values())]
 
 
-_LOST: set[str] = set()
+def pieces(text: str) -> list[tuple[str, str]]:
+    """The same for who draws with one font at a time: the text in pieces, each with the file of its font."""
+    text, fonts = _with_fonts(text)
+    default = _default_font()
+    return [("".join(piece), file) for file, piece in itertools.groupby(text, lambda c: fonts[c].fname if c in fonts else default)]
+
+
+def _with_fonts(text):
+    """The text with what cannot be drawn replaced, and the fonts of those characters that the default font lacks."""
+    text = "".join(map(_visible, " ".join(text.split())))
+    default = _opened(_default_font())
+    foreign = {c for c in text if not default.get_char_index(ord(c))}
+    found = _fonts_with(foreign)
+    fonts = {c: entry for c, entry in found.items() if entry is not None}
+    lost = foreign - set(fonts)
+    _say_lost(lost - _IGNORABLE)
+    return "".join("" if c in lost & _IGNORABLE else "\u25a1" if c in lost else c for c in text), fonts
+
+
+def _visible(character):
+    category = unicodedata.category(character)
+    if category == "Cf" and character not in _IGNORABLE:
+        return ""  # marks of direction and the like: a name could turn the text around it
+    return "\ufffd" if category in ("Cc", "Cs") else character
 
 
 def _say_lost(characters):
@@ -225,9 +257,9 @@ def _say_lost(characters):
         _LOST.update(fresh)
         some = " ".join(f"{c} (U+{ord(c):04X})" for c in sorted(fresh)[:5]) + (" ..." if len(fresh) > 5 else "")
         warnings.warn(
-            f"figures: no installed font has {some}, drawn as \u25a1; install one, such as that of pip install 'coda-fast[fonts]' for "
-            f"Japanese and many Chinese characters",
-            stacklevel=4,
+            f"figures: no installed font has {some}, drawn as \u25a1; install one, such as Noto Sans CJK or Noto Emoji, or that of "
+            f"pip install 'coda-fast[fonts]' for Japanese and many Chinese characters",
+            stacklevel=5,
         )
 
 
@@ -237,32 +269,56 @@ def _default_font():
     return font_manager.findfont(font_manager.FontProperties())
 
 
-@functools.cache
-def _characters(path):
-    """The code points that a font file has; none of one that cannot be read (of coloured emoji, matplotlib can read none)."""
+@functools.lru_cache(maxsize=8)
+def _opened(path):
     from matplotlib.ft2font import FT2Font
 
-    try:
-        return frozenset(FT2Font(path).get_charmap())
-    except Exception:  # whatever a font file is, it is not worth a figure
-        return frozenset()
+    return FT2Font(path)
 
 
-def _has(path, character):
-    return ord(character) in _characters(path)
+_FONTS = {}  # of characters that were looked for: the font, or None
 
 
-@functools.cache
-def _font_with(character):
-    """An installed font with this character, upright and of normal weight if there is one; None: there is none."""
+def _fonts_with(characters):
+    """For each of the characters an installed font, upright and of normal weight if there is one; None: there is none."""
+    if wanted := characters - set(_FONTS):
+        known = _entries()
+        _FONTS.update(dict.fromkeys(wanted))
+        _look(known, wanted)
+        if lost := {c for c in wanted - _IGNORABLE if _FONTS[c] is None}:  # fonts that came after matplotlib had made its list
+            _look([entry for entry in _entries(refreshed=True) if entry not in known], lost)
+    return {c: _FONTS[c] for c in characters}
+
+
+def _look(entries, wanted):
+    remaining = set(wanted)
+    for entry in sorted(entries, key=lambda entry: (entry.style != "normal", str(entry.weight) not in ("400", "normal"))):
+        if not remaining:
+            return
+        try:
+            font = _opened(entry.fname)
+            found = {c for c in remaining if font.get_char_index(ord(c))}
+        except Exception:  # whatever a font file is, it is not worth a figure
+            continue
+        _FONTS.update(dict.fromkeys(found, entry))
+        remaining -= found
+
+
+def _entries(refreshed=False):
+    """What matplotlib knows of fonts, with those of the packages, and, refreshed, with all that the system has by now."""
     from matplotlib import font_manager
 
-    package = importlib.util.find_spec("matplotlib_fontja")
-    if package is not None and package.origin:
-        known = {entry.fname for entry in font_manager.fontManager.ttflist}
-        for path in sorted(Path(package.origin).parent.rglob("*.ttf")):
-            if str(path) not in known:
-                font_manager.fontManager.addfont(str(path))
-    entries = [entry for entry in font_manager.fontManager.ttflist if not entry.name.startswith("Last Resort")]  # boxes with numbers
-    plain = sorted(entries, key=lambda entry: (entry.style != "normal", str(entry.weight) not in ("400", "normal")))
-    return next((entry for entry in plain if _has(entry.fname, character)), None)
+    manager = font_manager.fontManager
+    known = {entry.fname for entry in manager.ttflist}
+    paths = [path for name in _PACKAGES for path in _package_fonts(name)]
+    for path in [*paths, *(font_manager.findSystemFonts() if refreshed else ())]:
+        if path not in known:
+            with contextlib.suppress(Exception):  # one that matplotlib cannot read, as coloured emoji
+                manager.addfont(path)
+    return [entry for entry in manager.ttflist if not entry.name.startswith("Last Resort")]  # boxes with numbers
+
+
+def _package_fonts(name):
+    package = importlib.util.find_spec(name)
+    folders = (package and package.submodule_search_locations) or ()
+    return sorted(str(path) for folder in folders for path in Path(folder).rglob("*") if path.suffix.lower() in (".ttf", ".otf", ".ttc"))

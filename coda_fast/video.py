@@ -17,7 +17,7 @@ import torch
 from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
 from coda_fast.images import resize
-from coda_fast.plot import COLOURS, drawable, probability
+from coda_fast.plot import COLOURS, pieces, probability
 from coda_fast.safety import MOST_PIXELS, NotAFile, batch_within, check_explainable, open_file
 
 PERCENTILE = 99.75  # of absolute contributions over the video, as published
@@ -302,7 +302,7 @@ def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
 
 @functools.lru_cache
 def _font(size, file=None):
-    """That of the figures, which has most alphabets, or another one."""
+    """That of figures, which has most alphabets, or another one."""
     import matplotlib
     from PIL import ImageFont
 
@@ -331,13 +331,18 @@ def _picture(image, contribution, scale, name, sure):
     draw.line([(start - 1, 0), (start - 1, height), (start + width, height)], "#999999")  # the map's edge, which may be white
     draw.line([(0, height), (width - 1, height)], "#999999")
 
-    name, _, files = drawable(name)
-    font, room = _font(14 * unit, files[0] if files else None), width - 8 * unit  # one font for all: those of other scripts have ours too
-    caption, kept = f"{name}: {sure}", len(name)
-    while font.getlength(caption) > room and kept:
+    def caption(kept):  # in pieces, each with its font: Pillow draws with one at a time
+        text = f"{name}: {sure}" if kept == len(name) else f"{name[:kept].rstrip()}\u2026: {sure}"
+        return [(piece, _font(14 * unit, file)) for piece, file in pieces(text)]
+
+    kept = len(name)
+    while sum(font.getlength(piece) for piece, font in caption(kept)) > width - 8 * unit and kept:
         kept -= 1
-        caption = f"{name[:kept].rstrip()}\u2026: {sure}"
-    draw.text((4 * unit, height + strip // 2), caption, "black", font, anchor="lm")
+    ascent, descent = _font(14 * unit).getmetrics()
+    x, baseline = 4 * unit, height + strip // 2 + (ascent - descent) // 2
+    for piece, font in caption(kept):
+        draw.text((x, baseline), piece, "black", font, anchor="ls")
+        x += font.getlength(piece)
 
     bar = colours(np.linspace(0, 1, width - 2 * gap), bytes=True)[None, :, :3].repeat(8 * unit, 0)
     canvas.paste(Image.fromarray(bar), (start + gap, height + 6 * unit))

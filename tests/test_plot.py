@@ -1,14 +1,20 @@
 """Pictures whose pixels are known."""
 
 import importlib.util
+import io
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 
-from coda_fast import create_model, plot
+from coda_fast import CoDANet, create_model, plot
+from coda_fast.train import load_recipe
+from coda_fast.train.watch import curve
 
 
 def test_symmetric_scale():
@@ -116,51 +122,136 @@ def test_explanation_of_a_layer():
     plot.render(figure)
 
 
+def test_explanation_of_two_channels():
+    """No picture of the weight, as there is no colour that it would be."""
+    model = CoDANet([4, 3], ranks=[2, 2], kernel_sizes=[3, 1], strides=[1, 1], temperature=1, image_channels=2)
+    figure = model.explain(torch.rand(1, 2, 8, 8), [[0, 1]]).plot()
+    assert len([axes for axes in figure.axes if axes.images]) == 3
+    plot.render(figure, dpi=50)
+
+
 @pytest.fixture
 def fresh(monkeypatch):
-    """No character was found missing yet."""
+    """No character was looked for yet, and no package with fonts is known; what fonts a test adds go with it."""
     monkeypatch.setattr(plot, "_LOST", set())
+    monkeypatch.setattr(plot, "_FONTS", {})
+    monkeypatch.setattr(plot, "_PACKAGES", ())
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
 
 
-def test_names_in_scripts_that_the_default_font_lacks(fresh):
-    """Drawn by a font that has them: no warning, and ink where the name is."""
-    if importlib.util.find_spec("matplotlib_fontja") is None:  # importing it would make its font that of all figures
-        pytest.skip("needs the package with a Japanese font")
+CAT = "\U000f1234"  # of a private area: no font has it but ours
+
+
+def _font(path, character=CAT, family="Cats"):
+    """A font file with one character, a black square."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0)), pen.lineTo((0, 700)), pen.lineTo((700, 700)), pen.lineTo((700, 0)), pen.closePath()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "cat"])
+    font.setupCharacterMap({ord(character): "cat"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (800, 0), "cat": (800, 0)})
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": family, "styleName": "Regular"})
+    font.setupOS2(), font.setupPost()
+    font.save(path)
+    return str(path)
+
+
+def _ink(text):
+    """How much black a title has."""
+    figure = plot.new_figure(1, 1)
+    plot.show_image(figure.subplots(), torch.ones(1, 4, 4), text)
+    picture = np.asarray(Image.open(io.BytesIO(plot.render(figure, dpi=80))).convert("L"))[:20]
+    return int((picture < 64).sum())
+
+
+def test_fonts_of_packages(fresh, monkeypatch, tmp_path):
+    """The font of an installed package is found, without importing it, and draws what no other has: no warning, a picture of its own."""
+    (tmp_path / "cat_fonts" / "deep").mkdir(parents=True)
+    (tmp_path / "cat_fonts" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "cat_fonts" / "damaged.ttf").write_bytes(b"no font")
+    file = _font(tmp_path / "cat_fonts" / "deep" / "cats.ttf")
+    monkeypatch.setattr(plot, "_PACKAGES", ("no_such_package", "cat_fonts"))
+    monkeypatch.syspath_prepend(tmp_path)
+    default = plot._default_font()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text, families, files = plot.drawable("\u732b \u3042 cat")
-        assert text == "\u732b \u3042 cat"
-        assert len(families) == 2
-        assert files[0].endswith("ipaexg.ttf")
-        assert plot.drawable("\u00dcn\u00efc\u00f6d\u00e9")[1:] == (families[:1], [])
+        text, families = plot.drawable(f"a {CAT}b")
+        assert (text, families[-1], len(families)) == (f"a {CAT}b", "Cats", 2)
+        assert plot.pieces(f"a {CAT}b") == [("a ", default), (CAT, file), ("b", default)]
+        assert _ink(CAT) > 1.5 * _ink("a") > 0
+        assert plot.drawable("\u00dcn\u00efc\u00f6d\u00e9")[1] == families[:1]
+
+
+def test_fonts_that_came_after_matplotlib_made_its_list(fresh, monkeypatch, tmp_path):
+    """Who follows the advice of the warning and installs a font of the system need not know of matplotlib's cache."""
+    file = _font(tmp_path / "cats.ttf")
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(tmp_path / "missing.ttf"), file])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plot.pieces(CAT) == [(CAT, file)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib_fontja") is None, reason="needs the package with a Japanese font")
+def test_names_in_scripts_that_the_default_font_lacks(fresh, monkeypatch):
+    """Drawn by a font that has them: no warning, another picture for another name instead of one box for all."""
+    monkeypatch.setattr(plot, "_PACKAGES", ("matplotlib_fontja",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plot.drawable("\u732b \u3042 cat")[0] == "\u732b \u3042 cat"
         pictures = []
-        for name in ("\u732b\u732b", "\u72ac\u72ac"):  # cat, dog: another picture each, not one box for all
+        for name in ("\u732b\u732b", "\u72ac\u72ac"):  # cat, dog
             model = create_model("coda_xs_digits", class_names=[name] * 10)
-            images = torch.zeros(1, 1, 8, 8)
-            pictures.append(plot.render(model.explain(images).plot(), dpi=60))
+            pictures.append(plot.render(model.explain(torch.zeros(1, 1, 8, 8), 0).plot(), dpi=60))
     assert pictures[0] != pictures[1]
 
 
-def test_characters_that_no_font_has(fresh):
-    """An empty box each, one warning for all of them, none the second time."""
-    with pytest.warns(UserWarning, match=r"no installed font has \U0001fae0 \(U\+1FAE0\) \U0001faf6 \(U\+1FAF6\), drawn as") as caught:
-        text, families, files = plot.drawable("a \U0001faf6\U0001fae0 b")
-    assert len(caught) == 1
-    assert (text, len(families), files) == ("a \u25a1\u25a1 b", 1, [])
+def test_characters_that_no_font_has(fresh, monkeypatch):
+    """An empty box each, one warning for a figure, none the second time."""
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+    names = [f"{chr(0xF1000 + i)}{chr(0xF2000 + i)} b" for i in range(10)]
+    model = create_model("coda_xs_digits", class_names=names)
+    e = model.explain(torch.rand(1, 1, 8, 8), [list(range(10))])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure = e.plot()
+        plot.render(figure, dpi=50)
+    (warning,) = caught
+    assert str(warning.message).startswith("figures: no installed font has \U000f1000 (U+F1000) \U000f1001 (U+F1001) ")
+    assert " ..., drawn as \u25a1; install one, such as " in str(warning.message)
+    assert [axes.get_title().rpartition(":")[0] for axes in figure.axes[1:11]] == ["\u25a1\u25a1 b"] * 10
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot.drawable("\U0001faf6")
+        plot.render(e.plot(), dpi=50)
 
 
 def test_names_of_bad_will(fresh):
-    """Formulas, control characters, lines: drawn as they are, or visibly replaced."""
-    assert plot.drawable("a\nb\tc\x00")[0] == "a b c\ufffd"
+    """Formulas, control characters, lines: drawn as they are, or visibly replaced. What turns the direction of text around is left out."""
+    assert plot.drawable("a\nb\tc\x00\ud800")[0] == "a b c\ufffd\ufffd"
+    assert plot.drawable("\u202ea\u200eb\ufeff\u200dc\ufe0f")[0].replace("\u200d", "").replace("\ufe0f", "") == "abc"
     names = ["$", "$x^2$", "a\nb", "\x00", "\\frac{", "x" * 200, "", " ", "\u05e9\u05dc\u05d5\u05dd", "%s{}"]
     model = create_model("coda_xs_digits", class_names=names)
     figure = model.explain(torch.rand(1, 1, 8, 8), [list(range(10))]).plot()
     plot.render(figure, dpi=50)
     titles = [axes.get_title().rpartition(":")[0] for axes in figure.axes[1:11]]
-    assert titles[:5] == ["$", "$x^2$", "a b", "\ufffd", "\\frac{"]
+    assert titles[:6] == ["$", "$x^2$", "a b", "\ufffd", "\\frac{", "x" * 19 + "\u2026"]
+
+
+def test_names_of_wide_characters_take_no_more_room():
+    assert plot._shortened("x" * 20, 20) == "x" * 20
+    assert plot._shortened("\u732b" * 10, 20) == "\u732b" * 10
+    assert plot._shortened("\u732b" * 11, 20) == "\u732b" * 9 + "\u2026"
+    assert plot._shortened("", 20) == ""
+
+
+def test_curves_of_runs_with_names_of_bad_will():
+    """Matplotlib would read dollars as a formula and fail when the training is over."""
+    recipe = load_recipe("digits-s", ["name='a $x^$ b'"])
+    history = [{"epoch": 1, "train_loss": 0.5, "train_accuracy": 0.5}]
+    figure = curve(history, recipe)
+    assert figure.get_suptitle().startswith("a $x^$ b: ")
+    plot.render(figure, dpi=50)
 
 
 def test_failed_figure_leaves_nothing(tmp_path):

@@ -184,7 +184,8 @@ def curve(history: list[dict], recipe: Recipe):
         axes.legend(fontsize=8)
     own = recipe.model.out_channels  # a network of its own layers is not the one that it is named after
     network = recipe.model.name if own is None else f"layers of {', '.join(map(str, own))} channels"
-    figure.suptitle(f"{recipe.name}: {network}, batch {recipe.batch_size}", fontsize=10)
+    title, families = plot.drawable(f"{recipe.name}: {network}, batch {recipe.batch_size}")
+    figure.suptitle(title, fontsize=10, fontfamily=families, parse_math=False)  # a name may hold dollars
     return figure
 
 
