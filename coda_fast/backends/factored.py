@@ -110,7 +110,7 @@ class _Layer:
             products = (u @ self.generate.view(n * m, d).t()).view(-1, n, m)
             part = torch.bmm(products, z.unsqueeze(2)).squeeze(2)
             # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
-            bound = q.sqrt() * torch.linalg.vector_norm(u, dim=1, keepdim=True)
+            bound = (q.sqrt() + self._flushed(m)) * (torch.linalg.vector_norm(u, dim=1, keepdim=True) + self._flushed(d))
             part = torch.clamp(part, -bound, bound, out=None if dot is None else dot[chunk.rows])
             torch.mul(self._scale(q), part, out=output[chunk.rows])
         return windows.rows_to_image(output, input), dot, square
@@ -232,24 +232,30 @@ class _Layer:
     def _scale(self, square):
         """s(q)."""
         length = square.sqrt()
-        return length / (1 + square) if self.norm == "squash" else 1 / length.clamp_min(self.eps)
+        if self.norm == "squash":
+            return length / (1 + square)
+        return (1 / length.clamp_min(self.eps)).masked_fill(square.isinf(), float("nan"))  # as "squash", not 1 / infinity
+
+    def _flushed(self, terms):
+        """How much shorter than it is a vector of so many numbers may seem: squares below the least number are 0."""
+        return (terms * torch.finfo(self.generate.dtype).tiny) ** 0.5
 
     def _grad_factors(self, grad, dot, square):
         """gs = g s(q) and t = 2 g <w, u> s'(q), with their limits (0) at q = 0."""
         length = square.sqrt()
-        ratio = torch.where(length > 0, dot / length, 0)  # bounded by |u|
+        ratio = torch.where(length > 0, dot / length.clamp_min(self._flushed(self.generate.shape[1])), 0)  # bounded by 2 |u|
+        gs = grad * self._scale(square)
         if self.norm == "squash":
-            return grad * (length / (1 + square)), grad * ratio * ((1 - square) / (1 + square)) / (1 + square)
-        t = torch.where(length > self.eps, -grad * ratio / square, 0)
-        return grad / length.clamp_min(self.eps), t
+            return gs, grad * ratio * ((1 - square) / (1 + square)) / (1 + square)
+        return gs, torch.where(length > self.eps, -grad * ratio / square, 0)
 
 
 def norm_factor(rows: torch.Tensor) -> torch.Tensor:
     """R_o with ``|R_o v| = |rows_o^T v|`` for every v: [n, m, d] -> [n, min(m, d), m].
 
     float64 takes a QR. float32 takes a Cholesky factor of the float64 Gram matrix, which on a CPU costs 1/6 to 2/3 of a QR in float32
-    and is no less accurate: its relative jitter of 1e-14, which keeps rank-deficient rows legal, is the square of float32's own
-    resolution of w.
+    and is no less accurate: its jitter of 1e-14, which keeps rank-deficient rows legal, is the square of float32's own resolution of w.
+    Each row has a jitter of its own length: one of the longest row would add to |w| where that row's number in z is 0.
     """
     n, m, d = rows.shape
     if m >= d:
@@ -258,11 +264,13 @@ def norm_factor(rows: torch.Tensor) -> torch.Tensor:
         return torch.linalg.qr(rows.transpose(1, 2), mode="r").R.contiguous()
     wide = rows.double()
     gram = wide @ wide.transpose(1, 2)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += 1e-14 * diagonal.sum(1, keepdim=True) + torch.finfo(torch.float64).tiny
+    length = gram.diagonal(dim1=1, dim2=2).sqrt()
+    inverse = torch.where(length == 0, 1, 1 / length)
+    gram *= inverse.unsqueeze(2) * inverse.unsqueeze(1)
+    gram.diagonal(dim1=1, dim2=2).add_(1e-14 * m)
     factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
     # only weights that are not finite get here; like any layer, answer with NaN, where the user's own check looks for it
-    return factor.masked_fill((failed > 0)[:, None, None], float("nan")).to(rows.dtype).contiguous()
+    return (factor * length.unsqueeze(1)).masked_fill((failed > 0)[:, None, None], float("nan")).to(rows.dtype).contiguous()
 
 
 @dataclasses.dataclass(frozen=True)

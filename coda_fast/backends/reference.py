@@ -125,7 +125,8 @@ def _weight(input, reduction_weight, weight, bias, geometry, norm, eps):
     """w, [N, n, d, P], and s(|w|^2), [N, n, P]."""
     w = _generate(_reduce(input, reduction_weight, geometry), weight, bias)
     length = _length(w)
-    scale = length / (1 + length.square()) if norm == "squash" else 1 / length.clamp_min(eps)
+    # a w that is infinite gives NaN under both norms, not 1 / infinity
+    scale = length / (1 + length.square()) if norm == "squash" else torch.where(length == math.inf, math.nan, 1 / length.clamp_min(eps))
     return w, scale.to(w.dtype)
 
 
