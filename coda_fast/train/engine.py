@@ -370,7 +370,8 @@ class Run:
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"loss: expected a finite number, got {loss} in epoch {self.epoch + 1} between steps {self.step - steps} and "
-                    f"{self.step} (learning rate {self.lr:.3g}; try a lower one, or optimizer.clip=1); {files.named(self.last_good)}"
+                    f"{self.step} (learning rate {self.lr:.3g}; try a lower one, or optimizer.clip=1; {self._weights_told()}); "
+                    f"{files.named(self.last_good)}"
                 )
             window.zero_()
             now = time.perf_counter()
@@ -385,6 +386,14 @@ class Run:
                 self.save()
                 if asked:
                     raise Stopped(self.last_good)
+
+    def _weights_told(self):
+        """Whether the weights are finite, and how large: images are in [0, 1], so what makes |w|^2 leave float32 are they."""
+        sizes = {name: float(p.detach().abs().max()) for name, p in self.objective.model.named_parameters() if p.numel()}
+        if broken := [name for name, size in sizes.items() if not math.isfinite(size)]:
+            return f"not finite: {len(broken)} of {len(sizes)} weights, first {broken[0]}"
+        largest = max(sizes, key=sizes.get)
+        return f"the largest weight is {sizes[largest]:.1e}, in {largest}"
 
     def _step(self, batch: Batch):
         """One update; sums of losses, correct answers, images that could be read, penalties, and 1, as a tensor on the device."""

@@ -127,11 +127,32 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
         return step(self, batch)
 
     monkeypatch.setattr(engine.Run, "_step", poisoned)
-    message = r"expected a finite number, got nan in epoch 2 between steps 8 and 12 .* the last good .* is .*epoch_0001_step_0000008.pt"
+    message = r"got nan in epoch 2 between steps 8 and 12 .*not finite: \d+ of \d+ weights, first layers\.0\..* the last good .* is "
+    message += r".*epoch_0001_step_0000008.pt"
     with pytest.raises(TrainingError, match=message):
         run(tmp_path, "checkpoint.every_steps=29")
     state = end_of(tmp_path, 1, 8)
     assert all(torch.isfinite(t).all() for t in state["model"].values())
+
+
+def test_a_loss_that_is_not_finite_beside_weights_that_are(tmp_path, monkeypatch):
+    """Weights so large that |w|^2 leaves float32: the largest is named."""
+    step = engine.Run._step
+
+    def poisoned(self, batch):
+        layers = self.objective.model.layers
+        with torch.no_grad():
+            layers[1].bias[0] = 1e25
+        found = step(self, batch)
+        with torch.no_grad():  # as if nothing had been updated yet
+            for parameter in layers.parameters():
+                parameter.nan_to_num_(0.5, 0.5, 0.5)
+            layers[1].bias[0] = 1e25
+        return found
+
+    monkeypatch.setattr(engine.Run, "_step", poisoned)
+    with pytest.raises(TrainingError, match=r"got nan .*the largest weight is 1\.0e\+25, in layers\.1\.bias"):
+        run(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
