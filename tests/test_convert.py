@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -57,6 +58,12 @@ def _pruned():
     return conv
 
 
+def _replaced_forward():
+    conv = nn.Conv2d(3, 4, 3)
+    conv.forward = lambda x: x[:, :, 1:-1, 1:-1].repeat(1, 2, 1, 1)[:, :4]
+    return conv
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -65,8 +72,12 @@ def _pruned():
         (lambda: nn.LazyConv2d(4, 3), "a LazyConv2d"),
         (lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), "a ParametrizedConv2d"),
         (_pruned, "hooks"),
+        (_replaced_forward, "a Conv2d, whose own behaviour"),
+        (lambda: nn.ConvTranspose2d(3, 4, 3), "transposed, a DAU layer is a convolution of two dimensions"),
+        (lambda: nn.Conv1d(3, 4, 3), "of 1 dimensions"),
+        (lambda: nn.Conv2d(3, 4, 3, dtype=torch.complex64), "weights of torch.complex64"),
     ],
-    ids=["groups", "padding", "lazy", "parametrised", "pruned"],
+    ids=["groups", "padding", "lazy", "parametrised", "pruned", "forward", "transposed", "conv1d", "complex"],
 )
 def test_obstacles(make, reason):
     net = nn.Sequential(make(), nn.Conv2d(4, 4, 1))
@@ -111,7 +122,39 @@ def test_a_shared_convolution_stays_shared():
     assert net(torch.rand(1, 3, 5, 5)).shape == (1, 2, 5, 5)
 
 
-@pytest.mark.parametrize("only", ["layer4.*", ["layer4.0.*", "layer4.1.*"], lambda name, conv: conv.out_channels == 512], ids=str)
+def test_shared_weights_are_no_weights_of_one_layer():
+    """Two convolutions with one weight would be two layers with two: they stay, and are named."""
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3, dilation=2), nn.Conv2d(3, 3, 1))
+    net[1].weight = net[0].weight
+    report = convert_conv2d(net, rank=2)
+    assert report.converted == ("2",)
+    assert report.kept == {"0": "a weight that 0 and 1 share", "1": "a weight that 0 and 1 share"}
+
+
+def test_one_name_of_a_shared_convolution_is_all():
+    net = nn.ModuleDict({"a": nn.Conv2d(3, 3, 3), "c": nn.Conv2d(3, 3, 3)})
+    net["b"] = net["a"]
+    report = convert_conv2d(net, rank=2, only="b")
+    assert report.converted == ("a", "b")
+    assert net["a"] is net["b"]
+    assert isinstance(net["a"], DAUConv2d)
+    assert isinstance(net["c"], nn.Conv2d)
+
+
+@pytest.mark.parametrize(("name", "count", "kept"), [("resnet10t", 14, 0), ("efficientnet_lite0", 33, 16), ("convnext_atto", 4, 12)])
+def test_models_of_timm(name, count, kept):
+    """Stems, bottlenecks and patch embeddings become DAU layers, depthwise convolutions stay."""
+    net = timm.create_model(name, num_classes=3)
+    found = {name for name, m in net.named_modules() if isinstance(m, nn.Conv2d)}
+    report = convert_conv2d(net, rank=1)
+    assert {*report.converted, *report.kept} == found
+    assert (len(report.converted), len(report.kept)) == (count, kept)
+    assert net(torch.rand(2, 3, 64, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "only", ["layer4.*", ["layer4.0.*", "layer4.1.*"], lambda name, conv: conv.out_channels == 512], ids=["pattern", "patterns", "function"]
+)
 def test_only_some(only):
     net = torchvision.models.resnet18()
     report = convert_conv2d(net, rank=2, only=only)
@@ -123,9 +166,12 @@ def test_only_some(only):
 def test_nothing_is_changed_where_something_is_wrong():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     before = copy.deepcopy(net.state_dict())
-    for options in (dict(rank=0), dict(norm="l3"), dict(only="nothing.*")):
+    for options in (dict(rank=0), dict(norm="l3"), dict(only="nothing.*"), dict(only=["0", "2"]), dict(rank=10**13), dict(rank=2.5)):
         with pytest.raises(ValueError, match="expected"):
             convert_conv2d(net, **options)
+    for only in ([0], [None], 1):
+        with pytest.raises(TypeError):
+            convert_conv2d(net, only=only)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before.values(), strict=True))
     with pytest.raises(ValueError, match="expected at least one nn.Conv2d, got a Linear without"):
         convert_conv2d(nn.Linear(2, 2))

@@ -315,14 +315,19 @@ def test_script_of_torch_jit_is_refused():
         (torch.zeros(2, 3, 6, 6, dtype=torch.uint8), "input: expected a floating-point tensor, got torch.uint8"),
         (torch.zeros(2, 3, 6, 6, dtype=torch.float64).to_sparse(), "input: expected a dense tensor, got torch.sparse_coo"),
         (torch.zeros(2, 3, 6, 6).to_mkldnn(), "input: expected a dense tensor, got torch._mkldnn"),
-        (torch.nested.nested_tensor([torch.zeros(3, 6, 6)], layout=torch.strided), "input: expected a dense tensor, got a nested one"),
+        (
+            lambda: torch.nested.nested_tensor([torch.zeros(3, 6, 6)], layout=torch.strided),
+            "input: expected a dense tensor, got a nested one",
+        ),
         (torch.zeros(3, 6, dtype=torch.float64), r"input: expected \[N, 3, H, W\] or \[3, H, W\], got shape \[3, 6\]"),
         (torch.zeros(2, 3, 0, 6, dtype=torch.float64), "the kernel does not fit|expected"),
     ],
     ids=["complex", "integer", "sparse", "mkldnn", "nested", "two dimensions", "no rows"],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_inputs_that_are_refused(tensor, message):
     layer = DAUConv2d(3, 5, 3, rank=4, dtype=torch.float64)
+    tensor = tensor() if callable(tensor) else tensor
     with pytest.raises((TypeError, ValueError), match=message):
         layer(tensor)
 
