@@ -7,9 +7,10 @@ import fnmatch
 from collections.abc import Callable, Iterable
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from coda_fast.functional import EPS
-from coda_fast.nn import DAUConv2d
+from coda_fast.nn import DAUConv2d, check_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +46,23 @@ def convert_conv2d(
     """Replace every ``nn.Conv2d`` of a module, in place, by a ``DAUConv2d`` of the same geometry, device, dtype and mode.
 
     The new layers have fresh weights, frozen where those of the convolution were: a DAU layer computes its weight from its input, so there
-    is nothing that a convolution's weight could be carried over to, and its bias adds to that weight instead of to the output. A
-    convolution that is used in several places becomes one layer in all of them. Shapes stay, so the model runs and trains; its explanation
-    is exact only as far as it is dynamic linear, that is, without activations, normalisation or biases between the layers
-    (``coda_fast.CoDANet`` has none).
+    is nothing that a convolution's weight could be carried over to, and its bias adds to that weight instead of to the output. Make the
+    optimiser afterwards; a layer has about ``rank`` times the parameters. A convolution that is used in several places becomes one layer
+    in all of them. Shapes stay, so the model runs and trains; its explanation is exact only as far as it is dynamic linear, that is,
+    without activations, normalisation or biases between the layers (``coda_fast.CoDANet`` has none).
 
-    Kept, with the reason: convolutions with groups, other padding than zeros, hooks, or a class of their own (parametrised, pruned, lazy,
-    quantised ones are such).
+    Kept, with the reason: convolutions with groups, other padding than zeros, hooks, a weight that others have too, or a class of their own
+    (parametrised, pruned, lazy, quantised ones are such); transposed ones and those of one or three dimensions.
 
     Args:
         module: any module; a convolution itself comes back replaced as ``Conversion.module``.
         rank, bias, norm, eps, backend, save_contraction: of the new layers, as for ``DAUConv2d``.
         only: which to replace: names or patterns of names (``"layer4.*"``), or a function of name and convolution; None: all. The others
-            are not reported.
+            are not reported. One that is used in several places is replaced in all if one of them is named.
 
     Raises:
-        ValueError: nothing is replaced, or options that a layer refuses; nothing is changed then. TypeError: not a module.
+        ValueError: nothing is replaced, a name or pattern that no convolution has, options that a layer refuses, weights that this machine
+            cannot hold; nothing is changed then. TypeError: not a module, names that are no strings.
 
     >>> from torch import nn
     >>> import coda_fast
@@ -73,26 +75,27 @@ def convert_conv2d(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    wanted = _choice(only)
-    found = {
-        name: child
-        for name, child in module.named_modules(remove_duplicate=False)
-        if isinstance(child, nn.Conv2d) and wanted(name, child)
-    }  # fmt: skip
+    found = {name: child for name, child in module.named_modules(remove_duplicate=False) if isinstance(child, _ConvNd)}
+    chosen = {id(found[name]) for name in _choice(only, found)}
+    found = {name: conv for name, conv in found.items() if id(conv) in chosen}
     if not found:
         raise ValueError(
             f"module: expected at least one nn.Conv2d{'' if only is None else ' that only= chooses'}, got a {type(module).__name__} without"
         )
-    kept = {name: reason for name, conv in found.items() if (reason := _obstacle(conv))}
+    owners = _owners(module)
+    kept = {name: reason for name, conv in found.items() if (reason := _obstacle(conv, owners))}
     converted = tuple(name for name in found if name not in kept)
     if not converted:
         reasons = "; ".join(f"{name or 'the module itself'}: {reason}" for name, reason in kept.items())
         raise ValueError(f"module: expected a convolution that can be a DAU layer, got {reasons}")
     options = dict(bias=bias, rank=rank, norm=norm, eps=eps, backend=backend, save_contraction=save_contraction)
-    layers = {id(found[name]): None for name in converted}
-    for name in converted:  # all are made before the first is put in
-        conv = found[name]
-        layers[id(conv)] = layers[id(conv)] or _layer(conv, options)
+    different = {id(found[name]): found[name] for name in converted}
+    for conv in different.values():
+        _layer(conv, options, device="meta")  # refuses options without allocating anything
+    numbers = [conv.weight[0].numel() * (rank + conv.out_channels * (rank + bool(bias))) for conv in different.values()]
+    probe = next(iter(different.values())).weight
+    check_size([sum(numbers)], probe.device, probe.dtype)
+    layers = {key: _layer(conv, options) for key, conv in different.items()}  # all are made before the first is put in
     for name in converted:
         parent, _, last = name.rpartition(".")
         if name:
@@ -100,18 +103,36 @@ def convert_conv2d(
     return Conversion(module if converted != ("",) else layers[id(module)], converted, kept)
 
 
-def _choice(only):
+def _choice(only, found):
+    """The names among ``found`` that ``only`` means."""
     if only is None:
-        return lambda name, conv: True
+        return set(found)
     if callable(only):
-        return only
+        return {name for name, conv in found.items() if only(name, conv)}
     patterns = [only] if isinstance(only, str) else list(only)
-    return lambda name, conv: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    if odd := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise TypeError(f"only: expected names, or a function of name and convolution, got {odd[0]!r}")
+    chosen = {pattern: [name for name in found if fnmatch.fnmatchcase(name, pattern)] for pattern in patterns}
+    if lost := [pattern for pattern, names in chosen.items() if not names]:
+        raise ValueError(f"only: expected names or patterns of convolutions, got {lost[0]!r}, which none has")
+    return {name for names in chosen.values() for name in names}
 
 
-def _obstacle(conv):
+def _owners(module):
+    """The names of the modules that have each parameter, a module that is in several places once."""
+    owners = {}
+    for name, child in module.named_modules():
+        for parameter in child.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _obstacle(conv, owners):
     """Why a convolution must stay; empty if it need not."""
-    if type(conv) is not nn.Conv2d:
+    if not isinstance(conv, nn.Conv2d):
+        kind = "transposed" if isinstance(conv, _ConvTransposeNd) else f"of {len(conv.kernel_size)} dimensions"
+        return f"{kind}, a DAU layer is a convolution of two dimensions"
+    if type(conv) is not nn.Conv2d or "forward" in vars(conv):
         return f"a {type(conv).__name__}, whose own behaviour would be lost"
     if conv.groups != 1:
         return f"groups={conv.groups}, a DAU layer aligns with all channels"
@@ -120,12 +141,18 @@ def _obstacle(conv):
     hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
     if any(hooks):
         return "hooks (of pruning, weight_norm or others) that would be lost"
+    if len(names := owners.get(id(conv.weight), ())) > 1:
+        return f"a weight that {' and '.join(name or 'the module itself' for name in names)} share"
+    if not conv.weight.is_floating_point():
+        return f"weights of {conv.weight.dtype}"
+    if hasattr(conv.weight, "full_tensor"):
+        return "weights that are spread over processes; convert before that"
     return ""
 
 
-def _layer(conv, options):
+def _layer(conv, options, device=None):
     layer = DAUConv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-        device=conv.weight.device, dtype=conv.weight.dtype, **options,
+        device=device or conv.weight.device, dtype=conv.weight.dtype, **options,
     )  # fmt: skip
     return layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
