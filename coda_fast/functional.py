@@ -53,7 +53,10 @@ def dau_conv2d(
             patch); elsewhere there is nothing to keep and it changes nothing. Costs P n r numbers of memory a layer.
 
     ``|w|^2`` must be a number of float32 (of float64 in float64): inputs and parameters that make ``|w|`` larger than 1.8e19 give NaN, as
-    infinite ones do. Images in [0, 1] and the weights of a trained network are far from that.
+    infinite ones do; a ``w`` shorter than 1e-18 counts as 0 (``eps`` should be no less). Up to 1e18 and down to inputs of 1e-30
+    results and gradients are right to the digits of the dtype (``tests/test_extremes.py``). Images in [0, 1] and the weights of a trained
+    network are far from the ends. In float16 the triton backend needs ``|x_p| / |z_p|^2`` below 65504 for right gradients under "l2":
+    take bfloat16 there, where ``z`` may be small.
 
     Returns:
         y, [N, n, OH, OW] (or [n, OH, OW]), in the dtype and memory format of the input. Under autocast everything is cast to

@@ -74,11 +74,11 @@ def times(b_x, b_y):
 
 @triton.jit
 def scaled(b_square, SQUASH: tl.constexpr, EPS: tl.constexpr):
-    """s(q): sqrt(q) / (1 + q), or 1 / max(sqrt(q), eps)."""
+    """s(q): sqrt(q) / (1 + q), or 1 / max(sqrt(q), eps). NaN where q is infinite: w was too long for float32."""
     b_length = tl.sqrt(b_square)
     if SQUASH:
         return b_length / (1 + b_square)
-    return 1 / tl.maximum(b_length, EPS, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(b_square == float("inf"), float("nan"), 1 / tl.maximum(b_length, EPS, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

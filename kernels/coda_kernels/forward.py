@@ -31,12 +31,15 @@ def _finish(
     P,
     units,
     keep,
+    depth,
     SQUASH: tl.constexpr,
     EPS: tl.constexpr,
 ):
     """Scale, and store y as [P, n] and what backward needs as [n, P]."""
-    # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
-    b_bound = tl.where(b_square == 0, 0, tl.sqrt(b_square) * tl.sqrt(tl.load(length_ptr + o_p))[:, None])
+    # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes. A vector may be longer by ``flushed`` than it seems:
+    # squares below the least number are 0
+    flushed = tl.sqrt(depth * 1.1754944e-38)
+    b_bound = (tl.sqrt(b_square) + flushed) * (tl.sqrt(tl.load(length_ptr + o_p)) + flushed)[:, None]
     b_dot = tl.clamp(b_dot, -b_bound, b_bound, propagate_nan=tl.PropagateNan.ALL)
     m_y = m_p[:, None] & (o_o < units)[None, :]
     b_y = scaled(b_square, SQUASH, EPS) * b_dot
@@ -137,7 +140,7 @@ def contracted(
     if HAS_BIAS:
         b_square += tl.load(rest_ptr + o_o)[None, :]
     _finish(
-        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, units, keep, SQUASH, EPS,
+        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, units, keep, depth, SQUASH, EPS,
     )  # fmt: skip
 
 
@@ -207,5 +210,5 @@ def generated(
         b_square += tl.sum(b_w * b_w, 2)
     o_o = i_n * BO + tl.arange(0, BO)
     _finish(
-        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, units, keep, SQUASH, EPS,
+        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, units, keep, depth, SQUASH, EPS,
     )  # fmt: skip

@@ -156,23 +156,34 @@ def _norm_factor(
             b_22 = dot(b_a2, b_t2, b_22, "ieee")
             if HAS_BIAS:
                 b_cross2 += tl.sum((b_a2 if WIDE else widen(b_a2)) * b_b[None, :], 1)
+    # rows of length 1, so that a pivot is compared with its own row, not with longer ones whose number in z may be 0
     b_squares = tl.sum(tl.where(on_diagonal, b_11, 0), 1)
-    trace, longest = tl.sum(b_squares, 0), tl.max(b_squares, 0)
+    longest, b_length1 = tl.max(b_squares, 0), tl.sqrt(b_squares)
+    b_inverse1 = 1 / tl.where(b_squares == 0, 1, b_length1)
+    b_11 *= b_inverse1[:, None] * b_inverse1[None, :]
+    b_cross1 *= b_inverse1
     if H < R:
         b_squares = tl.sum(tl.where(on_diagonal, b_22, 0), 1)
-        trace += tl.sum(b_squares, 0)
-        longest = tl.maximum(longest, tl.max(b_squares, 0))
+        longest, b_length2 = tl.maximum(longest, tl.max(b_squares, 0)), tl.sqrt(b_squares)
+        b_inverse2 = 1 / tl.where(b_squares == 0, 1, b_length2)
+        b_21 *= b_inverse2[:, None] * b_inverse1[None, :]
+        b_22 *= b_inverse2[:, None] * b_inverse2[None, :]
+        b_cross2 *= b_inverse2
     tl.store(scale_ptr + i_o + tl.arange(0, 1), _unit_scale(longest.to(tl.float32), rest.to(tl.float32)))
-    size = tl.maximum(tl.sqrt(longest), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+    # that of a far longer b, too: `contracted` multiplies shift over size by up to 2^40 and squares it
+    size = tl.maximum(tl.sqrt(tl.maximum(longest, tl.max(rest, 0) * 2.0**-44)), 1e-12)  # NaN is in the factor, too
     scaling = 1 / size
-    least = trace * (1e-14 if WIDE else 1e-7)  # pivots below are rounding: A_o has no more rows of its own
+    b_length1 *= scaling
+    if H < R:
+        b_length2 *= scaling
+    least = R * (1e-14 if WIDE else 1e-7)  # pivots below are rounding: A_o has no more rows of its own
     for j in range(H):
         b_column = tl.sum(tl.where(o_h[None, :] == j, b_11, 0), 1)
         pivot = tl.sum(tl.where(o_h == j, b_column, 0), 0)
         inverse = tl.where(pivot > least, 1 / tl.sqrt(tl.maximum(pivot, least)), 0)
         b_column = tl.where(o_h >= j, b_column * inverse, 0)
         b_11 -= b_column[:, None] * b_column[None, :]
-        tl.store(p_factor + j * R + o_h, narrow((b_column * scaling).to(tl.float32), factor_ptr.dtype.element_ty))
+        tl.store(p_factor + j * R + o_h, narrow((b_column * b_length1).to(tl.float32), factor_ptr.dtype.element_ty))
         if HAS_BIAS:
             shift = tl.sum(tl.where(o_h == j, b_cross1, 0), 0) * inverse
             b_cross1 -= b_column * shift
@@ -182,7 +193,7 @@ def _norm_factor(
             b_below = tl.sum(tl.where(o_h[None, :] == j, b_21, 0), 1) * inverse
             b_21 -= b_below[:, None] * b_column[None, :]
             b_22 -= b_below[:, None] * b_below[None, :]
-            tl.store(p_factor + j * R + H + o_h, narrow((b_below * scaling).to(tl.float32), factor_ptr.dtype.element_ty))
+            tl.store(p_factor + j * R + H + o_h, narrow((b_below * b_length2).to(tl.float32), factor_ptr.dtype.element_ty))
             if HAS_BIAS:
                 b_cross2 -= b_below * shift
     if H < R:
@@ -194,7 +205,7 @@ def _norm_factor(
             b_22 -= b_column[:, None] * b_column[None, :]
             p_row = p_factor + (H + j) * R
             tl.store(p_row + o_h, tl.zeros((H,), factor_ptr.dtype.element_ty))
-            tl.store(p_row + H + o_h, narrow((b_column * scaling).to(tl.float32), factor_ptr.dtype.element_ty))
+            tl.store(p_row + H + o_h, narrow((b_column * b_length2).to(tl.float32), factor_ptr.dtype.element_ty))
             if HAS_BIAS:
                 shift = tl.sum(tl.where(o_h == j, b_cross2, 0), 0) * inverse
                 b_cross2 -= b_column * shift
@@ -342,7 +353,7 @@ def _grad_factors(
     if HAS_BIAS:  # columns past the last unit are written too, with zeros
         tl.store(e_ptr + o_p[:, None] * s_e + (first_e + o_o)[None, :], b_gs, (o_p < PP)[:, None] & (o_o < padded)[None, :])
     if full:
-        b_ratio = tl.load(dot_ptr + o_kept, mask=m_g, other=0) / tl.where(b_length == 0, 1, b_length)  # bounded by |u|
+        b_ratio = tl.load(dot_ptr + o_kept, mask=m_g, other=0) / tl.maximum(b_length, 1e-18)  # of the size of |u|, also where q is flushed
         if SQUASH:
             b_t = tl.where(b_length == 0, 0, b_grad * b_ratio * ((1 - b_square) / (1 + b_square)) / (1 + b_square))
         else:
