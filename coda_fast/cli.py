@@ -14,6 +14,7 @@ import torch
 
 from coda_fast import backends, checkpoints, plot, safety
 from coda_fast._version import __version__
+from coda_fast.explain import PixelRangeWarning
 
 try:
     import click
@@ -485,7 +486,11 @@ def _device(name):
 
 def _warn(message, category, filename, lineno, file=None, line=None):
     """Ours in one line; those of libraries as Python shows them."""
-    if Path(filename).parent.parent.name == "coda_fast" or Path(filename).parent.name == "coda_fast":
+    if (
+        issubclass(category, PixelRangeWarning)
+        or Path(filename).parent.parent.name == "coda_fast"
+        or Path(filename).parent.name == "coda_fast"
+    ):
         click.echo("coda-fast: warning: " + " ".join(str(message).split()), err=True)
     else:
         click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)

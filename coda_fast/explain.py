@@ -311,7 +311,7 @@ def explain(
         ValueError, TypeError: images of the wrong shape or with NaN or infinite values, targets or layers that do not exist, logits that
             are not finite.
 
-    Warns, once: images that leave [0, 1] by more than rounding.
+    Warns once, by a ``PixelRangeWarning``, of images that leave [0, 1] by more than rounding.
 
     >>> import torch, coda_fast
     >>> model = coda_fast.create_model("coda_xs_digits")
@@ -344,6 +344,10 @@ def explain(
     return Explanation(*found, index, images.detach(), model.logit_bias, None if names is None else tuple(names))
 
 
+class PixelRangeWarning(UserWarning):
+    """Images that leave [0, 1] by more than rounding; said once in a process."""
+
+
 _WARNED = threading.Event()
 
 
@@ -356,10 +360,16 @@ def _check_pixels(images) -> float:
         raise ValueError("images: expected finite values, got NaN or infinity")
     slack = max(1e-4, 2 * torch.finfo(images.dtype).eps)
     if (low < -slack or high > 1 + slack) and not _WARNED.is_set():
-        cause = "were they normalised by mean and deviation?" if low < -slack else "are they 0 to 255?" if high > 2 else "are they scaled?"
+        if -0.5 < low and high < 1.5:
+            cause = "did resizing overshoot? Clamp them"
+        elif low < -slack:
+            cause = "were they normalised by mean and standard deviation? Give them as they were before"
+        else:
+            cause = "are they 0 to 255? Divide them by 255"
         warnings.warn(
-            f"images: expected pixels in [0, 1], which the encoding [x, 1 - x] is made for, got {low:.3g} to {high:.3g}; {cause} This is "
+            f"images: expected pixels in [0, 1], which the encoding [x, 1 - x] is made for, got {low:.3g} to {high:.3g}; {cause}. This is "
             f"said once.",
+            PixelRangeWarning,
             stacklevel=_outside(),
         )
         _WARNED.set()  # not before: where warnings are errors, each call is one

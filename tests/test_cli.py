@@ -4,13 +4,14 @@ import json
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import coda_fast
+import coda_fast.images
 from coda_fast import cli
 from coda_fast.demo import TEMPERATURES
 
@@ -189,6 +190,18 @@ def _one_line(capsys, message):
     assert message in error
     assert "\n" not in error
     assert "Traceback" not in error
+
+
+def test_pixels_out_of_range_are_one_line(checkpoint, image, tmp_path, capsys, monkeypatch):
+    """Said once for all images, and without the line of code that said it; what files hold is in [0, 1], so it takes a reader that errs."""
+    read = coda_fast.images.read_image
+    monkeypatch.setattr(coda_fast.images, "read_image", lambda *args: 255 * read(*args))
+    monkeypatch.setattr(coda_fast.explain, "_WARNED", threading.Event())
+    other = tmp_path / "other.png"
+    other.write_bytes(image.read_bytes())
+    assert run("explain", image, other, "--checkpoint", checkpoint, "--size", 0, "--output", tmp_path) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("coda-fast: warning: images: expected pixels in [0, 1]")
 
 
 @pytest.mark.parametrize(

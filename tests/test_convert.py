@@ -179,6 +179,19 @@ def test_nothing_is_changed_where_something_is_wrong():
         convert_conv2d("resnet18")
 
 
+def test_memory_is_asked_for_all_layers_together(monkeypatch):
+    """Each of them would fit, both do not: nothing is changed."""
+    net = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
+
+    def need(what, needed, device):
+        raise ValueError(f"{what}: expected less")
+
+    monkeypatch.setattr("coda_fast.nn.need_memory", need)
+    with pytest.raises(ValueError, match=r"weights of 7\.6e\+07 numbers: expected less"):
+        convert_conv2d(net, rank=1010)
+    assert isinstance(net[0], nn.Conv2d)
+
+
 def test_a_network_without_anything_between_is_explained_exactly():
     """Convolutions alone become a dynamic linear network: the rows of its map, applied to the input, are its outputs."""
     torch.manual_seed(0)
