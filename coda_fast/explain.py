@@ -361,7 +361,7 @@ def _check_pixels(images) -> float:
     slack = max(1e-4, 2 * torch.finfo(images.dtype).eps)
     if (low < -slack or high > 1 + slack) and not _WARNED.is_set():
         if -0.5 < low and high < 1.5:
-            cause = "did resizing overshoot? Clamp them"
+            cause = "did resizing or added noise overshoot? Clamp them, if that is not meant"
         elif low < -slack:
             cause = "were they normalised by mean and standard deviation? Give them as they were before"
         else:

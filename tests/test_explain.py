@@ -459,7 +459,7 @@ def unwarned(monkeypatch):
         (255, 0, r"got \S+ to 25\S+; are they 0 to 255\? Divide them by 255\. This is said once\."),
         (1 / 0.22, -0.45 / 0.22, r"got -2\S* to 2\S*; were they normalised by mean and standard deviation\? Give them as they were"),
         (2, -1, r"got -0\.9\S* to (1|0\.9\S*); were they normalised"),
-        (1.1, -0.05, r"got -0\.0\S* to 1\.0\S*; did resizing overshoot\? Clamp them"),
+        (1.1, -0.05, r"got -0\.0\S* to 1\.0\S*; did resizing or added noise overshoot\? Clamp them"),
     ],
     ids=["bytes", "normalised", "symmetric", "resized"],
 )
