@@ -15,6 +15,8 @@ there is no wider type to cancel in.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -38,7 +40,7 @@ def align(
         dot = (products * z.unsqueeze(1)).sum(2)
         # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
         length = layer.convolve(u.square().sum(1, keepdim=True), torch.ones_like(layer.rows[:1, 0, :1])).sqrt()
-        bound = square.sqrt() * length
+        bound = (square.sqrt() + layer.flushed(layer.terms)) * (length + layer.flushed(layer.patch.numel()))
         dot = torch.minimum(torch.maximum(dot, -bound), bound)
     output = (layer.scale(square) * dot).to(input.dtype).contiguous(memory_format=format_of(input))
     empty = lambda dtype: input.new_empty(0, dtype=dtype)  # noqa: E731
@@ -135,7 +137,13 @@ class _Layer:
     def scale(self, square):
         """s(|w|^2)."""
         length = square.sqrt()
-        return length / (1 + square) if self.norm == "squash" else 1 / length.clamp_min(self.eps)
+        if self.norm == "squash":
+            return length / (1 + square)
+        return torch.where(square == math.inf, math.nan, 1 / length.clamp_min(self.eps))  # as "squash", not 1 / infinity
+
+    def flushed(self, terms):
+        """How much shorter than it is a vector of so many numbers may seem: squares below the least number are 0."""
+        return (terms * torch.finfo(self.compute).tiny) ** 0.5
 
     def taps(self):
         """Filters that each take one number of a patch, [d, C, kh, kw]: patches as channels."""
