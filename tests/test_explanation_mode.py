@@ -225,8 +225,15 @@ def test_an_asynchronous_generator_that_is_left_early(case):
 # -- recomputed segments ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["outside", "inside", "another thread"])
-@pytest.mark.parametrize(("backend", "save_contraction"), [("factored", False), ("triton", True)])
+@pytest.mark.parametrize(
+    ("where", "backend", "save_contraction"),
+    [
+        ("outside", "factored", False),
+        ("inside", "factored", False),
+        ("another thread", "factored", False),
+        ("outside", "triton", True),
+    ],
+)
 def test_a_checkpointed_segment_that_is_recomputed(where, backend, save_contraction):
     if torch.cuda.is_available():
         pytest.skip("compares CPU tensors")
