@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from coda_fast import _decompositions
+from coda_fast._autocast import wide
 from coda_fast._geometry import pair
 from coda_fast._version import __version__
 from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
-from coda_fast.functional import dau_conv2d_transpose
 from coda_fast.models import CoDANet
 
 ONNX_LIMIT = 2**31 - 2**24  # bytes of weights: protobuf ends a file at 2 GiB, and the graph takes some
@@ -76,14 +76,9 @@ class Explainer(nn.Module):
         classes = torch.arange(model.num_classes, device=target.device)
         chosen = (target.unsqueeze(1) == classes).to(last.dtype)
         value = chosen[:, :, None, None].expand_as(last)  # the head sums over pixels
-        for layer, entering in zip(reversed(model.layers), reversed(activations), strict=True):
-            value = dau_conv2d_transpose(
-                entering, value.to(entering.dtype), layer.reduction_weight, layer.weight, layer.bias, stride=layer.stride,
-                padding=layer.padding, dilation=layer.dilation, norm=layer.norm, eps=layer.eps, backend=layer.backend,
-            )  # fmt: skip
-        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+        value = model.send_back(activations, value)
         # 1 / T last: 1e-5 has two digits in float16
-        return logits, (value.to(wide) * activations[0].to(wide)).sum(1) / model.temperature
+        return logits, (wide(value) * wide(activations[0])).sum(1) / model.temperature
 
 
 def _check_target(target, images, classes):

@@ -11,7 +11,6 @@ from torch import nn
 from coda_fast._autocast import wide
 from coda_fast._classes import as_classes, check_range, one_each
 from coda_fast._wrappers import need_network, wrapped_by
-from coda_fast.functional import dau_conv2d_transpose
 from coda_fast.models import CoDANet
 
 PENALTIES = ("l1", "l2")
@@ -89,11 +88,7 @@ def _penalty(model, activations, classes, norm, valid=None):
         chosen = F.one_hot(classes[:, k], model.num_classes).to(activations[-1])
         chosen = chosen if valid is None else chosen * valid[:, None]
         value = chosen[:, :, None, None].expand_as(activations[-1])  # the head sums over pixels
-        for layer, entering in zip(reversed(model.layers), reversed(activations[:-1]), strict=True):
-            value = dau_conv2d_transpose(
-                entering, value.to(entering.dtype), layer.reduction_weight, layer.weight, layer.bias, stride=layer.stride,
-                padding=layer.padding, dilation=layer.dilation, norm=layer.norm, eps=layer.eps, backend=layer.backend,
-            )  # fmt: skip
+        value = model.send_back(activations[:-1], value)
         row = value.to(wide) / model.temperature  # last: 1 / T = 1e-5 has two digits in float16
         total = total + (row.abs() if norm == "l1" else row.square()).mean()
     return total / classes.shape[1]

@@ -158,6 +158,14 @@ class CoDANet(nn.Module):
             activations = layer(activations)
         return activations
 
+    def send_back(self, activations: Sequence[torch.Tensor], value: torch.Tensor) -> torch.Tensor:
+        """``value``, one number for every output of the last layer [N, n, OH, OW], sent back through the transposed layers, whose weights
+        are those that ``activations``, what enters each layer, generate: to the first of these, in its shape and dtype.
+        """
+        for layer, entering in zip(reversed(self.layers), reversed(activations), strict=True):
+            value = layer.adjoint(entering, value.to(entering.dtype))
+        return value
+
     def head(self, activations: torch.Tensor) -> torch.Tensor:
         """Class evidence maps [N, classes, H, W] -> logits [N, classes], summed and divided by T in float32 at least.
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from coda_fast import backends
 from coda_fast._geometry import Geometry, integer, pair
-from coda_fast.functional import EPS, check_norm, dau_conv2d
+from coda_fast.functional import EPS, check_norm, dau_conv2d, dau_conv2d_transpose
 from coda_fast.safety import need_memory
 
 
@@ -143,6 +143,24 @@ class DAUConv2d(nn.Module):
             explaining,
             self.backend,
             self.save_contraction,
+        )
+
+    def adjoint(self, input: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """``value`` [N, n, OH, OW] sent back through the weights that ``input`` [N, C, H, W] generates, [N, C, H, W]: see
+        ``coda_fast.functional.dau_conv2d_transpose``.
+        """
+        return dau_conv2d_transpose(
+            input,
+            value,
+            self.reduction_weight,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.norm,
+            self.eps,
+            self.backend,
         )
 
     def _trace(self, input):

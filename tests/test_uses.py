@@ -61,7 +61,8 @@ def test_hooks():
     layer.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append(grad_output[0].shape))
     layer.weight.register_hook(lambda grad: seen.append(grad.shape))
     layer(_images().requires_grad_()).sum().backward()
-    assert seen == [(2, 3, 6, 6), (2, 5, 6, 6), (5, 4, 3, 3, 3), (2, 5, 6, 6)] or seen[2:] == [(2, 5, 6, 6), (5, 4, 3, 3, 3)]
+    assert seen[:2] == [(2, 3, 6, 6), (2, 5, 6, 6)]
+    assert sorted(seen[2:]) == [(2, 5, 6, 6), (5, 4, 3, 3, 3)]  # which of the backward hooks comes first is torch's affair
 
 
 @pytest.mark.parametrize("name", ["reduction_weight", "weight"])
