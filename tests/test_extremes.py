@@ -327,6 +327,19 @@ def test_factored(dtype, kind):
         check(make(seed, kind, dtype), "factored")
 
 
+def as_on_a_gpu(monkeypatch):
+    """The factored backend's other norm, by a triangular factor, which it takes where looking at numbers would have to wait for them."""
+    monkeypatch.setattr(factored._Layer, "_norm", lambda self: factored._Triangle(self.generate, self.bias))
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_factored_as_on_a_gpu(dtype, kind, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    for seed in range(10):
+        check(make(seed, kind, dtype), "factored")
+
+
 @EVERY_KIND
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_kernels(dtype, kind):
@@ -465,6 +478,20 @@ def test_the_range_that_is_promised(dtype, norm, backend):
     assert dau_conv2d_transpose(x * 1e-3, value, reduce, weight * 1e25, bias, norm=norm, backend=backend).isnan().all()
 
 
+def check_far_apart():
+    """w is 1e-3, z is 1e18 and the squares of A below the least number."""
+    x, reduce, weight, _ = layer()
+    tensors = [x * 1e18, reduce, weight * 3e-22, None]
+    assert_close(dau_conv2d(*tensors, backend="factored"), truth(dau_conv2d, tensors), 2e-6)
+
+
+def test_parameters_whose_squares_are_lost(monkeypatch):
+    check_far_apart()
+    monkeypatch.setattr(factored, "FLUSHED", 0.0)
+    with pytest.raises(AssertionError, match="expected"):
+        check_far_apart()
+
+
 def try_all(dtype=torch.float32):
     for kind in KINDS:
         for seed in range(10):
@@ -503,13 +530,20 @@ def one_number(index, share):
     return fault
 
 
+def a_little_more(function):
+    return lambda *args: function(*args) * (1 + 1e-4)
+
+
+def zero(original):
+    return 0.0
+
+
 FAULTS = {
     "no term from the norm": (factored._Layer, "_grad_factors", no_norm_term),
     "numbers below 1e-25 are 0": (factored._Windows, "gather", lambda f: lambda *a: F.hardshrink(f(*a), 1e-25)),
-    "Cauchy-Schwarz with squares that are 0": (factored._Layer, "_flushed", lambda f: lambda *a: 0.0),
-    "a jitter of the longest row": (factored, "norm_factor", jitter_of_the_longest_row),
-    "1e-4 of |w|^2": (factored._Layer, "_square", lambda f: lambda *a, out=None: f(*a, out=out).mul_(1 + 1e-4)),
-    "1e-4 of z": (factored._Layer, "_reduce", lambda f: lambda *a: f(*a) * (1 + 1e-4)),
+    "a norm that cancels": (factored, "CANCELLED", zero),
+    "1e-4 of |w|^2": (factored._Gram, "square", a_little_more),
+    "1e-4 of every product": (factored, "product", a_little_more),
     "1e-4 of one number of dx": (factored, "align_backward", one_number(0, 1e-4)),
     "1e-4 of one number of dB": (factored, "align_backward", one_number(2, 1e-4)),
     "1e-4 of one number of dA": (factored, "align_backward", one_number(3, 1e-4)),
@@ -517,10 +551,19 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+FAULTS_ON_A_GPU = {
+    "Cauchy-Schwarz with squares that are 0": (factored, "_flushed", lambda f: lambda *a: 0.0),
+    "a jitter of the longest row": (factored, "norm_factor", jitter_of_the_longest_row),
+    "1e-4 of |w|^2, on a GPU": (factored._Triangle, "square", a_little_more),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *FAULTS_ON_A_GPU])
 def test_faults_are_found(fault, monkeypatch):
     """The tolerances, against faults put in on purpose: the layers of `test_factored` in float32 show each of them."""
-    owner, name, broken = FAULTS[fault]
+    if fault in FAULTS_ON_A_GPU:
+        as_on_a_gpu(monkeypatch)
+    owner, name, broken = (FAULTS | FAULTS_ON_A_GPU)[fault]
     monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
     with pytest.raises(AssertionError, match="expected"):
         try_all()

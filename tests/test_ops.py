@@ -230,9 +230,10 @@ def test_penalty_on_one_gradient(which):
 @pytest.mark.parametrize("detach", [False, True])
 def test_every_keep_gives_the_same_gradients(detach):
     x, _, parameters = _case("contiguous", torch.float64)
-    rows, none = torch.Size([2 * 4 * 6, 4]), torch.Size([0])
-    shapes = {"nothing": (none,) * 4, "norm": (none, rows, none, none), "products": (rows, rows, none, none)}
-    shapes["contraction"] = shapes["products"]  # this backend keeps none, nor parameters in a layout of its own
+    columns, none = torch.Size([4, 2 * 4 * 6]), torch.Size([0])
+    shapes = {"nothing": (none,) * 4, "norm": (none, columns, none, none), "products": (columns, columns, none, none)}
+    (_, weight, bias), rank = parameters, parameters[1].shape[1]
+    shapes["contraction"] = (columns, columns, torch.Size([4 * rank, 2 * 4 * 6]), torch.Size([4, rank, rank + 1]))
     results = []
     for keep, expected in shapes.items():
         output, *kept = align(x, None, *parameters, *WINDOW, *PLAIN, detach, keep, "factored")

@@ -1,66 +1,78 @@
 """The DAU layer without its dynamic weight: library matrix products over small chunks of patches, on any device.
 
-``w = A z + b`` is affine in ``z``, so with ``z~ = [z; 1]`` and ``A~ = [A b]`` (design: the factored form)
+``w = A z + b`` is affine in ``z = B x``, so with ``z~ = [z; 1]`` and ``A~ = [A b]`` (design: the factored form)
 
-    <w_o, u> = sum_k z~_k (A~_ok . u)          one matrix product with n (r + 1) columns, contracted with z~
-    |w_o|^2  = |R_o z~|^2                      R_o^T R_o = A~_o A~_o^T: a small triangular factor, never negative
+    <w_o, u> = sum_k z_k (A_ok . u) + b_o . u      one matrix product with n r rows, contracted with z
+    |w_o|^2  = z~^T (A~_o A~_o^T) z~               a quadratic form: one product of the Gram matrices with the numbers z_k z_l
 
-Patches are gathered chunk by chunk so that every intermediate stays in cache; only the output and two numbers per unit and pixel
-(<w, u> and |w|^2) are kept for the backward pass, which recomputes the rest:
+and no ``w`` is needed, but for the few pixels and units where it nearly cancels (``_Gram``). Patches are gathered chunk by chunk so that
+every intermediate stays in cache. For the backward pass the output, two numbers per unit and pixel (<w, u> and |w|^2) and, if there is
+memory for it, the contraction A u are kept; the rest is computed again:
 
     du = gs (x) z~ . A~,   dA~ = (gs (x) z~)^T u + (sum_p t z~ z~^T) A~,   dz = sum_o gs_o A_o u + t_o A_o A~_o^T z~
     gs = g s(q),   t = 2 g <w, u> s'(q)
 
-Inside, rows are pixels and a patch is laid out (kh, kw, C).
+Where a patch has no more numbers than z (d <= r), ``w`` itself is smaller than the contraction, and is made, a chunk at a time.
+
+Inside, pixels are columns, and a patch is laid out (C, kh, kw), as the parameters are: they are used where they lie.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 
 import torch
 import torch.nn.functional as F
 
 from coda_fast._geometry import Geometry
 
-# Bytes of the largest intermediate of a chunk. CPU: measured on 2 cores with 32 MB of shared L3, the sum over the S-CoDA layers at 8 MiB
-# is 0.90 of that at 4 MiB, and 1, 2 MiB take 1.5, 1.2 times as long as 4 MiB (a tool of commit a35febd). Others: a guess.
+# Bytes of the largest intermediate of a chunk. CPU: docs/benchmark.md. Others: a guess.
 CHUNK_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
+# Pixel-units are computed from w itself where |w|^2 is less than this share of sum_k |z_k A_k|^2, of which it is about the whole where
+# nothing cancels: the quadratic form is rounded in proportion to that sum.
+CANCELLED = 1 / 16
+# What is added to z_k^2 and |A_k|^2 in that sum, so that it exceeds what |w|^2 has lost where products of small numbers became 0
+FLUSHED = 1e-27
 
 
 def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float, keep: str):
     """``F(x, u)``, with what ``keep`` leaves for the backward pass; ``applied=None`` is u = x."""
-    layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps)
-    return (*layer.align(input, applied, keep), None, None)
+    layer = _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps)
+    return layer.align(input, applied, keep)
 
 
 def align_backward(
     grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, geometry, norm, eps, detach, needs
 ):  # fmt: skip
     """Gradients of ``F`` (dx, du, dB, dA, db), ``None`` where not needed; with ``detach`` the direct term du alone, as dx where u = x."""
-    # packed anew rather than kept: what waits for the backward pass is of the size of the activations
-    layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps, factor=False)
+    layer = _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps)
     if not detach:
-        return layer.align_backward(input, applied, grad, dot, square, len(reduction_weight), needs)
+        return layer.align_backward(input, applied, grad, dot, square, contraction, prepared, needs)
     direct = layer.adjoint(input, grad, input if applied is None else applied, square)
     return (direct, None, None, None, None) if applied is None else (None, direct, None, None, None)
 
 
 def adjoint(input, value, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
     """``G(x, v)``."""
-    return _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps).adjoint(input, value, input)
+    return _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps).adjoint(input, value, input)
 
 
 def adjoints(input, values, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float, like=None, square=None):
     """``G(x, v)`` of several v of one x: [K, N, n, OH, OW] -> [K, N, C, H, W], in dtype and format of ``like`` (x)."""
-    layer = _Layer.pack(input, reduction_weight, weight, bias, geometry, norm, eps, factor=square is None)
+    layer = _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps)
     return layer.adjoints(input, values, input if like is None else like, square)
 
 
 def kept_shapes(input, weight, bias, pixels, geometry: Geometry, keep: str):
-    """Shapes of what ``align`` keeps: <w, u>, |w|^2; the contraction and prepared parameters this backend never does."""
-    rows = (pixels, weight.shape[0])
-    return rows if keep in ("products", "contraction") else (0,), rows if keep != "nothing" else (0,), (0,), (0,)
+    """Shapes of what ``align`` keeps: <w, u>, |w|^2, the contraction A u and the Gram matrices, the last two in float32 and float64 only."""
+    units, rank, *window = weight.shape
+    columns = (units, pixels)
+    contracted = keep == "contraction" and input.dtype in (torch.float32, torch.float64) and math.prod(window) > rank
+    contraction = (units * rank, pixels) if contracted else (0,)
+    gram = (units, rank, rank + (bias is not None)) if contracted else (0,)
+    return columns if keep in ("products", "contraction") else (0,), columns if keep != "nothing" else (0,), contraction, gram
 
 
 def gradients_like(*parameters):
@@ -68,54 +80,91 @@ def gradients_like(*parameters):
     return [None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
 
 
+# -- matrix products --------------------------------------------------------------------------------------------------------------------
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b``; ``a`` should be contiguous, ``b`` may be a transposed view.
+
+    In float32 on a CPU by the matrix product of oneDNN, which torch uses for linear layers that it compiles, where this torch has it:
+    there it takes 0.7 to 0.95 times as long as ``torch.mm``.
+    """
+    if a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.enabled and _has_onednn_linear():
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return torch.mm(a, b)
+
+
+@functools.cache
+def _has_onednn_linear() -> bool:
+    """Whether the operator is there and gives the product of a matrix with a transposed view; it is none that torch documents."""
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    try:
+        found = torch.ops.mkldnn._linear_pointwise(a, b.t().contiguous().t(), None, "none", [], "")
+        return torch.equal(found, torch.tensor([[5.0, 14.0, 23.0, 32.0], [14.0, 50.0, 86.0, 122.0]]))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _add(total, part):
+    return part if total is None else total.add_(part)
+
+
+# -- the layer --------------------------------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass
 class _Layer:
-    """A DAU layer packed for matrix products. Shapes: P pixels, d = kh kw C, m = r + 1 (or r without bias)."""
+    """A DAU layer as matrices. Shapes: p pixels of a chunk, d = C kh kw; ``columns`` are [*, p]."""
 
-    reduce: torch.Tensor  # B, [m, d]: with a bias, a last row of zeros
-    one: torch.Tensor  # [0 .. 0 1] with a bias, zeros without, [m]: z~ = B x + one
-    generate: torch.Tensor  # A~, [n, m, d]: the bias is its last row
-    factor: torch.Tensor | None  # R~, [n, min(m, d), m]; the backward of align does without
+    reduce: torch.Tensor  # B, [r, d]
+    generate: torch.Tensor  # A, [n, r, d]
+    bias: torch.Tensor | None  # b, [n, d]
     geometry: Geometry
     norm: str
     eps: float
 
     @classmethod
-    def pack(cls, input, reduction_weight, weight, bias, geometry, norm, eps, factor=True):
+    def make(cls, input, reduction_weight, weight, bias, geometry, norm, eps):
         compute = torch.float64 if input.dtype == torch.float64 else torch.float32
-        rows = weight if bias is None else torch.cat((weight, bias.unsqueeze(1)), 1)
-        generate = rows.to(compute).permute(0, 1, 3, 4, 2).flatten(2).contiguous()
-        reduce = reduction_weight.to(compute).permute(0, 2, 3, 1).flatten(1)
-        one = reduce.new_zeros(generate.shape[1])
-        if bias is not None:
-            reduce = F.pad(reduce, (0, 0, 0, 1))
-            one[-1] = 1
-        return cls(reduce.contiguous(), one, generate, norm_factor(generate) if factor else None, geometry, norm, eps)
+        bias = None if bias is None else bias.to(compute).flatten(1).contiguous()
+        return cls(
+            reduction_weight.to(compute).flatten(1).contiguous(), weight.to(compute).flatten(2).contiguous(), bias, geometry, norm, eps
+        )
 
     # -- the three passes -------------------------------------------------------------------------------------------------------
 
     def align(self, input, applied, keep):
-        """F(x, u) as [N, n, OH, OW]; <w, u> and |w|^2 as rows [P, n] where ``keep`` asks for them."""
-        n, m, d = self.generate.shape
+        """F(x, u) as [N, n, OH, OW]; <w, u> and |w|^2 [n, P], the contraction [n r, P] and Gram matrices where ``keep`` asks for them."""
         windows = _Windows(input, self)
         applied_windows = windows if applied is None else _Windows(applied, self)
-        output = windows.new_rows(n)
-        square = windows.new_rows(n) if keep != "nothing" else None
-        dot = windows.new_rows(n) if keep in ("products", "contraction") else None
-        for chunk in windows.chunks(max(n * m, d)):
+        n, r, _ = self.generate.shape
+        shapes = kept_shapes(input, self.generate, self.bias, windows.pixels, self.geometry, keep)
+        dot, square, contraction, _ = (self.reduce.new_empty(shape) if shape != (0,) else None for shape in shapes)
+        length = None if self.generated else self._norm()
+        output = windows.new_image(n, input)
+        for chunk in windows.chunks(self._numbers()):
             x = windows.gather(chunk)
             u = x if applied is None else applied_windows.gather(chunk)
-            z = self._reduce(x)
-            q = self._square(z, out=None if square is None else square[chunk.rows])
-            products = (u @ self.generate.view(n * m, d).t()).view(-1, n, m)
-            part = torch.bmm(products, z.unsqueeze(2)).squeeze(2)
-            # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
-            bound = (q.sqrt() + self._flushed(m)) * (torch.linalg.vector_norm(u, dim=1, keepdim=True) + self._flushed(d))
-            part = torch.clamp(part, -bound, bound, out=None if dot is None else dot[chunk.rows])
-            torch.mul(self._scale(q), part, out=output[chunk.rows])
-        return windows.rows_to_image(output, input), dot, square
+            z = product(self.reduce, x)
+            if self.generated:
+                w = self._weights(z)
+                part, q = (w * u).sum(1), w.square_().sum(1)
+            else:
+                products = product(self.generate.view(n * r, -1), u)
+                if contraction is not None:
+                    contraction[:, chunk.columns] = products
+                part = products.view(n, r, -1).mul_(z).sum(1)
+                if self.bias is not None:
+                    part += product(self.bias, u)
+                q = length.square(z, u, part)
+            if dot is not None:
+                dot[:, chunk.columns] = part
+            if square is not None:
+                square[:, chunk.columns] = q
+            windows.write(output, chunk, self._scale(q).mul_(part))
+        return output, dot, square, contraction, length.gram if contraction is not None else None
 
-    def align_backward(self, input, applied, grad, dot, square, rank, needs):
+    def align_backward(self, input, applied, grad, dot, square, contraction, gram, needs):
         """Gradients of F: (dx, du, dB, dA, db). With ``applied=None`` (u = x) du is part of dx and returned there.
 
         ``needs`` follows the inputs (input, applied, reduction_weight, weight, bias).
@@ -123,137 +172,305 @@ class _Layer:
         need_x, need_u, need_reduce, need_weight, need_bias = needs
         shared = applied is None
         need_u = need_x if shared else need_u
-        need_z, need_generate = need_x or need_reduce, need_weight or need_bias
-        n, m, d = self.generate.shape
-        flat = self.generate.view(n * m, d)
         windows = _Windows(input, self)
         applied_windows = windows if shared else _Windows(applied, self)
-        grad_rows = windows.image_to_rows(grad)
         dx = windows.new_canvas() if need_x else None
         du = dx if shared else applied_windows.new_canvas() if need_u else None
-        d_reduce = torch.zeros_like(self.reduce[:rank]) if need_reduce else None
-        d_generate = torch.zeros_like(flat) if need_generate else None
-        moments = flat.new_zeros(n * m, m) if need_generate else None  # sum_p t z~ z~^T
-        gram = (self.generate @ self.generate.transpose(1, 2)).view(n * m, m) if need_z else None
-        for chunk in windows.chunks(max(n * m, d)):
+        form = (_Generated if self.generated else _Contracted)(self, need_u, need_x or need_reduce, need_weight or need_bias, gram)
+        d_reduce = torch.zeros_like(self.reduce) if need_reduce else None
+        for chunk in windows.chunks(self._numbers()):
             x = windows.gather(chunk)
             u = x if shared else applied_windows.gather(chunk)
-            z = self._reduce(x)
-            gs, t = self._grad_factors(grad_rows[chunk.rows], dot[chunk.rows], square[chunk.rows])
-            outer = gs.new_empty(len(z), n, m)  # one buffer for three operands in turn
-            dz = patch = None
-            if need_z:
-                torch.mm(u, flat.t(), out=outer.view(-1, n * m))
-                dz = torch.bmm(gs.unsqueeze(1), outer).squeeze(1)
-            if need_z or need_generate:
-                torch.mul(t.unsqueeze(2), z.unsqueeze(1), out=outer)
-                if need_z:
-                    dz.addmm_(outer.view(-1, n * m), gram)
-                if need_generate:
-                    moments.addmm_(outer.view(-1, n * m).t(), z)
-            if need_u or need_generate:
-                torch.mul(gs.unsqueeze(2), z.unsqueeze(1), out=outer)
-                if need_u:
-                    patch = outer.view(-1, n * m) @ flat
-                    if not shared:
-                        applied_windows.scatter_add(du, chunk, patch)
-                if need_generate:
-                    d_generate.addmm_(outer.view(-1, n * m).t(), u)
+            z = product(self.reduce, x)
+            gs, t = self._grad_factors(windows.read(grad, chunk), dot[:, chunk.columns], square[:, chunk.columns])
+            known = None if contraction is None else contraction.view(*self.generate.shape[:2], -1)[:, :, chunk.columns]
+            dz, patch = form.backward(u, z, gs, t, known)
             if need_reduce:
-                d_reduce.addmm_(dz[:, :rank].t(), x)
+                d_reduce.addmm_(dz, x.t())
+            if need_u and not shared:
+                applied_windows.scatter_add(du, chunk, patch)
             if need_x:
-                patch = torch.addmm(patch, dz, self.reduce) if shared else dz @ self.reduce
+                patch = patch.addmm_(dz.t(), self.reduce) if shared else dz.t() @ self.reduce
                 windows.scatter_add(dx, chunk, patch)
-        kernel = self.geometry.kernel
-        channels, dtype = input.shape[1], input.dtype
-        d_weight = d_bias = None
-        if need_generate:
-            d_rows = torch.baddbmm(d_generate.view(n, m, d), moments.view(n, m, m), self.generate)
-            d_rows = d_rows.view(n, m, *kernel, channels).permute(0, 1, 4, 2, 3)
-            d_weight = d_rows[:, :rank].to(dtype, memory_format=torch.contiguous_format, copy=True) if need_weight else None
-            d_bias = d_rows[:, rank].to(dtype, memory_format=torch.contiguous_format, copy=True) if need_bias else None
-        if need_reduce:
-            d_reduce = d_reduce.view(rank, *kernel, channels).permute(0, 3, 1, 2)
-            # a copy: .contiguous() keeps the strides of 1 x 1 kernels, which DDP compares with those of the parameter
-            d_reduce = d_reduce.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        window = (input.shape[1], *self.geometry.kernel)
+        d_weight, d_bias = form.parameters() if need_weight or need_bias else (None, None)
+        gradients = (d_reduce, d_weight if need_weight else None, d_bias if need_bias else None)
         return (
             windows.canvas_to_image(dx, input) if need_x else None,
             applied_windows.canvas_to_image(du, applied) if need_u and not shared else None,
-            d_reduce,
-            d_weight,
-            d_bias,
+            *(None if g is None else g.unflatten(-1, window).to(input.dtype) for g in gradients),
         )
 
     def adjoint(self, input, value, like, square=None):
         """G(x, v) as [N, C, H, W], in dtype and format of ``like``; ``square`` saves the norms where they are known."""
-        n, m, d = self.generate.shape
+        n, r, d = self.generate.shape
         windows = _Windows(input, self)
-        rows = windows.image_to_rows(value)
         canvas = windows.new_canvas()
-        for chunk in windows.chunks(max(n * m, d)):
-            z = self._reduce(windows.gather(chunk))
-            q = self._square(z) if square is None else square[chunk.rows]
-            gs = rows[chunk.rows] * self._scale(q)
-            outer = (gs.unsqueeze(2) * z.unsqueeze(1)).reshape(-1, n * m)
-            windows.scatter_add(canvas, chunk, outer @ self.generate.view(n * m, d))
+        length = self._norm() if square is None and not self.generated else None
+        for chunk in windows.chunks(self._numbers()):
+            z = product(self.reduce, windows.gather(chunk))
+            w = self._weights(z) if self.generated else None
+            q = square[:, chunk.columns] if square is not None else w.square().sum(1) if self.generated else length.square(z)
+            gs = self._scale(q).mul_(windows.read(value, chunk))
+            windows.scatter_add(canvas, chunk, w.mul_(gs.unsqueeze(1)).sum(0).t() if self.generated else self._direct(gs, z))
         return windows.canvas_to_image(canvas, like)
 
     def adjoints(self, input, values, like, square=None):
-        """G(x, v_k) as [K, N, C, H, W]. Of more than one v the weights themselves are made, a chunk at a time: n m d products a pixel for
-        all of them and n d for each, where ``adjoint`` takes n m d for each.
+        """G(x, v_k) as [K, N, C, H, W]. Of more than one v the weights themselves are made, a chunk at a time: n r d products a pixel for
+        all of them and n d for each, where ``adjoint`` takes n r d for each.
         """
         if len(values) == 1:
             return self.adjoint(input, values[0], like, square)[None]
-        n, m, d = self.generate.shape
+        n, r, d = self.generate.shape
         windows = _Windows(input, self)
-        rows = torch.stack([windows.image_to_rows(value) for value in values], 1)  # [P, K, n]
-        canvases = windows.canvas.new_zeros(len(values), *windows.canvas.shape)
-        by_pixel = self.generate.transpose(0, 1).reshape(m, n * d)
+        canvases = torch.stack([windows.new_canvas() for _ in values])
+        by_rank = self.generate.transpose(0, 1).reshape(r, n * d)
         for chunk in windows.chunks(max(n * d, len(values) * d)):
-            z = self._reduce(windows.gather(chunk))
-            q = self._square(z) if square is None else square[chunk.rows]
-            w = (z @ by_pixel).view(-1, n, d)
-            patches = torch.bmm(rows[chunk.rows] * self._scale(q).unsqueeze(1), w)  # [P, K, d]
-            windows.scatter_add(canvases, chunk, patches.transpose(0, 1))
+            z = product(self.reduce, windows.gather(chunk))
+            w = product(z.t().contiguous(), by_rank).view(-1, n, d)
+            w = w if self.bias is None else w.add_(self.bias)
+            q = torch.linalg.vector_norm(w, dim=2).square_() if square is None else square[:, chunk.columns].t()
+            gs = self._scale(q) * torch.stack([windows.read(value, chunk).t() for value in values])  # [K, p, n]
+            windows.scatter_add(canvases, chunk, torch.bmm(gs.transpose(0, 1), w).transpose(0, 1))
         return torch.stack([windows.canvas_to_image(canvas, like) for canvas in canvases])
 
     # -- their pieces -----------------------------------------------------------------------------------------------------------
 
-    def _reduce(self, x):
-        """z~ = [B x; 1], [P, m]."""
-        return F.linear(x, self.reduce, self.one)
+    @property
+    def generated(self) -> bool:
+        """Whether the weights are made: there are n d of them a pixel, where the contraction has n r numbers and a norm besides."""
+        _, r, d = self.generate.shape
+        return d <= r
 
-    def _square(self, z, out=None):
-        """q = |R z~|^2, [P, n]."""
-        n, k, m = self.factor.shape
-        length = torch.linalg.vector_norm((z @ self.factor.view(n * k, m).t()).view(-1, n, k), dim=2)
-        return torch.square(length, out=out) if out is not None else length.square()
+    def _numbers(self):
+        """The most numbers a pixel of any intermediate."""
+        n, r, d = self.generate.shape
+        return n * d if self.generated else max(n * (r + 1), d, _Gram.numbers(r))
+
+    def _norm(self):
+        """Looking at numbers, as ``_Gram`` does, is for a CPU: a GPU would have to wait for it."""
+        return (_Gram if self.generate.device.type == "cpu" else _Triangle)(self.generate, self.bias)
+
+    def _weights(self, z):
+        """w of columns z, [n, d, p]."""
+        n, r, d = self.generate.shape
+        w = product(self.generate.transpose(1, 2).reshape(n * d, r), z).view(n, d, -1)
+        return w if self.bias is None else w.add_(self.bias.unsqueeze(2))
+
+    def _direct(self, gs, z):
+        """sum_o gs_o w_o as rows [p, d]."""
+        n, r, d = self.generate.shape
+        gs = gs.t().contiguous()
+        outer = gs.unsqueeze(2) * z.t().contiguous().unsqueeze(1)
+        patch = product(outer.view(-1, n * r), self.generate.view(n * r, d))
+        return patch if self.bias is None else patch.addmm_(gs, self.bias)
 
     def _scale(self, square):
         """s(q)."""
         length = square.sqrt()
         if self.norm == "squash":
-            return length / (1 + square)
-        return (1 / length.clamp_min(self.eps)).masked_fill(square.isinf(), float("nan"))  # as "squash", not 1 / infinity
-
-    def _flushed(self, terms):
-        """How much shorter than it is a vector of so many numbers may seem: squares below the least number are 0."""
-        return (terms * torch.finfo(self.generate.dtype).tiny) ** 0.5
+            return length.div_(square + 1)
+        return length.clamp_min_(self.eps).reciprocal_().masked_fill_(square.isinf(), float("nan"))  # as "squash", not 1 / infinity
 
     def _grad_factors(self, grad, dot, square):
         """gs = g s(q) and t = 2 g <w, u> s'(q), with their limits (0) at q = 0."""
         length = square.sqrt()
-        ratio = torch.where(length > 0, dot / length.clamp_min(self._flushed(self.generate.shape[1])), 0)  # bounded by 2 |u|
-        gs = grad * self._scale(square)
+        flushed = _flushed(self.generate.shape[1] + 1, square.dtype)
+        ratio = torch.where(length > 0, dot / length.clamp_min(flushed), 0)  # bounded by 2 |u|
+        gs = self._scale(square).mul_(grad)
         if self.norm == "squash":
             return gs, grad * ratio * ((1 - square) / (1 + square)) / (1 + square)
         return gs, torch.where(length > self.eps, -grad * ratio / square, 0)
 
 
+class _Contracted:
+    """Backward where nothing of the size of w is made."""
+
+    def __init__(self, layer: _Layer, need_u, need_z, need_generate, gram):
+        self.layer, self.need_u, self.need_z, self.need_generate = layer, need_u, need_z, need_generate
+        n, r, _ = layer.generate.shape
+        gram = _gram(layer.generate, layer.bias) if gram is None and need_z else gram
+        self.gram = gram.transpose(0, 1).reshape(r, -1) if need_z else None  # [r, n (r + 1)]
+        self.d_generate = self.d_bias = self.moments = None
+
+    def backward(self, u, z, gs, t, contraction):
+        """dz [r, p] and sum_o gs_o w_o as rows [p, d], None where not needed."""
+        generate, bias = self.layer.generate, self.layer.bias
+        n, r, d = generate.shape
+        pixels = z.shape[1]
+        extended = z if bias is None else torch.cat((z, z.new_ones(1, pixels)))
+        buffer = z.new_empty(n, len(extended), pixels)  # one for all operands in turn
+        outer = buffer.flatten()[: n * r * pixels].view(n, r, pixels)
+        dz = patch = None
+        if self.need_z:
+            contraction = product(generate.view(n * r, d), u).view(n, r, -1) if contraction is None else contraction
+            dz = torch.mul(contraction, gs.unsqueeze(1), out=outer).sum(0)
+        if self.need_z or self.need_generate:
+            terms = torch.mul(t.unsqueeze(1), extended, out=buffer).view(-1, pixels)
+            if self.need_z:
+                dz += product(self.gram, terms)
+            if self.need_generate:
+                self.moments = _add(self.moments, product(terms, extended.t()))  # sum_p t z~ z~^T
+        if self.need_generate:
+            torch.mul(gs.unsqueeze(1), z, out=outer)
+            self.d_generate = _add(self.d_generate, product(outer.view(n * r, pixels), u.t()))
+            if bias is not None:
+                self.d_bias = _add(self.d_bias, product(gs, u.t()))
+        if self.need_u:
+            patch = self.layer._direct(gs, z)
+        return dz, patch
+
+    def parameters(self):
+        """dA [n, r, d] and db [n, d]: what the chunks gave, and moments A~."""
+        generate, bias = self.layer.generate, self.layer.bias
+        n, r, d = generate.shape
+        if self.moments is None:  # no pixels
+            return torch.zeros_like(generate), None if bias is None else torch.zeros_like(bias)
+        moments = self.moments.view(n, -1, len(self.moments) // n)
+        d_weight = self.d_generate.view(n, r, d).baddbmm_(moments[:, :r, :r], generate)
+        if bias is None:
+            return d_weight, None
+        d_weight.addcmul_(moments[:, :r, r:], bias.unsqueeze(1))
+        d_bias = self.d_bias.addcmul_(moments[:, r, r:], bias)
+        return d_weight, d_bias.add_(torch.bmm(moments[:, r:, :r], generate).squeeze(1))
+
+
+class _Generated:
+    """Backward where w is made."""
+
+    def __init__(self, layer: _Layer, need_u, need_z, need_generate, gram):
+        self.layer, self.need_u, self.need_z, self.need_generate = layer, need_u, need_z, need_generate
+        _, r, _ = layer.generate.shape
+        self.by_rank = layer.generate.transpose(0, 1).reshape(r, -1) if need_z else None
+        self.d_generate = self.d_bias = None
+
+    def backward(self, u, z, gs, t, contraction):
+        """As of ``_Contracted``: dz [r, p], patch [p, d]."""
+        w = self.layer._weights(z)
+        dz = patch = None
+        if self.need_z or self.need_generate:
+            dw = (w * t.unsqueeze(1)).addcmul_(gs.unsqueeze(1), u).view(-1, z.shape[1])
+            if self.need_z:
+                dz = product(self.by_rank, dw)
+            if self.need_generate:
+                self.d_generate = _add(self.d_generate, product(dw, z.t()))
+                if self.layer.bias is not None:
+                    self.d_bias = _add(self.d_bias, dw.sum(1))
+        if self.need_u:
+            patch = w.mul_(gs.unsqueeze(1)).sum(0).t()
+        return dz, patch
+
+    def parameters(self):
+        n, r, d = self.layer.generate.shape
+        bias = self.layer.bias
+        if self.d_generate is None:  # no pixels
+            return torch.zeros_like(self.layer.generate), None if bias is None else torch.zeros_like(bias)
+        d_weight = self.d_generate.view(n, d, r).transpose(1, 2).contiguous()
+        return d_weight, None if bias is None else self.d_bias.view(n, d)
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _gram(generate, bias):
+    """A_o [A_o b_o]^T, [n, r, r] or [n, r, r + 1]."""
+    gram = torch.bmm(generate, generate.transpose(1, 2))
+    if bias is None:
+        return gram
+    return torch.cat((gram, torch.bmm(bias.unsqueeze(1), generate.transpose(1, 2)).transpose(1, 2)), 2)
+
+
+class _Gram:
+    """|w|^2 as a quadratic form in z, whose matrix is A A^T.
+
+    By symmetry it needs half of the products z_k z_l: those on and right of the diagonal blocks of a few rows each. It is rounded in
+    proportion to sum_k |z_k A_k|^2; pixel-units where |w|^2 is small beside that are computed from w itself, which is exact there too.
+    """
+
+    def __init__(self, generate, bias):
+        self.generate, self.bias = generate, bias
+        n, r, _ = generate.shape
+        self.gram = _gram(generate, bias)
+        parts = []
+        for first, last in self._blocks(r):
+            block = self.gram[:, first:last, first:r].flatten(1)
+            block.view(n, last - first, -1)[:, :, last - first :] *= 2
+            parts.append(block)
+        diagonal = self.gram.diagonal(dim1=1, dim2=2) + FLUSHED
+        if bias is not None:
+            parts += [2 * self.gram[:, :, r], bias.square().sum(1, keepdim=True)]
+            diagonal = torch.cat((diagonal, parts[-1]), 1)
+        self.coefficients, self.diagonal = torch.cat(parts, 1), diagonal.mul_(CANCELLED)
+
+    @staticmethod
+    def _blocks(r):
+        size = max(8, -(-r // 8))
+        return [(first, min(first + size, r)) for first in range(0, r, size)]
+
+    @classmethod
+    def numbers(cls, r):
+        """Products z_k z_l a pixel, with z and 1."""
+        return sum((last - first) * (r - first) for first, last in cls._blocks(r)) + r + 1
+
+    def square(self, z, u=None, dot=None):
+        """q [n, p] of columns z. Where it had to be computed from w, so is <w, u>, in ``dot`` [n, p]."""
+        r, pixels = z.shape
+        terms, start = z.new_empty(self.coefficients.shape[1], pixels), 0
+        for first, last in self._blocks(r):
+            stop = start + (last - first) * (r - first)
+            torch.mul(z[first:last].unsqueeze(1), z[first:], out=terms[start:stop].view(last - first, r - first, pixels))
+            start = stop
+        sizes = z.square().add_(FLUSHED)
+        if self.bias is not None:
+            terms[start : start + r] = z
+            terms[start + r :] = 1
+            sizes = torch.cat((sizes, sizes.new_ones(1, pixels)))
+        square = product(self.coefficients, terms)
+        right = square > product(self.diagonal, sizes)  # False for NaN
+        if not right.all():
+            self._from_weights(~right, z, u, square, dot)
+        return square
+
+    def _from_weights(self, where, z, u, square, dot):
+        for unit in where.any(1).nonzero().flatten().tolist():
+            columns = where[unit].nonzero().flatten()
+            w = self.generate[unit].t() @ z[:, columns]
+            w = w if self.bias is None else w.add_(self.bias[unit].unsqueeze(1))
+            square[unit, columns] = w.square().sum(0)
+            if dot is not None:
+                dot[unit, columns] = w.mul_(u[:, columns]).sum(0)
+
+
+class _Triangle:
+    """|w|^2 as |R z~|^2 with a triangular factor R of [A b]: never negative, and exact where w nearly cancels."""
+
+    def __init__(self, generate, bias):
+        self.bias, self.gram = bias, None
+        rows = generate if bias is None else torch.cat((generate, bias.unsqueeze(1)), 1)
+        self.factor = norm_factor(rows)
+        self.sizes = rows.shape[1:]
+
+    def square(self, z, u=None, dot=None):
+        """q [n, p] of columns z. Puts ``dot`` within the bound of Cauchy and Schwarz: rounding exceeds it where w nearly vanishes."""
+        n, k, m = self.factor.shape
+        z = z if self.bias is None else torch.cat((z, z.new_ones(1, z.shape[1])))
+        length = torch.linalg.vector_norm(product(self.factor.view(n * k, m), z).view(n, k, -1), dim=1)
+        if dot is not None:
+            flushed = [_flushed(terms, z.dtype) for terms in self.sizes]
+            bound = (length + flushed[0]) * (torch.linalg.vector_norm(u, dim=0) + flushed[1])
+            torch.clamp(dot, -bound, bound, out=dot)
+        return length.square_()
+
+
+def _flushed(terms, dtype):
+    """How much shorter than it is a vector of so many numbers may seem: squares below the least number are 0."""
+    return (terms * torch.finfo(dtype).tiny) ** 0.5
+
+
 def norm_factor(rows: torch.Tensor) -> torch.Tensor:
     """R_o with ``|R_o v| = |rows_o^T v|`` for every v: [n, m, d] -> [n, min(m, d), m].
 
-    float64 takes a QR. float32 takes a Cholesky factor of the float64 Gram matrix, which on a CPU costs 1/6 to 2/3 of a QR in float32
+    float64 takes a QR. float32 takes a Cholesky factor of the float64 Gram matrix, which costs 1/6 to 2/3 of a QR in float32
     and is no less accurate: its jitter of 1e-14, which keeps rank-deficient rows legal, is the square of float32's own resolution of w.
     Each row has a jitter of its own length: one of the longest row would add to |w| where that row's number in z is 0.
     """
@@ -273,40 +490,39 @@ def norm_factor(rows: torch.Tensor) -> torch.Tensor:
     return (factor * length.unsqueeze(1)).masked_fill((failed > 0)[:, None, None], float("nan")).to(rows.dtype).contiguous()
 
 
+# -- patches ----------------------------------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
     images: slice
     lines: slice
-    rows: slice  # of the [P, ...] matrices
+    columns: slice  # of the [..., P] matrices
 
 
 class _Windows:
-    """The windows of an image batch as rows of a matrix, gathered and scattered a chunk at a time."""
+    """The windows of an image batch as columns of a matrix, gathered and scattered a chunk at a time."""
 
     def __init__(self, image, layer: _Layer):
         g = layer.geometry
-        self.geometry = g
-        self.compute = layer.generate.dtype
+        self.geometry, self.compute = g, layer.reduce.dtype
         self.batch, self.channels, height, width = image.shape
         self.out = g.output_size(height, width)
-        self.canvas = F.pad(image.permute(0, 2, 3, 1).to(self.compute), (0, 0, *g.padding)).contiguous()
-        self.windows = self._windows(self.canvas)
+        self.pixels = self.batch * self.out[0] * self.out[1]
+        image = image.to(self.compute)
+        self.canvas = F.pad(image, g.padding).contiguous() if any(g.padding) else image.contiguous()
+        padded_height, padded_width = self.canvas.shape[2:]
+        plane = padded_height * padded_width
+        taps = (g.dilation[0] * padded_width, g.dilation[1])
+        steps = (self.channels * plane, g.stride[0] * padded_width, g.stride[1])
+        self.windows = self.canvas.as_strided((self.channels, *g.kernel, self.batch, *self.out), (plane, *taps, *steps))
 
-    def _windows(self, canvas):
-        """[..., N, OH, OW, kh, kw, C], a view."""
-        g, (*many, _, padded_height, padded_width, channels) = self.geometry, canvas.shape
-        row, image = padded_width * channels, padded_height * padded_width * channels
-        return canvas.as_strided(
-            (*many, self.batch, *self.out, *g.kernel, channels),
-            (*canvas.stride()[:-4], image, g.stride[0] * row, g.stride[1] * channels, g.dilation[0] * row, g.dilation[1] * channels, 1),
-        )
-
-    def chunks(self, numbers_per_row):
-        """Whole images where several fit the budget, else lines of one image."""
+    def chunks(self, numbers_per_pixel):
+        """As few as the budget allows, of about one size: whole images where several fit, else lines of one image."""
         kind = "cpu" if self.canvas.device.type == "cpu" else "other"
-        budget = max(1, CHUNK_BYTES[kind] // (numbers_per_row * self.canvas.element_size()))
+        budget = max(1, CHUNK_BYTES[kind] // (numbers_per_pixel * self.canvas.element_size()))
         height, width = self.out
-        images, lines = max(1, budget // (height * width)), min(height, max(1, budget // width))
+        images, lines = _even(self.batch, budget // (height * width)), _even(height, budget // width)
         for i in range(0, self.batch, images):
             stop = min(i + images, self.batch)
             for h in range(0, height, lines):
@@ -316,33 +532,57 @@ class _Windows:
                 yield _Chunk(slice(i, stop), slice(h, end), slice(first, first + count))
 
     def gather(self, chunk):
-        return self.windows[chunk.images, chunk.lines].reshape(chunk.rows.stop - chunk.rows.start, -1)
+        """Patches as columns, [d, p]."""
+        part = self.windows[:, :, :, chunk.images, chunk.lines]
+        return part.reshape(-1, chunk.columns.stop - chunk.columns.start).contiguous()  # reshape alone may give a view of overlapping rows
+
+    def read(self, image, chunk):
+        """The pixels of an output [N, n, OH, OW] as columns, [n, p]."""
+        return image[chunk.images, :, chunk.lines].transpose(0, 1).to(self.compute).reshape(image.shape[1], -1)
+
+    def write(self, image, chunk, columns):
+        part = image[chunk.images, :, chunk.lines]
+        part.copy_(columns.view(len(columns), len(part), *part.shape[2:]).transpose(0, 1))
 
     def scatter_add(self, canvas, chunk, patches):
-        """Patches [..., P, d] to a canvas [..., N, H, W, C], or several."""
-        windows = self._windows(canvas)[..., chunk.images, chunk.lines, :, :, :, :]
+        """Patches [..., p, d] to a canvas [..., N, H, W, C], or several."""
+        g, (*many, _, height, width, channels) = self.geometry, canvas.shape
+        row = width * channels
+        windows = canvas.as_strided(
+            (*many, self.batch, *self.out, channels, *g.kernel),
+            (
+                *canvas.stride()[:-4],
+                height * row,
+                g.stride[0] * row,
+                g.stride[1] * channels,
+                1,
+                g.dilation[0] * row,
+                g.dilation[1] * channels,
+            ),
+        )[..., chunk.images, chunk.lines, :, :, :, :]
         patches = patches.unflatten(-1, windows.shape[-3:]).unflatten(-4, windows.shape[-6:-3])
-        for i in range(self.geometry.kernel[0]):
-            for j in range(self.geometry.kernel[1]):  # for one tap, windows do not overlap
-                windows[..., i, j, :] += patches[..., i, j, :]
+        for i in range(g.kernel[0]):
+            for j in range(g.kernel[1]):  # for one tap, windows do not overlap
+                windows[..., i, j] += patches[..., i, j]
 
     def new_canvas(self):
-        return torch.zeros_like(self.canvas)
+        """Channels last: what is added to it comes pixel by pixel."""
+        batch, channels, height, width = self.canvas.shape
+        return self.canvas.new_zeros(batch, height, width, channels)
 
-    def new_rows(self, columns):
-        return self.canvas.new_empty(self.batch * self.out[0] * self.out[1], columns)
+    def new_image(self, channels, like):
+        return torch.empty(self.batch, channels, *self.out, dtype=like.dtype, device=like.device, memory_format=format_of(like))
 
     def canvas_to_image(self, canvas, like):
         left, _, top, _ = self.geometry.padding
         image = canvas[:, top : top + like.shape[2], left : left + like.shape[3]].permute(0, 3, 1, 2)
         return image.to(like.dtype).contiguous(memory_format=format_of(like))
 
-    def rows_to_image(self, rows, like):
-        image = rows.view(self.batch, *self.out, rows.shape[1]).permute(0, 3, 1, 2)
-        return image.to(like.dtype).contiguous(memory_format=format_of(like))
 
-    def image_to_rows(self, image):
-        return image.permute(0, 2, 3, 1).to(self.compute).reshape(-1, image.shape[1])
+def _even(count, most):
+    """The size of equal parts of ``count``, of at most ``most`` (1 at least)."""
+    parts = -(-count // max(1, min(count, most))) if count else 1
+    return max(1, -(-count // parts))
 
 
 def format_of(image):
