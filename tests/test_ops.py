@@ -232,7 +232,7 @@ def test_every_keep_gives_the_same_gradients(detach):
     x, _, parameters = _case("contiguous", torch.float64)
     columns, none = torch.Size([4, 2 * 4 * 6]), torch.Size([0])
     shapes = {"nothing": (none,) * 4, "norm": (none, columns, none, none), "products": (columns, columns, none, none)}
-    (_, weight, bias), rank = parameters, parameters[1].shape[1]
+    rank = parameters[1].shape[1]
     shapes["contraction"] = (columns, columns, torch.Size([4 * rank, 2 * 4 * 6]), torch.Size([4, rank, rank + 1]))
     results = []
     for keep, expected in shapes.items():

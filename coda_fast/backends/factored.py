@@ -66,7 +66,7 @@ def adjoints(input, values, reduction_weight, weight, bias, geometry: Geometry, 
 
 
 def kept_shapes(input, weight, bias, pixels, geometry: Geometry, keep: str):
-    """Shapes of what ``align`` keeps: <w, u>, |w|^2, the contraction A u and the Gram matrices, the last two in float32 and float64 only."""
+    """Shapes of what ``align`` keeps: <w, u>, |w|^2, the contraction A u and Gram matrices (these two in float32 and float64 only)."""
     units, rank, *window = weight.shape
     columns = (units, pixels)
     contracted = keep == "contraction" and input.dtype in (torch.float32, torch.float64) and math.prod(window) > rank
@@ -548,17 +548,9 @@ class _Windows:
         """Patches [..., p, d] to a canvas [..., N, H, W, C], or several."""
         g, (*many, _, height, width, channels) = self.geometry, canvas.shape
         row = width * channels
+        steps, taps = (g.stride[0] * row, g.stride[1] * channels), (g.dilation[0] * row, g.dilation[1] * channels)
         windows = canvas.as_strided(
-            (*many, self.batch, *self.out, channels, *g.kernel),
-            (
-                *canvas.stride()[:-4],
-                height * row,
-                g.stride[0] * row,
-                g.stride[1] * channels,
-                1,
-                g.dilation[0] * row,
-                g.dilation[1] * channels,
-            ),
+            (*many, self.batch, *self.out, channels, *g.kernel), (*canvas.stride()[:-4], height * row, *steps, 1, *taps)
         )[..., chunk.images, chunk.lines, :, :, :, :]
         patches = patches.unflatten(-1, windows.shape[-3:]).unflatten(-4, windows.shape[-6:-3])
         for i in range(g.kernel[0]):
