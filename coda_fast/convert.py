@@ -41,7 +41,7 @@ def convert_conv2d(
     norm: str = "squash",
     eps: float = EPS,
     backend: str = "auto",
-    save_contraction: bool = False,
+    save_contraction: bool | str = "auto",
 ) -> Conversion:
     """Replace every ``nn.Conv2d`` of a module, in place, by a ``DAUConv2d`` of the same geometry, device, dtype and mode.
 

@@ -7,7 +7,7 @@ import torch
 from coda_fast import backends, ops
 from coda_fast._autocast import autocasting, cast_as_convolution, without_autocast
 from coda_fast._geometry import Geometry
-from coda_fast.backends import reference
+from coda_fast.backends import factored, reference
 
 NORMS = ("squash", "l2")
 EPS = 1e-6
@@ -25,7 +25,7 @@ def dau_conv2d(
     eps: float = EPS,
     detach: bool = False,
     backend: str = "auto",
-    save_contraction: bool = False,
+    save_contraction: bool | str = "auto",
 ) -> torch.Tensor:
     r"""Convolution whose weight each unit computes from the patch it is applied to (Dynamic Alignment Unit).
 
@@ -48,9 +48,10 @@ def dau_conv2d(
             ``dau_conv2d_transpose(input, grad, ...)`` and the parameters get none. With ``create_graph=True`` that gradient can
             be differentiated in turn, in the input and in the parameters.
         backend: "auto", "reference", "factored" or "triton"; see ``coda_fast.backend_info``.
-        save_contraction: keep the contraction [P, n r] from forward for a cheaper backward: only the fused kernels of the triton
-            backend use it, and only where the layer is computed in the contracted form (rank <= 64 and more than 64 numbers in a
-            patch); elsewhere there is nothing to keep and it changes nothing. Costs P n r numbers of memory a layer.
+        save_contraction: keep the contraction A x_p of all pixels, [n r, P], from forward for a cheaper backward pass (one of its three
+            large matrix products less), where the layer is computed by one: d > 2 r, in the triton backend r <= 64 and d > 64.
+            "auto" keeps it on a CPU in float32 and float64, unless it has more than ``coda_fast.backends.factored.KEPT_BYTES``
+            (256 MiB a layer and call); the triton backend does so only if asked.
 
     ``|w|^2`` must be a number of float32 (of float64 in float64): inputs and parameters that make ``|w|`` larger than 1.8e19 give NaN, as
     infinite ones do; a ``w`` shorter than 1e-18 counts as 0 (``eps`` should be no less). Up to 1e18 and down to inputs of 1e-30
@@ -72,6 +73,7 @@ def dau_conv2d(
     torch.Size([2, 10, 8, 8])
     """
     geometry = _check(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
+    check_save_contraction(save_contraction)
     kind = input.device.type
     tensors = (input, reduction_weight, weight, bias)
     input, *parameters = cast_as_convolution(kind, tensors) if autocasting(kind) else tensors
@@ -79,7 +81,7 @@ def dau_conv2d(
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     with without_autocast(kind):
         if name != "reference":
-            keep = _keep(tensors, detach, save_contraction)
+            keep = _keep((batch, *parameters), detach, save_contraction, name, geometry)
             output = ops.align(batch, None, *parameters, *geometry.lists(), norm, float(eps), bool(detach), keep, name)[0]
         elif detach:
             output = _DynamicLinear.apply(batch, *parameters, geometry, norm, eps)
@@ -173,7 +175,7 @@ class _DynamicLinear(torch.autograd.Function):
             return None if tangent is None else reference.align(input, tangent, *parameters, *ctx.rest)
 
 
-def _keep(tensors, detach, save_contraction):
+def _keep(tensors, detach, save_contraction, backend, geometry):
     """What forward leaves for a backward pass, if there can be one; in explanation mode only the input has a gradient.
 
     Where somebody watches what is saved, it is the same in both modes: a checkpointed segment may be recomputed outside of the mode, and
@@ -186,7 +188,11 @@ def _keep(tensors, detach, save_contraction):
     wanted = tensors[:1] if detach else tensors
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)):
         return "nothing"
-    return "norm" if detach else "contraction" if save_contraction else "products"
+    if detach:
+        return "norm"
+    if save_contraction == "auto":  # an exported program leaves the batch size open, and keeps nothing whose size would decide
+        save_contraction = backend == "factored" and not torch.compiler.is_exporting() and factored.worth_keeping(*tensors, geometry)
+    return "contraction" if save_contraction else "products"
 
 
 def _check(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps) -> Geometry:
@@ -221,6 +227,12 @@ def _check(input, reduction_weight, weight, bias, stride, padding, dilation, nor
     geometry = Geometry.make(tuple(kernel), stride, padding, dilation)
     geometry.output_size(*input.shape[-2:])
     return geometry
+
+
+def check_save_contraction(value: bool | str) -> None:
+    """ValueError unless ``value`` is True, False or "auto"."""
+    if not isinstance(value, bool) and value != "auto":
+        raise ValueError(f'save_contraction: expected True, False or "auto", got {value!r}')
 
 
 def check_norm(norm: str, eps: float) -> None:

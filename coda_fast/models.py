@@ -67,7 +67,7 @@ class CoDANet(nn.Module):
         image_size: int | None = None,
         class_names: Sequence[str] | None = None,
         backend: str = "auto",
-        save_contraction: bool = False,
+        save_contraction: bool | str = "auto",
         device=None,
         dtype=None,
     ):

@@ -15,7 +15,7 @@ from torch import nn
 
 from coda_fast import backends
 from coda_fast._geometry import Geometry, integer, pair
-from coda_fast.functional import EPS, check_norm, dau_conv2d, dau_conv2d_transpose
+from coda_fast.functional import EPS, check_norm, check_save_contraction, dau_conv2d, dau_conv2d_transpose
 from coda_fast.safety import need_memory
 
 
@@ -64,7 +64,7 @@ class DAUConv2d(nn.Module):
         norm: str = "squash",
         eps: float = EPS,
         backend: str = "auto",
-        save_contraction: bool = False,
+        save_contraction: bool | str = "auto",
     ):
         super().__init__()
         if groups != 1:
@@ -86,6 +86,7 @@ class DAUConv2d(nn.Module):
         kernel_size = pair(kernel_size, "kernel_size")
         check_size([in_channels * math.prod(kernel_size) * (rank + out_channels * (rank + bool(bias)))], device, dtype)
         check_norm(norm, eps)
+        check_save_contraction(save_contraction)
         backends.check_name(backend)
         self.in_channels, self.out_channels, self.rank = in_channels, out_channels, rank
         self.kernel_size, self.stride, self.dilation = kernel_size, pair(stride, "stride"), pair(dilation, "dilation")

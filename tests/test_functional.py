@@ -1,5 +1,7 @@
 """dau_conv2d and its adjoint: derivatives, geometry, strides, precision, limits, errors."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,12 +125,9 @@ def test_any_shape(data):
     ]
     norm = data.draw(st.sampled_from(NORMS))
     options = dict(stride=stride, padding=padding, dilation=dilation, norm=norm)
-    before = dict(factored.CHUNK_BYTES)
-    factored.CHUNK_BYTES["cpu"] = 8 * draw(1, 2000)
-    try:
-        ours = output_and_grads(lambda *t: dau_conv2d(*t, **options, backend="factored"), tensors)
-    finally:
-        factored.CHUNK_BYTES.update(before)
+    keep = data.draw(st.booleans())
+    with mock.patch.dict(factored.CHUNK_BYTES, cpu=8 * draw(1, 2000)), mock.patch.object(factored, "CHUNK_PARAMETERS", 0):
+        ours = output_and_grads(lambda *t: dau_conv2d(*t, **options, backend="factored", save_contraction=keep), tensors)
     truth = output_and_grads(lambda *t: dau_conv2d(*t, **options, backend="reference"), tensors)
     with scale_held():
         _, direct = output_and_grads(lambda *t: dau_conv2d(*t, **options, backend="reference"), tensors)
@@ -355,18 +354,23 @@ def test_norm_factor():
 # -- memory ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_factored_keeps_no_weight_sized_tensor():
-    """What forward keeps for backward is of the size of the activations: no [pixels, n r] and no [pixels, n d]."""
-    kept = []
+@pytest.mark.parametrize("save_contraction", [False, True, "auto", "auto, too large"])
+def test_what_factored_keeps(save_contraction, monkeypatch):
+    """What forward keeps for backward is of the size of the activations, no [pixels, n d], and [pixels, n r] only where it was asked for or
+    is small.
+    """
+    kept, contracted = [], save_contraction in (True, "auto")
+    monkeypatch.setattr(factored, "KEPT_BYTES", 4 * 2 * 12 * 12 * 6 * 5 - (save_contraction == "auto, too large"))
+    save_contraction = save_contraction if isinstance(save_contraction, bool) else "auto"
     tensors = [torch.randn(2, 8, 12, 12, requires_grad=True), *random_layer(8, 6, 5, dtype=torch.float32, grad=True)]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        output = dau_conv2d(*tensors, padding=1, backend="factored")
+        output = dau_conv2d(*tensors, padding=1, backend="factored", save_contraction=save_contraction)
     held = [value for value in vars(output.grad_fn).values() if isinstance(value, torch.Tensor)]
     assert not held, "nothing may be kept past the saved tensors"
     parameters = {t.data_ptr() for t in tensors[1:]}
     numbers = sum(t.numel() for t in kept if t.data_ptr() not in parameters)
     pixels = 2 * 12 * 12
-    assert numbers == pixels * (8 + 2 * 6)  # x, <w, x>, |w|^2
+    assert numbers == pixels * (8 + 2 * 6 + contracted * 6 * 5)  # x, <w, x>, |w|^2, A x
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------------------------

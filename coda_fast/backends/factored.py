@@ -12,7 +12,7 @@ memory for it, the contraction A u are kept; the rest is computed again:
     du = gs (x) z~ . A~,   dA~ = (gs (x) z~)^T u + (sum_p t z~ z~^T) A~,   dz = sum_o gs_o A_o u + t_o A_o A~_o^T z~
     gs = g s(q),   t = 2 g <w, u> s'(q)
 
-Where a patch has no more numbers than z (d <= r), ``w`` itself is smaller than the contraction, and is made, a chunk at a time.
+Where a patch has few numbers beside z (d <= 2 r), ``w`` itself costs less than the contraction and the norm, and is made, a chunk at a time.
 
 Inside, pixels are columns, and a patch is laid out (C, kh, kw), as the parameters are: they are used where they lie.
 """
@@ -29,7 +29,11 @@ import torch.nn.functional as F
 from coda_fast._geometry import Geometry
 
 # Bytes of the largest intermediate of a chunk. CPU: docs/benchmark.md. Others: a guess.
-CHUNK_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
+CHUNK_BYTES = {"cpu": 6 << 20, "other": 256 << 20}
+# ... but of at least so many times the bytes of A: a chunk reads all of it, and adds to all of its gradient
+CHUNK_PARAMETERS = 2
+# save_contraction="auto" keeps a contraction of at most so many bytes
+KEPT_BYTES = 256 << 20
 # Pixel-units are computed from w itself where |w|^2 is less than this share of sum_k |z_k A_k|^2, of which it is about the whole where
 # nothing cancels: the quadratic form is rounded in proportion to that sum.
 CANCELLED = 1 / 16
@@ -49,7 +53,7 @@ def align_backward(
     """Gradients of ``F`` (dx, du, dB, dA, db), ``None`` where not needed; with ``detach`` the direct term du alone, as dx where u = x."""
     layer = _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps)
     if not detach:
-        return layer.align_backward(input, applied, grad, dot, square, contraction, prepared, needs)
+        return layer.align_backward(input, applied, grad, dot, square, contraction, needs)
     direct = layer.adjoint(input, grad, input if applied is None else applied, square)
     return (direct, None, None, None, None) if applied is None else (None, direct, None, None, None)
 
@@ -66,13 +70,25 @@ def adjoints(input, values, reduction_weight, weight, bias, geometry: Geometry, 
 
 
 def kept_shapes(input, weight, bias, pixels, geometry: Geometry, keep: str):
-    """Shapes of what ``align`` keeps: <w, u>, |w|^2, the contraction A u and Gram matrices (these two in float32 and float64 only)."""
+    """Shapes of what ``align`` keeps: <w, u>, |w|^2, the contraction A u (in float32 and float64 only); prepared parameters it has none."""
     units, rank, *window = weight.shape
     columns = (units, pixels)
-    contracted = keep == "contraction" and input.dtype in (torch.float32, torch.float64) and math.prod(window) > rank
+    contracted = keep == "contraction" and input.dtype in (torch.float32, torch.float64) and not _generated(rank, math.prod(window))
     contraction = (units * rank, pixels) if contracted else (0,)
-    gram = (units, rank, rank + (bias is not None)) if contracted else (0,)
-    return columns if keep in ("products", "contraction") else (0,), columns if keep != "nothing" else (0,), contraction, gram
+    return columns if keep in ("products", "contraction") else (0,), columns if keep != "nothing" else (0,), contraction, (0,)
+
+
+def worth_keeping(input, reduction_weight, weight, bias, geometry: Geometry) -> bool:
+    """Whether ``save_contraction="auto"`` keeps the contraction of a layer."""
+    units, rank, *window = weight.shape
+    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64) or _generated(rank, math.prod(window)):
+        return False
+    height, width = geometry.output_size(*input.shape[2:])
+    return input.shape[0] * height * width * units * rank * input.element_size() <= KEPT_BYTES
+
+
+def _generated(rank, numbers):
+    return numbers <= 2 * rank
 
 
 def gradients_like(*parameters):
@@ -109,6 +125,20 @@ def _add(total, part):
     return part if total is None else total.add_(part)
 
 
+class _Scratch:
+    """One buffer for the large intermediates of all chunks: memory that is new costs as much as what is computed in it."""
+
+    def __init__(self):
+        self.buffer = None
+
+    def __call__(self, like, *shape):
+        """An uninitialised tensor, whose predecessor is gone."""
+        numbers = math.prod(shape)
+        if self.buffer is None or len(self.buffer) < numbers:
+            self.buffer = like.new_empty(numbers)
+        return self.buffer[:numbers].view(shape)
+
+
 # -- the layer --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -134,37 +164,38 @@ class _Layer:
     # -- the three passes -------------------------------------------------------------------------------------------------------
 
     def align(self, input, applied, keep):
-        """F(x, u) as [N, n, OH, OW]; <w, u> and |w|^2 [n, P], the contraction [n r, P] and Gram matrices where ``keep`` asks for them."""
+        """F(x, u) as [N, n, OH, OW]; <w, u>, |w|^2 [n, P] and the contraction [n r, P] where ``keep`` asks for them."""
         windows = _Windows(input, self)
         applied_windows = windows if applied is None else _Windows(applied, self)
-        n, r, _ = self.generate.shape
-        shapes = kept_shapes(input, self.generate, self.bias, windows.pixels, self.geometry, keep)
-        dot, square, contraction, _ = (self.reduce.new_empty(shape) if shape != (0,) else None for shape in shapes)
-        length = None if self.generated else self._norm()
-        output = windows.new_image(n, input)
+        n, r, d = self.generate.shape
+        kept = kept_shapes(input, self.generate, self.bias, windows.pixels, self.geometry, keep)
+        dot, square = (self.reduce.new_empty(n, windows.pixels) for _ in range(2))
+        contraction = None if kept[2] == (0,) else self.reduce.new_empty(kept[2])
+        norm = None if self.generated else self._norm()
+        together = applied is None and self.has_bias_rows  # b u and B x in one product
+        heads = torch.cat((self.bias, self.reduce)) if together else self.reduce
+        scratch = _Scratch()
         for chunk in windows.chunks(self._numbers()):
             x = windows.gather(chunk)
             u = x if applied is None else applied_windows.gather(chunk)
-            z = product(self.reduce, x)
+            found = product(heads, x)
+            z, part, q = found[-r:], dot[:, chunk.columns], square[:, chunk.columns]
             if self.generated:
                 w = self._weights(z)
-                part, q = (w * u).sum(1), w.square_().sum(1)
-            else:
-                products = product(self.generate.view(n * r, -1), u)
-                if contraction is not None:
-                    contraction[:, chunk.columns] = products
-                part = products.view(n, r, -1).mul_(z).sum(1)
-                if self.bias is not None:
-                    part += product(self.bias, u)
-                q = length.square(z, u, part)
-            if dot is not None:
-                dot[:, chunk.columns] = part
-            if square is not None:
-                square[:, chunk.columns] = q
-            windows.write(output, chunk, self._scale(q).mul_(part))
-        return output, dot, square, contraction, length.gram if contraction is not None else None
+                torch.sum(torch.mul(w, u, out=scratch(w, *w.shape)), 1, out=part)
+                torch.sum(w.square_(), 1, out=q)
+                continue
+            products = product(self.generate.view(n * r, d), u)
+            if contraction is not None:
+                contraction[:, chunk.columns] = products
+            torch.sum(products.view(n, r, -1).mul_(z), 1, out=part)
+            if self.bias is not None:
+                part += found[:n] if together else product(self.bias, u)
+            norm.square(z, q, u, part)
+        output = windows.rows_to_image(self._scale(square).mul_(dot), input)
+        return output, *(t if shape != (0,) else None for t, shape in zip((dot, square, contraction), kept, strict=False)), None
 
-    def align_backward(self, input, applied, grad, dot, square, contraction, gram, needs):
+    def align_backward(self, input, applied, grad, dot, square, contraction, needs):
         """Gradients of F: (dx, du, dB, dA, db). With ``applied=None`` (u = x) du is part of dx and returned there.
 
         ``needs`` follows the inputs (input, applied, reduction_weight, weight, bias).
@@ -172,28 +203,41 @@ class _Layer:
         need_x, need_u, need_reduce, need_weight, need_bias = needs
         shared = applied is None
         need_u = need_x if shared else need_u
+        need_generate = need_weight or need_bias
         windows = _Windows(input, self)
         applied_windows = windows if shared else _Windows(applied, self)
+        n, r, d = self.generate.shape
+        gs, t = self._grad_factors(windows.image_to_rows(grad), dot, square)
         dx = windows.new_canvas() if need_x else None
         du = dx if shared else applied_windows.new_canvas() if need_u else None
-        form = (_Generated if self.generated else _Contracted)(self, need_u, need_x or need_reduce, need_weight or need_bias, gram)
-        d_reduce = torch.zeros_like(self.reduce) if need_reduce else None
+        form = (_Generated if self.generated else _Contracted)(self, need_u, need_x or need_reduce, need_generate)
+        # b and B: with one u for both, their few rows make one product
+        heads, d_heads = [self.bias] if self.has_bias_rows else [], None
+        heads = torch.cat([*heads, self.reduce]) if shared and form.need_z else heads[0] if heads else None
+        d_reduce = torch.zeros_like(self.reduce) if need_reduce and not shared else None
         for chunk in windows.chunks(self._numbers()):
             x = windows.gather(chunk)
             u = x if shared else applied_windows.gather(chunk)
-            z = product(self.reduce, x)
-            gs, t = self._grad_factors(windows.read(grad, chunk), dot[:, chunk.columns], square[:, chunk.columns])
-            known = None if contraction is None else contraction.view(*self.generate.shape[:2], -1)[:, :, chunk.columns]
-            dz, patch = form.backward(u, z, gs, t, known)
-            if need_reduce:
-                d_reduce.addmm_(dz, x.t())
-            if need_u and not shared:
+            z, part = product(self.reduce, x), gs[:, chunk.columns].contiguous()
+            known = None if contraction is None else contraction.view(n, r, -1)[:, :, chunk.columns]
+            dz, patch = form.backward(u, z, part, t[:, chunk.columns], known)
+            rows = [part] if self.has_bias_rows else []
+            rows += [dz] if shared and form.need_z else []
+            rows = torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None
+            if rows is not None and (need_generate or (need_reduce and shared)):
+                d_heads = _add(d_heads, product(rows, u.t()))
+            if need_u:
+                patch = patch if rows is None else patch.addmm_(rows.t(), heads)
                 applied_windows.scatter_add(du, chunk, patch)
-            if need_x:
-                patch = patch.addmm_(dz.t(), self.reduce) if shared else dz.t() @ self.reduce
-                windows.scatter_add(dx, chunk, patch)
+            if need_reduce and not shared:
+                d_reduce.addmm_(dz, x.t())
+            if need_x and not shared:
+                windows.scatter_add(dx, chunk, dz.t() @ self.reduce)
+        if d_heads is None and heads is not None:  # no pixels, or nobody asked
+            d_heads = torch.zeros_like(heads)
+        d_reduce = d_heads[-r:].clone() if need_reduce and shared else d_reduce
+        d_weight, d_bias = form.parameters(d_heads[:n] if self.has_bias_rows else None) if need_generate else (None, None)
         window = (input.shape[1], *self.geometry.kernel)
-        d_weight, d_bias = form.parameters() if need_weight or need_bias else (None, None)
         gradients = (d_reduce, d_weight if need_weight else None, d_bias if need_bias else None)
         return (
             windows.canvas_to_image(dx, input) if need_x else None,
@@ -203,16 +247,26 @@ class _Layer:
 
     def adjoint(self, input, value, like, square=None):
         """G(x, v) as [N, C, H, W], in dtype and format of ``like``; ``square`` saves the norms where they are known."""
-        n, r, d = self.generate.shape
         windows = _Windows(input, self)
         canvas = windows.new_canvas()
-        length = self._norm() if square is None and not self.generated else None
+        v = windows.image_to_rows(value)
+        gs = None if square is None else self._scale(square).mul_(v)
+        norm = self._norm() if square is None and not self.generated else None
+        scratch = _Scratch()
         for chunk in windows.chunks(self._numbers()):
             z = product(self.reduce, windows.gather(chunk))
             w = self._weights(z) if self.generated else None
-            q = square[:, chunk.columns] if square is not None else w.square().sum(1) if self.generated else length.square(z)
-            gs = self._scale(q).mul_(windows.read(value, chunk))
-            windows.scatter_add(canvas, chunk, w.mul_(gs.unsqueeze(1)).sum(0).t() if self.generated else self._direct(gs, z))
+            if square is None:
+                q = w.square().sum(1) if self.generated else norm.square(z, z.new_empty(len(v), z.shape[1]))
+                part = self._scale(q).mul_(v[:, chunk.columns])
+            else:
+                part = gs[:, chunk.columns]
+            if self.generated:
+                patch = w.mul_(part.unsqueeze(1)).sum(0).t()
+            else:
+                patch = self._direct(part, z, scratch)
+                patch = patch if self.bias is None else patch.addmm_(part.t(), self.bias)
+            windows.scatter_add(canvas, chunk, patch)
         return windows.canvas_to_image(canvas, like)
 
     def adjoints(self, input, values, like, square=None):
@@ -224,14 +278,15 @@ class _Layer:
         n, r, d = self.generate.shape
         windows = _Windows(input, self)
         canvases = torch.stack([windows.new_canvas() for _ in values])
+        v = torch.stack([windows.image_to_rows(value) for value in values])  # [K, n, P]
         by_rank = self.generate.transpose(0, 1).reshape(r, n * d)
         for chunk in windows.chunks(max(n * d, len(values) * d)):
             z = product(self.reduce, windows.gather(chunk))
             w = product(z.t().contiguous(), by_rank).view(-1, n, d)
             w = w if self.bias is None else w.add_(self.bias)
-            q = torch.linalg.vector_norm(w, dim=2).square_() if square is None else square[:, chunk.columns].t()
-            gs = self._scale(q) * torch.stack([windows.read(value, chunk).t() for value in values])  # [K, p, n]
-            windows.scatter_add(canvases, chunk, torch.bmm(gs.transpose(0, 1), w).transpose(0, 1))
+            q = torch.linalg.vector_norm(w, dim=2).square_().t() if square is None else square[:, chunk.columns]
+            gs = self._scale(q) * v[:, :, chunk.columns]
+            windows.scatter_add(canvases, chunk, torch.bmm(gs.permute(2, 0, 1), w).transpose(0, 1))
         return torch.stack([windows.canvas_to_image(canvas, like) for canvas in canvases])
 
     # -- their pieces -----------------------------------------------------------------------------------------------------------
@@ -239,13 +294,17 @@ class _Layer:
     @property
     def generated(self) -> bool:
         """Whether the weights are made: there are n d of them a pixel, where the contraction has n r numbers and a norm besides."""
-        _, r, d = self.generate.shape
-        return d <= r
+        return _generated(*self.generate.shape[1:])
+
+    @property
+    def has_bias_rows(self) -> bool:
+        """Whether b is a factor of its own, beside A: it is part of w where that is made."""
+        return self.bias is not None and not self.generated
 
     def _numbers(self):
-        """The most numbers a pixel of any intermediate."""
+        """Numbers a pixel of the largest intermediates; the norm's, which are read once, may be twice as many."""
         n, r, d = self.generate.shape
-        return n * d if self.generated else max(n * (r + 1), d, _Gram.numbers(r))
+        return n * d if self.generated else max(n * r, d, _Gram.numbers(r) // 2)
 
     def _norm(self):
         """Looking at numbers, as ``_Gram`` does, is for a CPU: a GPU would have to wait for it."""
@@ -257,13 +316,12 @@ class _Layer:
         w = product(self.generate.transpose(1, 2).reshape(n * d, r), z).view(n, d, -1)
         return w if self.bias is None else w.add_(self.bias.unsqueeze(2))
 
-    def _direct(self, gs, z):
-        """sum_o gs_o w_o as rows [p, d]."""
+    def _direct(self, gs, z, scratch):
+        """sum_o gs_o A_o^T z as rows [p, d]."""
         n, r, d = self.generate.shape
         gs = gs.t().contiguous()
-        outer = gs.unsqueeze(2) * z.t().contiguous().unsqueeze(1)
-        patch = product(outer.view(-1, n * r), self.generate.view(n * r, d))
-        return patch if self.bias is None else patch.addmm_(gs, self.bias)
+        outer = torch.mul(gs.unsqueeze(2), z.t().contiguous().unsqueeze(1), out=scratch(z, len(gs), n, r))
+        return product(outer.view(-1, n * r), self.generate.view(n * r, d))
 
     def _scale(self, square):
         """s(q)."""
@@ -286,70 +344,77 @@ class _Layer:
 class _Contracted:
     """Backward where nothing of the size of w is made."""
 
-    def __init__(self, layer: _Layer, need_u, need_z, need_generate, gram):
+    def __init__(self, layer: _Layer, need_u, need_z, need_generate):
         self.layer, self.need_u, self.need_z, self.need_generate = layer, need_u, need_z, need_generate
-        n, r, _ = layer.generate.shape
-        gram = _gram(layer.generate, layer.bias) if gram is None and need_z else gram
-        self.gram = gram.transpose(0, 1).reshape(r, -1) if need_z else None  # [r, n (r + 1)]
-        self.d_generate = self.d_bias = self.moments = None
+        self.gram = self._gram() if need_z else None
+        self.d_generate = self.moments = None
+        self.scratch = _Scratch()
+
+    def _gram(self):
+        """A_o [A_o b_o]^T as [r, n (r + 1)]."""
+        generate, bias = self.layer.generate, self.layer.bias
+        n, r, _ = generate.shape
+        transposed = generate.transpose(1, 2)
+        gram = generate.new_empty(r, n, r + (bias is not None))
+        gram[:, :, :r] = torch.bmm(generate, transposed).transpose(0, 1)
+        if bias is not None:
+            gram[:, :, r] = torch.bmm(bias.unsqueeze(1), transposed).squeeze(1).t()
+        return gram.view(r, -1)
 
     def backward(self, u, z, gs, t, contraction):
-        """dz [r, p] and sum_o gs_o w_o as rows [p, d], None where not needed."""
+        """dz [r, p] and sum_o gs_o A_o^T z as rows [p, d], None where not needed."""
         generate, bias = self.layer.generate, self.layer.bias
         n, r, d = generate.shape
         pixels = z.shape[1]
         extended = z if bias is None else torch.cat((z, z.new_ones(1, pixels)))
-        buffer = z.new_empty(n, len(extended), pixels)  # one for all operands in turn
-        outer = buffer.flatten()[: n * r * pixels].view(n, r, pixels)
         dz = patch = None
         if self.need_z:
             contraction = product(generate.view(n * r, d), u).view(n, r, -1) if contraction is None else contraction
-            dz = torch.mul(contraction, gs.unsqueeze(1), out=outer).sum(0)
+            dz = torch.mul(contraction, gs.unsqueeze(1), out=self.scratch(z, n, r, pixels)).sum(0)
         if self.need_z or self.need_generate:
-            terms = torch.mul(t.unsqueeze(1), extended, out=buffer).view(-1, pixels)
+            terms = torch.mul(t.unsqueeze(1), extended, out=self.scratch(z, n, len(extended), pixels)).view(-1, pixels)
             if self.need_z:
                 dz += product(self.gram, terms)
             if self.need_generate:
                 self.moments = _add(self.moments, product(terms, extended.t()))  # sum_p t z~ z~^T
         if self.need_generate:
-            torch.mul(gs.unsqueeze(1), z, out=outer)
+            outer = torch.mul(gs.unsqueeze(1), z, out=self.scratch(z, n, r, pixels))
             self.d_generate = _add(self.d_generate, product(outer.view(n * r, pixels), u.t()))
-            if bias is not None:
-                self.d_bias = _add(self.d_bias, product(gs, u.t()))
         if self.need_u:
-            patch = self.layer._direct(gs, z)
+            patch = self.layer._direct(gs, z, self.scratch)
         return dz, patch
 
-    def parameters(self):
-        """dA [n, r, d] and db [n, d]: what the chunks gave, and moments A~."""
+    def parameters(self, d_bias):
+        """dA [n, r, d] and db [n, d]: what the chunks gave, and moments A~; ``d_bias`` is what b's own rows gave."""
         generate, bias = self.layer.generate, self.layer.bias
         n, r, d = generate.shape
         if self.moments is None:  # no pixels
-            return torch.zeros_like(generate), None if bias is None else torch.zeros_like(bias)
+            return torch.zeros_like(generate), d_bias
         moments = self.moments.view(n, -1, len(self.moments) // n)
         d_weight = self.d_generate.view(n, r, d).baddbmm_(moments[:, :r, :r], generate)
         if bias is None:
             return d_weight, None
         d_weight.addcmul_(moments[:, :r, r:], bias.unsqueeze(1))
-        d_bias = self.d_bias.addcmul_(moments[:, r, r:], bias)
+        d_bias = d_bias.addcmul(moments[:, r, r:], bias)
         return d_weight, d_bias.add_(torch.bmm(moments[:, r:, :r], generate).squeeze(1))
 
 
 class _Generated:
     """Backward where w is made."""
 
-    def __init__(self, layer: _Layer, need_u, need_z, need_generate, gram):
+    def __init__(self, layer: _Layer, need_u, need_z, need_generate):
         self.layer, self.need_u, self.need_z, self.need_generate = layer, need_u, need_z, need_generate
         _, r, _ = layer.generate.shape
         self.by_rank = layer.generate.transpose(0, 1).reshape(r, -1) if need_z else None
         self.d_generate = self.d_bias = None
+        self.scratch = _Scratch()
 
     def backward(self, u, z, gs, t, contraction):
-        """As of ``_Contracted``: dz [r, p], patch [p, d]."""
+        """dz [r, p] and sum_o gs_o w_o as rows [p, d], None where not needed."""
         w = self.layer._weights(z)
         dz = patch = None
         if self.need_z or self.need_generate:
-            dw = (w * t.unsqueeze(1)).addcmul_(gs.unsqueeze(1), u).view(-1, z.shape[1])
+            dw = torch.mul(w, t.unsqueeze(1), out=self.scratch(w, *w.shape)).addcmul_(gs.unsqueeze(1), u).view(-1, z.shape[1])
             if self.need_z:
                 dz = product(self.by_rank, dw)
             if self.need_generate:
@@ -360,7 +425,7 @@ class _Generated:
             patch = w.mul_(gs.unsqueeze(1)).sum(0).t()
         return dz, patch
 
-    def parameters(self):
+    def parameters(self, d_bias):
         n, r, d = self.layer.generate.shape
         bias = self.layer.bias
         if self.d_generate is None:  # no pixels
@@ -370,14 +435,6 @@ class _Generated:
 
 
 # -- norms ------------------------------------------------------------------------------------------------------------------------------
-
-
-def _gram(generate, bias):
-    """A_o [A_o b_o]^T, [n, r, r] or [n, r, r + 1]."""
-    gram = torch.bmm(generate, generate.transpose(1, 2))
-    if bias is None:
-        return gram
-    return torch.cat((gram, torch.bmm(bias.unsqueeze(1), generate.transpose(1, 2)).transpose(1, 2)), 2)
 
 
 class _Gram:
@@ -390,21 +447,26 @@ class _Gram:
     def __init__(self, generate, bias):
         self.generate, self.bias = generate, bias
         n, r, _ = generate.shape
-        self.gram = _gram(generate, bias)
-        parts = []
+        transposed = generate.transpose(1, 2)
+        self.coefficients, diagonal, start = generate.new_empty(n, self.numbers(r)), [], 0
         for first, last in self._blocks(r):
-            block = self.gram[:, first:last, first:r].flatten(1)
-            block.view(n, last - first, -1)[:, :, last - first :] *= 2
-            parts.append(block)
-        diagonal = self.gram.diagonal(dim1=1, dim2=2) + FLUSHED
+            stop = start + (last - first) * (r - first)
+            block = self.coefficients[:, start:stop].view(n, last - first, r - first)
+            block.copy_(torch.bmm(generate[:, first:last], transposed[:, :, first:]))
+            diagonal.append(block.diagonal(dim1=1, dim2=2) + FLUSHED)
+            block[:, :, last - first :] *= 2
+            start = stop
         if bias is not None:
-            parts += [2 * self.gram[:, :, r], bias.square().sum(1, keepdim=True)]
-            diagonal = torch.cat((diagonal, parts[-1]), 1)
-        self.coefficients, self.diagonal = torch.cat(parts, 1), diagonal.mul_(CANCELLED)
+            torch.mul(torch.bmm(bias.unsqueeze(1), transposed).squeeze(1), 2, out=self.coefficients[:, start : start + r])
+            diagonal.append(torch.sum(bias.square(), 1, keepdim=True))
+            self.coefficients[:, start + r :] = diagonal[-1]
+        self.coefficients = self.coefficients if bias is not None else self.coefficients[:, :start].contiguous()
+        self.diagonal = torch.cat(diagonal, 1).mul_(CANCELLED)
+        self.scratch = _Scratch()
 
     @staticmethod
     def _blocks(r):
-        size = max(8, -(-r // 8))
+        size = max(8, -(-r // 4))
         return [(first, min(first + size, r)) for first in range(0, r, size)]
 
     @classmethod
@@ -412,10 +474,10 @@ class _Gram:
         """Products z_k z_l a pixel, with z and 1."""
         return sum((last - first) * (r - first) for first, last in cls._blocks(r)) + r + 1
 
-    def square(self, z, u=None, dot=None):
-        """q [n, p] of columns z. Where it had to be computed from w, so is <w, u>, in ``dot`` [n, p]."""
+    def square(self, z, q, u=None, dot=None):
+        """|w|^2 of columns z into ``q`` [n, p]. Where it had to be computed from w, so is <w, u>, in ``dot`` [n, p]."""
         r, pixels = z.shape
-        terms, start = z.new_empty(self.coefficients.shape[1], pixels), 0
+        terms, start = self.scratch(z, self.coefficients.shape[1], pixels), 0
         for first, last in self._blocks(r):
             stop = start + (last - first) * (r - first)
             torch.mul(z[first:last].unsqueeze(1), z[first:], out=terms[start:stop].view(last - first, r - first, pixels))
@@ -425,18 +487,18 @@ class _Gram:
             terms[start : start + r] = z
             terms[start + r :] = 1
             sizes = torch.cat((sizes, sizes.new_ones(1, pixels)))
-        square = product(self.coefficients, terms)
-        right = square > product(self.diagonal, sizes)  # False for NaN
+        q.copy_(product(self.coefficients, terms))
+        right = q > product(self.diagonal, sizes)  # False for NaN
         if not right.all():
-            self._from_weights(~right, z, u, square, dot)
-        return square
+            self._from_weights(~right, z, q, u, dot)
+        return q
 
-    def _from_weights(self, where, z, u, square, dot):
+    def _from_weights(self, where, z, q, u, dot):
         for unit in where.any(1).nonzero().flatten().tolist():
             columns = where[unit].nonzero().flatten()
             w = self.generate[unit].t() @ z[:, columns]
             w = w if self.bias is None else w.add_(self.bias[unit].unsqueeze(1))
-            square[unit, columns] = w.square().sum(0)
+            q[unit, columns] = w.square().sum(0)
             if dot is not None:
                 dot[unit, columns] = w.mul_(u[:, columns]).sum(0)
 
@@ -445,21 +507,21 @@ class _Triangle:
     """|w|^2 as |R z~|^2 with a triangular factor R of [A b]: never negative, and exact where w nearly cancels."""
 
     def __init__(self, generate, bias):
-        self.bias, self.gram = bias, None
+        self.bias = bias
         rows = generate if bias is None else torch.cat((generate, bias.unsqueeze(1)), 1)
         self.factor = norm_factor(rows)
         self.sizes = rows.shape[1:]
 
-    def square(self, z, u=None, dot=None):
-        """q [n, p] of columns z. Puts ``dot`` within the bound of Cauchy and Schwarz: rounding exceeds it where w nearly vanishes."""
+    def square(self, z, q, u=None, dot=None):
+        """|w|^2 of columns z into ``q`` [n, p]. Puts ``dot`` within Cauchy and Schwarz's bound, which rounding exceeds where w cancels."""
         n, k, m = self.factor.shape
         z = z if self.bias is None else torch.cat((z, z.new_ones(1, z.shape[1])))
         length = torch.linalg.vector_norm(product(self.factor.view(n * k, m), z).view(n, k, -1), dim=1)
         if dot is not None:
             flushed = [_flushed(terms, z.dtype) for terms in self.sizes]
             bound = (length + flushed[0]) * (torch.linalg.vector_norm(u, dim=0) + flushed[1])
-            torch.clamp(dot, -bound, bound, out=dot)
-        return length.square_()
+            dot.clamp_(-bound, bound)
+        return q.copy_(length.square_())
 
 
 def _flushed(terms, dtype):
@@ -506,6 +568,7 @@ class _Windows:
     def __init__(self, image, layer: _Layer):
         g = layer.geometry
         self.geometry, self.compute = g, layer.reduce.dtype
+        self.parameter_bytes = layer.generate.numel() * layer.generate.element_size()
         self.batch, self.channels, height, width = image.shape
         self.out = g.output_size(height, width)
         self.pixels = self.batch * self.out[0] * self.out[1]
@@ -520,7 +583,7 @@ class _Windows:
     def chunks(self, numbers_per_pixel):
         """As few as the budget allows, of about one size: whole images where several fit, else lines of one image."""
         kind = "cpu" if self.canvas.device.type == "cpu" else "other"
-        budget = max(1, CHUNK_BYTES[kind] // (numbers_per_pixel * self.canvas.element_size()))
+        budget = max(CHUNK_BYTES[kind], CHUNK_PARAMETERS * self.parameter_bytes) // (numbers_per_pixel * self.canvas.element_size())
         height, width = self.out
         images, lines = _even(self.batch, budget // (height * width)), _even(height, budget // width)
         for i in range(0, self.batch, images):
@@ -535,14 +598,6 @@ class _Windows:
         """Patches as columns, [d, p]."""
         part = self.windows[:, :, :, chunk.images, chunk.lines]
         return part.reshape(-1, chunk.columns.stop - chunk.columns.start).contiguous()  # reshape alone may give a view of overlapping rows
-
-    def read(self, image, chunk):
-        """The pixels of an output [N, n, OH, OW] as columns, [n, p]."""
-        return image[chunk.images, :, chunk.lines].transpose(0, 1).to(self.compute).reshape(image.shape[1], -1)
-
-    def write(self, image, chunk, columns):
-        part = image[chunk.images, :, chunk.lines]
-        part.copy_(columns.view(len(columns), len(part), *part.shape[2:]).transpose(0, 1))
 
     def scatter_add(self, canvas, chunk, patches):
         """Patches [..., p, d] to a canvas [..., N, H, W, C], or several."""
@@ -562,8 +617,14 @@ class _Windows:
         batch, channels, height, width = self.canvas.shape
         return self.canvas.new_zeros(batch, height, width, channels)
 
-    def new_image(self, channels, like):
-        return torch.empty(self.batch, channels, *self.out, dtype=like.dtype, device=like.device, memory_format=format_of(like))
+    def rows_to_image(self, rows, like):
+        """[n, P] -> [N, n, OH, OW]"""
+        image = torch.empty(self.batch, len(rows), *self.out, dtype=like.dtype, device=like.device, memory_format=format_of(like))
+        return image.copy_(rows.view(len(rows), self.batch, *self.out).transpose(0, 1))
+
+    def image_to_rows(self, image):
+        """[N, n, OH, OW] -> [n, P]"""
+        return image.transpose(0, 1).to(self.compute).reshape(image.shape[1], -1)
 
     def canvas_to_image(self, canvas, like):
         left, _, top, _ = self.geometry.padding
