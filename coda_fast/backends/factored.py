@@ -12,7 +12,7 @@ memory for it, the contraction A u are kept; the rest is computed again:
     du = gs (x) z~ . A~,   dA~ = (gs (x) z~)^T u + (sum_p t z~ z~^T) A~,   dz = sum_o gs_o A_o u + t_o A_o A~_o^T z~
     gs = g s(q),   t = 2 g <w, u> s'(q)
 
-Where a patch has few numbers beside z (d <= 2 r), ``w`` itself costs less than the contraction and the norm, and is made, a chunk at a time.
+Where a patch has few numbers beside z (d <= 2 r), ``w`` itself costs less than contraction and norm, and is made, a chunk at a time.
 
 Inside, pixels are columns, and a patch is laid out (C, kh, kw), as the parameters are: they are used where they lie.
 """
