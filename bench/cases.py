@@ -7,7 +7,8 @@ import dataclasses
 FORWARD, TRAINING, EXPLANATION = "forward", "forward + backward", "explanation"
 LAYER_MODES = (FORWARD, TRAINING, EXPLANATION)
 INFERENCE, STEP = "inference", "training step"
-NETWORK_MODES = (STEP, INFERENCE, EXPLANATION)
+EVERY_CLASS = "explanation of every class"
+NETWORK_MODES = (STEP, INFERENCE, EXPLANATION, EVERY_CLASS)
 AXES = ("batch", "size", "rank", "channels")
 # The fewest matrix products of the size of the forward one that a mode can do with: forward 1; backward 2 more (dx, dA), if the n r
 # numbers a pixel of the forward product were kept, and 3 if not (save_contraction=False computes them again); an explanation 1 more (dx)
@@ -58,6 +59,8 @@ class Network:
     name: str
     batch: int
     size: int
+    modes: tuple[str, ...] = NETWORK_MODES[:3]
+    compiled: bool = True  # whether also through torch.compile
 
     @property
     def shape(self) -> dict:
@@ -104,24 +107,34 @@ class Preset:
     compiled_layers: str = ""  # of these only
 
     def compiled_in(self, case: Layer | Network, mode: str) -> tuple[str, ...]:
-        return self.compiled.get(mode, ()) if case.name.startswith(self.compiled_layers) else ()
+        wanted = case.name.startswith(self.compiled_layers) and getattr(case, "compiled", True)
+        return self.compiled.get(mode, ()) if wanted else ()
 
 
-def preset(name: str, memory_bytes: int = 0) -> Preset:
-    """ "smoke": everything once, small; "cpu": S-CoDA at batch 4, under four minutes on two cores; "gpu": S-CoDA at batch 256, L-CoDA at
-    64, or 16 on a device with less than 60 GB.
+def preset(name: str, memory_bytes: int = 0, batch: int | None = None) -> Preset:
+    """ "smoke": everything once, small; "cpu": S-CoDA at batch 16, as published, and the network at 64 and 1 too, in about four minutes on
+    two cores, or all of it at another ``batch``; "gpu": S-CoDA at batch 256, L-CoDA at 64, or 16 on a device with less than 60 GB.
     """
     if name == "smoke":
         small = [dataclasses.replace(case, size=8) for case in distinct(layers({"S": 1})) if case.name in ("S1", "S9")]
         base = Layer("scaling", 8, 8, 8, 3, 1, 8, 1)
         series = _series(base, batch=(1, 2), size=(8, 16), rank=(8, 16), channels=(8, 16))
-        return Preset(tuple(small), (Network(NETWORKS["S"], 2, 8),), series, {TRAINING: COMPILED}, "float32", "S9")
+        return Preset(tuple(small), (Network(NETWORKS["S"], 2, 8, NETWORK_MODES),), series, {TRAINING: COMPILED}, "float32", "S9")
     if name == "cpu":
         base = Layer("scaling", 16, 16, 16, 3, 1, 16, 2)
         sizes = dict(batch=(1, 2, 4, 8, 16), size=(8, 16, 32, 64), rank=(4, 16, 64, 256), channels=(4, 16, 32, 64))
-        networks = (Network(NETWORKS["S"], 4, 32),)
-        cases = tuple(distinct(layers({"S": 4})))
-        return Preset(cases, networks, _series(base, **sizes), {TRAINING: COMPILED}, "float32")
+        compiled = {TRAINING: ("algebraic",), STEP: ("algebraic", "coda_fast"), INFERENCE: ("algebraic",)}
+        if batch:
+            networks, series = (Network(NETWORKS["S"], batch, 32),), ()
+        else:
+            few = dict(compiled=False)
+            networks = (
+                Network(NETWORKS["S"], 16, 32),
+                Network(NETWORKS["S"], 64, 32, (STEP, INFERENCE), **few),
+                Network(NETWORKS["S"], 1, 32, (INFERENCE, EXPLANATION, EVERY_CLASS), **few),
+            )
+            series = _series(base, **sizes)
+        return Preset(tuple(distinct(layers({"S": batch or 16}))), networks, series, compiled, "float32")
     if name == "gpu":
         large = 64 if memory_bytes >= 60e9 else 16
         base = Layer("scaling", 64, 64, 64, 3, 1, 32, 32)

@@ -105,9 +105,12 @@ def in_turn(runners: dict[str, Runner], device: torch.device, seconds: float, tu
         empty(device)  # what others left in the cache of the allocator is not this one's lack of memory
         with _survive(name, runners, found, device):
             runners[name]()
+            start = time.perf_counter()
             # of CUDA graphs the second call is the recording one: later ones replay and allocate nothing
             found[name].peak_bytes = peak_bytes(runners[name], device)
-            estimate = _block(runners[name], 1, 1, device)[1]
+            estimate = time.perf_counter() - start
+            if device.type == "cuda" or estimate < 1:  # else that is long enough, beside what watching it took
+                estimate = _block(runners[name], 1, 1, device)[1]
             for _ in range(2 if estimate < 0.3 else 0):
                 estimate = min(estimate, _block(runners[name], 1, 1, device)[1])
             if device.type == "cuda" and not runners[name].captures_itself:

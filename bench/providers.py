@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from bench import peers
-from bench.cases import EXPLANATION, FORWARD, INFERENCE, PRODUCTS, STEP, Layer, Network
+from bench.cases import EVERY_CLASS, EXPLANATION, FORWARD, INFERENCE, PRODUCTS, STEP, Layer, Network
 from coda_fast import DAUConv2d, create_model
 from coda_fast.functional import dau_conv2d
 
 MATERIALISING, ALGEBRAIC, CHECKPOINTED, CODA = "materialising", "algebraic", "algebraic checkpointed", "coda_fast"
 KEPT, FACTORED, PRODUCT, COPY = "coda_fast save_contraction", "coda_fast factored", "matrix product", "copy"
-RESNET, BCOS = "ResNet-50", "B-cos ResNet-50"
+RESNET, BCOS, GRADIENT = "ResNet-50", "B-cos ResNet-50", "InputXGradient of ResNet-18"
+YARDSTICKS = (RESNET, BCOS, GRADIENT)
 COMPILED = " compiled"
 PEERS = {MATERIALISING: peers.materialising, ALGEBRAIC: peers.algebraic, CHECKPOINTED: peers.checkpointed}
 
@@ -54,12 +55,16 @@ OURS = {CODA: coda_fast, KEPT: _kept, FACTORED: _factored}
 
 def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequence[str] = ()) -> list[str]:
     """The providers of a case, in the order of the tables; ``compiled``: which of them also through torch.compile."""
-    gpu, backward = device.type == "cuda", mode not in (FORWARD, INFERENCE)
-    kept = backward and mode != EXPLANATION
+    gpu, explaining = device.type == "cuda", mode in (EXPLANATION, EVERY_CLASS)
+    backward = mode not in (FORWARD, INFERENCE)
+    kept = backward and not explaining
     if isinstance(case, Layer):  # else there is nothing to keep (docs of dau_conv2d), and it would be coda_fast by another name
         kept = kept and case.rank <= 64 < case.depth
     found = [MATERIALISING, ALGEBRAIC]
-    found += [CHECKPOINTED] if backward and (gpu or mode != EXPLANATION) else []
+    if isinstance(case, Network) and case.batch > 16 and not gpu:
+        found.remove(MATERIALISING)  # tens of seconds a step
+    # on a CPU it is never the fastest, and says what recomputing costs once, for the network
+    found += [CHECKPOINTED] if backward and (gpu or (isinstance(case, Network) and mode == STEP and case.batch <= 16)) else []
     if isinstance(case, Layer) and case.axis:
         return [*found[:2], CODA]
     found += [name + COMPILED for name in (*found, CODA) if name in compiled]
@@ -67,7 +72,9 @@ def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequ
     if gpu:
         found += [KEPT] if kept else []
         found += [FACTORED]
-    return [*found, PRODUCT] if isinstance(case, Layer) else [*found, RESNET, BCOS]
+    if isinstance(case, Layer):
+        return [*found, PRODUCT]
+    return [*found, *([] if mode == EVERY_CLASS else [RESNET, BCOS]), *([GRADIENT] if mode == EXPLANATION else [])]
 
 
 def setup(provider: str, case: Layer | Network, mode: str, dtype: torch.dtype, device: torch.device) -> tuple[list, Callable]:
@@ -77,7 +84,7 @@ def setup(provider: str, case: Layer | Network, mode: str, dtype: torch.dtype, d
     base = provider.removesuffix(COMPILED)
     if isinstance(case, Layer):
         return _layer({**PEERS, **OURS}[base], provider != base, case, mode, dtype, device)
-    if base in (RESNET, BCOS):
+    if base in YARDSTICKS:
         return _yardstick(base, case, mode, dtype, device)
     return _network({**PEERS, **OURS}[base], provider != base, case, mode, dtype, device)
 
@@ -205,10 +212,13 @@ def _network(layer, compile, case, mode, dtype, device):
 
     run = _compiled(logits, device) if compile else logits
     parameters = list(model.parameters())
-    return _steps(run, lambda images: run(images, True), parameters, model.num_classes, case, mode, torch.float32, device)
+    batched = layer in OURS.values()  # a convolution has no rule for several gradients at once: one after the other
+    return _steps(run, lambda images: run(images, True), parameters, model.num_classes, case, mode, torch.float32, device, batched)
 
 
 def _yardstick(name, case, mode, dtype, device):
+    if name == GRADIENT:
+        return _input_times_gradient(case, dtype, device)
     classes = create_model(case.name, device="meta").num_classes
     torch.manual_seed(0)
     model = (_resnet if name == RESNET else _bcos)(classes).to(device)
@@ -225,12 +235,38 @@ def _yardstick(name, case, mode, dtype, device):
     return _steps(logits, logits, list(model.parameters()), classes, case, mode, dtype, device)
 
 
-def _resnet(classes):
+def _resnet(classes, name="resnet50"):
     try:
-        from torchvision.models import resnet50
+        from torchvision import models
     except (ImportError, RuntimeError, OSError) as error:  # beside another torch than its own it raises RuntimeError
         raise Missing(f"torchvision: {error}") from None
-    return resnet50(num_classes=classes)
+    return models.get_model(name, num_classes=classes)
+
+
+def _input_times_gradient(case, dtype, device):
+    """What explains an ordinary network for the least: captum's InputXGradient of a ResNet-18. For images of 32 pixels it has the stem that
+    they need to be classified as well as by S-CoDA: 3 x 3 and no pooling.
+    """
+    try:
+        from captum.attr import InputXGradient
+    except ImportError as error:
+        raise Missing(f"captum: {error}") from None
+    classes = create_model(case.name, device="meta").num_classes
+    torch.manual_seed(0)
+    model = _resnet(classes, "resnet18")
+    if case.size <= 64:
+        model.conv1, model.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    model = model.to(device).eval().requires_grad_(False)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    method = InputXGradient(model)
+    inputs, _ = _steps(model, model, [torch.nn.Parameter(torch.empty(0, device=device))], classes, case, INFERENCE, dtype, device)
+
+    def explanation(images, labels):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return [method.attribute(images.detach().requires_grad_(), target=labels)]
+
+    return inputs, explanation
 
 
 def _bcos(classes):
@@ -241,7 +277,7 @@ def _bcos(classes):
     return resnet50(num_classes=classes, in_chans=6)
 
 
-def _steps(logits, explained, parameters, classes, case, mode, dtype, device):
+def _steps(logits, explained, parameters, classes, case, mode, dtype, device, batched=False):
     """What a user does with a network: float32 weights, under autocast where ``dtype`` is a narrower one, Adam, binary cross-entropy."""
     generator = torch.Generator(device).manual_seed(0)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
@@ -266,6 +302,15 @@ def _steps(logits, explained, parameters, classes, case, mode, dtype, device):
         chosen = outputs.gather(1, labels[:, None]).sum()
         return [outputs, *torch.autograd.grad(chosen, [images])]
 
+    def every_class(images, labels):
+        images = images.detach().requires_grad_()
+        with autocast():
+            outputs = explained(images)
+        upstream = torch.eye(classes, device=outputs.device, dtype=outputs.dtype).unsqueeze(1).expand(-1, len(images), -1)
+        if batched:
+            return [outputs, *torch.autograd.grad(outputs, [images], upstream, is_grads_batched=True)]
+        return [outputs, torch.stack([torch.autograd.grad(outputs, images, one, retain_graph=True)[0] for one in upstream])]
+
     def step(images, labels):
         with autocast():
             outputs = logits(images)
@@ -275,7 +320,7 @@ def _steps(logits, explained, parameters, classes, case, mode, dtype, device):
         optimiser.zero_grad(set_to_none=True)  # at the end: gradients count as memory of the step
         return [outputs.detach()]
 
-    return inputs, inference if mode == INFERENCE else explanation if mode == EXPLANATION else step
+    return inputs, {INFERENCE: inference, EXPLANATION: explanation, EVERY_CLASS: every_class, STEP: step}[mode]
 
 
 # -- torch.compile --------------------------------------------------------------------------------------------------------------------
