@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from coda_fast import create_model
-from coda_fast.evaluation import Removal, pixel_removal
+from coda_fast import CoDANet, create_model
+from coda_fast.evaluation import Removal, pixel_removal, removal
 
 
 class Linear(nn.Module):
@@ -53,6 +53,51 @@ def test_batched_is_one_by_one(order, batch_size):
             with torch.no_grad():
                 logits = model.head(model.run_layers(encoded.view(1, 2, 8, 8)))
             assert float(found.probabilities[i, k]) == pytest.approx(float(logits[0, targets[i]].sigmoid()), rel=1e-9)
+
+
+def _network(norm="squash"):
+    """Every kind of window: strides, paddings that are not symmetric, dilation, a kernel of even size, no padding."""
+    torch.manual_seed(1)
+    return CoDANet(
+        [4, 5, 6, 4, 3],
+        [4, 4, 9, 4, 4],
+        kernel_sizes=[3, (2, 3), 3, 2, 1],
+        strides=[1, (1, 2), 1, 2, 1],
+        paddings=["valid", (1, 0), "same", 0, 0],
+        dilations=[1, 1, 2, 1, 1],
+        temperature=1,
+        norm=norm,
+    ).double()
+
+
+@pytest.mark.parametrize("insert", [False, True])
+@pytest.mark.parametrize("norm", ["squash", "l2"])
+def test_what_does_not_change_is_not_computed_again(norm, insert, monkeypatch):
+    """The curves of masks that are computed whole, from fewer outputs of the layers."""
+    model, images, targets = _network(norm), torch.rand(5, 3, 16, 14, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
+    updated, whole = [], removal._update
+    monkeypatch.setattr(removal, "_update", lambda layer, x, y, where: updated.append(where.float().mean()) or whole(layer, x, y, where))
+    find = lambda: pixel_removal(model, images, targets, points=40, insert=insert, batch_size=2).probabilities  # noqa: E731
+    found = find()
+    assert len(updated) > 39
+    assert max(updated) <= removal.WHOLE
+    count = len(updated)
+    with monkeypatch.context() as patched:
+        patched.setattr(removal, "_by_changes", lambda *arguments: False)
+        torch.testing.assert_close(found, find(), rtol=1e-11, atol=1e-12)
+    assert len(updated) == count
+    reached = removal._reached
+    monkeypatch.setattr(removal, "_reached", lambda layer, changed: reached(layer, changed) & (torch.rand(()) < 0.9))
+    with pytest.raises(AssertionError, match="not close"):  # an output that should have changed
+        torch.testing.assert_close(find(), found, rtol=1e-11, atol=1e-12)
+
+
+def test_layers_that_are_watched_are_called():
+    """A hook sees whole images; so does a layer of another class."""
+    model, seen = _network(), []
+    model.layers[2].register_forward_hook(lambda layer, inputs, output: seen.append(len(output)))
+    pixel_removal(model, torch.rand(2, 3, 16, 14, dtype=torch.float64), torch.tensor([0, 1]), points=5)
+    assert sum(seen) >= 10
 
 
 def test_ties_go_in_order():
