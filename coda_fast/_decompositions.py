@@ -44,8 +44,8 @@ def align(
         dot = torch.minimum(torch.maximum(dot, -bound), bound)
     output = (layer.scale(square) * dot).to(input.dtype).contiguous(memory_format=format_of(input))
     empty = lambda dtype: input.new_empty(0, dtype=dtype)  # noqa: E731
-    kept_dot = _kept(dot, backend) if keep in ("products", "contraction") else empty(layer.compute)
-    kept_square = _kept(square, backend) if keep != "nothing" else empty(layer.compute)
+    kept_dot = _kept(dot) if keep in ("products", "contraction") else empty(layer.compute)
+    kept_square = _kept(square) if keep != "nothing" else empty(layer.compute)
     return output, kept_dot, kept_square, empty(input.dtype), empty(input.dtype)
 
 
@@ -171,7 +171,6 @@ class _Layer:
         return image[:, :, first[0] : first[0] + height, first[1] : first[1] + width]
 
 
-def _kept(image, backend):
-    """[N, n, OH, OW] as the backend keeps it: [P, n], or [n, P]."""
-    rows = image.permute(0, 2, 3, 1).flatten(0, 2)
-    return rows if backend == "factored" else rows.t().contiguous()
+def _kept(image):
+    """[N, n, OH, OW] as backends keep it: [n, P]."""
+    return image.transpose(0, 1).flatten(1).contiguous()

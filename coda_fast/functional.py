@@ -179,10 +179,10 @@ def _keep(tensors, detach, save_contraction, backend, geometry):
     """What forward leaves for a backward pass, if there can be one; in explanation mode only the input has a gradient.
 
     Where somebody watches what is saved, it is the same in both modes: a checkpointed segment may be recomputed outside of the mode, and
-    what counts of that is only what it saves (the graph is that of the first call).
+    what counts of that is only what it saves (the graph is that of the first call). Who watches wants memory: "auto" keeps little there.
     """
-    if detach and not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        detach = False
+    if not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        detach, save_contraction = False, save_contraction is True
     if torch.jit.is_tracing():  # it traces with gradients, checks without, and both must give one graph
         return "products"
     wanted = tensors[:1] if detach else tensors

@@ -359,18 +359,27 @@ def test_what_factored_keeps(save_contraction, monkeypatch):
     """What forward keeps for backward is of the size of the activations, no [pixels, n d], and [pixels, n r] only where it was asked for or
     is small.
     """
-    kept, contracted = [], save_contraction in (True, "auto")
+    contracted = save_contraction in (True, "auto")
     monkeypatch.setattr(factored, "KEPT_BYTES", 4 * 2 * 12 * 12 * 6 * 5 - (save_contraction == "auto, too large"))
     save_contraction = save_contraction if isinstance(save_contraction, bool) else "auto"
     tensors = [torch.randn(2, 8, 12, 12, requires_grad=True), *random_layer(8, 6, 5, dtype=torch.float32, grad=True)]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        output = dau_conv2d(*tensors, padding=1, backend="factored", save_contraction=save_contraction)
+    output = dau_conv2d(*tensors, padding=1, backend="factored", save_contraction=save_contraction)
+    kept = [t for t in output.grad_fn.saved_tensors if t is not None]
     held = [value for value in vars(output.grad_fn).values() if isinstance(value, torch.Tensor)]
     assert not held, "nothing may be kept past the saved tensors"
     parameters = {t.data_ptr() for t in tensors[1:]}
     numbers = sum(t.numel() for t in kept if t.data_ptr() not in parameters)
     pixels = 2 * 12 * 12
     assert numbers == pixels * (8 + 2 * 6 + contracted * 6 * 5)  # x, <w, x>, |w|^2, A x
+
+
+def test_what_factored_keeps_where_somebody_watches():
+    """Checkpoints and others with hooks for what is saved want memory: "auto" keeps no contraction there."""
+    kept = []
+    tensors = [torch.randn(2, 8, 12, 12, requires_grad=True), *random_layer(8, 6, 5, dtype=torch.float32, grad=True)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        dau_conv2d(*tensors, padding=1, backend="factored")
+    assert max(t.numel() for t in kept if t.dim() == 2) == 2 * 12 * 12 * 6
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------------------------

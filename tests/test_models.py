@@ -62,9 +62,11 @@ def test_any_image_size():
 
 def test_overrides():
     model = create_model("coda_xs_digits", num_classes=4, temperature=3, norm="l2", class_names=list("abcd"), backend="reference")
-    assert not any(layer.save_contraction for layer in model.layers)
+    assert all(layer.save_contraction == "auto" for layer in model.layers)
     saving = create_model("coda_xs_digits", save_contraction=True)
-    assert all(layer.save_contraction for layer in saving.layers)
+    assert all(layer.save_contraction is True for layer in saving.layers)
+    with pytest.raises(ValueError, match="save_contraction: expected True, False or .auto., got 'x'"):
+        create_model("coda_xs_digits", save_contraction="x")
     assert saving.config() == create_model("coda_xs_digits").config(), "how to compute is no part of what a network is"
     assert (model.num_classes, model.temperature, model.layers[0].norm, model.layers[0].backend) == (4, 3, "l2", "reference")
     assert create_model("coda_xs_digits", rank=1).config()["ranks"] == [1, 2, 2]

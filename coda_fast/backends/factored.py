@@ -30,7 +30,7 @@ from coda_fast._geometry import Geometry
 
 # Bytes of the largest intermediate of a chunk. CPU: docs/benchmark.md. Others: a guess.
 CHUNK_BYTES = {"cpu": 6 << 20, "other": 256 << 20}
-# ... but of at least so many times the bytes of A: a chunk reads all of it, and adds to all of its gradient
+# ... but of at least so many times the bytes of A where its gradient is wanted: a chunk adds to all of it
 CHUNK_PARAMETERS = 2
 # save_contraction="auto" keeps a contraction of at most so many bytes
 KEPT_BYTES = 256 << 20
@@ -215,7 +215,8 @@ class _Layer:
         heads, d_heads = [self.bias] if self.has_bias_rows else [], None
         heads = torch.cat([*heads, self.reduce]) if shared and form.need_z else heads[0] if heads else None
         d_reduce = torch.zeros_like(self.reduce) if need_reduce and not shared else None
-        for chunk in windows.chunks(self._numbers()):
+        parameter_bytes = self.generate.numel() * self.generate.element_size()
+        for chunk in windows.chunks(self._numbers(), CHUNK_PARAMETERS * parameter_bytes if need_generate else 0):
             x = windows.gather(chunk)
             u = x if shared else applied_windows.gather(chunk)
             z, part = product(self.reduce, x), gs[:, chunk.columns].contiguous()
@@ -237,12 +238,11 @@ class _Layer:
             d_heads = torch.zeros_like(heads)
         d_reduce = d_heads[-r:].clone() if need_reduce and shared else d_reduce
         d_weight, d_bias = form.parameters(d_heads[:n] if self.has_bias_rows else None) if need_generate else (None, None)
-        window = (input.shape[1], *self.geometry.kernel)
         gradients = (d_reduce, d_weight if need_weight else None, d_bias if need_bias else None)
         return (
             windows.canvas_to_image(dx, input) if need_x else None,
             applied_windows.canvas_to_image(du, applied) if need_u and not shared else None,
-            *(None if g is None else g.unflatten(-1, window).to(input.dtype) for g in gradients),
+            *(None if g is None else self._like_parameter(g, input) for g in gradients),
         )
 
     def adjoint(self, input, value, like, square=None):
@@ -300,6 +300,11 @@ class _Layer:
     def has_bias_rows(self) -> bool:
         """Whether b is a factor of its own, beside A: it is part of w where that is made."""
         return self.bias is not None and not self.generated
+
+    def _like_parameter(self, gradient, input):
+        """[..., d] -> [..., C, kh, kw], in the dtype of the input, and no view: automatic differentiation in forward mode refuses those."""
+        shape = (*gradient.shape[:-1], input.shape[1], *self.geometry.kernel)
+        return torch.ops.aten._unsafe_view(gradient, shape).to(input.dtype)
 
     def _numbers(self):
         """Numbers a pixel of the largest intermediates; the norm's, which are read once, may be twice as many."""
@@ -568,7 +573,6 @@ class _Windows:
     def __init__(self, image, layer: _Layer):
         g = layer.geometry
         self.geometry, self.compute = g, layer.reduce.dtype
-        self.parameter_bytes = layer.generate.numel() * layer.generate.element_size()
         self.batch, self.channels, height, width = image.shape
         self.out = g.output_size(height, width)
         self.pixels = self.batch * self.out[0] * self.out[1]
@@ -580,10 +584,10 @@ class _Windows:
         steps = (self.channels * plane, g.stride[0] * padded_width, g.stride[1])
         self.windows = self.canvas.as_strided((self.channels, *g.kernel, self.batch, *self.out), (plane, *taps, *steps))
 
-    def chunks(self, numbers_per_pixel):
+    def chunks(self, numbers_per_pixel, least_bytes=0):
         """As few as the budget allows, of about one size: whole images where several fit, else lines of one image."""
         kind = "cpu" if self.canvas.device.type == "cpu" else "other"
-        budget = max(CHUNK_BYTES[kind], CHUNK_PARAMETERS * self.parameter_bytes) // (numbers_per_pixel * self.canvas.element_size())
+        budget = max(CHUNK_BYTES[kind], least_bytes) // (numbers_per_pixel * self.canvas.element_size())
         height, width = self.out
         images, lines = _even(self.batch, budget // (height * width)), _even(height, budget // width)
         for i in range(0, self.batch, images):
