@@ -32,6 +32,7 @@ class Layer:
     size: int
     batch: int
     axis: str = ""  # what is varied, in a scaling series
+    modes: tuple[str, ...] = ()  # () is all that its bench has
 
     @property
     def padding(self) -> int:
@@ -49,7 +50,7 @@ class Layer:
 
     @property
     def shape(self) -> dict:
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("name", "axis")}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("name", "axis", "modes")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +112,10 @@ class Preset:
         return self.compiled.get(mode, ()) if wanted else ()
 
 
-def preset(name: str, memory_bytes: int = 0, batch: int | None = None) -> Preset:
-    """ "smoke": everything once, small; "cpu": S-CoDA at batch 16, as published, and the network at 64 and 1 too, in about four minutes on
-    two cores, or all of it at another ``batch``; "gpu": S-CoDA at batch 256, L-CoDA at 64, or 16 on a device with less than 60 GB.
+def preset(name: str, memory_bytes: int = 0, batch: int | None = None, everything: bool = False) -> Preset:
+    """ "smoke": everything once, small; "cpu": training of the layers of S-CoDA at batch 16, as published, and the network at 16, 64 and 1,
+    in under four minutes on two cores, or with ``everything`` all modes and providers of the layers, and how a layer grows, or all modes of
+    both at another ``batch``; "gpu": S-CoDA at batch 256, L-CoDA at 64, or 16 on a device with less than 60 GB.
     """
     if name == "smoke":
         small = [dataclasses.replace(case, size=8) for case in distinct(layers({"S": 1})) if case.name in ("S1", "S9")]
@@ -123,18 +125,21 @@ def preset(name: str, memory_bytes: int = 0, batch: int | None = None) -> Preset
     if name == "cpu":
         base = Layer("scaling", 16, 16, 16, 3, 1, 16, 2)
         sizes = dict(batch=(1, 2, 4, 8, 16), size=(8, 16, 32, 64), rank=(4, 16, 64, 256), channels=(4, 16, 32, 64))
-        compiled = {TRAINING: ("algebraic",), STEP: ("algebraic", "coda_fast"), INFERENCE: ("algebraic",)}
+        compiled = {TRAINING: ("algebraic",), STEP: ("algebraic",), INFERENCE: ("algebraic",)}
+        cases = tuple(distinct(layers({"S": batch or 16})))
         if batch:
-            networks, series = (Network(NETWORKS["S"], batch, 32),), ()
-        else:
-            few = dict(compiled=False)
-            networks = (
-                Network(NETWORKS["S"], 16, 32),
-                Network(NETWORKS["S"], 64, 32, (STEP, INFERENCE), **few),
-                Network(NETWORKS["S"], 1, 32, (INFERENCE, EXPLANATION, EVERY_CLASS), **few),
-            )
-            series = _series(base, **sizes)
-        return Preset(tuple(distinct(layers({"S": batch or 16}))), networks, series, compiled, "float32")
+            return Preset(cases, (Network(NETWORKS["S"], batch, 32),), (), compiled, "float32")
+        few = dict(compiled=False)
+        networks = (
+            Network(NETWORKS["S"], 16, 32),
+            Network(NETWORKS["S"], 64, 32, (STEP, INFERENCE), **few),
+            Network(NETWORKS["S"], 1, 32, (INFERENCE, EXPLANATION, EVERY_CLASS), **few),
+        )
+        if everything:
+            compiled = dict.fromkeys((TRAINING, INFERENCE, EXPLANATION), ("algebraic",)) | {STEP: ("algebraic", "coda_fast")}
+            return Preset(cases, networks, _series(base, **sizes), compiled, "float32")
+        cases = tuple(dataclasses.replace(case, modes=(TRAINING,)) for case in cases)
+        return Preset(cases, networks, (), compiled, "float32")
     if name == "gpu":
         large = 64 if memory_bytes >= 60e9 else 16
         base = Layer("scaling", 64, 64, 64, 3, 1, 32, 32)

@@ -14,11 +14,12 @@ collect_ignore_glob = [f"{path.name}" for path in Path(__file__).parent.glob("*.
 
 def pytest_addoption(parser):
     group = parser.getgroup("coda_fast benchmarks")
-    group.addoption("--benchmark", action="store_true", help="measure (CPU: about four minutes); else every bench runs once, small")
+    group.addoption("--benchmark", action="store_true", help="measure (CPU: under four minutes); else every bench runs once, small")
     group.addoption("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     group.addoption("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")
     group.addoption("--rows", type=Path, default=results.LOCAL, help="folder for the rows, a file a device (bench/results/local)")
     group.addoption("--baseline", type=Path, default=results.FOLDER, help="folder of the rows to compare ratios with (bench/results)")
+    group.addoption("--all", action="store_true", dest="everything", help="on a CPU, all modes of the layers, and scaling (ten minutes)")
     group.addoption("--batch", type=int, help="S-CoDA at this batch size alone, on a CPU (default: 16, the network at 64 and 1 too)")
     group.addoption("--seconds", type=float, help="how long to measure a group of providers (default: 1 on a GPU, 0.6 on a CPU)")
     group.addoption("--verdict", type=Path, help="result of the op's tests (bench/gpu_report.py); default: run some of them first")
@@ -47,10 +48,12 @@ class State:
         batch = config.getoption("--batch")
         if batch is not None and (batch < 1 or kind == "cuda"):
             raise pytest.UsageError(f"--batch: expected at least 1, on a CPU, got {batch} on {kind}")
-        self.preset = cases.preset(("gpu" if kind == "cuda" else "cpu") if self.measuring else "smoke", memory, batch)
+        self.preset = cases.preset(
+            ("gpu" if kind == "cuda" else "cpu") if self.measuring else "smoke", memory, batch, config.getoption("everything")
+        )
         self.dtype = config.getoption("--dtype") or self.preset.dtype
         seconds = config.getoption("--seconds") or {"cuda": 1.0, "cpu": 0.6}[kind]
-        turns = measure.TURNS if self.measuring else (1, 1)
+        turns = measure.TURNS[kind] if self.measuring else (1, 1)
         torch.backends.cudnn.benchmark = kind == "cuda"  # peers are convolutions: the fastest that cuDNN has
         if kind == "cuda" and self.dtype == "float32":  # kernels follow the first, cuDNN the second; by default they differ
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -92,7 +95,7 @@ def pytest_generate_tests(metafunc):
         chosen = sorted(chosen, key=lambda case: -case.pixels * case.depth * case.units * case.rank)
     for case in chosen:
         label = f"{case.name}" if not getattr(case, "axis", "") else f"{case.axis}={getattr(case, case.axis)}"
-        for mode in getattr(case, "modes", modes):
+        for mode in case.modes or modes:
             for provider in state.names(case, mode):
                 identity = "-".join((label, mode, provider)).replace(", ", "+").replace(" ", "_")
                 found.append(pytest.param(case, mode, provider, id=identity))

@@ -23,7 +23,7 @@ class Laboratory:
     device: torch.device
     dtype: str
     seconds: float
-    turns: tuple[int, int] = measure.TURNS
+    turns: tuple[int, int] | None = None
     verified: Callable[[], bool] = lambda: True
     groups: dict = dataclasses.field(default_factory=dict)
     _copy: Measurement | None = None

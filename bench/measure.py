@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 BLOCK_SECONDS = {"cuda": 0.01, "cpu": 0.02}
-TURNS = (5, 15)  # least, most
+TURNS = {"cuda": (5, 15), "cpu": (3, 15)}  # least, most
 GRAPHS = 4  # inputs of a provider that are captured; what it writes on the way is far larger than what one more input would be
 CAPTURED = 0.1  # of a GPU's memory: what takes more at its peak keeps the device busy for longer than the host needs to launch it
 
@@ -95,7 +95,9 @@ def device_us(function: Callable, inputs: list[tuple], seconds: float = 0.1) -> 
     return times[len(times) // 2], why or "graph"
 
 
-def in_turn(runners: dict[str, Runner], device: torch.device, seconds: float, turns: tuple[int, int] = TURNS) -> dict[str, Measurement]:
+def in_turn(
+    runners: dict[str, Runner], device: torch.device, seconds: float, turns: tuple[int, int] | None = None
+) -> dict[str, Measurement]:
     """Every runner for a block of calls, one after the other, as many turns as fit in ``seconds``: a drift of the machine hits all of
     them. Compilation and warm-up come before and are not counted; the second call tells the peak memory. A runner that fails is taken out
     of ``runners`` and says why.
@@ -121,7 +123,7 @@ def in_turn(runners: dict[str, Runner], device: torch.device, seconds: float, tu
             repeats[name] = [max(1, min(100, math.ceil(BLOCK_SECONDS[device.type] / max(t, 1e-7)))) for t in (replayed, estimate)]
             # on a GPU a block runs twice, for the device's time and for the host's
             total += repeats[name][1] * estimate + (repeats[name][0] * replayed if device.type == "cuda" else 0)
-    least, most = turns
+    least, most = turns or TURNS[device.type]
     for _ in range(max(least, min(most, int(seconds / max(total, 1e-9)))) if repeats else 0):
         for name in list(runners):
             with _survive(name, runners, found, device):

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from coda_fast._geometry import Geometry
 
 # Bytes of the largest intermediate of a chunk. CPU: docs/benchmark.md. Others: a guess.
-CHUNK_BYTES = {"cpu": 6 << 20, "other": 256 << 20}
-# ... but of at least so many times the bytes of A where its gradient is wanted: a chunk adds to all of it
-CHUNK_PARAMETERS = 2
+CHUNK_BYTES = {"cpu": 2 << 20, "other": 256 << 20}
+# ... but at least so many times the bytes of A, which every chunk reads; and twice as much where each adds to the gradient of A
+CHUNK_PARAMETERS = 1
 # save_contraction="auto" keeps a contraction of at most so many bytes
 KEPT_BYTES = 256 << 20
 # Pixel-units are computed from w itself where |w|^2 is less than this share of sum_k |z_k A_k|^2, of which it is about the whole where
@@ -175,7 +175,7 @@ class _Layer:
         together = applied is None and self.has_bias_rows  # b u and B x in one product
         heads = torch.cat((self.bias, self.reduce)) if together else self.reduce
         scratch = _Scratch()
-        for chunk in windows.chunks(self._numbers()):
+        for chunk in windows.chunks(self._numbers(), self.generate.numel()):
             x = windows.gather(chunk)
             u = x if applied is None else applied_windows.gather(chunk)
             found = product(heads, x)
@@ -215,8 +215,7 @@ class _Layer:
         heads, d_heads = [self.bias] if self.has_bias_rows else [], None
         heads = torch.cat([*heads, self.reduce]) if shared and form.need_z else heads[0] if heads else None
         d_reduce = torch.zeros_like(self.reduce) if need_reduce and not shared else None
-        parameter_bytes = self.generate.numel() * self.generate.element_size()
-        for chunk in windows.chunks(self._numbers(), CHUNK_PARAMETERS * parameter_bytes if need_generate else 0):
+        for chunk in windows.chunks(self._numbers(), self.generate.numel(), 1 + need_generate):
             x = windows.gather(chunk)
             u = x if shared else applied_windows.gather(chunk)
             z, part = product(self.reduce, x), gs[:, chunk.columns].contiguous()
@@ -253,7 +252,7 @@ class _Layer:
         gs = None if square is None else self._scale(square).mul_(v)
         norm = self._norm() if square is None and not self.generated else None
         scratch = _Scratch()
-        for chunk in windows.chunks(self._numbers()):
+        for chunk in windows.chunks(self._numbers(), self.generate.numel()):
             z = product(self.reduce, windows.gather(chunk))
             w = self._weights(z) if self.generated else None
             if square is None:
@@ -280,7 +279,7 @@ class _Layer:
         canvases = torch.stack([windows.new_canvas() for _ in values])
         v = torch.stack([windows.image_to_rows(value) for value in values])  # [K, n, P]
         by_rank = self.generate.transpose(0, 1).reshape(r, n * d)
-        for chunk in windows.chunks(max(n * d, len(values) * d)):
+        for chunk in windows.chunks(max(n * d, len(values) * d), self.generate.numel()):
             z = product(self.reduce, windows.gather(chunk))
             w = product(z.t().contiguous(), by_rank).view(-1, n, d)
             w = w if self.bias is None else w.add_(self.bias)
@@ -584,10 +583,14 @@ class _Windows:
         steps = (self.channels * plane, g.stride[0] * padded_width, g.stride[1])
         self.windows = self.canvas.as_strided((self.channels, *g.kernel, self.batch, *self.out), (plane, *taps, *steps))
 
-    def chunks(self, numbers_per_pixel, least_bytes=0):
+    def chunks(self, numbers_per_pixel, parameters, factor=1):
         """As few as the budget allows, of about one size: whole images where several fit, else lines of one image."""
         kind = "cpu" if self.canvas.device.type == "cpu" else "other"
-        budget = max(CHUNK_BYTES[kind], least_bytes) // (numbers_per_pixel * self.canvas.element_size())
+        budget = (
+            factor
+            * max(CHUNK_BYTES[kind], CHUNK_PARAMETERS * parameters * self.canvas.element_size())
+            // (numbers_per_pixel * self.canvas.element_size())
+        )
         height, width = self.out
         images, lines = _even(self.batch, budget // (height * width)), _even(height, budget // width)
         for i in range(0, self.batch, images):
