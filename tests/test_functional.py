@@ -351,6 +351,54 @@ def test_norm_factor():
             assert_close(ours, (rows.double().transpose(1, 2) @ v.double()).norm(dim=1), bound, f"{n, m, d}, {dtype}")
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_norm_with_products_in_bfloat16(bias, monkeypatch):
+    """As torch multiplies float32 with set_float32_matmul_precision("medium") where the CPU can: |w| is off by the resolution of bfloat16
+    beside the terms of w, also where they nearly cancel, and |w|^2 is never negative.
+    """
+    torch.manual_seed(0)
+    generate, z = torch.randn(5, 24, 60), torch.randn(24, 200)
+    rows = torch.randn(5, 60) if bias else None
+    if bias:
+        rows = -torch.einsum("nrd,r->nd", generate, z[:, 0]) * (1 + 1e-3)
+    else:
+        generate[:, 12:] = generate[:, :12] * (1 + 1e-3)
+        z[12:, :100] = -z[:12, :100]
+    w = torch.einsum("nrd,rp->ndp", generate.double(), z.double())
+    terms = torch.einsum("nrd,rp->np", generate.double().square(), z.double().square())
+    if bias:
+        w, terms = w + rows.double().unsqueeze(2), terms + rows.double().square().sum(1, keepdim=True)
+    length = w.norm(dim=1)
+    assert (length < 0.1 * terms.sqrt()).sum() >= 5
+    monkeypatch.setattr(factored, "product", lambda a, b: a.bfloat16().float() @ b.bfloat16().float())
+    found = factored._Gram(generate, rows).square(z, torch.empty(5, 200))
+    assert (found >= 0).all()
+    assert ((found.double().sqrt() - length).abs() / terms.sqrt()).max() < 4 * 2**-8
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_product(enabled):
+    """With and without oneDNN: of contiguous matrices and transposed views, of one row or column, of nothing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        for n, k, p in [(5, 7, 9), (1, 7, 9), (5, 1, 9), (5, 7, 1), (1, 1, 1), (5, 7, 0), (0, 7, 5)]:
+            for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+                a = torch.randn(n, k, generator=generator, dtype=torch.float64)
+                b = torch.randn(p, k, generator=generator, dtype=torch.float64)
+                for right in (b.t(), b.t().contiguous()):
+                    found = factored.product(a.to(dtype), right.to(dtype))
+                    assert found.shape == (n, p)
+                    assert_close(found, a @ b.t(), bound) if found.numel() else None
+
+
+def test_product_where_torch_has_no_such_operator(monkeypatch):
+    """Found out once, and then torch.mm."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: torch.zeros(2, 4), raising=False)
+    assert not factored._has_onednn_linear.__wrapped__()
+    monkeypatch.setattr(factored, "_has_onednn_linear", lambda: False)
+    assert torch.equal(factored.product(torch.eye(3), torch.eye(3)), torch.eye(3))
+
+
 # -- memory ---------------------------------------------------------------------------------------------------------------------------
 
 
