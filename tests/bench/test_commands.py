@@ -50,7 +50,7 @@ def test_benchmark(tmp_path, verdict):
     """Rows of all providers of the group, the tables, pytest-benchmark's own with the same medians, and the guard."""
     saved = tmp_path / "saved.json"
     options = ["--benchmark", "--rows", tmp_path, "--seconds", "0.05", "--verdict", verdict, f"--benchmark-json={saved}"]
-    status, text = bench(*options, "-k", "S9 and explanation")
+    status, text = bench(*options, "--all", "-k", "S9 and forward and not backward")
     assert status == 0, text
     rows = {row["provider"]: row for row in results.read(next(tmp_path.glob("*.jsonl")))}
     assert rows.pop(providers.COPY)["p50_us"] > 0
@@ -69,13 +69,15 @@ def test_benchmark(tmp_path, verdict):
     medians = {b["name"]: 1e6 * b["stats"]["median"] for b in json.loads(saved.read_text())["benchmarks"]}
     assert len(medians) == len(rows)
     for name, row in rows.items():
-        median = next(m for key, m in medians.items() if key.endswith(f"explanation-{name.replace(' ', '_')}]"))
+        median = next(m for key, m in medians.items() if key.endswith(f"forward-{name.replace(' ', '_')}]"))
         assert median == pytest.approx(row["p50_us"], rel=1e-3)
 
 
 def test_no_speedup_where_tests_fail(tmp_path, verdict):
     Verdict(passes=1, failures=("tests/test_golden.py::test_layer",)).write(verdict)
-    status, text = bench("--benchmark", "--rows", tmp_path, "--seconds", "0.05", "--verdict", verdict, "-k", "S9 and explanation")
+    status, text = bench(
+        "--benchmark", "--rows", tmp_path, "--seconds", "0.05", "--verdict", verdict, "--all", "-k", "S9 and forward and not backward"
+    )
     assert status == 0, text
     assert "1 FAILED: tests/test_golden.py::test_layer" in text
     assert "not shown" in text
@@ -87,7 +89,7 @@ def test_no_speedup_where_tests_fail(tmp_path, verdict):
     [
         (["--device", "quantum"], "invalid choice: 'quantum'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
-        (["--verdict", "nowhere.json", "--benchmark", "-k", "S9 and explanation and coda"], "nowhere.json"),
+        (["--verdict", "nowhere.json", "--benchmark", "-k", "S9 and backward and coda"], "nowhere.json"),
         pytest.param(
             ["--device", "cuda"], "--device: expected a device that torch sees, got cuda",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
