@@ -56,7 +56,7 @@ format: $(READY) ## apply ruff's fixes and format
 	$(VENV)/bin/python -m ruff check --fix-only .
 	$(VENV)/bin/python -m ruff format .
 
-bench: $(READY) ## measure everything beside its peers, keep the rows in bench/results (under 4 minutes on a CPU)
+bench: $(READY) ## measure everything beside its peers, keep the rows in bench/results (some minutes on a CPU)
 	$(VENV)/bin/python -m pytest bench/ --benchmark --rows bench/results $(BENCH_ARGS)
 
 tables: $(READY) ## all tables and plots of measured results in README.md and docs/, from bench/results

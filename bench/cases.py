@@ -114,7 +114,7 @@ class Preset:
 
 def preset(name: str, memory_bytes: int = 0, batch: int | None = None, everything: bool = False) -> Preset:
     """ "smoke": everything once, small; "cpu": training of the layers of S-CoDA at batch 16, as published, and the network at 16, 64 and 1,
-    in under four minutes on two cores, or with ``everything`` all modes and providers of the layers, and how a layer grows, or all modes of
+    in some minutes on two cores, or with ``everything`` all modes and providers of the layers, and how a layer grows, or all modes of
     both at another ``batch``; "gpu": S-CoDA at batch 256, L-CoDA at 64, or 16 on a device with less than 60 GB.
     """
     if name == "smoke":

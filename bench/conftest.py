@@ -14,7 +14,7 @@ collect_ignore_glob = [f"{path.name}" for path in Path(__file__).parent.glob("*.
 
 def pytest_addoption(parser):
     group = parser.getgroup("coda_fast benchmarks")
-    group.addoption("--benchmark", action="store_true", help="measure (CPU: under four minutes); else every bench runs once, small")
+    group.addoption("--benchmark", action="store_true", help="measure (CPU: some minutes); else every bench runs once, small")
     group.addoption("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     group.addoption("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")
     group.addoption("--rows", type=Path, default=results.LOCAL, help="folder for the rows, a file a device (bench/results/local)")

@@ -212,7 +212,7 @@ def _network(layer, compile, case, mode, dtype, device):
 
     run = _compiled(logits, device) if compile else logits
     parameters = list(model.parameters())
-    batched = layer in OURS.values()  # the peers send classes back one after the other: together takes them longer
+    batched = layer in OURS.values()  # the peers send classes back one after the other
     return _steps(run, lambda images: run(images, True), parameters, model.num_classes, case, mode, torch.float32, device, batched)
 
 

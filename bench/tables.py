@@ -31,17 +31,19 @@ def variants(rows: list[dict]) -> list[list[dict]]:
     """Rows that may stand in one table: of one dtype and one batch size, in the order of their first rows; scaling series with the first of
     their dtype.
     """
-    groups, first = {}, {}
-    for row in rows:
-        if row["op"] == COPY or row["op"].startswith("scaling"):
-            continue
-        key = row["dtype"], row["shape"]["batch"]
-        first.setdefault(row["dtype"], key)
-        groups.setdefault(key, []).append(row)
+    rows = [row for row in rows if row["op"] != COPY]
+    scaling = {row["dtype"]: [] for row in rows}
+    groups = {}
     for row in rows:
         if row["op"].startswith("scaling"):
-            groups.setdefault(first.get(row["dtype"], (row["dtype"], 0)), []).append(row)
-    return sorted(groups.values(), key=lambda group: list(first).index(group[0]["dtype"]) if group[0]["dtype"] in first else len(first))
+            scaling[row["dtype"]].append(row)
+        else:
+            groups.setdefault(row["dtype"], {}).setdefault(row["shape"]["batch"], []).append(row)
+    found = []
+    for dtype, series in scaling.items():
+        first, *others = groups.get(dtype, {None: []}).values()
+        found += [first + series, *others]
+    return found
 
 
 def everything(rows: list[dict]) -> str:

@@ -452,7 +452,8 @@ class _Gram:
         self.generate, self.bias = generate, bias
         n, r, _ = generate.shape
         transposed = generate.transpose(1, 2)
-        self.coefficients, diagonal, start = generate.new_empty(n, self.numbers(r)), [], 0
+        numbers = self.numbers(r) - (r + 1) * (bias is None)
+        self.coefficients, diagonal, start = generate.new_empty(n, numbers), [], 0
         for first, last in self._blocks(r):
             stop = start + (last - first) * (r - first)
             block = self.coefficients[:, start:stop].view(n, last - first, r - first)
@@ -464,7 +465,6 @@ class _Gram:
             torch.mul(torch.bmm(bias.unsqueeze(1), transposed).squeeze(1), 2, out=self.coefficients[:, start : start + r])
             diagonal.append(torch.sum(bias.square(), 1, keepdim=True))
             self.coefficients[:, start + r :] = diagonal[-1]
-        self.coefficients = self.coefficients if bias is not None else self.coefficients[:, :start].contiguous()
         self.diagonal = torch.cat(diagonal, 1).mul_(CANCELLED)
         self.scratch = _Scratch()
 
@@ -586,11 +586,8 @@ class _Windows:
     def chunks(self, numbers_per_pixel, parameters, factor=1):
         """As few as the budget allows, of about one size: whole images where several fit, else lines of one image."""
         kind = "cpu" if self.canvas.device.type == "cpu" else "other"
-        budget = (
-            factor
-            * max(CHUNK_BYTES[kind], CHUNK_PARAMETERS * parameters * self.canvas.element_size())
-            // (numbers_per_pixel * self.canvas.element_size())
-        )
+        size = self.canvas.element_size()
+        budget = factor * max(CHUNK_BYTES[kind], CHUNK_PARAMETERS * parameters * size) // (numbers_per_pixel * size)
         height, width = self.out
         images, lines = _even(self.batch, budget // (height * width)), _even(height, budget // width)
         for i in range(0, self.batch, images):

@@ -143,17 +143,14 @@ def _curves_by_changes(model, images, classes, turns, counts, insert, batch_size
 def _changes(model, images, classes, turns, counts, insert):
     with torch.no_grad():
         encoded, before, found = model.encoder(images), None, []
+        activations = [None] * (len(model.layers) + 1)
         for count in counts:
             kept = ((turns < count) == insert)[:, None]
             changed = torch.ones_like(kept) if before is None else kept != before
-            if before is None:
-                activations = [encoded * kept, *(None for _ in model.layers)]
-            else:
-                activations[0] = encoded * kept
-            before = kept
+            before, activations[0] = kept, encoded * kept
             for i, layer in enumerate(model.layers):
                 changed = _reached(layer, changed)
-                if activations[i + 1] is None or changed.float().mean() > WHOLE:
+                if activations[i + 1] is None or changed.double().mean() > WHOLE:
                     activations[i + 1] = layer(activations[i])
                     changed = torch.ones_like(changed)
                 else:

@@ -92,12 +92,17 @@ def test_what_does_not_change_is_not_computed_again(norm, insert, monkeypatch):
         torch.testing.assert_close(find(), found, rtol=1e-11, atol=1e-12)
 
 
-def test_layers_that_are_watched_are_called():
-    """A hook sees whole images; so does a layer of another class."""
-    model, seen = _network(), []
+def test_layers_that_are_watched_are_called(monkeypatch):
+    """A hook sees every masked image whole."""
+    model, images, targets = _network(), torch.rand(2, 3, 16, 14, dtype=torch.float64), torch.tensor([0, 1])
+    seen = []
     model.layers[2].register_forward_hook(lambda layer, inputs, output: seen.append(len(output)))
-    pixel_removal(model, torch.rand(2, 3, 16, 14, dtype=torch.float64), torch.tensor([0, 1]), points=5)
-    assert sum(seen) >= 10
+    pixel_removal(model, images, targets, points=40)
+    assert sum(seen) >= 2 * 40
+    seen.clear()
+    monkeypatch.setattr(removal, "_by_changes", lambda *arguments: True)
+    pixel_removal(model, images, targets, points=40)
+    assert sum(seen) < 2 * 40
 
 
 def test_ties_go_in_order():
