@@ -112,7 +112,8 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
         _check_keys(str(path), shapes, {name: tuple(t.shape) for name, t in model.state_dict().items()})
         need_memory(f"{path}: weights", sum(p.nbytes for p in model.parameters()), device)
         try:
-            tensors = {name: file.get_tensor(name) for name in found}
+            # Copies: libraries round differently where numbers lie otherwise in memory than torch puts them, and the file may change.
+            tensors = {name: file.get_tensor(name).clone() for name in found}
         except Exception as error:  # safetensors raises bare exceptions of its own
             raise CheckpointError(f"{path}: cannot read the tensors: {_line(error)}") from None
     model.load_state_dict(tensors, assign=True)

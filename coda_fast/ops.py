@@ -396,7 +396,7 @@ for _op, _name, _fake, _vmap in (
     (adjoint, "adjoint", _adjoint_fake, _vmap_adjoint),
 ):
     _LIBRARY.impl(_name, KERNELS[_name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"coda_fast::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_fake(f"coda_fast::{_name}", _decompositions.announced(_fake), lib=_LIBRARY)
     _LIBRARY.impl(_name, _differentiable(_op, *_DERIVATIVES[_name]), "Autograd", with_keyset=True)
     torch.library.register_vmap(f"coda_fast::{_name}", _vmap, lib=_LIBRARY)
     if _name != "align_backward":
