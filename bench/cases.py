@@ -62,6 +62,7 @@ class Network:
     size: int
     modes: tuple[str, ...] = NETWORK_MODES[:3]
     compiled: bool = True  # whether also through torch.compile
+    every_peer: bool = True  # on a CPU, the checkpointed one too
 
     @property
     def shape(self) -> dict:
@@ -131,7 +132,7 @@ def preset(name: str, memory_bytes: int = 0, batch: int | None = None, everythin
             return Preset(cases, (Network(NETWORKS["S"], batch, 32),), (), compiled, "float32")
         few = dict(compiled=False)
         networks = (
-            Network(NETWORKS["S"], 16, 32),
+            Network(NETWORKS["S"], 16, 32, every_peer=everything),
             Network(NETWORKS["S"], 64, 32, (STEP, INFERENCE), **few),
             Network(NETWORKS["S"], 1, 32, (INFERENCE, EXPLANATION, EVERY_CLASS), **few),
         )

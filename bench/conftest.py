@@ -58,7 +58,8 @@ class State:
         if kind == "cuda" and self.dtype == "float32":  # kernels follow the first, cuDNN the second; by default they differ
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.verdict_file, self._verdict = config.getoption("--verdict"), None
-        self.laboratory = Laboratory(self.device, self.dtype, seconds if self.measuring else 0.0, turns, lambda: self.verdict.good)
+        apart = self.measuring and kind == "cpu"
+        self.laboratory = Laboratory(self.device, self.dtype, seconds if self.measuring else 0.0, turns, lambda: self.verdict.good, apart)
         self.until = config.getoption("--until")
         name = results.device_name(self.device)
         self.path = results.path_of(name, config.getoption("--rows"))

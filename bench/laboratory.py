@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -18,13 +20,18 @@ SPEEDUPS_ON = (*PEERS, *(name + COMPILED for name in PEERS), providers.FACTORED,
 
 @dataclasses.dataclass
 class Laboratory:
-    """One device, one dtype. ``seconds``: how long to measure a group; ``verified``: whether the op's own tests passed here."""
+    """One device, one dtype. ``seconds``: how long to measure a group; ``verified``: whether the op's own tests passed here.
+
+    ``apart``: each group in a process of its own. On a CPU memory comes from the C library, and what earlier groups did decides whether it
+    keeps the pages of large tensors or fetches them anew in every call, which changed ratios by up to 1.8.
+    """
 
     device: torch.device
     dtype: str
     seconds: float
     turns: tuple[int, int] | None = None
     verified: Callable[[], bool] = lambda: True
+    apart: bool = False
     groups: dict = dataclasses.field(default_factory=dict)
     _copy: Measurement | None = None
 
@@ -47,16 +54,23 @@ class Laboratory:
         """Measured at the first call for a group, remembered afterwards, and so is a failure of the whole group."""
         if (key := (case, mode)) not in self.groups:
             try:
-                self.groups[key] = self._measure(case, mode, names)
+                if isinstance(case, cases.Layer):
+                    self.copy()
+                self.groups[key] = self._measure_apart(case, mode, names) if self.apart else self._measure(case, mode, names)
             except Exception as error:
                 self.groups[key] = RuntimeError(measure.reason(error))
         if isinstance(self.groups[key], Exception):
             raise self.groups[key]
         return self.groups[key]
 
+    def _measure_apart(self, case, mode, names):
+        there = Laboratory(self.device, self.dtype, self.seconds, self.turns, verified=None)  # what is sent there is pickled
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "torch._inductor.compile_fx"])  # what takes seconds to import
+        with ProcessPoolExecutor(1, mp_context=context) as executor:
+            return executor.submit(there._measure, case, mode, names).result()
+
     def _measure(self, case, mode, names):
-        if isinstance(case, cases.Layer):
-            self.copy()
         runners, found = {}, {}
         try:
             exact = self._truth(case, mode)
@@ -67,9 +81,7 @@ class Laboratory:
                 except (providers.Missing, torch.cuda.OutOfMemoryError) as error:
                     found[name] = Measurement(missing=str(error) if isinstance(error, providers.Missing) else measure.reason(error))
             seconds = self.seconds / 2 if getattr(case, "axis", "") else self.seconds
-            found |= measure.in_turn(runners, self.device, seconds, self.turns)
-            if not getattr(case, "axis", ""):
-                self._errors(case, runners, found, exact)
+            found |= measure.in_turn(runners, self.device, seconds, self.turns, lambda *first: self._error(case, exact, *first))
             if PRODUCT in found:
                 found[PRODUCT].peak_bytes = None  # it writes into a tensor that is there
         finally:
@@ -91,22 +103,20 @@ class Laboratory:
         finally:
             measure.empty(self.device)
 
-    def _errors(self, case, runners, found, exact):
+    def _error(self, case, exact, name, results):
         """Infinite where it could not be found out: no speed-up is shown of what is not known to be right."""
-        exact = None if exact is None else [t.to(self.device) for t in exact]
-        for name, runner in runners.items():
-            if name in (PRODUCT, *providers.YARDSTICKS):
-                continue
-            found[name].error = math.inf
-            if exact is not None:
-                try:
-                    results = runner.function(*runner.inputs[0])
-                    if isinstance(case, cases.Network):  # an image's results do not depend on the others
-                        few = slice(providers.TRUE_IMAGES)
-                        results = [t[:, few] if t.dim() == 5 else t[few] for t in results]  # [classes, N, C, H, W] or [N, ...]
-                    found[name].error = measure.error(results, exact)
-                except Exception as error:
-                    print(f"{case.name}, {name}: error not known: {measure.reason(error)}")
+        if getattr(case, "axis", "") or name in (PRODUCT, *providers.YARDSTICKS):
+            return None
+        if exact is None:
+            return math.inf
+        try:
+            if isinstance(case, cases.Network):  # an image's results do not depend on the others
+                few = slice(providers.TRUE_IMAGES)
+                results = [t[:, few] if t.dim() == 5 else t[few] for t in results]  # [classes, N, C, H, W] or [N, ...]
+            return measure.error(results, [t.to(self.device) for t in exact])
+        except Exception as error:
+            print(f"{case.name}, {name}: error not known: {measure.reason(error)}")
+            return math.inf
 
     # -- rows ----
 

@@ -45,7 +45,7 @@ class Runner:
 
     def __call__(self):
         self.calls += 1
-        return self.function(*self.inputs[self.calls % len(self.inputs)])
+        return self.function(*self.inputs[(self.calls - 1) % len(self.inputs)])
 
     def replay(self):
         """The same work without the host's: the next graph, or a call where there is none."""
@@ -96,21 +96,30 @@ def device_us(function: Callable, inputs: list[tuple], seconds: float = 0.1) -> 
 
 
 def in_turn(
-    runners: dict[str, Runner], device: torch.device, seconds: float, turns: tuple[int, int] | None = None
+    runners: dict[str, Runner],
+    device: torch.device,
+    seconds: float,
+    turns: tuple[int, int] | None = None,
+    error: Callable[[str, object], float | None] = lambda name, results: None,
 ) -> dict[str, Measurement]:
     """Every runner for a block of calls, one after the other, as many turns as fit in ``seconds``: a drift of the machine hits all of
-    them. Compilation and warm-up come before and are not counted; the second call tells the peak memory. A runner that fails is taken out
-    of ``runners`` and says why.
+    them. Compilation and warm-up come before and are not counted; ``error`` judges the results of the first call, on the first inputs. A
+    runner that fails is taken out of ``runners`` and says why.
     """
     found, repeats, total = {name: Measurement() for name in runners}, {}, 0.0
     for name in list(runners):
         empty(device)  # what others left in the cache of the allocator is not this one's lack of memory
         with _survive(name, runners, found, device):
-            runners[name]()
+            watched = device.type == "cpu" and not runners[name].captures_itself  # the first call, and a slow one is warm-up enough
+            results = None if watched else runners[name]()
             start = time.perf_counter()
-            # of CUDA graphs the second call is the recording one: later ones replay and allocate nothing
-            found[name].peak_bytes = peak_bytes(runners[name], device)
+            if watched:
+                found[name].peak_bytes, results = peak_bytes(runners[name], device)
+            else:  # of CUDA graphs the second call is the recording one: later ones replay and allocate nothing
+                found[name].peak_bytes = peak_bytes(runners[name], device)[0]
             estimate = time.perf_counter() - start
+            found[name].error = error(name, results)
+            del results
             if device.type == "cuda" or estimate < 1:  # else that is long enough, beside what watching it took
                 estimate = _block(runners[name], 1, 1, device)[1]
             for _ in range(2 if estimate < 0.3 else 0):
@@ -201,22 +210,20 @@ def reason(error: Exception) -> str:
 # -- memory ---------------------------------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(function: Callable, device: torch.device) -> int:
-    """The most that torch's allocator held during a call, above what it held before (inputs and parameters). What libraries take behind
-    its back on a CPU (packed weights of a convolution) is not in it.
+def peak_bytes(function: Callable, device: torch.device) -> tuple[int, object]:
+    """The most that torch's allocator held during a call, above what it held before (inputs and parameters), and what the call returned.
+    What libraries take behind its back on a CPU (packed weights of a convolution) is not in it.
     """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        kept = function()
+        results = function()
         torch.cuda.synchronize(device)
-        del kept
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - before, results
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = function()
-        del kept
+        results = function()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
@@ -226,7 +233,7 @@ def peak_bytes(function: Callable, device: torch.device) -> int:
     for _, _, change in changes:
         held += change
         most = max(most, held)
-    return most
+    return most, results
 
 
 # -- error ----------------------------------------------------------------------------------------------------------------------------

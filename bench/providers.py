@@ -64,7 +64,8 @@ def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequ
     if isinstance(case, Network) and case.batch > 16 and not gpu:
         found.remove(MATERIALISING)  # tens of seconds a step
     # on a CPU it is never the fastest, and says what recomputing costs once, for the network
-    found += [CHECKPOINTED] if backward and (gpu or (isinstance(case, Network) and mode == STEP and case.batch <= 16)) else []
+    once = isinstance(case, Network) and mode == STEP and case.batch <= 16 and case.every_peer
+    found += [CHECKPOINTED] if backward and (gpu or once) else []
     if isinstance(case, Layer) and case.axis:
         return [*found[:2], CODA]
     found += [name + COMPILED for name in (*found, CODA) if name in compiled]
@@ -74,7 +75,8 @@ def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequ
         found += [FACTORED]
     if isinstance(case, Layer):
         return [*found, PRODUCT]
-    return [*found, *([] if mode == EVERY_CLASS else [RESNET, BCOS]), *([GRADIENT] if mode == EXPLANATION else [])]
+    beside = mode != EVERY_CLASS and (gpu or case.batch <= 16)
+    return [*found, *([RESNET, BCOS] if beside else []), *([GRADIENT] if mode == EXPLANATION else [])]
 
 
 def setup(provider: str, case: Layer | Network, mode: str, dtype: torch.dtype, device: torch.device) -> tuple[list, Callable]:

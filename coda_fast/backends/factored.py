@@ -284,8 +284,8 @@ class _Layer:
             w = product(z.t().contiguous(), by_rank).view(-1, n, d)
             w = w if self.bias is None else w.add_(self.bias)
             q = torch.linalg.vector_norm(w, dim=2).square_().t() if square is None else square[:, chunk.columns]
-            gs = self._scale(q) * v[:, :, chunk.columns]
-            windows.scatter_add(canvases, chunk, torch.bmm(gs.permute(2, 0, 1), w).transpose(0, 1))
+            gs = (self._scale(q) * v[:, :, chunk.columns]).permute(2, 0, 1).contiguous()  # else bmm copies pixel by pixel
+            windows.scatter_add(canvases, chunk, torch.bmm(gs, w).transpose(0, 1))
         return torch.stack([windows.canvas_to_image(canvas, like) for canvas in canvases])
 
     # -- their pieces -----------------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def test_benchmark(tmp_path, verdict):
     assert low <= middle <= high
     assert 0 < rows[providers.CODA]["ceiling"] < 1.5
     assert "| S9 " in text
-    assert f"{middle:.2f}x ({low:.2f} to {high:.2f})" in text
+    digits = 2 if middle < 10 else 1
+    assert f"{middle:.{digits}f}x ({low:.{digits}f} to {high:.{digits}f})" in text
     assert "1 tests of the op ran here, all passed" in text
     assert "ratios beside the stored ones (advisory)" in text
     medians = {b["name"]: 1e6 * b["stats"]["median"] for b in json.loads(saved.read_text())["benchmarks"]}

@@ -238,8 +238,9 @@ def test_peak_bytes():
         kept = [torch.empty(20_000_000 // float32), torch.empty(5_000_000 // float32)]
         return kept
 
-    assert measure.peak_bytes(function, CPU) == pytest.approx(25e6, abs=1e5)
-    assert measure.peak_bytes(lambda: None, CPU) < 1e5
+    assert measure.peak_bytes(function, CPU)[0] == pytest.approx(25e6, abs=1e5)
+    assert measure.peak_bytes(lambda: 7, CPU)[1] == 7
+    assert measure.peak_bytes(lambda: None, CPU)[0] < 1e5
 
 
 def test_quantiles():
