@@ -24,7 +24,6 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
 
 from coda_fast._geometry import Geometry
 
@@ -451,27 +450,39 @@ class _Gram:
     def __init__(self, generate, bias):
         self.generate, self.bias = generate, bias
         n, r, _ = generate.shape
-        transposed = generate.transpose(1, 2)
-        numbers = self.numbers(r) - (r + 1) * (bias is None)
-        self.coefficients, diagonal, start = generate.new_empty(n, numbers), [], 0
-        for first, last in self._blocks(r):
+        transposed, blocks = generate.transpose(1, 2), self._blocks(r)
+        self.coefficients = generate.new_empty(n, self.numbers(r) - (r + 1) * (bias is None))
+        twice = generate.new_full((r,), 2)
+        twice[: blocks[0][1]] = 1  # within a block every product is there twice
+        start = 0
+        for first, last in blocks:
             stop = start + (last - first) * (r - first)
             block = self.coefficients[:, start:stop].view(n, last - first, r - first)
-            block.copy_(torch.bmm(generate[:, first:last], transposed[:, :, first:]))
-            diagonal.append(block.diagonal(dim1=1, dim2=2) + FLUSHED)
-            block[:, :, last - first :] *= 2
+            torch.mul(torch.bmm(generate[:, first:last], transposed[:, :, first:]), twice[: r - first], out=block)
             start = stop
+        self.shares = self.coefficients[:, self._diagonal(r)].add_(FLUSHED).mul_(CANCELLED)
+        self.least = self.shares.sum(1, keepdim=True).mul_(FLUSHED)
         if bias is not None:
             torch.mul(torch.bmm(bias.unsqueeze(1), transposed).squeeze(1), 2, out=self.coefficients[:, start : start + r])
-            diagonal.append(torch.sum(bias.square(), 1, keepdim=True))
-            self.coefficients[:, start + r :] = diagonal[-1]
-        self.diagonal = torch.cat(diagonal, 1).mul_(CANCELLED)
+            square = torch.linalg.vecdot(bias, bias).unsqueeze(1)
+            self.coefficients[:, start + r :] = square
+            self.least.add_(square, alpha=CANCELLED)
         self.scratch = _Scratch()
 
     @staticmethod
     def _blocks(r):
         size = max(8, -(-r // 4))
         return [(first, min(first + size, r)) for first in range(0, r, size)]
+
+    @staticmethod
+    @functools.cache
+    def _diagonal(r):
+        """Where the products z_k^2 are."""
+        found, start = [], 0
+        for first, last in _Gram._blocks(r):
+            found += range(start, start + (last - first) * (r - first), r - first + 1)
+            start += (last - first) * (r - first)
+        return torch.tensor(found, device="cpu")
 
     @classmethod
     def numbers(cls, r):
@@ -486,13 +497,11 @@ class _Gram:
             stop = start + (last - first) * (r - first)
             torch.mul(z[first:last].unsqueeze(1), z[first:], out=terms[start:stop].view(last - first, r - first, pixels))
             start = stop
-        sizes = z.square().add_(FLUSHED)
         if self.bias is not None:
             terms[start : start + r] = z
             terms[start + r :] = 1
-            sizes = torch.cat((sizes, sizes.new_ones(1, pixels)))
         q.copy_(product(self.coefficients, terms))
-        right = q > product(self.diagonal, sizes)  # False for NaN
+        right = q > product(self.shares, z.square()).add_(self.least)  # False for NaN
         if not right.all():
             self._from_weights(~right, z, q, u, dot)
         return q
@@ -575,9 +584,13 @@ class _Windows:
         self.batch, self.channels, height, width = image.shape
         self.out = g.output_size(height, width)
         self.pixels = self.batch * self.out[0] * self.out[1]
-        image = image.to(self.compute)
-        self.canvas = F.pad(image, g.padding).contiguous() if any(g.padding) else image.contiguous()
-        padded_height, padded_width = self.canvas.shape[2:]
+        left, right, top, bottom = g.padding
+        padded_height, padded_width = height + top + bottom, width + left + right
+        if any(g.padding):  # one copy from any layout and dtype
+            self.canvas = layer.reduce.new_zeros(self.batch, self.channels, padded_height, padded_width)
+            self.canvas[:, :, top : top + height, left : left + width] = image
+        else:
+            self.canvas = image.to(self.compute).contiguous()
         plane = padded_height * padded_width
         taps = (g.dilation[0] * padded_width, g.dilation[1])
         steps = (self.channels * plane, g.stride[0] * padded_width, g.stride[1])
