@@ -62,7 +62,7 @@ class Network:
     size: int
     modes: tuple[str, ...] = NETWORK_MODES[:3]
     compiled: bool = True  # whether also through torch.compile
-    every_peer: bool = True  # on a CPU, the checkpointed one too
+    every_peer: bool = True  # on a CPU, the slow ones too: materialising in every mode, checkpointed
 
     @property
     def shape(self) -> dict:

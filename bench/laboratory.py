@@ -66,7 +66,8 @@ class Laboratory:
     def _measure_apart(self, case, mode, names):
         there = Laboratory(self.device, self.dtype, self.seconds, self.turns, verified=None)  # what is sent there is pickled
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "torch._inductor.compile_fx"])  # what takes seconds to import
+        slow = ("torch._inductor.compile_fx", "torchvision.models", "captum.attr", "bcos.models.resnet")  # to import, where it is there
+        context.set_forkserver_preload([__name__, *slow])
         with ProcessPoolExecutor(1, mp_context=context) as executor:
             return executor.submit(there._measure, case, mode, names).result()
 

@@ -61,8 +61,8 @@ def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequ
     if isinstance(case, Layer):  # else there is nothing to keep (docs of dau_conv2d), and it would be coda_fast by another name
         kept = kept and case.rank <= 64 < case.depth
     found = [MATERIALISING, ALGEBRAIC]
-    if isinstance(case, Network) and case.batch > 16 and not gpu:
-        found.remove(MATERIALISING)  # tens of seconds a step
+    if isinstance(case, Network) and not gpu and (case.batch > 16 or not (case.every_peer or mode == STEP)):
+        found.remove(MATERIALISING)  # which takes seconds a call, at batch 64 tens of them
     # on a CPU it is never the fastest, and says what recomputing costs once, for the network
     once = isinstance(case, Network) and mode == STEP and case.batch <= 16 and case.every_peer
     found += [CHECKPOINTED] if backward and (gpu or once) else []
