@@ -50,8 +50,8 @@ def dau_conv2d(
         backend: "auto", "reference", "factored" or "triton"; see ``coda_fast.backend_info``.
         save_contraction: keep the contraction A x_p of all pixels, [n r, P], from forward for a cheaper backward pass (one of its three
             large matrix products less), where the layer is computed by one: d > 2 r, in the triton backend r <= 64 and d > 64.
-            "auto" keeps it on a CPU in float32 and float64, unless it has more than ``coda_fast.backends.factored.KEPT_BYTES``
-            (256 MiB a layer and call); the triton backend does so only if asked.
+            "auto" keeps it on a CPU in float32 and float64 where d >= 256 and it has at most 256 MiB a layer and call
+            (``KEPT_DEPTH``, ``KEPT_BYTES`` in ``coda_fast.backends.factored``); the triton backend does so only if asked.
 
     ``|w|^2`` must be a number of float32 (of float64 in float64): inputs and parameters that make ``|w|`` larger than 1.8e19 give NaN, as
     infinite ones do; a ``w`` shorter than 1e-18 counts as 0 (``eps`` should be no less). Up to 1e18 and down to inputs of 1e-30

@@ -402,13 +402,14 @@ def test_product_where_torch_has_no_such_operator(monkeypatch):
 # -- memory ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("save_contraction", [False, True, "auto", "auto, too large"])
+@pytest.mark.parametrize("save_contraction", [False, True, "auto", "auto, too large", "auto, too little to compute again"])
 def test_what_factored_keeps(save_contraction, monkeypatch):
     """What forward keeps for backward is of the size of the activations, no [pixels, n d], and [pixels, n r] only where it was asked for or
     is small.
     """
     contracted = save_contraction in (True, "auto")
     monkeypatch.setattr(factored, "KEPT_BYTES", 4 * 2 * 12 * 12 * 6 * 5 - (save_contraction == "auto, too large"))
+    monkeypatch.setattr(factored, "KEPT_DEPTH", 8 * 3 * 3 + (save_contraction == "auto, too little to compute again"))
     save_contraction = save_contraction if isinstance(save_contraction, bool) else "auto"
     tensors = [torch.randn(2, 8, 12, 12, requires_grad=True), *random_layer(8, 6, 5, dtype=torch.float32, grad=True)]
     output = dau_conv2d(*tensors, padding=1, backend="factored", save_contraction=save_contraction)
@@ -424,7 +425,9 @@ def test_what_factored_keeps(save_contraction, monkeypatch):
 def test_what_factored_keeps_where_somebody_watches():
     """Checkpoints and others with hooks for what is saved want memory: "auto" keeps no contraction there."""
     kept = []
-    tensors = [torch.randn(2, 8, 12, 12, requires_grad=True), *random_layer(8, 6, 5, dtype=torch.float32, grad=True)]
+    tensors = [torch.randn(2, 32, 12, 12, requires_grad=True), *random_layer(32, 6, 5, dtype=torch.float32, grad=True)]
+    unwatched = dau_conv2d(*tensors, padding=1, backend="factored").grad_fn.saved_tensors
+    assert max(t.numel() for t in unwatched if t is not None and t.dim() == 2) == 2 * 12 * 12 * 6 * 5
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         dau_conv2d(*tensors, padding=1, backend="factored")
     assert max(t.numel() for t in kept if t.dim() == 2) == 2 * 12 * 12 * 6

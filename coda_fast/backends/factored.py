@@ -31,8 +31,10 @@ from coda_fast._geometry import Geometry
 CHUNK_BYTES = {"cpu": 2 << 20, "other": 256 << 20}
 # ... but at least so many times the bytes of A, which every chunk reads; and twice as much where each adds to the gradient of A
 CHUNK_PARAMETERS = 1
-# save_contraction="auto" keeps a contraction of at most so many bytes
+# save_contraction="auto" keeps a contraction of at most so many bytes, of patches of at least so many numbers: each number of it saves as
+# many multiplications, and costs to be written and read whatever they are
 KEPT_BYTES = 256 << 20
+KEPT_DEPTH = 256
 # Pixel-units are computed from w itself where |w|^2 is less than this share of sum_k |z_k A_k|^2, of which it is about the whole where
 # nothing cancels: the quadratic form is rounded in proportion to that sum.
 CANCELLED = 1 / 16
@@ -80,7 +82,8 @@ def kept_shapes(input, weight, bias, pixels, geometry: Geometry, keep: str):
 def worth_keeping(input, reduction_weight, weight, bias, geometry: Geometry) -> bool:
     """Whether ``save_contraction="auto"`` keeps the contraction of a layer."""
     units, rank, *window = weight.shape
-    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64) or _generated(rank, math.prod(window)):
+    depth = math.prod(window)
+    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64) or _generated(rank, depth) or depth < KEPT_DEPTH:
         return False
     height, width = geometry.output_size(*input.shape[2:])
     return input.shape[0] * height * width * units * rank * input.element_size() <= KEPT_BYTES
