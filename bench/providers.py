@@ -292,6 +292,11 @@ def _steps(logits, explained, parameters, classes, case, mode, dtype, device, ba
     # a rate of zero: every step does its work on the same weights, so that what is timed does not depend on how often
     gpu = device.type == "cuda"
     optimiser = torch.optim.Adam(parameters, lr=0.0, fused=gpu, capturable=gpu)  # in a CUDA graph too
+    if mode == STEP:  # its moments belong to what is there before
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
 
     def inference(images, labels):
         with torch.no_grad(), autocast():
