@@ -16,7 +16,7 @@ from coda_fast.models import CoDANet
 from coda_fast.nn import DAUConv2d
 
 ORDERS = ("least", "most")
-# A layer of which so many outputs change from one point of the curve to the next is computed as a whole
+# The first layer of which so many outputs change from one point of the curve to the next is computed as a whole, and so are those after it
 WHOLE = 0.6
 
 
@@ -133,32 +133,43 @@ def _by_changes(model, images):
 
 
 def _curves_by_changes(model, images, classes, turns, counts, insert, batch_size):
-    """As ``_curves``, point after point of ``batch_size`` images at once: of every layer only the outputs that the pixels which went since
-    the last point can reach are computed anew.
+    """As ``_curves``, point after point of ``batch_size`` images at once: of the first layers only the outputs that the pixels which went
+    since the last point can reach are computed anew; the others follow for as many points as make a batch.
     """
     parts = zip(*(t.split(batch_size) for t in (images, classes, turns)), strict=True)
-    return torch.cat([_changes(model, *part, counts, insert) for part in parts])
+    return torch.cat([_changes(model, *part, counts, insert, batch_size) for part in parts])
 
 
-def _changes(model, images, classes, turns, counts, insert):
+def _changes(model, images, classes, turns, counts, insert, batch_size):
     with torch.no_grad():
-        encoded, before, found = model.encoder(images), None, []
-        activations = [None] * (len(model.layers) + 1)
-        for count in counts:
-            kept = ((turns < count) == insert)[:, None]
-            changed = torch.ones_like(kept) if before is None else kept != before
-            before, activations[0] = kept, encoded * kept
-            for i, layer in enumerate(model.layers):
-                changed = _reached(layer, changed)
-                if activations[i + 1] is None or changed.double().mean() > WHOLE:
-                    activations[i + 1] = layer(activations[i])
-                    changed = torch.ones_like(changed)
-                else:
+        encoded, masks = model.encoder(images), [((turns < count) == insert)[:, None] for count in counts]
+        depth = _worth_updating(model.layers, masks[0] != masks[1])
+        activations, waiting, found = [encoded * masks[0]], [], []
+        for layer in model.layers[:depth]:
+            activations.append(layer(activations[-1]))
+        for point, kept in enumerate(masks):
+            if point:
+                changed, activations[0] = kept != masks[point - 1], encoded * kept
+                for i, layer in enumerate(model.layers[:depth]):
+                    changed = _reached(layer, changed)
                     _update(layer, activations[i], activations[i + 1], changed)
-            logits = common.log_odds(model, model.head(activations[-1]))
-            check_range(classes, logits.shape[1], "targets")
-            found.append(logits.gather(1, classes[:, None])[:, 0].sigmoid())
-    return torch.stack(found, 1)
+            waiting.append(activations[depth].clone())
+            if point + 1 == len(masks) or (len(waiting) + 1) * len(images) > batch_size:
+                logits = common.log_odds(model, model.head(model.run_layers(torch.cat(waiting), depth)))
+                check_range(classes, logits.shape[1], "targets")
+                watched = logits.unflatten(0, (len(waiting), -1))[:, torch.arange(len(images)), classes]
+                found.append(watched.sigmoid())
+                waiting = []
+    return torch.cat(found).t()
+
+
+def _worth_updating(layers, changed):
+    """How many of the first layers are to be updated, where ``changed`` [N, 1, H, W] is what changes from point to point."""
+    for i, layer in enumerate(layers):
+        changed = _reached(layer, changed)
+        if changed.double().mean() > WHOLE:
+            return i
+    return len(layers)
 
 
 def _reached(layer, changed):
