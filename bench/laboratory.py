@@ -65,7 +65,8 @@ class Laboratory:
 
     def _measure_apart(self, case, mode, names):
         there = Laboratory(self.device, self.dtype, self.seconds, self.turns, verified=None)  # what is sent there is pickled
-        context = multiprocessing.get_context("forkserver")
+        server = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+        context = multiprocessing.get_context("forkserver" if server else "spawn")
         slow = ("torch._inductor.compile_fx", "torchvision.models", "captum.attr", "bcos.models.resnet")  # to import, where it is there
         context.set_forkserver_preload([__name__, *slow])
         with ProcessPoolExecutor(1, mp_context=context) as executor:
