@@ -426,8 +426,8 @@ def test_what_factored_keeps_where_somebody_watches():
     """Checkpoints and others with hooks for what is saved want memory: "auto" keeps no contraction there."""
     kept = []
     tensors = [torch.randn(2, 32, 12, 12, requires_grad=True), *random_layer(32, 6, 5, dtype=torch.float32, grad=True)]
-    unwatched = dau_conv2d(*tensors, padding=1, backend="factored").grad_fn.saved_tensors
-    assert max(t.numel() for t in unwatched if t is not None and t.dim() == 2) == 2 * 12 * 12 * 6 * 5
+    unwatched = dau_conv2d(*tensors, padding=1, backend="factored")
+    assert max(t.numel() for t in unwatched.grad_fn.saved_tensors if t is not None and t.dim() == 2) == 2 * 12 * 12 * 6 * 5
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         dau_conv2d(*tensors, padding=1, backend="factored")
     assert max(t.numel() for t in kept if t.dim() == 2) == 2 * 12 * 12 * 6
