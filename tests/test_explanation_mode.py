@@ -369,7 +369,9 @@ def test_one_graph_for_each_mode(case, counter):
     assert counter.frame_count == 3
 
 
-def test_compiled_in_threads(case, counter):
+def test_compiled_in_threads(case, counter, monkeypatch):
+    # That a thread compiles is a flag of the whole process: the others are to go on without compiled code meanwhile, and not to fail.
+    monkeypatch.setattr(torch._dynamo.config, "error_on_nested_fx_trace", False)
     net, images, explained, plain = case
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     _explained(compiled, images), _input_gradient(compiled, images)
