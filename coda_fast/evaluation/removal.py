@@ -142,19 +142,21 @@ def _curves_by_changes(model, images, classes, turns, counts, insert, batch_size
 
 def _changes(model, images, classes, turns, counts, insert, batch_size):
     with torch.no_grad():
-        encoded, masks = model.encoder(images), [((turns < count) == insert)[:, None] for count in counts]
-        depth = _worth_updating(model.layers, masks[0] != masks[1])
-        activations, waiting, found = [encoded * masks[0]], [], []
+        encoded, mask = model.encoder(images), lambda count: ((turns < count) == insert)[:, None]
+        before = mask(counts[0])
+        depth = _worth_updating(model.layers, before != mask(counts[1]))
+        activations, waiting, found = [encoded * before], [], []
         for layer in model.layers[:depth]:
             activations.append(layer(activations[-1]))
-        for point, kept in enumerate(masks):
+        for point, count in enumerate(counts):
             if point:
-                changed, activations[0] = kept != masks[point - 1], encoded * kept
+                kept = mask(count)
+                changed, before, activations[0] = kept != before, kept, encoded * kept
                 for i, layer in enumerate(model.layers[:depth]):
                     changed = _reached(layer, changed)
                     _update(layer, activations[i], activations[i + 1], changed)
             waiting.append(activations[depth].clone())
-            if point + 1 == len(masks) or (len(waiting) + 1) * len(images) > batch_size:
+            if point + 1 == len(counts) or (len(waiting) + 1) * len(images) > batch_size:
                 logits = common.log_odds(model, model.head(model.run_layers(torch.cat(waiting), depth)))
                 check_range(classes, logits.shape[1], "targets")
                 watched = logits.unflatten(0, (len(waiting), -1))[:, torch.arange(len(images)), classes]
