@@ -35,6 +35,8 @@ CHUNK_PARAMETERS = 1
 # many multiplications, and costs to be written and read whatever they are
 KEPT_BYTES = 256 << 20
 KEPT_DEPTH = 256
+# Products of at most so many multiplications take torch.mm
+SMALL_PRODUCT = 1 << 22
 # Pixel-units are computed from w itself where |w|^2 is less than this share of sum_k |z_k A_k|^2, of which it is about the whole where
 # nothing cancels: the quadratic form is rounded in proportion to that sum.
 CANCELLED = 1 / 16
@@ -105,10 +107,11 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b``; ``a`` should be contiguous, ``b`` may be a transposed view.
 
     In float32 on a CPU by the matrix product of oneDNN, which torch uses for linear layers that it compiles, where this torch has it:
-    there it takes 0.7 to 0.95 times as long as ``torch.mm``.
+    there it takes 0.7 to 0.95 times as long as ``torch.mm``, but for small products, of which each costs some 20 us more.
     """
-    if a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.enabled and _has_onednn_linear():
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    if a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() * b.shape[1] > SMALL_PRODUCT:
+        if torch.backends.mkldnn.enabled and _has_onednn_linear():
+            return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return torch.mm(a, b)
 
 
@@ -453,58 +456,48 @@ class _Gram:
     def __init__(self, generate, bias):
         self.generate, self.bias = generate, bias
         n, r, _ = generate.shape
-        transposed, blocks = generate.transpose(1, 2), self._blocks(r)
-        self.coefficients = generate.new_empty(n, self.numbers(r) - (r + 1) * (bias is None))
-        twice = generate.new_full((r,), 2)
-        twice[: blocks[0][1]] = 1  # within a block every product is there twice
-        start = 0
-        for first, last in blocks:
-            stop = start + (last - first) * (r - first)
-            block = self.coefficients[:, start:stop].view(n, last - first, r - first)
-            torch.mul(torch.bmm(generate[:, first:last], transposed[:, :, first:]), twice[: r - first], out=block)
-            start = stop
-        self.shares = self.coefficients[:, self._diagonal(r)].add_(FLUSHED).mul_(CANCELLED)
+        self.blocks, times, diagonal = self._layout(r, generate.dtype)
+        transposed = generate.transpose(1, 2)
+        found = [torch.bmm(generate[:, first:last], transposed[:, :, first:]).flatten(1) for first, last, _, _ in self.blocks]
+        if bias is not None:
+            found += [torch.bmm(bias.unsqueeze(1), transposed).squeeze(1), torch.linalg.vecdot(bias, bias).unsqueeze(1)]
+        self.coefficients = torch.cat(found, 1).mul_(times[: self.numbers(r) - (r + 1) * (bias is None)])
+        self.shares = self.coefficients.index_select(1, diagonal).add_(FLUSHED).mul_(CANCELLED)
         self.least = self.shares.sum(1, keepdim=True).mul_(FLUSHED)
         if bias is not None:
-            torch.mul(torch.bmm(bias.unsqueeze(1), transposed).squeeze(1), 2, out=self.coefficients[:, start : start + r])
-            square = torch.linalg.vecdot(bias, bias).unsqueeze(1)
-            self.coefficients[:, start + r :] = square
-            self.least.add_(square, alpha=CANCELLED)
+            self.least.add_(found[-1], alpha=CANCELLED)
         self.scratch = _Scratch()
 
     @staticmethod
-    def _blocks(r):
-        size = max(8, -(-r // 4))
-        return [(first, min(first + size, r)) for first in range(0, r, size)]
-
-    @staticmethod
     @functools.cache
-    def _diagonal(r):
-        """Where the products z_k^2 are."""
-        found, start = [], 0
-        for first, last in _Gram._blocks(r):
-            found += range(start, start + (last - first) * (r - first), r - first + 1)
-            start += (last - first) * (r - first)
-        return torch.tensor(found, device="cpu")
+    def _layout(r, dtype):
+        """The blocks, as (first row, last row, where its products begin, end); how often each product counts; where those z_k^2 are."""
+        size, start, blocks, times, diagonal = max(8, -(-r // 4)), 0, [], [], []
+        for first in range(0, r, size):
+            last, width = min(first + size, r), r - first
+            blocks.append((first, last, start, start + (last - first) * width))
+            times += ([1] * (last - first) + [2] * (r - last)) * (last - first)  # within a block every product is there twice
+            diagonal += range(start, blocks[-1][3], width + 1)
+            start = blocks[-1][3]
+        times += [2] * r + [1]  # b A^T, |b|^2
+        return blocks, torch.tensor(times, dtype=dtype, device="cpu"), torch.tensor(diagonal, device="cpu")
 
     @classmethod
     def numbers(cls, r):
         """Products z_k z_l a pixel, with z and 1."""
-        return sum((last - first) * (r - first) for first, last in cls._blocks(r)) + r + 1
+        return len(cls._layout(r, torch.float32)[1])
 
     def square(self, z, q, u=None, dot=None):
         """|w|^2 of columns z into ``q`` [n, p]. Where it had to be computed from w, so is <w, u>, in ``dot`` [n, p]."""
         r, pixels = z.shape
-        terms, start = self.scratch(z, self.coefficients.shape[1], pixels), 0
-        for first, last in self._blocks(r):
-            stop = start + (last - first) * (r - first)
+        terms = self.scratch(z, self.coefficients.shape[1], pixels)
+        for first, last, start, stop in self.blocks:
             torch.mul(z[first:last].unsqueeze(1), z[first:], out=terms[start:stop].view(last - first, r - first, pixels))
-            start = stop
         if self.bias is not None:
-            terms[start : start + r] = z
-            terms[start + r :] = 1
+            terms[-r - 1 : -1] = z
+            terms[-1] = 1
         q.copy_(product(self.coefficients, terms))
-        right = q > product(self.shares, z.square()).add_(self.least)  # False for NaN
+        right = q > torch.addmm(self.least, self.shares, z.square())  # False for NaN
         if not right.all():
             self._from_weights(~right, z, q, u, dot)
         return q
@@ -627,10 +620,9 @@ class _Windows:
         windows = canvas.as_strided(
             (*many, self.batch, *self.out, channels, *g.kernel), (*canvas.stride()[:-4], height * row, *steps, 1, *taps)
         )[..., chunk.images, chunk.lines, :, :, :, :]
-        patches = patches.unflatten(-1, windows.shape[-3:]).unflatten(-4, windows.shape[-6:-3])
-        for i in range(g.kernel[0]):
-            for j in range(g.kernel[1]):  # for one tap, windows do not overlap
-                windows[..., i, j] += patches[..., i, j]
+        patches = patches.view(windows.shape)
+        taps = lambda t: [tap for row in t.unbind(-2) for tap in row.unbind(-1)]  # noqa: E731
+        torch._foreach_add_(taps(windows), taps(patches))  # one after the other: windows overlap, though not those of one tap
 
     def new_canvas(self):
         """Channels last: what is added to it comes pixel by pixel."""
