@@ -126,6 +126,16 @@ def _has_onednn_linear() -> bool:
         return False
 
 
+def chunk_bytes(tensor) -> int:
+    return CHUNK_BYTES["cpu" if tensor.device.type == "cpu" else "other"]
+
+
+def _units_at_once() -> int:
+    """Products of several units' matrices are shared out among threads by the unit; fewer than four at once take longer in any case."""
+    threads = min(torch.get_num_threads(), 16)
+    return threads * -(-4 // threads)
+
+
 def _add(total, part):
     return part if total is None else total.add_(part)
 
@@ -172,33 +182,45 @@ class _Layer:
         """F(x, u) as [N, n, OH, OW]; <w, u>, |w|^2 [n, P] and the contraction [n r, P] where ``keep`` asks for them."""
         windows = _Windows(input, self)
         applied_windows = windows if applied is None else _Windows(applied, self)
-        n, r, d = self.generate.shape
         kept = kept_shapes(input, self.generate, self.bias, windows.pixels, self.geometry, keep)
-        dot, square = (self.reduce.new_empty(n, windows.pixels) for _ in range(2))
+        dot, square = (self.reduce.new_empty(len(self.generate), windows.pixels) for _ in range(2))
         contraction = None if kept[2] == (0,) else self.reduce.new_empty(kept[2])
-        norm = None if self.generated else self._norm()
-        together = applied is None and self.has_bias_rows  # b u and B x in one product
-        heads = torch.cat((self.bias, self.reduce)) if together else self.reduce
+        if contraction is None and self._worth_generating(windows.pixels):
+            self._generate(windows, applied_windows, dot, square)
+        else:
+            self._contract(windows, applied_windows, dot, square, contraction)
+        output = windows.rows_to_image(self._scale(square).mul_(dot), input)
+        return output, *(t if shape != (0,) else None for t, shape in zip((dot, square, contraction), kept, strict=False)), None
+
+    def _generate(self, windows, applied_windows, dot, square):
+        """<w, u> and |w|^2 [n, P] of weights that are made, a chunk at a time."""
         scratch = _Scratch()
+        for chunk in windows.chunks(*self._generated_chunks()):
+            x = windows.gather(chunk).t().contiguous()
+            u = x if applied_windows is windows else applied_windows.gather(chunk).t().contiguous()
+            for units, w in self._weights(product(x, self.reduce.t()), scratch):
+                torch.linalg.vector_norm(w, dim=2, out=square[units, chunk.columns])
+                torch.sum(w.mul_(u), 2, out=dot[units, chunk.columns])
+        square.square_()
+
+    def _contract(self, windows, applied_windows, dot, square, contraction):
+        """<w, u> and |w|^2 [n, P] without w, and A u [n r, P] if there is a tensor for it."""
+        n, r, d = self.generate.shape
+        norm = self._norm()
+        together = applied_windows is windows and self.bias is not None  # b u and B x in one product
+        heads = torch.cat((self.bias, self.reduce)) if together else self.reduce
         for chunk in windows.chunks(self._numbers(), self.generate.numel()):
             x = windows.gather(chunk)
-            u = x if applied is None else applied_windows.gather(chunk)
+            u = x if applied_windows is windows else applied_windows.gather(chunk)
             found = product(heads, x)
-            z, part, q = found[-r:], dot[:, chunk.columns], square[:, chunk.columns]
-            if self.generated:
-                w = self._weights(z)
-                torch.sum(torch.mul(w, u, out=scratch(w, *w.shape)), 1, out=part)
-                torch.sum(w.square_(), 1, out=q)
-                continue
+            z, part = found[-r:], dot[:, chunk.columns]
             products = product(self.generate.view(n * r, d), u)
             if contraction is not None:
                 contraction[:, chunk.columns] = products
             torch.sum(products.view(n, r, -1).mul_(z), 1, out=part)
             if self.bias is not None:
                 part += found[:n] if together else product(self.bias, u)
-            norm.square(z, q, u, part)
-        output = windows.rows_to_image(self._scale(square).mul_(dot), input)
-        return output, *(t if shape != (0,) else None for t, shape in zip((dot, square, contraction), kept, strict=False)), None
+            norm.square(z, square[:, chunk.columns], u, part)
 
     def align_backward(self, input, applied, grad, dot, square, contraction, needs):
         """Gradients of F: (dx, du, dB, dA, db). With ``applied=None`` (u = x) du is part of dx and returned there.
@@ -255,19 +277,20 @@ class _Layer:
         canvas = windows.new_canvas()
         v = windows.image_to_rows(value)
         gs = None if square is None else self._scale(square).mul_(v)
-        norm = self._norm() if square is None and not self.generated else None
+        generates = square is None and self._worth_generating(windows.pixels)
+        norm = self._norm() if square is None and not generates else None
         scratch = _Scratch()
-        for chunk in windows.chunks(self._numbers(), self.generate.numel()):
-            z = product(self.reduce, windows.gather(chunk))
-            w = self._weights(z) if self.generated else None
-            if square is None:
-                q = w.square().sum(1) if self.generated else norm.square(z, z.new_empty(len(v), z.shape[1]))
-                part = self._scale(q).mul_(v[:, chunk.columns])
+        for chunk in windows.chunks(*(self._generated_chunks() if generates else (self._numbers(), self.generate.numel()))):
+            x = windows.gather(chunk)
+            if generates:
+                patch = None
+                for units, w in self._weights(product(x.t().contiguous(), self.reduce.t()), scratch):
+                    part = self._scale(torch.linalg.vector_norm(w, dim=2).square_()).mul_(v[units, chunk.columns])
+                    patch = _add(patch, w.mul_(part.unsqueeze(2)).sum(0))
             else:
-                part = gs[:, chunk.columns]
-            if self.generated:
-                patch = w.mul_(part.unsqueeze(1)).sum(0).t()
-            else:
+                z = product(self.reduce, x)
+                part = gs[:, chunk.columns] if norm is None else norm.square(z, z.new_empty(len(v), z.shape[1]))
+                part = part if norm is None else self._scale(part).mul_(v[:, chunk.columns])
                 patch = self._direct(part, z, scratch)
                 patch = patch if self.bias is None else patch.addmm_(part.t(), self.bias)
             windows.scatter_add(canvas, chunk, patch)
@@ -297,8 +320,27 @@ class _Layer:
 
     @property
     def generated(self) -> bool:
-        """Whether the weights are made: there are n d of them a pixel, where the contraction has n r numbers and a norm besides."""
+        """Whether the weights are made in the backward pass: there are n d of them a pixel, where the contraction has n r numbers."""
         return _generated(*self.generate.shape[1:])
+
+    def _worth_generating(self, pixels) -> bool:
+        """Whether making the weights costs less than the contraction and the norm. Products aside, which are as many, a unit and pixel of
+
+            w           is d numbers, which are written, measured, multiplied and added up;
+            otherwise   r numbers of the contraction, and r^2 / 2 products of the norm, whose other factor is made once a pixel for all units
+                        and whose matrix takes r^2 d / 2 once a unit for all pixels.
+
+        The factors are nanoseconds / 100 of two threads of a Zen 4 (docs/benchmark.md).
+        """
+        n, r, d = self.generate.shape
+        if self.generate.device.type != "cpu":
+            return _generated(r, d)
+        return pixels == 0 or 30 * d < 45 * r + r * r * (1 + 17 / n + 2 * d / pixels)
+
+    def _generated_chunks(self):
+        """What ``_Windows.chunks`` wants to know where ``_weights`` follows: chunks of twice the bytes, though not of the parameters'."""
+        n, r, d = self.generate.shape
+        return max(1, min(n, _units_at_once()) * d // 2), n * r * d // 2
 
     @property
     def has_bias_rows(self) -> bool:
@@ -319,11 +361,19 @@ class _Layer:
         """Looking at numbers, as ``_Gram`` does, is for a CPU: a GPU would have to wait for it."""
         return (_Gram if self.generate.device.type == "cpu" else _Triangle)(self.generate, self.bias)
 
-    def _weights(self, z):
-        """w of columns z, [n, d, p]."""
-        n, r, d = self.generate.shape
-        w = product(self.generate.transpose(1, 2).reshape(n * d, r), z).view(n, d, -1)
-        return w if self.bias is None else w.add_(self.bias.unsqueeze(2))
+    def _weights(self, z, scratch):
+        """w of rows z [p, r], a few units at a time: (which units, w [units, p, d])."""
+        n, _, d = self.generate.shape
+        count = max(1, 2 * chunk_bytes(z) // (z.element_size() * d * max(1, len(z))) // _units_at_once()) * _units_at_once()
+        for first in range(0, n, count):
+            units = slice(first, first + count)
+            generate = self.generate[units]
+            w, z_of_each = scratch(z, len(generate), len(z), d), z.expand(len(generate), -1, -1)
+            if self.bias is None:
+                torch.bmm(z_of_each, generate, out=w)
+            else:
+                torch.baddbmm(self.bias[units].unsqueeze(1), z_of_each, generate, out=w)
+            yield units, w
 
     def _direct(self, gs, z, scratch):
         """sum_o gs_o A_o^T z as rows [p, d]."""
@@ -413,34 +463,34 @@ class _Generated:
 
     def __init__(self, layer: _Layer, need_u, need_z, need_generate):
         self.layer, self.need_u, self.need_z, self.need_generate = layer, need_u, need_z, need_generate
-        _, r, _ = layer.generate.shape
-        self.by_rank = layer.generate.transpose(0, 1).reshape(r, -1) if need_z else None
+        self.by_rank = layer.generate.transpose(0, 1).flatten(1)  # [r, n d]
         self.d_generate = self.d_bias = None
         self.scratch = _Scratch()
 
     def backward(self, u, z, gs, t, contraction):
         """dz [r, p] and sum_o gs_o w_o as rows [p, d], None where not needed."""
-        w = self.layer._weights(z)
+        n, _, d = self.layer.generate.shape
+        w = product(z.t().contiguous(), self.by_rank).view(-1, n, d)
+        w = w if self.layer.bias is None else w.add_(self.layer.bias)
+        gs = gs.t().contiguous()
         dz = patch = None
         if self.need_z or self.need_generate:
-            dw = torch.mul(w, t.unsqueeze(1), out=self.scratch(w, *w.shape)).addcmul_(gs.unsqueeze(1), u).view(-1, z.shape[1])
+            dw = torch.mul(w, t.t().contiguous().unsqueeze(2), out=self.scratch(w, *w.shape))
+            dw = dw.addcmul_(gs.unsqueeze(2), u.t().contiguous().unsqueeze(1)).flatten(1)
             if self.need_z:
-                dz = product(self.by_rank, dw)
+                dz = product(dw, self.by_rank.t()).t().contiguous()
             if self.need_generate:
-                self.d_generate = _add(self.d_generate, product(dw, z.t()))
-                if self.layer.bias is not None:
-                    self.d_bias = _add(self.d_bias, dw.sum(1))
+                self.d_generate = _add(self.d_generate, product(z, dw))
+                self.d_bias = None if self.layer.bias is None else _add(self.d_bias, dw.sum(0))
         if self.need_u:
-            patch = w.mul_(gs.unsqueeze(1)).sum(0).t()
+            patch = w.mul_(gs.unsqueeze(2)).sum(1)
         return dz, patch
 
     def parameters(self, d_bias):
-        n, r, d = self.layer.generate.shape
-        bias = self.layer.bias
+        (n, r, d), bias = self.layer.generate.shape, self.layer.bias
         if self.d_generate is None:  # no pixels
             return torch.zeros_like(self.layer.generate), None if bias is None else torch.zeros_like(bias)
-        d_weight = self.d_generate.view(n, d, r).transpose(1, 2).contiguous()
-        return d_weight, None if bias is None else self.d_bias.view(n, d)
+        return self.d_generate.view(r, n, d).transpose(0, 1).contiguous(), None if bias is None else self.d_bias.view(n, d)
 
 
 # -- norms ------------------------------------------------------------------------------------------------------------------------------
@@ -594,9 +644,8 @@ class _Windows:
 
     def chunks(self, numbers_per_pixel, parameters, factor=1):
         """As few as the budget allows, of about one size: whole images where several fit, else lines of one image."""
-        kind = "cpu" if self.canvas.device.type == "cpu" else "other"
         size = self.canvas.element_size()
-        budget = factor * max(CHUNK_BYTES[kind], CHUNK_PARAMETERS * parameters * size) // (numbers_per_pixel * size)
+        budget = factor * max(chunk_bytes(self.canvas), CHUNK_PARAMETERS * parameters * size) // (numbers_per_pixel * size)
         height, width = self.out
         images, lines = _even(self.batch, budget // (height * width)), _even(height, budget // width)
         for i in range(0, self.batch, images):
