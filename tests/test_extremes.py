@@ -20,6 +20,7 @@ import math
 import os
 import random
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -324,12 +325,20 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_factored(dtype, kind):
     for seed in range(10):
-        check(make(seed, kind, dtype), "factored")
+        for generates in (True, False):
+            with weights_made(generates):
+                check(make(seed, kind, dtype), "factored")
+
+
+def weights_made(generates):
+    """Makes the factored backend go forward by w itself or by contraction and norm, whichever of the two it would choose."""
+    return mock.patch.object(factored._Layer, "_worth_generating", return_value=generates)
 
 
 def as_on_a_gpu(monkeypatch):
     """The factored backend's other norm, by a triangular factor, which it takes where looking at numbers would have to wait for them."""
     monkeypatch.setattr(factored._Layer, "_norm", lambda self: factored._Triangle(self.generate, self.bias))
+    monkeypatch.setattr(factored._Layer, "_worth_generating", lambda self, pixels: False)
 
 
 @EVERY_KIND
@@ -361,7 +370,8 @@ def test_longer():
             for i in range(8 if backend == "factored" else 1):
                 case = make(seed + i, kind, dtype)
                 try:
-                    total.add(check(case, backend, WHATS if backend == "factored" else [WHATS[seed // 8 % 3]]))
+                    with weights_made(i % 2 == 0):
+                        total.add(check(case, backend, WHATS if backend == "factored" else [WHATS[seed // 8 % 3]]))
                 except AssertionError as error:
                     lost.append(f"{backend}: {error}")
         seed += 8
@@ -402,7 +412,8 @@ def check_not_finite(case, backend, seed, whats):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_not_finite(dtype):
     for seed in range(40):
-        check_not_finite(make(seed, "ordinary", dtype), "factored", seed, WHATS)
+        with weights_made(seed % 2 == 0):
+            check_not_finite(make(seed, "ordinary", dtype), "factored", seed, WHATS)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -482,7 +493,9 @@ def check_far_apart():
     """w is 1e-3, z is 1e18 and the squares of A below the least number."""
     x, reduce, weight, _ = layer()
     tensors = [x * 1e18, reduce, weight * 3e-22, None]
-    assert_close(dau_conv2d(*tensors, backend="factored"), truth(dau_conv2d, tensors), 2e-6)
+    for generates in (True, False):
+        with weights_made(generates):
+            assert_close(dau_conv2d(*tensors, backend="factored"), truth(dau_conv2d, tensors), 2e-6)
 
 
 def test_parameters_whose_squares_are_lost(monkeypatch):
@@ -492,10 +505,11 @@ def test_parameters_whose_squares_are_lost(monkeypatch):
         check_far_apart()
 
 
-def try_all(dtype=torch.float32):
+def try_all(generates, dtype=torch.float32):
     for kind in KINDS:
         for seed in range(10):
-            check(make(seed, kind, dtype), "factored")
+            with weights_made(generates):
+                check(make(seed, kind, dtype), "factored")
 
 
 def no_norm_term(original):
@@ -534,8 +548,23 @@ def a_little_more(function):
     return lambda *args: function(*args) * (1 + 1e-4)
 
 
+def a_little_more_of_w(original):
+    def wrong(*args):
+        for units, w in original(*args):
+            yield units, w.mul_(1 + 1e-4)
+
+    return wrong
+
+
 def zero(original):
     return 0.0
+
+
+FAULTS_WHERE_W_IS_MADE = {
+    "1e-4 of w": (factored._Layer, "_weights", a_little_more_of_w),
+    "1e-4 of z": (factored, "product", a_little_more),
+    "weights of numbers below 1e-25 are 0": (factored._Windows, "gather", lambda f: lambda *a: F.hardshrink(f(*a), 1e-25)),
+}
 
 
 FAULTS = {
@@ -558,12 +587,12 @@ FAULTS_ON_A_GPU = {
 }
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, *FAULTS_ON_A_GPU])
+@pytest.mark.parametrize("fault", [*FAULTS, *FAULTS_WHERE_W_IS_MADE, *FAULTS_ON_A_GPU])
 def test_faults_are_found(fault, monkeypatch):
     """The tolerances, against faults put in on purpose: the layers of `test_factored` in float32 show each of them."""
     if fault in FAULTS_ON_A_GPU:
         as_on_a_gpu(monkeypatch)
-    owner, name, broken = (FAULTS | FAULTS_ON_A_GPU)[fault]
+    owner, name, broken = (FAULTS | FAULTS_WHERE_W_IS_MADE | FAULTS_ON_A_GPU)[fault]
     monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
     with pytest.raises(AssertionError, match="expected"):
-        try_all()
+        try_all(generates=fault in FAULTS_WHERE_W_IS_MADE)

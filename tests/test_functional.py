@@ -125,8 +125,12 @@ def test_any_shape(data):
     ]
     norm = data.draw(st.sampled_from(NORMS))
     options = dict(stride=stride, padding=padding, dilation=dilation, norm=norm)
-    keep = data.draw(st.booleans())
-    with mock.patch.dict(factored.CHUNK_BYTES, cpu=8 * draw(1, 2000)), mock.patch.object(factored, "CHUNK_PARAMETERS", 0):
+    keep, generates = data.draw(st.booleans()), data.draw(st.booleans())
+    with (
+        mock.patch.dict(factored.CHUNK_BYTES, cpu=8 * draw(1, 2000)),
+        mock.patch.object(factored, "CHUNK_PARAMETERS", 0),
+        mock.patch.object(factored._Layer, "_worth_generating", return_value=generates),
+    ):
         ours = output_and_grads(lambda *t: dau_conv2d(*t, **options, backend="factored", save_contraction=keep), tensors)
     truth = output_and_grads(lambda *t: dau_conv2d(*t, **options, backend="reference"), tensors)
     with scale_held():
@@ -377,8 +381,9 @@ def test_the_norm_with_products_in_bfloat16(bias, monkeypatch):
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_product(enabled):
+def test_product(enabled, monkeypatch):
     """With and without oneDNN: of contiguous matrices and transposed views, of one row or column, of nothing."""
+    monkeypatch.setattr(factored, "SMALL_PRODUCT", -1)
     generator = torch.Generator().manual_seed(0)
     with torch.backends.mkldnn.flags(enabled=enabled):
         for n, k, p in [(5, 7, 9), (1, 7, 9), (5, 1, 9), (5, 7, 1), (1, 1, 1), (5, 7, 0), (0, 7, 5)]:
@@ -396,6 +401,7 @@ def test_product_where_torch_has_no_such_operator(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: torch.zeros(2, 4), raising=False)
     assert not factored._has_onednn_linear.__wrapped__()
     monkeypatch.setattr(factored, "_has_onednn_linear", lambda: False)
+    monkeypatch.setattr(factored, "SMALL_PRODUCT", -1)
     assert torch.equal(factored.product(torch.eye(3), torch.eye(3)), torch.eye(3))
 
 

@@ -1,18 +1,18 @@
-"""The DAU layer without its dynamic weight: library matrix products over small chunks of patches, on any device.
+"""The DAU layer by library matrix products over small chunks of patches, on any device: its dynamic weight is never there as a whole.
 
 ``w = A z + b`` is affine in ``z = B x``, so with ``z~ = [z; 1]`` and ``A~ = [A b]`` (design: the factored form)
 
     <w_o, u> = sum_k z_k (A_ok . u) + b_o . u      one matrix product with n r rows, contracted with z
     |w_o|^2  = z~^T (A~_o A~_o^T) z~               a quadratic form: one product of the Gram matrices with the numbers z_k z_l
 
-and no ``w`` is needed, but for the few pixels and units where it nearly cancels (``_Gram``). Patches are gathered chunk by chunk so that
-every intermediate stays in cache. For the backward pass the output, two numbers per unit and pixel (<w, u> and |w|^2) and, if there is
+and no ``w`` is needed, but for the few pixels and units where it nearly cancels (``_Gram``). That pays for many pixels of many numbers:
+the Gram matrices are made once for all pixels, and the weights have d numbers where the contraction has r. Elsewhere ``w`` itself is made,
+in the forward pass by ``_worth_generating``, in the backward pass where d <= 2 r. Patches are gathered chunk by chunk so that every
+intermediate stays in cache. For the backward pass the output, two numbers per unit and pixel (<w, u> and |w|^2) and, if there is
 memory for it, the contraction A u are kept; the rest is computed again:
 
     du = gs (x) z~ . A~,   dA~ = (gs (x) z~)^T u + (sum_p t z~ z~^T) A~,   dz = sum_o gs_o A_o u + t_o A_o A~_o^T z~
     gs = g s(q),   t = 2 g <w, u> s'(q)
-
-Where a patch has few numbers beside z (d <= 2 r), ``w`` itself costs less than contraction and norm, and is made, a chunk at a time.
 
 Inside, pixels are columns, and a patch is laid out (C, kh, kw), as the parameters are: they are used where they lie.
 """
@@ -109,9 +109,9 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     In float32 on a CPU by the matrix product of oneDNN, which torch uses for linear layers that it compiles, where this torch has it:
     there it takes 0.7 to 0.95 times as long as ``torch.mm``, but for small products, of which each costs some 20 us more.
     """
-    if a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() * b.shape[1] > SMALL_PRODUCT:
-        if torch.backends.mkldnn.enabled and _has_onednn_linear():
-            return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    large = a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() * b.shape[1] > SMALL_PRODUCT
+    if large and torch.backends.mkldnn.enabled and _has_onednn_linear():
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return torch.mm(a, b)
 
 
@@ -324,13 +324,10 @@ class _Layer:
         return _generated(*self.generate.shape[1:])
 
     def _worth_generating(self, pixels) -> bool:
-        """Whether making the weights costs less than the contraction and the norm. Products aside, which are as many, a unit and pixel of
-
-            w           is d numbers, which are written, measured, multiplied and added up;
-            otherwise   r numbers of the contraction, and r^2 / 2 products of the norm, whose other factor is made once a pixel for all units
-                        and whose matrix takes r^2 d / 2 once a unit for all pixels.
-
-        The factors are nanoseconds / 100 of two threads of a Zen 4 (docs/benchmark.md).
+        """Whether making the weights costs less than the contraction and the norm. Each takes a product of r d multiplications a unit
+        and pixel. Besides, with w there are d numbers to be written, measured, multiplied and added up. Without, there are r of them, and
+        the norm's r^2 / 2 multiplications by what is made once a pixel for all units (r^2 / 2 numbers) and once a unit for all pixels
+        (r^2 d / 2 multiplications). The factors are hundredths of a nanosecond, of two threads of a Zen 4 (docs/benchmark.md).
         """
         n, r, d = self.generate.shape
         if self.generate.device.type != "cpu":
