@@ -107,6 +107,7 @@ def pytest_collection_finish(session):
     """The op's own tests first: afterwards a group may hold the memory that they need."""
     state = session.config.stash[STATE]
     if state.measuring and session.items and not session.config.option.collectonly:
+        state.laboratory.begin()
         _ = state.verdict
 
 

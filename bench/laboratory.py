@@ -14,6 +14,7 @@ from bench import cases, measure, providers, results
 from bench.measure import Measurement, Runner
 from bench.providers import COMPILED, COPY, OURS, PEERS, PRODUCT
 
+FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 SPEEDUPS_ON = (*PEERS, *(name + COMPILED for name in PEERS), providers.FACTORED, *providers.YARDSTICKS)
 
@@ -63,12 +64,18 @@ class Laboratory:
             raise self.groups[key]
         return self.groups[key]
 
+    def begin(self) -> None:
+        """Start the process that those of the groups are forked from: it imports for seconds, while the caller does something else."""
+        if self.apart and FORKSERVER:
+            from multiprocessing import forkserver  # which other systems have not
+
+            slow = ("torch._inductor.compile_fx", "torchvision.models", "captum.attr", "bcos.models.resnet")  # to import, where it is there
+            multiprocessing.set_forkserver_preload([__name__, *slow])
+            forkserver.ensure_running()
+
     def _measure_apart(self, case, mode, names):
         there = Laboratory(self.device, self.dtype, self.seconds, self.turns, verified=None)  # what is sent there is pickled
-        server = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
-        context = multiprocessing.get_context("forkserver" if server else "spawn")
-        slow = ("torch._inductor.compile_fx", "torchvision.models", "captum.attr", "bcos.models.resnet")  # to import, where it is there
-        context.set_forkserver_preload([__name__, *slow])
+        context = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
         with ProcessPoolExecutor(1, mp_context=context) as executor:
             return executor.submit(there._measure, case, mode, names).result()
 
