@@ -122,7 +122,7 @@ def in_turn(
             del results
             if device.type == "cuda" or estimate < 1:  # else that is long enough, beside what watching it took
                 estimate = _block(runners[name], 1, 1, device)[1]
-            for _ in range(2 if estimate < 0.3 else 0):
+            for _ in range(2 if estimate < 3 * BLOCK_SECONDS[device.type] else 0):  # it decides how many calls make a block
                 estimate = min(estimate, _block(runners[name], 1, 1, device)[1])
             if device.type == "cuda" and not runners[name].captures_itself:
                 memory = torch.cuda.get_device_properties(device).total_memory
