@@ -1,5 +1,6 @@
 """dau_conv2d and its adjoint: derivatives, geometry, strides, precision, limits, errors."""
 
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -394,6 +395,39 @@ def test_product(enabled, monkeypatch):
                     found = factored.product(a.to(dtype), right.to(dtype))
                     assert found.shape == (n, p)
                     assert_close(found, a @ b.t(), bound) if found.numel() else None
+
+
+def test_what_a_thread_keeps():
+    """The buffer for intermediates serves the calls of a thread one after the other: of any dtype, inside and outside of inference mode,
+    and no result lies in it. What is larger than the bound is not kept.
+    """
+
+    def kept():
+        buffer = getattr(factored._Scratch.kept, "buffer", None)
+        return 0 if buffer is None else buffer.nbytes
+
+    def calls():
+        assert kept() == 0  # a new thread
+        done = []
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            tensors = [torch.randn(2, 4, 9, 9, dtype=dtype), *(t.to(dtype) for t in random_layer(4, 5, 6, (3, 3)))]
+            with torch.inference_mode():
+                inference = dau_conv2d(*tensors, backend="factored")
+            assert 0 < kept() <= factored.SCRATCH_BYTES
+            tensors, upstream = [t.requires_grad_() for t in tensors], torch.randn_like(inference)
+            results = output_and_grads(lambda *t: dau_conv2d(*t, backend="factored"), tensors, upstream)
+            truth = output_and_grads(lambda *t: dau_conv2d(*t, backend="reference"), tensors, upstream)
+            flat = [inference, results[0], *results[1]]
+            done.append((flat, [t.clone() for t in flat]))
+            for ours, expected in zip(flat, [truth[0], truth[0], *truth[1]], strict=True):
+                assert_close(ours, expected, 1e-5)
+        assert all(torch.equal(a, b) for flat, copies in done for a, b in zip(flat, copies, strict=True))
+        before = kept()
+        factored._Scratch()(torch.empty(0), factored.SCRATCH_BYTES // 4 + 1)
+        assert kept() == before
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(calls).result()
 
 
 def test_product_where_torch_has_no_such_operator(monkeypatch):

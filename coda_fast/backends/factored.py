@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 
 import torch
 
@@ -31,6 +32,8 @@ from coda_fast._geometry import Geometry
 CHUNK_BYTES = {"cpu": 2 << 20, "other": 256 << 20}
 # ... but at least so many times the bytes of A, which every chunk reads; and twice as much where each adds to the gradient of A
 CHUNK_PARAMETERS = 1
+# What a thread keeps at most for intermediates of its next call
+SCRATCH_BYTES = 8 << 20
 # save_contraction="auto" keeps a contraction of at most so many bytes, of patches of at least so many numbers: each number of it saves as
 # many multiplications, and costs to be written and read whatever they are
 KEPT_BYTES = 256 << 20
@@ -141,16 +144,24 @@ def _add(total, part):
 
 
 class _Scratch:
-    """One buffer for the large intermediates of all chunks: memory that is new costs as much as what is computed in it."""
+    """One buffer for the large intermediates of all chunks: memory that is new costs as much as what is computed in it. On a CPU, whose
+    allocator may give it back to the system after every call, a thread keeps it for its next call.
+    """
+
+    kept = threading.local()
 
     def __init__(self):
-        self.buffer = None
+        self.buffer = getattr(self.kept, "buffer", None)
 
     def __call__(self, like, *shape):
         """An uninitialised tensor, whose predecessor is gone."""
         numbers = math.prod(shape)
-        if self.buffer is None or len(self.buffer) < numbers:
-            self.buffer = like.new_empty(numbers)
+        found = self.buffer
+        if found is None or len(found) < numbers or found.dtype != like.dtype or found.device != like.device:
+            with torch.inference_mode(False):  # it outlives the mode
+                self.buffer = torch.empty(numbers, dtype=like.dtype, device=like.device)
+            if self.buffer.device.type == "cpu" and self.buffer.nbytes <= SCRATCH_BYTES:
+                self.kept.buffer = self.buffer
         return self.buffer[:numbers].view(shape)
 
 
