@@ -343,7 +343,7 @@ class _Layer:
         n, r, d = self.generate.shape
         if self.generate.device.type != "cpu":
             return _generated(r, d)
-        return pixels == 0 or 30 * d < 45 * r + r * r * (1 + 17 / n + 2 * d / pixels)
+        return pixels == 0 or 30 * d < 70 * r + r * r * (1 + 17 / n + 2 * d / pixels)
 
     def _generated_chunks(self):
         """What ``_Windows.chunks`` wants to know where ``_weights`` follows: chunks of twice the bytes, though not of the parameters'."""
