@@ -337,7 +337,7 @@ def weights_made(generates):
 
 def as_on_a_gpu(monkeypatch):
     """The factored backend's other norm, by a triangular factor, which it takes where looking at numbers would have to wait for them."""
-    monkeypatch.setattr(factored._Layer, "_norm", lambda self: factored._Triangle(self.generate, self.bias))
+    monkeypatch.setattr(factored._Layer, "_norm", lambda self, scratch: factored._Triangle(self.generate, self.bias))
     monkeypatch.setattr(factored._Layer, "_worth_generating", lambda self, pixels: False)
 
 

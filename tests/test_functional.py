@@ -1,5 +1,6 @@
 """dau_conv2d and its adjoint: derivatives, geometry, strides, precision, limits, errors."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -376,9 +377,42 @@ def test_the_norm_with_products_in_bfloat16(bias, monkeypatch):
     length = w.norm(dim=1)
     assert (length < 0.1 * terms.sqrt()).sum() >= 5
     monkeypatch.setattr(factored, "product", lambda a, b: a.bfloat16().float() @ b.bfloat16().float())
-    found = factored._Gram(generate, rows).square(z, torch.empty(5, 200))
+    found = factored._Gram(generate, rows, factored._Scratch()).square(z, torch.empty(5, 200))
     assert (found >= 0).all()
     assert ((found.double().sqrt() - length).abs() / terms.sqrt()).max() < 4 * 2**-8
+
+
+def test_gradients_that_cancel():
+    """One number a patch under "l2": y = sign(w) x, so that all gradients but that of the direct term cancel, however small w is."""
+    torch.manual_seed(0)
+    x, B, A, b = torch.randn(2, 1, 32, 32), torch.randn(8, 1, 1, 1), torch.randn(3, 8, 1, 1, 1) / 3, torch.randn(3, 1, 1, 1)
+    tensors = [t.requires_grad_() for t in (x, B, A, b)]
+    upstream = torch.ones(2, 3, 32, 32)
+    ours = output_and_grads(lambda *t: dau_conv2d(*t, norm="l2", backend="factored"), tensors, upstream)[1]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    truth = output_and_grads(lambda *t: dau_conv2d(*t, norm="l2", backend="reference"), exact, upstream.double())[1]
+    with scale_held():
+        direct = output_and_grads(lambda *t: dau_conv2d(*t, norm="l2", backend="reference"), exact, upstream.double())[1]
+    for found, expected, cancelled in zip(ours, truth, direct, strict=True):
+        assert (found - expected).abs().max() <= 1e-6 * cancelled.abs().max()
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(("channels", "units", "rank"), [(2, 64, 256), (40, 64, 8)])
+def test_chunks_of_the_adjoint(channels, units, rank, given, monkeypatch):
+    """No intermediate is much larger than the budget, whichever form it takes, with norms that are known and without."""
+    asked, call = [], factored._Scratch.__call__
+    monkeypatch.setattr(
+        factored._Scratch, "__call__", lambda self, like, *shape: asked.append(math.prod(shape)) or call(self, like, *shape)
+    )
+    x = torch.randn(1, channels, 64, 64)
+    parameters = random_layer(channels, units, rank, (1, 1), dtype=torch.float32)
+    if given:
+        output_and_grads(lambda x: dau_conv2d(x, *parameters, detach=True, backend="factored"), [x.requires_grad_()])
+    else:
+        dau_conv2d_transpose(x, torch.randn(1, units, 64, 64), *parameters, backend="factored")
+    assert asked
+    assert 4 * max(asked) <= 2.5 * factored.CHUNK_BYTES["cpu"]
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -422,9 +456,14 @@ def test_what_a_thread_keeps():
             for ours, expected in zip(flat, [truth[0], truth[0], *truth[1]], strict=True):
                 assert_close(ours, expected, 1e-5)
         assert all(torch.equal(a, b) for flat, copies in done for a, b in zip(flat, copies, strict=True))
-        before = kept()
-        factored._Scratch()(torch.empty(0), factored.SCRATCH_BYTES // 4 + 1)
-        assert kept() == before
+        first, second = factored._Scratch(), factored._Scratch()  # one call within another
+        assert first.buffer is not None
+        assert second.buffer is None
+        second(torch.empty(0, dtype=torch.uint8), factored.SCRATCH_BYTES + 1)
+        del second
+        assert kept() == 0
+        del first
+        assert kept() > 0
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(calls).result()

@@ -121,10 +121,10 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _has_onednn_linear() -> bool:
     """Whether the operator is there and gives the product of a matrix with a transposed view; it is none that torch documents."""
-    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    a, b = (torch.arange(n, dtype=torch.float32, device="cpu").view(-1, 3) for n in (6, 12))
     try:
         found = torch.ops.mkldnn._linear_pointwise(a, b.t().contiguous().t(), None, "none", [], "")
-        return torch.equal(found, torch.tensor([[5.0, 14.0, 23.0, 32.0], [14.0, 50.0, 86.0, 122.0]]))
+        return found.tolist() == [[5, 14, 23, 32], [14, 50, 86, 122]]
     except (AttributeError, RuntimeError, TypeError):
         return False
 
@@ -145,13 +145,18 @@ def _add(total, part):
 
 class _Scratch:
     """One buffer for the large intermediates of all chunks: memory that is new costs as much as what is computed in it. On a CPU, whose
-    allocator may give it back to the system after every call, a thread keeps it for its next call.
+    allocator may give it back to the system after every call, a thread keeps it for its next call; meanwhile it belongs to this one alone,
+    whatever a finaliser or a signal brings in between.
     """
 
     kept = threading.local()
 
     def __init__(self):
-        self.buffer = getattr(self.kept, "buffer", None)
+        self.buffer = self.kept.__dict__.pop("buffer", None)
+
+    def __del__(self):
+        if self.buffer is not None and self.buffer.device.type == "cpu" and self.buffer.nbytes <= SCRATCH_BYTES:
+            self.kept.buffer = self.buffer
 
     def __call__(self, like, *shape):
         """An uninitialised tensor, whose predecessor is gone."""
@@ -160,8 +165,6 @@ class _Scratch:
         if found is None or len(found) < numbers or found.dtype != like.dtype or found.device != like.device:
             with torch.inference_mode(False):  # it outlives the mode
                 self.buffer = torch.empty(numbers, dtype=like.dtype, device=like.device)
-            if self.buffer.device.type == "cpu" and self.buffer.nbytes <= SCRATCH_BYTES:
-                self.kept.buffer = self.buffer
         return self.buffer[:numbers].view(shape)
 
 
@@ -217,7 +220,7 @@ class _Layer:
     def _contract(self, windows, applied_windows, dot, square, contraction):
         """<w, u> and |w|^2 [n, P] without w, and A u [n r, P] if there is a tensor for it."""
         n, r, d = self.generate.shape
-        norm = self._norm()
+        norm = self._norm(_Scratch())
         together = applied_windows is windows and self.bias is not None  # b u and B x in one product
         heads = torch.cat((self.bias, self.reduce)) if together else self.reduce
         for chunk in windows.chunks(self._numbers(), self.generate.numel()):
@@ -245,7 +248,8 @@ class _Layer:
         windows = _Windows(input, self)
         applied_windows = windows if shared else _Windows(applied, self)
         n, r, d = self.generate.shape
-        gs, t = self._grad_factors(windows.image_to_rows(grad), dot, square)
+        v = windows.image_to_rows(grad)
+        gs, t = self._grad_factors(v, dot, square)
         dx = windows.new_canvas() if need_x else None
         du = dx if shared else applied_windows.new_canvas() if need_u else None
         form = (_Generated if self.generated else _Contracted)(self, need_u, need_x or need_reduce, need_generate)
@@ -258,7 +262,7 @@ class _Layer:
             u = x if shared else applied_windows.gather(chunk)
             z, part = product(self.reduce, x), gs[:, chunk.columns].contiguous()
             known = None if contraction is None else contraction.view(n, r, -1)[:, :, chunk.columns]
-            dz, patch = form.backward(u, z, part, t[:, chunk.columns], known)
+            dz, patch = form.backward(u, z, v[:, chunk.columns], part, t[:, chunk.columns], known)
             rows = [part] if self.has_bias_rows else []
             rows += [dz] if shared and form.need_z else []
             rows = torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None
@@ -288,15 +292,19 @@ class _Layer:
         canvas = windows.new_canvas()
         v = windows.image_to_rows(value)
         gs = None if square is None else self._scale(square).mul_(v)
-        generates = square is None and self._worth_generating(windows.pixels)
-        norm = self._norm() if square is None and not generates else None
+        _, r, d = self.generate.shape
+        generates = self._worth_generating(windows.pixels) if square is None else d <= r
         scratch = _Scratch()
+        norm = self._norm(scratch) if square is None and not generates else None
         for chunk in windows.chunks(*(self._generated_chunks() if generates else (self._numbers(), self.generate.numel()))):
             x = windows.gather(chunk)
             if generates:
                 patch = None
                 for units, w in self._weights(product(x.t().contiguous(), self.reduce.t()), scratch):
-                    part = self._scale(torch.linalg.vector_norm(w, dim=2).square_()).mul_(v[units, chunk.columns])
+                    if square is None:
+                        part = self._scale(torch.linalg.vector_norm(w, dim=2).square_()).mul_(v[units, chunk.columns])
+                    else:
+                        part = gs[units, chunk.columns]
                     patch = _add(patch, w.mul_(part.unsqueeze(2)).sum(0))
             else:
                 z = product(self.reduce, x)
@@ -365,9 +373,11 @@ class _Layer:
         n, r, d = self.generate.shape
         return n * d if self.generated else max(n * r, d, _Gram.numbers(r) // 2)
 
-    def _norm(self):
+    def _norm(self, scratch):
         """Looking at numbers, as ``_Gram`` does, is for a CPU: a GPU would have to wait for it."""
-        return (_Gram if self.generate.device.type == "cpu" else _Triangle)(self.generate, self.bias)
+        if self.generate.device.type == "cpu":
+            return _Gram(self.generate, self.bias, scratch)
+        return _Triangle(self.generate, self.bias)
 
     def _weights(self, z, scratch):
         """w of rows z [p, r], a few units at a time: (which units, w [units, p, d])."""
@@ -428,7 +438,7 @@ class _Contracted:
             gram[:, :, r] = torch.bmm(bias.unsqueeze(1), transposed).squeeze(1).t()
         return gram.view(r, -1)
 
-    def backward(self, u, z, gs, t, contraction):
+    def backward(self, u, z, v, gs, t, contraction):
         """dz [r, p] and sum_o gs_o A_o^T z as rows [p, d], None where not needed."""
         generate, bias = self.layer.generate, self.layer.bias
         n, r, d = generate.shape
@@ -475,16 +485,19 @@ class _Generated:
         self.d_generate = self.d_bias = None
         self.scratch = _Scratch()
 
-    def backward(self, u, z, gs, t, contraction):
+    def backward(self, u, z, v, gs, t, contraction):
         """dz [r, p] and sum_o gs_o w_o as rows [p, d], None where not needed."""
         n, _, d = self.layer.generate.shape
         w = product(z.t().contiguous(), self.by_rank).view(-1, n, d)
         w = w if self.layer.bias is None else w.add_(self.layer.bias)
-        gs = gs.t().contiguous()
+        u = u.t().contiguous().unsqueeze(1)
+        if d == 1:  # gs u + t w cancels: what is left must not be that the w of the forward pass was rounded otherwise
+            gs, t = self.layer._grad_factors(v.t(), (w * u).sum(2), w.square().sum(2))
+        else:
+            gs, t = gs.t().contiguous(), t.t().contiguous()
         dz = patch = None
         if self.need_z or self.need_generate:
-            dw = torch.mul(w, t.t().contiguous().unsqueeze(2), out=self.scratch(w, *w.shape))
-            dw = dw.addcmul_(gs.unsqueeze(2), u.t().contiguous().unsqueeze(1)).flatten(1)
+            dw = torch.mul(w, t.unsqueeze(2), out=self.scratch(w, *w.shape)).addcmul_(gs.unsqueeze(2), u).flatten(1)
             if self.need_z:
                 dz = product(dw, self.by_rank.t()).t().contiguous()
             if self.need_generate:
@@ -511,8 +524,8 @@ class _Gram:
     proportion to sum_k |z_k A_k|^2; pixel-units where |w|^2 is small beside that are computed from w itself, which is exact there too.
     """
 
-    def __init__(self, generate, bias):
-        self.generate, self.bias = generate, bias
+    def __init__(self, generate, bias, scratch):
+        self.generate, self.bias, self.scratch = generate, bias, scratch
         n, r, _ = generate.shape
         self.blocks, times, diagonal = self._layout(r, generate.dtype)
         transposed = generate.transpose(1, 2)
@@ -524,7 +537,6 @@ class _Gram:
         self.least = self.shares.sum(1, keepdim=True).mul_(FLUSHED)
         if bias is not None:
             self.least.add_(found[-1], alpha=CANCELLED)
-        self.scratch = _Scratch()
 
     @staticmethod
     @functools.cache
@@ -555,7 +567,7 @@ class _Gram:
             terms[-r - 1 : -1] = z
             terms[-1] = 1
         q.copy_(product(self.coefficients, terms))
-        right = q > torch.addmm(self.least, self.shares, z.square())  # False for NaN
+        right = q > product(self.shares, z.square()).add_(self.least)  # False for NaN
         if not right.all():
             self._from_weights(~right, z, q, u, dot)
         return q
