@@ -301,15 +301,13 @@ class _Layer:
             if generates:
                 patch = None
                 for units, w in self._weights(product(x.t().contiguous(), self.reduce.t()), scratch):
-                    if square is None:
-                        part = self._scale(torch.linalg.vector_norm(w, dim=2).square_()).mul_(v[units, chunk.columns])
-                    else:
-                        part = gs[units, chunk.columns]
+                    scale = self._scale(torch.linalg.vector_norm(w, dim=2).square_()) if gs is None else None
+                    part = scale.mul_(v[units, chunk.columns]) if gs is None else gs[units, chunk.columns]
                     patch = _add(patch, w.mul_(part.unsqueeze(2)).sum(0))
             else:
                 z = product(self.reduce, x)
-                part = gs[:, chunk.columns] if norm is None else norm.square(z, z.new_empty(len(v), z.shape[1]))
-                part = part if norm is None else self._scale(part).mul_(v[:, chunk.columns])
+                scale = self._scale(norm.square(z, z.new_empty(len(v), z.shape[1]))) if gs is None else None
+                part = scale.mul_(v[:, chunk.columns]) if gs is None else gs[:, chunk.columns]
                 patch = self._direct(part, z, scratch)
                 patch = patch if self.bias is None else patch.addmm_(part.t(), self.bias)
             windows.scatter_add(canvas, chunk, patch)
@@ -321,15 +319,14 @@ class _Layer:
         """
         if len(values) == 1:
             return self.adjoint(input, values[0], like, square)[None]
-        n, r, d = self.generate.shape
+        n, _, d = self.generate.shape
         windows = _Windows(input, self)
         canvases = torch.stack([windows.new_canvas() for _ in values])
         v = torch.stack([windows.image_to_rows(value) for value in values])  # [K, n, P]
-        by_rank = self.generate.transpose(0, 1).reshape(r, n * d)
+        by_rank = self._by_rank()
         for chunk in windows.chunks(max(n * d, len(values) * d), self.generate.numel()):
             z = product(self.reduce, windows.gather(chunk))
-            w = product(z.t().contiguous(), by_rank).view(-1, n, d)
-            w = w if self.bias is None else w.add_(self.bias)
+            w = self._weights_of_all(z, by_rank)
             q = torch.linalg.vector_norm(w, dim=2).square_().t() if square is None else square[:, chunk.columns]
             gs = (self._scale(q) * v[:, :, chunk.columns]).permute(2, 0, 1).contiguous()  # else bmm copies pixel by pixel
             windows.scatter_add(canvases, chunk, torch.bmm(gs, w).transpose(0, 1))
@@ -346,7 +343,8 @@ class _Layer:
         """Whether making the weights costs less than the contraction and the norm. Each takes a product of r d multiplications a unit
         and pixel. Besides, with w there are d numbers to be written, measured, multiplied and added up. Without, there are r of them, and
         the norm's r^2 / 2 multiplications by what is made once a pixel for all units (r^2 / 2 numbers) and once a unit for all pixels
-        (r^2 d / 2 multiplications). The factors are hundredths of a nanosecond, of two threads of a Zen 4 (docs/benchmark.md).
+        (r^2 d / 2 multiplications). The factors are hundredths of a nanosecond, of two threads of a Zen 4 (docs/benchmark.md); that of r
+        holds that the contraction is written to new memory. Where d <= 2 r the answer is always yes, as ``generated`` says.
         """
         n, r, d = self.generate.shape
         if self.generate.device.type != "cpu":
@@ -392,6 +390,16 @@ class _Layer:
             else:
                 torch.baddbmm(self.bias[units].unsqueeze(1), z_of_each, generate, out=w)
             yield units, w
+
+    def _by_rank(self):
+        """A as [r, n d]."""
+        return self.generate.transpose(0, 1).flatten(1)
+
+    def _weights_of_all(self, z, by_rank):
+        """w of columns z [r, p], of all units by pixel: [p, n, d]."""
+        n, _, d = self.generate.shape
+        w = product(z.t().contiguous(), by_rank).view(-1, n, d)
+        return w if self.bias is None else w.add_(self.bias)
 
     def _direct(self, gs, z, scratch):
         """sum_o gs_o A_o^T z as rows [p, d]."""
@@ -481,17 +489,15 @@ class _Generated:
 
     def __init__(self, layer: _Layer, need_u, need_z, need_generate):
         self.layer, self.need_u, self.need_z, self.need_generate = layer, need_u, need_z, need_generate
-        self.by_rank = layer.generate.transpose(0, 1).flatten(1)  # [r, n d]
+        self.by_rank = layer._by_rank()
         self.d_generate = self.d_bias = None
         self.scratch = _Scratch()
 
     def backward(self, u, z, v, gs, t, contraction):
         """dz [r, p] and sum_o gs_o w_o as rows [p, d], None where not needed."""
-        n, _, d = self.layer.generate.shape
-        w = product(z.t().contiguous(), self.by_rank).view(-1, n, d)
-        w = w if self.layer.bias is None else w.add_(self.layer.bias)
+        w = self.layer._weights_of_all(z, self.by_rank)
         u = u.t().contiguous().unsqueeze(1)
-        if d == 1:  # gs u + t w cancels: what is left must not be that the w of the forward pass was rounded otherwise
+        if w.shape[2] == 1:  # gs u + t w cancels: what is left must not be that the w of the forward pass was rounded otherwise
             gs, t = self.layer._grad_factors(v.t(), (w * u).sum(2), w.square().sum(2))
         else:
             gs, t = gs.t().contiguous(), t.t().contiguous()
@@ -691,7 +697,7 @@ class _Windows:
         )[..., chunk.images, chunk.lines, :, :, :, :]
         patches = patches.view(windows.shape)
         taps = lambda t: [tap for row in t.unbind(-2) for tap in row.unbind(-1)]  # noqa: E731
-        torch._foreach_add_(taps(windows), taps(patches))  # one after the other: windows overlap, though not those of one tap
+        torch._foreach_add_(taps(windows), taps(patches))  # one after the other, on a GPU because no tap is dense: windows overlap
 
     def new_canvas(self):
         """Channels last: what is added to it comes pixel by pixel."""
