@@ -79,6 +79,9 @@ def save(model: CoDANet, path: str | os.PathLike, metadata: Mapping[str, object]
 def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overrides) -> CoDANet:
     """Read what ``save`` wrote. Configuration and tensors are compared before any tensor is read.
 
+    ``model.transform`` is what the file says of pictures; of files from before that was stored, what the recipe of their training says, or
+    resized and cropped to ``image_size``.
+
     Args:
         overrides: arguments of ``CoDANet`` that replace the stored ones (``backend="reference"``, ``temperature=...``).
 
@@ -89,6 +92,8 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
     with opened(path, device) as file:
         header = _header(path, file)
         config = _json(header, "config", path)
+        if "preprocessing" not in config and (implied := _implied(header)) is not None:
+            config["preprocessing"] = implied
         unknown = set(config) - set(inspect.signature(CoDANet).parameters) | set(config) & {
             "device",
             "dtype",
@@ -118,6 +123,15 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
             raise CheckpointError(f"{path}: cannot read the tensors: {_line(error)}") from None
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+def _implied(header):
+    """The preprocessing of a file from before it was written down, by the recipe in its metadata; None: that says nothing of it."""
+    try:
+        data = json.loads(header["metadata"])["recipe"]["data"]
+        return None if data["size"] is None else {"resize": data["resize"] or data["size"], "crop": data["size"]}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
 
 
 def read_metadata(path: str | os.PathLike) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import os
 import platform
@@ -14,6 +15,7 @@ import torch
 
 from coda_fast import backends, checkpoints, plot, safety
 from coda_fast._version import __version__
+from coda_fast.data.errors import ImageError
 from coda_fast.explain import PixelRangeWarning
 
 try:
@@ -131,12 +133,19 @@ def train(recipe: str | None, overrides: tuple[str, ...], output: Path | None, r
     return 0
 
 
+_SIZE = click.option(
+    "--size",
+    type=click.IntRange(0, 4096),
+    help="Whole pictures, their shorter side scaled to this many pixels; 0: as they are. Default: resized and cropped as in training.",
+)
+
+
 @cli.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A model file: of coda_fast.save, train or demo.")
 @click.option("--target", "targets", multiple=True, help="Class to explain, by number or name; repeatable. Default: the two most likely.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("."), show_default=True, help="Folder for the figures.")
-@click.option("--size", type=click.IntRange(0, 4096), help="Scale the shorter side to this many pixels; 0: as it is. Default: the model's.")
+@_SIZE
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--start", callback=_seconds, help="Videos: begin at this time, in seconds or as M:SS.")
 @click.option("--end", callback=_seconds, help="Videos: stop before this time.")
@@ -146,87 +155,120 @@ def train(recipe: str | None, overrides: tuple[str, ...], output: Path | None, r
 def explain(images, checkpoint, targets, output, size, device, start, end, crop, scale, ending) -> None:
     """Draw which pixels of each IMAGE speak for and against a class, and prove that nothing is missing.
 
-    For IMAGE.png the figure is IMAGE_explained.png in the output folder. A video or an animated GIF becomes a video (without sound) of its
-    frames beside their contribution maps, for one class: by default that predicted for most frames.
+    For IMAGE.png the figure is IMAGE_explained.png in the output folder: the picture that was given, with what the network saw of it, and
+    the maps where they belong. Of a folder, all pictures in it are explained, into folders of the same names. A video or an animated GIF
+    becomes a video (without sound) of its frames beside their contribution maps, for one class: by default that predicted for most frames.
     """
-    from coda_fast.images import read_image, resize
+    from coda_fast.data import listing
     from coda_fast.video import explain_video, is_video
 
-    model = checkpoints.load(checkpoint, device=_device(device))
+    model = checkpoints.load(checkpoint, device=_device(device)).eval()
     classes = [_class_index(t, model) for t in targets]
-    size = model.image_size if size is None else size
-    videos = [path for path in images if path.is_file() and is_video(path)]
+    preprocessing = model.transform.at(size, crop=False)
+    files = []  # path, and where its result goes, below the output folder
+    for path in images:
+        found = listing.pictures(path) if path.is_dir() else []
+        if path.is_dir() and not found:
+            raise click.UsageError(f"IMAGES: expected pictures in {path}, found none")
+        files += [(file, file.relative_to(path).parent) for file in found] if path.is_dir() else [(path, Path())]
+    videos = [(path, place) for path, place in files if path in images and path.is_file() and is_video(path)]
+    pictures = [entry for entry in files if entry not in videos]
     given = dict(start=start, end=end, crop=crop, scale=scale, format=ending)
     given = [f"--{name}" for name, value in given.items() if value is not None]
-    pictures = [path for path in images if path not in videos]
     if given and pictures:
-        raise click.UsageError(f"{', '.join(given)}: expected videos only, got {pictures[0]}, a picture or a file that cannot be read")
+        raise click.UsageError(f"{', '.join(given)}: expected videos only, got {pictures[0][0]}, a picture or a file that cannot be read")
     if videos and len(classes) > 1:
-        raise click.UsageError(f"--target: expected one class for a video ({videos[0]}), got {len(classes)}")
+        raise click.UsageError(f"--target: expected one class for a video ({videos[0][0]}), got {len(classes)}")
+    folders = [path for path in images if path.is_dir()]
     safety.check_output_folder(output)
-    clips = [output / f"{path.stem}_explained.{ending or ('gif' if path.suffix.lower() == '.gif' else 'mp4')}" for path in videos]
-    figures = [output / f"{path.stem}_explained.png" for path in pictures]
-    safety.check_outputs(figures + clips, [*images, checkpoint])
-    images = tuple(pictures)
-    # all pictures are read and checked before anything is written; a video only as it is explained
-    tensors = [read_image(path, model.image_channels) for path in images]
-    if size:
-        tensors = [resize(tensor, size, str(path)) for path, tensor in zip(images, tensors, strict=True)]
-    for path, tensor in zip(images, tensors, strict=True):
-        safety.check_explainable(model, *tensor.shape[1:], str(path), len(classes) or min(2, model.num_classes))
-    twice = {f for f in figures + clips if (figures + clips).count(f) > 1}
-    if twice:
-        raise click.UsageError(f"several images would be written to {', '.join(map(str, sorted(twice)))}; explain them one by one")
-    parameter = next(model.parameters())
-    rendered = []
-    for path, tensor in zip(images, tensors, strict=True):
-        batch = tensor[None].to(parameter)
-        with torch.no_grad():
-            logits = model(batch)
-        if not torch.isfinite(logits).all():
-            raise click.UsageError(f"{path}: the network of {checkpoint} gives logits that are not finite: {logits.flatten().tolist()[:4]}")
-        chosen = torch.tensor([classes]) if classes else logits.topk(min(2, model.num_classes)).indices
-        explanation = model.explain(batch, chosen)
-        picture = plot.render(plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names))
-        rendered.append((picture, explanation, path))
+    clips = [output / f"{path.stem}_explained.{ending or ('gif' if path.suffix.lower() == '.gif' else 'mp4')}" for path, _ in videos]
+    figures = [output / place / f"{path.stem}_explained.png" for path, place in pictures]
+    results = collections.Counter(figures + clips)
+    if twice := sorted(path for path, count in results.items() if count > 1):
+        raise click.UsageError(f"several images would be written to {', '.join(map(str, twice[:5]))}; explain them one by one")
+    safety.check_outputs(figures + clips, [*(path for path, _ in files), checkpoint])
+    # every picture is read and checked before anything is written, and again when its turn comes: a set need not fit into memory
+    count, skipped = len(classes) or min(2, model.num_classes), set()
+    for path, _ in _bar(pictures, "reading") if len(pictures) > 1 else pictures:
+        try:
+            _, tensor = _read(path, preprocessing)
+        except ImageError as error:
+            if path in images:  # asked for by name
+                raise
+            click.echo(safety.printable(f"skipped {error}"), err=True)
+            skipped.add(path)
+            continue
+        safety.check_explainable(model, *tensor.shape[1:], str(path), count)
+    if folders and not videos and len(skipped) == len(pictures):
+        raise click.UsageError(f"IMAGES: expected at least one image that can be read, got {len(pictures)} files")
     new_folders = [folder for folder in (output, *output.parents) if not folder.exists()]
     output.mkdir(parents=True, exist_ok=True)
-    options = dict(start=start or 0.0, end=end, crop=crop, scale=scale, size=size, target=classes[0] if classes else None)
-    for path, clip in zip(videos, clips, strict=True):
-        with warnings.catch_warnings(record=True) as caught, tqdm(desc=path.name, unit=" frames", disable=None) as bar:
-            warnings.simplefilter("always")
+    try:
+        for (path, _), clip in zip(videos, clips, strict=True):
+            options = dict(start=start or 0.0, end=end, crop=crop, scale=scale, size=size, target=classes[0] if classes else None)
+            _explain_clip(explain_video, model, path, clip, options)
+        for (path, _), figure in zip(pictures, figures, strict=True):
+            if path not in skipped:
+                _explain_picture(model, path, figure, preprocessing, classes, checkpoint)
+    except BaseException:
+        _remove_empty(new_folders)
+        raise
 
-            def advance(frames, total, bar=bar):
-                bar.total = total
-                bar.update(frames)
 
-            try:
-                result = explain_video(model, path, clip, progress=advance, **options)
-            except BaseException:
-                for folder in new_folders:
-                    if not any(folder.iterdir()):
-                        folder.rmdir()
-                raise
-        for message in dict.fromkeys(str(w.message) for w in caught):
-            click.echo(f"coda-fast: warning: {message}", err=True)
-        click.echo(
-            f"{safety.printable(path)}: {result.frames} frames, {_class_name(result.target, model)}, colours to {result.scale:.3g} logits, "
-            f"completeness error {result.completeness_error:.1e} logits -> {safety.printable(clip)}"
-        )
-    for target, (picture, explanation, path) in zip(figures, rendered, strict=True):
-        with checkpoints.atomic_path(target) as temporary:
-            temporary.write_bytes(picture)
-        best = int(explanation.logits[0].argmax())
-        sure = plot.probability(float(explanation.logits[0, best].sigmoid()))
-        error = float(explanation.completeness_error.max())
-        names = safety.printable(path), safety.printable(target)
-        click.echo(f"{names[0]}: {_class_name(best, model)} ({sure}), completeness error {error:.1e} logits -> {names[1]}")
+def _read(path, preprocessing):
+    """A picture as it was given, and as the network takes it."""
+    from coda_fast.data import decode
+
+    image = decode(path, preprocessing.channels)
+    return image, preprocessing(image)
+
+
+def _explain_clip(explain_video, model, path, clip, options):
+    with warnings.catch_warnings(record=True) as caught, tqdm(desc=path.name, unit=" frames", disable=None) as bar:
+        warnings.simplefilter("always")
+
+        def advance(frames, total):
+            bar.total = total
+            bar.update(frames)
+
+        result = explain_video(model, path, clip, progress=advance, **options)
+    for message in dict.fromkeys(str(w.message) for w in caught):
+        click.echo(f"coda-fast: warning: {message}", err=True)
+    click.echo(
+        f"{safety.printable(path)}: {result.frames} frames, {_class_name(result.target, model)}, colours to {result.scale:.3g} logits, "
+        f"completeness error {result.completeness_error:.1e} logits -> {safety.printable(clip)}"
+    )
+
+
+def _explain_picture(model, path, figure, preprocessing, classes, checkpoint):
+    image, tensor = _read(path, preprocessing)
+    batch = tensor[None].to(next(model.parameters()))
+    with torch.no_grad():
+        logits = model(batch)
+    if not torch.isfinite(logits).all():
+        raise click.UsageError(f"{path}: the network of {checkpoint} gives logits that are not finite: {logits.flatten().tolist()[:4]}")
+    chosen = torch.tensor([classes]) if classes else logits.topk(min(2, model.num_classes)).indices
+    explanation = model.explain(batch, chosen)
+    views = [plot.View.of(image, preprocessing)]
+    drawn = plot.render(plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names, views=views))
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoints.atomic_path(figure) as temporary:
+        temporary.write_bytes(drawn)
+    best = int(explanation.logits[0].argmax())
+    sure = plot.probability(float(explanation.logits[0, best].sigmoid()))
+    error = float(explanation.completeness_error.max())
+    names = safety.printable(path), safety.printable(figure)
+    click.echo(f"{names[0]}: {_class_name(best, model)} ({sure}), completeness error {error:.1e} logits -> {names[1]}")
+
+
+def _bar(items, label):
+    return tqdm(items, desc=label, disable=None)
 
 
 @cli.command()
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="A model file: of coda_fast.save, train or demo.")
 @click.option("--data", required=True, help="A folder with a folder of images for each class, an .npz file, or 'digits'.")
-@click.option("--metric", type=click.Choice(["localisation", "removal"]), default="localisation", show_default=True)
+@click.option("--metric", type=click.Choice(["localisation", "removal", "accuracy"]), default="localisation", show_default=True)
 @click.option("--methods", default="Ours", show_default=True, help="Names separated by commas (Ours,Grad,IxG,...), or 'all'.")
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("coda_evaluation"), show_default=True, help="Folder for the results."
@@ -240,55 +282,67 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
 @click.option("--points", type=click.IntRange(2, 10_000), default=129, show_default=True, help="Removal: points of the curve.")
 @click.option("--set", "changes", multiple=True, metavar="METHOD.NAME=VALUE", help="A setting of a method (Occ9.size=13); repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use this many images only (published, for removal: 1024).")
-@click.option("--size", type=click.IntRange(1, 4096), help="Scale and crop images to squares of this many pixels.")
+@click.option("--size", type=click.IntRange(0, 4096), help="Squares of this many pixels; 0: images as they are. Default: as trained.")
+@click.option("--workers", type=click.IntRange(0, 256), help="Processes that decode files. Default: 4 for a GPU, 0 for the CPU.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-def evaluate(checkpoint, data, metric, methods, output, limit, size, device, changes, side, grids, protocol, **removal) -> None:
-    """Measure how good explanations are, by the metrics of the paper, for any of its methods.
+def evaluate(checkpoint, data, metric, methods, output, limit, size, workers, device, changes, side, grids, protocol, **removal) -> None:
+    """Measure how good explanations are, by the metrics of the paper, for any of its methods; or (accuracy) how good predictions are.
 
-    Writes results.json, results.csv, and the figure as PNG and SVG, of the methods that are named. Interrupted, or with more methods, the
-    same command goes on where it stopped: what is in the output folder is not measured again.
+    Pictures go through the same resize and crop as in training, which the checkpoint holds. Writes results.json, results.csv, and the
+    figure as PNG and SVG, of the methods that are named. Interrupted, or with more methods, the same command goes on where it stopped: what
+    is in the output folder is not measured again.
     """
     from coda_fast import baselines
     from coda_fast.evaluation import data as source
     from coda_fast.evaluation import runner
+    from coda_fast.evaluation.localisation import surest
 
     model = checkpoints.load(checkpoint, device=_device(device)).eval()
-    settings = runner.Settings(metric, side, grids, protocol, **removal)
+    settings = None if metric == runner.ACCURACY else runner.Settings(metric, side, grids, protocol, **removal)
     if data != "digits":
         safety.check_output_folder(output, [data])
     safety.check_output_folder(output)
-    safety.check_outputs(runner.outputs(output, settings), [checkpoint, data])
+    safety.check_outputs(runner.outputs(output, metric), [checkpoint, data])
     names = list(baselines.METHODS) if methods == "all" else list(dict.fromkeys(name.strip() for name in methods.split(",")))
     for name, twin in baselines.TWINS.items():
         if name in names and (methods == "all" or twin in names):
             names.remove(name)
             click.echo(f"{name} is left out: on a CoDA-Net it is {twin}, to rounding", err=True)
+    if settings is None:
+        names = []
     attributions = {name: baselines.create(name, model, **chosen) for name, chosen in _method_settings(changes, names).items()}
-    bar = lambda items, label: tqdm(items, desc=label, disable=None)  # noqa: E731
-    found = source.load(data, model, limit=limit, size=size, progress=bar)
-    for path, reason in found.skipped.items():
-        click.echo(safety.printable(f"skipped {path}: {reason}"), err=True)
-    if found.note:
-        click.echo(found.note, err=True)
-    height, width = found.images.shape[2:]
+    workers = (0 if model.layers[0].weight.device.type == "cpu" else 4) if workers is None else workers
+    listed = source.load(data, model, preprocessing=model.transform.at(size), limit=limit, workers=workers, progress=_bar)
+    if listed.note:
+        click.echo(listed.note, err=True)
+    height, width = source.first_size(listed)
     across, classes = (side, side**2) if metric == "localisation" else (1, 1)
     safety.check_explainable(model, across * height, across * width, f"data: {data}", classes)
-    description = {"checkpoint": _digest(checkpoint), "data": data, "data_digest": found.digest(), "images": len(found.images)}
-    description["skipped"] = len(found.skipped)
-    images, labels = found.images.to(next(model.parameters())), found.labels.to(next(model.parameters()).device)
-    together = safety.batch_within(model, height, width, runner.Evaluation.batch_size)
-    evaluation = runner.Evaluation(model, images, labels, settings, output, description, together)
-    try:
-        results = {name: evaluation.measure(name, a, a.settings, bar) for name, a in attributions.items()}
-    except KeyboardInterrupt:
-        click.echo(f"interrupted; the same command goes on from what is in {output}", err=True)
-        raise
-    paths = evaluation.write(results, {name: a.settings for name, a in attributions.items()})
-    click.echo(runner.markdown(results))
-    if metric == "localisation":
-        click.echo(f"{len(evaluation.work())} grids of {side} x {side}, chance {1 / side**2:.3f}")
+    found = source.survey(model, listed, batch_size=safety.batch_within(model, height, width, source.BATCH), progress=_bar)
+    for path, reason in found.skipped.items():
+        click.echo(safety.printable(f"skipped {path}: {reason}"), err=True)
+    accuracy = found.accuracy()
+    description = {"checkpoint": _digest(checkpoint), "data": data, "data_digest": found.digest, "images": len(found.names)}
+    description |= {"skipped": len(found.skipped), "preprocessing": model.transform.at(size).config(), "accuracy": accuracy}
+    if settings is None:
+        paths = runner.write_accuracy(model, found, description, output)
+    else:
+        together = safety.batch_within(model, height, width, runner.Evaluation.batch_size)
+        labels, confident = found.labels.to(next(model.parameters()).device), surest(found.labels, found.predictions, found.own)
+        evaluation = runner.Evaluation(model, found.images, labels, settings, output, description, together, confident)
+        try:
+            results = {name: evaluation.measure(name, a, a.settings, _bar) for name, a in attributions.items()}
+        except KeyboardInterrupt:
+            click.echo(f"interrupted; the same command goes on from what is in {output}", err=True)
+            raise
+        paths = evaluation.write(results, {name: a.settings for name, a in attributions.items()})
+        click.echo(runner.markdown(results))
+        if metric == "localisation":
+            click.echo(f"{len(evaluation.work())} grids of {side} x {side}, chance {1 / side**2:.3f}")
+    five = f", {accuracy['top5']:.2%} among the first five classes" if model.num_classes >= 100 else ""
+    click.echo(f"accuracy {accuracy['top1']:.2%}{five} of {accuracy['images']} images")
     if found.skipped:
-        click.echo(f"{len(found.skipped)} of {len(found.skipped) + len(images)} files could not be read and were skipped")
+        click.echo(f"{len(found.skipped)} of {len(found.skipped) + accuracy['images']} files could not be read and were skipped")
     click.echo("\n".join(map(str, paths)))
 
 
@@ -318,7 +372,7 @@ def _method_settings(changes, names):
     help="Methods beside the network's own maps (Grad,IxG,Occ5,...), or 'none'. Default: IxG,IntGrad,GCam where captum is installed.",
 )
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Of what folders hold, show this many, evenly.")
-@click.option("--size", type=click.IntRange(0, 4096), help="Scale the shorter side to this many pixels; 0: as it is. Default: the model's.")
+@_SIZE
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 def report(images, checkpoint, output, classes, methods, limit, size, device) -> None:
     """Write one HTML file that shows predictions and their contribution maps for IMAGES: files, or folders of them and of such folders.
@@ -326,47 +380,54 @@ def report(images, checkpoint, output, classes, methods, limit, size, device) ->
     The page loads nothing from elsewhere. Files that cannot be read are named on it.
     """
     from coda_fast import report as page
-    from coda_fast.images import ImageError, read_image, resize
 
     model = checkpoints.load(checkpoint, device=_device(device)).eval()
-    size = model.image_size if size is None else size
+    preprocessing = model.transform.at(size, crop=False)
     if output.exists():
         everything, _ = page.find_images(images, sys.maxsize)
         safety.check_outputs([output], [checkpoint, *(path for path, *_ in everything)])
     safety.check_output_folder(output.parent)
     files, found = page.find_images(images, limit)
-    read, names, skipped = [], [], []
-    for path, name, in_folder in files:
-        try:
-            image = read_image(path, model.image_channels)
-            image = resize(image, size, str(path)) if size else image
-        except ImageError as error:
-            if not in_folder:  # asked for by name
-                raise
-            skipped.append(str(error))
-            continue
-        read.append(image)
-        names.append(name)
-    if not read:
-        raise click.UsageError(
-            f"IMAGES: expected at least one image that can be read, got {len(files)} files" + "".join(f"; {s}" for s in skipped[:1])
-        )
-    others = (
-        None
-        if methods is None
-        else []
-        if methods.strip().lower() == "none"
-        else [name.strip() for name in methods.split(",") if name.strip()]
-    )
+    skipped, shown = [], 0
+
+    def pictures():
+        nonlocal shown
+        for path, name, in_folder in files:
+            try:
+                image, tensor = _read(path, preprocessing)
+            except ImageError as error:
+                if not in_folder:  # asked for by name
+                    raise
+                skipped.append(str(error))
+                continue
+            shown += 1
+            yield page.Picture(name, tensor, plot.View.of(image, preprocessing))
+        if not shown:
+            raise click.UsageError(
+                f"IMAGES: expected at least one image that can be read, got {len(files)} files" + "".join(f"; {s}" for s in skipped[:1])
+            )
+
+    others = None if methods is None else [name for name in map(str.strip, methods.split(",")) if name and name.lower() != "none"]
     notes = [f"Folders hold {found} image files: {limit} of them are taken, evenly; --limit sets how many."] if found > limit else []
-    bar = lambda items, label: tqdm(items, desc=label, disable=None)  # noqa: E731
-    options = dict(classes=min(classes, model.num_classes), methods=others, notes=notes, skipped=skipped, progress=bar)
-    text = page.render(model, read, names, **options)
+    options = dict(classes=min(classes, model.num_classes), methods=others, notes=notes, skipped=skipped)
+    text = page.stream(model, pictures(), progress=lambda items, label: tqdm(items, desc=label, total=len(files), disable=None), **options)
+    new_folders = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    page.write(output, text)
+    try:
+        page.write(output, text)
+    except BaseException:
+        _remove_empty(new_folders)
+        raise
     for note in notes:
         click.echo(note)
-    click.echo(f"{len(read)} images{f', {len(skipped)} that could not be read' if skipped else ''} -> {safety.printable(output)}")
+    click.echo(f"{shown} images{f', {len(skipped)} that could not be read' if skipped else ''} -> {safety.printable(output)}")
+
+
+def _remove_empty(folders):
+    """Of folders that were made for results that did not come, those that are empty."""
+    for folder in folders:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _digest(path):

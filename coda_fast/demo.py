@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from coda_fast import checkpoints, plot
 from coda_fast._version import __version__
+from coda_fast.data import digits as source
+from coda_fast.data.sources import to_float
 from coda_fast.evaluation.localisation import canvases, confident_images, draw_grids, localisation
 from coda_fast.models import CoDANet, create_model
 
@@ -99,16 +100,9 @@ def run(folder: str | os.PathLike, *, epochs: int = 30, seed: int = 0, progress:
 
 def digits(seed: int = 0) -> Data:
     """scikit-learn's digits, a quarter of them for testing."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError:
-        raise ImportError("the demo needs scikit-learn: pip install 'coda-fast[cli]'") from None
-    source = load_digits()
-    images = torch.from_numpy(source.images).float().unsqueeze(1) / 16
-    labels = torch.from_numpy(source.target).long()
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=seed, stratify=source.target)
-    return Data(images[train], labels[train], images[test], labels[test], [str(name) for name in source.target_names])
+    train, test, names = source.digits(seed)
+    images = (to_float(split.images, torch.float32) for split in (train, test))
+    return Data(next(images), train.labels, next(images), test.labels, names)
 
 
 def train(model: CoDANet, data: Data, *, epochs: int, seed: int = 0, progress: Callable | None = None) -> None:

@@ -107,8 +107,9 @@ def export_onnx(model: CoDANet, path: str | os.PathLike, *, explain: bool = Fals
 
     Input ``images`` [N, C, H, W] in [0, 1], unnormalised, any N, float32 (as everything inside, whatever the dtype of the model); output
     ``logits`` [N, classes]. With ``explain`` also the input ``target`` [N], int64, and the output ``contribution_map`` [N, H, W]: see
-    ``Explainer``. The file's metadata hold ``class_names`` (JSON), ``image_size`` (where the model names them), ``image_channels``,
-    ``logit_bias``, ``temperature``, ``coda_fast_version`` and ``torch_version``. The model stays as it is.
+    ``Explainer``. The file's metadata hold ``class_names`` (JSON), ``image_size`` (where the model names them), ``preprocessing``
+    (JSON: what a picture goes through before, see ``coda_fast.data.Preprocessing``), ``image_channels``, ``logit_bias``, ``temperature``,
+    ``coda_fast_version`` and ``torch_version``. The model stays as it is.
 
     Args:
         path: ends in ``.onnx``; missing folders are made.
@@ -232,6 +233,7 @@ def _metadata(model):
         "logit_bias": repr(float(model.logit_bias)),
         "temperature": repr(float(model.temperature)),
     }
+    found["preprocessing"] = json.dumps(model.transform.config() | {"channels": model.image_channels})
     if model.image_size is not None:
         found["image_size"] = str(model.image_size)
     if model.class_names is not None:

@@ -12,6 +12,7 @@ from torch import nn
 from coda_fast._autocast import autocasting, wide
 from coda_fast._geometry import integer, pair
 from coda_fast._wrappers import unwrap
+from coda_fast.data.preprocessing import Preprocessing
 from coda_fast.explain import MEMORY_BUDGET, Explanation, explain
 from coda_fast.functional import EPS
 from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, check_size, explanation_mode
@@ -37,7 +38,12 @@ class CoDANet(nn.Module):
         backend, save_contraction: as in ``DAUConv2d``, for all layers.
         image_channels: 3 for colour, 1 for grey images.
         image_size: native size in pixels: a hint for tools, any size is accepted.
+        preprocessing: what pictures go through before the network, which ``transform`` does: resize, crop and interpolation of
+            ``coda_fast.data.Preprocessing`` (as a dict, or one itself); None: resized and cropped to ``image_size``, if there is one.
         class_names: a hint for tools, one for each class.
+
+    Attributes:
+        transform: ``coda_fast.data.Preprocessing``: ``model(model.transform("photo.jpg")[None])``. Stored with the weights.
 
     Raises:
         ValueError, TypeError: lists of different lengths, values that a layer refuses, weights that this machine cannot hold: before
@@ -65,6 +71,7 @@ class CoDANet(nn.Module):
         bias: bool | Sequence[bool] = True,
         image_channels: int = 3,
         image_size: int | None = None,
+        preprocessing: Preprocessing | Mapping | None = None,
         class_names: Sequence[str] | None = None,
         backend: str = "auto",
         save_contraction: bool | str = "auto",
@@ -94,6 +101,7 @@ class CoDANet(nn.Module):
         image_size = None if image_size is None else _integer(image_size, "image_size", MOST)
         self.temperature, self.logit_bias = temperature, logit_bias
         self.image_channels, self.image_size = image_channels, image_size
+        self.transform = Preprocessing.of(preprocessing, image_channels, image_size)
         self.class_names = None if class_names is None else _names(class_names, out_channels[-1])
         widths = [2 * image_channels, *out_channels]
         check_size(
@@ -144,6 +152,7 @@ class CoDANet(nn.Module):
             "bias": _one([layer.bias is not None for layer in layers]),
             "image_channels": self.image_channels,
             "image_size": self.image_size,
+            "preprocessing": self.transform.config(),
             "class_names": self.class_names,
         }
 
@@ -216,11 +225,12 @@ torch.fx.wrap("_as_maps")
 
 # Published configurations (paper, appendix) and ours. "base": the rank that the override ``rank=`` replaces, others in proportion.
 _S = dict(out_channels=[16, 16, 32, 32, 32, 64, 64, 64], kernel_sizes=[3] * 8 + [1], strides=[1, 1, 2, 1, 1, 2, 1, 1, 1])
+_IMAGENET = dict(image_size=240, preprocessing=dict(resize=256, crop=240))
 _L = dict(out_channels=[16, 32, 32, 64, 64, 64, 64, 64], kernel_sizes=[7] + [3] * 8, strides=[3, 1, 1, 2, 1, 1, 2, 1, 1])
 _MODELS = {
     # name: (classes, layers, origin)
     "coda_s_cifar10": (10, dict(_S, ranks=[32] * 2 + [64] * 7, temperature=1000.0, image_size=32), "published"),
-    "coda_l_imagenet100": (100, dict(_L, ranks=[64] * 3 + [128] * 3 + [256] * 3, temperature=1e5, image_size=240), "published"),
+    "coda_l_imagenet100": (100, dict(_L, ranks=[64] * 3 + [128] * 3 + [256] * 3, temperature=1e5, **_IMAGENET), "published"),
     "coda_xs_digits": (
         10,
         dict(
@@ -261,7 +271,7 @@ _MODELS = {
     ),
     "coda_l_imagenet1k": (
         1000,
-        dict(_L, kernel_sizes=[7] + [3] * 7 + [1], ranks=[64] * 3 + [128] * 3 + [256] * 3, temperature=1e5, image_size=240),
+        dict(_L, kernel_sizes=[7] + [3] * 7 + [1], ranks=[64] * 3 + [128] * 3 + [256] * 3, temperature=1e5, **_IMAGENET),
         "coda_fast",
     ),
     "coda_xl_imagenet1k": (
@@ -272,7 +282,7 @@ _MODELS = {
             kernel_sizes=[7] + [3] * 7 + [1],
             strides=[3, 1, 1, 2, 1, 1, 2, 1, 1],
             temperature=1e5,
-            image_size=240,
+            **_IMAGENET,
         ),
         "coda_fast",
     ),
@@ -316,6 +326,8 @@ def model_config(name: str, *, num_classes: int | None = None, rank: int | None 
         if rank < 1:
             raise ValueError(f"rank: expected at least 1, got {rank!r}")
         config["ranks"] = [max(1, rank * r // config["ranks"][0]) for r in config["ranks"]]
+    if "image_size" in overrides:  # what is said of pictures is for the other size
+        config.pop("preprocessing", None)
     return config | overrides
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -23,6 +24,9 @@ from coda_fast.explain import Explanation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+    from coda_fast.data.preprocessing import Preprocessing
 
 COLOURS = "bwr"  # blue: against the class, white: nothing, red: for it, as in the paper
 PERCENTILE = 99.5
@@ -63,6 +67,104 @@ def weight_rgba(dynamic_weight: torch.Tensor, contribution_map: torch.Tensor) ->
     return np.concatenate((colour, np.clip(evidence / top, 0, 1)[..., None]), 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A picture as it was given, upright, and the part of it that a network saw, ``box``: left, top, right, bottom in its pixels."""
+
+    picture: np.ndarray  # [H, W, 3] uint8
+    box: tuple[float, float, float, float]
+
+    @classmethod
+    def of(cls, image: Image, preprocessing: Preprocessing, most: int = 1024) -> View:
+        """Of a picture of Pillow (``coda_fast.data.decode``), reduced to at most so many pixels a side."""
+        box = preprocessing.box(*image.size)
+        if (share := most / max(image.size)) < 1:
+            reduced = image.resize([max(1, round(share * side)) for side in image.size], reducing_gap=2.0)
+            across, down = (small / large for small, large in zip(reduced.size, image.size, strict=True))
+            image, box = reduced, (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+        return cls(np.asarray(image.convert("RGB")), box)
+
+    @property
+    def cropped(self) -> bool:
+        """Whether the network saw less than all of it."""
+        height, width = self.picture.shape[:2]
+        return self.box != (0.0, 0.0, float(width), float(height))
+
+    def faded(self) -> np.ndarray:
+        """The picture in pale grey, to draw over: [H, W, 3] uint8."""
+        grey = self.picture.astype(np.float32).mean(2, keepdims=True)
+        return np.repeat(215 + 0.16 * grey, 3, 2).astype(np.uint8)
+
+    def with_map(self, colours: np.ndarray, side: int) -> np.ndarray:
+        """The colours of a map [h, w, 3] uint8, where they belong on the faded picture, whose shorter side gets about ``side`` pixels; all
+        pixels of the map of one size, which is a whole number. Without a crop, the map.
+        """
+        if not self.cropped:
+            return colours
+        return self._composed(self.faded(), colours, side)
+
+    def with_crop(self, colours: np.ndarray, side: int) -> np.ndarray:
+        """The picture, faded but for what the network saw, in the size of ``with_map``; without a crop, what it saw, ``colours``."""
+        if not self.cropped:
+            return colours
+        left, top, right, bottom = (round(x) for x in self.box)
+        page = self.faded()
+        page[top:bottom, left:right] = self.picture[top:bottom, left:right]
+        return self._composed(page, None, side, colours.shape)
+
+    def _composed(self, page, colours, side, shape=None):
+        from PIL import Image
+
+        height, width = (colours.shape if shape is None else shape)[:2]
+        left, top, right, bottom = self.box
+        pixel = max(1, round(side / min(page.shape[:2]) * (right - left) / width))  # of the map, in pixels of the page
+        across, down = pixel * width / (right - left), pixel * height / (bottom - top)
+        whole = max(1, round(page.shape[1] * across)), max(1, round(page.shape[0] * down))
+        canvas = Image.fromarray(page).resize(whole, Image.Resampling.BILINEAR)
+        if colours is not None:
+            enlarged = Image.fromarray(colours).resize((pixel * width, pixel * height), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (round(left * across), round(top * down)))
+        return np.array(canvas)
+
+
+def show_view(axes: Axes, view: View, title: str = "") -> None:
+    """Draw a picture as it was given; of a cropped one, what the network did not see is faded, and a line is drawn around the rest."""
+    height, width = view.picture.shape[:2]
+    axes.imshow(view.faded() if view.cropped else view.picture, extent=(0, width, height, 0))
+    if view.cropped:
+        left, top, right, bottom = (round(x) for x in view.box)
+        axes.imshow(view.picture[top:bottom, left:right], extent=(left, right, bottom, top))
+        _outline(axes, view)
+    _bare(axes, title)
+
+
+def _under(axes, view):
+    """The faded picture below what is drawn over a part of it; where that goes, as ``extent`` of ``imshow``."""
+    if view is None:
+        return None
+    height, width = view.picture.shape[:2]
+    if view.cropped:
+        axes.imshow(view.faded(), extent=(0, width, height, 0))
+    left, top, right, bottom = view.box
+    return left, right, bottom, top
+
+
+def _over(axes, view):
+    """Back to all of the picture, after a part of it was drawn over."""
+    if view is not None:
+        height, width = view.picture.shape[:2]
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        if view.cropped:
+            _outline(axes, view)
+
+
+def _outline(axes, view):
+    left, top, right, bottom = view.box
+    axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="0.3", linewidth=0.8)
+    height, width = view.picture.shape[:2]
+    axes.set(xlim=(0, width), ylim=(height, 0))
+
+
 def show_image(axes: Axes, image: torch.Tensor, title: str = "") -> None:
     """Draw ``image`` [C, H, W] in [0, 1]."""
     pixels = image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
@@ -70,17 +172,26 @@ def show_image(axes: Axes, image: torch.Tensor, title: str = "") -> None:
     _bare(axes, title)
 
 
-def show_map(axes: Axes, contribution_map: torch.Tensor, scale: float, title: str = ""):
-    """Draw a contribution map [H, W] in red (for) and blue (against), white at 0, saturated at +-``scale``; returns the artist."""
-    pixels = contribution_map.detach().cpu().float().numpy()
-    artist = axes.imshow(pixels, cmap=COLOURS, vmin=-scale, vmax=scale, interpolation="nearest")
+def show_map(axes: Axes, contribution_map: torch.Tensor, scale: float, title: str = "", view: View | None = None):
+    """Draw a contribution map [H, W] in red (for) and blue (against), white at 0, saturated at +-``scale``, over the picture of ``view`` if
+    there is one; returns the artist.
+    """
+    pixels, extent = contribution_map.detach().cpu().float().numpy(), _under(axes, view)
+    artist = axes.imshow(pixels, cmap=COLOURS, vmin=-scale, vmax=scale, interpolation="nearest", extent=extent)
+    _over(axes, view)
     _bare(axes, title)
     return artist
 
 
-def show_weight(axes: Axes, dynamic_weight: torch.Tensor, contribution_map: torch.Tensor, title: str = "") -> None:
-    """Draw ``weight_rgba`` on white."""
-    axes.imshow(weight_rgba(dynamic_weight, contribution_map), interpolation="nearest")
+def show_weight(
+    axes: Axes, dynamic_weight: torch.Tensor, contribution_map: torch.Tensor, title: str = "", view: View | None = None
+) -> None:
+    """Draw ``weight_rgba`` on white, at its place in the picture of ``view`` if there is one."""
+    extent = _under(axes, view)
+    if view is not None and view.cropped:
+        axes.imshow(np.ones((1, 1, 3)), extent=extent)
+    axes.imshow(weight_rgba(dynamic_weight, contribution_map), interpolation="nearest", extent=extent)
+    _over(axes, view)
     _bare(axes, title)
 
 
@@ -103,6 +214,7 @@ def explanation_figure(
     logit_bias: float,
     class_names: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
+    views: Sequence[View] | None = None,
 ) -> Figure:
     """One row for each image: the image, a contribution map for each explained class, and, of an encoded image in grey or colour
     (``layer=None``), the dynamic weight of the first of them.
@@ -115,6 +227,7 @@ def explanation_figure(
         logit_bias: ``model.logit_bias``.
         class_names: one for each class; numbers if None.
         labels: the true class of each image, written above it.
+        views: the pictures as they were given: they are drawn in place of ``images``, and all maps over them, where they belong.
 
     Raises:
         ValueError: images and explanation that do not belong together. ImportError: matplotlib is not installed.
@@ -131,7 +244,8 @@ def explanation_figure(
         text = " ".join(str(class_names[number]).split()) if class_names else f"class {number}"
         return _shortened(text, 20)  # or titles run into each other
 
-    aspect = min(4.0, max(0.25, images.shape[2] / images.shape[3]))  # a strip is drawn small rather than on a page of metres
+    shape = images.shape[2:] if not views else views[0].picture.shape
+    aspect = min(4.0, max(0.25, shape[0] / shape[1]))  # a strip is drawn small rather than on a page of metres
     weighted = encoded and explanation.dynamic_weight.shape[2] in (2, 6)  # or there is no picture of it
     columns = classes + 1 + weighted
     figure = new_figure(width=2.3 * columns + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
@@ -141,15 +255,19 @@ def explanation_figure(
     scale = symmetric_scale(explanation.contribution_map)
     sigmoid = explanation.logits.sigmoid()
     for i in range(count):
-        show_image(axes[i, 0], images[i], "image" if labels is None else f"image: {name(int(labels[i]))}")
+        view, title = None if views is None else views[i], "image" if labels is None else f"image: {name(int(labels[i]))}"
+        if view is None:
+            show_image(axes[i, 0], images[i], title)
+        else:
+            show_view(axes[i, 0], view, title)
         for k in range(classes):
             target = int(explanation.target[i, k])
             title = f"{name(target)}: {probability(float(sigmoid[i, target]))}"
-            artist = show_map(axes[i, k + 1], explanation.contribution_map[i, k], scale, title)
+            artist = show_map(axes[i, k + 1], explanation.contribution_map[i, k], scale, title, view if encoded else None)
             axes[i, k + 1].set_xlabel(proof(explanation, i, k, logit_bias), fontsize=7)
         if weighted:
             title = f"weight of {name(int(explanation.target[i, 0]))}"
-            show_weight(axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title)
+            show_weight(axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title, view)
     if count:
         colour_bar(figure, artist, axes)
     return figure

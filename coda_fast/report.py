@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ import torch
 from coda_fast import __version__, baselines, plot
 from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
-from coda_fast.evaluation.data import SUFFIXES
+from coda_fast.data import listing
 from coda_fast.models import CoDANet
-from coda_fast.safety import batch_within, check_explainable, printable, walk
+from coda_fast.safety import batch_within, check_explainable, printable
 
 SHOWN = 160  # pixels of a picture's shorter side on the page; sharp squares, not blurred, when enlarged
 METHODS = ("IxG", "IntGrad", "GCam")  # by default: some passes an image, where occlusion and RISE take thousands of a large one
@@ -51,7 +52,6 @@ _PAGE = """<!doctype html>
 <p>Every logit is the bias {{ bias }} plus the sum of the contributions of all pixels, exactly; the completeness error beside each map is
 what rounding leaves of that. Red speaks for the class, blue against it: <span class="bar"></span></p>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}
-{% if skipped %}<p>Not shown, because they could not be read: {{ skipped | join("; ") }}.</p>{% endif %}
 {% for item in items %}
 <section>
 <h2>{{ item.name }}: {{ item.prediction }}</h2>
@@ -73,6 +73,7 @@ what rounding leaves of that. Red speaks for the class, blue against it: <span c
 <div class="row">{% for f in item.layers %}{{ figure(f) }}{% endfor %}</div>
 </section>
 {% endfor %}
+{% if skipped %}<p>Not shown, because they could not be read: {{ skipped | map("printable") | join("; ") }}.</p>{% endif %}
 </body>
 </html>
 """
@@ -82,10 +83,24 @@ _FIGURE = (
 )
 
 
-def render(
+class Picture(NamedTuple):
+    """A picture of the page: its caption, [C, H, W] in [0, 1] as the network takes it, and as it was given, if that is another."""
+
+    name: str
+    image: torch.Tensor
+    view: plot.View | None = None
+
+
+def render(model: CoDANet, images: Sequence[torch.Tensor], names: Sequence[str], **options) -> str:
+    """The page of images [C, H, W] in [0, 1], of any sizes, with their captions, as one text; ``options`` and errors as of ``stream``."""
+    if not images or len(images) != len(names):
+        raise ValueError(f"images: expected at least one and a name for each, got {len(images)} images and {len(names)} names")
+    return "".join(stream(model, list(map(Picture, names, images)), **options))
+
+
+def stream(
     model: CoDANet,
-    images: Sequence[torch.Tensor],
-    names: Sequence[str],
+    pictures: Iterable[Picture],
     *,
     classes: int = 3,
     methods: Sequence[str] | None = None,
@@ -94,18 +109,18 @@ def render(
     notes: Sequence[str] = (),
     skipped: Sequence[str] = (),
     progress: Callable[[Iterable, str], Iterable] | None = None,
-) -> str:
-    """The page as text, nothing loaded from elsewhere.
+) -> Iterator[str]:
+    """The page in pieces, nothing loaded from elsewhere: a picture is asked for and explained when its piece is.
 
     Args:
-        images: each [C, H, W] in [0, 1], of any sizes; ``names``: their captions.
         classes: how many of the most likely classes get a map.
         methods: names of ``coda_fast.baselines`` beside the network's own maps, none if empty; two that are the same on a CoDA-Net are
             one column. None: ``METHODS``, or none where captum is missing, which the page then says.
-        notes, skipped: sentences, and files that could not be read and why, for the top of the page.
+        notes: sentences for the top of the page.
+        skipped: files that could not be read and why, for its end, where it is looked at for the first time.
 
     Raises:
-        ValueError: no images, unknown methods, images that the model cannot take, or whose explanation this machine cannot hold.
+        ValueError: unknown methods, images that the model cannot take, or whose explanation this machine cannot hold.
         ImportError: jinja2 or matplotlib is missing, or captum for methods that are asked for.
     """
     try:
@@ -113,8 +128,6 @@ def render(
     except ImportError:
         raise ImportError("the report needs jinja2: pip install jinja2") from None
     model = need_network(model)
-    if not images or len(images) != len(names):
-        raise ValueError(f"images: expected at least one and a name for each, got {len(images)} images and {len(names)} names")
     if not 1 <= classes <= model.num_classes:
         raise ValueError(f"classes: expected 1 to {model.num_classes}, got {classes}")
     try:
@@ -123,15 +136,13 @@ def render(
         if methods is not None:
             raise
         attributions, notes = {}, [*notes, f"No other methods are shown: {error}."]
-    names, skipped = [printable(name) for name in names], [printable(reason) for reason in skipped]
-    for image, name in zip(images, names, strict=True):
-        check_explainable(model, *image.shape[-2:], name, classes)
-    pairs = list(zip(images, names, strict=True))
-    items = [_item(model, image, name, classes, attributions) for image, name in (progress(pairs, "report") if progress else pairs)]
+    items = (_item(model, picture, classes, attributions) for picture in (progress(pictures, "report") if progress else pictures))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    environment.filters["printable"] = printable
     page = environment.from_string(_FIGURE + _PAGE)
     subtitle = subtitle or f"{sum(p.numel() for p in model.parameters()):,} parameters, T = {model.temperature:g}; coda_fast {__version__}"
-    return page.render(title=title, subtitle=subtitle, bias=f"{model.logit_bias:.3f}", items=items, notes=list(notes), skipped=skipped)
+    bias = f"{model.logit_bias:.3f}"
+    return page.generate(title=title, subtitle=subtitle, bias=bias, items=items, notes=list(notes), skipped=skipped)
 
 
 def find_images(paths: Iterable[Path], limit: int) -> tuple[list[tuple[Path, str, bool]], int]:
@@ -146,7 +157,7 @@ def find_images(paths: Iterable[Path], limit: int) -> tuple[list[tuple[Path, str
     listed = []
     for path in paths:
         if path.is_dir():
-            listed += [(file, file.relative_to(path).as_posix(), True) for file in _walk(path)]
+            listed += [(file, file.relative_to(path).as_posix(), True) for file in listing.pictures(path)]
         else:
             listed.append((path, path.name, False))
     found = [i for i, (*_, in_folder) in enumerate(listed) if in_folder]
@@ -154,23 +165,10 @@ def find_images(paths: Iterable[Path], limit: int) -> tuple[list[tuple[Path, str
     return [entry for i, entry in enumerate(listed) if i in kept or not entry[2]], len(found)
 
 
-def write(path: str | Path, page: str) -> None:
-    """The page as a file, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-
-
-def _walk(root):
-    """Image files below a folder, in order; a folder that links lead back to counts once."""
-    files = []
-    for folder, below, names in walk(root, onerror=_raise):
-        below[:] = [name for name in below if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
-    return sorted(files)
-
-
-def _raise(error):
-    raise error
+def write(path: str | Path, page: str | Iterable[str]) -> None:
+    """The page, or its pieces, as a file, whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines([page] if isinstance(page, str) else page)
 
 
 _PAIRS = [(method, twin) for twin, method in baselines.TWINS.items()]
@@ -186,7 +184,9 @@ def _columns(methods):
     return columns
 
 
-def _item(model, image, name, classes, attributions):
+def _item(model, picture, classes, attributions):
+    name, image, view = printable(picture.name), picture.image, picture.view
+    check_explainable(model, *image.shape[-2:], name, classes)
     batch = image[None].to(next(model.parameters()))
     with torch.no_grad():
         logits = model(batch)
@@ -211,15 +211,15 @@ def _item(model, image, name, classes, attributions):
     return {
         "name": name,
         "prediction": f"{rows[0]['name']} ({plot.probability(float(logits[0, top[0, 0]].sigmoid()))})",
-        "image": _picture(image, f"{image.shape[2]} x {image.shape[1]} pixels"),
+        "image": _picture(image, view),
         "classes": rows,
         "scale": f"{scale:.2g}",
         "maps": [
-            _map(m, scale, f"why {row['name']}" if k == 0 else f"why {row['name']}?")
+            _map(m, scale, f"why {row['name']}" if k == 0 else f"why {row['name']}?", view)
             for k, (m, row) in enumerate(zip(maps, rows, strict=True))
         ],
-        "methods": [_map(m, plot.symmetric_scale(m), method) for method, m in others],
-        "layers": [_map(m, plot.symmetric_scale(m), f"layer {i + 1}, {m.shape[1]} x {m.shape[0]}") for i, m in layers],
+        "methods": [_map(m, plot.symmetric_scale(m), method, view) for method, m in others],
+        "layers": [_map(m, plot.symmetric_scale(m), f"layer {i + 1}, {m.shape[1]} x {m.shape[0]}", view) for i, m in layers],
     }
 
 
@@ -231,16 +231,20 @@ def _within(attribution, model, image):
     return dataclasses.replace(attribution, settings=settings)
 
 
-def _map(values, scale, caption):
+def _map(values, scale, caption, view):
     import matplotlib
 
     shade = matplotlib.colormaps[plot.COLOURS]((values.detach().double().cpu().numpy() / scale + 1) / 2)
-    return _figure(np.round(255 * shade[..., :3]).astype(np.uint8), caption)
+    colours = np.round(255 * shade[..., :3]).astype(np.uint8)
+    return _figure(colours if view is None else view.with_map(colours, SHOWN), caption)
 
 
-def _picture(image, caption):
+def _picture(image, view):
     pixels = image.detach().float().cpu().clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
-    return _figure(np.round(255 * pixels).astype(np.uint8), caption)
+    pixels, caption = np.round(255 * pixels).astype(np.uint8), f"{image.shape[2]} x {image.shape[1]} pixels"
+    if view is not None and view.cropped:
+        return _figure(view.with_crop(pixels, SHOWN), f"what the network saw: {caption} of the middle")
+    return _figure(pixels, caption)
 
 
 def _figure(pixels, caption):

@@ -7,10 +7,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from coda_fast.data.preprocessing import Preprocessing
 from coda_fast.explain import Explanation
 from coda_fast.models import CoDANet, create_model, list_models, model_config
 from coda_fast.nn import DAUConv2d, SumPool2d
@@ -196,22 +199,40 @@ class TimmCoDANet(CoDANet):
 def _default_cfg(name):
     """What timm's data pipeline and checkpoint loading ask about a model. Mean 0 and deviation 1: CoDA-Nets take pixels in [0, 1]."""
     network = create_model(name, device="meta")
-    size = (network.image_size, network.image_size)
-    pool_size = size
+    cfg = _data_cfg(network.transform)
+    pool_size = cfg["input_size"][1:]
     for layer in network.layers[:-1]:
         pool_size = layer.geometry.output_size(*pool_size)
-    channels = network.image_channels
-    return dict(
-        input_size=(channels, *size),
+    return cfg | dict(
         num_classes=network.num_classes,
-        mean=(0.0,) * channels,
-        std=(1.0,) * channels,
-        crop_pct=1.0,
-        interpolation="bilinear",
         pool_size=pool_size,
         first_conv="layers.0",
         classifier=f"layers.{len(network.layers) - 1}",
     )
+
+
+def _data_cfg(transform):
+    """Preprocessing in timm's terms: with these, its pipeline makes of an upright, opaque picture of 8 bits what ``transform`` does."""
+    channels, crop = transform.channels, transform.crop
+    cfg = dict(mean=(0.0,) * channels, std=(1.0,) * channels, interpolation=transform.interpolation, crop_mode="center", crop_pct=1.0)
+    if crop is None:  # timm crops always: to what the network's name says
+        return cfg
+    share = crop / transform.resize
+    if math.floor(crop / share) != transform.resize:  # so timm finds the size to resize to
+        share = math.nextafter(share, 0.0)
+    return cfg | dict(input_size=(channels, crop, crop), crop_pct=share)
+
+
+def _transform_of(cfg, transform):
+    """The same the other way: what a configuration of timm, of a checkpoint perhaps, says of preprocessing."""
+    height, width = cfg["input_size"][1:]
+    if height != width or cfg.get("crop_mode", "center") != "center":
+        return transform
+    resize = math.floor(height / cfg["crop_pct"])
+    try:
+        return Preprocessing(transform.channels, resize, height, cfg["interpolation"])
+    except ValueError:  # timm's "random", say
+        return transform
 
 
 def _network(name, *, num_classes, in_chans, global_pool="sum", drop_rate=0.0, **overrides):
@@ -232,7 +253,7 @@ def _fit_state_dict(state_dict, model):
 
 def _entrypoint(name):
     def create(pretrained: bool = False, **options) -> nn.Module:
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             lambda **kwargs: _network(name, **kwargs),
             name,
             pretrained,
@@ -240,6 +261,12 @@ def _entrypoint(name):
             feature_cfg={"out_indices": None, "feature_cls": "getter"},  # None: all
             **options,
         )
+        if isinstance(model, TimmCoDANet):  # not one that gives features alone
+            if options.keys() & {"preprocessing", "image_size"}:
+                model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **_data_cfg(model.transform)}
+            else:
+                model.transform = _transform_of(model.pretrained_cfg, model.transform)
+        return model
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"``coda_fast.create_model({name!r})`` for timm; ``options``: of it, of ``TimmCoDANet`` and of ``timm.create_model``."

@@ -14,15 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from coda_fast import plot
 from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
-from coda_fast.images import resize
-from coda_fast.plot import COLOURS, pieces, probability
+from coda_fast.data.errors import ImageError
 from coda_fast.safety import MOST_PIXELS, NotAFile, batch_within, check_explainable, open_file
 
 PERCENTILE = 99.75  # of absolute contributions over the video, as published
 SIDE = 256  # pixels of a panel's shorter side, at least
-GREY = 16  # levels of 255 by which the channels of a grey frame may differ: lossy codecs store colour apart from brightness
 _ENDINGS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 _BINS, _LOW, _HIGH = 36_000, -12.0, 6.0  # decades; a bin is 0.1 % wide
 
@@ -80,26 +79,28 @@ def explain_video(
     """Write the frames of ``source`` as the network sees them (left) beside their contribution maps (right), without sound.
 
     The file is decoded once for each thing to find (class, scale) and once to write, so memory does not grow with its length. Frames are
-    turned upright (rotation metadata); pixels that are not square are taken as stored. A model of one channel takes grey videos only, as
-    ``read_image`` takes grey images: channels that differ by at most ``GREY`` levels of 255.
+    turned upright (rotation metadata); pixels that are not square are taken as stored. They go through ``model.transform`` like pictures:
+    where it crops, the clip shows whole frames, faded but for what the network sees, and the maps where they belong.
 
     Args:
         target_path: its ending gives the format (.mp4, .gif ...); appears only when complete.
         target: class; None: the one predicted for most frames.
         start, end: seconds from the first frame; ``end`` is excluded.
         crop: x, y, width, height in pixels of the upright source.
-        size: pixels of the shorter side for the network; None: the model's, 0: as it is.
+        size: whole frames, of so many pixels of the shorter side; 0: as they are; None: resized and cropped as the model says.
         scale: end of the colour scale in logits; None: the ``PERCENTILE`` of absolute contributions over the video.
         batch: frames explained at once, fewer where they are so large that the network would take more than a GiB for them.
         progress: called after each batch of each pass with its number of frames and the number of all passes together (by what the
             container says of its length; None if it says nothing).
 
     Raises:
-        VideoError: not a video, no frame in the range, a crop outside the frame, frames of several sizes, colour where grey is needed, a
-            class that does not exist, a scale or a time that is not a positive number, logits that are not finite, frames that this
-            machine cannot hold, a file that cannot be written (disk full ...).
+        VideoError: not a video, no frame in the range, a crop outside the frame, frames of several sizes, a class that does not exist, a
+            scale or a time that is not a positive number, logits that are not finite, frames that this machine cannot hold, a file that
+            cannot be written (disk full ...).
         ImportError: PyAV or matplotlib is missing. A damaged end is a warning: what could be decoded is explained.
     """
+    from PIL import Image
+
     model = need_network(model)
     if target is not None and not 0 <= target < model.num_classes:
         raise VideoError(f"target: expected a class from 0 to {model.num_classes - 1}, got {target}")
@@ -107,7 +108,7 @@ def explain_video(
         raise VideoError(f"scale: expected a positive number, got {scale}")
     if not 0 <= start < float("inf") or (end is not None and not start < end < float("inf")):
         raise VideoError(f"start, end: expected seconds with 0 <= start < end, got {start} and {end}")
-    size = model.image_size if size is None else size
+    preprocessing = model.transform.at(size, crop=False)
     # 0.2 s is 1/5, not the binary fraction above it
     start = Fraction(start).limit_denominator(10**6)
     end = None if end is None else Fraction(end).limit_denominator(10**6)
@@ -118,16 +119,14 @@ def explain_video(
     def batches():
         frames, together = [], None
         for pixels, time in _frames(source, start, end, crop):
-            image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-            if model.image_channels == 1:
-                if np.ptp(pixels, axis=2).max() > GREY:
-                    raise VideoError(f"{source}: expected grey frames (1 channel), got colour; convert the video first")
-                image = image.mean(0, keepdim=True)
-            image = resize(image, size, str(source)) if size else image
+            try:
+                image = torch.from_numpy(preprocessing.pixels(pixels, os.fspath(source))).float() / 255
+            except ImageError as error:  # scaled, it would be too large
+                raise VideoError(str(error)) from None
             if together is None:  # frames are of one size
                 check_explainable(model, *image.shape[1:], str(source))
                 together = batch_within(model, *image.shape[1:], batch)
-            frames.append((image, time))
+            frames.append((image, time, pixels if preprocessing.crop is not None else None))
             if len(frames) == together:
                 yield frames
                 report(frames)
@@ -141,7 +140,7 @@ def explain_video(
             progress(len(frames), total)
 
     def tensor(frames):
-        return torch.stack([image for image, _ in frames]).to(parameter)
+        return torch.stack([image for image, *_ in frames]).to(parameter)
 
     votes = torch.zeros(model.num_classes, dtype=torch.long)
     for frames in batches() if target is None else ():
@@ -170,8 +169,9 @@ def explain_video(
                 explanation = _explained(model, tensor(frames), target, source)
                 sure = explanation.logits[:, target].sigmoid().tolist()
                 worst = max(worst, float(explanation.completeness_error.max()))
-                for (image, time), contribution, p in zip(frames, explanation.contribution_map[:, 0].cpu(), sure, strict=True):
-                    writer.write(_picture(image, contribution, scale, name, probability(p)), time)
+                for (image, time, pixels), contribution, p in zip(frames, explanation.contribution_map[:, 0].cpu(), sure, strict=True):
+                    view = None if pixels is None else plot.View.of(Image.fromarray(pixels), preprocessing)
+                    writer.write(_picture(image, contribution, scale, name, plot.probability(p), view), time)
                 count += len(frames)
             if not count:
                 raise VideoError(f"{source}: no frame from {float(start):g} s to {'the end' if end is None else f'{float(end):g} s'}")
@@ -309,15 +309,17 @@ def _font(size, file=None):
     return ImageFont.truetype(file or os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
-def _picture(image, contribution, scale, name, sure):
+def _picture(image, contribution, scale, name, sure, view=None):
     """[H, W, 3] uint8, even sides: frame and map; below them the class with its probability and the colour scale."""
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
 
-    colours = colormaps[COLOURS]
+    colours = colormaps[plot.COLOURS]
     left = (image.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
     right = colours((contribution.float().numpy() / scale).clip(-1, 1) / 2 + 0.5, bytes=True)[..., :3]
-    factor = max(1, -(-SIDE // min(left.shape[:2])))
+    if view is not None:
+        left, right = view.with_crop(left, SIDE), view.with_map(right, SIDE)
+    factor = max(1, -(-SIDE // min(left.shape[:2]))) if view is None or not view.cropped else 1
     left, right = (panel.repeat(factor, 0).repeat(factor, 1) for panel in (left, right))
     height, width = left.shape[:2]
     unit = max(1, width // SIDE)  # of everything below, so that it is legible beside large panels too
@@ -333,7 +335,7 @@ def _picture(image, contribution, scale, name, sure):
 
     def caption(kept):  # in pieces, each with its font: Pillow draws with one at a time
         text = f"{name}: {sure}" if kept == len(name) else f"{name[:kept].rstrip()}\u2026: {sure}"
-        return [(piece, _font(14 * unit, file)) for piece, file in pieces(text)]
+        return [(piece, _font(14 * unit, file)) for piece, file in plot.pieces(text)]
 
     kept = len(name)
     while sum(font.getlength(piece) for piece, font in caption(kept)) > width - 8 * unit and kept:

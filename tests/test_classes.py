@@ -107,7 +107,7 @@ def test_files_of_medmnist(net, tmp_path):
     for names in (("images", "labels"), ("test_images", "test_labels")):
         np.savez(tmp_path / "data.npz", **dict(zip(names, (pixels, labels), strict=True)))
         found = evaluation_data.load(tmp_path / "data.npz", net)
-        assert torch.equal(found.labels, LABELS)
+        assert torch.equal(found.source.labels, LABELS)
     np.savez(tmp_path / "data.npz", images=pixels, labels=labels.repeat(2, 1))
     with pytest.raises(ValueError, match="as many labels"):
         evaluation_data.load(tmp_path / "data.npz", net)

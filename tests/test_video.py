@@ -194,11 +194,34 @@ def test_refuses_logits_that_are_not_finite(model, clip, tmp_path, options):
 
 
 def test_colour_where_grey_is_needed(model, tmp_path):
+    """Turned grey as pictures are."""
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 200
     clip = write_clip(tmp_path / "red.mp4", [red])
-    with pytest.raises(VideoError, match="expected grey frames"):
-        explain_video(model, clip, tmp_path / "out.mp4")
+    explain_video(model, clip, tmp_path / "out.mp4", size=0)
+    ((frame, _),) = frames_of(tmp_path / "out.mp4")
+    assert abs(frame[4:252:8, 4:252:8].astype(int) - round(0.299 * 200)).max() <= 6
+
+
+def test_crops_are_shown(model, tmp_path):
+    """By default what the network was trained on: the middle. The rest is faded on both sides; size=0 takes whole frames."""
+    pixels = np.full((32, 64, 3), 40, np.uint8)
+    clip = write_clip(tmp_path / "wide.mp4", [pixels] * 2)
+    explain_video(model, clip, tmp_path / "out.mp4", target=0)
+    frame = frames_of(tmp_path / "out.mp4")[0][0].astype(int)
+    assert model.transform.box(64, 32) == (16, 0, 48, 32)
+    picture, contributions = frame[:256, :512], frame[:256, 520:1032]
+    for panel in (picture, contributions):  # what the network did not see
+        assert abs(panel[8:248, 8:120] - (215 + 0.16 * 40)).max() <= 8
+        assert abs(panel[8:248, 392:504] - (215 + 0.16 * 40)).max() <= 8
+    assert abs(picture[8:248, 136:376] - 40).max() <= 8
+    image = model.transform(pixels)[None]
+    contribution = model.explain(image, 0).contribution_map[0, 0].numpy()
+    seen = contributions[16:256:32, 144:384:32]  # the centres of 8 x 8 pixels, enlarged 32 times
+    red, blue = seen[..., 0] > seen[..., 2] + 30, seen[..., 2] > seen[..., 0] + 30
+    assert ((contribution > 0) | ~red).all()
+    assert ((contribution < 0) | ~blue).all()
+    assert red.any() or blue.any()
 
 
 def test_rotation(model, tmp_path):

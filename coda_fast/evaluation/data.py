@@ -1,207 +1,231 @@
-"""Labelled images to evaluate on: folders of classes, .npz files, or scikit-learn's digits."""
+"""Labelled pictures to evaluate on, read as they are needed: folders of classes, .npz files, or scikit-learn's digits."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from coda_fast.images import ImageError, check_pixels, read_image, resize
-from coda_fast.safety import need_memory, read_npz
+from coda_fast.data import arrays, listing
+from coda_fast.data.decode import check_pixels
+from coda_fast.data.digits import digits
+from coda_fast.data.errors import DataError, ImageError
+from coda_fast.data.preprocessing import Preprocessing
+from coda_fast.data.sources import Arrays, Folder, of_one_size, to_float
+from coda_fast.evaluation import _common as common
+from coda_fast.safety import need_memory
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
+BATCH = 64  # pictures that are read and classified at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """images [N, C, H, W] in [0, 1]; labels [N]; what was skipped, and why, by file; ``note``: what to know of the labels."""
+    """A set that has been listed, not read; what is known to be unreadable, and why, by name; ``note``: what to know of the labels."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    source: Arrays | Folder
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     note: str = ""
 
-    def digest(self) -> str:
-        """Of pixels and labels: the same data, the same digest."""
-        found = hashlib.sha256(str(tuple(self.images.shape)).encode())
-        for tensor in (self.images, self.labels):
-            found.update(tensor.contiguous().numpy().tobytes())
-        return found.hexdigest()[:16]
+    def __len__(self) -> int:
+        return len(self.source)
 
 
 def load(
     source: str | Path,
     model,
     *,
+    preprocessing: Preprocessing | None = None,
     limit: int | None = None,
-    size: int | None = None,
+    workers: int = 0,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> Labelled:
     """The images of ``source`` as ``model`` takes them, the first ``limit`` in order (of a folder: evenly from all classes).
 
     Args:
         source: "digits" (scikit-learn, the test half of the demo); an .npz file with ``images`` [N, H, W(, C)] uint8 and ``labels``
-            [N] or [N, 1] (or ``test_images``, ``test_labels``), or with ``test_jpeg``, ``test_offset``, ``test_label`` (JPEGs end to end;
-            ``test_lossless_idx``, ``test_lossless_rgb`` replace some); or a folder with a folder of image files for each class, in the
-            order of the names or by ``model.class_names``.
-        size: scale the shorter side and crop the middle to this many pixels, square; None: all images must have one size.
+            [N] or [N, 1], or as training reads it (``test_images``, ``test_labels``, or JPEGs: ``coda_fast.data.arrays``); or a folder
+            with a folder of image files for each class, at any depth, in the order of the names or by ``model.class_names``.
+        preprocessing: None: the model's own ``transform``.
+        workers: processes that decode files, beside this one.
 
     Raises:
-        ValueError: nothing there, no images, mixed sizes, classes that the model does not have. A file that cannot be read among others
-        that can is skipped and named in ``skipped``.
+        DataError (a ValueError): nothing there, no images, classes that the model does not have.
     """
-    path = Path(source)
+    path, wanted = Path(source), model.transform if preprocessing is None else preprocessing
+    skipped, note = {}, ""
     if str(source) == "digits":
-        from coda_fast.demo import digits
-
-        data = digits()
-        found = _cropped(Labelled(data.test_images[:limit], data.test_labels[:limit]), size)
+        found = _fitted(digits()[1], wanted, limit)
     elif path.is_dir():
-        found = _folder(path, model, limit, size, progress)
+        files, note = _files(path, model, limit)
+        found = Folder(files, wanted, workers)
     elif path.suffix == ".npz" and path.exists():
-        found = _cropped(_npz(path, model, limit, progress), size)
+        try:
+            split = _npz(path, model.image_channels, limit, progress)
+        except DataError as error:
+            raise DataError(f"data: {error}") from None
+        found, skipped = _fitted(split.arrays, wanted), dict(split.failures)
     else:
-        raise ValueError(f"data: expected 'digits', an .npz file or a folder of classes, got {str(source)!r}")
-    if not len(found.images):
-        raise ValueError(f"data: no images in {source}")
-    if found.images.shape[1] != model.image_channels:
-        raise ValueError(f"data: the model takes {model.image_channels} channels, the images of {source} have {found.images.shape[1]}")
-    if int(found.labels.max()) >= model.num_classes or int(found.labels.min()) < 0:
-        raise ValueError(f"data: the model has classes 0 to {model.num_classes - 1}, {source} has labels up to {int(found.labels.max())}")
-    return found
+        raise DataError(f"data: expected 'digits', an .npz file or a folder of classes, got {str(source)!r}")
+    if not len(found):
+        raise DataError(f"data: no images in {source}")
+    labels = found.labels if isinstance(found, Arrays) else torch.tensor([label for _, label in found.files])
+    if int(labels.max()) >= model.num_classes:
+        raise DataError(f"data: the model has classes 0 to {model.num_classes - 1}, {source} has labels up to {int(labels.max())}")
+    return Labelled(found, skipped, note)
 
 
-def _folder(path, model, limit, size, progress):
-    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not classes:
-        raise ValueError(f"data: expected a folder for each class in {path}, got none")
+def _npz(path, channels, limit, progress):
+    options = dict(channels=channels, limit=limit, progress=progress)
+    try:
+        (split,), _ = arrays.read_arrays(path, [""], **options)
+    except arrays.NoArrays:
+        (split,), _ = arrays.read_arrays(path, ["test"], **options)
+    return split
+
+
+def _files(path, model, limit):
+    """(path, class) of the pictures of a folder of classes, and how labels were found if that was a guess."""
+    try:
+        found = listing.labelled_pictures(path)
+    except OSError as error:
+        raise DataError(f"data: {path}: {error.strerror or error}") from None
+    if not found:
+        raise DataError(f"data: expected a folder for each class in {path}, got none")
     names, note = model.class_names or [], ""
-    unknown = [c.name for c in classes if c.name not in names]
+    unknown = [name for name in found if name not in names]
     if not unknown:
-        labels = [names.index(c.name) for c in classes]
-    elif len(unknown) < len(classes):  # a wrong guess would give wrong numbers without a word
-        raise ValueError(f"data: expected folders named after classes of the model, in {path} others are not: {', '.join(unknown[:5])}")
-    elif len(classes) > model.num_classes or (names and len(classes) < model.num_classes):
-        raise ValueError(
-            f"data: the model has {model.num_classes} classes, {path} has {len(classes)} folders"
+        labels = [names.index(name) for name in found]
+    elif len(unknown) < len(found):  # a wrong guess would give wrong numbers without a word
+        raise DataError(f"data: expected folders named after classes of the model, in {path} others are not: {', '.join(unknown[:5])}")
+    elif len(found) > model.num_classes or (names and len(found) < model.num_classes):
+        raise DataError(
+            f"data: the model has {model.num_classes} classes, {path} has {len(found)} folders"
             + ", none of them named after a class" * bool(names)
         )
     else:
-        labels = list(range(len(classes)))
-        note = f"folders in the order of their names are taken for classes 0 ({classes[0].name}) to {len(classes) - 1} ({classes[-1].name})"
-    files = [sorted(p for p in c.iterdir() if p.suffix.lower() in SUFFIXES) for c in classes]
-    if limit is not None:
-        share = -(-limit // len(classes))
-        files = [some[:share] for some in files]
-    pairs = [(file, label) for some, label in zip(files, labels, strict=True) for file in some][:limit]
-    images, kept, skipped, sizes = [], [], {}, {}
-    for file, label in progress(pairs, "reading") if progress else pairs:
-        try:
-            image = read_image(file, model.image_channels)
-            image = image if size is None else _square(image, size, str(file))
-        except ImageError as error:
-            skipped[str(file)] = str(error)
-            continue
-        if not images:
-            need_memory(f"data: {len(pairs)} images of {image.shape[2]} x {image.shape[1]} pixels", 2 * len(pairs) * image.nbytes)
-        sizes.setdefault(tuple(image.shape[1:]), file)
-        images.append(image)
-        kept.append(label)
-    if len(sizes) > 1:
-        some = ", ".join(f"{h} x {w} ({file.name})" for (h, w), file in list(sizes.items())[:3])
-        raise ValueError(f"data: expected images of one size (or --size to crop them), got {len(sizes)} sizes: {some}")
-    if not images:
-        raise ValueError(
-            f"data: no readable image among {len(pairs)} files in {path}" + (f": {next(iter(skipped.values()))}" if skipped else "")
-        )
-    return Labelled(torch.stack(images), torch.tensor(kept), skipped, note)
+        labels, order = list(range(len(found))), list(found)
+        note = f"folders in the order of their names are taken for classes 0 ({order[0]}) to {len(order) - 1} ({order[-1]})"
+    share = None if limit is None else -(-limit // len(found))
+    pairs = [(file, label) for files, label in zip(found.values(), labels, strict=True) for file in files[:share]]
+    return pairs[:limit], note
 
 
-def _cropped(found, size):
-    if size is None or not len(found.images):
-        return found
-    count, channels = found.images.shape[:2]
-    need_memory(f"data: {count} images of {size} x {size} pixels", 2 * 4 * count * channels * size**2)
-    return dataclasses.replace(found, images=torch.stack([_square(image, size) for image in found.images]))
+def _fitted(found, preprocessing, limit=None):
+    """Arrays as files of the same pictures would be."""
+    images, labels = found.images[:limit], found.labels[:limit]
+    channels, height, width = images.shape[1:]
+    size = preprocessing.size(width, height)
+    if channels == preprocessing.channels and size == (width, height):
+        return Arrays(images, labels)
+    need_memory(f"data: {len(images)} images of {size[0]} x {size[1]} pixels", len(images) * preprocessing.channels * size[0] * size[1])
+    check_pixels(*size)
+    fitted = np.empty((len(images), preprocessing.channels, *size[::-1]), np.uint8)
+    for place, image in zip(fitted, images, strict=True):
+        place[:] = preprocessing.pixels(image.permute(1, 2, 0).numpy())
+    return Arrays(torch.from_numpy(fitted), labels)
 
 
-def _square(image, size, name="image"):
-    image = resize(image, size, name)
-    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-    return image[:, top : top + size, left : left + size]
+def first_size(data: Labelled) -> tuple[int, int]:
+    """(height, width) of the first picture that can be read. DataError: there is none."""
+    for i in range(len(data)):
+        batch = data.source.some([i])
+        if not batch.failures:
+            return tuple(batch.images.shape[2:])
+    raise _none_of(len(data), dict(batch.failures))
 
 
-def _npz(path, model, limit, progress):
-    try:
-        arrays = read_npz(path, lambda key: not key.startswith("train_"))
-    except ValueError as error:
-        raise ValueError(f"data: {error}") from None
-    for names in (("images", "labels"), ("test_images", "test_labels")):
-        if not set(names) <= arrays.keys():
-            continue
-        images, labels = (np.atleast_1d(arrays[name])[:limit] for name in names)
-        labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # as MedMNIST has them
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels) or not _are_classes(labels):
-            raise ValueError(
-                f"data: {path}: expected images [N, H, W, C] uint8 and as many labels, got {images.dtype} {list(images.shape)}"
-            )
-        images = images[..., None] if images.ndim == 3 else images
-        return Labelled(_to_tensor(images), torch.from_numpy(labels.astype(np.int64)))
-    if {"test_jpeg", "test_offset", "test_label"} <= arrays.keys():
-        return _jpegs(arrays, path, limit, progress)
-    expected = "images and labels, test_images and test_labels, or test_jpeg, test_offset and test_label"
-    raise ValueError(f"data: {path}: expected {expected}, got {', '.join(arrays)}")
+def _none_of(count, skipped):
+    first = next(iter(skipped.items()), None)
+    return DataError(f"data: no readable image among {count}" + ("" if first is None else f": {first[0]}: {first[1]}"))
 
 
-def _jpegs(arrays, path, limit, progress):
-    from PIL import Image, UnidentifiedImageError
+class Images:
+    """Pictures of a set as a network takes them, [N, C, H, W], decoded when they are asked for: ``images[index]`` with a tensor of indices
+    of any shape.
+    """
 
-    labels, offsets = arrays["test_label"], arrays["test_offset"]
-    index, pixels = arrays.get("test_lossless_idx", np.zeros(0, int)), arrays.get("test_lossless_rgb", np.zeros((0, 1, 1, 3), np.uint8))
-    if (
-        not all(map(_are_classes, (labels, offsets, index)))
-        or len(offsets) <= len(labels)
-        or pixels.shape != (len(index), *pixels.shape[1:3], 3)
-    ):
-        raise ValueError(
-            f"data: {path}: expected test_label [N], test_offset [N + 1], test_lossless_idx [K], all integers, and "
-            f"test_lossless_rgb [K, H, W, 3], got {list(labels.shape)}, {list(offsets.shape)}, {list(index.shape)} and {list(pixels.shape)}"
-        )
-    count = len(labels) if limit is None else min(len(labels), limit)
-    lossless = {int(i): place for place, i in enumerate(index)}
-    raw, images, kept, skipped = arrays["test_jpeg"].tobytes(), [], [], {}
-    for i in progress(range(count), "reading") if progress else range(count):
-        if i in lossless:
-            images.append(pixels[lossless[i]])
-        else:
-            try:
-                with Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]])) as image:
-                    check_pixels(*image.size)
-                    images.append(np.asarray(image.convert("RGB")))
-            except Exception as error:  # decoders raise whatever the damage leads them to
-                reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-                skipped[f"{path}, test_jpeg {i}"] = reason
+    def __init__(self, source: Arrays | Folder, places: torch.Tensor, size: tuple[int, int, int], like: torch.Tensor):
+        self.source, self.places, self.like = source, places, like
+        self.shape = torch.Size((len(places), *size))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        index = torch.as_tensor(index).cpu()
+        batch = self.source.some(self.places[index.flatten()].numpy())
+        if batch.failures:
+            name, reason = batch.failures[0]
+            raise ImageError(f"could be read before: {reason}", name)
+        return to_float(batch.images.to(self.like.device), self.like.dtype).unflatten(0, index.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a network says of a set, in one pass over it; N pictures that could be read.
+
+    Attributes:
+        images: [N, C, H, W], read again when they are asked for.
+        names, labels, predictions: of each, [N].
+        own: log-odds of its label, [N]; ``top5``: whether that is among the first five, [N].
+        skipped: what could not be read, and why, by name.
+        digest: of pixels and labels: the same data, the same digest.
+    """
+
+    images: Images
+    names: list[str]
+    labels: torch.Tensor
+    predictions: torch.Tensor
+    own: torch.Tensor
+    top5: torch.Tensor
+    skipped: dict[str, str]
+    digest: str
+
+    def accuracy(self) -> dict[str, float]:
+        """Shares of pictures whose most likely class (one of the five) is their label, and how many there are."""
+        return {
+            "top1": float((self.predictions == self.labels).double().mean()),
+            "top5": float(self.top5.double().mean()),
+            "images": len(self.labels),
+        }
+
+
+def survey(model, data: Labelled, *, batch_size: int = BATCH, progress: Callable[[Iterable, str], Iterable] | None = None) -> Survey:
+    """One pass over a set, in memory that does not depend on how many pictures it has.
+
+    Raises:
+        DataError: none of them can be read, or they are of several sizes.
+    """
+    source, like, digest = data.source, next(model.parameters()), hashlib.sha256()
+    skipped, rows, places, shapes, done = dict(data.skipped), [], [], set(), 0
+    total = range(0, len(source), batch_size)
+    batches = source.evaluation(batch_size)
+    with torch.no_grad(), common.evaluated(model), contextlib.closing(batches):
+        for _ in progress(total, "reading") if progress else total:
+            batch = next(batches)
+            skipped |= dict(batch.failures)
+            valid = torch.ones_like(batch.labels, dtype=torch.bool) if batch.valid is None else batch.valid
+            images, labels = batch.images[valid], batch.labels[valid]
+            places.append(done + valid.nonzero()[:, 0])
+            done += len(valid)
+            if not len(labels):
                 continue
-        kept.append(i)
-    if len(sizes := {image.shape[:2] for image in images}) > 1:
-        some = ", ".join(f"{h} x {w}" for h, w in sorted(sizes)[:3])
-        raise ValueError(f"data: expected images of one size in {path}, got {len(sizes)} sizes: {some}")
-    if not images:
-        raise ValueError(f"data: no readable image among {count} in {path}")
-    return Labelled(_to_tensor(np.stack(images)), torch.from_numpy(labels[kept].astype(np.int64)), skipped)
-
-
-def _are_classes(array):
-    """Integers, or what 64 bits hold of them as floating point."""
-    whole = array.dtype.kind == "f" and bool(((array == np.rint(array)) & (abs(array) < 2**53)).all())
-    return array.ndim == 1 and (array.dtype.kind in "iu" or whole)
-
-
-def _to_tensor(images):
-    need_memory(f"data: {len(images)} images of {images.shape[2]} x {images.shape[1]} pixels", 2 * 4 * images.size)
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 255
+            shapes.add(tuple(images.shape[1:]))
+            of_one_size(shapes)
+            digest.update(images.numpy().tobytes())
+            digest.update(labels.numpy().tobytes())
+            logits = common.log_odds(model, model(to_float(images.to(like.device), like.dtype))).cpu()
+            top = logits.topk(min(5, logits.shape[1])).indices
+            rows.append((labels, top[:, 0], logits.gather(1, labels[:, None])[:, 0], (top == labels[:, None]).any(1)))
+    if not rows:
+        raise _none_of(len(source), skipped)
+    places, (shape,) = torch.cat(places), shapes
+    digest.update(str(shape).encode())
+    labels, predictions, own, top5 = (torch.cat(column) for column in zip(*rows, strict=True))
+    names = [source.name(int(place)) for place in places]
+    return Survey(Images(source, places, shape, like), names, labels, predictions, own, top5, skipped, digest.hexdigest()[:16])

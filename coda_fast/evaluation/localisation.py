@@ -59,8 +59,12 @@ def confident_images(logits: torch.Tensor, labels: torch.Tensor, threshold: floa
     labels = one_each(labels, len(logits), "labels")
     check_range(labels, logits.shape[1], "labels")
     logits = wide(logits)
-    own = logits.gather(1, labels[:, None])[:, 0]
-    sure = (logits.argmax(1) == labels) & (own.sigmoid() > threshold)
+    return surest(labels, logits.argmax(1), logits.gather(1, labels[:, None])[:, 0], threshold)
+
+
+def surest(labels: torch.Tensor, predictions: torch.Tensor, own: torch.Tensor, threshold: float = 0.5) -> dict[int, list[int]]:
+    """The same, of predicted classes and the log-odds of the labels, all [N]."""
+    sure = (predictions == labels) & (own.sigmoid() > threshold)
     found = {}
     for index in torch.argsort(own, descending=True, stable=True).tolist():
         if sure[index]:

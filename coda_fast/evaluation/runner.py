@@ -15,17 +15,20 @@ import numpy as np
 import torch
 
 from coda_fast import __version__
+from coda_fast._classes import one_each
 from coda_fast._wrappers import network_in
 from coda_fast.baselines import REVISION
 from coda_fast.checkpoints import atomic_path
 from coda_fast.evaluation import _common as common
 from coda_fast.evaluation.completeness import completeness_error
+from coda_fast.evaluation.data import Images, Survey
 from coda_fast.evaluation.localisation import Localisation, confident_images, draw_grids, score_grids
 from coda_fast.evaluation.removal import Removal, pixel_removal
 from coda_fast.models import CoDANet
 from coda_fast.safety import open_file
 
 METRICS = ("localisation", "removal")
+ACCURACY = "accuracy"  # what the survey of a set says, without any method
 FILES = ("evaluation.json", "results.json", "results.csv")  # beside the figures and the folder of pieces
 
 
@@ -52,26 +55,33 @@ class Settings:
         common.check_positive(side=self.side, grids=self.grids, points=self.points, piece=self.piece)
 
 
-def outputs(folder: Path, settings: Settings) -> list[Path]:
+def outputs(folder: Path, metric: str) -> list[Path]:
     """The files that an evaluation writes into its folder, beside those of its folder of pieces."""
-    return [Path(folder) / name for name in (*FILES, f"{settings.metric}.png", f"{settings.metric}.svg")]
+    return [Path(folder) / name for name in (*FILES, f"{metric}.png", f"{metric}.svg")]
 
 
 @dataclasses.dataclass
 class Evaluation:
-    """A model, labelled images, settings and a folder. Methods are measured one by one; what is already in the folder is not again."""
+    """A model, labelled images, settings and a folder. Methods are measured one by one; what is already in the folder is not again.
+
+    ``images``: [N, C, H, W], or what is read when it is indexed (``coda_fast.evaluation.data.Images``); ``confident``: what
+    ``confident_images`` finds among them, if that is known.
+    """
 
     model: torch.nn.Module
-    images: torch.Tensor
+    images: torch.Tensor | Images
     labels: torch.Tensor
     settings: Settings
     folder: Path
     description: dict = dataclasses.field(default_factory=dict)  # of model and data, for the results
     batch_size: int = 256
+    confident: dict[int, list[int]] | None = None
 
     def __post_init__(self):
         self.folder = Path(self.folder)
-        self.model, self.labels = network_in(self.model), common.labelled(self.images, self.labels)
+        given = isinstance(self.images, torch.Tensor)
+        self.labels = common.labelled(self.images, self.labels) if given else one_each(self.labels, len(self.images), "labels")
+        self.model = network_in(self.model)
         self._work = None
 
     # -- pieces ----
@@ -84,15 +94,16 @@ class Evaluation:
                     raise ValueError(f"fraction: expected at least one pixel of {self._pixels()}, got {last}")
                 self._work = torch.arange(len(self.images))
             else:
-                confident = confident_images(common.logits_of(self.model, self.images, self.batch_size), self.labels)
                 s = self.settings
-                self._work = torch.from_numpy(draw_grids(confident, s.side**2, s.grids, s.seed, s.protocol))
+                if self.confident is None:
+                    self.confident = confident_images(common.logits_of(self.model, self.images, self.batch_size), self.labels)
+                self._work = torch.from_numpy(draw_grids(self.confident, s.side**2, s.grids, s.seed, s.protocol))
         return self._work
 
     def measure(self, name: str, attribution, method_settings: dict, progress: Callable[[Iterable, str], Iterable] | None = None):
         """A ``Localisation`` or ``Removal`` of one method, continued where it was interrupted."""
         self.work()  # what cannot be measured must not claim a folder
-        self._claim()
+        _claim(self.folder, self.model, self.description, dataclasses.asdict(self.settings))
         attribute = common.attribution_of(self.model, attribution)
         store = self.folder / "pieces" / f"{name}-{self._digest(method_settings)}"
         store.mkdir(parents=True, exist_ok=True)
@@ -135,29 +146,6 @@ class Evaluation:
     def _pixels(self):
         return self.images.shape[2] * self.images.shape[3]
 
-    def _claim(self):
-        """The folder belongs to this evaluation: model, data (wherever they lie), settings, versions. ValueError if it is another's."""
-        parameter = next(self.model.parameters(), torch.empty(0))
-        versions = {"coda_fast": __version__, "torch": torch.__version__, "dtype": str(parameter.dtype), "device": parameter.device.type}
-        description = {key: value for key, value in self.description.items() if key != "data"}
-        mine = json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), **versions, **description}))
-        path = self.folder / "evaluation.json"
-        if path.exists():
-            try:
-                with open_file(path) as file:
-                    other = json.loads(file.read(1 << 20))
-                    if not isinstance(other, dict):
-                        raise ValueError
-            except (ValueError, RecursionError):
-                raise ValueError(f"output: {path}: expected the description of an evaluation, got another file; move it away") from None
-            if other != mine:
-                differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
-                raise ValueError(f"output: {self.folder} holds another evaluation (other {', '.join(differing)}); choose another folder")
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
-
     @staticmethod
     def _digest(settings):
         return hashlib.sha256(json.dumps([REVISION, settings], sort_keys=True).encode()).hexdigest()[:12]
@@ -190,6 +178,48 @@ class Evaluation:
         used = self.work().flatten().unique()[:most]
         error = completeness_error(self.model, self.images[used], self.labels[used])
         return {"completeness_error": {"worst": float(error.max()), "mean": float(error.mean()), "images": len(used)}}
+
+
+def _claim(folder, model, description, settings):
+    """The folder belongs to this evaluation: model, data (wherever they lie), settings, versions. ValueError if it is another's."""
+    parameter = next(model.parameters(), torch.empty(0))
+    versions = {"coda_fast": __version__, "torch": torch.__version__, "dtype": str(parameter.dtype), "device": parameter.device.type}
+    description = {key: value for key, value in description.items() if key not in ("data", "accuracy")}
+    mine = json.loads(json.dumps({"settings": settings, **versions, **description}))
+    path = folder / "evaluation.json"
+    if path.exists():
+        try:
+            with open_file(path) as file:
+                other = json.loads(file.read(1 << 20))
+                if not isinstance(other, dict):
+                    raise ValueError
+        except (ValueError, RecursionError):
+            raise ValueError(f"output: {path}: expected the description of an evaluation, got another file; move it away") from None
+        if other != mine:
+            differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
+            raise ValueError(f"output: {folder} holds another evaluation (other {', '.join(differing)}); choose another folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+
+
+def write_accuracy(model, found: Survey, description: dict, folder: Path) -> list[Path]:
+    """results.json (accuracy) and results.csv (a row for each picture that could be read); both paths. ValueError: the folder is that of
+    another evaluation.
+    """
+    settings = {"metric": ACCURACY}
+    _claim(folder, model, description, settings)
+    paths = [folder / name for name in FILES[1:]]
+    document = {"settings": settings, **description, "coda_fast": __version__, "torch": torch.__version__}
+    with atomic_path(paths[0]) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    with atomic_path(paths[1]) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.writer(file)
+        writer.writerow(["picture", "class", "predicted", "logit of class"])
+        columns = found.names, found.labels.tolist(), found.predictions.tolist(), found.own.tolist()
+        writer.writerows([name, label, predicted, f"{own:.9g}"] for name, label, predicted, own in zip(*columns, strict=True))
+    return paths
 
 
 def summary(found: Localisation | Removal) -> dict[str, float]:

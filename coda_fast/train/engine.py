@@ -22,16 +22,20 @@ from torch import distributed
 
 from coda_fast import checkpoints, safety
 from coda_fast.compile import compile_for
+from coda_fast.data import sources
+from coda_fast.data.decode import RULES
+from coda_fast.data.errors import DataError
+from coda_fast.data.shards import Shards
+from coda_fast.data.sources import Batch, Place, seeded
 from coda_fast.models import create_model
-from coda_fast.train import processes, sources
+from coda_fast.train import processes
 from coda_fast.train import state as files
+from coda_fast.train.augmentation import augment
 from coda_fast.train.data import open_data
 from coda_fast.train.errors import FILES, MODELS, SIGNALS, Stopped, TrainingError, need
 from coda_fast.train.objective import Objective
 from coda_fast.train.optimization import make_optimizer, make_schedule, set_rate
 from coda_fast.train.recipes import Recipe, make_recipe
-from coda_fast.train.shards import Shards
-from coda_fast.train.sources import Batch, Place, seeded
 from coda_fast.train.watch import STEP_FIELDS, Watch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
@@ -60,6 +64,9 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
         return row
     except Stopped:
         raise
+    except DataError as error:  # met on the way
+        processes.report(problem := TrainingError(str(error)))
+        raise problem from None
     except Exception as error:
         if (reason := processes.lost_touch(error)) is None:
             processes.report(error)
@@ -204,6 +211,9 @@ class Run:
         source = open_data(recipe.data, probe.image_channels, self.device, self.watch.reading)
         torch.manual_seed(seeded(recipe.seed))  # the same weights in every process
         options = {"num_classes": source.num_classes, "class_names": source.class_names, "dtype": self.dtype}
+        options |= {"preprocessing": source.preprocessing}
+        if source.preprocessing.crop is not None:
+            options["image_size"] = source.preprocessing.crop
         if recipe.model.out_channels is not None:  # a network of its own layers: the last of them is the classes
             options.pop("num_classes")
             if recipe.model.out_channels[-1] != source.num_classes:
@@ -400,7 +410,7 @@ class Run:
         recipe, place = self.recipe, self.place
         batch = batch.to(self.device)
         generator = torch.Generator().manual_seed(seeded(recipe.seed, self.epoch, self.step))
-        images = sources.augment(batch.images, recipe.data, generator, place)
+        images = augment(batch.images, recipe.data, generator, place)
         images = sources.to_float(images, self.dtype, recipe.channels_last)
         if not self.compiled:
             self._compile(images)
@@ -561,6 +571,13 @@ class Run:
         if changed := self.recipe.differences(stored):
             values = ", ".join(f"{key} (was {_value(stored, key)!r}, now {_value(self.recipe, key)!r})" for key in changed)
             raise TrainingError(f"{path}: the run that stands here had other values of {values}; a changed run needs a folder of its own")
+        for key in (key for key in self.facts if key.endswith("_rules")):
+            if (rules := state["data"].get(key, 1)) != RULES:
+                raise TrainingError(
+                    f"{path}: the run that stands here began with pictures that were decoded by other rules (version {rules}, now {RULES}: "
+                    f"orientation, transparency and 16 bits are read as docs/data.md says); finish it with the release that began it, or "
+                    f"begin anew in another folder"
+                )
         if changed := _changes(state["data"], self.facts, "was", "now"):
             raise TrainingError(f"{path}: the run that stands here had other data: {changed}")
         if self.recipe.epochs < (least := state["epoch"] + (state["step"] > 0)):
@@ -623,7 +640,7 @@ class Run:
         if self.main:
             try:
                 found = work()
-            except TrainingError as error:
+            except (TrainingError, DataError) as error:
                 problem = str(error)
             except OSError as error:
                 problem = f"{error}; {files.named(self.last_good)}"

@@ -177,14 +177,42 @@ def folder_of_classes(path, sizes=((8, 8),) * 3, classes=("cat", "dog")):
     return path
 
 
+def read(source, model, **options):
+    """All of a set, as ``coda-fast evaluate`` reads it: (images, labels, survey)."""
+    found = data.survey(model, data.load(source, model, **options), batch_size=3)
+    return found.images[torch.arange(len(found.images))], found.labels, found
+
+
 def test_folder(tmp_path, model):
-    found = data.load(folder_of_classes(tmp_path / "d"), model)
-    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    torch.testing.assert_close(found.images[:, 0, 0, 0], torch.tensor([0, 1, 2, 10, 11, 12]) / 255)
-    assert data.load(tmp_path / "d", model, limit=4).labels.tolist() == [0, 0, 1, 1]
+    images, labels, found = read(folder_of_classes(tmp_path / "d"), model)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([0, 1, 2, 10, 11, 12]) / 255)
+    assert read(tmp_path / "d", model, limit=4)[1].tolist() == [0, 0, 1, 1]
     named = create_model("coda_xs_digits", num_classes=3, class_names=["dog", "owl", "cat"])
-    assert data.load(tmp_path / "d", named).labels.tolist() == [2, 2, 2, 0, 0, 0]
-    assert data.load(tmp_path / "d", model).digest() == found.digest() != data.load(tmp_path / "d", named).digest()
+    other = read(tmp_path / "d", named)[2]
+    assert other.labels.tolist() == [2, 2, 2, 0, 0, 0]
+    assert read(tmp_path / "d", model)[2].digest == found.digest != other.digest
+    assert found.names == [str(tmp_path / "d" / c / f"{i}.png") for c in ("cat", "dog") for i in range(3)]
+
+
+def test_survey(tmp_path, model):
+    """What the network says of each picture, whatever the batches, and of some of them again."""
+    images, labels, found = read(folder_of_classes(tmp_path / "d"), model)
+    with torch.no_grad():
+        logits = model(images)
+    assert found.predictions.tolist() == logits.argmax(1).tolist()
+    torch.testing.assert_close(found.own, logits.gather(1, labels[:, None])[:, 0])
+    assert found.accuracy() == {"top1": float((logits.argmax(1) == labels).double().mean()), "top5": 1.0, "images": 6}
+    assert found.images.shape == (6, 1, 8, 8)
+    index = torch.tensor([[5, 0], [2, 2]])
+    assert torch.equal(found.images[index], images[index])
+
+
+def test_a_picture_that_is_gone_when_it_is_read_again(tmp_path, model):
+    _, _, found = read(folder_of_classes(tmp_path / "d"), model)
+    (tmp_path / "d" / "cat" / "1.png").unlink()
+    with pytest.raises(ValueError, match="1.png: could be read before: no such file"):
+        found.images[torch.tensor([1])]
 
 
 def test_folders_that_are_only_partly_classes(tmp_path):
@@ -198,7 +226,7 @@ def test_folders_that_are_only_partly_classes(tmp_path):
         data.load(tmp_path / "e", named)
     folder_of_classes(tmp_path / "f", classes=("n01", "n02", "n03"))
     found = data.load(tmp_path / "f", named)
-    assert found.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert [label for _, label in found.source.files] == [0] * 3 + [1] * 3 + [2] * 3
     assert found.note == "folders in the order of their names are taken for classes 0 (n01) to 2 (n03)"
 
 
@@ -206,28 +234,72 @@ def test_corrupt_files_are_skipped_and_named(tmp_path, model):
     path = folder_of_classes(tmp_path / "d")
     (path / "cat" / "1.png").write_bytes(b"no image")
     (path / "cat" / "notes.txt").write_text("not looked at")
+    (path / "dog" / "._0.png").write_bytes(b"of macOS, not looked at")
+    images, labels, found = read(path, model)
+    assert labels.tolist() == [0, 0, 1, 1, 1]
+    assert found.skipped == {str(path / "cat" / "1.png"): "not an image that Pillow can read"}
+    torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([0, 2, 10, 11, 12]) / 255)
+    assert torch.equal(found.images[torch.tensor([1, 2])], images[1:3])  # those that could be read are counted
+    assert read(path, model, limit=6)[2].labels.tolist() == labels.tolist()
+
+
+def test_a_set_that_cannot_be_read(tmp_path, model):
+    path = folder_of_classes(tmp_path / "d", classes=("cat",))
+    for i in range(3):
+        (path / "cat" / f"{i}.png").write_bytes(b"no image")
     found = data.load(path, model)
-    assert found.labels.tolist() == [0, 0, 1, 1, 1]
-    assert list(found.skipped) == [str(path / "cat" / "1.png")]
-    assert "not an image" in found.skipped[str(path / "cat" / "1.png")]
+    for function in (lambda: data.survey(model, found), lambda: data.first_size(found)):
+        with pytest.raises(ValueError, match=r"data: no readable image among 3: .*cat.[02].png: not an image"):
+            function()
 
 
 def test_sizes(tmp_path, model):
+    """By default all pictures get the size that the network was trained on; as they are, they must have one."""
     path = folder_of_classes(tmp_path / "d", sizes=((8, 8), (8, 12)))
-    with pytest.raises(ValueError, match=r"expected images of one size .* got 2 sizes: 8 x 8 \(0.png\), 8 x 12 \(1.png\)"):
-        data.load(path, model)
-    assert data.load(path, model, size=6).images.shape == (4, 1, 6, 6)
+    assert read(path, model)[0].shape == (4, 1, 8, 8)
+    with pytest.raises(
+        ValueError, match=r"expected images of one size, or a size to crop them to .*--size.*, got 8 x 12, 8 x 8|8 x 8, 8 x 12"
+    ):
+        read(path, model, preprocessing=model.transform.at(0))
+    assert read(path, model, preprocessing=model.transform.at(6))[0].shape == (4, 1, 6, 6)
+    assert data.first_size(data.load(path, model, preprocessing=model.transform.at(6))) == (6, 6)
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path, model):
+    """What is held at once of a set is a batch: of two sets, the larger of 40 times as many pictures."""
+    import tracemalloc
+
+    peaks = []
+    for count in (4, 160):
+        path = folder_of_classes(tmp_path / str(count), sizes=((128, 128),) * count, classes=("cat",))
+        found = data.load(path, model, preprocessing=model.transform.at(128))
+        tracemalloc.start()
+        survey = data.survey(model, found, batch_size=4)
+        survey.images[torch.arange(4)]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0] + 160 * 2000, peaks  # names and numbers of each; its pixels are 16,384 bytes
 
 
 def test_npz(tmp_path, model):
-    images, labels = np.arange(4 * 36, dtype=np.uint8).reshape(4, 6, 6), np.array([0, 1, 2, 3])
+    images, labels = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8), np.array([0, 1, 2, 3])
     np.savez(tmp_path / "a.npz", images=images, labels=labels)
-    found = data.load(tmp_path / "a.npz", model, limit=3)
-    torch.testing.assert_close(found.images[:, 0], torch.from_numpy(images[:3]).float() / 255)
-    assert found.labels.tolist() == [0, 1, 2]
-    assert data.load(tmp_path / "a.npz", model, size=3).images.shape == (4, 1, 3, 3)
+    found = read(tmp_path / "a.npz", model, limit=3)
+    torch.testing.assert_close(found[0][:, 0], torch.from_numpy(images[:3]).float() / 255)
+    assert found[1].tolist() == [0, 1, 2]
+    assert read(tmp_path / "a.npz", model, preprocessing=model.transform.at(3))[0].shape == (4, 1, 3, 3)
     np.savez(tmp_path / "b.npz", train_images=images[:0], train_labels=labels[:0], test_images=images, test_labels=labels)
-    assert data.load(tmp_path / "b.npz", model, limit=3).digest() == found.digest()  # what training reads
+    assert read(tmp_path / "b.npz", model, limit=3)[2].digest == found[2].digest  # what training reads
+
+
+def test_arrays_are_fitted_as_files_are(tmp_path, model):
+    """Pixels of another size or of colours: what the same pictures would be as files."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(3))
+    (tmp_path / "d" / "one").mkdir(parents=True)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / "d" / "one" / f"{i}.png")
+    assert torch.equal(read(tmp_path / "a.npz", model)[0], read(tmp_path / "d", model)[0])
 
 
 def test_npz_of_jpegs(tmp_path):
@@ -241,25 +313,27 @@ def test_npz_of_jpegs(tmp_path):
     arrays = dict(test_jpeg=np.concatenate(parts), test_offset=np.cumsum([0, *map(len, parts)]), test_label=np.array([0, 1, 1]))
     arrays |= dict(test_lossless_idx=np.array([2]), test_lossless_rgb=np.full((1, 8, 8, 3), 121, np.uint8))
     np.savez(tmp_path / "c.npz", **arrays)
-    found = data.load(tmp_path / "c.npz", create_model("coda_s_cifar10", device="meta"))
-    assert found.images.shape == (3, 3, 8, 8)
-    assert [round(255 * float(v)) for v in found.images[:, 0, 0, 0]] == [40, 80, 121]
-    assert found.labels.tolist() == [0, 1, 1]
+    network = create_model("coda_s_cifar10", rank=1, image_size=8)
+    images, labels, _ = read(tmp_path / "c.npz", network)
+    assert images.shape == (3, 3, 8, 8)
+    assert [round(255 * float(v)) for v in images[:, 0, 0, 0]] == [40, 80, 121]
+    assert labels.tolist() == [0, 1, 1]
     start = arrays["test_offset"][1]
     arrays["test_jpeg"][start : start + 20] = 0  # the second is no image any more
     np.savez(tmp_path / "c.npz", **arrays)
-    found = data.load(tmp_path / "c.npz", create_model("coda_s_cifar10", device="meta"), size=4)
-    assert (found.labels.tolist(), found.images.shape) == ([0, 1], (2, 3, 4, 4))
-    assert found.skipped == {f"{tmp_path / 'c.npz'}, test_jpeg 1": "not an image"}
+    images, labels, found = read(tmp_path / "c.npz", network)
+    assert (labels.tolist(), images.shape) == ([0, 1], (2, 3, 8, 8))
+    assert found.skipped == {f"{tmp_path / 'c.npz'}, test_jpeg 1": "not an image that Pillow can read"}
     arrays["test_lossless_rgb"] = np.zeros((1, 6, 8, 3), np.uint8)
     np.savez(tmp_path / "c.npz", **arrays)
-    with pytest.raises(ValueError, match="expected images of one size in .*c.npz, got 2 sizes: 6 x 8, 8 x 8"):
-        data.load(tmp_path / "c.npz", create_model("coda_s_cifar10", device="meta"))
+    with pytest.raises(ValueError, match="c.npz: expected images of one size, got 2 sizes: 6 x 8, 8 x 8"):
+        data.load(tmp_path / "c.npz", network)
 
 
-def test_digits(model):
-    found = data.load("digits", create_model("coda_xs_digits", device="meta"), limit=30)
-    assert found.images.shape == (30, 1, 8, 8)
+def test_digits():
+    images, _, _ = read("digits", create_model("coda_xs_digits"), limit=30)
+    assert images.shape == (30, 1, 8, 8)
+    assert float((images * 16 - (images * 16).round()).abs().max()) < 0.5 * 16 / 255 + 1e-6  # 17 levels, in bytes
 
 
 def test_bad_data(tmp_path, model):
@@ -269,19 +343,21 @@ def test_bad_data(tmp_path, model):
     np.savez(tmp_path / "odd.npz", x=np.zeros(3))
     np.savez(tmp_path / "pickled.npz", images=np.array([{}], dtype=object), labels=np.zeros(1))
     np.savez(tmp_path / "float.npz", images=np.zeros((1, 4, 4)), labels=np.zeros(1))
-    np.savez(tmp_path / "colour.npz", images=np.zeros((1, 4, 4, 3), np.uint8), labels=np.zeros(1))
+    np.savez(tmp_path / "two.npz", images=np.zeros((1, 4, 4, 2), np.uint8), labels=np.zeros(1))
     np.savez(tmp_path / "labels.npz", images=np.zeros((1, 4, 4), np.uint8), labels=np.array([7]))
+    np.savez(tmp_path / "negative.npz", images=np.zeros((1, 4, 4), np.uint8), labels=np.array([-1]))
     many = folder_of_classes(tmp_path / "many", classes=[f"c{i}" for i in range(6)])
     for source, message in {
         tmp_path / "nowhere": "data: expected 'digits', an .npz file or a folder of classes",
         tmp_path / "empty": "expected a folder for each class",
-        tmp_path / "classes": "no readable image among 0 files",
+        tmp_path / "classes": "data: no images in .*classes",
         tmp_path / "no.npz": "not an .npz file",
-        tmp_path / "odd.npz": "expected images and labels, test_images and test_labels, or test_jpeg",
+        tmp_path / "odd.npz": "expected an .npz file with train_images .* got x",
         tmp_path / "pickled.npz": "not an .npz file",
         tmp_path / "float.npz": "expected images .* uint8",
-        tmp_path / "colour.npz": "takes 1 channels, the images of .* have 3",
+        tmp_path / "two.npz": "expected images of 1 or 3 channels, got 2",
         tmp_path / "labels.npz": "classes 0 to 4, .* labels up to 7",
+        tmp_path / "negative.npz": "expected labels that are integers from 0 on, got int64 from -1",
         many: "the model has 5 classes, .* has 6 folders",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from coda_fast import train
+from coda_fast.data.sources import Place
 from coda_fast.train.recipes import load_recipe
-from coda_fast.train.sources import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (

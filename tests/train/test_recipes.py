@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import coda_fast
+from coda_fast.data.sources import Place
 from coda_fast.train import TrainingError, list_recipes, load_recipe
 from coda_fast.train.engine import _split
 from coda_fast.train.optimization import make_schedule, set_rate
-from coda_fast.train.sources import Place
 
 
 def rates(recipe, steps=10):

@@ -11,12 +11,12 @@ import torch
 from support_train import ONE, assert_same, command, end_of, finished, picture, recipe, run, stuck
 
 from coda_fast import train
+from coda_fast.data import DataError, Preprocessing
+from coda_fast.data import shards as shards_module
+from coda_fast.data.sources import Place, decode_all
 from coda_fast.train import TrainingError
-from coda_fast.train import decode as decoding
-from coda_fast.train import shards as shards_module
 from coda_fast.train.data import open_data
 from coda_fast.train.recipes import Data
-from coda_fast.train.sources import Place
 
 
 def pack(path, files):
@@ -96,7 +96,7 @@ def test_too_few_shards(shards):
     """Refused in every process, also in those that have enough: they would wait for the others."""
     source = open_data(shards.model_copy(update={"workers": 2}), 3).train
     for rank in range(4):
-        with pytest.raises(TrainingError, match="a shard at least for each of 4 processes x 2 workers, got 6"):
+        with pytest.raises(DataError, match="a shard at least for each of 4 processes x 2 workers, got 6"):
             source.need_enough(Place(rank, 4))
 
 
@@ -174,7 +174,7 @@ def damaged_shards(shards):
 
 
 REASONS = {
-    "train-000.tar:broken": "cannot identify image file",
+    "train-000.tar:broken": "not an image",
     "train-000.tar:unlabelled": "cls: expected a class from 0 to 2, found none",
     "train-001.tar:pathless": "no image",
     "train-001.tar:many": "cls: expected a class from 0 to 2, got '3'",
@@ -228,13 +228,13 @@ def test_a_lane_without_a_sample_says_one_clear_line(shards, workers):
         path = Path(shards.path.replace("{000..005}", f"00{i}"))
         path.write_bytes(b"" if i % 2 else path.read_bytes()[:700])
     source = open_data(shards.model_copy(update={"workers": workers}), 3).train
-    with pytest.raises(TrainingError, match=r"no samples with an image and a class in \[.*tar: expected a whole tar file") as caught:
+    with pytest.raises(DataError, match=r"no samples with an image and a class in \[.*tar: expected a whole tar file") as caught:
         list(source.training(0, 0, 0, 5, ONE))
     assert "\n" not in str(caught.value)
     with tarfile.open(shards.val_path.replace("{000..002}", "003"), "w"):
         pass
     source = open_data(shards.model_copy(update={"val_path": shards.val_path.replace("{000..002}", "003")}), 3).val
-    with pytest.raises(TrainingError, match="no samples with an image and a class"):
+    with pytest.raises(DataError, match="no samples with an image and a class"):
         source.sample(4)
     assert list(source.evaluation(4, ONE)) == []
 
@@ -291,7 +291,7 @@ def read(path, classes=3):
     before = sorted(path.parent.rglob("*"))
     found = []
     for item in shards_module._shard(str(path), classes):
-        _, _, valid, failures = decoding.decode_all([item], decoding.Decoder(3, 20, 16), [None])
+        _, _, valid, failures = decode_all([item], Preprocessing(3, 20, 16), None)
         found.append((item.name.removeprefix(f"{path.name}:"), item.label if bool(valid.all()) else failures[0][1]))
     assert sorted(path.parent.rglob("*")) == before
     return found
@@ -317,7 +317,7 @@ GOOD = sample("good", 2)
         ((entry("A.JPG", GOOD[0][1]), entry("A.CLS", b"1")), [("A", 1)]),
         ((entry("A.jpg", GOOD[0][1]), entry("a.cls", b"1")), [("A", "cls: expected a class from 0 to 2, found none"), ("a", "no image")]),
         ((GOOD[0], entry("good.png", b"torn"), GOOD[1]), [("good", 2)]),  # jpg goes first
-        ((entry("a.jpg"), entry("a.cls", b"1")), [("a", "cannot identify image file")]),  # no byte
+        ((entry("a.jpg"), entry("a.cls", b"1")), [("a", "not an image")]),  # no byte
         ((entry(""), entry("."), entry(".."), entry(".jpg", b"x"), entry("a/", b"x"), entry("noending", b"x")), []),
         (sample("\udcff\x1b[2J", 1), [("\\xff\x1b[2J", 1)]),
         (sample("n" * 3000 + "/x", 1), [("n" * 3000 + "/x", 1)]),
@@ -422,7 +422,7 @@ def test_headers_of_headers_of_headers(tmp_path):
 def test_shards_that_are_no_files(tmp_path, kind):
     path = tmp_path / "t-0.tar"
     {"pipe": os.mkfifo, "folder": os.mkdir, "loop": lambda p: os.symlink(p, p)}[kind](path)
-    with pytest.raises(TrainingError, match="found 0; missing: .*t-0.tar"):
+    with pytest.raises(DataError, match="found 0; missing: .*t-0.tar"):
         shards_module.Shards(str(tmp_path / "t-{0..0}.tar"), None, 0, 3)
     ((name, reason),) = read(path)  # where it takes the place of a shard
     assert name == "t-0.tar"
@@ -435,7 +435,7 @@ def test_shards_that_are_no_files(tmp_path, kind):
 )
 def test_patterns_of_more_shards_than_anyone_has(pattern):
     """What braces expand to is a list, which must not be made."""
-    with pytest.raises(TrainingError, match="expected a pattern of at most 1000000 shards"):
+    with pytest.raises(DataError, match="expected a pattern of at most 1000000 shards"):
         shards_module.Shards(pattern, None, 0, 3)
 
 
@@ -448,6 +448,6 @@ def test_patterns_are_counted_as_they_expand():
 
 @pytest.mark.parametrize("scheme", ["pipe", "PIPE", "Pipe"])
 def test_no_spelling_runs_commands(tmp_path, scheme):
-    with pytest.raises(TrainingError, match="a recipe must not run commands"):
+    with pytest.raises(DataError, match="a recipe must not run commands"):
         shards_module.Shards(f"{scheme}:touch {tmp_path}/ran #://", None, 0, 3)
     assert not list(tmp_path.iterdir())

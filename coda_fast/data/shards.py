@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from coda_fast.data import workers
+from coda_fast.data.decode import RULES
+from coda_fast.data.errors import DataError
+from coda_fast.data.preprocessing import Preprocessing
+from coda_fast.data.sources import Batch, Item, batch_of, decode_all, order, seeded
 from coda_fast.safety import open_file
-from coda_fast.train import workers
-from coda_fast.train.decode import Decoder, Item, decode_all
-from coda_fast.train.errors import TrainingError, need
-from coda_fast.train.sources import Batch, batch_of, order, seeded
 
 MOST_SHARDS = 10**6
 LARGEST = 2**28  # bytes of a file in a shard that is read; of a class, and of what tar has to say of an entry, LARGEST_TEXT
@@ -32,35 +33,41 @@ class Shards:
     of processes. A sample that cannot be read takes its place in a batch, and so does the rest of a broken shard.
     """
 
-    def __init__(self, pattern, decoder: Decoder, workers: int, classes: int, device="cpu", samples: int | None = None, buffer: int = 5000):
-        need("webdataset")
-        from webdataset.shardlists import expand_urls
+    def __init__(
+        self, pattern, preprocessing: Preprocessing, workers: int, classes: int, device="cpu", samples: int | None = None,
+        buffer: int = 5000, augmentation=None,
+    ):  # fmt: skip
+        try:
+            from webdataset.shardlists import expand_urls
+        except ImportError as error:
+            raise ImportError(f"shards need {error.name}: pip install 'coda-fast[train]'") from None
 
         if _count(pattern) > MOST_SHARDS:
-            raise TrainingError(f"data: expected a pattern of at most {MOST_SHARDS} shards, got one of more: {pattern[:200]!r}")
+            raise DataError(f"data: expected a pattern of at most {MOST_SHARDS} shards, got one of more: {pattern[:200]!r}")
         self.urls = sorted(str(p) for p in Path(pattern).glob("*.tar")) if os.path.isdir(pattern) else expand_urls(pattern)
         if any(url.lower().startswith("pipe:") for url in self.urls):
-            raise TrainingError(f"data: expected shards that are files or addresses, got {pattern!r}: a recipe must not run commands")
+            raise DataError(f"data: expected shards that are files or addresses, got {pattern!r}: a recipe must not run commands")
         missing = [url for url in self.urls if "://" not in url and not os.path.isfile(url)]
         if not self.urls or missing:
-            raise TrainingError(f"data: expected shards {pattern!r}, found {len(self.urls) - len(missing)}; missing: {missing[:3]}")
-        self.decoder, self.workers, self.classes = decoder, workers, classes
+            raise DataError(f"data: expected shards {pattern!r}, found {len(self.urls) - len(missing)}; missing: {missing[:3]}")
+        self.preprocessing, self.augmentation, self.workers, self.classes = preprocessing, augmentation, workers, classes
         self.device, self.samples, self.buffer = device, samples, buffer
 
     def __len__(self) -> int:
         if self.samples is None:
-            raise TrainingError("data.train_samples: expected the number of images that an epoch of shards is, got none")
+            raise DataError("data.train_samples: expected the number of images that an epoch of shards is, got none")
         return self.samples
 
     def facts(self) -> dict:
-        """Number and checksum of the names of the shards."""
-        return {"shards": len(self.urls), "checksum": zlib.crc32("\n".join(url.rpartition("/")[2] for url in self.urls).encode())}
+        """Number and checksum of the names of the shards, and the rules of decoding."""
+        names = "\n".join(url.rpartition("/")[2] for url in self.urls)
+        return {"shards": len(self.urls), "checksum": zlib.crc32(names.encode()), "rules": RULES}
 
     def need_enough(self, place) -> None:
-        """TrainingError: a worker would be without a shard. The same in every process: none waits for others that have ended."""
+        """DataError: a worker would be without a shard. The same in every process: none waits for others that have ended."""
         workers = max(1, self.workers)
         if len(self.urls) // place.world < workers:
-            raise TrainingError(
+            raise DataError(
                 f"data: expected a shard at least for each of {place.world} processes x {workers} workers, got {len(self.urls)}; "
                 f"make smaller shards or lower data.workers"
             )
@@ -86,14 +93,15 @@ class Shards:
             return batch_of(next(stream, _nothing_in(self.urls)), self.device)
 
     def _stream(self, urls, randomness, start, batch_size):
-        return _Stream(urls, self.decoder, self.classes, randomness, start, batch_size, self.buffer)
+        decoder = self.augmentation if randomness and self.augmentation is not None else self.preprocessing
+        return _Stream(urls, decoder, self.classes, randomness, start, batch_size, self.buffer)
 
     def _read(self, stream):
         return workers.read(stream, self.workers, batch_size=None)
 
 
 class _Stream(torch.utils.data.IterableDataset):
-    """Decoded batches of a process' shards, or the TrainingError that came instead. Batch j of the process is made by worker j modulo their
+    """Decoded batches of a process' shards, or the DataError that came instead. Batch j of the process is made by worker j modulo their
     number. ``randomness`` None: one pass in order, everything; else endless, shuffled by it, from batch ``start`` on.
     """
 
@@ -111,8 +119,8 @@ class _Stream(torch.utils.data.IterableDataset):
             for _ in itertools.islice(items, seen * self.batch_size):
                 pass
             while batch := list(itertools.islice(items, self.batch_size)):
-                yield decode_all(batch, self.decoder, [self._generator(item.name) for item in batch])
-        except TrainingError as error:
+                yield decode_all(batch, self.decoder, self._generators(batch))
+        except DataError as error:
             yield error
 
     def _items(self, urls, lane):
@@ -132,12 +140,14 @@ class _Stream(torch.utils.data.IterableDataset):
             if not good:
                 raise _nothing_in(urls, problem)
 
-    def _generator(self, name):
-        return None if self.randomness is None else np.random.default_rng((*self.randomness[:2], 1, zlib.crc32(name.encode())))
+    def _generators(self, batch):
+        if self.randomness is None or not hasattr(self.decoder, "preprocessing"):  # nothing of it is left to chance
+            return None
+        return [np.random.default_rng((*self.randomness[:2], 1, zlib.crc32(item.name.encode()))) for item in batch]
 
 
 def _nothing_in(urls, problem=""):
-    return TrainingError(f"data: no samples with an image and a class in {urls[:3]}{problem}")
+    return DataError(f"data: no samples with an image and a class in {urls[:3]}{problem}")
 
 
 class _Entry(tarfile.TarInfo):

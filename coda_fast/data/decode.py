@@ -1,0 +1,139 @@
+"""A picture from a file, bytes or Pillow as the pixels of a network: one set of rules, whoever reads it (docs/data.md has them as a table).
+
+Upright by its EXIF orientation; transparency flattened on white; 16 bits scaled to 8; the first picture of an animation; CMYK, palettes and
+other colours by Pillow's conversion, ICC profiles not looked at; colour in grey by ITU-R 601, grey in colour as three equal channels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from coda_fast.data.errors import ImageError
+from coda_fast.safety import MOST_PIXELS, NotAFile, open_file
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+RULES = 2  # of this module. A run that began with others sees other pixels, and cannot go on with these. 1: before they were one
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
+
+
+def decode(
+    source: str | os.PathLike | bytes | Image.Image, channels: int = 3, *, name: str | None = None, least: int | None = None
+) -> Image.Image:
+    """The uint8 pixels of a picture, as Pillow's image of mode "RGB" or "L".
+
+    Args:
+        source: a path, the bytes of a file, or a picture of Pillow, which stays as it is if it has been read already.
+        channels: 3 or 1.
+        name: of the picture, for messages; None: its path.
+        least: pixels of a side that are enough: a JPEG may be decoded at an eighth, a quarter or half of its size, not below it.
+
+    Raises:
+        ImageError: missing, not a file (a pipe or a device is not opened), not a picture, truncated, of more than ``MOST_PIXELS`` pixels,
+        of more than 16 bits, floating point that is NaN or outside [0, 1].
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    name = named(source) if name is None else name
+    if channels not in MODES:
+        raise ImageError(f"a picture has 1 or 3 channels, the model expects {channels}", name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken EXIF and the like
+            if isinstance(source, Image.Image):
+                return _converted(source, channels, least, name)
+            with _opened(source, name) as file, Image.open(file) as image:
+                return _converted(image, channels, least, name)
+    except UnidentifiedImageError:
+        raise ImageError("not an image that Pillow can read", name) from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"too large: {error}", name) from None
+    except MemoryError:
+        raise ImageError("too large: its pixels do not fit into the memory that is left", name) from None
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise whatever the damage leads them to
+        reason = str(error).partition(" <_io.")[0]  # no addresses of buffers
+        raise ImageError(f"damaged or truncated image: {reason or type(error).__name__}", name) from None
+
+
+def named(source) -> str:
+    """What messages call a picture: its path, if it has one."""
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else ""
+
+
+def _opened(source, name):
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    try:
+        return open_file(source)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageError("no such file", name) from None
+    except NotAFile as error:
+        kind = str(error).rpartition("got ")[2]
+        raise ImageError(f"expected an image file, got {kind}", name) from None
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}", name) from None
+
+
+def check_pixels(width: int, height: int, name: str = "") -> None:
+    """ImageError where an image has more than ``MOST_PIXELS`` pixels, or none."""
+    if not 0 < width * height <= MOST_PIXELS:
+        raise ImageError(f"too large: expected 1 to {MOST_PIXELS:,} pixels, got {width} x {height}", name)
+
+
+def _converted(image, channels, least, name):
+    from PIL import Image, UnidentifiedImageError
+
+    check_pixels(*image.size, name)
+    if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+        raise UnidentifiedImageError
+    if least is not None and image.format == "JPEG":
+        image.draft(None, (least, least))
+    image.load()
+    image = _upright(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image, name)
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[channels])
+
+
+def _upright(image):
+    """By the orientation of its EXIF, if that can be read. (Pillow's own function writes EXIF anew, where damage stops it.)"""
+    from PIL.Image import Transpose
+
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # whatever the damage leads Pillow to: without it, the picture is whole
+        return image
+    turns = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE, Transpose.ROTATE_270,
+             Transpose.TRANSVERSE, Transpose.ROTATE_90)  # fmt: skip
+    return image.transpose(turns[orientation - 2]) if orientation in range(2, 9) else image
+
+
+def _eight_bits(image, name):
+    """Grey of 16 bits, 0 to 65535, or floating point, 0 to 1, as the nearest of 8: Pillow by itself cuts both off at 255."""
+    from PIL import Image
+
+    pixels = np.asarray(image)
+    if image.mode == "F":
+        if not np.isfinite(pixels).all():
+            raise ImageError(f"{int((~np.isfinite(pixels)).sum())} pixels are NaN or infinite", name)
+        if pixels.min() < 0 or pixels.max() > 1:
+            raise ImageError(f"expected floating-point pixels in [0, 1], got {pixels.min():g} to {pixels.max():g}", name)
+        return Image.fromarray(np.rint(255 * pixels.astype(np.float64)).astype(np.uint8))
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ImageError(f"expected at most 16 bits for each channel, got values {pixels.min():g} to {pixels.max():g}", name)
+    pixels = pixels.astype(np.int64)
+    clear = image.info.get("transparency")  # of a grey PNG: one value that is
+    if isinstance(clear, int):
+        pixels = np.where(pixels == clear, 65535, pixels)
+    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))

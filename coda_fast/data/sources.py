@@ -1,0 +1,243 @@
+"""Sources of labelled pictures: ``Arrays``, the whole set on the device; ``Folder``, files. (In ``shards``: ``Shards``, tar files.)
+
+All give a ``Batch`` of uint8 images, of which ``to_float`` makes what a network takes, on the device. What makes pixels of a file is a
+``Preprocessing`` or, for training, something with such a method ``pixels`` that also takes a generator. Everything random is a function of
+(seed, epoch, step) or (seed, epoch, image).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from coda_fast.data import workers
+from coda_fast.data.decode import RULES
+from coda_fast.data.errors import DataError, ImageError
+from coda_fast.data.preprocessing import Preprocessing
+
+
+@dataclasses.dataclass
+class Batch:
+    """images [N, C, H, W] uint8; labels [N]; valid [N], False where an image could not be read (None: all); failures: (file, reason)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    valid: torch.Tensor | None = None
+    failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def to(self, device) -> Batch:
+        valid = None if self.valid is None else self.valid.to(device, non_blocking=True)
+        return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), valid, self.failures)
+
+
+class Item(NamedTuple):
+    """What a slot of a batch is made of; ``problem``: why it cannot be, where that is known already."""
+
+    name: str
+    file: str | bytes | None
+    label: int
+    problem: str | None = None
+
+
+def decode_all(items: Sequence[Item], decoder, generators: Sequence | None):
+    """(images, labels, valid, failures) of a batch; an image that cannot be read is black and not valid.
+
+    Args:
+        decoder: a ``Preprocessing``, or with ``generators``, one for each item, something of its own chance.
+
+    Raises:
+        DataError: images of several sizes.
+    """
+    pictures, failures = [], []
+    for i, item in enumerate(items):
+        try:
+            if item.problem is not None:
+                raise ImageError(item.problem)
+            pictures.append(decoder.pixels(item.file, *(() if generators is None else (generators[i],))))
+        except ImageError as error:
+            pictures.append(None)
+            failures.append((item.name, error.reason))
+    shapes = {p.shape for p in pictures if p is not None}
+    of_one_size(shapes)
+    wanted = getattr(decoder, "preprocessing", decoder)
+    shape = shapes.pop() if shapes else (wanted.channels, wanted.crop or 1, wanted.crop or 1)
+    images = np.stack([np.zeros(shape, np.uint8) if p is None else p for p in pictures])
+    valid = torch.tensor([p is not None for p in pictures])
+    return torch.from_numpy(images), torch.tensor([item.label for item in items]), valid, failures
+
+
+def of_one_size(shapes: set) -> None:
+    """DataError where there are several."""
+    if len(shapes) > 1:
+        some = ", ".join(f"{height} x {width}" for _, height, width in sorted(shapes)[:3])
+        raise DataError(f"data: expected images of one size, or a size to crop them to (data.size in a recipe, --size), got {some}")
+
+
+def batch_of(decoded, device) -> Batch:
+    """What ``decode_all`` gave, on ``device``; or the DataError that came instead: raised in a worker, the loader would put a traceback
+    into its message.
+    """
+    if isinstance(decoded, DataError):
+        raise decoded
+    images, labels, valid, failures = decoded
+    return Batch(images, labels, None if bool(valid.all()) else valid, failures).to(device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which process of how many."""
+
+    rank: int = 0
+    world: int = 1
+
+    def slice(self, count: int) -> slice:
+        """Its part of ``count`` things, the same number for each process."""
+        share = count // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+
+def seeded(*numbers: int) -> int:
+    """One seed of several numbers, all bits mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of an epoch."""
+    return np.random.default_rng((seed, epoch, 0)).permutation(count)
+
+
+def to_float(images: torch.Tensor, dtype: torch.dtype, channels_last: bool = False) -> torch.Tensor:
+    """uint8 -> [0, 1]: all the normalisation that a CoDA-Net takes."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(dtype, memory_format=layout).div_(255)
+
+
+class Arrays:
+    """A set in memory, on ``device``: images uint8 [N, C, H, W], labels [N]. ``rules``: of decoding, if they were files (``RULES``)."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, device="cpu", rules: int | None = None):
+        self.images, self.labels, self.rules = images.to(device), labels.to(device), rules
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def facts(self) -> dict:
+        """Number, and checksum of all labels and 64 of the images."""
+        some = self.images[:: max(1, len(self) // 64)].cpu().numpy()
+        checksum = zlib.crc32(some.tobytes(), zlib.crc32(self.labels.cpu().numpy().tobytes()))
+        return {"images": len(self), "checksum": checksum} | ({} if self.rules is None else {"rules": self.rules})
+
+    def training(self, seed: int, epoch: int, start: int, batch_size: int, place: Place) -> Iterator[Batch]:
+        """The process' slice of every global batch of the epoch, from step ``start`` on; the incomplete last batch is left out."""
+        for index in _plan(len(self), seed, epoch, start, batch_size, place):
+            yield self.some(index)
+
+    def evaluation(self, batch_size: int, place: Place = Place()) -> Iterator[Batch]:
+        """Every sample once, over all processes."""
+        for index in np.split(own := np.arange(place.rank, len(self), place.world), range(batch_size, len(own), batch_size)):
+            if len(index):
+                yield self.some(index)
+
+    def sample(self, count: int) -> Batch:
+        """A few, evenly from the whole set, always the same."""
+        return self.some(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int))
+
+    def some(self, indices) -> Batch:
+        """Those of these indices [n]."""
+        index = torch.from_numpy(np.asarray(indices)).to(self.labels.device)
+        return Batch(self.images[index], self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Of an image, for messages and tables."""
+        return str(index)
+
+
+class Folder:
+    """Image files and their labels, decoded in worker processes to uint8 of one size; ``augmentation`` is what decodes them for training,
+    if that is something else.
+    """
+
+    def __init__(self, files: Sequence[tuple[str, int]], preprocessing: Preprocessing, workers: int = 0, device="cpu", augmentation=None):
+        self.files, self.preprocessing, self.augmentation = list(files), preprocessing, augmentation
+        self.workers, self.device = workers, device
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def facts(self) -> dict:
+        """Number, checksum of names (class and file) and labels, and the rules of decoding."""
+        names = "\n".join(f"{'/'.join(Path(path).parts[-2:])} {label}" for path, label in self.files)
+        return {"images": len(self), "checksum": zlib.crc32(names.encode(errors="surrogateescape")), "rules": RULES}
+
+    def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
+        """As ``Arrays.training``; what chance does to an image is drawn for (seed, epoch, image)."""
+        randomness = None if self.augmentation is None else (seed, epoch)
+        yield from self._batches(_plan(len(self), seed, epoch, start, batch_size, place), randomness)
+
+    def evaluation(self, batch_size, place: Place = Place()) -> Iterator[Batch]:
+        """As ``Arrays.evaluation``."""
+        own = np.arange(place.rank, len(self), place.world)
+        yield from self._batches([own[i : i + batch_size] for i in range(0, len(own), batch_size)], None)
+
+    def sample(self, count: int) -> Batch:
+        """As ``Arrays.sample``."""
+        return self.some(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int))
+
+    def some(self, indices) -> Batch:
+        """As ``Arrays.some``, decoded here."""
+        return batch_of(_Files(self.files, self.preprocessing, None).__getitems__(np.asarray(indices).tolist()), self.device)
+
+    def name(self, index: int) -> str:
+        return self.files[index][0]
+
+    def in_memory(self, progress=None) -> tuple[Arrays, list]:
+        """All of it decoded once, and what could not be read."""
+        images, labels, failures = [], [], []
+        batches = self.evaluation(256)
+        for batch in progress(batches) if progress else batches:
+            failures += batch.failures
+            good = slice(None) if batch.valid is None else batch.valid
+            if len(batch.labels[good]):  # where none could be read, the black ones have a size of their own
+                images.append(batch.images[good].cpu()), labels.append(batch.labels[good].cpu())
+        if not images:
+            raise DataError(f"data: expected images, could read none of {len(self)}; {failures[-1][0]}: {failures[-1][1]}")
+        of_one_size({tuple(some.shape[1:]) for some in images})
+        return Arrays(torch.cat(images), torch.cat(labels), self.device, RULES), failures
+
+    def _batches(self, plan, randomness):
+        plan = [np.asarray(index).tolist() for index in plan]
+        dataset = _Files(self.files, self.preprocessing if randomness is None else self.augmentation, randomness)
+        pinned = torch.device(self.device).type == "cuda"
+        for decoded in workers.read(dataset, self.workers, batch_sampler=plan, pin_memory=pinned):
+            yield batch_of(decoded, self.device)
+
+
+def _plan(count, seed, epoch, start, batch_size, place):
+    permutation = order(count, seed, epoch)
+    for step in range(start, count // batch_size):
+        yield permutation[step * batch_size : (step + 1) * batch_size][place.slice(batch_size)]
+
+
+class _Files(torch.utils.data.Dataset):
+    """Decoded batches by lists of indices, or the DataError that came instead."""
+
+    def __init__(self, files, decoder, randomness):
+        self.files, self.decoder, self.randomness = files, decoder, randomness
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitems__(self, indices):
+        chance = self.randomness
+        generators = None if chance is None else [np.random.default_rng((*chance, 1, i)) for i in indices]
+        items = [Item(path, path, label) for path, label in (self.files[i] for i in indices)]
+        try:
+            return decode_all(items, self.decoder, generators)
+        except DataError as error:
+            return error
