@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import io
 import json
 import shutil
@@ -49,18 +50,19 @@ def photograph() -> bytes:
 
 def decoding(seconds: float = 3.0) -> list[dict]:
     """Images/s of one core, by kind of work."""
-    from coda_fast.train.decode import Decoder  # the tables are printed where the extra "train" is not installed
+    from coda_fast.data import Preprocessing  # the tables are printed where the extra "train" is not installed
+    from coda_fast.train.augmentation import Augmentation
 
-    photo, rows = photograph(), []
+    photo, rows, wanted = photograph(), [], Preprocessing(3, 256, 240)
     decoders = {
-        "decode, resize 256, crop 240": Decoder(3, 256, 240),
-        "the same and RandAugment (n = 2)": Decoder(3, 256, 240, randaugment=(2, 10)),
-        "crop of 25 to 100 % of the area, RandAugment": Decoder(3, 256, 240, (0.25, 1.0), (2, 10)),
+        "decode, resize 256, crop 240": lambda generator: wanted.pixels(photo),
+        "the same, a random crop, RandAugment (n = 2)": functools.partial(Augmentation(wanted, randaugment=(2, 10)).pixels, photo),
+        "crop of 25 to 100 % of the area, RandAugment": functools.partial(Augmentation(wanted, (0.25, 1.0), (2, 10)).pixels, photo),
     }
     for name, decode in decoders.items():
         count, begun = 0, time.perf_counter()
         while time.perf_counter() - begun < seconds:
-            decode(photo, np.random.default_rng(count))
+            decode(np.random.default_rng(count))
             count += 1
         rows.append({"work": name, "images_per_second_per_core": round(count / (time.perf_counter() - begun), 1)})
     return [*rows, {"photograph_bytes": len(photo)}]

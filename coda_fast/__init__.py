@@ -1,6 +1,6 @@
 """coda_fast: Convolutional Dynamic Alignment Networks, exact and fast."""
 
-from coda_fast import functional
+from coda_fast import data, functional
 from coda_fast._version import __version__
 from coda_fast._wrappers import unwrap
 from coda_fast.backends import BackendUnavailable, backend_info
@@ -27,6 +27,7 @@ __all__ = [
     "compile_kernels",
     "convert_conv2d",
     "create_model",
+    "data",
     "explanation_mode",
     "functional",
     "list_models",

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from coda_fast.checkpoints import atomic_path
+from coda_fast.data.preprocessing import middle
 from coda_fast.explain import Explanation
 
 if TYPE_CHECKING:
@@ -76,8 +77,14 @@ class View:
 
     @classmethod
     def of(cls, image: Image, preprocessing: Preprocessing, most: int = 1024) -> View:
-        """Of a picture of Pillow (``coda_fast.data.decode``), reduced to at most so many pixels a side."""
+        """Of a picture of Pillow (``coda_fast.data.decode``), reduced to at most so many pixels a side; of a strip that is cropped, the
+        middle alone.
+        """
         box = preprocessing.box(*image.size)
+        if preprocessing.crop is not None and (size := middle(*image.size)) != image.size:
+            left, top = ((whole - part) // 2 for whole, part in zip(image.size, size, strict=True))
+            image = image.crop((left, top, left + size[0], top + size[1]))
+            box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
         if (share := most / max(image.size)) < 1:
             reduced = image.resize([max(1, round(share * side)) for side in image.size], reducing_gap=2.0)
             across, down = (small / large for small, large in zip(reduced.size, image.size, strict=True))
@@ -93,7 +100,7 @@ class View:
     def faded(self) -> np.ndarray:
         """The picture in pale grey, to draw over: [H, W, 3] uint8."""
         grey = self.picture.astype(np.float32).mean(2, keepdims=True)
-        return np.repeat(215 + 0.16 * grey, 3, 2).astype(np.uint8)
+        return np.repeat(150 + 0.4 * grey, 3, 2).astype(np.uint8)
 
     def with_map(self, colours: np.ndarray, side: int) -> np.ndarray:
         """The colours of a map [h, w, 3] uint8, where they belong on the faded picture, whose shorter side gets about ``side`` pixels; all
@@ -269,7 +276,7 @@ def explanation_figure(
             title = f"weight of {name(int(explanation.target[i, 0]))}"
             show_weight(axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title, view)
     if count:
-        colour_bar(figure, artist, axes)
+        colour_bar(figure, artist, axes, *["logit, per pixel"] * (count * aspect < 0.6))  # or the label is longer than the bar
     return figure
 
 

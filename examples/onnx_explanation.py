@@ -17,14 +17,24 @@ import onnxruntime
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
-def read_picture(path: Path, channels: int, size: int | None, fixed: tuple[int | str, ...]) -> np.ndarray:
-    """[1, C, H, W], float32 in [0, 1], upright, the shorter side ``size`` pixels; H x W where the network takes that alone."""
-    picture = ImageOps.exif_transpose(Image.open(path)).convert("L" if channels == 1 else "RGB")
-    if all(isinstance(length, int) for length in fixed):
-        picture = ImageOps.fit(picture, fixed[::-1], Image.Resampling.BILINEAR)
-    elif size:
-        scale = size / min(picture.size)
-        picture = picture.resize([max(1, round(length * scale)) for length in picture.size], Image.Resampling.BILINEAR)
+def read_picture(path: Path, preprocessing: dict, fixed: tuple[int | str, ...]) -> np.ndarray:
+    """[1, C, H, W], float32 in [0, 1], as the network's file says: upright, transparency on white, the shorter side resized, the middle
+    cropped; H x W where the network takes that alone. (Grey of 16 bits, which Pillow cuts off at 255, is left out here.)
+    """
+    picture, channels = ImageOps.exif_transpose(Image.open(path)), preprocessing["channels"]
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    method, resize, crop = Image.Resampling[preprocessing["interpolation"].upper()], preprocessing["resize"], preprocessing["crop"]
+    if resize and min(picture.size) != resize:
+        shorter = min(picture.size)
+        picture = picture.resize([resize if length == shorter else int(resize * length / shorter) for length in picture.size], method)
+    if crop:
+        left, top = (round((length - crop) / 2) for length in picture.size)
+        picture = picture.crop((left, top, left + crop, top + crop))
+    if all(isinstance(length, int) for length in fixed) and picture.size != fixed[::-1]:
+        picture = ImageOps.fit(picture, fixed[::-1], method)
     pixels = np.asarray(picture, np.float32) / 255
     return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)[None]
 
@@ -78,8 +88,7 @@ def main() -> None:
     if [output.name for output in session.get_outputs()] != ["logits", "contribution_map"]:
         parser.error(f"{options.network}: expected a file of coda-fast export --explain")
     about = session.get_modelmeta().custom_metadata_map
-    size = int(about["image_size"]) if "image_size" in about else None
-    image = read_picture(options.picture, int(about["image_channels"]), size, tuple(session.get_inputs()[0].shape[2:]))
+    image = read_picture(options.picture, json.loads(about["preprocessing"]), tuple(session.get_inputs()[0].shape[2:]))
 
     def explain(target: int) -> tuple[np.ndarray, np.ndarray]:
         logits, contributions = session.run(None, {"images": image, "target": np.array([target], np.int64)})

@@ -67,6 +67,7 @@ def test_files_of_the_first_release_load_as_before():
         "out_channels": [4, 3], "ranks": [2, 5], "kernel_sizes": [[3, 1], 2], "strides": [2, [1, 2]], "paddings": ["valid", 1],
         "temperature": 2.5, "logit_bias": -1.25, "norm": "l2", "eps": 1e-3, "bias": False, "image_channels": 1, "image_size": 9,
         "class_names": ["a", "b", "c"],
+        "preprocessing": {"resize": 9, "crop": 9, "interpolation": "bilinear", "value_range": [0.0, 1.0]},  # implied, by the size
     }  # fmt: skip
     assert checkpoints.read_metadata(GOLDEN / "checkpoint_0.safetensors") == {"accuracy": 0.5}
     logits = net.double()(torch.linspace(0, 1, 162, dtype=torch.float32).view(2, 1, 9, 9).double())

@@ -146,14 +146,14 @@ def test_extras(metadata):
         for extra in metadata.get_all("Provides-Extra")
     }
     assert set(extras) == {"bench", "cli", "evaluation", "quantus", "train", "timm", "hub", "onnx", "fonts", "video", "test", "dev"}
-    assert set(extras["cli"]) == {"click", "tqdm", "pillow", "matplotlib", "safetensors", "scikit-learn", "jinja2"}
+    assert set(extras["cli"]) == {"click", "tqdm", "pillow", "torchvision", "matplotlib", "safetensors", "scikit-learn", "jinja2"}
     assert set(extras["evaluation"]) == {*extras["cli"], "captum", "scikit-image"}
     assert set(extras["video"]) == {*extras["cli"], "av"}
     assert set(extras["timm"]) == {"timm"}
     assert set(extras["hub"]) == {"huggingface_hub", "safetensors", "jinja2"}
     assert set(extras["onnx"]) == {"onnx", "onnxscript", "onnxruntime"}
     assert set(extras["fonts"]) == {"matplotlib-fontja"}
-    added = {"lightning", "timm", "torchvision", "pydantic", "pyyaml", "tensorboard", "webdataset", "filelock"}
+    added = {"lightning", "timm", "pydantic", "pyyaml", "tensorboard", "webdataset", "filelock"}
     assert set(extras["train"]) == {*extras["cli"], *added}
     needed = {
         *extras["train"],

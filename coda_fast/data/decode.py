@@ -103,7 +103,9 @@ def _converted(image, channels, least, name):
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(MODES[channels])
+    image = image.convert(MODES[channels])
+    image.info = {}  # all of it has been heeded: who decodes the picture again must not turn it again
+    return image
 
 
 def _upright(image):

@@ -127,6 +127,10 @@ def test_upright(orientation, format):
     found = pixels(turned(orientation, format)).astype(int)
     assert found.shape == UPRIGHT.shape
     assert abs(found - UPRIGHT).mean() < (4 if format == "JPEG" else 0.01)
+    once = decode(turned(orientation, format))
+    assert np.array_equal(pixels(once), pixels(decode(once)))  # what is upright is not turned again
+    with Image.open(io.BytesIO(turned(orientation, format))) as lazy:
+        assert np.array_equal(pixels(lazy), pixels(lazy.convert("RGB")))  # what is not upright yet, is, whoever converts it before
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12", b"Exif\0\0nothing at all", b""])
