@@ -47,9 +47,10 @@ def decode(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF and the like
             if isinstance(source, Image.Image):
-                return _converted(source, channels, least, name)
+                found = _converted(source, channels, least, name)
+                return _plain(found.copy() if found is source else found)
             with _opened(source, name) as file, Image.open(file) as image:
-                return _converted(image, channels, least, name)
+                return _plain(_converted(image, channels, least, name))
     except UnidentifiedImageError:
         raise ImageError("not an image that Pillow can read", name) from None
     except Image.DecompressionBombError as error:
@@ -66,6 +67,12 @@ def decode(
 def named(source) -> str:
     """What messages call a picture: its path, if it has one."""
     return os.fspath(source) if isinstance(source, str | os.PathLike) else ""
+
+
+def _plain(image):
+    """What is said beside the pixels has been heeded: who decodes them again must not turn them again."""
+    image.info = {}
+    return image
 
 
 def _opened(source, name):
@@ -103,9 +110,7 @@ def _converted(image, channels, least, name):
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert(MODES[channels])
-    image.info = {}  # all of it has been heeded: who decodes the picture again must not turn it again
-    return image
+    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
 def _upright(image):

@@ -1,6 +1,6 @@
 """What chance does to the pictures of a training step: crops and RandAugment as they are decoded, flips and padded crops on the device.
 
-Crops are torchvision's, RandAugment is timm's. Both draw from the global generators of Python, NumPy and torch, which are seeded for one
+A crop is cut and resized by Pillow in one go. RandAugment is timm's, which draws from the global generators: they are seeded for one
 picture and put back.
 """
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from coda_fast.data.decode import decode
-from coda_fast.data.preprocessing import Preprocessing, as_array, middle
+from coda_fast.data.preprocessing import Preprocessing, as_array
 from coda_fast.data.sources import Place
 from coda_fast.train.errors import need
 from coda_fast.train.recipes import Data
@@ -35,12 +35,15 @@ class Augmentation:
 
     def pixels(self, source, generator: np.random.Generator, name: str | None = None) -> np.ndarray:
         """``source``: as of ``Preprocessing.pixels``. ImageError: it cannot be read."""
+        from PIL.Image import Resampling
+
         wanted = self.preprocessing
         image = decode(source, wanted.channels, name=name, least=self._least())
-        with _seeded(int(generator.integers(2**32))):
-            if wanted.crop is not None:
-                image = self._crop(image, name)
-            if self.randaugment is not None:
+        if wanted.crop is not None:
+            method = Resampling[wanted.interpolation.upper()]
+            image = image.resize((wanted.crop, wanted.crop), method, box=self._part(*image.size, generator))
+        if self.randaugment is not None:
+            with _seeded(generator):
                 image = _randaugment(*self.randaugment, wanted.channels)(image)
         return as_array(image)
 
@@ -52,38 +55,30 @@ class Augmentation:
         smallest = 0 if self.scale is None else wanted.crop / self.scale[0] ** 0.5
         return max(2 * wanted.resize, math.ceil(smallest))
 
-    def _crop(self, image, name):
-        wanted = self.preprocessing
-        if self.scale is not None:
-            return _random_part(wanted.crop, self.scale, wanted.interpolation)(image)
-        if (within := middle(*image.size)) != image.size:  # of a strip, no more is resized than is of use
-            image = _random_square(within[::-1])(image)
-        image = dataclasses.replace(wanted, crop=None).apply(image, name or "")
-        return _random_square((wanted.crop, wanted.crop))(image)
-
-
-@functools.cache
-def _random_part(side, scale, interpolation):
-    from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
-
-    return RandomResizedCrop(side, scale, interpolation=InterpolationMode[interpolation.upper()])
-
-
-@functools.lru_cache(1024)
-def _random_square(sides):
-    from torchvision.transforms.v2 import RandomCrop
-
-    return RandomCrop(sides)
+    def _part(self, width, height, generator):
+        """What becomes the crop, in pixels of the picture: left, top, right, bottom. (torchvision draws a share of the area from torch's
+        global generator, which would have to be put back, too.)
+        """
+        for _ in range(10 if self.scale is not None else 0):
+            area, ratio = width * height * generator.uniform(*self.scale), math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if w <= width and h <= height:
+                left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
+                return left, top, left + w, top + h
+        side = min(width, height) * self.preprocessing.crop / self.preprocessing.resize  # anywhere in it, not in its middle alone
+        left, top = (place * (length - side) for place, length in zip(generator.uniform(size=2), (width, height), strict=True))
+        return left, top, left + side, top + side
 
 
 @contextlib.contextmanager
-def _seeded(seed):
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed), np.random.seed(seed), torch.default_generator.manual_seed(seed)
+def _seeded(generator):
+    """The global generators, which libraries draw from, by this one; then as they were."""
+    before, seed = (random.getstate(), np.random.get_state()), int(generator.integers(2**32))
+    random.seed(seed), np.random.seed(seed)
     try:
         yield
     finally:
-        random.setstate(before[0]), np.random.set_state(before[1]), torch.set_rng_state(before[2])
+        random.setstate(before[0]), np.random.set_state(before[1])
 
 
 @functools.cache
