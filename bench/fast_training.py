@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
-import io
 import json
 import math
 import os
@@ -47,9 +46,9 @@ class TrainingProblem(Exception):
 # -- images ---------------------------------------------------------------------------------------------------------------------------
 
 
-def decode(path: Path, split: str, limit: int | None = None, threads: int = min(16, os.cpu_count() or 1)):
+def read(path: Path, split: str, limit: int | None = None, threads: int = min(16, os.cpu_count() or 1)):
     """(images uint8 [N, 3, H, W], labels [N]) of ``split``: JPEGs end to end, some replaced by pixels without loss."""
-    from PIL import Image
+    from coda_fast.data import decode
 
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -57,7 +56,7 @@ def decode(path: Path, split: str, limit: int | None = None, threads: int = min(
             lossless = (file[f"{split}_lossless_idx"], file[f"{split}_lossless_rgb"]) if f"{split}_lossless_idx" in file.files else None
 
         def some(indices):
-            return [np.asarray(Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]])).convert("RGB")) for i in indices]
+            return [np.asarray(decode(raw[offsets[i] : offsets[i + 1]])) for i in indices]
 
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the interpreter's lock
             parts = list(pool.map(some, np.array_split(np.arange(len(labels)), max(1, min(4 * threads, len(labels))))))
@@ -387,7 +386,7 @@ def _main(options, start):
 
     say = lambda text: print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)  # noqa: E731
     limit = 32 if quick else None
-    splits = [made_up(32) if options.data is None else decode(options.data, split, limit) for split in ("train", "test")]
+    splits = [made_up(32) if options.data is None else read(options.data, split, limit) for split in ("train", "test")]
     (images, labels), test = splits
     say(f"{len(labels)} images to train with, {len(test[1])} to test with")
     trainer = Trainer(recipe, images, labels, device, batch=options.batch or (4 if quick else None), **(TINY if quick else {}))

@@ -142,7 +142,8 @@ def stream(
     page = environment.from_string(_FIGURE + _PAGE)
     subtitle = subtitle or f"{sum(p.numel() for p in model.parameters()):,} parameters, T = {model.temperature:g}; coda_fast {__version__}"
     bias = f"{model.logit_bias:.3f}"
-    return page.generate(title=title, subtitle=subtitle, bias=bias, items=items, notes=list(notes), skipped=skipped)
+    pieces = page.generate(title=title, subtitle=subtitle, bias=bias, items=items, notes=list(notes), skipped=skipped)
+    return map(str, pieces)  # some are jinja's own text, which escapes what it is added to
 
 
 def find_images(paths: Iterable[Path], limit: int) -> tuple[list[tuple[Path, str, bool]], int]:

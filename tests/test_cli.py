@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from odd_pictures import turned
 from PIL import Image
 
 import coda_fast
@@ -95,6 +96,60 @@ def test_explain_refuses_images(checkpoint, image, tmp_path, capsys, kind):
     assert run("explain", image, bad, "--checkpoint", checkpoint, "--output", tmp_path / "out") == 2
     _one_line(capsys, "bad.tif: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_explain_draws_over_the_picture_that_was_given(checkpoint, tmp_path):
+    """Whatever way it is stored, to the last pixel; the figure is as wide as the picture, not as its crop, unless it is asked for whole."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 60, 3), dtype=np.uint8)
+    names = [f"{i}.png" for i in range(1, 9)]
+    for i, name in enumerate(names, 1):
+        (tmp_path / name).write_bytes(turned(i, "PNG", pixels=pixels))
+    assert run("explain", *(tmp_path / name for name in names), "--checkpoint", checkpoint, "--output", tmp_path / "a") == 0
+    figures = [np.asarray(Image.open(tmp_path / "a" / f"{i}_explained.png")) for i in range(1, 9)]
+    assert all(np.array_equal(figure, figures[0]) for figure in figures)
+    assert run("explain", tmp_path / "6.png", "--checkpoint", checkpoint, "--output", tmp_path / "b", "--size", 8) == 0
+    whole = np.asarray(Image.open(tmp_path / "b" / "6_explained.png"))
+    assert whole.shape == figures[0].shape
+    assert not np.array_equal(whole, figures[0])
+
+
+def test_explain_a_folder(checkpoint, tmp_path, capsys):
+    """All pictures in it, into folders of the same names; what is hidden is not looked at, what cannot be read is named."""
+    for name in ("a.png", "sub/a.png", "sub/deeper/b.jpg"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)).save(tmp_path / "set" / name)
+    (tmp_path / "set" / "._a.png").write_bytes(b"of macOS")
+    (tmp_path / "set" / "sub" / "broken.png").write_bytes(b"nothing")
+    assert run("explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "out") == 0
+    written = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png"))
+    assert written == ["a_explained.png", "sub/a_explained.png", "sub/deeper/b_explained.png"]
+    printed = capsys.readouterr()
+    assert "broken.png: not an image" in printed.err
+    assert len(printed.out.splitlines()) == 3
+    (tmp_path / "empty").mkdir()
+    assert run("explain", tmp_path / "empty", "--checkpoint", checkpoint, "--output", tmp_path / "none") == 2
+    _one_line(capsys, "IMAGES: expected pictures in")
+    (tmp_path / "empty" / "broken.png").write_bytes(b"nothing")
+    assert run("explain", tmp_path / "empty", "--checkpoint", checkpoint, "--output", tmp_path / "none") == 2
+    assert "expected at least one image that can be read, got 1 files" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_explain_keeps_no_picture(checkpoint, tmp_path, monkeypatch):
+    """Of a set, one is held at a time: each is written before the next is drawn."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((8, 8), 50 * i, np.uint8)).save(folder / f"{i}.png")
+    drawn, render = [], cli.plot.render
+
+    def counting(figure):
+        drawn.append(len(list((tmp_path / "out").glob("*.png"))))
+        return render(figure)
+
+    monkeypatch.setattr(cli.plot, "render", counting)
+    assert run("explain", folder, "--checkpoint", checkpoint, "--output", tmp_path / "out") == 0
+    assert drawn == [0, 1, 2, 3]
 
 
 def test_explain_refuses_equal_names(checkpoint, image, tmp_path, capsys):

@@ -13,6 +13,7 @@ from matplotlib import font_manager
 from PIL import Image
 
 from coda_fast import CoDANet, create_model, plot
+from coda_fast.data import Preprocessing
 from coda_fast.train import load_recipe
 from coda_fast.train.watch import curve
 
@@ -89,6 +90,53 @@ def test_explanation_figure(tmp_path):
     assert Image.open(path).size[0] > 600
     plot.save_figure(figure, tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()[:1000]
+
+
+CROPPED = Preprocessing(3, 20, 10)  # of a picture of 60 x 40: the middle 20 x 20
+
+
+def test_view():
+    """The picture, its crop, and a map of the crop where it belongs: by colours that tell where they lie."""
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[10:30, 20:40] = (200, 100, 0)
+    view = plot.View.of(Image.fromarray(pixels), CROPPED)
+    assert view.box == (20, 10, 40, 30)
+    assert view.cropped
+    colours = np.zeros((10, 10, 3), np.uint8)
+    colours[:5, :5], colours[:5, 5:], colours[5:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    drawn, shown = view.with_map(colours, 80), view.with_crop(colours, 80)
+    assert drawn.shape == shown.shape == (80, 120, 3)  # pixels of the map are 4 x 4 of the page, those of the picture 2 x 2
+    assert drawn[22, 42].tolist() == [255, 0, 0]
+    assert drawn[22, 78].tolist() == [0, 255, 0]
+    assert drawn[58, 60].tolist() == [0, 0, 255]
+    assert drawn[10, 10].tolist() == shown[10, 10].tolist() == [150] * 3
+    assert shown[40, 60].tolist() == [200, 100, 0]
+    whole = plot.View.of(Image.fromarray(pixels), Preprocessing(3, 20))
+    assert not whole.cropped
+    assert whole.with_map(colours, 80) is colours
+
+
+def test_view_of_a_large_picture_and_of_a_strip():
+    view = plot.View.of(Image.new("L", (3000, 2000)), Preprocessing(1, 64, 48), most=300)
+    assert view.picture.shape == (200, 300, 3)
+    assert view.box == pytest.approx([x / 10 for x in Preprocessing(1, 64, 48).box(3000, 2000)])
+    strip = plot.View.of(Image.new("RGB", (5000, 10)), CROPPED)
+    assert strip.picture.shape == (10, 40, 3)
+    assert strip.box == pytest.approx((17.5, 2.5, 22.5, 7.5))
+
+
+def test_maps_lie_where_they_belong():
+    """In a figure: the axes show all of the picture, the map has the extent of the crop."""
+    net = CoDANet([2], [1], [1], [1], temperature=1)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    images = CROPPED(picture)[None]
+    explanation = net.explain(images, torch.tensor([[0, 1]]))
+    figure = plot.explanation_figure(images, explanation, net.logit_bias, views=[plot.View.of(picture, CROPPED)])
+    shown = [axes for axes in figure.axes if axes.images][:4]
+    assert [axes.get_xlim() + axes.get_ylim() for axes in shown] == [(0, 60, 40, 0)] * 4
+    assert [axes.images[-1].get_extent() for axes in shown] == [[20, 40, 30, 10]] * 4
+    assert np.array_equal(shown[1].images[-1].get_array(), explanation.contribution_map[0, 0].numpy())
+    assert len(figure.axes) == 5
 
 
 def test_explanation_figure_names_the_true_class():

@@ -178,6 +178,40 @@ def test_command(tmp_path, checkpoint):
     assert "c.png: not an image that Pillow can read" in text
 
 
+def test_pictures_are_asked_for_one_by_one(model):
+    """A page of any length holds one picture at a time; what could not be read is known, and said, at its end."""
+    asked, skipped = [], []
+
+    def pictures():
+        for i in range(3):
+            asked.append(i)
+            yield report.Picture(f"{i}.png", torch.rand(1, 8, 8))
+        skipped.append("late.png: nothing")
+
+    found, when = "", {}
+    for piece in report.stream(model, pictures(), methods=[], skipped=skipped):
+        found += piece
+        for i in range(3):
+            if f"<h2>{i}.png" in found:
+                when.setdefault(i, len(asked))
+    assert when == {0: 1, 1: 2, 2: 3}
+    assert Page(found).words[-1] == "Not shown, because they could not be read: late.png: nothing."
+
+
+def test_command_shows_crops(tmp_path, checkpoint):
+    """A wide picture, of which the network sees the middle: the picture and all maps have its shape; --size takes it whole."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 80, 3), np.uint8)).save(tmp_path / "wide.png")
+    common = (tmp_path / "wide.png", "--checkpoint", checkpoint, "--output", tmp_path / "page.html", "--methods", "none", "--classes", 1)
+    assert invoke(*common).exit_code == 0
+    pictures = Page((tmp_path / "page.html").read_text()).pictures
+    assert pictures[0][0] == "what the network saw: 8 x 8 pixels of the middle"
+    assert {picture.shape[1] / picture.shape[0] for _, picture in pictures} == {2.0}
+    assert invoke(*common, "--size", 8).exit_code == 0
+    pictures = Page((tmp_path / "page.html").read_text()).pictures
+    assert [caption for caption, _ in pictures[:1]] == ["16 x 8 pixels"]
+    assert pictures[1][1].shape == (8, 16, 3)
+
+
 def images_of_classes(root, classes=4, each=10):
     for c in range(classes):
         (root / f"class_{c}").mkdir(parents=True)

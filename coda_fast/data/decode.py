@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from typing import TYPE_CHECKING
 
@@ -44,8 +45,7 @@ def decode(
     if channels not in MODES:
         raise ImageError(f"a picture has 1 or 3 channels, the model expects {channels}", name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken EXIF and the like
+        with _QUIET:
             if isinstance(source, Image.Image):
                 found = _converted(source, channels, least, name)
                 return _plain(found.copy() if found is source else found)
@@ -67,6 +67,32 @@ def decode(
 def named(source) -> str:
     """What messages call a picture: its path, if it has one."""
     return os.fspath(source) if isinstance(source, str | os.PathLike) else ""
+
+
+class _Quiet:
+    """While any thread decodes, Pillow's warnings (broken EXIF and the like) are not shown. One change of Python's filters for all threads:
+    if each made its own, the last one out would leave those of another behind.
+    """
+
+    def __init__(self):
+        self.lock, self.inside, self.filters = threading.Lock(), 0, None
+
+    def __enter__(self):
+        with self.lock:
+            if not self.inside:
+                self.filters = warnings.catch_warnings()
+                self.filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self.inside += 1
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.filters.__exit__(*error)
+
+
+_QUIET = _Quiet()
 
 
 def _plain(image):

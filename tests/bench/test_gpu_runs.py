@@ -320,14 +320,14 @@ def made_images(path, count=40):
 
 def test_decoded(tmp_path):
     arrays = made_images(tmp_path / "images.npz")
-    images, labels = fast_training.decode(tmp_path / "images.npz", "test", 20)
+    images, labels = fast_training.read(tmp_path / "images.npz", "test", 20)
     assert images.shape == (20, 3, 32, 32)
     assert labels.tolist() == [i % 10 for i in range(20)]
     assert (images[3].permute(1, 2, 0).numpy() == arrays["test_lossless_rgb"][0]).all()
     assert int((images[12].int() - 70).abs().max()) <= 2
     (tmp_path / "broken.npz").write_bytes(b"no")
     with pytest.raises(fast_training.TrainingProblem, match=r"broken.npz: expected an .npz file with train_jpeg"):
-        fast_training.decode(tmp_path / "broken.npz", "train")
+        fast_training.read(tmp_path / "broken.npz", "train")
 
 
 def trainer(count=40, **options):

@@ -1,11 +1,12 @@
 """Every kind of file that a user might point at, by one set of rules: docs/data.md."""
 
+import contextlib
 import io
 import pickle
 
 import numpy as np
 import pytest
-from odd_pictures import UPRIGHT, turned
+from odd_pictures import UPRIGHT, file_of, turned
 from PIL import Image
 
 from coda_fast.data import ImageError, decode
@@ -18,12 +19,6 @@ def _save(path, array, mode=None, **options):
     image = Image.fromarray(array)
     (image.convert(mode) if mode else image).save(path, **options)
     return path
-
-
-def encoded(image, format, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def pixels(source, channels=3, **options):
@@ -55,15 +50,15 @@ def test_modes(tmp_path, mode):
 
 
 def test_colours_by_what_they_are():
-    assert pixels(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))[4, 4].tolist() == pytest.approx(
+    assert pixels(file_of(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))[4, 4].tolist() == pytest.approx(
         [255, 0, 0], abs=3
     )
     palette, other = Image.new("P", (4, 4), 1), Image.new("P", (4, 4), 0)
     for each in (palette, other):
         each.putpalette([255, 0, 0, 0, 200, 0])
-    assert pixels(encoded(palette, "PNG"))[0, 0].tolist() == [0, 200, 0]
-    assert pixels(encoded(palette, "GIF", save_all=True, append_images=[other]))[0, 0].tolist() == [0, 200, 0]  # the first picture
-    assert pixels(encoded(Image.new("1", (4, 4), 1), "PNG"))[0, 0].tolist() == [255] * 3
+    assert pixels(file_of(palette, "PNG"))[0, 0].tolist() == [0, 200, 0]
+    assert pixels(file_of(palette, "GIF", save_all=True, append_images=[other]))[0, 0].tolist() == [0, 200, 0]  # the first picture
+    assert pixels(file_of(Image.new("1", (4, 4), 1), "PNG"))[0, 0].tolist() == [255] * 3
 
 
 # -- transparency: on white -----------------------------------------------------------------------------------------------------------
@@ -72,9 +67,9 @@ def test_colours_by_what_they_are():
 @pytest.mark.parametrize("alpha", [0, 1, 128, 255])
 def test_transparency_is_flattened_on_white(alpha):
     wanted = [round(255 + (c - 255) * alpha / 255) for c in (10, 100, 250)]
-    found = pixels(encoded(Image.new("RGBA", (4, 4), (10, 100, 250, alpha)), "PNG"))
+    found = pixels(file_of(Image.new("RGBA", (4, 4), (10, 100, 250, alpha)), "PNG"))
     assert found[2, 2].tolist() == pytest.approx(wanted, abs=1)
-    assert pixels(encoded(Image.new("LA", (4, 4), (10, alpha)), "PNG"), 1)[2, 2] == pytest.approx(wanted[0], abs=1)
+    assert pixels(file_of(Image.new("LA", (4, 4), (10, alpha)), "PNG"), 1)[2, 2] == pytest.approx(wanted[0], abs=1)
 
 
 def test_one_clear_colour():
@@ -82,17 +77,17 @@ def test_one_clear_colour():
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 200, 0])
     palette.putpixel((1, 0), 1)
-    assert pixels(encoded(palette, "PNG", transparency=1))[0].tolist() == [[255, 0, 0], [255, 255, 255]]
+    assert pixels(file_of(palette, "PNG", transparency=1))[0].tolist() == [[255, 0, 0], [255, 255, 255]]
     grey = Image.fromarray(np.array([[7, 9]], np.uint8))
-    assert pixels(encoded(grey, "PNG", transparency=9), 1)[0].tolist() == [7, 255]
+    assert pixels(file_of(grey, "PNG", transparency=9), 1)[0].tolist() == [7, 255]
     colour = Image.fromarray(np.array([[[7, 8, 9], [1, 2, 3]]], np.uint8))
-    assert pixels(encoded(colour, "PNG", transparency=(1, 2, 3)))[0].tolist() == [[7, 8, 9], [255, 255, 255]]
+    assert pixels(file_of(colour, "PNG", transparency=(1, 2, 3)))[0].tolist() == [[7, 8, 9], [255, 255, 255]]
     deep = Image.fromarray(np.array([[257, 1000]], np.uint16))
-    assert pixels(encoded(deep, "PNG", transparency=1000), 1)[0].tolist() == [1, 255]
+    assert pixels(file_of(deep, "PNG", transparency=1000), 1)[0].tolist() == [1, 255]
 
 
 def test_colours_under_full_transparency_do_not_matter():
-    both = [pixels(encoded(Image.new("RGBA", (4, 4), (*colour, 0)), "PNG")) for colour in ((255, 0, 0), (0, 0, 255))]
+    both = [pixels(file_of(Image.new("RGBA", (4, 4), (*colour, 0)), "PNG")) for colour in ((255, 0, 0), (0, 0, 255))]
     assert np.array_equal(*both)
     assert both[0].min() == 255
 
@@ -108,13 +103,13 @@ def test_grey_of_16_bits_keeps_its_range(format, dtype, channels):
     for shift, carry in ((0, 0), (128, 0), (129, 1), (-128, 0)):
         shifted = (values.astype(np.int64) + shift).clip(0, 65535)
         expected = (np.arange(256).reshape(16, 16) + carry).clip(0, 255)
-        found = pixels(encoded(Image.fromarray(shifted.astype(dtype)), format), channels)
+        found = pixels(file_of(Image.fromarray(shifted.astype(dtype)), format), channels)
         assert np.array_equal(found if channels == 1 else found[..., 1], expected)
 
 
 def test_floating_point_from_0_to_1():
     values = np.arange(256, dtype=np.float32).reshape(16, 16) / 255
-    assert np.array_equal(pixels(encoded(Image.fromarray(values), "TIFF"), 1), np.arange(256).reshape(16, 16))
+    assert np.array_equal(pixels(file_of(Image.fromarray(values), "TIFF"), 1), np.arange(256).reshape(16, 16))
 
 
 # -- orientation ----------------------------------------------------------------------------------------------------------------------
@@ -231,8 +226,36 @@ def test_programs_are_no_images(tmp_path):
 
 def test_a_jpeg_is_decoded_smaller_only_where_that_is_asked():
     """As training does for random crops; evaluation reads every pixel, so that a file and what is made of it elsewhere are the same."""
-    data = encoded(Image.new("RGB", (800, 600), (9, 99, 199)), "JPEG", quality=95)
+    data = file_of(Image.new("RGB", (800, 600), (9, 99, 199)), "JPEG", quality=95)
     assert decode(data).size == (800, 600)
     assert decode(data, least=300).size == (400, 300)
     assert decode(data, least=301).size == (800, 600)
     assert abs(pixels(data, least=70)[3, 3].astype(int) - (9, 99, 199)).max() <= 2
+
+
+def test_threads_leave_warnings_as_they_were():
+    """Decoding hides Pillow's warnings; many threads at once must not hide them for ever, nor those of others."""
+    import threading
+    import warnings
+
+    broken = file_of(Image.fromarray(UPRIGHT), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12")
+    before = list(warnings.filters)
+
+    def work():
+        for _ in range(30):
+            decode(broken)
+            with contextlib.suppress(ImageError):
+                decode(b"nothing")
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        inside = list(warnings.filters)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert warnings.filters == inside
+        warnings.warn("still heard", stacklevel=1)
+    assert [str(w.message) for w in seen] == ["still heard"]
+    assert warnings.filters == before
