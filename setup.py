@@ -11,7 +11,7 @@ if version is None:
     raise RuntimeError("coda_fast/_version.py has no line __version__ = ...")
 
 SETUPTOOLS = "setuptools>=77.0.3"  # the first with license_expression; also named in pyproject.toml
-CLI = ["click>=8.2", "tqdm", "pillow", "torchvision", "matplotlib", "safetensors", "scikit-learn", "jinja2"]
+CLI = ["click>=8.2", "tqdm", "pillow>=10.1", "torchvision", "matplotlib", "safetensors", "scikit-learn", "jinja2"]
 VIDEO = [*CLI, "av"]  # brings its own ffmpeg
 EVALUATION = [*CLI, "captum>=0.9", "scikit-image>=0.21"]  # the methods of attribution that others made
 TIMM = ["timm>=1.0.31"]

@@ -92,7 +92,9 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
     with opened(path, device) as file:
         header = _header(path, file)
         config = _json(header, "config", path)
-        if "preprocessing" not in config and (implied := _implied(header)) is not None:
+        if "image_size" in overrides:  # what the file says of pictures is for another size, as in create_model
+            config.pop("preprocessing", None)
+        elif "preprocessing" not in config and (implied := _implied(header)) is not None:
             config["preprocessing"] = implied
         unknown = set(config) - set(inspect.signature(CoDANet).parameters) | set(config) & {
             "device",

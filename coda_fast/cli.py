@@ -15,7 +15,6 @@ import torch
 
 from coda_fast import backends, checkpoints, plot, safety
 from coda_fast._version import __version__
-from coda_fast.data.errors import ImageError
 from coda_fast.explain import PixelRangeWarning
 
 try:
@@ -179,27 +178,29 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
         raise click.UsageError(f"{', '.join(given)}: expected videos only, got {pictures[0][0]}, a picture or a file that cannot be read")
     if videos and len(classes) > 1:
         raise click.UsageError(f"--target: expected one class for a video ({videos[0][0]}), got {len(classes)}")
-    folders = [path for path in images if path.is_dir()]
-    safety.check_output_folder(output)
+    safety.check_output_folder(output, [path for path in images if path.is_dir()])
     clips = [output / f"{path.stem}_explained.{ending or ('gif' if path.suffix.lower() == '.gif' else 'mp4')}" for path, _ in videos]
-    figures = [output / place / f"{path.stem}_explained.png" for path, place in pictures]
+    figures = _figures(output, pictures, named=set(images))
     results = collections.Counter(figures + clips)
     if twice := sorted(path for path, count in results.items() if count > 1):
         raise click.UsageError(f"several images would be written to {', '.join(map(str, twice[:5]))}; explain them one by one")
     safety.check_outputs(figures + clips, [*(path for path, _ in files), checkpoint])
+
+    def skip(path, error):
+        """What is not asked for by name is passed over, and named."""
+        if path in images:
+            raise error
+        click.echo(safety.printable(f"skipped {error}"), err=True)
+
     # every picture is read and checked before anything is written, and again when its turn comes: a set need not fit into memory
-    count, skipped = len(classes) or min(2, model.num_classes), set()
-    for path, _ in _bar(pictures, "reading") if len(pictures) > 1 else pictures:
+    readable = []
+    for (path, _), figure in zip(_bar(pictures, "reading") if len(pictures) > 1 else pictures, figures, strict=True):
         try:
-            _, tensor = _read(path, preprocessing)
-        except ImageError as error:
-            if path in images:  # asked for by name
-                raise
-            click.echo(safety.printable(f"skipped {error}"), err=True)
-            skipped.add(path)
-            continue
-        safety.check_explainable(model, *tensor.shape[1:], str(path), count)
-    if folders and not videos and len(skipped) == len(pictures):
+            _as_network_sees(model, path, preprocessing, classes)
+            readable.append((path, figure))
+        except ValueError as error:
+            skip(path, error)
+    if pictures and not readable:
         raise click.UsageError(f"IMAGES: expected at least one image that can be read, got {len(pictures)} files")
     new_folders = [folder for folder in (output, *output.parents) if not folder.exists()]
     output.mkdir(parents=True, exist_ok=True)
@@ -207,20 +208,28 @@ def explain(images, checkpoint, targets, output, size, device, start, end, crop,
         for (path, _), clip in zip(videos, clips, strict=True):
             options = dict(start=start or 0.0, end=end, crop=crop, scale=scale, size=size, target=classes[0] if classes else None)
             _explain_clip(explain_video, model, path, clip, options)
-        for (path, _), figure in zip(pictures, figures, strict=True):
-            if path not in skipped:
-                _explain_picture(model, path, figure, preprocessing, classes, checkpoint)
+        for path, figure in readable:
+            try:
+                _explain_picture(model, path, figure, preprocessing, classes)
+            except ValueError as error:  # it is not what it was, or the network has no finite answer to it
+                skip(path, error)
     except BaseException:
         _remove_empty(new_folders)
         raise
 
 
-def _read(path, preprocessing):
-    """A picture as it was given, and as the network takes it."""
-    from coda_fast.data import decode
+def _figures(output, pictures, named):
+    """Where the figure of each picture goes; of several in one folder that differ in their endings, these stay in the names."""
+    counts = collections.Counter((place, path.stem) for path, place in pictures)
+    several = lambda path, place: counts[place, path.stem] > 1 and path not in named  # noqa: E731
+    return [output / place / f"{path.name if several(path, place) else path.stem}_explained.png" for path, place in pictures]
 
-    image = decode(path, preprocessing.channels)
-    return image, preprocessing(image)
+
+def _as_network_sees(model, path, preprocessing, classes):
+    """[C, H, W]. ValueError: a picture that cannot be read, or whose explanation this machine cannot hold."""
+    tensor = torch.from_numpy(preprocessing.pixels(path)).float().div_(255)
+    safety.check_explainable(model, *tensor.shape[1:], str(path), len(classes) or min(2, model.num_classes))
+    return tensor
 
 
 def _explain_clip(explain_video, model, path, clip, options):
@@ -240,16 +249,17 @@ def _explain_clip(explain_video, model, path, clip, options):
     )
 
 
-def _explain_picture(model, path, figure, preprocessing, classes, checkpoint):
-    image, tensor = _read(path, preprocessing)
-    batch = tensor[None].to(next(model.parameters()))
+def _explain_picture(model, path, figure, preprocessing, classes):
+    from coda_fast.data import decode
+
+    batch = _as_network_sees(model, path, preprocessing, classes)[None].to(next(model.parameters()))
     with torch.no_grad():
         logits = model(batch)
     if not torch.isfinite(logits).all():
-        raise click.UsageError(f"{path}: the network of {checkpoint} gives logits that are not finite: {logits.flatten().tolist()[:4]}")
+        raise ValueError(f"{path}: the network gives logits that are not finite: {logits.flatten().tolist()[:4]}")
     chosen = torch.tensor([classes]) if classes else logits.topk(min(2, model.num_classes)).indices
     explanation = model.explain(batch, chosen)
-    views = [plot.View.of(image, preprocessing)]
+    views = [plot.View.of(decode(path), preprocessing)]
     drawn = plot.render(plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names, views=views))
     figure.parent.mkdir(parents=True, exist_ok=True)
     with checkpoints.atomic_path(figure) as temporary:
@@ -304,12 +314,14 @@ def evaluate(checkpoint, data, metric, methods, output, limit, size, workers, de
     safety.check_output_folder(output)
     safety.check_outputs(runner.outputs(output, metric), [checkpoint, data])
     names = list(baselines.METHODS) if methods == "all" else list(dict.fromkeys(name.strip() for name in methods.split(",")))
+    if settings is None:
+        names = []
+        if changes:
+            raise click.UsageError(f"--set: expected a metric that measures methods, got {metric}")
     for name, twin in baselines.TWINS.items():
         if name in names and (methods == "all" or twin in names):
             names.remove(name)
             click.echo(f"{name} is left out: on a CoDA-Net it is {twin}, to rounding", err=True)
-    if settings is None:
-        names = []
     attributions = {name: baselines.create(name, model, **chosen) for name, chosen in _method_settings(changes, names).items()}
     workers = (0 if model.layers[0].weight.device.type == "cpu" else 4) if workers is None else workers
     listed = source.load(data, model, preprocessing=model.transform.at(size), limit=limit, workers=workers, progress=_bar)
@@ -380,8 +392,10 @@ def report(images, checkpoint, output, classes, methods, limit, size, device) ->
     The page loads nothing from elsewhere. Files that cannot be read are named on it.
     """
     from coda_fast import report as page
+    from coda_fast.data import decode
 
     model = checkpoints.load(checkpoint, device=_device(device)).eval()
+    count = min(classes, model.num_classes)
     preprocessing = model.transform.at(size, crop=False)
     if output.exists():
         everything, _ = page.find_images(images, sys.maxsize)
@@ -394,14 +408,14 @@ def report(images, checkpoint, output, classes, methods, limit, size, device) ->
         nonlocal shown
         for path, name, in_folder in files:
             try:
-                image, tensor = _read(path, preprocessing)
-            except ImageError as error:
+                tensor, view = _as_network_sees(model, path, preprocessing, [0] * count), plot.View.of(decode(path), preprocessing)
+            except ValueError as error:
                 if not in_folder:  # asked for by name
                     raise
                 skipped.append(str(error))
                 continue
             shown += 1
-            yield page.Picture(name, tensor, plot.View.of(image, preprocessing))
+            yield page.Picture(name, tensor, view)
         if not shown:
             raise click.UsageError(
                 f"IMAGES: expected at least one image that can be read, got {len(files)} files" + "".join(f"; {s}" for s in skipped[:1])
@@ -409,7 +423,7 @@ def report(images, checkpoint, output, classes, methods, limit, size, device) ->
 
     others = None if methods is None else [name for name in map(str.strip, methods.split(",")) if name and name.lower() != "none"]
     notes = [f"Folders hold {found} image files: {limit} of them are taken, evenly; --limit sets how many."] if found > limit else []
-    options = dict(classes=min(classes, model.num_classes), methods=others, notes=notes, skipped=skipped)
+    options = dict(classes=count, methods=others, notes=notes, skipped=skipped)
     text = page.stream(model, pictures(), progress=lambda items, label: tqdm(items, desc=label, total=len(files), disable=None), **options)
     new_folders = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -131,12 +131,17 @@ class CoDANet(nn.Module):
         where one is not 1. ``CoDANet(**config)`` has layers of the same options and shapes.
 
         Raises:
-            ValueError: a layer that is no ``DAUConv2d``.
+            ValueError: a layer that is no ``DAUConv2d``, a ``transform`` that is no ``Preprocessing`` of its channels.
         """
         layers = [unwrap(layer) for layer in self.layers]
         for index, layer in enumerate(layers):
             if not isinstance(layer, DAUConv2d):
                 raise ValueError(f"layers.{index}: expected a DAUConv2d, got a {type(layer).__name__}, which no configuration describes")
+        if not isinstance(self.transform, Preprocessing) or self.transform.channels != self.image_channels:
+            raise ValueError(
+                f"transform: expected a Preprocessing of {self.image_channels} channels, got {str(self.transform)[:100]}, which no "
+                f"configuration describes"
+            )
         dilations = [_plain(layer.dilation) for layer in layers]
         return {
             "out_channels": [int(layer.out_channels) for layer in layers],

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import io
 import itertools
+import math
 import os
 import unicodedata
 import warnings
@@ -95,7 +96,14 @@ class View:
     def cropped(self) -> bool:
         """Whether the network saw less than all of it."""
         height, width = self.picture.shape[:2]
-        return self.box != (0.0, 0.0, float(width), float(height))
+        return not np.allclose(self.box, (0, 0, width, height), rtol=0, atol=1e-6 * max(height, width))  # sides are quotients
+
+    def seen(self) -> tuple[int, int, int, int]:
+        """``box`` in whole pixels: all that the network saw something of, at least one."""
+        height, width = self.picture.shape[:2]
+        left, top, right, bottom = self.box
+        left, top = min(math.floor(left), width - 1), min(math.floor(top), height - 1)
+        return left, top, min(max(math.ceil(right), left + 1), width), min(max(math.ceil(bottom), top + 1), height)
 
     def faded(self) -> np.ndarray:
         """The picture in pale grey, to draw over: [H, W, 3] uint8."""
@@ -114,7 +122,7 @@ class View:
         """The picture, faded but for what the network saw, in the size of ``with_map``; without a crop, what it saw, ``colours``."""
         if not self.cropped:
             return colours
-        left, top, right, bottom = (round(x) for x in self.box)
+        left, top, right, bottom = self.seen()
         page = self.faded()
         page[top:bottom, left:right] = self.picture[top:bottom, left:right]
         return self._composed(page, None, side, colours.shape)
@@ -139,7 +147,7 @@ def show_view(axes: Axes, view: View, title: str = "") -> None:
     height, width = view.picture.shape[:2]
     axes.imshow(view.faded() if view.cropped else view.picture, extent=(0, width, height, 0))
     if view.cropped:
-        left, top, right, bottom = (round(x) for x in view.box)
+        left, top, right, bottom = view.seen()
         axes.imshow(view.picture[top:bottom, left:right], extent=(left, right, bottom, top))
         _outline(axes, view)
     _bare(axes, title)

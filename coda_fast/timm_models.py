@@ -19,6 +19,7 @@ from coda_fast.models import CoDANet, create_model, list_models, model_config
 from coda_fast.nn import DAUConv2d, SumPool2d
 
 try:
+    from timm.data.constants import DEFAULT_CROP_PCT
     from timm.layers import SelectAdaptivePool2d
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
     from timm.models._features import feature_take_indices
@@ -226,11 +227,11 @@ def _data_cfg(transform):
 def _transform_of(cfg, transform):
     """The same the other way: what a configuration of timm, of a checkpoint perhaps, says of preprocessing."""
     height, width = cfg["input_size"][1:]
-    if height != width or cfg.get("crop_mode", "center") != "center":
+    if height != width or (cfg.get("crop_mode") or "center") != "center":
         return transform
-    resize = math.floor(height / cfg["crop_pct"])
+    resize = math.floor(height / (cfg.get("crop_pct") or DEFAULT_CROP_PCT))
     try:
-        return Preprocessing(transform.channels, resize, height, cfg["interpolation"])
+        return Preprocessing(transform.channels, resize, height, cfg.get("interpolation") or transform.interpolation)
     except ValueError:  # timm's "random", say
         return transform
 

@@ -135,6 +135,49 @@ def test_explain_a_folder(checkpoint, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 2), (1, 7), (6, 1), (5000, 1), (3, 2)])
+def test_explain_and_report_specks_and_strips(checkpoint, tmp_path, size):
+    """A crop of less than a pixel of the picture is shown, too."""
+    model = coda_fast.load(checkpoint, preprocessing=dict(resize=20, crop=16))
+    coda_fast.save(model, tmp_path / "cropping.safetensors")
+    Image.new("L", size, 99).save(tmp_path / "speck.png")
+    common = (tmp_path / "speck.png", "--checkpoint", tmp_path / "cropping.safetensors", "--output")
+    assert run("explain", *common, tmp_path) == 0
+    assert run("report", *common, tmp_path / "page.html", "--methods", "none") == 0
+
+
+def test_explain_a_folder_with_names_that_differ_in_their_endings(checkpoint, tmp_path, capsys):
+    for name in ("a.png", "a.bmp", "b.png"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 9).save(tmp_path / "set" / name)
+    assert run("explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "out") == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.bmp_explained.png", "a.png_explained.png", "b_explained.png"]
+    capsys.readouterr()
+    assert run("explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "set" / "out") == 2
+    _one_line(capsys, "output: expected a folder outside of")
+
+
+def test_explain_passes_over_what_is_gone_when_its_turn_comes(checkpoint, tmp_path, capsys, monkeypatch):
+    """Of a folder: the others are explained, it is named; a strip that is too long is named, too."""
+    (tmp_path / "set").mkdir()
+    for name in "abc":
+        Image.new("L", (8, 8), 9).save(tmp_path / "set" / f"{name}.png")
+    Image.new("L", (3000, 1)).save(tmp_path / "set" / "strip.png")
+    draw = cli._explain_picture
+
+    def and_gone(model, path, *rest):
+        (tmp_path / "set" / "b.png").unlink(missing_ok=True)
+        draw(model, path, *rest)
+
+    monkeypatch.setattr(cli, "_explain_picture", and_gone)
+    assert run("explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--size", 8) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_explained.png", "c_explained.png"]
+    printed = capsys.readouterr().err
+    assert "skipped" in printed
+    assert "b.png: no such file" in printed
+    assert "strip.png: expected an image at most 256 times as long as wide" in printed
+
+
 def test_explain_keeps_no_picture(checkpoint, tmp_path, monkeypatch):
     """Of a set, one is held at a time: each is written before the next is drawn."""
     folder = tmp_path / "set"
@@ -247,8 +290,8 @@ def _one_line(capsys, message):
 
 def test_pixels_out_of_range_are_one_line(checkpoint, image, tmp_path, capsys, monkeypatch):
     """Said once for all images, and without the line of code that said it; what files hold is in [0, 1], so it takes a reader that errs."""
-    read = cli._read
-    monkeypatch.setattr(cli, "_read", lambda *args: (read(*args)[0], 255 * read(*args)[1]))
+    read = cli._as_network_sees
+    monkeypatch.setattr(cli, "_as_network_sees", lambda *args: 255 * read(*args))
     monkeypatch.setattr(coda_fast.explain, "_WARNED", threading.Event())
     other = tmp_path / "other.png"
     other.write_bytes(image.read_bytes())

@@ -116,6 +116,14 @@ def test_view():
     assert whole.with_map(colours, 80) is colours
 
 
+def test_view_of_what_is_not_cropped():
+    """Sides are quotients, which rounding moves by the last digit."""
+    for side in range(1, 300):
+        assert not plot.View.of(Image.new("L", (side, side)), Preprocessing(1, 28, 28)).cropped
+    assert not plot.View.of(Image.new("L", (1151, 1151)), Preprocessing(1, 300)).cropped
+    assert plot.View.of(Image.new("L", (29, 28)), Preprocessing(1, 28, 28)).cropped
+
+
 def test_view_of_a_large_picture_and_of_a_strip():
     view = plot.View.of(Image.new("L", (3000, 2000)), Preprocessing(1, 64, 48), most=300)
     assert view.picture.shape == (200, 300, 3)

@@ -81,6 +81,24 @@ def test_images_reach_the_network_as_pixels_in_0_1():
         assert torch.allclose(transform(image), pixels.permute(2, 0, 1) / 255, atol=1e-6)
 
 
+def test_the_configuration_and_the_transform_say_the_same(tmp_path):
+    """Both ways: what a model is made with is in its configuration, what a configuration says is the model's transform."""
+    from coda_fast.data import Preprocessing
+
+    model = timm.create_model("coda_xs_digits", preprocessing=dict(resize=12, crop=10, interpolation="bicubic"))
+    assert model.transform == Preprocessing(1, 12, 10, "bicubic")
+    cfg = timm.data.resolve_data_config({}, model=model)
+    image = Image.fromarray(torch.randint(0, 256, (30, 20), dtype=torch.uint8).numpy())
+    assert torch.equal(timm.data.create_transform(**cfg)(image), model.transform(image))
+    timm.models.save_for_hf(model, tmp_path / "net", safe_serialization=True)
+    assert timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).transform == model.transform
+    large = timm.create_model("coda_l_imagenet100", device="meta")
+    assert (large.pretrained_cfg["input_size"], large.transform) == ((3, 240, 240), Preprocessing(3, 256, 240))
+    assert timm.create_model("coda_s_cifar10", image_size=64).pretrained_cfg["input_size"] == (3, 64, 64)
+    overlay = dict(crop_pct=None, interpolation=None)
+    assert timm.create_model("coda_s_cifar10", pretrained_cfg_overlay=overlay).transform.crop == 32
+
+
 def test_grey_networks_and_other_classes():
     model = timm.create_model("coda_s_cifar10", num_classes=100, in_chans=1, temperature=50.0, **TINY)
     assert model.layers[0].in_channels == 2

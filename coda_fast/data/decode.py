@@ -133,7 +133,7 @@ def _converted(image, channels, least, name):
     image = _upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image, name)
-    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    elif image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])

@@ -25,7 +25,7 @@ def pictures(root: str | os.PathLike) -> list[Path]:
 
     found = []
     for folder, below, names in walk(root, onerror=refuse):
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = sorted(name for name in below if not name.startswith("."))  # of two names of one folder the first counts
         found.append((folder, [name for name in sorted(names) if name.lower().endswith(SUFFIXES) and not name.startswith(".")]))
     return [Path(folder, name) for folder, names in sorted(found) for name in names]
 

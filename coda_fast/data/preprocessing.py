@@ -132,6 +132,10 @@ class Preprocessing:
         """(width, height) of what becomes of a picture of this size."""
         return (self.crop, self.crop) if self.crop is not None else self._resized(width, height)
 
+    def keeps(self, width: int, height: int) -> bool:
+        """Whether a picture of this size stays as it is."""
+        return self.resize is None or (min(width, height) == self.resize and self.size(width, height) == (width, height))
+
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """What the network sees of an upright picture of this size, in its pixels: left, top, right, bottom."""
         if self.crop is None:

@@ -160,12 +160,14 @@ class Arrays:
 
 class Folder:
     """Image files and their labels, decoded in worker processes to uint8 of one size; ``augmentation`` is what decodes them for training,
-    if that is something else.
+    if that is something else. ``shape``: what all of them must have, [C, H, W], where preprocessing leaves sizes as they are.
     """
 
-    def __init__(self, files: Sequence[tuple[str, int]], preprocessing: Preprocessing, workers: int = 0, device="cpu", augmentation=None):
+    def __init__(
+        self, files: Sequence[tuple[str, int]], preprocessing: Preprocessing, workers: int = 0, device="cpu", augmentation=None, shape=None
+    ):
         self.files, self.preprocessing, self.augmentation = list(files), preprocessing, augmentation
-        self.workers, self.device = workers, device
+        self.workers, self.device, self.shape = workers, device, shape
 
     def __len__(self) -> int:
         return len(self.files)
@@ -191,7 +193,7 @@ class Folder:
 
     def some(self, indices) -> Batch:
         """As ``Arrays.some``, decoded here."""
-        return batch_of(_Files(self.files, self.preprocessing, None).__getitems__(np.asarray(indices).tolist()), self.device)
+        return batch_of(_Files(self.files, self.preprocessing, None, self.shape).__getitems__(np.asarray(indices).tolist()), self.device)
 
     def name(self, index: int) -> str:
         return self.files[index][0]
@@ -212,7 +214,7 @@ class Folder:
 
     def _batches(self, plan, randomness):
         plan = [np.asarray(index).tolist() for index in plan]
-        dataset = _Files(self.files, self.preprocessing if randomness is None else self.augmentation, randomness)
+        dataset = _Files(self.files, self.preprocessing if randomness is None else self.augmentation, randomness, self.shape)
         pinned = torch.device(self.device).type == "cuda"
         for decoded in workers.read(dataset, self.workers, batch_sampler=plan, pin_memory=pinned):
             yield batch_of(decoded, self.device)
@@ -227,8 +229,8 @@ def _plan(count, seed, epoch, start, batch_size, place):
 class _Files(torch.utils.data.Dataset):
     """Decoded batches by lists of indices, or the DataError that came instead."""
 
-    def __init__(self, files, decoder, randomness):
-        self.files, self.decoder, self.randomness = files, decoder, randomness
+    def __init__(self, files, decoder, randomness, shape=None):
+        self.files, self.decoder, self.randomness, self.shape = files, decoder, randomness, shape
 
     def __len__(self):
         return len(self.files)
@@ -238,6 +240,9 @@ class _Files(torch.utils.data.Dataset):
         generators = None if chance is None else [np.random.default_rng((*chance, 1, i)) for i in indices]
         items = [Item(path, path, label) for path, label in (self.files[i] for i in indices)]
         try:
-            return decode_all(items, self.decoder, generators)
+            decoded = decode_all(items, self.decoder, generators)
+            if self.shape is not None and bool(decoded[2].any()):
+                of_one_size({self.shape, tuple(decoded[0].shape[1:])})
+            return decoded
         except DataError as error:
             return error

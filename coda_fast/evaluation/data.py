@@ -110,9 +110,20 @@ def _files(path, model, limit):
     else:
         labels, order = list(range(len(found))), list(found)
         note = f"folders in the order of their names are taken for classes 0 ({order[0]}) to {len(order) - 1} ({order[-1]})"
-    share = None if limit is None else -(-limit // len(found))
-    pairs = [(file, label) for files, label in zip(found.values(), labels, strict=True) for file in files[:share]]
-    return pairs[:limit], note
+    return [(file, labels[place]) for place, _, file in _shares(list(found.values()), limit)], note
+
+
+def _shares(classes, limit):
+    """(place of the class, place in it, file) of at most ``limit`` files: the first of every class, then the second ..., of the last round
+    evenly from all classes.
+    """
+    rounds = ([(k, i, files[i]) for k, files in enumerate(classes) if i < len(files)] for i in range(max(map(len, classes))))
+    found = []
+    for entries in rounds:
+        found += listing.evenly(entries, None if limit is None else limit - len(found))
+        if len(found) == limit:
+            break
+    return sorted(found)
 
 
 def _fitted(found, preprocessing, limit=None):
@@ -120,7 +131,7 @@ def _fitted(found, preprocessing, limit=None):
     images, labels = found.images[:limit], found.labels[:limit]
     channels, height, width = images.shape[1:]
     size = preprocessing.size(width, height)
-    if channels == preprocessing.channels and size == (width, height):
+    if channels == preprocessing.channels and preprocessing.keeps(width, height):
         return Arrays(images, labels)
     need_memory(f"data: {len(images)} images of {size[0]} x {size[1]} pixels", len(images) * preprocessing.channels * size[0] * size[1])
     check_pixels(*size)
@@ -199,9 +210,10 @@ def survey(model, data: Labelled, *, batch_size: int = BATCH, progress: Callable
     """One pass over a set, in memory that does not depend on how many pictures it has.
 
     Raises:
-        DataError: none of them can be read, or they are of several sizes.
+        DataError: none of them can be read, or they are of several sizes. ValueError: logits that are not finite.
     """
-    source, like, digest = data.source, next(model.parameters()), hashlib.sha256()
+    source, like = data.source, next(model.parameters())
+    digests = hashlib.sha256(), hashlib.sha256()  # of pixels, and of labels
     skipped, rows, places, shapes, done = dict(data.skipped), [], [], set(), 0
     total = range(0, len(source), batch_size)
     batches = source.evaluation(batch_size)
@@ -217,15 +229,18 @@ def survey(model, data: Labelled, *, batch_size: int = BATCH, progress: Callable
                 continue
             shapes.add(tuple(images.shape[1:]))
             of_one_size(shapes)
-            digest.update(images.numpy().tobytes())
-            digest.update(labels.numpy().tobytes())
+            for digest, tensor in zip(digests, (images, labels), strict=True):
+                digest.update(tensor.numpy().tobytes())
             logits = common.log_odds(model, model(to_float(images.to(like.device), like.dtype))).cpu()
+            if not torch.isfinite(logits).all():
+                first = source.name(int(places[-1][~torch.isfinite(logits).all(1)][0]))
+                raise ValueError(f"{first}: the network gives logits that are not finite")
             top = logits.topk(min(5, logits.shape[1])).indices
             rows.append((labels, top[:, 0], logits.gather(1, labels[:, None])[:, 0], (top == labels[:, None]).any(1)))
     if not rows:
         raise _none_of(len(source), skipped)
     places, (shape,) = torch.cat(places), shapes
-    digest.update(str(shape).encode())
+    digest = hashlib.sha256(str(shape).encode() + b"".join(part.digest() for part in digests))
     labels, predictions, own, top5 = (torch.cat(column) for column in zip(*rows, strict=True))
     names = [source.name(int(place)) for place in places]
     return Survey(Images(source, places, shape, like), names, labels, predictions, own, top5, skipped, digest.hexdigest()[:16])

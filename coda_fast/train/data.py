@@ -142,7 +142,12 @@ def _folder(spec, channels, device, progress):
     plain, augmentation = _decoders(spec, channels)
     if not spec.in_memory:
         folders = Folder(splits[0], plain, spec.workers, device, augmentation), Folder(splits[1], plain, spec.workers, device)
-        return Source(*folders, list(index), len(index), _seen(plain, folders[0]))
+        seen = plain
+        if plain.crop is None and (first := _first(folders[0])) is not None:  # all files must have the size of the first
+            seen = _whole(first, channels)
+            for folder in folders:
+                folder.shape = tuple(first.shape[1:])
+        return Source(*folders, list(index), len(index), seen)
     if spec.randaugment or spec.scale:
         raise TrainingError("data.in_memory: expected false beside data.scale and data.randaugment, which are part of decoding; got true")
     if spec.resize and spec.resize > spec.size:
@@ -161,15 +166,10 @@ def _folder(spec, channels, device, progress):
     return Source(*decoded, list(index), len(index), seen, failures)
 
 
-def _seen(plain, folder):
-    """How a picture becomes such as these: where nothing is said of sizes, all files must have one, that of the first that can be read."""
-    if plain.crop is not None:
-        return plain
-    for i in range(min(len(folder), 100)):
-        batch = folder.some([i])
-        if batch.valid is None:
-            return _whole(batch.images, plain.channels)
-    return plain
+def _first(folder):
+    """The first picture that can be read, [1, C, H, W]; None: not one of the first hundred."""
+    batches = (folder.some([i]) for i in range(min(len(folder), 100)))
+    return next((batch.images for batch in batches if batch.valid is None), None)
 
 
 def _webdataset(spec, channels, device, progress):

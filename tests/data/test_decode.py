@@ -86,6 +86,11 @@ def test_one_clear_colour():
     assert pixels(file_of(deep, "PNG", transparency=1000), 1)[0].tolist() == [1, 255]
 
 
+def test_palettes_with_alpha_of_their_own():
+    found = Image.new("RGBA", (4, 4), (255, 0, 0, 0)).quantize(4)
+    assert pixels(found)[0, 0].tolist() == pixels(file_of(found))[0, 0].tolist() == [255, 255, 255]
+
+
 def test_colours_under_full_transparency_do_not_matter():
     both = [pixels(file_of(Image.new("RGBA", (4, 4), (*colour, 0)), "PNG")) for colour in ((255, 0, 0), (0, 0, 255))]
     assert np.array_equal(*both)

@@ -43,6 +43,15 @@ def test_links_that_lead_back_count_once(tree):
     assert len(pictures(tree)) == 9
 
 
+def test_of_two_names_of_a_folder_the_first_counts(tmp_path):
+    """Whatever order the file system has them in."""
+    for real, link in (("m", "a"), ("b", "z")):
+        (tmp_path / real).mkdir()
+        (tmp_path / real / "x.png").touch()
+        (tmp_path / link).symlink_to(tmp_path / real, target_is_directory=True)
+    assert [path.relative_to(tmp_path).as_posix() for path in pictures(tmp_path)] == ["a/x.png", "b/x.png"]
+
+
 def test_annotations(tree):
     """Tiny-ImageNet's form, for whoever asks."""
     (tree / "val_annotations.txt").write_text("x.JPEG\tdog\t0\t0\n\ny.JPEG\tcat\t1\nz.JPEG\tdog\n")

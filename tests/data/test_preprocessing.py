@@ -189,7 +189,16 @@ def test_it_is_part_of_the_model(tmp_path):
     assert found.transform == model.transform
     assert found.config()["preprocessing"] == {"resize": 12, "crop": 10, "interpolation": "bicubic", "value_range": [0.0, 1.0]}
     assert coda_fast.load(tmp_path / "a.safetensors", preprocessing=dict(crop=5)).transform == Preprocessing(1, 5, 5)
-    assert json.dumps(model.config())
+    assert coda_fast.load(tmp_path / "a.safetensors", image_size=20).transform == Preprocessing(1, 20, 20)
+    model.transform = Preprocessing(1, 9, 9)  # of another's choice
+    coda_fast.save(model, tmp_path / "b.safetensors")
+    assert coda_fast.load(tmp_path / "b.safetensors").transform == model.transform
+    for other in (torch.nn.Identity(), Preprocessing(3, 9, 9)):
+        del model.transform
+        model.transform = other
+        with pytest.raises(ValueError, match="transform: expected a Preprocessing of 1 channels, got "):
+            coda_fast.save(model, tmp_path / "c.safetensors")
+    assert not (tmp_path / "c.safetensors").exists()
 
 
 def test_named_models_say_what_their_pictures_go_through():

@@ -14,7 +14,7 @@ from PIL import Image
 import coda_fast
 from coda_fast import train
 from coda_fast.cli import cli
-from coda_fast.data import ImageError
+from coda_fast.data import ImageError, Preprocessing
 from coda_fast.train.recipes import load_recipe
 
 pytest.importorskip("lightning", reason="pip install 'coda-fast[train]'")
@@ -104,6 +104,7 @@ def test_training_saw_what_the_transform_makes(run):
         assert torch.equal(model.transform(name), image / 255), name
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves it to the collector to close files
 def test_in_timm(run, tmp_path):
     """Its data set with ``model.transform`` sees every picture so; its own pipeline, by the model's configuration, every plain one."""
     pytest.importorskip("timm", reason="pip install 'coda-fast[timm]'")
@@ -144,8 +145,6 @@ def test_exported(run, tmp_path):
     """The network in onnxruntime, on what its file says of pictures."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from coda_fast.data import Preprocessing
-
     model, folder, row = run
     coda_fast.export.export_onnx(model, tmp_path / "net.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
@@ -176,6 +175,23 @@ def accuracies(root, output, *overrides):
     row = trained(root, output, "epochs=8", "batch_size=8", "optimizer.lr=0.02", *overrides, classes=2)
     document, _ = evaluated(output / "model.safetensors", root / "val", output / "evaluation")
     return row["val_accuracy"], document["accuracy"]["top1"]
+
+
+def test_pictures_of_one_size_are_of_one_size_in_training_and_validation(tmp_path):
+    """Where a recipe says nothing of sizes: other sizes to validate with would be other pixels than the network's."""
+
+    def coloured(side):
+        return {name: [(file_of(Image.new("RGB", (side, side), name)), "png")] * 8 for name in ("blue", "red")}
+
+    root = set_of(tmp_path / "set", coloured(20))
+    options = ("data.size=null", "data.resize=null")
+    assert accuracies(root, tmp_path / "run", *options) == (1.0, 1.0)
+    assert coda_fast.load(tmp_path / "run" / "model.safetensors").transform == Preprocessing(3, 20, 20)
+    shutil.rmtree(root / "val")
+    shutil.move(set_of(tmp_path / "other", coloured(28)) / "val", root / "val")
+    for more in ((), ("data.in_memory=true",)):
+        with pytest.raises(train.TrainingError, match=r"images of one size.*28"):
+            trained(root, tmp_path / "again", *options, *more, "epochs=1", classes=2)
 
 
 def test_classes_that_are_told_apart_by_orientation(tmp_path):

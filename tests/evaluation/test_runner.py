@@ -265,6 +265,28 @@ def test_sizes(tmp_path, model):
     assert data.first_size(data.load(path, model, preprocessing=model.transform.at(6))) == (6, 6)
 
 
+@pytest.mark.parametrize(("limit", "wanted"), [(1, [0]), (2, [0, 1]), (4, [0, 0, 1, 2]), (5, [0, 0, 1, 1, 2]), (6, [0, 0, 1, 1, 2, 2])])
+def test_a_limit_is_shared_by_all_classes(tmp_path, model, limit, wanted):
+    found = data.load(folder_of_classes(tmp_path / "d", classes=("a", "b", "c")), model, limit=limit)
+    assert [label for _, label in found.source.files] == wanted
+    more = folder_of_classes(tmp_path / "e", classes=("a", "b"))
+    (more / "a" / "1.png").unlink(), (more / "a" / "2.png").unlink()
+    assert [label for _, label in data.load(more, model, limit=4).source.files] == [0, 1, 1, 1]
+
+
+def test_the_digest_is_of_the_data_alone(tmp_path, model):
+    found = data.load(folder_of_classes(tmp_path / "d"), model)
+    assert len({data.survey(model, found, batch_size=size).digest for size in (1, 2, 5, 64)}) == 1
+
+
+def test_a_network_that_diverged_has_no_accuracy(tmp_path):
+    broken = create_model("coda_xs_digits", num_classes=5)
+    with torch.no_grad():
+        broken.layers[1].weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="cat.0.png: the network gives logits that are not finite"):
+        read(folder_of_classes(tmp_path / "d"), broken)
+
+
 def test_memory_does_not_grow_with_the_set(tmp_path, model):
     """What is held at once of a set is a batch: of two sets, the larger of 40 times as many pictures."""
     import tracemalloc
@@ -292,9 +314,12 @@ def test_npz(tmp_path, model):
     assert read(tmp_path / "b.npz", model, limit=3)[2].digest == found[2].digest  # what training reads
 
 
-def test_arrays_are_fitted_as_files_are(tmp_path, model):
-    """Pixels of another size or of colours: what the same pictures would be as files."""
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+@pytest.mark.parametrize("size", [(20, 30), (8, 8), (8, 12), (10, 10)])
+@pytest.mark.parametrize("resize", [8, 10])
+def test_arrays_are_fitted_as_files_are(tmp_path, size, resize):
+    """Pixels of any size, of colours: what the same pictures would be as files."""
+    model = create_model("coda_xs_digits", num_classes=5, preprocessing=dict(resize=resize, crop=8))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(3))
     (tmp_path / "d" / "one").mkdir(parents=True)
     for i, picture in enumerate(pixels):
