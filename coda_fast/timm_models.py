@@ -237,6 +237,9 @@ def _transform_of(cfg, transform):
 
 
 def _network(name, *, num_classes, in_chans, global_pool="sum", drop_rate=0.0, **overrides):
+    names = overrides.get("class_names")  # of a folder that timm wrote perhaps, for a network of other classes
+    if names is not None and num_classes != len(names):
+        overrides.pop("class_names")
     config = model_config(name, num_classes=num_classes or None, image_channels=in_chans, **overrides)
     return TimmCoDANet(**config, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
 
@@ -267,6 +270,11 @@ def _entrypoint(name):
                 model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **_data_cfg(model.transform)}
             else:
                 model.transform = _transform_of(model.pretrained_cfg, model.transform)
+            names = model.pretrained_cfg.get("label_names")  # as timm calls them
+            if model.class_names is not None:
+                model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "label_names": model.class_names}
+            elif names is not None and len(names) == model.num_classes:
+                model.class_names = list(names)
         return model
 
     create.__name__ = create.__qualname__ = name

@@ -85,13 +85,16 @@ def test_the_configuration_and_the_transform_say_the_same(tmp_path):
     """Both ways: what a model is made with is in its configuration, what a configuration says is the model's transform."""
     from coda_fast.data import Preprocessing
 
-    model = timm.create_model("coda_xs_digits", preprocessing=dict(resize=12, crop=10, interpolation="bicubic"))
+    names = [f"digit {i}" for i in range(10)]
+    model = timm.create_model("coda_xs_digits", preprocessing=dict(resize=12, crop=10, interpolation="bicubic"), class_names=names)
     assert model.transform == Preprocessing(1, 12, 10, "bicubic")
     cfg = timm.data.resolve_data_config({}, model=model)
     image = Image.fromarray(torch.randint(0, 256, (30, 20), dtype=torch.uint8).numpy())
     assert torch.equal(timm.data.create_transform(**cfg)(image), model.transform(image))
     timm.models.save_for_hf(model, tmp_path / "net", safe_serialization=True)
-    assert timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).transform == model.transform
+    again = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True)
+    assert (again.transform, again.class_names, model.pretrained_cfg["label_names"]) == (model.transform, names, names)
+    assert timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=3).class_names is None
     large = timm.create_model("coda_l_imagenet100", device="meta")
     assert (large.pretrained_cfg["input_size"], large.transform) == ((3, 240, 240), Preprocessing(3, 256, 240))
     assert timm.create_model("coda_s_cifar10", image_size=64).pretrained_cfg["input_size"] == (3, 64, 64)
