@@ -49,7 +49,7 @@ def is_video(path: str | os.PathLike) -> bool:
             return image.format == "GIF" and image.is_animated  # without counting the frames, of which there may be millions
     except UnidentifiedImageError:
         pass
-    except Exception:  # a damaged picture: read_image says what is wrong
+    except Exception:  # a damaged picture: whoever reads it says what is wrong
         return False
     try:
         with _open(path) as container:
@@ -58,7 +58,7 @@ def is_video(path: str | os.PathLike) -> bool:
         if Path(path).suffix.lower() in _ENDINGS:
             raise
         return False
-    except Exception:  # explain_video or read_image says what is wrong
+    except Exception:  # who reads it says what is wrong
         return Path(path).suffix.lower() in _ENDINGS
 
 
