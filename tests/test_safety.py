@@ -181,12 +181,13 @@ ODD = {
 @posix
 @pytest.mark.parametrize("kind", list(ODD))
 def test_what_is_no_file_is_never_waited_for(place, tmp_path, capsys, kind):
-    """Asked for by name: one line; in a folder of images or of a class: skipped and named."""
+    """Asked for by name: one line; in a folder of images or of a class: skipped and named; a folder is a folder, whatever its name."""
     path = tmp_path / "x.png"
     ODD[kind](path)
     options = ("--checkpoint", place / "net.safetensors", "--output")
-    wanted = {"loop": "cannot be read", "dangling": "no such file", "device": "got a device", "folder": ""}.get(kind, f"got a {kind}")
-    assert f"x.png: {wanted}" in refused(capsys, "explain", path, *options, tmp_path / "out").replace("expected an image file, ", "")
+    wanted = {"loop": "x.png: cannot be read", "dangling": "x.png: no such file", "folder": "x.png, found none"}
+    line = refused(capsys, "explain", path, *options, tmp_path / "out").replace("expected an image file, ", "")
+    assert wanted.get(kind, f"x.png: got a {kind}") in line
     data = tmp_path / "data"
     (data / "1").mkdir(parents=True)
     Image.new("L", (8, 8), 90).save(data / "1" / "a.png")
@@ -198,7 +199,7 @@ def test_what_is_no_file_is_never_waited_for(place, tmp_path, capsys, kind):
         assert "Not shown, because they could not be read" in text
     code, lines = run(capsys, "evaluate", "--data", data, "--metric", "removal", "--points", 3, *options, tmp_path / "results")
     assert code == 0, lines
-    assert any(line.startswith(f"skipped {data / '1' / 'x.png'}") for line in lines)
+    assert any(line.startswith(f"skipped {data / '1' / 'x.png'}") for line in lines) == (kind != "folder")
     if kind != "folder":
         line = refused(capsys, "evaluate", "--data", path.rename(tmp_path / "x.npz"), *options, tmp_path / "more")
         assert "x.npz" in line
@@ -269,9 +270,11 @@ def test_names_that_move_the_cursor_or_are_no_text(place, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["explain", "report"])
 def test_a_strip_is_not_enlarged_to_a_huge_one(place, tmp_path, capsys, command):
     Image.new("L", (20000, 1), 90).save(tmp_path / "strip.png")
-    line = refused(capsys, command, tmp_path / "strip.png", "--checkpoint", place / "net.safetensors", "--output", tmp_path / "out")
+    options = ("--checkpoint", place / "net.safetensors", "--output", tmp_path / "out")
+    line = refused(capsys, command, tmp_path / "strip.png", *options, "--size", 8)
     assert "strip.png: expected an image at most 256 times as long as wide to enlarge its shorter side to 8 pixels, got 20000 x 1" in line
     assert not (tmp_path / "out").exists()
+    assert run(capsys, command, tmp_path / "strip.png", *options)[0] == 0  # of which the network sees the middle
 
 
 @pytest.mark.parametrize("command", ["explain", "report"])
@@ -469,11 +472,11 @@ def test_arrays_as_numpy_reads_them(tmp_path):
     ("changes", "message"),
     [
         ({"images": np.zeros((), np.uint8)}, "expected images"),
-        ({"labels": np.array(["a"] * 4)}, "expected images"),
-        ({"labels": np.full(4, np.nan)}, "expected images"),
+        ({"labels": np.array(["a"] * 4)}, "expected labels that are integers from 0 on, got <U1"),
+        ({"labels": np.full(4, np.nan)}, "expected labels that are integers from 0 on, got float64 from nan"),
         ({"labels": np.zeros((4, 2), int)}, "expected images"),
         ({"labels": np.full(4, 2**62)}, "labels up to"),
-        ({"images": np.zeros((4, 0, 8), np.uint8)}, "kernel"),
+        ({"images": np.zeros((4, 0, 8), np.uint8)}, "expected images [N, H, W, C] uint8 and as many labels, got uint8 [4, 0, 8]"),
     ],
 )
 def test_arrays_that_are_no_images(place, tmp_path, capsys, changes, message):
@@ -495,7 +498,9 @@ def test_jpegs_that_do_not_fit(place, tmp_path, capsys, key, value):
               "test_lossless_idx": np.array([0]), "test_lossless_rgb": np.zeros((1, 8, 8, 3), np.uint8)}  # fmt: skip
     np.savez(tmp_path / "x.npz", **(arrays | {key: value}))
     options = ("--checkpoint", place / "net.safetensors", "--output", tmp_path / "out", "--metric", "removal")
-    assert "expected test_label [N], test_offset [N + 1]" in refused(capsys, "evaluate", "--data", tmp_path / "x.npz", *options)
+    line = refused(capsys, "evaluate", "--data", tmp_path / "x.npz", *options)
+    fit = "expected test_jpeg, test_offset and test_label that fit (and test_lossless_idx with test_lossless_rgb): expected"
+    assert fit in line or (key == "test_label" and "expected labels of test that are integers from 0 on, got" in line)
 
 
 # -- a folder of results that is not ours ------------------------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ def _classes(labels, split, path):
     if labels.dtype.kind == "f" and labels.size and bool(((labels == np.rint(labels)) & (abs(labels) < 2**53)).all()):
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in "iu" or not labels.size or int(labels.min()) < 0 or int(labels.max()) >= 2**63:
-        got = f"{labels.dtype} from {labels.min()} to {labels.max()}" if labels.size else "none"
+        numbers = labels.dtype.kind in "iufb"
+        got = "none" if not labels.size else f"{labels.dtype} from {labels.min()} to {labels.max()}" if numbers else str(labels.dtype)
         of = f" of {split}" if split else ""
         raise DataError(f"{path}: expected labels{of} that are integers from 0 on, got {got}")
     return torch.from_numpy(labels.astype(np.int64))
