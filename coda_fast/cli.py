@@ -227,7 +227,7 @@ def _figures(output, pictures, named):
 
 def _as_network_sees(model, path, preprocessing, classes):
     """[C, H, W]. ValueError: a picture that cannot be read, or whose explanation this machine cannot hold."""
-    tensor = torch.from_numpy(preprocessing.pixels(path)).float().div_(255)
+    tensor = preprocessing(path)
     safety.check_explainable(model, *tensor.shape[1:], str(path), len(classes) or min(2, model.num_classes))
     return tensor
 

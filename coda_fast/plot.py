@@ -284,7 +284,8 @@ def explanation_figure(
             title = f"weight of {name(int(explanation.target[i, 0]))}"
             show_weight(axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title, view)
     if count:
-        colour_bar(figure, artist, axes, *["logit, per pixel"] * (count * aspect < 0.6))  # or the label is longer than the bar
+        low = count * aspect < 0.6  # and so is the bar
+        colour_bar(figure, artist, axes, "logit, per pixel" if low else "contribution to the logit, per pixel")
     return figure
 
 

@@ -237,9 +237,6 @@ def _transform_of(cfg, transform):
 
 
 def _network(name, *, num_classes, in_chans, global_pool="sum", drop_rate=0.0, **overrides):
-    names = overrides.get("class_names")  # of a folder that timm wrote perhaps, for a network of other classes
-    if names is not None and num_classes != len(names):
-        overrides.pop("class_names")
     config = model_config(name, num_classes=num_classes or None, image_channels=in_chans, **overrides)
     return TimmCoDANet(**config, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
 
@@ -257,6 +254,9 @@ def _fit_state_dict(state_dict, model):
 
 def _entrypoint(name):
     def create(pretrained: bool = False, **options) -> nn.Module:
+        names = options.get("class_names")
+        if pretrained and names is not None and options.get("num_classes", len(names)) != len(names):
+            del options["class_names"]  # which timm read from a folder: of other classes than are asked for
         model = build_model_with_cfg(
             lambda **kwargs: _network(name, **kwargs),
             name,

@@ -120,9 +120,9 @@ def explain_video(
         frames, together = [], None
         for pixels, time in _frames(source, start, end, crop):
             try:
-                image = torch.from_numpy(preprocessing.pixels(pixels, os.fspath(source))).float() / 255
+                image = preprocessing(pixels)
             except ImageError as error:  # scaled, it would be too large
-                raise VideoError(str(error)) from None
+                raise VideoError(f"{source}: {error}") from None
             if together is None:  # frames are of one size
                 check_explainable(model, *image.shape[1:], str(source))
                 together = batch_within(model, *image.shape[1:], batch)

@@ -95,6 +95,8 @@ def test_the_configuration_and_the_transform_say_the_same(tmp_path):
     again = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True)
     assert (again.transform, again.class_names, model.pretrained_cfg["label_names"]) == (model.transform, names, names)
     assert timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=3).class_names is None
+    with pytest.raises(ValueError, match="class_names: expected 10 names, one for each class, got 2"):
+        timm.create_model("coda_xs_digits", class_names=["a", "b"])
     large = timm.create_model("coda_l_imagenet100", device="meta")
     assert (large.pretrained_cfg["input_size"], large.transform) == ((3, 240, 240), Preprocessing(3, 256, 240))
     assert timm.create_model("coda_s_cifar10", image_size=64).pretrained_cfg["input_size"] == (3, 64, 64)

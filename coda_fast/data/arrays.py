@@ -174,7 +174,7 @@ def _misfit(raw, offsets, labels, index, pixels):
     return None
 
 
-def read_cifar10(folder: str | os.PathLike, device="cpu") -> tuple[list[Split], list[str]]:
+def read_cifar10(folder: str | os.PathLike, device="cpu") -> tuple[list[Arrays], list[str]]:
     """Training and test images of the folder of the binary version, and the names of the classes.
 
     Raises:
@@ -203,7 +203,7 @@ def read_cifar10(folder: str | os.PathLike, device="cpu") -> tuple[list[Split], 
             raise DataError(f"{some[0]}: expected records of 3073 bytes, got {len(records)} bytes: truncated?")
         records = records.reshape(-1, 3073)
         images, labels = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(records[:, 0].astype(np.int64))
-        splits.append(Split(Arrays(images, labels, device)))
+        splits.append(Arrays(images, labels, device))
     meta = folder / "batches.meta.txt"
     names = meta.read_text(errors="replace").split() if meta.is_file() else list(CIFAR10)
     if len(names) != 10:

@@ -140,13 +140,12 @@ class Arrays:
 
     def evaluation(self, batch_size: int, place: Place = Place()) -> Iterator[Batch]:
         """Every sample once, over all processes."""
-        for index in np.split(own := np.arange(place.rank, len(self), place.world), range(batch_size, len(own), batch_size)):
-            if len(index):
-                yield self.some(index)
+        for index in _once(len(self), batch_size, place):
+            yield self.some(index)
 
     def sample(self, count: int) -> Batch:
         """A few, evenly from the whole set, always the same."""
-        return self.some(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int))
+        return self.some(_spread(len(self), count))
 
     def some(self, indices) -> Batch:
         """Those of these indices [n]."""
@@ -184,12 +183,11 @@ class Folder:
 
     def evaluation(self, batch_size, place: Place = Place()) -> Iterator[Batch]:
         """As ``Arrays.evaluation``."""
-        own = np.arange(place.rank, len(self), place.world)
-        yield from self._batches([own[i : i + batch_size] for i in range(0, len(own), batch_size)], None)
+        yield from self._batches(_once(len(self), batch_size, place), None)
 
     def sample(self, count: int) -> Batch:
         """As ``Arrays.sample``."""
-        return self.some(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int))
+        return self.some(_spread(len(self), count))
 
     def some(self, indices) -> Batch:
         """As ``Arrays.some``, decoded here."""
@@ -218,6 +216,16 @@ class Folder:
         pinned = torch.device(self.device).type == "cuda"
         for decoded in workers.read(dataset, self.workers, batch_sampler=plan, pin_memory=pinned):
             yield batch_of(decoded, self.device)
+
+
+def _once(count, batch_size, place):
+    """The indices of a process' share of a set, a batch at a time."""
+    own = np.arange(place.rank, count, place.world)
+    return [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+
+
+def _spread(count, wanted):
+    return np.linspace(0, count - 1, min(wanted, count)).astype(int)
 
 
 def _plan(count, seed, epoch, start, batch_size, place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -64,8 +65,7 @@ def open_data(spec: Data, channels: int, device="cpu", progress=None) -> Source:
     try:
         found = source(spec, channels, device, progress)
     except DataError as error:
-        text = str(error)
-        raise TrainingError(text if text.startswith("data") else f"data.path: {text}") from None
+        raise TrainingError(str(error)) from None
     for split in (found.train, found.val):
         if isinstance(split, Arrays):
             if split.images.shape[1] != channels:
@@ -101,7 +101,8 @@ def _digits(spec, channels, device, progress):
 
 
 def _npz(spec, channels, device, progress):
-    splits, names = arrays.read_arrays(spec.path, channels=channels, device=device, progress=progress)
+    with _of_the_path():
+        splits, names = arrays.read_arrays(spec.path, channels=channels, device=device, progress=progress)
     train, val = (split.arrays for split in splits)
     count = len(names) if names else 1 + max(int(split.labels.max()) for split in (train, val))
     return Source(train, val, names, count, _whole(train.images, channels), [f for split in splits for f in split.failures])
@@ -111,8 +112,18 @@ def _cifar10(spec, channels, device, progress):
     if Path(spec.path).is_file():
         found = _npz(spec, channels, device, progress)
         return dataclasses.replace(found, class_names=found.class_names or list(arrays.CIFAR10), num_classes=10)
-    (train, val), names = arrays.read_cifar10(spec.path, device)
-    return Source(train.arrays, val.arrays, names, 10, _whole(train.arrays.images, channels))
+    with _of_the_path():
+        (train, val), names = arrays.read_cifar10(spec.path, device)
+    return Source(train, val, names, 10, _whole(train.images, channels))
+
+
+@contextlib.contextmanager
+def _of_the_path():
+    """Errors that begin with the key of a recipe that they are about."""
+    try:
+        yield
+    except DataError as error:
+        raise TrainingError(f"data.path: {error}") from None
 
 
 def _folder(spec, channels, device, progress):

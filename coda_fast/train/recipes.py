@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
 
+from coda_fast.data.preprocessing import INTERPOLATIONS
 from coda_fast.train.errors import TrainingError, need
 
 need("pydantic")
@@ -67,7 +68,7 @@ class Data(_Section):
     pad: Annotated[int, Field(ge=0, le=256)] = 0  # random crop of the padded image, as for CIFAR
     resize: Side | None = None  # shorter side, before the crop
     size: Side | None = None  # side of the square crop; null: images are of one size already
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "box", "hamming", "nearest"] = "bilinear"  # of Pillow, antialiased
+    interpolation: Literal[INTERPOLATIONS] = "bilinear"  # of Pillow, antialiased
     scale: tuple[Share, float] | None = None  # share of the area that a random crop takes (Inception); null: ``size`` of ``resize``
     randaugment: RandAugment | None = None
     in_memory: bool = False  # folder: decode once, keep all on the device

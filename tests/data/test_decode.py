@@ -3,6 +3,8 @@
 import contextlib
 import io
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -58,6 +60,7 @@ def test_colours_by_what_they_are():
         each.putpalette([255, 0, 0, 0, 200, 0])
     assert pixels(file_of(palette, "PNG"))[0, 0].tolist() == [0, 200, 0]
     assert pixels(file_of(palette, "GIF", save_all=True, append_images=[other]))[0, 0].tolist() == [0, 200, 0]  # the first picture
+    assert pixels(file_of(palette, "PNG", save_all=True, append_images=[other]))[0, 0].tolist() == [0, 200, 0]
     assert pixels(file_of(Image.new("1", (4, 4), 1), "PNG"))[0, 0].tolist() == [255] * 3
 
 
@@ -110,6 +113,19 @@ def test_grey_of_16_bits_keeps_its_range(format, dtype, channels):
         expected = (np.arange(256).reshape(16, 16) + carry).clip(0, 255)
         found = pixels(file_of(Image.fromarray(shifted.astype(dtype)), format), channels)
         assert np.array_equal(found if channels == 1 else found[..., 1], expected)
+
+
+def test_colours_of_16_bits_by_their_upper_8():
+    """A PNG by hand, which Pillow reads and does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    values = (0x1234, 0xABFF, 0xFF00)
+    rows = b"\0" + struct.pack(">3H", *values)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    found = pixels(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    assert found.tolist() == [[[0x12, 0xAB, 0xFF]]]
 
 
 def test_floating_point_from_0_to_1():
