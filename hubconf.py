@@ -1,4 +1,6 @@
-"""Entry points for torch.hub: ``torch.hub.load(FOLDER_OR_REPOSITORY, "coda_s_cifar10", num_classes=100)``, one for each named model."""
+"""Entry points for torch.hub: ``torch.hub.load(FOLDER_OR_REPOSITORY, "coda_s_cifar10", num_classes=100)``,
+one for each named model.
+"""
 
 import sys
 from pathlib import Path

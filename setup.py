@@ -6,20 +6,51 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).resolve().parent
 README = ROOT / "README.md"
 
-version = re.search(r'^__version__ = "([^"]+)"', (ROOT / "coda_fast" / "_version.py").read_text(encoding="utf-8"), re.MULTILINE)
+version = re.search(
+    r'^__version__ = "([^"]+)"',
+    (ROOT / "coda_fast" / "_version.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
 if version is None:
     raise RuntimeError("coda_fast/_version.py has no line __version__ = ...")
 
 SETUPTOOLS = "setuptools>=77.0.3"  # the first with license_expression; also named in pyproject.toml
-CLI = ["click>=8.2", "tqdm", "pillow>=10.1", "torchvision", "matplotlib", "safetensors", "scikit-learn", "jinja2"]
+CLI = [
+    "click>=8.2",
+    "tqdm",
+    "pillow>=10.1",
+    "torchvision",
+    "matplotlib",
+    "safetensors",
+    "scikit-learn",
+    "jinja2",
+]
 VIDEO = [*CLI, "av"]  # brings its own ffmpeg
 EVALUATION = [*CLI, "captum>=0.9", "scikit-image>=0.21"]  # the methods of attribution that others made
 TIMM = ["timm>=1.0.31"]
 HUB = ["huggingface_hub", "safetensors", "jinja2"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
-TRAIN = [*CLI, *TIMM, "lightning>=2.6", "pydantic>=2.7", "pyyaml", "tensorboard", "webdataset>=1.0", "filelock"]
+TRAIN = [
+    *CLI,
+    *TIMM,
+    "lightning>=2.6",
+    "pydantic>=2.7",
+    "pyyaml",
+    "tensorboard",
+    "webdataset>=1.0",
+    "filelock",
+]
 BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
-TOOLS = ["pytest>=8.2", "pytest-benchmark", "pytest-xdist", "hypothesis", "psutil", "packaging", "threadpoolctl", SETUPTOOLS]
+TOOLS = [
+    "pytest>=8.2",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "hypothesis",
+    "psutil",
+    "packaging",
+    "threadpoolctl",
+    SETUPTOOLS,
+]
 FONTS = ["matplotlib-fontja"]  # Japanese and many Chinese characters, for names of classes
 TEST = list(dict.fromkeys([*EVALUATION, *VIDEO, *TRAIN, *HUB, *ONNX, *FONTS, *TOOLS]))
 DEV = [*TEST, *BENCH, "ruff==0.17.6"]

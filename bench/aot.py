@@ -1,12 +1,16 @@
-"""Compile every kernel in its shipped configuration for GPUs that need not be here, and report what the compiler made of it.
+"""Compile every kernel in its shipped configuration for GPUs that need not be here, and report what the
+compiler made of it.
 
-    python bench/aot.py                       all layers; bfloat16 everywhere, all dtypes on sm_90; bench/results/aot_triton<version>.json
+    python bench/aot.py
+        all layers; bfloat16 everywhere, all dtypes on sm_90; bench/results/aot_triton<version>.json
     python bench/aot.py --layers S7 --arch 90 --dtype bfloat16     a part, printed only
-    python bench/aot.py --table               print the tables of the stored results ("make tables" puts them into docs/kernels.md)
+    python bench/aot.py --table
+        print the tables of the stored results ("make tables" puts them into docs/kernels.md)
 
-Nothing is simulated: launches are recorded from the launchers themselves (shapes, constants, alignment), compiled by the installed
-Triton, and registers, stack, shared memory and instructions are read off the result. Exit status 1 if a kernel spills, exceeds the
-device, lacks tensor-core instructions, has its wgmma serialised by the assembler, or writes over what a wgmma still reads.
+Nothing is simulated: launches are recorded from the launchers themselves (shapes, constants, alignment),
+compiled by the installed Triton, and registers, stack, shared memory and instructions are read off the
+result. Exit status 1 if a kernel spills, exceeds the device, lacks tensor-core instructions, has its wgmma
+serialised by the assembler, or writes over what a wgmma still reads.
 """
 
 from __future__ import annotations
@@ -39,7 +43,9 @@ BATCH = {"S": 256, "L": 64}
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of one kernel; ``loop_ratio``: instructions a warp issues per tensor-core clock in the main loop, above 1 issue-bound."""
+    """What became of one kernel; ``loop_ratio``: instructions a warp issues per tensor-core clock in the
+    main loop, above 1 issue-bound.
+    """
 
     kernel: str
     layers: str
@@ -81,11 +87,16 @@ def triton_version() -> tuple[int, int]:
 
 def layers():
     """{"S1": (C, n, r, k, stride, size, batch), ...}: the layers of both published networks."""
-    return {name: (c.channels, c.units, c.rank, c.kernel, c.stride, c.size, c.batch) for name, c in cases.layers(BATCH).items()}
+    return {
+        name: (c.channels, c.units, c.rank, c.kernel, c.stride, c.size, c.batch)
+        for name, c in cases.layers(BATCH).items()
+    }
 
 
 def record(shape, dtype, arch, norm="squash"):
-    """Every launch of forward, backward and explanation of a layer, with and without bias, without running any: on meta tensors."""
+    """Every launch of forward, backward and explanation of a layer, with and without bias, without running
+    any: on meta tensors.
+    """
     import torch
 
     from coda_fast._geometry import Geometry
@@ -96,8 +107,8 @@ def record(shape, dtype, arch, norm="squash"):
     channels, units, rank, kernel, stride, size, batch = shape
     options = dict(dtype=getattr(torch, dtype), device="meta")
     geometry = Geometry.make((kernel, kernel), stride, (kernel - 1) // 2)
-    new = lambda *s: torch.empty(*s, **options).to(memory_format=torch.channels_last)  # noqa: E731
-    last = lambda *s: torch.empty(*s, kernel, kernel, channels, **options).movedim(-1, -3)  # noqa: E731
+    new = lambda *s: torch.empty(*s, **options).to(memory_format=torch.channels_last)
+    last = lambda *s: torch.empty(*s, kernel, kernel, channels, **options).movedim(-1, -3)
     image, output = new(batch, channels, size, size), new(batch, units, *geometry.output_size(size, size))
     needs = (True, True, True, True, True)
     with recording(Device(arch, 132)) as launches:
@@ -168,7 +179,9 @@ def _read_nvidia(compiled, warps, arch):
         if arch == 90:
             log = _run(folder / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", "/dev/null")
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    lines = re.findall(r"^\s*(\.L_x_\d+):|^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code, re.MULTILINE)
+    lines = re.findall(
+        r"^\s*(\.L_x_\d+):|^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code, re.MULTILINE
+    )
     opcodes = [opcode for _, opcode, _ in lines if opcode]
     mma = collections.Counter(o for o in opcodes if _is_mma(o))
     spills = sum(o.split(".")[0] in ("LDL", "STL") for o in opcodes)
@@ -206,7 +219,8 @@ def _loops(lines):
 
 
 def _overwritten(lines):
-    """Instructions of a loop that write a register which a wgmma, not yet waited for, has as its first operand: it may read it after them.
+    """Instructions of a loop that write a register which a wgmma, not yet waited for, has as its first
+    operand: it may read it after them.
 
     Every loop is gone through twice in a row, so that what one turn leaves under way meets the next.
     """
@@ -231,18 +245,24 @@ def _overwritten(lines):
 
 
 def _loop_ratio(lines):
-    """Instructions over tensor-core clocks of the innermost loop with most tensor-core work; of everything where there is no loop."""
+    """Instructions over tensor-core clocks of the innermost loop with most tensor-core work; of everything
+    where there is no loop.
+    """
     code, loops = _loops(lines)
     opcodes = [opcode for opcode, _ in code]
     clocks = [_clocks(o) for o in opcodes]
     bodies = [(a, b) for a, b in loops if sum(clocks[a:b])]
-    bodies = [x for x in bodies if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in bodies)] or [(0, len(opcodes))]
+    bodies = [x for x in bodies if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in bodies)] or [
+        (0, len(opcodes))
+    ]
     a, b = max(bodies, key=lambda body: sum(clocks[body[0] : body[1]]))
     return round((b - a) / sum(clocks[a:b]), 2) if sum(clocks[a:b]) else None
 
 
 def _clocks(opcode):
-    """Tensor-core clocks of an instruction a warp: H100 2048 16-bit multiply-adds a clock and processor, A100 1024; float32 half."""
+    """Tensor-core clocks of an instruction a warp: H100 2048 16-bit multiply-adds a clock and processor,
+    A100 1024; float32 half.
+    """
     if found := re.match(r"HGMMA\.64x(\d+)x", opcode):
         return int(found[1]) / 2
     if re.match(r"HMMA\.(16816|1688)", opcode):
@@ -252,7 +272,7 @@ def _clocks(opcode):
 
 def _read_amd(compiled, warps, arch):
     text = compiled.asm["amdgcn"]
-    number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])  # noqa: E731
+    number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
     registers = number("vgpr_count")
     mma = collections.Counter(re.findall(r"\b(v_mfma\w+)", text))
     waves = min(8, 512 // max(1, -(-registers // 8) * 8)) * 4 // warps
@@ -291,26 +311,37 @@ def sweep(wanted, dtypes, architectures, kernels=None, jobs=None, progress=lambd
                         names.append(name)
     reports = []
     with concurrent.futures.ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
-        futures = {pool.submit(compile_launch, launch, " ".join(names)): launch for launch, names in jobs_by_launch.items()}
+        futures = {
+            pool.submit(compile_launch, launch, " ".join(names)): launch
+            for launch, names in jobs_by_launch.items()
+        }
         for future in concurrent.futures.as_completed(futures):
             reports.append(future.result())
             report = reports[-1]
-            progress(f"{len(reports)}/{len(futures)} sm_{report.arch} {report.dtype} {report.kernel} {report.layers} {report.faults}")
+            progress(
+                f"{len(reports)}/{len(futures)} sm_{report.arch} {report.dtype} {report.kernel} "
+                f"{report.layers} {report.faults}"
+            )
     return sorted(reports, key=lambda r: (str(r.arch), r.dtype, r.kernel, r.layers, r.blocks))
 
 
-# -- the stored results (their tables: bench/aot_tables.py) ----------------------------------------------------------------------------
+# -- the stored results (their tables: bench/aot_tables.py)
+# ----------------------------------------------------------------------------
 
 
 def store(reports):
-    """Rows of this Triton's file, those of the same kernel, dtype, architecture and layers replaced; written whole or not at all."""
+    """Rows of this Triton's file, those of the same kernel, dtype, architecture and layers replaced;
+    written whole or not at all.
+    """
     import triton
 
     path = aot_tables.RESULTS / f"aot_triton{'.'.join(map(str, triton_version()))}.json"
     commit = _run("git", "-C", ROOT, "rev-parse", "--short", "HEAD").strip()
     old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     done = {(r.arch, r.dtype) for r in reports}
-    rows = [row for row in old if (row["arch"], row["dtype"]) not in done] + [dataclasses.asdict(r) for r in reports]
+    rows = [row for row in old if (row["arch"], row["dtype"]) not in done] + [
+        dataclasses.asdict(r) for r in reports
+    ]
     rows.sort(key=lambda row: (str(row["arch"]), row["dtype"], row["kernel"], row["layers"], row["blocks"]))
     head = {"triton": triton.__version__, "commit": commit, "date": datetime.date.today().isoformat()}
     lines = ",\n".join(json.dumps(row) for row in rows)
@@ -322,13 +353,19 @@ def store(reports):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", nargs="+", metavar="S1", help="S1 to S9, L1 to L9")
     parser.add_argument("--arch", nargs="+", metavar="90", help=f"of {', '.join(map(str, ARCHITECTURES))}")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--kernel", nargs="+", metavar="fold")
     parser.add_argument("--jobs", type=int, help="processes; all cores")
-    parser.add_argument("--store", action="store_true", help="store a part too, in place of what was stored for its architecture and dtype")
+    parser.add_argument(
+        "--store",
+        action="store_true",
+        help="store a part too, in place of what was stored for its architecture and dtype",
+    )
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args(argv)
     if options.table:
@@ -344,12 +381,21 @@ def main(argv=None):
     failed = 0
     for arch in architectures:
         for dtype in options.dtype or (DTYPES if arch == 90 else ("bfloat16",)):
-            reports = sweep(options.layers or known, [dtype], [arch], options.kernel, options.jobs, lambda t: print(t, file=sys.stderr))
+            reports = sweep(
+                options.layers or known,
+                [dtype],
+                [arch],
+                options.kernel,
+                options.jobs,
+                lambda t: print(t, file=sys.stderr),
+            )
             failed += sum(bool(r.faults) for r in reports)
             for r in reports:
                 print(
-                    f"{r.arch} {r.dtype} {r.kernel} | {r.layers} | {r.blocks} w{r.warps} s{r.stages} | reg {r.registers} spill {r.spills} "
-                    f"stack {r.stack_bytes} smem {r.shared_bytes} occ {r.occupancy} i/c {r.loop_ratio} | {r.mma} | "
+                    f"{r.arch} {r.dtype} {r.kernel} | {r.layers} | {r.blocks} w{r.warps} s{r.stages} | reg "
+                    f"{r.registers} spill {r.spills} "
+                    f"stack {r.stack_bytes} smem {r.shared_bytes} occ {r.occupancy} i/c {r.loop_ratio} | "
+                    f"{r.mma} | "
                     f"{'; '.join(r.faults) or ('serialised' if r.serialised else 'ok')}"
                 )
             if options.store or not part:

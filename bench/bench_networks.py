@@ -1,4 +1,6 @@
-"""Whole CoDA-Nets beside the same networks made of the peers' layers, and beside ResNet-50s on the same images."""
+"""Whole CoDA-Nets beside the same networks made of the peers' layers, and beside ResNet-50s on the same
+images.
+"""
 
 from bench.cases import NETWORK_MODES
 from bench.laboratory import wrong

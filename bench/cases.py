@@ -1,4 +1,6 @@
-"""What is measured: the layers of the published networks, the networks themselves, and how a layer grows; by preset."""
+"""What is measured: the layers of the published networks, the networks themselves, and how a layer grows;
+by preset.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ INFERENCE, STEP = "inference", "training step"
 EVERY_CLASS = "explanation of every class"
 NETWORK_MODES = (STEP, INFERENCE, EXPLANATION, EVERY_CLASS)
 AXES = ("batch", "size", "rank", "channels")
-# The fewest matrix products of the size of the forward one that a mode can do with: forward 1; backward 2 more (dx, dA), if the n r
-# numbers a pixel of the forward product were kept, and 3 if not (save_contraction=False computes them again); an explanation 1 more (dx)
+# The fewest matrix products of the size of the forward one that a mode can do with: forward 1; backward 2
+# more (dx, dA), if the n r numbers a pixel of the forward product were kept, and 3 if not
+# (save_contraction=False computes them again); an explanation 1 more (dx)
 PRODUCTS = {FORWARD: 1, TRAINING: 3, EXPLANATION: 2}
 
 # Providers worth compiling on a CPU, and all of them
@@ -83,7 +86,14 @@ def layers(batch: dict[str, int]) -> dict[str, Layer]:
         for i, layer in enumerate(model.layers):
             name = f"{letter}{i + 1}"
             found[name] = Layer(
-                name, layer.in_channels, layer.out_channels, layer.rank, layer.kernel_size[0], layer.stride[0], size, batch[letter]
+                name,
+                layer.in_channels,
+                layer.out_channels,
+                layer.rank,
+                layer.kernel_size[0],
+                layer.stride[0],
+                size,
+                batch[letter],
             )
             size, _ = layer.geometry.output_size(size, size)
     return found
@@ -99,7 +109,9 @@ def distinct(found: dict[str, Layer]) -> list[Layer]:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What one run measures. ``compiled``: which providers also through torch.compile, by mode (a compilation takes seconds)."""
+    """What one run measures. ``compiled``: which providers also through torch.compile, by mode (a
+    compilation takes seconds).
+    """
 
     layers: tuple[Layer, ...]
     networks: tuple[Network, ...]
@@ -114,18 +126,32 @@ class Preset:
 
 
 def preset(name: str, memory_bytes: int = 0, batch: int | None = None, everything: bool = False) -> Preset:
-    """ "smoke": everything once, small; "cpu": training of the layers of S-CoDA at batch 16, as published, and the network at 16, 64 and 1,
-    in some minutes on two cores, or with ``everything`` all modes and providers of the layers, and how a layer grows, or all modes of
-    both at another ``batch``; "gpu": S-CoDA at batch 256, L-CoDA at 64, or 16 on a device with less than 60 GB.
+    """ "smoke": everything once, small; "cpu": training of the layers of S-CoDA at batch 16, as published,
+    and the network at 16, 64 and 1, in some minutes on two cores, or with ``everything`` all modes and
+    providers of the layers, and how a layer grows, or all modes of both at another ``batch``; "gpu": S-CoDA
+    at batch 256, L-CoDA at 64, or 16 on a device with less than 60 GB.
     """
     if name == "smoke":
-        small = [dataclasses.replace(case, size=8) for case in distinct(layers({"S": 1})) if case.name in ("S1", "S9")]
+        small = [
+            dataclasses.replace(case, size=8)
+            for case in distinct(layers({"S": 1}))
+            if case.name in ("S1", "S9")
+        ]
         base = Layer("scaling", 8, 8, 8, 3, 1, 8, 1)
         series = _series(base, batch=(1, 2), size=(8, 16), rank=(8, 16), channels=(8, 16))
-        return Preset(tuple(small), (Network(NETWORKS["S"], 2, 8, NETWORK_MODES),), series, {TRAINING: COMPILED}, "float32", "S9")
+        return Preset(
+            tuple(small),
+            (Network(NETWORKS["S"], 2, 8, NETWORK_MODES),),
+            series,
+            {TRAINING: COMPILED},
+            "float32",
+            "S9",
+        )
     if name == "cpu":
         base = Layer("scaling", 16, 16, 16, 3, 1, 16, 2)
-        sizes = dict(batch=(1, 2, 4, 8, 16), size=(8, 16, 32, 64), rank=(4, 16, 64, 256), channels=(4, 16, 32, 64))
+        sizes = dict(
+            batch=(1, 2, 4, 8, 16), size=(8, 16, 32, 64), rank=(4, 16, 64, 256), channels=(4, 16, 32, 64)
+        )
         compiled = {TRAINING: ("algebraic",), STEP: ("algebraic",), INFERENCE: ("algebraic",)}
         cases = tuple(distinct(layers({"S": batch or 16})))
         if batch:
@@ -137,17 +163,30 @@ def preset(name: str, memory_bytes: int = 0, batch: int | None = None, everythin
             Network(NETWORKS["S"], 1, 32, (INFERENCE, EXPLANATION, EVERY_CLASS), **few),
         )
         if everything:
-            compiled = dict.fromkeys((TRAINING, INFERENCE, EXPLANATION), ("algebraic",)) | {STEP: ("algebraic", "coda_fast")}
+            compiled = dict.fromkeys((TRAINING, INFERENCE, EXPLANATION), ("algebraic",)) | {
+                STEP: ("algebraic", "coda_fast")
+            }
             return Preset(cases, networks, _series(base, **sizes), compiled, "float32")
         cases = tuple(dataclasses.replace(case, modes=(TRAINING,)) for case in cases)
         return Preset(cases, networks, (), compiled, "float32")
     if name == "gpu":
         large = 64 if memory_bytes >= 60e9 else 16
         base = Layer("scaling", 64, 64, 64, 3, 1, 32, 32)
-        sizes = dict(batch=(1, 4, 16, 64, 256), size=(8, 16, 32, 64, 128), rank=(8, 32, 128, 256), channels=(16, 32, 64, 128, 256))
+        sizes = dict(
+            batch=(1, 4, 16, 64, 256),
+            size=(8, 16, 32, 64, 128),
+            rank=(8, 32, 128, 256),
+            channels=(16, 32, 64, 128, 256),
+        )
         networks = (Network(NETWORKS["S"], 256, 32), Network(NETWORKS["L"], large, 240))
         cases = tuple(distinct(layers({"S": 256, "L": large})))
-        return Preset(cases, networks, _series(base, **sizes), dict.fromkeys((*LAYER_MODES, *NETWORK_MODES), EVERYTHING), "bfloat16")
+        return Preset(
+            cases,
+            networks,
+            _series(base, **sizes),
+            dict.fromkeys((*LAYER_MODES, *NETWORK_MODES), EVERYTHING),
+            "bfloat16",
+        )
     raise ValueError(f"preset: expected smoke, cpu or gpu, got {name!r}")
 
 

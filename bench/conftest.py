@@ -1,4 +1,6 @@
-"""``pytest bench/ --benchmark`` measures; without ``--benchmark`` every bench runs once, small, as a smoke test."""
+"""``pytest bench/ --benchmark`` measures; without ``--benchmark`` every bench runs once, small, as a smoke
+test.
+"""
 
 import time
 from pathlib import Path
@@ -9,25 +11,63 @@ import torch
 from bench import cases, guard, measure, providers, results, tables, verify
 from bench.laboratory import Laboratory
 
-collect_ignore_glob = [f"{path.name}" for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("bench_")]
+collect_ignore_glob = [
+    f"{path.name}" for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("bench_")
+]
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("coda_fast benchmarks")
-    group.addoption("--benchmark", action="store_true", help="measure (CPU: some minutes); else every bench runs once, small")
+    group.addoption(
+        "--benchmark",
+        action="store_true",
+        help="measure (CPU: some minutes); else every bench runs once, small",
+    )
     group.addoption("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    group.addoption("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")
-    group.addoption("--rows", type=Path, default=results.LOCAL, help="folder for the rows, a file a device (bench/results/local)")
-    group.addoption("--baseline", type=Path, default=results.FOLDER, help="folder of the rows to compare ratios with (bench/results)")
-    group.addoption("--all", action="store_true", dest="everything", help="on a CPU, all modes of the layers, and scaling (ten minutes)")
-    group.addoption("--batch", type=int, help="S-CoDA at this batch size alone, on a CPU (default: 16, the network at 64 and 1 too)")
-    group.addoption("--seconds", type=float, help="how long to measure a group of providers (default: 1 on a GPU, 0.6 on a CPU)")
-    group.addoption("--verdict", type=Path, help="result of the op's tests (bench/gpu_report.py); default: run some of them first")
+    group.addoption(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: bfloat16 on a GPU, float32 on a CPU",
+    )
+    group.addoption(
+        "--rows",
+        type=Path,
+        default=results.LOCAL,
+        help="folder for the rows, a file a device (bench/results/local)",
+    )
+    group.addoption(
+        "--baseline",
+        type=Path,
+        default=results.FOLDER,
+        help="folder of the rows to compare ratios with (bench/results)",
+    )
+    group.addoption(
+        "--all",
+        action="store_true",
+        dest="everything",
+        help="on a CPU, all modes of the layers, and scaling (ten minutes)",
+    )
+    group.addoption(
+        "--batch",
+        type=int,
+        help="S-CoDA at this batch size alone, on a CPU (default: 16, the network at 64 and 1 too)",
+    )
+    group.addoption(
+        "--seconds",
+        type=float,
+        help="how long to measure a group of providers (default: 1 on a GPU, 0.6 on a CPU)",
+    )
+    group.addoption(
+        "--verdict",
+        type=Path,
+        help="result of the op's tests (bench/gpu_report.py); default: run some of them first",
+    )
     group.addoption("--until", type=float, help="skip what has not begun by this time (seconds since 1970)")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "default:::coda_kernels")  # what the kernels say about a device is for the reader of times
+    # what the kernels say about a device is for the reader of times
+    config.addinivalue_line("filterwarnings", "default:::coda_kernels")
     if config.getoption("--benchmark"):
         config.option.benchmark_columns = ["median", "iqr", "rounds"]
     else:
@@ -42,24 +82,39 @@ class State:
         self.measuring = config.getoption("--benchmark")
         kind = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
         if kind == "cuda" and not torch.cuda.is_available():
-            raise pytest.UsageError("--device: expected a device that torch sees, got cuda, and torch sees none")
-        self.device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+            raise pytest.UsageError(
+                "--device: expected a device that torch sees, got cuda, and torch sees none"
+            )
+        self.device = (
+            torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+        )
         memory = torch.cuda.get_device_properties(self.device).total_memory if kind == "cuda" else 0
         batch = config.getoption("--batch")
         if batch is not None and (batch < 1 or kind == "cuda"):
             raise pytest.UsageError(f"--batch: expected at least 1, on a CPU, got {batch} on {kind}")
         self.preset = cases.preset(
-            ("gpu" if kind == "cuda" else "cpu") if self.measuring else "smoke", memory, batch, config.getoption("everything")
+            ("gpu" if kind == "cuda" else "cpu") if self.measuring else "smoke",
+            memory,
+            batch,
+            config.getoption("everything"),
         )
         self.dtype = config.getoption("--dtype") or self.preset.dtype
         seconds = config.getoption("--seconds") or {"cuda": 1.0, "cpu": 0.6}[kind]
         turns = measure.TURNS[kind] if self.measuring else (1, 1)
         torch.backends.cudnn.benchmark = kind == "cuda"  # peers are convolutions: the fastest that cuDNN has
-        if kind == "cuda" and self.dtype == "float32":  # kernels follow the first, cuDNN the second; by default they differ
+        # kernels follow the first, cuDNN the second; by default they differ
+        if kind == "cuda" and self.dtype == "float32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.verdict_file, self._verdict = config.getoption("--verdict"), None
         apart = self.measuring and kind == "cpu"
-        self.laboratory = Laboratory(self.device, self.dtype, seconds if self.measuring else 0.0, turns, lambda: self.verdict.good, apart)
+        self.laboratory = Laboratory(
+            self.device,
+            self.dtype,
+            seconds if self.measuring else 0.0,
+            turns,
+            lambda: self.verdict.good,
+            apart,
+        )
         self.until = config.getoption("--until")
         name = results.device_name(self.device)
         self.path = results.path_of(name, config.getoption("--rows"))
@@ -85,7 +140,9 @@ STATE = pytest.StashKey[State]()
 
 
 def pytest_generate_tests(metafunc):
-    """A bench has the arguments case, mode and provider; its module says of which part of the preset, in which modes."""
+    """A bench has the arguments case, mode and provider; its module says of which part of the preset, in
+    which modes.
+    """
     if "provider" not in metafunc.fixturenames:
         return
     state = metafunc.config.stash[STATE]
@@ -112,7 +169,9 @@ def pytest_collection_finish(session):
 
 
 class ReplayClock:
-    """A clock that shows what was measured. Providers are timed in turns, on a GPU by events; pytest-benchmark reads the samples here."""
+    """A clock that shows what was measured. Providers are timed in turns, on a GPU by events;
+    pytest-benchmark reads the samples here.
+    """
 
     def __init__(self, samples):
         self.now, self.samples = 0.0, iter(samples)
@@ -126,11 +185,17 @@ class ReplayClock:
 
 @pytest.fixture
 def measured(request, case, mode, provider):
-    """Measurements of this provider's group, taken side by side with all others of it that were selected; skips if this one has none."""
+    """Measurements of this provider's group, taken side by side with all others of it that were selected;
+    skips if this one has none.
+    """
     state = request.config.stash[STATE]
     if state.until and time.time() > state.until and (case, mode) not in state.laboratory.groups:
         pytest.skip(verify.NO_TIME)
-    selected = [i.callspec.params for i in request.session.items if hasattr(i, "callspec") and "provider" in i.callspec.params]
+    selected = [
+        i.callspec.params
+        for i in request.session.items
+        if hasattr(i, "callspec") and "provider" in i.callspec.params
+    ]
     names = [p["provider"] for p in selected if (p["case"], p["mode"]) == (case, mode)]
     found = state.laboratory.measure(case, mode, names)
     if (case, mode) not in state.written and state.measuring:

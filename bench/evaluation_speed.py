@@ -42,28 +42,51 @@ def removal_one_by_one(model, images, targets, points):
     """Every mask of every image by itself."""
     rows = []
     for image, target in zip(images, targets, strict=True):
-        rows.append(pixel_removal(model, image[None], target[None], points=points, batch_size=1, attribution_batch=1).probabilities)
+        rows.append(
+            pixel_removal(
+                model, image[None], target[None], points=points, batch_size=1, attribution_batch=1
+            ).probabilities
+        )
     return torch.cat(rows)
 
 
 def cases(device):
-    """(name, batched, one by one, arguments): the digits network and, smaller in number, S-CoDA; random weights take as long as trained."""
+    """(name, batched, one by one, arguments): the digits network and, smaller in number, S-CoDA; random
+    weights take as long as trained.
+    """
     torch.manual_seed(0)
-    for name, side, size, channels, grids, points in (("coda_xs_digits", 2, 8, 1, 32, 17), ("coda_s_cifar10", 3, 32, 3, 1, 17)):
+    for name, side, size, channels, grids, points in (
+        ("coda_xs_digits", 2, 8, 1, 32, 17),
+        ("coda_s_cifar10", 3, 32, 3, 1, 17),
+    ):
         model = create_model(name).to(device).eval()
         images = torch.rand(grids, side**2, channels, size, size, device=device)
         classes = torch.stack([torch.randperm(10)[: side**2] for _ in range(grids)]).to(device)
         canvas = canvases(images, side)
-        yield f"localisation {side} x {side}, {name}", localisation_in_batches, localisation_one_by_one, (model, canvas, classes, side)
-        yield f"pixel removal, {name}", removal_in_batches, removal_one_by_one, (model, images[:, 0], classes[:, 0], points)
+        yield (
+            f"localisation {side} x {side}, {name}",
+            localisation_in_batches,
+            localisation_one_by_one,
+            (model, canvas, classes, side),
+        )
+        yield (
+            f"pixel removal, {name}",
+            removal_in_batches,
+            removal_one_by_one,
+            (model, images[:, 0], classes[:, 0], points),
+        )
 
 
 def run() -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for name, batched, single, arguments in cases(device):
-        torch.testing.assert_close(batched(*arguments), single(*arguments), rtol=1e-3, atol=1e-5)  # the same numbers
-        runners = {key: measure.Runner([arguments], function) for key, function in (("batched", batched), ("single", single))}
+        # the same numbers
+        torch.testing.assert_close(batched(*arguments), single(*arguments), rtol=1e-3, atol=1e-5)
+        runners = {
+            key: measure.Runner([arguments], function)
+            for key, function in (("batched", batched), ("single", single))
+        }
         found = measure.in_turn(runners, device, 3.0)
         low, middle, high = measure.ratios(found["single"], found["batched"])
         ms = {f"{key}_ms": round(measure.quantiles(m.host_us)[1] / 1e3, 2) for key, m in found.items()}
@@ -78,8 +101,14 @@ def table() -> str:
     lines = ["| | one at a time, ms | batched, ms | faster by |", "|---|---|---|---|"]
     for row in stored["rows"]:
         low, middle, high = row["speedup"]
-        lines.append(f"| {row['case']} | {row['single_ms']} | {row['batched_ms']} | {middle:.1f}x ({low:.1f} to {high:.1f}) |")
-    where = f"{stored['device']}, {stored['threads']} threads, torch {stored['torch']}; commit {stored['commit']}, {stored['date']}."
+        lines.append(
+            f"| {row['case']} | {row['single_ms']} | {row['batched_ms']} | {middle:.1f}x ({low:.1f} to "
+            f"{high:.1f}) |"
+        )
+    where = (
+        f"{stored['device']}, {stored['threads']} threads, torch {stored['torch']}; commit "
+        f"{stored['commit']}, {stored['date']}."
+    )
     return "\n".join([*lines, "", f"Median turn by turn (20 to 80 %). {where}"])
 
 

@@ -1,12 +1,16 @@
-"""Train the recipe cifar10-s-fast within so many minutes on one GPU, then judge the result: accuracy, localisation, removal.
+"""Train the recipe cifar10-s-fast within so many minutes on one GPU, then judge the result: accuracy,
+localisation, removal.
 
-    python bench/fast_training.py --data cifar10.npz --output FOLDER --minutes 3.5       training.json and the weights
-    python bench/fast_training.py --device cpu --quick --output FOLDER                   rehearses it, on made-up images
+    python bench/fast_training.py --data cifar10.npz --output FOLDER --minutes 3.5
+        training.json and the weights
+    python bench/fast_training.py --device cpu --quick --output FOLDER
+        rehearses it, on made-up images
 
-The whole step (images drawn and augmented on the device, network, loss, gradient, optimiser, moving average) is one CUDA graph: launched
-one by one, its kernels would wait for the host. Where it cannot be captured, the reason is printed and steps run one by one.
-How many steps fit is measured after the first ones, and the learning rate follows a cosine over just as many. ``coda-fast train`` is the
-program for all other training; this one needs torch, NumPy, Pillow, PyYAML and safetensors only, and can neither stop nor go on.
+The whole step (images drawn and augmented on the device, network, loss, gradient, optimiser, moving average)
+is one CUDA graph: launched one by one, its kernels would wait for the host. Where it cannot be captured, the
+reason is printed and steps run one by one. How many steps fit is measured after the first ones, and the
+learning rate follows a cosine over just as many. ``coda-fast train`` is the program for all other training;
+this one needs torch, NumPy, Pillow, PyYAML and safetensors only, and can neither stop nor go on.
 """
 
 from __future__ import annotations
@@ -43,23 +47,37 @@ class TrainingProblem(Exception):
     """What keeps this from training; the message says what was expected and what was found."""
 
 
-# -- images ---------------------------------------------------------------------------------------------------------------------------
+# -- images
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path, split: str, limit: int | None = None, threads: int = min(16, os.cpu_count() or 1)):
-    """(images uint8 [N, 3, H, W], labels [N]) of ``split``: JPEGs end to end, some replaced by pixels without loss."""
+    """(images uint8 [N, 3, H, W], labels [N]) of ``split``: JPEGs end to end, some replaced by pixels
+    without loss.
+    """
     from coda_fast.data import decode
 
     try:
         with np.load(path, allow_pickle=False) as file:
-            raw, offsets, labels = file[f"{split}_jpeg"].tobytes(), file[f"{split}_offset"], file[f"{split}_label"][:limit]
-            lossless = (file[f"{split}_lossless_idx"], file[f"{split}_lossless_rgb"]) if f"{split}_lossless_idx" in file.files else None
+            raw, offsets, labels = (
+                file[f"{split}_jpeg"].tobytes(),
+                file[f"{split}_offset"],
+                file[f"{split}_label"][:limit],
+            )
+            lossless = (
+                (file[f"{split}_lossless_idx"], file[f"{split}_lossless_rgb"])
+                if f"{split}_lossless_idx" in file.files
+                else None
+            )
 
         def some(indices):
             return [np.asarray(decode(raw[offsets[i] : offsets[i + 1]])) for i in indices]
 
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the interpreter's lock
-            parts = list(pool.map(some, np.array_split(np.arange(len(labels)), max(1, min(4 * threads, len(labels))))))
+        # Pillow decodes without the interpreter's lock
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            parts = list(
+                pool.map(some, np.array_split(np.arange(len(labels)), max(1, min(4 * threads, len(labels)))))
+            )
         images = np.stack([image for part in parts for image in part])
         if lossless is not None:
             inside = lossless[0] < len(labels)
@@ -73,10 +91,13 @@ def read(path: Path, split: str, limit: int | None = None, threads: int = min(16
 def made_up(count: int, classes: int = 10):
     """Images that nobody photographed, for rehearsals."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(count) % classes
+    return torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(
+        count
+    ) % classes
 
 
-# -- training -------------------------------------------------------------------------------------------------------------------------
+# -- training
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Trainer:
@@ -85,12 +106,23 @@ class Trainer:
     ``step(index, rate)`` takes the images of these numbers; ``capture`` makes a CUDA graph of it.
     """
 
-    def __init__(self, recipe: dict, images: torch.Tensor, labels: torch.Tensor, device, batch: int | None = None, **model_options):
+    def __init__(
+        self,
+        recipe: dict,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        device,
+        batch: int | None = None,
+        **model_options,
+    ):
         torch.manual_seed(recipe.get("seed", 0))
         self.device, self.batch = torch.device(device), batch or recipe["batch_size"]
         self.cuda = self.device.type == "cuda"
         self.images, self.labels = images.to(device), labels.to(device)
-        self.spec, options = recipe["data"], {key: value for key, value in recipe["model"].items() if key != "name"}
+        self.spec, options = (
+            recipe["data"],
+            {key: value for key, value in recipe["model"].items() if key != "name"},
+        )
         options = {"backend": "triton" if self.cuda else "auto", **options, **model_options}
         self.model = coda_fast.create_model(recipe["model"]["name"], **options).to(device)
         self.half = recipe.get("precision") == "bfloat16"
@@ -100,7 +132,9 @@ class Trainer:
             parameter.grad = torch.zeros_like(parameter)
         self.rate = torch.zeros((), device=device)
         betas = tuple(recipe["optimizer"].get("betas", (0.9, 0.999)))
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.rate, betas=betas, fused=self.cuda, capturable=self.cuda)
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=self.rate, betas=betas, fused=self.cuda, capturable=self.cuda
+        )
         self.ema = [parameter.detach().clone() for parameter in self.parameters]
         self.decay, self.keep = recipe.get("ema", {}).get("decay", 0.0), torch.zeros((), device=device)
         self.index = torch.zeros(self.batch, dtype=torch.int64, device=device)
@@ -110,7 +144,8 @@ class Trainer:
     def step(self, index: torch.Tensor, rate: float) -> None:
         self.index.copy_(index)
         self.rate.fill_(rate)
-        self.keep.fill_(1 - min(self.decay, (1 + self.done) / (10 + self.done)))  # while there are few, as timm's with warm-up
+        # while there are few, as timm's with warm-up
+        self.keep.fill_(1 - min(self.decay, (1 + self.done) / (10 + self.done)))
         self._step() if self.graph is None else self.graph.replay()
         self.done += 1
 
@@ -121,7 +156,9 @@ class Trainer:
         logits = logits.float()
         loss = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float())
         # copied, not accumulated: which stream autograd would accumulate on is decided before the capture
-        torch._foreach_copy_([parameter.grad for parameter in self.parameters], torch.autograd.grad(loss, self.parameters))
+        torch._foreach_copy_(
+            [parameter.grad for parameter in self.parameters], torch.autograd.grad(loss, self.parameters)
+        )
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
         self.optimizer.step()
@@ -130,7 +167,9 @@ class Trainer:
             torch._foreach_mul_(change, self.keep)
             torch._foreach_add_(self.ema, change)
             correct = (logits.argmax(1) == labels).sum()
-            self.sums += torch.stack([loss.detach() * len(labels), correct, torch.full_like(correct, len(labels))]).double()
+            self.sums += torch.stack(
+                [loss.detach() * len(labels), correct, torch.full_like(correct, len(labels))]
+            ).double()
 
     def _augmented(self, images):
         """Padded random crops and flips of uint8 images, drawn on their device."""
@@ -141,7 +180,12 @@ class Trainer:
             columns = offsets[1] + torch.arange(width, device=self.device)
             n, c = torch.arange(count, device=self.device), torch.arange(channels, device=self.device)
             padded = F.pad(images, [pad] * 4)
-            images = padded[n[:, None, None, None], c[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+            images = padded[
+                n[:, None, None, None],
+                c[None, :, None, None],
+                rows[:, None, :, None],
+                columns[:, None, None, :],
+            ]
         if self.spec.get("flip"):
             flipped = torch.rand(count, 1, 1, 1, device=self.device) < 0.5
             images = torch.where(flipped, images.flip(3), images)
@@ -170,7 +214,10 @@ class Trainer:
     def averaged(self, dtype: torch.dtype) -> coda_fast.CoDANet:
         """The network with the moving averages for weights."""
         model = coda_fast.CoDANet(**self.model.config(), backend="auto", device="meta")
-        state = {name: value.detach().to("cpu", dtype) for (name, _), value in zip(self.model.named_parameters(), self.ema, strict=True)}
+        state = {
+            name: value.detach().to("cpu", dtype)
+            for (name, _), value in zip(self.model.named_parameters(), self.ema, strict=True)
+        }
         model.load_state_dict(state, assign=True)
         return model.requires_grad_(False)
 
@@ -188,7 +235,9 @@ def rate_of(recipe: dict, batch: int, step: int, steps: int, warmup: int) -> flo
 
 
 def batches_of(count: int, batch: int, seed: int):
-    """(epoch, numbers of the images of a step) for ever: permutations, of which the incomplete last batch is left out."""
+    """(epoch, numbers of the images of a step) for ever: permutations, of which the incomplete last batch
+    is left out.
+    """
     epoch = 0
     while True:
         order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count))
@@ -197,18 +246,29 @@ def batches_of(count: int, batch: int, seed: int):
         epoch += 1
 
 
-def train(trainer: Trainer, recipe: dict, finish: float, *, steps: int | None, test, keep, every: float, say=print) -> dict:
-    """Steps until ``finish`` (time.monotonic), or exactly ``steps``. ``keep(trainer, row)`` is called every ``every`` seconds."""
+def train(
+    trainer: Trainer, recipe: dict, finish: float, *, steps: int | None, test, keep, every: float, say=print
+) -> dict:
+    """Steps until ``finish`` (time.monotonic), or exactly ``steps``. ``keep(trainer, row)`` is called
+    every ``every`` seconds.
+    """
     count, batch = len(trainer.images), trainer.batch
     if count < batch:
         raise TrainingProblem(f"--data: expected at least {batch} training images, a batch, got {count}")
     batches = batches_of(count, batch, recipe.get("seed", 0))
-    drawn = lambda: next(batches)[1].to(trainer.device, non_blocking=True)  # noqa: E731
+    drawn = lambda: next(batches)[1].to(trainer.device, non_blocking=True)
     epoch_steps = count // batch
     warmup = round(recipe["schedule"].get("warmup", 0) * epoch_steps)
     begun = time.monotonic()
-    reason = trainer.capture([drawn() for _ in range(3)] if trainer.cuda else [], rate_of(recipe, batch, 0, 1 << 30, max(1, warmup)))
-    say(f"step captured in a CUDA graph ({time.monotonic() - begun:.1f} s)" if reason is None else f"steps one by one: {reason}")
+    reason = trainer.capture(
+        [drawn() for _ in range(3)] if trainer.cuda else [],
+        rate_of(recipe, batch, 0, 1 << 30, max(1, warmup)),
+    )
+    say(
+        f"step captured in a CUDA graph ({time.monotonic() - begun:.1f} s)"
+        if reason is None
+        else f"steps one by one: {reason}"
+    )
     planned, first = steps or 1 << 40, trainer.done
     history, waiting, cut = [], collections.deque(), False
     probe, clock = 0, time.monotonic()
@@ -225,7 +285,9 @@ def train(trainer: Trainer, recipe: dict, finish: float, *, steps: int | None, t
         if passed == 5:  # the first ones compile and allocate
             probe, clock = passed, now
         if steps is None and passed >= 25 and passed % 25 == 0:
-            planned = trainer.done + max(0, int(MARGIN * (finish - now) * (passed - probe) / max(now - clock, 1e-9)))
+            planned = trainer.done + max(
+                0, int(MARGIN * (finish - now) * (passed - probe) / max(now - clock, 1e-9))
+            )
         if steps is None and now >= finish:
             cut = True
             break
@@ -236,7 +298,10 @@ def train(trainer: Trainer, recipe: dict, finish: float, *, steps: int | None, t
             last = time.monotonic()
             clock += last - now  # how long a step takes is not how long this took
             if not math.isfinite(history[-1]["train_loss"]):
-                raise TrainingProblem(f"loss: expected a finite number, got {history[-1]['train_loss']} before step {trainer.done}")
+                raise TrainingProblem(
+                    f"loss: expected a finite number, got {history[-1]['train_loss']} before step "
+                    f"{trainer.done}"
+                )
     if trainer.cuda:
         torch.cuda.synchronize()
     seconds = (time.monotonic() - clock) / max(1, trainer.done - first - probe)
@@ -244,10 +309,17 @@ def train(trainer: Trainer, recipe: dict, finish: float, *, steps: int | None, t
         history.append(_row(trainer, epoch_steps, time.monotonic() - begun, test))
         say(json.dumps(history[-1]))
     return {
-        "steps": trainer.done, "batch": batch, "images": count, "epochs": round(trainer.done / epoch_steps, 2), "step_ms": 1e3 * seconds,
-        "captured": reason is None, "why_not_captured": reason, "cut_off": cut, "parameters": sum(p.numel() for p in trainer.parameters),
+        "steps": trainer.done,
+        "batch": batch,
+        "images": count,
+        "epochs": round(trainer.done / epoch_steps, 2),
+        "step_ms": 1e3 * seconds,
+        "captured": reason is None,
+        "why_not_captured": reason,
+        "cut_off": cut,
+        "parameters": sum(p.numel() for p in trainer.parameters),
         "history": history,
-    }  # fmt: skip
+    }
 
 
 def _row(trainer, epoch_steps, seconds, test):
@@ -255,18 +327,27 @@ def _row(trainer, epoch_steps, seconds, test):
     trainer.sums.zero_()
     row = {"seconds": round(seconds, 1), "step": trainer.done, "epoch": round(trainer.done / epoch_steps, 2)}
     row |= {"train_loss": loss / max(1, seen), "train_accuracy": correct / max(1, seen)}
-    return row | {"test_accuracy": accuracy(trainer.averaged(torch.float32), *test, trainer.device, trainer.half)}
+    return row | {
+        "test_accuracy": accuracy(trainer.averaged(torch.float32), *test, trainer.device, trainer.half)
+    }
 
 
-# -- judgement ------------------------------------------------------------------------------------------------------------------------
+# -- judgement
+# ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def accuracy(model, images: torch.Tensor, labels: torch.Tensor, device, half: bool, batch: int = 1000) -> float:
-    """Share of uint8 images that are classified as they are labelled; ``half``: as in training, under autocast."""
+def accuracy(
+    model, images: torch.Tensor, labels: torch.Tensor, device, half: bool, batch: int = 1000
+) -> float:
+    """Share of uint8 images that are classified as they are labelled; ``half``: as in training, under
+    autocast.
+    """
     model, correct = _on(model, device), 0
     for some, classes in zip(images.split(batch), labels.split(batch), strict=True):
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half and torch.device(device).type == "cuda"):
+        with torch.autocast(
+            torch.device(device).type, torch.bfloat16, enabled=half and torch.device(device).type == "cuda"
+        ):
             logits = model(some.to(device).float().div_(255))
         correct += int((logits.argmax(1).cpu() == classes.cpu()).sum())
     return correct / max(1, len(labels))
@@ -279,14 +360,18 @@ def _on(model, device):
     return model.to(device)
 
 
-def judge(path: Path, images, labels, device, finish: float, keep, *, half: bool, quick: bool = False, say=print) -> dict:
-    """What the weights in the file are worth, in float32 if not said otherwise. ``keep(found)`` after each part, so that what is cut off
-    loses one; what has no time left covers fewer images or grids, and says how many.
+def judge(
+    path: Path, images, labels, device, finish: float, keep, *, half: bool, quick: bool = False, say=print
+) -> dict:
+    """What the weights in the file are worth, in float32 if not said otherwise. ``keep(found)`` after each
+    part, so that what is cut off loses one; what has no time left covers fewer images or grids, and says how
+    many.
     """
     model = _on(coda_fast.load(path).float(), device)
     found, pixels, labels = {}, images.to(device).float().div_(255), labels.to(device)
     removed, grids = (2, 2) if quick else (1024, 500)
-    logits = F.one_hot(labels, model.num_classes).float() if quick else None  # nothing would be sure after a few steps of a rehearsal
+    # nothing would be sure after a few steps of a rehearsal
+    logits = F.one_hot(labels, model.num_classes).float() if quick else None
 
     def until(share):
         deadline = time.monotonic() + share * max(0.0, finish - time.monotonic())
@@ -304,14 +389,26 @@ def judge(path: Path, images, labels, device, finish: float, keep, *, half: bool
         return evaluation.localisation(model, pixels, labels, **options).summary()
 
     def removal(order):
-        options = dict(order=order, points=3 if quick else 129, batch_size=1024, attribution_batch=128, progress=until(0.6))
+        options = dict(
+            order=order,
+            points=3 if quick else 129,
+            batch_size=1024,
+            attribution_batch=128,
+            progress=until(0.6),
+        )
         removal = evaluation.pixel_removal(model, pixels[:removed], labels[:removed], **options)
-        return {"images": len(removal.probabilities), "area": float(removal.area().mean()), "end": float(removal.curve()[-1])}
+        return {
+            "images": len(removal.probabilities),
+            "area": float(removal.area().mean()),
+            "end": float(removal.curve()[-1]),
+        }
 
     parts = {
         "accuracy": lambda: accuracy(model, images, labels, device, False),
         "accuracy_autocast": lambda: accuracy(model, images, labels, device, half),
-        "completeness_error": lambda: float(evaluation.completeness_error(model, pixels[: 4 * removed], labels[: 4 * removed]).max()),
+        "completeness_error": lambda: float(
+            evaluation.completeness_error(model, pixels[: 4 * removed], labels[: 4 * removed]).max()
+        ),
         "localisation_3x3": localisation,
         "removal_least_first": lambda: removal("least"),
         "removal_most_first": lambda: removal("most"),
@@ -330,7 +427,8 @@ def judge(path: Path, images, labels, device, finish: float, keep, *, half: bool
     return found
 
 
-# -- the tool -------------------------------------------------------------------------------------------------------------------------
+# -- the tool
+# ------------------------------------------------------------------------------------------------------------
 
 
 def recipe_of(name: str = "cifar10-s-fast") -> dict:
@@ -342,15 +440,32 @@ def recipe_of(name: str = "cifar10-s-fast") -> dict:
 
 def main(argv=None) -> int:
     start = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help=".npz file of CIFAR-10 as JPEGs (train_jpeg, train_offset, train_label; test_ likewise)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for training.json and the weights, made if it is not there")
-    parser.add_argument("--minutes", type=float, default=3.5, help="for everything, of which 40 seconds are for the judgement")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help=".npz file of CIFAR-10 as JPEGs (train_jpeg, train_offset, train_label; test_ likewise)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder for training.json and the weights, made if it is not there",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=3.5, help="for everything, of which 40 seconds are for the judgement"
+    )
     parser.add_argument("--steps", type=int, help="exactly so many, however long they take")
     parser.add_argument("--batch", type=int, help="instead of the recipe's")
     parser.add_argument("--temperature", type=float, help="instead of the recipe's")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="a rehearsal: a tiny network, few images, made-up ones without --data")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a rehearsal: a tiny network, few images, made-up ones without --data",
+    )
     options = parser.parse_args(argv)
     for name in ("minutes", "steps", "batch", "temperature"):
         if (value := getattr(options, name)) is not None and value <= 0:
@@ -375,7 +490,11 @@ def _main(options, start):
     recipe = recipe_of()
     if options.temperature:
         recipe["model"]["temperature"] = options.temperature
-    found = {"data": "made-up images" if options.data is None else "CIFAR-10 (JPEG)", "recipe": recipe, "quick": quick}
+    found = {
+        "data": "made-up images" if options.data is None else "CIFAR-10 (JPEG)",
+        "recipe": recipe,
+        "quick": quick,
+    }
     found["of"] = results.environment(torch.device(device))
     weights = options.output / WEIGHTS
 
@@ -384,32 +503,59 @@ def _main(options, start):
         scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         os.replace(scratch, options.output / "training.json")
 
-    say = lambda text: print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)  # noqa: E731
+    say = lambda text: print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)
     limit = 32 if quick else None
-    splits = [made_up(32) if options.data is None else read(options.data, split, limit) for split in ("train", "test")]
+    splits = [
+        made_up(32) if options.data is None else read(options.data, split, limit)
+        for split in ("train", "test")
+    ]
     (images, labels), test = splits
     say(f"{len(labels)} images to train with, {len(test[1])} to test with")
-    trainer = Trainer(recipe, images, labels, device, batch=options.batch or (4 if quick else None), **(TINY if quick else {}))
+    trainer = Trainer(
+        recipe,
+        images,
+        labels,
+        device,
+        batch=options.batch or (4 if quick else None),
+        **(TINY if quick else {}),
+    )
     test = (test[0].to(device), test[1])
 
     def checkpoint(trainer, row):
         found.setdefault("checkpoints", []).append(row)
-        coda_fast.save(trainer.averaged(torch.float16), weights, {"recipe": recipe, **row, "weights": "moving average, float16"})
+        coda_fast.save(
+            trainer.averaged(torch.float16),
+            weights,
+            {"recipe": recipe, **row, "weights": "moving average, float16"},
+        )
         write()
 
     steps = options.steps or (3 if quick else None)
     training = finish - (0.2 * 60 * options.minutes if options.minutes < 2 else JUDGEMENT)
-    found |= train(trainer, recipe, training, steps=steps, test=test, keep=checkpoint, every=0 if quick else 30, say=say)
+    found |= train(
+        trainer, recipe, training, steps=steps, test=test, keep=checkpoint, every=0 if quick else 30, say=say
+    )
     checkpoint(trainer, found["history"][-1])
     found.pop("checkpoints")
     del trainer.graph  # its memory is for the maps
     if device == "cuda":
         measure.empty(torch.device(device))
-    judge(weights, *test, device, finish, lambda part: (found.update(judged=part), write()), half=trainer.half, quick=quick, say=say)
+    judge(
+        weights,
+        *test,
+        device,
+        finish,
+        lambda part: (found.update(judged=part), write()),
+        half=trainer.half,
+        quick=quick,
+        say=say,
+    )
     found["seconds"] = round(time.monotonic() - start, 1)
     write()
     say(f"{found['steps']} steps of {found['step_ms']:.1f} ms; {options.output / 'training.json'}, {weights}")
-    missing = [name for name, value in found["judged"].items() if isinstance(value, dict) and "missing" in value]
+    missing = [
+        name for name, value in found["judged"].items() if isinstance(value, dict) and "missing" in value
+    ]
     return int(bool(missing))
 
 

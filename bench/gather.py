@@ -1,12 +1,13 @@
-"""Gather what the two runs on a GPU need into one folder, for a machine without a network, and check its size (docs/gpu.md).
+"""Gather what the two runs on a GPU need into one folder, for a machine without a network, and check its size
+(docs/gpu.md).
 
     python bench/gather.py --data cifar10.npz                     gpu_run/, which git ignores
     python bench/gather.py --data cifar10.npz --no-wheels --output FOLDER
     bash gpu_run/run.sh smoke RESULTS                             there; then the same with report
 
-The tree as it is tracked, with changes that are not committed; the file of the images; wheels for Python 3.12 on Linux of what a machine
-may lack that has torch, Triton and pytest. The runs need none of them, the package's other commands do: WITH_WHEELS=1 installs them for a
-run. Exit status 1 if it is too large.
+The tree as it is tracked, with changes that are not committed; the file of the images; wheels for Python 3.12
+on Linux of what a machine may lack that has torch, Triton and pytest. The runs need none of them, the
+package's other commands do: WITH_WHEELS=1 installs them for a run. Exit status 1 if it is too large.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ PLATFORM += ["--platform", "manylinux2014_x86_64", "--platform", "manylinux1_x86
 MARK = "gathered"  # a folder without it is not ours to replace
 
 RUN = """#!/usr/bin/env bash
-# bash run.sh smoke|report RESULTS [options]: a run from this folder; what it found is in the folder RESULTS, in few files
+# bash run.sh smoke|report RESULTS [options]: a run from this folder; what it found is in the folder
+# RESULTS, in few files
 set -euo pipefail
 here=$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)
 which=${{1:?expected smoke or report}}
@@ -41,7 +43,8 @@ shift 2
 scratch=$(mktemp -d)
 export CODA_FAST_COMMIT={commit} PYTHONUNBUFFERED=1
 if test -n "${{WITH_WHEELS:-}}"; then
-    python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" "$here"/wheels/*.whl
+    python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" \\
+        "$here"/wheels/*.whl
     export PYTHONPATH="$scratch/site${{PYTHONPATH:+:$PYTHONPATH}}"
 fi
 cd "$here/tree"
@@ -55,7 +58,9 @@ esac
 
 def tracked(root: Path = ROOT) -> list[Path]:
     """The files of the tree, relative to it. RuntimeError: no history here."""
-    done = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{root}: expected a clone of the repository: {done.stderr.strip()}")
     return [Path(name) for name in done.stdout.split("\0") if name and (root / name).is_file()]
@@ -71,7 +76,18 @@ def wheels(target: Path) -> None:
     """RuntimeError with pip's own words."""
     target.mkdir()
     for names, options in ((WHEELS, []), (ALONE, ["--no-deps"])):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", *PLATFORM, *options, "-d", str(target), *names]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            *PLATFORM,
+            *options,
+            "-d",
+            str(target),
+            *names,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"pip download {' '.join(names)}: {done.stderr.strip()[-500:]}")
@@ -94,15 +110,30 @@ def gather(output: Path, data: Path | None, with_wheels: bool) -> dict[str, int]
         wheels(output / "wheels")
     named = '--data "$here/images.npz" ' if data is not None else ""
     (output / "run.sh").write_text(RUN.format(commit=results.commit(), data=named), encoding="utf-8")
-    return {path.name: size(path) if path.is_dir() else path.stat().st_size for path in sorted(output.iterdir())}
+    return {
+        path.name: size(path) if path.is_dir() else path.stat().st_size for path in sorted(output.iterdir())
+    }
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the images to train with, an .npz file (bench/fast_training.py); none: no training")
-    parser.add_argument("--output", type=Path, default=ROOT / "gpu_run", help="folder, replaced if this program made it (gpu_run)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="the images to train with, an .npz file (bench/fast_training.py); none: no training",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "gpu_run",
+        help="folder, replaced if this program made it (gpu_run)",
+    )
     parser.add_argument("--no-wheels", action="store_true", help="only what is here")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="MiB, together with the tree around it (64)")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, help="MiB, together with the tree around it (64)"
+    )
     options = parser.parse_args(argv)
     output = options.output.resolve()
     if options.data is not None and not options.data.is_file():

@@ -1,11 +1,16 @@
-"""Everything that the README may claim about a GPU, measured on one, in one command (``make gpu-report``), within nine minutes.
+"""Everything that the README may claim about a GPU, measured on one, in one command (``make gpu-report``),
+within nine minutes.
 
-    python bench/gpu_report.py                       rows into bench/results, the rest into bench/results/report
+    python bench/gpu_report.py
+        rows into bench/results, the rest into bench/results/report
     python bench/gpu_report.py --output FOLDER       all of it into FOLDER
-    python bench/gpu_report.py --data cifar10.npz --output FOLDER --pack RESULTS        with the training; results as two files
-    python bench/gpu_report.py --later FOLDER/later.json --output FOLDER                the tests that had no time, in a second call
+    python bench/gpu_report.py --data cifar10.npz --output FOLDER --pack RESULTS
+        with the training; results as two files
+    python bench/gpu_report.py --later FOLDER/later.json --output FOLDER
+        the tests that had no time, in a second call
 
-Stages, in order, each leaving its results on disk as it goes, so that a run that is cut off loses only the last one:
+Stages, in order, each leaving its results on disk as it goes, so that a run that is cut off loses only the
+last one:
 
     compile          the kernels of both networks, in many processes, for what comes after
     tests            golden values, layers, operators, many processes at once        tests.json
@@ -13,16 +18,18 @@ Stages, in order, each leaving its results on disk as it goes, so that a run tha
     large            more than 2^31 elements                                          large.json
     layers           every layer beside its peers, then beside the compiled one       <device>.jsonl
     networks         whole networks and the yardsticks                                <device>.jsonl
-    train            with --data: cifar10-s-fast, at most 3.5 minutes                 training.json, the weights in half precision
+    train
+        with --data: cifar10-s-fast, at most 3.5 minutes    training.json, the weights in half precision
     profile          with ncu: every kernel of a layer once                           ncu.csv
     tune             proposes rows of the configuration table                         tuned.json
 
-A stage replaces its own results only. later.json names the tests that had no time, and those that are not for nine minutes: tiles that
-are taken only where the first one does not fit, other numbers of warps and stages. Once tests, configurations and large have all passed,
-in one call or several of one commit, sm_XX.json says so and what was run: put into kernels/coda_kernels/tables/, it makes backend="auto"
-pick the kernels. Needs no network and no installation beyond torch, Triton, NumPy, pytest and pytest-benchmark; training also Pillow,
-PyYAML and safetensors. ``--device cpu`` rehearses it anywhere: the same stages, tests under Triton's interpreter. Exit status 1 if
-something failed or was not run. What to do with the results: docs/gpu.md.
+A stage replaces its own results only. later.json names the tests that had no time, and those that are not for
+nine minutes: tiles that are taken only where the first one does not fit, other numbers of warps and stages.
+Once tests, configurations and large have all passed, in one call or several of one commit, sm_XX.json says so
+and what was run: put into kernels/coda_kernels/tables/, it makes backend="auto" pick the kernels. Needs no
+network and no installation beyond torch, Triton, NumPy, pytest and pytest-benchmark; training also Pillow,
+PyYAML and safetensors. ``--device cpu`` rehearses it anywhere: the same stages, tests under Triton's
+interpreter. Exit status 1 if something failed or was not run. What to do with the results: docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -50,8 +57,16 @@ from bench.verify import Verdict  # noqa: E402
 
 # Seconds of nine minutes; what a stage does not need is left to those after it
 STAGES = {
-    "compile": 25, "tests": 100, "configurations": 35, "large": 25, "layers": 65, "networks": 45, "train": 210, "profile": 20, "tune": 10,
-}  # fmt: skip
+    "compile": 25,
+    "tests": 100,
+    "configurations": 35,
+    "large": 25,
+    "layers": 65,
+    "networks": 45,
+    "train": 210,
+    "profile": 20,
+    "tune": 10,
+}
 TRAINING = 210.0  # seconds, at most
 # What a stage writes, beside rows
 FILES = {
@@ -68,10 +83,17 @@ MOST = 16 << 20  # bytes of a file that is packed
 NEEDED = ("tests.json", "configurations.json", "large.json")  # by the mark
 OPTIONAL = ("fallbacks.json", "warps.json")  # not needed, but a failure in them is one
 TILES, WARPS, SANITIZER = "test_shipped_tile", "test_warps_and_stages", "test_sanitizer"
-# Files that need nothing else than pytest; hypothesis is not among what a report may need. What says most comes first
-TESTS = ("tests/test_golden.py", "tests/kernels/test_layer.py", "tests/kernels/test_operators.py", "tests/kernels/test_gpu.py")
+# Files that need nothing else than pytest; hypothesis is not among what a report may need. What says most
+# comes first
+TESTS = (
+    "tests/test_golden.py",
+    "tests/kernels/test_layer.py",
+    "tests/kernels/test_operators.py",
+    "tests/kernels/test_gpu.py",
+)
 LARGE = "tests/kernels/test_gpu.py"
-# Beside the eager peers the one to beat; the others take minutes to compile ("pytest bench/ --benchmark" has them)
+# Beside the eager peers the one to beat; the others take minutes to compile ("pytest bench/ --benchmark" has
+# them)
 TO_BEAT = "not materialising_compiled and not checkpointed and not factored"
 
 
@@ -98,7 +120,11 @@ class Report:
     @property
     def stamp(self) -> dict:
         """What a verdict is about."""
-        return {**results.environment(torch.device(self.device)), "commit": self.commit, "tree": results.tree()}
+        return {
+            **results.environment(torch.device(self.device)),
+            "commit": self.commit,
+            "tree": results.tree(),
+        }
 
     @property
     def key(self) -> dict:
@@ -108,26 +134,41 @@ class Report:
     # -- stages ----
 
     def compile(self, until: float) -> Verdict:
-        """What was tested and trained then waits for no compiler: bfloat16 for all, float32 for what judges the training."""
-        wanted = [("coda_s_cifar10", "bfloat16"), ("coda_l_imagenet100", "bfloat16"), ("coda_s_cifar10", "float32")]
+        """What was tested and trained then waits for no compiler: bfloat16 for all, float32 for what
+        judges the training.
+        """
+        wanted = [
+            ("coda_s_cifar10", "bfloat16"),
+            ("coda_l_imagenet100", "bfloat16"),
+            ("coda_s_cifar10", "float32"),
+        ]
         wanted, passes = (wanted[:1], ("inference",)) if self.quick else (wanted, warm.PASSES)
         problems = warm.warm(wanted, self.device, self.jobs, passes)
         for problem in problems:
             say(problem)
-        return Verdict(failures=tuple(f"compile: {problem}" for problem in problems if problem.startswith("failed")))
+        return Verdict(
+            failures=tuple(f"compile: {problem}" for problem in problems if problem.startswith("failed"))
+        )
 
     def tests(self, until: float) -> Verdict:
         """compute-sanitizer first: it takes longest, beside the others. Then what says most."""
         found, slow = self._collected(until)
         if self.quick:
-            return self._shards("tests", [name for name in found if "test_golden" in name and "layer_1" in name], until)
+            return self._shards(
+                "tests", [name for name in found if "test_golden" in name and "layer_1" in name], until
+            )
         layers = [name for name in found if "test_golden" in name or "test_layer.py" in name]
         rest = [name for name in found if name not in slow and not (TILES in name or WARPS in name)]
-        first = [*(name for name in found if SANITIZER in name), *sorted(layers, key=lambda name: name in slow)]
+        first = [
+            *(name for name in found if SANITIZER in name),
+            *sorted(layers, key=lambda name: name in slow),
+        ]
         return self._shards("tests", list(dict.fromkeys([*first, *rest])), until)
 
     def configurations(self, until: float) -> Verdict:
-        """The tile that each kernel of each layer takes first. The others are taken where that one does not fit, with a warning."""
+        """The tile that each kernel of each layer takes first. The others are taken where that one does
+        not fit, with a warning.
+        """
         found, _ = self._collected(until)
         first, others = first_tiles([name for name in found if TILES in name])
         warps = [name for name in found if WARPS in name]
@@ -153,14 +194,20 @@ class Report:
             if name in VERDICTS:
                 before = dataclasses.replace(Verdict.load(folder / f"{name}.json", **self.key), unfinished=0)
             now = time.monotonic()
-            limit = until if name == "large" else now + (until - now) * len(tests) / sum(map(len, list(listed.values())[i:]))
+            limit = (
+                until
+                if name == "large"
+                else now + (until - now) * len(tests) / sum(map(len, list(listed.values())[i:]))
+            )
             found = self._shards(name, tests, limit, 1 if name == "large" else None, before)
             say(f"{name}: {found}")
             total += found
         return total
 
     def layers(self, until: float) -> Verdict:
-        """Without torch.compile first: compiling takes most of the time, and what is cut off should be the compiled peer."""
+        """Without torch.compile first: compiling takes most of the time, and what is cut off should be the
+        compiled peer.
+        """
         if self.quick:
             return self._bench("bench/bench_layers.py", until, f"S9 and not explanation and {TO_BEAT}")
         half = time.monotonic() + 0.5 * (until - time.monotonic())
@@ -169,14 +216,31 @@ class Report:
 
     def networks(self, until: float) -> Verdict:
         half = time.monotonic() + 0.5 * (until - time.monotonic())
-        eager = self._bench("bench/bench_networks.py", half, "inference and coda_fast" if self.quick else "not compiled")
-        return eager if self.quick else eager + self._bench("bench/bench_networks.py", until, f"training_step and {TO_BEAT}")
+        eager = self._bench(
+            "bench/bench_networks.py", half, "inference and coda_fast" if self.quick else "not compiled"
+        )
+        return (
+            eager
+            if self.quick
+            else eager + self._bench("bench/bench_networks.py", until, f"training_step and {TO_BEAT}")
+        )
 
     def train(self, until: float) -> Verdict:
         """A process of its own; what it finds out is in training.json as it goes."""
         until = min(until, time.monotonic() + TRAINING)
-        command = [sys.executable, "bench/fast_training.py", "--output", str(self.output), "--device", self.device]
-        command += ["--minutes", f"{max(1.0, until - time.monotonic() - 5) / 60:.3f}", *["--quick"] * self.quick]
+        command = [
+            sys.executable,
+            "bench/fast_training.py",
+            "--output",
+            str(self.output),
+            "--device",
+            self.device,
+        ]
+        command += [
+            "--minutes",
+            f"{max(1.0, until - time.monotonic() - 5) / 60:.3f}",
+            *["--quick"] * self.quick,
+        ]
         return self._run("train", [*command, *(["--data", str(self.data)] if self.data else [])], until)
 
     def profile(self, until: float) -> Verdict:
@@ -184,7 +248,16 @@ class Report:
         if (ncu := shutil.which("ncu")) is None or self.device != "cuda":
             say("profile: no ncu here" if ncu is None else "profile: a CPU has nothing for ncu")
             return Verdict()
-        command = [ncu, "--set", "detailed", "--page", "details", "--csv", "--log-file", str(self.output / "ncu.csv")]
+        command = [
+            ncu,
+            "--set",
+            "detailed",
+            "--page",
+            "details",
+            "--csv",
+            "--log-file",
+            str(self.output / "ncu.csv"),
+        ]
         command += ["--kernel-name", f"regex:^({'|'.join(kernel_names())})$", "--launch-count", "40"]
         return self._run("profile", [*command, sys.executable, "-c", STEPS], until)
 
@@ -194,7 +267,14 @@ class Report:
         if self.device != "cuda" or left <= 0:
             say("tune: " + (verify.NO_TIME if self.device == "cuda" else "a CPU has no tiles"))
             return Verdict()
-        command = [sys.executable, "bench/tune.py", "--output", str(self.output / "tuned.json"), "--dtype", "bfloat16"]
+        command = [
+            sys.executable,
+            "bench/tune.py",
+            "--output",
+            str(self.output / "tuned.json"),
+            "--dtype",
+            "bfloat16",
+        ]
         return self._run("tune", [*command, "--layers", *TUNED, "--budget-seconds", f"{left:.0f}"], until)
 
     # -- how ----
@@ -223,7 +303,9 @@ class Report:
         path.write_text(json.dumps({"of": self.key, "tests": self.left}, indent=1) + "\n", encoding="utf-8")
 
     def _verdict(self):
-        """The file that says whether speed-ups may be shown: of the stage "tests", or of the few that a benchmark runs itself."""
+        """The file that says whether speed-ups may be shown: of the stage "tests", or of the few that a
+        benchmark runs itself.
+        """
         path = self.output / "tests.json"
         try:
             Verdict.load(path, **self.key)
@@ -240,24 +322,57 @@ class Report:
             say(verify.NO_TIME)
             return Verdict(unfinished=1)
         name = f"{Path(file).stem}{' compiled' * (TO_BEAT in selection)}"
-        command = [*verify.command(file), "--benchmark", "--device", self.device, "--rows", str(self.rows), "-k", selection]
+        command = [
+            *verify.command(file),
+            "--benchmark",
+            "--device",
+            self.device,
+            "--rows",
+            str(self.rows),
+            "-k",
+            selection,
+        ]
         command += ["--all"]  # a GPU has no less; a CPU, on which this is rehearsed, has
-        command += ["--until", f"{time.time() + 0.8 * left:.0f}", "--verdict", str(verdict), "--seconds", "0.1" if self.quick else "0.25"]
+        command += [
+            "--until",
+            f"{time.time() + 0.8 * left:.0f}",
+            "--verdict",
+            str(verdict),
+            "--seconds",
+            "0.1" if self.quick else "0.25",
+        ]
         return self._run(name, command, until)
 
     def _run(self, name, command, until):
-        """A process, killed at ``until``; what it wrote stays. Its failures, and how much of it had no time."""
+        """A process, killed at ``until``; what it wrote stays. Its failures, and how much of it had no
+        time.
+        """
         folder = self.output / "logs"
         folder.mkdir(exist_ok=True)
         say(f"{name}: {until - time.monotonic():.0f} s")
         log = folder / f"{name}.jsonl"
         log.unlink(missing_ok=True)
-        environment = {**verify.environment(log), "CODA_FAST_BENCH_ATEN": "1", "CODA_FAST_COMMIT": self.commit}
+        environment = {
+            **verify.environment(log),
+            "CODA_FAST_BENCH_ATEN": "1",
+            "CODA_FAST_COMMIT": self.commit,
+        }
         with open(folder / f"{name}.txt", "w") as out:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             (status,) = verify.wait([process], until)
         found = verify.read(log)
-        for line in (folder / f"{name}.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-3:] if name == "train" else []:
+        for line in (
+            (folder / f"{name}.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
+            if name == "train"
+            else []
+        ):
             say(line[:300])
         if status is None:
             say(f"cut off: {name}")
@@ -274,7 +389,9 @@ class Report:
         results.replace(self.path, [row | {"verified": False, "speedup": None} for row in rows])
 
     def verified(self) -> dict | None:
-        """The entry of the table that makes "auto" pick the kernels, if everything that it needs has passed here."""
+        """The entry of the table that makes "auto" pick the kernels, if everything that it needs has
+        passed here.
+        """
         try:
             verdicts = {name: Verdict.load(self.output / name, **self.key) for name in NEEDED}
         except (OSError, ValueError, TypeError):
@@ -288,10 +405,16 @@ class Report:
         good = all(v.passed for v in verdicts.values()) and not any(v.failures for v in others.values())
         if self.device != "cuda" or self.quick or not good:
             return None
-        mark = {key: self.stamp[key] for key in ("device", "driver", "triton", "torch", "commit", "tree", "date")}
-        # which tiles have been run on it: of every kernel and layer the one that is taken first; of those for devices on which that one
-        # does not fit (they are taken with a warning), as many as a call with --later has found to pass
-        mark["tiles"] = {"first": verdicts["configurations.json"].passes, "fallbacks": others["fallbacks.json"].passes}
+        mark = {
+            key: self.stamp[key] for key in ("device", "driver", "triton", "torch", "commit", "tree", "date")
+        }
+        # which tiles have been run on it: of every kernel and layer the one that is taken first; of those for
+        # devices on which that one does not fit (they are taken with a warning), as many as a call with
+        # --later has found to pass
+        mark["tiles"] = {
+            "first": verdicts["configurations.json"].passes,
+            "fallbacks": others["fallbacks.json"].passes,
+        }
         mark["warps_and_stages"] = others["warps.json"].passes
         return mark | {"skipped": {name: v.skipped for name, v in verdicts.items() if v.skipped}}
 
@@ -309,12 +432,16 @@ class Report:
         return path
 
     def pack(self) -> None:
-        """All there is so far as two files, the weights and an archive of the rest: a machine that is only lent may give back few files of
-        limited size.
+        """All there is so far as two files, the weights and an archive of the rest: a machine that is only
+        lent may give back few files of limited size.
         """
         if self.packed is None:
             return
-        files = {path.relative_to(self.output): path for path in self.output.rglob("*") if path.suffix != ".safetensors"}
+        files = {
+            path.relative_to(self.output): path
+            for path in self.output.rglob("*")
+            if path.suffix != ".safetensors"
+        }
         results.pack(files | {Path(self.path.name): self.path}, self.packed / ARCHIVE)
         if (weights := self.output / fast_training.WEIGHTS).exists():
             shutil.copyfile(weights, self.packed / weights.name)
@@ -329,7 +456,8 @@ import torch
 from bench import cases, providers
 found = cases.layers({"S": 256, "L": 64})
 for name in ("S7", "L7"):
-    inputs, step = providers.setup(providers.CODA, found[name], cases.TRAINING, torch.bfloat16, torch.device("cuda"))
+    device = torch.device("cuda")
+    inputs, step = providers.setup(providers.CODA, found[name], cases.TRAINING, torch.bfloat16, device)
     step(*inputs[0])
     torch.cuda.synchronize()
 """
@@ -342,13 +470,20 @@ def kernel_names() -> list[str]:
 
     import coda_kernels
 
-    modules = [importlib.import_module(f"coda_kernels.{found.name}") for found in pkgutil.iter_modules(coda_kernels.__path__)]
+    modules = [
+        importlib.import_module(f"coda_kernels.{found.name}")
+        for found in pkgutil.iter_modules(coda_kernels.__path__)
+    ]
     kinds = triton.runtime.JITFunction
-    return sorted({value.__name__ for module in modules for value in vars(module).values() if isinstance(value, kinds)})
+    return sorted(
+        {value.__name__ for module in modules for value in vars(module).values() if isinstance(value, kinds)}
+    )
 
 
 def first_tiles(tests: list[str]) -> tuple[list[str], list[str]]:
-    """Of tests of one tile each, in the order in which a kernel of a layer takes its tiles: those of the first one, and the others."""
+    """Of tests of one tile each, in the order in which a kernel of a layer takes its tiles: those of the
+    first one, and the others.
+    """
     first = {}
     for test in tests:
         first.setdefault(re.sub(r"(\d+bit) .*", r"\1", test), test)
@@ -356,7 +491,9 @@ def first_tiles(tests: list[str]) -> tuple[list[str], list[str]]:
 
 
 def run(report: Report, stages: dict[str, float]) -> dict[str, Verdict]:
-    """The stages one after the other; a share is of the time that is left, so that a fast stage gives to the later ones."""
+    """The stages one after the other; a share is of the time that is left, so that a fast stage gives to
+    the later ones.
+    """
     found = {}
     for i, (stage, share) in enumerate(stages.items()):
         left, now = sum(list(stages.values())[i:]), time.monotonic()
@@ -369,7 +506,10 @@ def run(report: Report, stages: dict[str, float]) -> dict[str, Verdict]:
             if stage in VERDICTS:
                 found[stage].write(report.output / FILES[stage][0], **report.stamp)
         report.pack()
-        say(f"{stage}: {found[stage] if found[stage] != Verdict() else 'done'} ({time.monotonic() - now:.0f} s)")
+        say(
+            f"{stage}: {found[stage] if found[stage] != Verdict() else 'done'} "
+            f"({time.monotonic() - now:.0f} s)"
+        )
     return found
 
 
@@ -377,7 +517,9 @@ def read_later(path: Path, refuse) -> dict:
     """A later.json; ``refuse`` is called with what is wrong with it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found["of"], dict) or not all(isinstance(tests, list) for tests in found["tests"].values()):
+        if not isinstance(found["of"], dict) or not all(
+            isinstance(tests, list) for tests in found["tests"].values()
+        ):
             raise ValueError("another kind of file")
         return found
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -390,16 +532,30 @@ def say(text: str) -> None:
 
 def main(argv=None) -> int:
     start = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, help="folder for everything, made if it is not there")
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, help="default: all, the training only with --data")
-    parser.add_argument("--data", type=Path, help="the images to train with, an .npz file (bench/fast_training.py)")
-    parser.add_argument("--pack", type=Path, help="folder for an archive of the results and the weights, two files")
-    parser.add_argument("--later", type=Path, help="only the tests that this later.json names, beside the verdicts in its folder")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, help="default: all, the training only with --data"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="the images to train with, an .npz file (bench/fast_training.py)"
+    )
+    parser.add_argument(
+        "--pack", type=Path, help="folder for an archive of the results and the weights, two files"
+    )
+    parser.add_argument(
+        "--later",
+        type=Path,
+        help="only the tests that this later.json names, beside the verdicts in its folder",
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="one small part of each stage")
-    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes for the tests")
+    parser.add_argument(
+        "--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes for the tests"
+    )
     options = parser.parse_args(argv)
     for name in ("minutes", "jobs"):
         if (value := getattr(options, name)) <= 0:
@@ -417,10 +573,16 @@ def main(argv=None) -> int:
     output = options.output or results.FOLDER / "report"
     rows = options.output or results.FOLDER
     output.mkdir(parents=True, exist_ok=True)
-    stages = {} if listed is not None else {stage: STAGES[stage] for stage in STAGES if stage in options.stages}
+    stages = (
+        {} if listed is not None else {stage: STAGES[stage] for stage in STAGES if stage in options.stages}
+    )
     finish = start + 60 * options.minutes - 5
-    places = dict(data=options.data and options.data.resolve(), packed=options.pack and options.pack.resolve())
-    report = Report(output.resolve(), rows.resolve(), options.device, finish, options.quick, options.jobs, **places)
+    places = dict(
+        data=options.data and options.data.resolve(), packed=options.pack and options.pack.resolve()
+    )
+    report = Report(
+        output.resolve(), rows.resolve(), options.device, finish, options.quick, options.jobs, **places
+    )
     for name in (file for stage in stages for file in FILES.get(stage, ())):  # of an earlier report
         (output / name).unlink(missing_ok=True)
     (output / "op.json").unlink(missing_ok=True)
@@ -428,7 +590,10 @@ def main(argv=None) -> int:
     if listed is None:
         found = run(report, stages)
     elif listed["of"] != report.key:
-        print(f"gpu-report: --later: expected tests of {report.key}, got those of {listed['of']}", file=sys.stderr)
+        print(
+            f"gpu-report: --later: expected tests of {report.key}, got those of {listed['of']}",
+            file=sys.stderr,
+        )
         return 2
     else:
         found = {"later": report.later(finish, listed["tests"], options.later.resolve().parent)}

@@ -1,16 +1,23 @@
-"""The first two and a half minutes on a GPU: does it compile, is it right, how far from the ceilings is it (``make gpu-smoke``).
+"""The first two and a half minutes on a GPU: does it compile, is it right, how far from the ceilings is it
+(``make gpu-smoke``).
 
     python bench/gpu_smoke.py                          into bench/results/report/smoke
     python bench/gpu_smoke.py --output FOLDER --minutes 2.5
     python bench/gpu_smoke.py --device cpu --quick     rehearses it anywhere
 
-A line for each verdict, and what failed with its shape and its worst coordinate. Stages, each leaving its results in smoke.json as it ends:
+A line for each verdict, and what failed with its shape and its worst coordinate. Stages, each leaving its
+results in smoke.json as it ends:
 
     ceilings     what nothing goes beyond: a matrix product, a copy
     compile      every kernel of both networks, in many processes
-    tests        golden values; every kernel in every dtype; the three known miscompilations; determinism; graphs: tests/, in many processes
-    ratios       S7 and L7, forward and with backward, replayed from CUDA graphs, beside the product of the same size and the algebraic peer
-    training     two steps of cifar10-s beside the factored backend; the step of cifar10-s-fast in a CUDA graph
+    tests
+        golden values; every kernel in every dtype; the three known miscompilations; determinism; graphs:
+        tests/, in many processes
+    ratios
+        S7 and L7, forward and with backward, replayed from CUDA graphs, beside the product of the same
+        size and the algebraic peer
+    training
+        two steps of cifar10-s beside the factored backend; the step of cifar10-s-fast in a CUDA graph
 
 Exit status 1 if something failed or had no time. What to do with the results: docs/gpu.md.
 """
@@ -39,21 +46,42 @@ FILES = ("tests/test_golden.py", CHECKS, GPU_TESTS)
 GROUPS = {
     "golden values": lambda name: "test_golden.py" in name and "triton" in name,
     "every kernel and dtype": lambda name: "smoke_checks.py::test_kernels" in name,
-    "miscompilation: 8 warps in loops over taps": lambda name: "::test_warps_and_stages" in name and "k3x3" in name and "-8-3]" in name,
+    "miscompilation: 8 warps in loops over taps": lambda name: (
+        "::test_warps_and_stages" in name and "k3x3" in name and "-8-3]" in name
+    ),
     "miscompilation: masked copies at borders": lambda name: "::test_no_masked_address_is_read" in name,
     "miscompilation: operands in registers": lambda name: "::test_operands_in_registers_do_not_race" in name,
     "determinism": lambda name: "::test_same_bits_twice" in name,
     "graphs": lambda name: "::test_graph_of" in name,
 }
-QUICK = ("test_layer[layer_1-float32-triton]", "test_kernels[S9-bfloat16]", "test_no_masked_address_is_read[S1-bfloat16]", "test_same_bits")
+QUICK = (
+    "test_layer[layer_1-float32-triton]",
+    "test_kernels[S9-bfloat16]",
+    "test_no_masked_address_is_read[S1-bfloat16]",
+    "test_same_bits",
+)
 LAYERS = ("S7", "L7")
 
 
 class Smoke:
     """Stages, verdicts, and what was found, on disk after each."""
 
-    def __init__(self, output: Path, device: str, finish: float, quick: bool = False, jobs: int = 1, packed: Path | None = None):
-        self.output, self.device, self.finish, self.quick, self.jobs = output, torch.device(device), finish, quick, jobs
+    def __init__(
+        self,
+        output: Path,
+        device: str,
+        finish: float,
+        quick: bool = False,
+        jobs: int = 1,
+        packed: Path | None = None,
+    ):
+        self.output, self.device, self.finish, self.quick, self.jobs = (
+            output,
+            torch.device(device),
+            finish,
+            quick,
+            jobs,
+        )
         self.found = {"of": {**results.environment(self.device), "tree": results.tree()}, "verdicts": {}}
         self.cuda, self.packed = device == "cuda", packed
 
@@ -70,7 +98,10 @@ class Smoke:
 
     def pack(self):
         if self.packed is not None:
-            results.pack({path.relative_to(self.output): path for path in self.output.rglob("*")}, self.packed / "smoke.tar.gz")
+            results.pack(
+                {path.relative_to(self.output): path for path in self.output.rglob("*")},
+                self.packed / "smoke.tar.gz",
+            )
 
     def run(self, stages) -> bool:
         """All stages; one that raises is a verdict and not the end. Whether nothing failed or was left."""
@@ -98,11 +129,18 @@ class Smoke:
         target = torch.empty_like(source)
         self.found["product_tflops"] = round(2 * side**3 / self._us(lambda: a @ b, [()])[0] / 1e6, 3)
         self.found["copy_tb_s"] = round(2 * count / self._us(lambda: target.copy_(source), [()])[0] / 1e6, 3)
-        self.verdict("ceilings", "pass", f"{self.found['product_tflops']} TFLOP/s, {self.found['copy_tb_s']} TB/s")
+        self.verdict(
+            "ceilings", "pass", f"{self.found['product_tflops']} TFLOP/s, {self.found['copy_tb_s']} TB/s"
+        )
 
     def compile(self):
-        wanted, begun = [(network, "bfloat16") for network in warm.NETWORKS[: 1 if self.quick else None]], time.monotonic()
-        problems = warm.warm(wanted, self.device.type, self.jobs, ("inference",) if self.quick else warm.PASSES)
+        wanted, begun = (
+            [(network, "bfloat16") for network in warm.NETWORKS[: 1 if self.quick else None]],
+            time.monotonic(),
+        )
+        problems = warm.warm(
+            wanted, self.device.type, self.jobs, ("inference",) if self.quick else warm.PASSES
+        )
         detail = f"{self.jobs} processes, {time.monotonic() - begun:.0f} s"
         self.verdict("compile", "FAIL" if problems else "pass", "; ".join([detail, *problems[:8]]))
         self.found["compile"] = problems
@@ -113,7 +151,10 @@ class Smoke:
         names = verify.collect(*FILES, timeout=max(1.0, until - begun))
         groups = {group: [name for name in names if is_of(name)] for group, is_of in GROUPS.items()}
         if self.quick:
-            groups = {group: [name for name in some if any(chosen in name for chosen in QUICK)] for group, some in groups.items()}
+            groups = {
+                group: [name for name in some if any(chosen in name for chosen in QUICK)]
+                for group, some in groups.items()
+            }
         chosen = [name for some in groups.values() for name in some]
         folder = self.output / "logs" / "tests"
         total = verify.shards(chosen, self.jobs, until, folder)
@@ -122,10 +163,16 @@ class Smoke:
         self.found["tests"] = {name: outcomes.get(name, {"outcome": "left"}) for name in chosen}
         for group, some in groups.items():
             kinds = [outcomes[name]["outcome"] if name in outcomes else "left" for name in some]
-            count = {kind: kinds.count(kind) for kind in ("passed", "failed", "skipped", "left") if kind in kinds}
-            result = "FAIL" if count.get("failed") else "pass" if kinds and set(kinds) == {"passed"} else "left"
+            count = {
+                kind: kinds.count(kind) for kind in ("passed", "failed", "skipped", "left") if kind in kinds
+            }
+            result = (
+                "FAIL" if count.get("failed") else "pass" if kinds and set(kinds) == {"passed"} else "left"
+            )
             result = "none" if not self.cuda and set(kinds) <= {"skipped"} else result
-            self.verdict(group, result, ", ".join(f"{n} {kind}" for kind, n in count.items()) or "no test was chosen")
+            self.verdict(
+                group, result, ", ".join(f"{n} {kind}" for kind, n in count.items()) or "no test was chosen"
+            )
             for name in some:
                 if outcomes.get(name, {}).get("outcome") == "failed":
                     lines = verify.what_differs(outcomes[name].get("reason"))
@@ -134,7 +181,9 @@ class Smoke:
             self.verdict("processes of tests", "FAIL", "; ".join(broken))
 
     def ratios(self):
-        """Share of the product of the same size, and how much faster than the algebraic peer, of the device's time alone."""
+        """Share of the product of the same size, and how much faster than the algebraic peer, of the
+        device's time alone.
+        """
         batch = {"S": 256, "L": 64} if self.cuda else {"S": 1, "L": 1}
         found = cases.layers(batch)
         for name in LAYERS[:1] if self.quick else LAYERS:
@@ -159,10 +208,19 @@ class Smoke:
                     self.verdict(f"{name} {mode}", "FAIL", f"{case.shape}: {row['error']}")
                     continue
                 row["timed"] = timed
-                us, product, peer = (row[f"{p} us"] for p in (providers.CODA, providers.PRODUCT, providers.ALGEBRAIC))
-                detail = f"{us:.0f} us, {100 * product / us:.0f} % of the product, {peer / us:.2f}x the algebraic peer"
+                us, product, peer = (
+                    row[f"{p} us"] for p in (providers.CODA, providers.PRODUCT, providers.ALGEBRAIC)
+                )
+                detail = (
+                    f"{us:.0f} us, {100 * product / us:.0f} % of the product, {peer / us:.2f}x the "
+                    "algebraic peer"
+                )
                 why = timed[providers.CODA]
-                self.verdict(f"{name} {mode}", "pass" if why == "graph" or not self.cuda else "FAIL", f"{detail}; timed: {why}")
+                self.verdict(
+                    f"{name} {mode}",
+                    "pass" if why == "graph" or not self.cuda else "FAIL",
+                    f"{detail}; timed: {why}",
+                )
 
     def training(self):
         if time.monotonic() > self.finish - 5:
@@ -173,7 +231,9 @@ class Smoke:
         losses = {}
         for backend in ("triton" if self.cuda else "auto", "factored"):
             recipe = fast_training.recipe_of("cifar10-s")
-            trainer = fast_training.Trainer(recipe, images, labels, self.device, batch, backend=backend, **tiny)
+            trainer = fast_training.Trainer(
+                recipe, images, labels, self.device, batch, backend=backend, **tiny
+            )
             torch.manual_seed(0)  # crops and flips
             for i in range(2):
                 trainer.step(torch.arange(trainer.batch, device=self.device) + i, recipe["optimizer"]["lr"])
@@ -181,18 +241,28 @@ class Smoke:
         ours, other = losses.values()
         difference = max(abs(a - b) / abs(b) for a, b in zip(ours, other, strict=True))
         good = all(map(math.isfinite, ours)) and difference < 1e-3
-        self.verdict("two steps of cifar10-s", "pass" if good else "FAIL", f"losses {ours}, factored {other}, apart {difference:.1e}")
+        self.verdict(
+            "two steps of cifar10-s",
+            "pass" if good else "FAIL",
+            f"losses {ours}, factored {other}, apart {difference:.1e}",
+        )
         trainer = fast_training.Trainer(fast_training.recipe_of(), images, labels, self.device, batch, **tiny)
         indices = [torch.randint(len(labels), (trainer.batch,), device=self.device) for _ in range(3)]
         why = trainer.capture(indices, 1e-3)
-        us, _ = self._us(lambda index: trainer.step(index, 1e-3), [(index,) for index in indices], captured=False)
+        us, _ = self._us(
+            lambda index: trainer.step(index, 1e-3), [(index,) for index in indices], captured=False
+        )
         self.found["step_of_cifar10_s_fast_us"] = round(us, 1)
         finite = bool(torch.isfinite(trainer.sums).all())
         detail = f"{us / 1e3:.2f} ms at batch {trainer.batch}" + f"; not captured: {why}" * bool(why)
-        self.verdict("step of cifar10-s-fast", "pass" if finite and not (self.cuda and why) else "FAIL", detail)
+        self.verdict(
+            "step of cifar10-s-fast", "pass" if finite and not (self.cuda and why) else "FAIL", detail
+        )
 
     def _us(self, function, inputs, captured=True):
-        """(median microseconds, "graph" or what else was timed). ``captured``: in CUDA graphs; it may be one that replays its own."""
+        """(median microseconds, "graph" or what else was timed). ``captured``: in CUDA graphs; it may be
+        one that replays its own.
+        """
         if not self.cuda:
             function(*inputs[0])
             begun = time.perf_counter()
@@ -227,27 +297,41 @@ STAGES = ("ceilings", "compile", "tests", "ratios", "training")
 
 def main(argv=None) -> int:
     start = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=results.FOLDER / "report" / "smoke", help="folder, made if it is not there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=results.FOLDER / "report" / "smoke",
+        help="folder, made if it is not there",
+    )
     parser.add_argument("--minutes", type=float, default=2.5)
     parser.add_argument("--pack", type=Path, help="folder for an archive of the results, one file")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="one small part of each stage")
-    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile and test")
+    parser.add_argument(
+        "--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile and test"
+    )
     options = parser.parse_args(argv)
     for name in ("minutes", "jobs"):
         if (value := getattr(options, name)) <= 0:
             parser.error(f"--{name}: expected a positive number, got {value}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("gpu-smoke: needs a CUDA device, torch sees none; --device cpu --quick rehearses it", file=sys.stderr)
+        print(
+            "gpu-smoke: needs a CUDA device, torch sees none; --device cpu --quick rehearses it",
+            file=sys.stderr,
+        )
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.benchmark = options.device == "cuda"
     finish, packed = start + 60 * options.minutes - 3, options.pack and options.pack.resolve()
     smoke = Smoke(options.output.resolve(), options.device, finish, options.quick, options.jobs, packed)
     good = smoke.run(options.stages)
-    others = [name for name, verdict in smoke.found["verdicts"].items() if verdict["result"] in ("FAIL", "left")]
+    others = [
+        name for name, verdict in smoke.found["verdicts"].items() if verdict["result"] in ("FAIL", "left")
+    ]
     print("all pass" if good else f"not passed: {', '.join(others)}")
     print(f"{time.monotonic() - start:.0f} s; {options.output / 'smoke.json'}")
     return int(not good)

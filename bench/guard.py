@@ -1,5 +1,5 @@
-"""Has coda_fast become slower? Ratios on a peer measured in the same run, beside the stored ratios: a machine's mood cancels, a change of
-the code does not. Advisory: it prints, and no test asserts it.
+"""Has coda_fast become slower? Ratios on a peer measured in the same run, beside the stored ratios: a
+machine's mood cancels, a change of the code does not. Advisory: it prints, and no test asserts it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ PEERS = (ALGEBRAIC + COMPILED, ALGEBRAIC)  # the first of them that was measured
 
 
 def compare(rows: list[dict], baseline: list[dict]) -> list[dict]:
-    """For each group of both: {"group", "peer", "now": [p20, p50, p80], "stored": [...], "slower": whether now lies below stored, spread
-    and all}.
+    """For each group of both: {"group", "peer", "now": [p20, p50, p80], "stored": [...], "slower": whether
+    now lies below stored, spread and all}.
     """
     stored = {group_of(row): row for row in baseline if row["provider"] == CODA and row.get("speedup")}
     found = []
@@ -26,7 +26,9 @@ def compare(rows: list[dict], baseline: list[dict]) -> list[dict]:
             label = f"{row['op']} {row['mode']} {row['dtype']}"
             if row["op"].startswith("scaling"):
                 label += f" {row['shape'][row['op'].split()[1]]}"
-            found.append({"group": label, "peer": peer, "now": now, "stored": then, "slower": now[2] < then[0]})
+            found.append(
+                {"group": label, "peer": peer, "now": now, "stored": then, "slower": now[2] < then[0]}
+            )
     return found
 
 
@@ -37,9 +39,14 @@ def report(rows: list[dict], baseline: list[dict]) -> str:
         return "no stored ratios for this device and these sizes"
     slower = [f for f in found if f["slower"]]
     lines = [
-        f"{f['group']}: {_span(f['now'])} on {f['peer']}, stored {_span(f['stored'])}{'  SLOWER' if f['slower'] else ''}" for f in found
+        f"{f['group']}: {_span(f['now'])} on {f['peer']}, stored "
+        f"{_span(f['stored'])}{'  SLOWER' if f['slower'] else ''}"
+        for f in found
     ]
-    verdict = f"{len(slower)} of {len(found)} ratios lie below the stored ones, spread (20 to 80 %) of both taken into account"
+    verdict = (
+        f"{len(slower)} of {len(found)} ratios lie below the stored ones, spread (20 to 80 %) of both taken "
+        "into account"
+    )
     return "\n".join([*lines, verdict])
 
 

@@ -1,9 +1,11 @@
-"""What a layer's forward and backward pass cost the host, without a GPU: everything but the driver's launch, which does nothing here.
+"""What a layer's forward and backward pass cost the host, without a GPU: everything but the driver's launch,
+which does nothing here.
 
     python bench/host_time.py        microseconds a launch and a layer, eager and compiled
 
-Tensors are on the CPU and small, so that what remains is Python, torch's dispatcher, autograd, allocations and Triton's own launcher up to
-the call of the driver. Medians; on a machine with a faster core all of it is faster.
+Tensors are on the CPU and small, so that what remains is Python, torch's dispatcher, autograd, allocations
+and Triton's own launcher up to the call of the driver. Medians; on a machine with a faster core all of it is
+faster.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ LAYERS = 9
 def silence() -> None:
     """Triton compiles for an H100 that is not here, and launches nothing."""
     driver.set_active(compiler._Absent(90))
-    nothing = lambda *arguments, **options: None  # noqa: E731
+    nothing = lambda *arguments, **options: None
     CompiledKernel._init_handles = nothing
     CompiledKernel.run = property(lambda self: nothing)
     CompiledKernel.function = 0
@@ -53,9 +55,15 @@ def median_us(function, repetitions=60) -> float:
 
 
 def measure() -> dict:
-    """Microseconds: a bare launch, a layer forward and forward + backward, nine layers like S-CoDA's eager and compiled."""
+    """Microseconds: a bare launch, a layer forward and forward + backward, nine layers like S-CoDA's eager
+    and compiled.
+    """
     found = {}
-    layer = DAUConv2d(16, 16, 3, padding=1, rank=32, backend="triton").bfloat16().to(memory_format=torch.channels_last)
+    layer = (
+        DAUConv2d(16, 16, 3, padding=1, rank=32, backend="triton")
+        .bfloat16()
+        .to(memory_format=torch.channels_last)
+    )
     x = torch.randn(2, 16, 4, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
 
     def step(model, x):
@@ -77,7 +85,9 @@ def measure() -> dict:
     found["launch"] = median_us(lambda: launch(*arguments, **options), 300)
     found["layer forward"] = median_us(lambda: inference(layer, x))
     found["layer forward + backward"] = median_us(lambda: step(layer, x))
-    stack = torch.nn.Sequential(*(DAUConv2d(16, 16, 3, padding=1, rank=32, backend="triton") for _ in range(LAYERS))).bfloat16()
+    stack = torch.nn.Sequential(
+        *(DAUConv2d(16, 16, 3, padding=1, rank=32, backend="triton") for _ in range(LAYERS))
+    ).bfloat16()
     stack = stack.to(memory_format=torch.channels_last)
     found["9 layers, step"] = median_us(lambda: step(stack, x), 30)
     compiled = torch.compile(stack, fullgraph=True)
@@ -90,7 +100,10 @@ def main() -> int:
     silence()
     for key, value in measure().items():
         print(f"{key:30} {value:10.1f} us")
-    print(f"{results.device_name(torch.device('cpu'))}, torch {torch.__version__}, Triton {triton.__version__}; commit {results.commit()}")
+    print(
+        f"{results.device_name(torch.device('cpu'))}, torch {torch.__version__}, Triton "
+        f"{triton.__version__}; commit {results.commit()}"
+    )
     return 0
 
 

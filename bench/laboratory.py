@@ -21,10 +21,12 @@ SPEEDUPS_ON = (*PEERS, *(name + COMPILED for name in PEERS), providers.FACTORED,
 
 @dataclasses.dataclass
 class Laboratory:
-    """One device, one dtype. ``seconds``: how long to measure a group; ``verified``: whether the op's own tests passed here.
+    """One device, one dtype. ``seconds``: how long to measure a group; ``verified``: whether the op's own
+    tests passed here.
 
-    ``apart``: each group in a process of its own. On a CPU memory comes from the C library, and what earlier groups did decides whether it
-    keeps the pages of large tensors or fetches them anew in every call, which changed ratios by up to 1.8.
+    ``apart``: each group in a process of its own. On a CPU memory comes from the C library, and what earlier
+    groups did decides whether it keeps the pages of large tensors or fetches them anew in every call, which
+    changed ratios by up to 1.8.
     """
 
     device: torch.device
@@ -52,12 +54,16 @@ class Laboratory:
         return 2 * COPY_BYTES[self.device.type] / (1e-6 * measure.quantiles(self.copy().device_us)[1])
 
     def measure(self, case, mode: str, names: list[str]) -> dict[str, Measurement]:
-        """Measured at the first call for a group, remembered afterwards, and so is a failure of the whole group."""
+        """Measured at the first call for a group, remembered afterwards, and so is a failure of the whole
+        group.
+        """
         if (key := (case, mode)) not in self.groups:
             try:
                 if isinstance(case, cases.Layer):
                     self.copy()
-                self.groups[key] = self._measure_apart(case, mode, names) if self.apart else self._measure(case, mode, names)
+                self.groups[key] = (
+                    self._measure_apart(case, mode, names) if self.apart else self._measure(case, mode, names)
+                )
             except Exception as error:
                 self.groups[key] = RuntimeError(measure.reason(error))
         if isinstance(self.groups[key], Exception):
@@ -65,16 +71,20 @@ class Laboratory:
         return self.groups[key]
 
     def begin(self) -> None:
-        """Start the process that those of the groups are forked from: it imports for seconds, while the caller does something else."""
+        """Start the process that those of the groups are forked from: it imports for seconds, while the
+        caller does something else.
+        """
         if self.apart and FORKSERVER:
             from multiprocessing import forkserver  # which other systems have not
 
-            slow = ("torch._inductor.compile_fx", "torchvision.models", "captum.attr", "bcos.models.resnet")  # to import, where it is there
+            # to import, where it is there
+            slow = ("torch._inductor.compile_fx", "torchvision.models", "captum.attr", "bcos.models.resnet")
             multiprocessing.set_forkserver_preload([__name__, *slow])
             forkserver.ensure_running()
 
     def _measure_apart(self, case, mode, names):
-        there = Laboratory(self.device, self.dtype, self.seconds, self.turns, verified=None)  # what is sent there is pickled
+        # what is sent there is pickled
+        there = Laboratory(self.device, self.dtype, self.seconds, self.turns, verified=None)
         context = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
         with ProcessPoolExecutor(1, mp_context=context) as executor:
             return executor.submit(there._measure, case, mode, names).result()
@@ -85,12 +95,18 @@ class Laboratory:
             exact = self._truth(case, mode)
             for name in names:
                 try:
-                    runners[name] = Runner(*providers.setup(name, case, mode, getattr(torch, self.dtype), self.device))
+                    runners[name] = Runner(
+                        *providers.setup(name, case, mode, getattr(torch, self.dtype), self.device)
+                    )
                     runners[name].captures_itself = COMPILED in name
                 except (providers.Missing, torch.cuda.OutOfMemoryError) as error:
-                    found[name] = Measurement(missing=str(error) if isinstance(error, providers.Missing) else measure.reason(error))
+                    found[name] = Measurement(
+                        missing=str(error) if isinstance(error, providers.Missing) else measure.reason(error)
+                    )
             seconds = self.seconds / 2 if getattr(case, "axis", "") else self.seconds
-            found |= measure.in_turn(runners, self.device, seconds, self.turns, lambda *first: self._error(case, exact, *first))
+            found |= measure.in_turn(
+                runners, self.device, seconds, self.turns, lambda *first: self._error(case, exact, *first)
+            )
             if PRODUCT in found:
                 found[PRODUCT].peak_bytes = None  # it writes into a tensor that is there
         finally:
@@ -101,7 +117,9 @@ class Laboratory:
         return {name: found[name] for name in names}
 
     def _truth(self, case, mode):
-        """What is right, on the host, so that it is not in the way of what is measured; None where it cannot be found out."""
+        """What is right, on the host, so that it is not in the way of what is measured; None where it
+        cannot be found out.
+        """
         if getattr(case, "axis", ""):
             return None
         try:
@@ -121,7 +139,8 @@ class Laboratory:
         try:
             if isinstance(case, cases.Network):  # an image's results do not depend on the others
                 few = slice(providers.TRUE_IMAGES)
-                results = [t[:, few] if t.dim() == 5 else t[few] for t in results]  # [classes, N, C, H, W] or [N, ...]
+                # [classes, N, C, H, W] or [N, ...]
+                results = [t[:, few] if t.dim() == 5 else t[few] for t in results]
             return measure.error(results, [t.to(self.device) for t in exact])
         except Exception as error:
             print(f"{case.name}, {name}: error not known: {measure.reason(error)}")
@@ -130,7 +149,9 @@ class Laboratory:
     # -- rows ----
 
     def rows(self, case, mode: str, found: dict[str, Measurement]) -> list[dict]:
-        """A row for each provider. ``speedup``: of coda_fast on every peer, turn by turn; none where its tests or its error fail."""
+        """A row for each provider. ``speedup``: of coda_fast on every peer, turn by turn; none where its
+        tests or its error fail.
+        """
         # a network has few outputs: the ratio of two errors scatters more
         bad, verified = wrong(found, 2.0 if isinstance(case, cases.Layer) else 4.0), self.verified()
         ceilings = self._ceilings(case, mode, found)
@@ -168,13 +189,40 @@ class Laboratory:
     def copy_row(self) -> dict:
         """The row of the copy: its share of the ceiling is 1 by definition."""
         p20, p50, p80 = measure.quantiles(self.copy().device_us)
-        row = {"op": COPY, "provider": COPY, "mode": COPY, "dtype": "uint8", "shape": {"bytes": COPY_BYTES[self.device.type]}}
-        times = {"p20_us": p20, "p50_us": p50, "p80_us": p80, "host_p50_us": measure.quantiles(self.copy().host_us)[1]}
-        row |= {key: _short(value) for key, value in times.items()} | {"turns": len(self.copy().device_us), "peak_bytes": None}
-        return row | {"error": None, "ceiling": 1.0, "bound": COPY, "speedup": None, "verified": None, "missing": None} | self._stamp()
+        row = {
+            "op": COPY,
+            "provider": COPY,
+            "mode": COPY,
+            "dtype": "uint8",
+            "shape": {"bytes": COPY_BYTES[self.device.type]},
+        }
+        times = {
+            "p20_us": p20,
+            "p50_us": p50,
+            "p80_us": p80,
+            "host_p50_us": measure.quantiles(self.copy().host_us)[1],
+        }
+        row |= {key: _short(value) for key, value in times.items()} | {
+            "turns": len(self.copy().device_us),
+            "peak_bytes": None,
+        }
+        return (
+            row
+            | {
+                "error": None,
+                "ceiling": 1.0,
+                "bound": COPY,
+                "speedup": None,
+                "verified": None,
+                "missing": None,
+            }
+            | self._stamp()
+        )
 
     def _ceilings(self, case, mode, found):
-        """{what: microseconds} of doing nothing but the products, and of moving nothing but arguments and results."""
+        """{what: microseconds} of doing nothing but the products, and of moving nothing but arguments and
+        results.
+        """
         product = found.get(PRODUCT)
         if not (isinstance(case, cases.Layer) and product and product.device_us):
             return {}
@@ -193,15 +241,22 @@ def _ours(found):
 
 
 def wrong(found: dict[str, Measurement], factor: float = 2.0) -> dict[str, str]:
-    """What coda_fast computes worse than eager torch does in the same dtype, and how much: its error against float64 may be ``factor``
-    times that of the materialising formula (of the algebraic one where that does not fit into memory) plus one part in a million. Empty
-    where errors were not measured or there is nothing to compare them with.
+    """What coda_fast computes worse than eager torch does in the same dtype, and how much: its error against
+    float64 may be ``factor`` times that of the materialising formula (of the algebraic one where that does
+    not fit into memory) plus one part in a million. Empty where errors were not measured or there is nothing
+    to compare them with.
     """
     errors = {name: found[name].error for name in found if found[name].error is not None}
-    bound = next((factor * errors[name] + 1e-6 for name in PEERS if math.isfinite(errors.get(name, math.inf))), None)
+    bound = next(
+        (factor * errors[name] + 1e-6 for name in PEERS if math.isfinite(errors.get(name, math.inf))), None
+    )
     if bound is None:
         return {name: "error not known" for name in _ours(errors) if errors[name] == math.inf}
-    return {name: f"error {errors[name]:.1e}, allowed {bound:.1e}" for name in _ours(errors) if not errors[name] <= bound}
+    return {
+        name: f"error {errors[name]:.1e}, allowed {bound:.1e}"
+        for name in _ours(errors)
+        if not errors[name] <= bound
+    }
 
 
 def least_bytes(case: cases.Layer, mode: str, itemsize: int) -> int:
@@ -210,7 +265,11 @@ def least_bytes(case: cases.Layer, mode: str, itemsize: int) -> int:
     outputs = case.pixels * case.units
     parameters = case.depth * (case.rank + case.units * (case.rank + 1))
     once = images + outputs + parameters
-    return itemsize * (once if mode == cases.FORWARD else once + outputs + images + (parameters if mode == cases.TRAINING else 0))
+    return itemsize * (
+        once
+        if mode == cases.FORWARD
+        else once + outputs + images + (parameters if mode == cases.TRAINING else 0)
+    )
 
 
 def _short(value):

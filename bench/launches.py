@@ -1,8 +1,10 @@
-"""What each layer launches, computes and moves, and how long an H100 needs for that at least: a model, for docs/kernels.md.
+"""What each layer launches, computes and moves, and how long an H100 needs for that at least: a model, for
+docs/kernels.md.
 
     python bench/launches.py        prints the tables ("make tables" puts them into docs/kernels.md)
 
-Launches and bytes are recorded from the launchers (every tensor of a launch once: what a kernel reads twice comes from the cache at best).
+Launches and bytes are recorded from the launchers (every tensor of a launch once: what a kernel reads twice
+comes from the cache at best).
 """
 
 from __future__ import annotations
@@ -25,7 +27,16 @@ from coda_kernels.config import Device  # noqa: E402
 
 BATCH = {"S": 256, "L": 64}
 FLOPS, BANDWIDTH = 790e12, 3.0e12  # what an H100 sustains: cuBLAS in bfloat16, a copy
-KERNELS = ("prepare", "contracted", "generated", "prepare_backward", "grad_z", "fold", "parameter_sums", "finish")
+KERNELS = (
+    "prepare",
+    "contracted",
+    "generated",
+    "prepare_backward",
+    "grad_z",
+    "fold",
+    "parameter_sums",
+    "finish",
+)
 
 
 @functools.cache
@@ -34,9 +45,14 @@ def recorded(layer: str) -> dict[str, list]:
     case = cases.layers(BATCH)[layer]
     options = dict(dtype=torch.bfloat16, device="meta")
     geometry = Geometry.make((case.kernel, case.kernel), case.stride, (case.kernel - 1) // 2)
-    image = torch.empty(case.batch, case.channels, case.size, case.size, **options).to(memory_format=torch.channels_last)
+    image = torch.empty(case.batch, case.channels, case.size, case.size, **options).to(
+        memory_format=torch.channels_last
+    )
     window = (case.kernel, case.kernel, case.channels)
-    parameters = [torch.empty(*s, *window, **options).movedim(-1, -3) for s in ((case.rank,), (case.units, case.rank), (case.units,))]
+    parameters = [
+        torch.empty(*s, *window, **options).movedim(-1, -3)
+        for s in ((case.rank,), (case.units, case.rank), (case.units,))
+    ]
     rest = (geometry, "squash", 1e-6)
     with recording(Device(90, 132)) as forward:
         output, *kept = triton.align(image, None, *parameters, *rest, "products")
@@ -69,7 +85,12 @@ def tables() -> str:
         cells = []
         for mode, values in found.items():
             total.update({(mode, key): value for key, value in values.items()})
-            cells += [f"{values['gflop']:.1f}", f"{values['mb']:.0f}", str(values["launches"]), f"{values['floor_us']:.0f}"]
+            cells += [
+                f"{values['gflop']:.1f}",
+                f"{values['mb']:.0f}",
+                str(values["launches"]),
+                f"{values['floor_us']:.0f}",
+            ]
         lines.append(f"| {layer} | {' | '.join(cells)} |")
         per_kernel = moved.setdefault(layer[0], collections.defaultdict(lambda: [0, 0]))
         for launches in recorded(layer).values():
@@ -81,11 +102,20 @@ def tables() -> str:
         cells = []
         for mode in ("forward", "backward"):
             values = {key: total[mode, key] for key in ("gflop", "mb", "launches", "floor_us")}
-            cells += [f"{values['gflop']:.0f}", f"{values['mb']:.0f}", str(values["launches"]), f"{values['floor_us']:.0f}"]
+            cells += [
+                f"{values['gflop']:.0f}",
+                f"{values['mb']:.0f}",
+                str(values["launches"]),
+                f"{values['floor_us']:.0f}",
+            ]
         lines.append(f"| all of {letter} | {' | '.join(cells)} |")
     lines += ["", "| kernel | S: launches a step | MB | L: launches a step | MB |", "|---|---|---|---|---|"]
     for name in KERNELS:
-        lines.append(f"| `{name}` | " + " | ".join(f"{moved[x][name][0]} | {moved[x][name][1] / 1e6:.0f}" for x in "SL") + " |")
+        lines.append(
+            f"| `{name}` | "
+            + " | ".join(f"{moved[x][name][0]} | {moved[x][name][1] / 1e6:.0f}" for x in "SL")
+            + " |"
+        )
     return "\n".join(lines)
 
 

@@ -1,4 +1,6 @@
-"""A pytest plugin, ``-p bench.logged``: a line of JSON for every test as it ends, so that a run that is cut off loses nothing."""
+"""A pytest plugin, ``-p bench.logged``: a line of JSON for every test as it ends, so that a run that is
+cut off loses nothing.
+"""
 
 import json
 import os
@@ -12,13 +14,25 @@ def pytest_collection_finish(session):
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
         reason = None if report.passed else str(report.longrepr)[-2000:]
-        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3), "reason": reason}
+        line = {
+            "test": report.nodeid,
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 3),
+            "reason": reason,
+        }
         _write(line | ({"properties": dict(report.user_properties)} if report.user_properties else {}))
 
 
 def pytest_collectreport(report):
     if report.failed:
-        _write({"test": report.nodeid, "outcome": "failed", "seconds": 0.0, "reason": str(report.longrepr)[-2000:]})
+        _write(
+            {
+                "test": report.nodeid,
+                "outcome": "failed",
+                "seconds": 0.0,
+                "reason": str(report.longrepr)[-2000:],
+            }
+        )
 
 
 def _write(line):

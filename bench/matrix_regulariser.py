@@ -1,4 +1,5 @@
-"""Does the matrix regulariser make maps sparser? Networks that learn scikit-learn's digits under several weights (lambda).
+"""Does the matrix regulariser make maps sparser? Networks that learn scikit-learn's digits under several
+weights (lambda).
 
 python bench/matrix_regulariser.py       bench/results/matrix_regulariser.json (some minutes on two cores)
 """
@@ -27,7 +28,9 @@ def train(model, data, weight, seed):
     generator = torch.Generator().manual_seed(seed)
     loss = DynamicMatrixLoss(weight, generator=torch.Generator().manual_seed(seed))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * -(-len(data.train_labels) // 64))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, EPOCHS * -(-len(data.train_labels) // 64)
+    )
     for _ in range(EPOCHS):
         for index in torch.randperm(len(data.train_labels), generator=generator).split(64):
             optimizer.zero_grad()
@@ -37,7 +40,9 @@ def train(model, data, weight, seed):
 
 
 def gini(values):
-    """Inequality of the absolute values of each row, from 0 (all alike) to 1 (one has all); [N, M] -> mean."""
+    """Inequality of the absolute values of each row, from 0 (all alike) to 1 (one has all); [N, M] ->
+    mean.
+    """
     ranked = values.abs().double().sort(1).values
     count = ranked.shape[1]
     place = torch.arange(1, count + 1, dtype=torch.float64)
@@ -63,22 +68,38 @@ def measure():
             }
             print(row, flush=True)
             rows.append(row)
-    return {"model": demo.MODEL, "temperature": TEMPERATURE, "epochs": EPOCHS, **results.environment(torch.device("cpu")), "rows": rows}
+    return {
+        "model": demo.MODEL,
+        "temperature": TEMPERATURE,
+        "epochs": EPOCHS,
+        **results.environment(torch.device("cpu")),
+        "rows": rows,
+    }
 
 
 def table() -> str:
     """Markdown of what is stored: mean over the seeds (least to most)."""
     stored = json.loads(RESULTS.read_text(encoding="utf-8"))
-    keys = {"accuracy": "accuracy", "mean_entry": "mean absolute entry of W", "gini_linear_map": "Gini index of W"}
+    keys = {
+        "accuracy": "accuracy",
+        "mean_entry": "mean absolute entry of W",
+        "gini_linear_map": "Gini index of W",
+    }
     keys["gini_contribution_map"] = "Gini index of the contribution map"
     lines = ["| lambda | " + " | ".join(keys.values()) + " |", "|---" * (1 + len(keys)) + "|"]
     for weight in dict.fromkeys(row["weight"] for row in stored["rows"]):
         rows = [row for row in stored["rows"] if row["weight"] == weight]
         cells = ([row[key] for row in rows] for key in keys)
-        lines.append(f"| {weight:g} | " + " | ".join(f"{sum(c) / len(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells) + " |")
+        lines.append(
+            f"| {weight:g} | "
+            + " | ".join(f"{sum(c) / len(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells)
+            + " |"
+        )
     legend = (
-        f"{stored['model']} on digits, T = {stored['temperature']:g}, {stored['epochs']} epochs, the true class of all test images; mean "
-        f"over {len({row['seed'] for row in stored['rows']})} seeds (least to most). {stored['device']}, torch {stored['torch']}; commit "
+        f"{stored['model']} on digits, T = {stored['temperature']:g}, {stored['epochs']} epochs, the true "
+        "class of all test images; mean "
+        f"over {len({row['seed'] for row in stored['rows']})} seeds (least to most). {stored['device']}, "
+        f"torch {stored['torch']}; commit "
         f"{stored['commit']}, {stored['date']}."
     )
     return "\n".join([*lines, "", legend])

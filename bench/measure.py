@@ -17,20 +17,29 @@ import torch
 
 BLOCK_SECONDS = {"cuda": 0.01, "cpu": 0.02}
 TURNS = {"cuda": (5, 15), "cpu": (3, 15)}  # least, most
-GRAPHS = 4  # inputs of a provider that are captured; what it writes on the way is far larger than what one more input would be
-CAPTURED = 0.1  # of a GPU's memory: what takes more at its peak keeps the device busy for longer than the host needs to launch it
+# inputs of a provider that are captured; what it writes on the way is far larger than what one more input
+# would be
+GRAPHS = 4
+# of a GPU's memory: what takes more at its peak keeps the device busy for longer than the host needs to
+# launch it
+CAPTURED = 0.1
 
 
 @dataclasses.dataclass
 class Measurement:
-    """Of one provider. Sample i of each provider of a group was taken in the same turn, so that ratios can be formed turn by turn."""
+    """Of one provider. Sample i of each provider of a group was taken in the same turn, so that ratios can
+    be formed turn by turn.
+    """
 
-    device_us: list[float] = dataclasses.field(default_factory=list)  # a GPU: between events around replays; a CPU: the same as host_us
+    # a GPU: between events around replays; a CPU: the same as host_us
+    device_us: list[float] = dataclasses.field(default_factory=list)
     host_us: list[float] = dataclasses.field(default_factory=list)  # until the work is done
     peak_bytes: int | None = None
     error: float | None = None
     missing: str | None = None  # why there is nothing
-    timed: str = "calls"  # what device_us is of: "graph", replays of CUDA graphs, or "calls", which on a GPU may have waited for the host
+    # what device_us is of: "graph", replays of CUDA graphs, or "calls", which on a GPU may have waited for
+    # the host
+    timed: str = "calls"
 
 
 @dataclasses.dataclass
@@ -55,7 +64,9 @@ class Runner:
         self.graphs[self.calls % len(self.graphs)].replay()
 
     def capture(self) -> str | None:
-        """A CUDA graph for each input (GRAPHS of them at most, in one pool of memory); why not, where that fails."""
+        """A CUDA graph for each input (GRAPHS of them at most, in one pool of memory); why not, where that
+        fails.
+        """
         try:
             self.graphs = capture(self.function, self.inputs[:GRAPHS])
         except Exception as error:
@@ -65,8 +76,8 @@ class Runner:
 
 
 def capture(function: Callable, inputs: list[tuple]) -> list[torch.cuda.CUDAGraph]:
-    """A CUDA graph of ``function`` for each of ``inputs``. They share their memory: only one may run at a time, and what they write is
-    not to be read.
+    """A CUDA graph of ``function`` for each of ``inputs``. They share their memory: only one may run at a
+    time, and what they write is not to be read.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -102,36 +113,46 @@ def in_turn(
     turns: tuple[int, int] | None = None,
     error: Callable[[str, object], float | None] = lambda name, results: None,
 ) -> dict[str, Measurement]:
-    """Every runner for a block of calls, one after the other, as many turns as fit in ``seconds``: a drift of the machine hits all of
-    them. Compilation and warm-up come before and are not counted; ``error`` judges the results of the first call, on the first inputs. A
-    runner that fails is taken out of ``runners`` and says why.
+    """Every runner for a block of calls, one after the other, as many turns as fit in ``seconds``: a drift of
+    the machine hits all of them. Compilation and warm-up come before and are not counted; ``error`` judges
+    the results of the first call, on the first inputs. A runner that fails is taken out of ``runners`` and
+    says why.
     """
     found, repeats, total = {name: Measurement() for name in runners}, {}, 0.0
     for name in list(runners):
         empty(device)  # what others left in the cache of the allocator is not this one's lack of memory
         with _survive(name, runners, found, device):
-            watched = device.type == "cpu" and not runners[name].captures_itself  # the first call, and a slow one is warm-up enough
+            # the first call, and a slow one is warm-up enough
+            watched = device.type == "cpu" and not runners[name].captures_itself
             results = None if watched else runners[name]()
             start = time.perf_counter()
             if watched:
                 found[name].peak_bytes, results = peak_bytes(runners[name], device)
-            else:  # of CUDA graphs the second call is the recording one: later ones replay and allocate nothing
+            # of CUDA graphs the second call is the recording one: later ones replay and allocate nothing
+            else:
                 found[name].peak_bytes = peak_bytes(runners[name], device)[0]
             estimate = time.perf_counter() - start
             found[name].error = error(name, results)
             del results
-            if device.type == "cuda" or estimate < 1:  # else that is long enough, beside what watching it took
+            # else that is long enough, beside what watching it took
+            if device.type == "cuda" or estimate < 1:
                 estimate = _block(runners[name], 1, 1, device)[1]
-            for _ in range(2 if estimate < 3 * BLOCK_SECONDS[device.type] else 0):  # it decides how many calls make a block
+            # it decides how many calls make a block
+            for _ in range(2 if estimate < 3 * BLOCK_SECONDS[device.type] else 0):
                 estimate = min(estimate, _block(runners[name], 1, 1, device)[1])
             if device.type == "cuda" and not runners[name].captures_itself:
                 memory = torch.cuda.get_device_properties(device).total_memory
                 if found[name].peak_bytes <= CAPTURED * memory and runners[name].capture() is None:
                     found[name].timed = "graph"
             replayed = _replays(runners[name], 2, device) if found[name].timed == "graph" else estimate
-            repeats[name] = [max(1, min(100, math.ceil(BLOCK_SECONDS[device.type] / max(t, 1e-7)))) for t in (replayed, estimate)]
+            repeats[name] = [
+                max(1, min(100, math.ceil(BLOCK_SECONDS[device.type] / max(t, 1e-7))))
+                for t in (replayed, estimate)
+            ]
             # on a GPU a block runs twice, for the device's time and for the host's
-            total += repeats[name][1] * estimate + (repeats[name][0] * replayed if device.type == "cuda" else 0)
+            total += repeats[name][1] * estimate + (
+                repeats[name][0] * replayed if device.type == "cuda" else 0
+            )
     least, most = turns or TURNS[device.type]
     for _ in range(max(least, min(most, int(seconds / max(total, 1e-9)))) if repeats else 0):
         for name in list(runners):
@@ -164,7 +185,9 @@ def empty(device: torch.device) -> None:
 
 
 def _block(runner, replays, calls, device):
-    """Seconds of one, on the device and until the host knows that all are done: of so many replays, and of so many calls."""
+    """Seconds of one, on the device and until the host knows that all are done: of so many replays, and of
+    so many calls.
+    """
     on_device = _replays(runner, replays, device) if device.type == "cuda" else None
     start = time.perf_counter()
     for _ in range(calls):
@@ -192,7 +215,9 @@ _scratch = {}
 
 
 def head_start(device: torch.device) -> None:
-    """Work of some 0.2 ms ahead of what is timed, so that the first launches of a block wait in the queue and not the device for them."""
+    """Work of some 0.2 ms ahead of what is timed, so that the first launches of a block wait in the queue
+    and not the device for them.
+    """
     if device not in _scratch:
         _scratch[device] = torch.empty(1 << 28, dtype=torch.uint8, device=device)
     _scratch[device].zero_()
@@ -207,12 +232,14 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
-# -- memory ---------------------------------------------------------------------------------------------------------------------------
+# -- memory
+# ------------------------------------------------------------------------------------------------------------
 
 
 def peak_bytes(function: Callable, device: torch.device) -> tuple[int, object]:
-    """The most that torch's allocator held during a call, above what it held before (inputs and parameters), and what the call returned.
-    What libraries take behind its back on a CPU (packed weights of a convolution) is not in it.
+    """The most that torch's allocator held during a call, above what it held before (inputs and parameters),
+    and what the call returned. What libraries take behind its back on a CPU (packed weights of a convolution)
+    is not in it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -222,13 +249,17 @@ def peak_bytes(function: Callable, device: torch.device) -> tuple[int, object]:
         results = function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, results
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         results = function()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted(((e["ts"], i, e["args"]["Bytes"]) for i, e in enumerate(events) if e.get("name") == "[memory]"))
+    changes = sorted(
+        ((e["ts"], i, e["args"]["Bytes"]) for i, e in enumerate(events) if e.get("name") == "[memory]")
+    )
     held = most = 0
     for _, _, change in changes:
         held += change
@@ -236,19 +267,23 @@ def peak_bytes(function: Callable, device: torch.device) -> tuple[int, object]:
     return most, results
 
 
-# -- error ----------------------------------------------------------------------------------------------------------------------------
+# -- error
+# ------------------------------------------------------------------------------------------------------------
 
 
 def error(results: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
     """The largest RMS error of a result, relative to the RMS of the truth; infinity for NaN."""
     worst = 0.0
     for found, exact in zip(results, truth, strict=True):
-        deviation = (found.detach().double() - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-300)
+        deviation = (
+            found.detach().double() - exact
+        ).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-300)
         worst = max(worst, float(deviation) if torch.isfinite(deviation) else math.inf)
     return worst
 
 
-# -- statistics -----------------------------------------------------------------------------------------------------------------------
+# -- statistics
+# ------------------------------------------------------------------------------------------------------------
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:

@@ -1,7 +1,9 @@
-"""What coda_fast is measured against: a DAU layer as others would write it, by library calls and automatic differentiation.
+"""What coda_fast is measured against: a DAU layer as others would write it, by library calls and automatic
+differentiation.
 
-Both compute ``y = s(|w|^2) <w, x>`` from ``x [N, C, H, W]``, ``B [r, C, k, k]``, ``A [n, r, C, k, k]``, ``b [n, C, k, k]`` and return
-``[N, n, OH, OW]``. With ``detach`` every ``s * w`` counts as a constant: explanation mode.
+Both compute ``y = s(|w|^2) <w, x>`` from ``x [N, C, H, W]``, ``B [r, C, k, k]``, ``A [n, r, C, k, k]``, ``b
+[n, C, k, k]`` and return ``[N, n, OH, OW]``. With ``detach`` every ``s * w`` counts as a constant:
+explanation mode.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def materialising(x, B, A, b, stride=1, padding=0, detach=False):
-    """The formula as it is published: unfold, weights by a 1x1 convolution, product, sum, norm. Writes ``w``, n d numbers a pixel."""
+    """The formula as it is published: unfold, weights by a 1x1 convolution, product, sum, norm. Writes
+    ``w``, n d numbers a pixel.
+    """
     (n, r), kernel = A.shape[:2], A.shape[3:]
     x = x.contiguous()  # as published: from channels last, w itself would have to be copied
     z = F.conv2d(x, B, stride=stride, padding=padding)
@@ -27,9 +31,10 @@ def materialising(x, B, A, b, stride=1, padding=0, detach=False):
 
 
 def algebraic(x, B, A, b, stride=1, padding=0, detach=False):
-    """What a clever user writes: ``<w, x> = sum_k z_k (A_k . x) + b . x`` is one convolution with n (r + 1) filters, the norm a quadratic
-    form in ``[z; 1]`` with the Gram matrix of ``[A b]``, by one more convolution. No ``w``, but n (r + 1) numbers a pixel, twice. The Gram
-    matrix is the fastest way to the norm and the least accurate one.
+    """What a clever user writes: ``<w, x> = sum_k z_k (A_k . x) + b . x`` is one convolution with n (r + 1)
+    filters, the norm a quadratic form in ``[z; 1]`` with the Gram matrix of ``[A b]``, by one more
+    convolution. No ``w``, but n (r + 1) numbers a pixel, twice. The Gram matrix is the fastest way to the
+    norm and the least accurate one.
     """
     n, r = A.shape[:2]
     rows = torch.cat([A.flatten(2), b.reshape(n, 1, -1)], 1)

@@ -11,7 +11,11 @@ from bench.providers import ALGEBRAIC, CODA, MATERIALISING
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Colours that differ in lightness as well as in hue (Okabe and Ito)
-STYLE = {MATERIALISING: ("#D55E00", "s", "as published"), ALGEBRAIC: ("#0072B2", "^", "algebraic"), CODA: ("#000000", "o", "coda_fast")}
+STYLE = {
+    MATERIALISING: ("#D55E00", "s", "as published"),
+    ALGEBRAIC: ("#0072B2", "^", "algebraic"),
+    CODA: ("#000000", "o", "coda_fast"),
+}
 LABELS = {"batch": "batch", "size": "image size, pixels", "rank": "rank r", "channels": "channels C = n"}
 
 
@@ -21,7 +25,10 @@ def scaling_path(rows_file: Path) -> Path:
 
 def fingerprint(rows: list[dict]) -> str:
     """Of what a plot shows."""
-    shown = [[r["op"], r["provider"], r["shape"], r["p20_us"], r["p50_us"], r["p80_us"], r["peak_bytes"]] for r in _scaling(rows)]
+    shown = [
+        [r["op"], r["provider"], r["shape"], r["p20_us"], r["p50_us"], r["p80_us"], r["peak_bytes"]]
+        for r in _scaling(rows)
+    ]
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
 
@@ -42,7 +49,9 @@ def shows(path: Path, rows: list[dict]) -> bool:
 
 
 def scaling(rows: list[dict], path: Path) -> Path:
-    """Time (with its 20 to 80 %) and peak memory of forward + backward against batch, size, rank and channels, on log axes."""
+    """Time (with its 20 to 80 %) and peak memory of forward + backward against batch, size, rank and
+    channels, on log axes.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -50,16 +59,24 @@ def scaling(rows: list[dict], path: Path) -> Path:
 
     found = _scaling(rows)
     with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = plt.subplots(2, len(AXES), figsize=(9.5, 4.6), sharex="col", sharey="row", layout="constrained")
+        figure, axes = plt.subplots(
+            2, len(AXES), figsize=(9.5, 4.6), sharex="col", sharey="row", layout="constrained"
+        )
         for column, axis in enumerate(AXES):
             series = [r for r in found if r["op"] == f"scaling {axis}"]
             for provider, (colour, marker, label) in STYLE.items():
-                points = sorted((r for r in series if r["provider"] == provider and r["p50_us"]), key=lambda r: r["shape"][axis])
+                points = sorted(
+                    (r for r in series if r["provider"] == provider and r["p50_us"]),
+                    key=lambda r: r["shape"][axis],
+                )
                 if not points:
                     continue
                 x = [r["shape"][axis] for r in points]
                 middle = [1e-3 * r["p50_us"] for r in points]
-                spread = [[1e-3 * (r["p50_us"] - r["p20_us"]) for r in points], [1e-3 * (r["p80_us"] - r["p50_us"]) for r in points]]
+                spread = [
+                    [1e-3 * (r["p50_us"] - r["p20_us"]) for r in points],
+                    [1e-3 * (r["p80_us"] - r["p50_us"]) for r in points],
+                ]
                 style = dict(color=colour, marker=marker, markersize=3.5, linewidth=1.2)
                 axes[0, column].errorbar(x, middle, yerr=spread, capsize=2, label=label, **style)
                 axes[1, column].plot(x, [r["peak_bytes"] / 2**20 for r in points], label=label, **style)
@@ -88,4 +105,7 @@ def _title(rows):
         values = [r["shape"][key] for r in rows]
         common[key] = max(set(values), key=values.count)
     shape = "C = n = {channels}, r = {rank}, k = {kernel}, {size} px, batch {batch}".format(**common)
-    return f"{shape}; one of them varied. {one['dtype']}, {one['device']}, torch {one['torch']}, commit {one['commit']}"
+    return (
+        f"{shape}; one of them varied. {one['dtype']}, {one['device']}, torch {one['torch']}, commit "
+        f"{one['commit']}"
+    )

@@ -1,7 +1,8 @@
 """One ``setup(case, mode, dtype, device) -> (inputs, function)`` for each provider, all with the same inputs.
 
-``inputs`` is a list of several sets, to be rotated; ``function(*inputs[i])`` does the work once and returns its results: [y] forward,
-[y, gradients of x, B, A, b] with backward, [y, gradient of x] for an explanation; [logits] and so on for networks.
+``inputs`` is a list of several sets, to be rotated; ``function(*inputs[i])`` does the work once and returns
+its results: [y] forward, [y, gradients of x, B, A, b] with backward, [y, gradient of x] for an explanation;
+[logits] and so on for networks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from bench.cases import EVERY_CLASS, EXPLANATION, FORWARD, INFERENCE, PRODUCTS, 
 from coda_fast import DAUConv2d, create_model
 from coda_fast.functional import dau_conv2d
 
-MATERIALISING, ALGEBRAIC, CHECKPOINTED, CODA = "materialising", "algebraic", "algebraic checkpointed", "coda_fast"
+MATERIALISING, ALGEBRAIC, CHECKPOINTED, CODA = (
+    "materialising",
+    "algebraic",
+    "algebraic checkpointed",
+    "coda_fast",
+)
 KEPT, FACTORED, PRODUCT, COPY = "coda_fast save_contraction", "coda_fast factored", "matrix product", "copy"
 RESNET, BCOS, GRADIENT = "ResNet-50", "B-cos ResNet-50", "InputXGradient of ResNet-18"
 YARDSTICKS = (RESNET, BCOS, GRADIENT)
@@ -37,7 +43,9 @@ class Missing(RuntimeError):
 
 
 def coda_fast(x, B, A, b, stride=1, padding=0, detach=False, **options):
-    """The library with the arguments of the peers: the fused kernels on a GPU, what "auto" picks elsewhere."""
+    """The library with the arguments of the peers: the fused kernels on a GPU, what "auto" picks
+    elsewhere.
+    """
     options.setdefault("backend", "triton" if x.is_cuda else "auto")
     return dau_conv2d(x, B, A, b, stride, padding, detach=detach, **options)
 
@@ -54,11 +62,14 @@ OURS = {CODA: coda_fast, KEPT: _kept, FACTORED: _factored}
 
 
 def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequence[str] = ()) -> list[str]:
-    """The providers of a case, in the order of the tables; ``compiled``: which of them also through torch.compile."""
+    """The providers of a case, in the order of the tables; ``compiled``: which of them also through
+    torch.compile.
+    """
     gpu, explaining = device.type == "cuda", mode in (EXPLANATION, EVERY_CLASS)
     backward = mode not in (FORWARD, INFERENCE)
     kept = backward and not explaining
-    if isinstance(case, Layer):  # else there is nothing to keep (docs of dau_conv2d), and it would be coda_fast by another name
+    # else there is nothing to keep (docs of dau_conv2d), and it would be coda_fast by another name
+    if isinstance(case, Layer):
         kept = kept and case.rank <= 64 < case.depth
     found = [MATERIALISING, ALGEBRAIC]
     if isinstance(case, Network) and not gpu and (case.batch > 16 or not (case.every_peer or mode == STEP)):
@@ -79,7 +90,9 @@ def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequ
     return [*found, *([RESNET, BCOS] if beside else []), *([GRADIENT] if mode == EXPLANATION else [])]
 
 
-def setup(provider: str, case: Layer | Network, mode: str, dtype: torch.dtype, device: torch.device) -> tuple[list, Callable]:
+def setup(
+    provider: str, case: Layer | Network, mode: str, dtype: torch.dtype, device: torch.device
+) -> tuple[list, Callable]:
     """The inputs and the function of a provider. ``Missing`` where it cannot run."""
     if provider == PRODUCT:
         return _product(case, mode, dtype, device)
@@ -91,19 +104,25 @@ def setup(provider: str, case: Layer | Network, mode: str, dtype: torch.dtype, d
     return _network({**PEERS, **OURS}[base], provider != base, case, mode, dtype, device)
 
 
-# -- layers ---------------------------------------------------------------------------------------------------------------------------
+# -- layers
+# ------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)  # the same tensors for all providers of a case, made once
 def layer_inputs(case: Layer, dtype: torch.dtype, device: torch.device) -> list[tuple]:
-    """Sets of (x, B, A, b, upstream gradient) that share their parameters: as many as it takes to leave the cache, 2 at least. Images are
-    channels last on a GPU (what cuDNN wants), as torch makes them on a CPU (where that is faster for every peer).
+    """Sets of (x, B, A, b, upstream gradient) that share their parameters: as many as it takes to leave the
+    cache, 2 at least. Images are channels last on a GPU (what cuDNN wants), as torch makes them on a CPU
+    (where that is faster for every peer).
     """
     generator = torch.Generator(device).manual_seed(0)
     torch.manual_seed(0)
     module = DAUConv2d(case.channels, case.units, case.kernel, case.stride, case.padding, rank=case.rank)
-    # Parameters, not plain tensors: those would be copied into a CUDA graph at each call, which no network does with its weights
-    parameters = [torch.nn.Parameter(p.detach().to(device, dtype)) for p in (module.reduction_weight, module.weight, module.bias)]
+    # Parameters, not plain tensors: those would be copied into a CUDA graph at each call, which no network
+    # does with its weights
+    parameters = [
+        torch.nn.Parameter(p.detach().to(device, dtype))
+        for p in (module.reduction_weight, module.weight, module.bias)
+    ]
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     side = math.isqrt(case.pixels // case.batch)
     shapes = ((case.batch, case.channels, case.size, case.size), (case.batch, case.units, side, side))
@@ -140,14 +159,17 @@ def _layer(layer, compile, case, mode, dtype, device):
         return [y, *torch.autograd.grad(y, [x], upstream)]
 
     inputs = layer_inputs(case, dtype, device)
-    if mode == EXPLANATION:  # nobody asks for gradients of parameters, and a compiled backward would compute them all the same
+    # nobody asks for gradients of parameters, and a compiled backward would compute them all the same
+    if mode == EXPLANATION:
         frozen = [torch.nn.Parameter(p.detach(), requires_grad=False) for p in inputs[0][1:4]]
         inputs = [(x, *frozen, upstream) for x, _, _, _, upstream in inputs]
     return inputs, forward if mode == FORWARD else explanation if mode == EXPLANATION else training
 
 
 def truth(case: Layer | Network, mode: str, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """The results of the materialising formula in float64 for the first inputs; of a network for its first TRUE_IMAGES images."""
+    """The results of the materialising formula in float64 for the first inputs; of a network for its first
+    TRUE_IMAGES images.
+    """
     if isinstance(case, Layer):
         return layer_truth(case, mode, layer_inputs(case, dtype, device)[0])
     few = dataclasses.replace(case, batch=min(TRUE_IMAGES, case.batch))
@@ -169,21 +191,34 @@ def layer_truth(case: Layer, mode: str, inputs: tuple, limit: int = 1 << 30) -> 
         piece = slice(start, start + step)
         leaves = [t.detach().requires_grad_() for t in (x[piece], B, A, b)]
         parts.append([t.detach() for t in function(*leaves, upstream[piece])])
-    by_image = len(parts[0]) if len(parts[0]) <= 2 else 2  # y and dx are by image, gradients of parameters are sums over them
-    return [torch.cat(p) if i < by_image else torch.stack(p).sum(0) for i, p in enumerate(zip(*parts, strict=True))]
+    # y and dx are by image, gradients of parameters are sums over them
+    by_image = len(parts[0]) if len(parts[0]) <= 2 else 2
+    return [
+        torch.cat(p) if i < by_image else torch.stack(p).sum(0)
+        for i, p in enumerate(zip(*parts, strict=True))
+    ]
 
 
 def _product(case, mode, dtype, device):
-    """The ceiling: the plain matrix products that the mode cannot do without (PRODUCTS): [P, d] x [d, n r] forward, [P, n r] x [n r, d]
-    for dx, [n r, P] x [P, d] for dA. The first writes n r numbers a pixel, which a fused layer does not.
+    """The ceiling: the plain matrix products that the mode cannot do without (PRODUCTS): [P, d] x [d, n r]
+    forward, [P, n r] x [n r, d] for dx, [n r, P] x [P, d] for dA. The first writes n r numbers a pixel, which
+    a fused layer does not.
     """
     generator = torch.Generator(device).manual_seed(0)
-    # libraries are far slower where rows do not begin at a multiple of 16 bytes, which says nothing about what can be reached
+    # libraries are far slower where rows do not begin at a multiple of 16 bytes, which says nothing about
+    # what can be reached
     depth = -(-case.depth // 8) * 8 if device.type == "cuda" else case.depth
     wide = case.units * case.rank
-    random = lambda *shape: torch.randn(shape, generator=generator, device=device).to(dtype)  # noqa: E731
-    inputs = [(random(case.pixels, depth),) for _ in range(rotation(case.pixels * depth * dtype.itemsize, device))]
-    weights, out, dx, dweights = random(wide, depth), random(case.pixels, wide), torch.empty_like(inputs[0][0]), random(wide, depth)
+    random = lambda *shape: torch.randn(shape, generator=generator, device=device).to(dtype)
+    inputs = [
+        (random(case.pixels, depth),) for _ in range(rotation(case.pixels * depth * dtype.itemsize, device))
+    ]
+    weights, out, dx, dweights = (
+        random(wide, depth),
+        random(case.pixels, wide),
+        torch.empty_like(inputs[0][0]),
+        random(wide, depth),
+    )
 
     def products(x):
         torch.mm(x, weights.t(), out=out)
@@ -196,18 +231,22 @@ def _product(case, mode, dtype, device):
     return inputs, products
 
 
-# -- networks -------------------------------------------------------------------------------------------------------------------------
+# -- networks
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _network(layer, compile, case, mode, dtype, device):
     torch.manual_seed(0)
     # without the bias of the logits, beside which what the layers give is rounding of a narrow dtype
-    model = create_model(case.name, logit_bias=0.0).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    model = create_model(case.name, logit_bias=0.0).to(
+        device, torch.float64 if dtype == torch.float64 else torch.float32
+    )
     model.requires_grad_(mode == STEP)  # a compiled backward computes what is asked or not
 
     def logits(images, detach=False):
         x = model.encoder(images)
-        for m in model.layers:  # cast once a layer, the same for all: left to autocast, the peers would carry float32 activations
+        # cast once a layer, the same for all: left to autocast, the peers would carry float32 activations
+        for m in model.layers:
             tensors = (t.to(dtype) for t in (x, m.reduction_weight, m.weight, m.bias))
             x = layer(*tensors, m.stride, m.padding, detach)
         return model.head(x)
@@ -215,7 +254,17 @@ def _network(layer, compile, case, mode, dtype, device):
     run = _compiled(logits, device) if compile else logits
     parameters = list(model.parameters())
     batched = layer in OURS.values()  # the peers send classes back one after the other
-    return _steps(run, lambda images: run(images, True), parameters, model.num_classes, case, mode, torch.float32, device, batched)
+    return _steps(
+        run,
+        lambda images: run(images, True),
+        parameters,
+        model.num_classes,
+        case,
+        mode,
+        torch.float32,
+        device,
+        batched,
+    )
 
 
 def _yardstick(name, case, mode, dtype, device):
@@ -227,7 +276,9 @@ def _yardstick(name, case, mode, dtype, device):
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
     model.train(mode == STEP).requires_grad_(mode == STEP)
-    explaining = model.explanation_mode() if name == BCOS and mode == EXPLANATION else contextlib.nullcontext()
+    explaining = (
+        model.explanation_mode() if name == BCOS and mode == EXPLANATION else contextlib.nullcontext()
+    )
     encode = (lambda x: torch.cat([x, 1 - x], 1)) if name == BCOS else (lambda x: x)
 
     def logits(images):
@@ -240,14 +291,15 @@ def _yardstick(name, case, mode, dtype, device):
 def _resnet(classes, name="resnet50"):
     try:
         from torchvision import models
-    except (ImportError, RuntimeError, OSError) as error:  # beside another torch than its own it raises RuntimeError
+    # beside another torch than its own it raises RuntimeError
+    except (ImportError, RuntimeError, OSError) as error:
         raise Missing(f"torchvision: {error}") from None
     return models.get_model(name, num_classes=classes)
 
 
 def _input_times_gradient(case, dtype, device):
-    """What explains an ordinary network for the least: captum's InputXGradient of a ResNet-18. For images of 32 pixels it has the stem that
-    they need to be classified as well as by S-CoDA: 3 x 3 and no pooling.
+    """What explains an ordinary network for the least: captum's InputXGradient of a ResNet-18. For images of
+    32 pixels it has the stem that they need to be classified as well as by S-CoDA: 3 x 3 and no pooling.
     """
     try:
         from captum.attr import InputXGradient
@@ -262,7 +314,16 @@ def _input_times_gradient(case, dtype, device):
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
     method = InputXGradient(model)
-    inputs, _ = _steps(model, model, [torch.nn.Parameter(torch.empty(0, device=device))], classes, case, INFERENCE, dtype, device)
+    inputs, _ = _steps(
+        model,
+        model,
+        [torch.nn.Parameter(torch.empty(0, device=device))],
+        classes,
+        case,
+        INFERENCE,
+        dtype,
+        device,
+    )
 
     def explanation(images, labels):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -280,7 +341,9 @@ def _bcos(classes):
 
 
 def _steps(logits, explained, parameters, classes, case, mode, dtype, device, batched=False):
-    """What a user does with a network: float32 weights, under autocast where ``dtype`` is a narrower one, Adam, binary cross-entropy."""
+    """What a user does with a network: float32 weights, under autocast where ``dtype`` is a narrower one,
+    Adam, binary cross-entropy.
+    """
     generator = torch.Generator(device).manual_seed(0)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     shape = (case.batch, 3, case.size, case.size)
@@ -288,8 +351,9 @@ def _steps(logits, explained, parameters, classes, case, mode, dtype, device, ba
     for _ in range(rotation(4 * math.prod(shape), device)):
         images = torch.rand(shape, generator=generator, device=device).contiguous(memory_format=layout)
         inputs.append((images, torch.randint(classes, (case.batch,), generator=generator, device=device)))
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # noqa: E731
-    # a rate of zero: every step does its work on the same weights, so that what is timed does not depend on how often
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    # a rate of zero: every step does its work on the same weights, so that what is timed does not depend on
+    # how often
     gpu = device.type == "cuda"
     optimiser = torch.optim.Adam(parameters, lr=0.0, fused=gpu, capturable=gpu)  # in a CUDA graph too
     if mode == STEP:  # its moments belong to what is there before
@@ -313,9 +377,18 @@ def _steps(logits, explained, parameters, classes, case, mode, dtype, device, ba
         images = images.detach().requires_grad_()
         with autocast():
             outputs = explained(images)
-        upstream = torch.eye(classes, device=outputs.device, dtype=outputs.dtype).unsqueeze(1).expand(-1, len(images), -1)
-        send_back = lambda one: torch.autograd.grad(outputs, images, one, retain_graph=True)[0]  # noqa: E731
-        return [outputs, torch.func.vmap(send_back)(upstream) if batched else torch.stack([send_back(one) for one in upstream])]
+        upstream = (
+            torch.eye(classes, device=outputs.device, dtype=outputs.dtype)
+            .unsqueeze(1)
+            .expand(-1, len(images), -1)
+        )
+        send_back = lambda one: torch.autograd.grad(outputs, images, one, retain_graph=True)[0]
+        return [
+            outputs,
+            torch.func.vmap(send_back)(upstream)
+            if batched
+            else torch.stack([send_back(one) for one in upstream]),
+        ]
 
     def step(images, labels):
         with autocast():
@@ -326,16 +399,20 @@ def _steps(logits, explained, parameters, classes, case, mode, dtype, device, ba
         optimiser.zero_grad(set_to_none=True)  # at the end: gradients count as memory of the step
         return [outputs.detach()]
 
-    return inputs, {INFERENCE: inference, EXPLANATION: explanation, EVERY_CLASS: every_class, STEP: step}[mode]
+    return inputs, {INFERENCE: inference, EXPLANATION: explanation, EVERY_CLASS: every_class, STEP: step}[
+        mode
+    ]
 
 
-# -- torch.compile --------------------------------------------------------------------------------------------------------------------
+# -- torch.compile
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _compiled(function, device):
-    """``torch.compile``; on a GPU with mode="max-autotune", CUDA graphs included (on a CPU that mode tunes two small products, for a few
-    seconds each). CODA_FAST_BENCH_ATEN=1 leaves it the choice among libraries' products and convolutions only, to compile sooner:
-    PyTorch's own profiling found no gain from Inductor's convolutions on an H100 (comment in torch._inductor.config).
+    """``torch.compile``; on a GPU with mode="max-autotune", CUDA graphs included (on a CPU that mode tunes
+    two small products, for a few seconds each). CODA_FAST_BENCH_ATEN=1 leaves it the choice among libraries'
+    products and convolutions only, to compile sooner: PyTorch's own profiling found no gain from Inductor's
+    convolutions on an H100 (comment in torch._inductor.config).
     """
     if os.environ.get("CODA_FAST_BENCH_ATEN"):
         from torch._inductor import config
@@ -358,5 +435,7 @@ def forget_compiled() -> None:
 
 def copy(nbytes: int, device: torch.device) -> tuple[list, Callable]:
     """The other ceiling: a copy of so many bytes within the device."""
-    inputs = [tuple(torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2)) for _ in range(2)]
+    inputs = [
+        tuple(torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2)) for _ in range(2)
+    ]
     return inputs, lambda source, target: [target.copy_(source)][:0]

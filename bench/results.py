@@ -49,10 +49,14 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Of the tree; "-dirty" if it was changed, other than by rows. CODA_FAST_COMMIT names it for a tree without its history."""
+    """Of the tree; "-dirty" if it was changed, other than by rows. CODA_FAST_COMMIT names it for a tree
+    without its history.
+    """
     if named := os.environ.get("CODA_FAST_COMMIT"):
         return named
-    git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    git = lambda *a: subprocess.run(
+        ["git", "-C", str(ROOT), *a], capture_output=True, text=True, check=True
+    ).stdout.strip()
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
@@ -76,7 +80,8 @@ def _version(package):
         return None
 
 
-# -- files ----------------------------------------------------------------------------------------------------------------------------
+# -- files
+# ------------------------------------------------------------------------------------------------------------
 
 
 def path_of(device: str, folder: Path) -> Path:
@@ -89,7 +94,10 @@ def tree() -> str:
     """Digest of the code that is run: package, kernels and tests, whatever git says of them."""
     digest = hashlib.sha256()
     for path in sorted(
-        p for folder in ("coda_fast", "kernels", "tests") for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".json")
+        p
+        for folder in ("coda_fast", "kernels", "tests")
+        for p in (ROOT / folder).rglob("*")
+        if p.suffix in (".py", ".json")
     ):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -110,24 +118,32 @@ def read(path: Path) -> list[dict]:
         except (ValueError, TypeError):
             row, missing = None, ["JSON"]
         if missing:
-            raise ValueError(f"{path}, line {number}: expected a row with {', '.join(FIELDS)}, got one without {', '.join(missing)}")
+            raise ValueError(
+                f"{path}, line {number}: expected a row with {', '.join(FIELDS)}, got one without "
+                f"{', '.join(missing)}"
+            )
         rows.append(row)
     return rows
 
 
 def replace(path: Path, rows: Iterable[dict]) -> None:
-    """Put rows into a file in place of those of the same groups; all of it or nothing, so that a run can be cut off at any time. Of the
-    same code and versions, what another run has of providers that are not among the rows stays.
+    """Put rows into a file in place of those of the same groups; all of it or nothing, so that a run can be
+    cut off at any time. Of the same code and versions, what another run has of providers that are not among
+    the rows stays.
     """
     rows = list(rows)
     same = ("device", "torch", "triton", "commit", "date")
     groups = {group_of(row): [row[key] for key in same] for row in rows}
     measured = {(group_of(row), row["provider"]) for row in rows}
     kept = [
-        row for row in read(path)
+        row
+        for row in read(path)
         if group_of(row) not in groups
-        or (groups[group_of(row)] == [row.get(key) for key in same] and (group_of(row), row["provider"]) not in measured)
-    ]  # fmt: skip
+        or (
+            groups[group_of(row)] == [row.get(key) for key in same]
+            and (group_of(row), row["provider"]) not in measured
+        )
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]), encoding="utf-8")
@@ -138,7 +154,9 @@ LOG = 200_000  # bytes of a log that are packed, from its beginning and from its
 
 
 def pack(files: dict[Path, Path], archive: Path) -> None:
-    """Files into a .tar.gz under these names, all of it or nothing; in folders named logs, long ones lose their middle."""
+    """Files into a .tar.gz under these names, all of it or nothing; in folders named logs, long ones lose
+    their middle.
+    """
     archive.parent.mkdir(parents=True, exist_ok=True)
     scratch = archive.with_name(f".{archive.name}.{os.getpid()}")
     with tarfile.open(scratch, "w:gz") as tar:

@@ -1,4 +1,5 @@
-"""Every table and plot of measured results in README.md and docs/, from the rows in bench/results/ (``make tables``).
+"""Every table and plot of measured results in README.md and docs/, from the rows in bench/results/ (``make
+tables``).
 
 python bench/tables.py            write them
 python bench/tables.py --check    exit status 1 if what is written is not what the rows say
@@ -13,7 +14,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
 
-from bench import aot_tables, evaluate_digits, evaluation_speed, golden, launches, matrix_regulariser, plots, results  # noqa: E402
+from bench import (  # noqa: E402
+    aot_tables,
+    evaluate_digits,
+    evaluation_speed,
+    golden,
+    launches,
+    matrix_regulariser,
+    plots,
+    results,
+)
 from bench import training as training_runs  # noqa: E402
 from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING  # noqa: E402
 from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, COPY, MATERIALISING, PRODUCT  # noqa: E402
@@ -24,12 +34,13 @@ MIB = 2**20
 ALGEBRAICS = (ALGEBRAIC, ALGEBRAIC + COMPILED, CHECKPOINTED, CHECKPOINTED + COMPILED)
 
 
-# -- one device -----------------------------------------------------------------------------------------------------------------------
+# -- one device
+# ------------------------------------------------------------------------------------------------------------
 
 
 def variants(rows: list[dict]) -> list[list[dict]]:
-    """Rows that may stand in one table: of one dtype and one batch size, in the order of their first rows; scaling series with the first of
-    their dtype.
+    """Rows that may stand in one table: of one dtype and one batch size, in the order of their first rows;
+    scaling series with the first of their dtype.
     """
     rows = [row for row in rows if row["op"] != COPY]
     scaling = {row["dtype"]: [] for row in rows}
@@ -84,14 +95,26 @@ def times(rows: list[dict]) -> str:
 
 
 def gains(rows: list[dict]) -> str:
-    """Speed-up of coda_fast on the formula as published and on the fastest algebraic peer, memory, error, share of the ceiling."""
+    """Speed-up of coda_fast on the formula as published and on the fastest algebraic peer, memory, error,
+    share of the ceiling.
+    """
     by = _by(rows)
     table = [
         [
-            "layer", "speed-up on materialising", "on the fastest algebraic", "which", "% of ceiling", "ceiling",
-            "peak MiB: materialising", "algebraic", "coda_fast", "error: materialising", "algebraic", "coda_fast",
+            "layer",
+            "speed-up on materialising",
+            "on the fastest algebraic",
+            "which",
+            "% of ceiling",
+            "ceiling",
+            "peak MiB: materialising",
+            "algebraic",
+            "coda_fast",
+            "error: materialising",
+            "algebraic",
+            "coda_fast",
         ]
-    ]  # fmt: skip
+    ]
     for op in _ordered(r["op"] for r in rows):
         ours = by.get((op, CODA))
         if not ours:
@@ -110,28 +133,51 @@ def gains(rows: list[dict]) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """The short table of the README: forward + backward, a layer a row, then the training step of whole networks."""
+    """The short table of the README: forward + backward, a layer a row, then the training step of whole
+    networks.
+    """
     by = _by([r for r in rows if r["mode"] in (TRAINING, STEP)])
     table = [
         [
-            "", "C, n, r, k, stride, size", "as published, ms", "algebraic, ms", "coda_fast, ms", "speed-up on published", "on algebraic",
-            "which", "% of ceiling", "peak memory, MiB: as published", "algebraic", "coda_fast",
+            "",
+            "C, n, r, k, stride, size",
+            "as published, ms",
+            "algebraic, ms",
+            "coda_fast, ms",
+            "speed-up on published",
+            "on algebraic",
+            "which",
+            "% of ceiling",
+            "peak memory, MiB: as published",
+            "algebraic",
+            "coda_fast",
         ]
-    ]  # fmt: skip
-    for op in _ordered(r["op"] for r in rows if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")):
+    ]
+    for op in _ordered(
+        r["op"] for r in rows if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")
+    ):
         ours = by.get((op, CODA))
         if not ours:
             continue
-        first, second = fastest(by, op, (MATERIALISING, MATERIALISING + COMPILED)), fastest(by, op, ALGEBRAICS)
+        first, second = (
+            fastest(by, op, (MATERIALISING, MATERIALISING + COMPILED)),
+            fastest(by, op, ALGEBRAICS),
+        )
         three = [by.get((op, p)) for p in (first, second, CODA)]
         share = f"{100 * ours['ceiling']:.0f}" if ours["ceiling"] else ""
         label = op if "channels" in ours["shape"] else f"{op}, training step"
         table.append(
             [
-                label, _shape(by, op), *map(_ms, three), _speedup(ours, first), _speedup(ours, second), _which(by, op, second), share,
+                label,
+                _shape(by, op),
+                *map(_ms, three),
+                _speedup(ours, first),
+                _speedup(ours, second),
+                _which(by, op, second),
+                share,
                 *map(_mib, three),
             ]
-        )  # fmt: skip
+        )
     return _markdown(table)
 
 
@@ -163,7 +209,9 @@ def missing(rows: list[dict]) -> str:
     for row in rows:
         if row.get("missing"):
             reasons.setdefault((row["provider"], row["missing"]), []).append(f"{row['op']} {row['mode']}")
-    return "\n".join(f"Not measured: {p} ({why}): {', '.join(_ordered(where))}." for (p, why), where in reasons.items())
+    return "\n".join(
+        f"Not measured: {p} ({why}): {', '.join(_ordered(where))}." for (p, why), where in reasons.items()
+    )
 
 
 def footer(rows: list[dict], copies: list[dict] = ()) -> str:
@@ -174,26 +222,39 @@ def footer(rows: list[dict], copies: list[dict] = ()) -> str:
     spread = ""
     if spreads:
         spread = (
-            f"20 to 80 % of a provider's samples span {100 * spreads[len(spreads) // 2]:.0f} % of their median (median over the rows), "
+            f"20 to 80 % of a provider's samples span {100 * spreads[len(spreads) // 2]:.0f} % of their "
+            "median (median over the rows), "
         )
         spread += f"{100 * spreads[-1]:.0f} % at worst. "
     layers = [r for r in rows if "channels" in r["shape"] and not r["op"].startswith("scaling")]
     batches = "".join(_ordered(f"; layers of {r['op'][0]}-CoDA: batch {r['shape']['batch']}" for r in layers))
     unverified = sorted({r["provider"] for r in rows if r.get("verified") is False})
-    doubt = f" No speed-up of {', '.join(unverified)} is shown: the op's own tests or its error failed here." if unverified else ""
+    doubt = (
+        f" No speed-up of {', '.join(unverified)} is shown: the op's own tests or its error failed here."
+        if unverified
+        else ""
+    )
     driver = f", driver {one['driver']}" if one.get("driver") else f", {one.get('threads')} threads"
-    bandwidth = "".join(f" A copy reads and writes {2e-3 * c['shape']['bytes'] / c['p50_us']:.0f} GB/s." for c in copies)
+    bandwidth = "".join(
+        f" A copy reads and writes {2e-3 * c['shape']['bytes'] / c['p50_us']:.0f} GB/s." for c in copies
+    )
     return (
-        f"{one['dtype']}{batches}.{bandwidth} Speed-ups: median of the ratios turn by turn (20 to 80 %). {spread}{one['device']}{driver}; "
+        f"{one['dtype']}{batches}.{bandwidth} Speed-ups: median of the ratios turn by turn (20 to 80 %). "
+        f"{spread}{one['device']}{driver}; "
         f"torch {one['torch']}, Triton {one['triton']}, Python {one.get('python')}; commit {commits}.{doubt}"
     )
 
 
-# -- cells ----------------------------------------------------------------------------------------------------------------------------
+# -- cells
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _select(rows, mode, layers):
-    return [r for r in rows if r["mode"] == mode and ("channels" in r["shape"]) == layers and not r["op"].startswith("scaling")]
+    return [
+        r
+        for r in rows
+        if r["mode"] == mode and ("channels" in r["shape"]) == layers and not r["op"].startswith("scaling")
+    ]
 
 
 def _by(rows):
@@ -227,7 +288,11 @@ def _sum(by, ops, provider):
 def _shape(by, op):
     shape = next(r["shape"] for (o, _), r in by.items() if o == op)
     keys = ("channels", "units", "rank", "kernel", "stride", "size")
-    return ", ".join(str(shape[k]) for k in keys) if "channels" in shape else f"all, {shape['size']} px, batch {shape['batch']}"
+    return (
+        ", ".join(str(shape[k]) for k in keys)
+        if "channels" in shape
+        else f"all, {shape['size']} px, batch {shape['batch']}"
+    )
 
 
 def _digits(value):
@@ -238,7 +303,13 @@ def _digits(value):
 def _ms(row):
     if row is None:
         return ""
-    return _digits(1e-3 * row["p50_us"]) if row["p50_us"] else "no memory" if row.get("missing") == "out of memory" else "n/a"
+    return (
+        _digits(1e-3 * row["p50_us"])
+        if row["p50_us"]
+        else "no memory"
+        if row.get("missing") == "out of memory"
+        else "n/a"
+    )
 
 
 def _mib(row):
@@ -259,22 +330,32 @@ def _speedup(ours, peer):
     if peer not in ours["speedup"]:
         return ""
     low, middle, high = ours["speedup"][peer]
-    return f"{middle:.2f}x ({low:.2f} to {high:.2f})" if middle < 10 else f"{middle:.1f}x ({low:.1f} to {high:.1f})"
+    return (
+        f"{middle:.2f}x ({low:.2f} to {high:.2f})"
+        if middle < 10
+        else f"{middle:.1f}x ({low:.1f} to {high:.1f})"
+    )
 
 
 def _markdown(table):
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in table
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-# -- documents ------------------------------------------------------------------------------------------------------------------------
+# -- documents
+# ------------------------------------------------------------------------------------------------------------
 
 
 def devices(folder: Path = results.FOLDER) -> list[tuple[Path, list[dict]]]:
     """The files of rows, with what is in them; GPUs first."""
     found = [(path, results.read(path)) for path in sorted(folder.glob("*.jsonl"))]
-    return sorted((pair for pair in found if pair[1]), key=lambda pair: (pair[1][0]["driver"] is None, pair[0].name))
+    return sorted(
+        (pair for pair in found if pair[1]), key=lambda pair: (pair[1][0]["driver"] is None, pair[0].name)
+    )
 
 
 def block(text: str, name: str, content: str) -> str:
@@ -290,25 +371,46 @@ def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
     short, full = [], []
     for path, rows in devices(folder):
         for variant in variants(rows):
-            training = [r for r in variant if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")]
+            training = [
+                r for r in variant if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")
+            ]
             # the published batch is 16; smaller ones are in docs/benchmark.md
             if training and training[0]["shape"]["batch"] >= 16:
-                short += [f"**{rows[0]['device']}, {training[0]['dtype']}**", "", summary(training), "", footer(training), ""]
+                short += [
+                    f"**{rows[0]['device']}, {training[0]['dtype']}**",
+                    "",
+                    summary(training),
+                    "",
+                    footer(training),
+                    "",
+                ]
         full += [f"## {rows[0]['device']}", "", everything(rows), ""]
         if any(r["op"].startswith("scaling") for r in rows):
             full += [f"![Scaling on {rows[0]['device']}]({plots.scaling_path(path).name})", ""]
     return {
-        README: block(block(README.read_text(encoding="utf-8"), "bench", "\n".join(short).rstrip()), "golden", golden.table()),
+        README: block(
+            block(README.read_text(encoding="utf-8"), "bench", "\n".join(short).rstrip()),
+            "golden",
+            golden.table(),
+        ),
         BENCHMARK: block(BENCHMARK.read_text(encoding="utf-8"), "bench", "\n".join(full).rstrip()),
         EVALUATION: _evaluation(),
         TRAINING_PAGE: _training(),
-        KERNELS: block(block(KERNELS.read_text(encoding="utf-8"), "aot", aot_tables.tables()), "launches", launches.tables()),
+        KERNELS: block(
+            block(KERNELS.read_text(encoding="utf-8"), "aot", aot_tables.tables()),
+            "launches",
+            launches.tables(),
+        ),
     }
 
 
 def _evaluation() -> str:
     text = EVALUATION.read_text(encoding="utf-8")
-    for name, module in (("digits", evaluate_digits), ("matrix", matrix_regulariser), ("speed", evaluation_speed)):
+    for name, module in (
+        ("digits", evaluate_digits),
+        ("matrix", matrix_regulariser),
+        ("speed", evaluation_speed),
+    ):
         text = block(text, name, module.table())
     return text
 
@@ -320,20 +422,31 @@ def _training() -> str:
 
 def stale() -> list[str]:
     """Documents and plots that do not show what the rows say."""
-    found = [str(path.relative_to(ROOT)) for path, text in documents().items() if path.read_text(encoding="utf-8") != text]
+    found = [
+        str(path.relative_to(ROOT))
+        for path, text in documents().items()
+        if path.read_text(encoding="utf-8") != text
+    ]
     for path, rows in devices():
-        if any(r["op"].startswith("scaling") for r in rows) and not plots.shows(plots.scaling_path(path), rows):
+        if any(r["op"].startswith("scaling") for r in rows) and not plots.shows(
+            plots.scaling_path(path), rows
+        ):
             found.append(str(plots.scaling_path(path).relative_to(ROOT)))
     return found
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
     if options.check:
         found = stale()
-        print("\n".join(f"stale: {name}" for name in found) or "all tables and plots show the rows of bench/results")
+        print(
+            "\n".join(f"stale: {name}" for name in found)
+            or "all tables and plots show the rows of bench/results"
+        )
         return int(bool(found))
     for path, rows in devices():
         if any(r["op"].startswith("scaling") for r in rows):

@@ -1,8 +1,12 @@
-"""What training costs and gives on this machine: decoding beside the network that consumes it, a step beside the peers, a real run.
+"""What training costs and gives on this machine: decoding beside the network that consumes it, a step beside
+the peers, a real run.
 
-python bench/training.py                  bench/results/training.json: decoding and training steps, measured now (a minute)
-python bench/training.py --run FOLDER     bench/results/cifar10_xs.json and docs/cifar10_xs.png: a run of the recipe cifar10-xs
-          [--localisation FOLDER]         with what ``coda-fast evaluate --metric localisation --output FOLDER`` found for it
+python bench/training.py
+    bench/results/training.json: decoding and training steps, measured now (a minute)
+python bench/training.py --run FOLDER
+    bench/results/cifar10_xs.json and docs/cifar10_xs.png: a run of the recipe cifar10-xs
+          [--localisation FOLDER]
+              with what ``coda-fast evaluate --metric localisation --output FOLDER`` found for it
 """
 
 from __future__ import annotations
@@ -50,21 +54,28 @@ def photograph() -> bytes:
 
 def decoding(seconds: float = 3.0) -> list[dict]:
     """Images/s of one core, by kind of work."""
-    from coda_fast.data import Preprocessing  # the tables are printed where the extra "train" is not installed
+    # the tables are printed where the extra "train" is not installed
+    from coda_fast.data import Preprocessing
     from coda_fast.train.augmentation import Augmentation
 
     photo, rows, wanted = photograph(), [], Preprocessing(3, 256, 240)
     decoders = {
         "decode, resize 256, crop 240": lambda generator: wanted.pixels(photo),
-        "the same, a random crop, RandAugment (n = 2)": functools.partial(Augmentation(wanted, randaugment=(2, 10)).pixels, photo),
-        "crop of 25 to 100 % of the area, RandAugment": functools.partial(Augmentation(wanted, (0.25, 1.0), (2, 10)).pixels, photo),
+        "the same, a random crop, RandAugment (n = 2)": functools.partial(
+            Augmentation(wanted, randaugment=(2, 10)).pixels, photo
+        ),
+        "crop of 25 to 100 % of the area, RandAugment": functools.partial(
+            Augmentation(wanted, (0.25, 1.0), (2, 10)).pixels, photo
+        ),
     }
     for name, decode in decoders.items():
         count, begun = 0, time.perf_counter()
         while time.perf_counter() - begun < seconds:
             decode(np.random.default_rng(count))
             count += 1
-        rows.append({"work": name, "images_per_second_per_core": round(count / (time.perf_counter() - begun), 1)})
+        rows.append(
+            {"work": name, "images_per_second_per_core": round(count / (time.perf_counter() - begun), 1)}
+        )
     return [*rows, {"photograph_bytes": len(photo)}]
 
 
@@ -120,13 +131,21 @@ def run() -> dict:
     runners, _ = step("imagenet100-l", 1, {"coda_fast": None})
     found = measure.in_turn(runners, device, 4.0)["coda_fast"]
     consumed = round(1e6 / measure.quantiles(found.host_us)[1], 2)
-    return {**results.environment(device), "rows": rows, "decoding": decoding(), "imagenet100_l_images_per_second": consumed}
+    return {
+        **results.environment(device),
+        "rows": rows,
+        "decoding": decoding(),
+        "imagenet100_l_images_per_second": consumed,
+    }
 
 
 def table() -> str:
     """Markdown of what is stored."""
     stored = json.loads(RESULTS.read_text(encoding="utf-8"))
-    lines = ["| training step, images/s | coda_fast | as published (w materialised) | algebraic | faster than published | than algebraic |"]
+    lines = [
+        "| training step, images/s | coda_fast | as published (w materialised) | algebraic | faster than "
+        "published | than algebraic |"
+    ]
     lines.append("|---|---|---|---|---|---|")
     for row in stored["rows"]:
         rates = " | ".join(f"{row['images_per_second'][p]:.4g}" for p in PROVIDERS)
@@ -134,18 +153,28 @@ def table() -> str:
         for peer in ("materialising", "algebraic"):
             low, middle, high = row[f"speedup_on_{peer}"]
             gains.append(f"{middle:.2f}x ({low:.2f} to {high:.2f})")
-        lines.append(f"| {row['recipe']}, batch {row['batch']}, {row['parameters']:,} parameters | {rates} | {gains[0]} | {gains[1]} |")
+        lines.append(
+            f"| {row['recipe']}, batch {row['batch']}, {row['parameters']:,} parameters | {rates} | "
+            f"{gains[0]} | {gains[1]} |"
+        )
     lines += ["", "| decoding a JPEG of 500 x 375, one core | images/s |", "|---|---|"]
-    lines += [f"| {row['work']} | {row['images_per_second_per_core']:.0f} |" for row in stored["decoding"] if "work" in row]
+    lines += [
+        f"| {row['work']} | {row['images_per_second_per_core']:.0f} |"
+        for row in stored["decoding"]
+        if "work" in row
+    ]
     lines += [
         "",
-        f"imagenet100-l consumes {stored['imagenet100_l_images_per_second']} images/s on this CPU. Median turn by turn (20 to 80 %); "
-        f"{stored['device']}, {stored['threads']} threads, torch {stored['torch']}; commit {stored['commit']}, {stored['date']}.",
+        f"imagenet100-l consumes {stored['imagenet100_l_images_per_second']} images/s on this CPU. Median "
+        "turn by turn (20 to 80 %); "
+        f"{stored['device']}, {stored['threads']} threads, torch {stored['torch']}; commit "
+        f"{stored['commit']}, {stored['date']}.",
     ]
     return "\n".join(lines)
 
 
-# -- a real run -----------------------------------------------------------------------------------------------------------------------
+# -- a real run
+# ------------------------------------------------------------------------------------------------------------
 
 
 def collect(folder: Path, localisation: Path | None) -> dict:
@@ -156,43 +185,68 @@ def collect(folder: Path, localisation: Path | None) -> dict:
         history = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     recipe["data"]["path"] = None
-    found = {"data": "CIFAR-10 (JPEG)", "recipe": recipe, **results.environment(torch.device("cpu")), "history": history}
+    found = {
+        "data": "CIFAR-10 (JPEG)",
+        "recipe": recipe,
+        **results.environment(torch.device("cpu")),
+        "history": history,
+    }
     if localisation is not None:
         stored = json.loads((localisation / "results.json").read_text(encoding="utf-8"))
-        found["localisation"] = {key: stored[key] for key in ("settings", "methods", "results") if key in stored}
+        found["localisation"] = {
+            key: stored[key] for key in ("settings", "methods", "results") if key in stored
+        }
     return found
 
 
 def run_table() -> str:
     """Markdown of the stored run."""
     stored = json.loads(RUN.read_text(encoding="utf-8"))
-    lines = ["| epoch | training loss | training accuracy | test loss | test accuracy | images/s |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| epoch | training loss | training accuracy | test loss | test accuracy | images/s |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in stored["history"]:
         lines.append(
-            f"| {row['epoch']:.0f} | {row['train_loss']:.4f} | {row['train_accuracy']:.1%} | {row['val_loss']:.4f} | "
+            f"| {row['epoch']:.0f} | {row['train_loss']:.4f} | {row['train_accuracy']:.1%} | "
+            f"{row['val_loss']:.4f} | "
             f"{row['val_accuracy']:.2%} | {row['images_per_second']:.0f} |"
         )
     run, last = stored["recipe"], stored["history"][-1]
     lines += [
         "",
-        f"{stored['data']}, recipe {run['name']}, T = {run['model']['temperature']:g}, {last['epoch']:.0f} epochs of batch "
-        f"{run['batch_size']}, float32, one thread of a shared {stored['device']}: test accuracy {last['val_accuracy']:.2%} on all "
+        f"{stored['data']}, recipe {run['name']}, T = {run['model']['temperature']:g}, {last['epoch']:.0f} "
+        "epochs of batch "
+        f"{run['batch_size']}, float32, one thread of a shared {stored['device']}: test accuracy "
+        f"{last['val_accuracy']:.2%} on all "
         f"{last['val_images']:.0f} images"
-        + (f", {stored['lossless_accuracy']:.2%} on the 1,017 that are stored without loss" if "lossless_accuracy" in stored else "")
+        + (
+            f", {stored['lossless_accuracy']:.2%} on the 1,017 that are stored without loss"
+            if "lossless_accuracy" in stored
+            else ""
+        )
         + (f"; {stored['minutes']} minutes" if "minutes" in stored else "")
         + f". torch {stored['torch']}, commit {stored['commit']}, {stored['date']}.",
     ]
     if found := stored.get("localisation"):
         side, grids = found["settings"]["side"], found["settings"]["grids"]
-        lines += ["", f"| localisation, {grids} grids of {side} x {side}, chance {1 / side**2:.3f} | mean | 25 % | median | 75 % |"]
+        lines += [
+            "",
+            f"| localisation, {grids} grids of {side} x {side}, chance {1 / side**2:.3f} | mean | 25 % | "
+            "median | 75 % |",
+        ]
         lines.append("|---|---|---|---|---|")
         for name, row in sorted(found["methods"].items(), key=lambda item: -item[1]["mean"]):
-            lines.append(f"| {name} | {row['mean']:.3f} | {row['q25']:.3f} | {row['median']:.3f} | {row['q75']:.3f} |")
+            lines.append(
+                f"| {name} | {row['mean']:.3f} | {row['q25']:.3f} | {row['median']:.3f} | {row['q75']:.3f} |"
+            )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, help="folder of coda-fast train")
     parser.add_argument("--localisation", type=Path, help="folder of coda-fast evaluate")
     options = parser.parse_args()
@@ -200,6 +254,8 @@ if __name__ == "__main__":
         RESULTS.write_text(json.dumps(run(), indent=1) + "\n", encoding="utf-8")
         print(table())
     else:
-        RUN.write_text(json.dumps(collect(options.run, options.localisation), indent=1) + "\n", encoding="utf-8")
+        RUN.write_text(
+            json.dumps(collect(options.run, options.localisation), indent=1) + "\n", encoding="utf-8"
+        )
         shutil.copyfile(options.run / "curve.png", CURVE)
         print(run_table())

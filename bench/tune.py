@@ -1,12 +1,15 @@
-"""Propose rows of a configuration table for the GPU at hand: time the wanted tile of every kernel and layer, and its neighbours.
+"""Propose rows of a configuration table for the GPU at hand: time the wanted tile of every kernel and layer,
+and its neighbours.
 
     python bench/tune.py --output sm_90.json                                        both published networks
-    python bench/tune.py --output part.json --layers S7 L8 --kernels fold grad_z --dtype bfloat16 --budget-seconds 600
+    python bench/tune.py --output part.json --layers S7 L8 --kernels fold grad_z --dtype bfloat16
+    --budget-seconds 600
 
-A kernel is timed in the launches that one training step of the layer makes, recorded from the step itself. The search starts at the tile
-in use and moves to the fastest neighbour (`neighbours`) until none is faster by 1 %. A tile whose results differ from those of the tile
-in use by more than rounding is reported and left out. The output is in the format of the package's tables, which it never touches:
-put it into a folder named by CODA_FAST_TABLES to try it. Exit status 2 without a CUDA device.
+A kernel is timed in the launches that one training step of the layer makes, recorded from the step itself.
+The search starts at the tile in use and moves to the fastest neighbour (`neighbours`) until none is faster by
+1 %. A tile whose results differ from those of the tile in use by more than rounding is reported and left out.
+The output is in the format of the package's tables, which it never touches: put it into a folder named by
+CODA_FAST_TABLES to try it. Exit status 2 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -39,24 +42,36 @@ ACCUMULATORS = 128  # float32 registers of a thread for the accumulator; with mo
 LEAST_GAIN = 0.01
 
 
-# -- which tiles there are ------------------------------------------------------------------------------------------------------------
+# -- which tiles there are
+# ------------------------------------------------------------------------------------------------------------
 
 
-def neighbours(kernel: str, shape: config.Shape, device: config.Device, tile: Tile | None = None) -> tuple[Tile, ...]:
-    """``tile`` (None: the wanted one), then the legal tiles one move away: a block halved or doubled, one halved for another doubled, other
-    warps, other stages.
+def neighbours(
+    kernel: str, shape: config.Shape, device: config.Device, tile: Tile | None = None
+) -> tuple[Tile, ...]:
+    """``tile`` (None: the wanted one), then the legal tiles one move away: a block halved or doubled, one
+    halved for another doubled, other warps, other stages.
     """
     tile = tile or config.candidates(kernel, shape, device)[0]
     blocks = dict(tile.blocks)
     moves = [{name: size * factor} for name, size in blocks.items() for factor in (0.5, 2)]
     moves += [{a: blocks[a] / 2, b: blocks[b] * 2} for a in blocks for b in blocks if a != b]
-    found = [tile, *(dataclasses.replace(tile, warps=w) for w in WARPS), *(dataclasses.replace(tile, stages=s) for s in STAGES)]
-    found += [Tile.make(tile.warps, tile.stages, **{name: int(size) for name, size in (blocks | move).items()}) for move in moves]
+    found = [
+        tile,
+        *(dataclasses.replace(tile, warps=w) for w in WARPS),
+        *(dataclasses.replace(tile, stages=s) for s in STAGES),
+    ]
+    found += [
+        Tile.make(tile.warps, tile.stages, **{name: int(size) for name, size in (blocks | move).items()})
+        for move in moves
+    ]
     return tuple(dict.fromkeys(t for t in found if t == tile or legal(kernel, shape, device, t)))
 
 
 def legal(kernel: str, shape: config.Shape, device: config.Device, tile: Tile) -> bool:
-    """Whether the kernel computes the right thing with these blocks (it reads without masks) and the device can hold them."""
+    """Whether the kernel computes the right thing with these blocks (it reads without masks) and the
+    device can hold them.
+    """
     return (
         config.right(kernel, shape, tile)
         and _accumulators(kernel, shape, tile) <= ACCUMULATORS * tile.warps * 32
@@ -79,12 +94,15 @@ def _accumulators(kernel, s, t):
     return math.prod(t[name] for name in names)
 
 
-# -- what a kernel does in a training step ---------------------------------------------------------------------------------------------
+# -- what a kernel does in a training step
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Launch:
-    """One launch of a kernel as the layer makes it, ready to be repeated with another tile, and what it writes."""
+    """One launch of a kernel as the layer makes it, ready to be repeated with another tile, and what it
+    writes.
+    """
 
     run: Callable[[Tile], torch.Tensor | None]
     outputs: list[torch.Tensor]
@@ -92,14 +110,17 @@ class Launch:
     after: list[torch.Tensor]
 
     def error(self, tile: Tile) -> str | None:
-        """What ``tile`` computes otherwise than the tile in use, if anything. Leaves all tensors as they were."""
+        """What ``tile`` computes otherwise than the tile in use, if anything. Leaves all tensors as they
+        were.
+        """
         now = [t.clone() for t in self.outputs]
         try:
             for tensor, value in zip(self.outputs, self.before, strict=True):
                 tensor.copy_(value)
             with unwritten_is_nan():
                 result = self.run(tile)
-            found = self.outputs + ([] if result is None else [result.sum(0)])  # other tiles sum in other parts
+            # other tiles sum in other parts
+            found = self.outputs + ([] if result is None else [result.sum(0)])
             return next(filter(None, map(_difference, found, self.after)), None)
         finally:
             for tensor, value in zip(self.outputs, now, strict=True):
@@ -164,7 +185,10 @@ def record(layer: tuple, dtype: str, device: str | torch.device) -> dict[str, Jo
 @contextlib.contextmanager
 def unwritten_is_nan():
     """torch.empty filled with NaN, which is also how what a kernel writes is told from what it reads."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -176,7 +200,9 @@ def unwritten_is_nan():
 
 
 def _tensors_of(run):
-    """Tensors that a launcher's closure holds, by itself, in lists or as a layer's packed parameters; each once."""
+    """Tensors that a launcher's closure holds, by itself, in lists or as a layer's packed parameters; each
+    once.
+    """
     found = {}
     for cell in run.__closure__ or ():
         held = cell.cell_contents
@@ -204,11 +230,16 @@ def _difference(found, expected):
     return None if error <= bound else f"error {error:.1e} of the largest result, allowed {bound:.1e}"
 
 
-# -- search ---------------------------------------------------------------------------------------------------------------------------
+# -- search
+# ------------------------------------------------------------------------------------------------------------
 
 
-def search(job: Job, measure: Callable[[Tile], float], expired: Callable[[], bool] = lambda: False) -> tuple[Tile, dict[Tile, float]]:
-    """The fastest tile reached from the wanted one, and microseconds of all that were tried; infinity marks one that is left out."""
+def search(
+    job: Job, measure: Callable[[Tile], float], expired: Callable[[], bool] = lambda: False
+) -> tuple[Tile, dict[Tile, float]]:
+    """The fastest tile reached from the wanted one, and microseconds of all that were tried; infinity
+    marks one that is left out.
+    """
     best, times = job.wanted, {job.wanted: measure(job.wanted)}
     while True:
         for tile in neighbours(job.kernel, job.shape, job.device, best):
@@ -220,8 +251,12 @@ def search(job: Job, measure: Callable[[Tile], float], expired: Callable[[], boo
         best = fastest
 
 
-def measurer(job: Job, timer: Callable[[Callable[[], None]], float], report: Callable[[str], None]) -> Callable[[Tile], float]:
-    """Microseconds of a tile, once it has been found to compute the same; what cannot be used is reported and infinite."""
+def measurer(
+    job: Job, timer: Callable[[Callable[[], None]], float], report: Callable[[str], None]
+) -> Callable[[Tile], float]:
+    """Microseconds of a tile, once it has been found to compute the same; what cannot be used is reported
+    and infinite.
+    """
     import triton
 
     refused = (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError)
@@ -248,7 +283,10 @@ def tune(job: Job, timer, report, expired) -> dict | None:
     if best != job.wanted:  # once more, one after the other: clocks drift during a search
         us_wanted, us = (timer(lambda tile=tile: job.run(tile)) for tile in (job.wanted, best))
         best, us = (best, us) if us < us_wanted else (job.wanted, us_wanted)
-    report(f"{job.key}: {describe(best)} {us:.1f} us, wanted {describe(job.wanted)} {us_wanted:.1f} us, {len(times)} tried")
+    report(
+        f"{job.key}: {describe(best)} {us:.1f} us, wanted {describe(job.wanted)} {us_wanted:.1f} us, "
+        f"{len(times)} tried"
+    )
     return row(job.key, best, us, us_wanted)
 
 
@@ -262,14 +300,20 @@ def describe(tile: Tile) -> str:
     return " ".join(f"{name}{size}" for name, size in tile.blocks) + f" w{tile.warps} s{tile.stages}"
 
 
-# -- the tool -------------------------------------------------------------------------------------------------------------------------
+# -- the tool
+# ------------------------------------------------------------------------------------------------------------
 
 
 def document(rows: list[dict], device: str) -> dict:
     """A table: where and when it was measured, and its rows."""
     import triton
 
-    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return {
         "device": device,
         "triton": triton.__version__,
@@ -296,16 +340,34 @@ def median_us(run: Callable[[], None]) -> float:
 
 
 def _arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="a file that does not exist yet, outside the package's tables")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="a file that does not exist yet, outside the package's tables",
+    )
     parser.add_argument("--layers", nargs="+", help="S1 to S9 and L1 to L9; default: all")
     parser.add_argument("--kernels", nargs="+", choices=sorted(config._SIZES), help="default: all")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"], help="16-bit types share their rows")
-    parser.add_argument("--budget-seconds", type=float, default=math.inf, help="stop then, with what there is")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=["bfloat16", "float32"],
+        help="16-bit types share their rows",
+    )
+    parser.add_argument(
+        "--budget-seconds", type=float, default=math.inf, help="stop then, with what there is"
+    )
     options = parser.parse_args(argv)
     path = options.output.resolve()
     if config.TABLES.resolve() in path.parents:
-        parser.error(f"--output: expected a path outside {config.TABLES} (this tool proposes only), got {options.output}")
+        parser.error(
+            f"--output: expected a path outside {config.TABLES} (this tool proposes only), got "
+            f"{options.output}"
+        )
     if path.exists() or not path.parent.is_dir():
         parser.error(f"--output: expected a new file in a folder that exists, got {options.output}")
     return options
@@ -320,10 +382,13 @@ def main(argv=None) -> int:
 
     known = layers()
     if unknown := set(options.layers or ()) - set(known):
-        print(f"tune: --layers: expected some of {' '.join(known)}, got {' '.join(sorted(unknown))}", file=sys.stderr)
+        print(
+            f"tune: --layers: expected some of {' '.join(known)}, got {' '.join(sorted(unknown))}",
+            file=sys.stderr,
+        )
         return 2
     rows, expired = {}, lambda: time.monotonic() - start > options.budget_seconds
-    report = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    report = lambda text: print(text, file=sys.stderr, flush=True)
     for dtype in options.dtype:
         for name in options.layers or known:
             if expired():

@@ -14,14 +14,17 @@ from pathlib import Path
 
 NO_TIME = "no time left"  # why a bench was skipped that did not begin in time
 ROOT = Path(__file__).resolve().parent.parent
-# The values of the published implementation; on a GPU also the kernels against the definition on published layers
+# The values of the published implementation; on a GPU also the kernels against the definition on published
+# layers
 CPU = ("tests/test_golden.py", "-k", "not triton")
 GPU = ("tests/test_golden.py", "tests/kernels/test_layer.py", "-k", "golden or test_layers_of")
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a run of tests found. ``good``: at least one passed and none failed. ``passed``: and none that was collected is left."""
+    """What a run of tests found. ``good``: at least one passed and none failed. ``passed``: and none that
+    was collected is left.
+    """
 
     passes: int = 0
     skipped: int = 0
@@ -41,11 +44,14 @@ class Verdict:
 
     def __str__(self) -> str:
         parts = [f"{self.passes + len(self.failures)} tests of the op ran here"]
-        parts += [f"{len(self.failures)} FAILED: {', '.join(self.failures[:5])}{' ...' if len(self.failures) > 5 else ''}"] * bool(
-            self.failures
-        )
+        parts += [
+            f"{len(self.failures)} FAILED: "
+            f"{', '.join(self.failures[:5])}{' ...' if len(self.failures) > 5 else ''}"
+        ] * bool(self.failures)
         parts += ["all passed"] * self.passed
-        parts += [f"{self.unfinished} did not come to an end"] * bool(self.unfinished) + [f"{self.skipped} skipped"] * bool(self.skipped)
+        parts += [f"{self.unfinished} did not come to an end"] * bool(self.unfinished) + [
+            f"{self.skipped} skipped"
+        ] * bool(self.skipped)
         return ", ".join(parts)
 
     def write(self, path: Path, **stamp) -> None:
@@ -56,7 +62,9 @@ class Verdict:
 
     @staticmethod
     def load(path: Path, **stamp) -> Verdict:
-        """Raises: OSError; ValueError, TypeError: not a verdict, or one about something else than ``stamp``."""
+        """Raises: OSError; ValueError, TypeError: not a verdict, or one about something else than
+        ``stamp``.
+        """
         found = json.loads(path.read_text(encoding="utf-8"))
         of = found.pop("of", {})
         if different := {key: of.get(key) for key, value in stamp.items() if of.get(key) != value}:
@@ -66,7 +74,9 @@ class Verdict:
 
 def environment(log: Path) -> dict:
     """For a process that runs tests: the tree importable without installation, every test logged."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]).rstrip(
+        os.pathsep
+    )
     return {**os.environ, "PYTHONPATH": path, "CODA_FAST_TEST_LOG": str(log)}
 
 
@@ -78,13 +88,15 @@ def run(*arguments: str) -> Verdict:
     """Run tests in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
-        done = subprocess.run(command(*arguments), cwd=ROOT, env=environment(log), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command(*arguments), cwd=ROOT, env=environment(log), capture_output=True, text=True, check=False
+        )
         return read(log, done)
 
 
 def shards(tests: list[str], count: int, until: float, folder: Path, root: Path = ROOT) -> Verdict:
-    """These tests in ``count`` processes at once (their time is mostly the compiler's), killed at ``until`` (``time.monotonic``). What
-    each said stays in ``folder``.
+    """These tests in ``count`` processes at once (their time is mostly the compiler's), killed at ``until``
+    (``time.monotonic``). What each said stays in ``folder``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("shard*"):
@@ -97,7 +109,12 @@ def shards(tests: list[str], count: int, until: float, folder: Path, root: Path 
             names = folder / f"shard{i}.txt"  # too many for a command line
             names.write_text("\n".join(part), encoding="utf-8")
             with open(folder / f"shard{i}.out", "w") as out:
-                options = {"cwd": root, "env": environment(logs[-1]), "stdout": out, "stderr": subprocess.STDOUT}
+                options = {
+                    "cwd": root,
+                    "env": environment(logs[-1]),
+                    "stdout": out,
+                    "stderr": subprocess.STDOUT,
+                }
                 running.append(subprocess.Popen(command(f"@{names}"), start_new_session=True, **options))
     except BaseException:
         end(running)
@@ -113,12 +130,18 @@ def shards(tests: list[str], count: int, until: float, folder: Path, root: Path 
 
 
 def outcomes(folder: Path) -> dict[str, dict]:
-    """{test: {outcome, seconds, and where there are some reason, properties}} of what ``shards`` ran there."""
+    """{test: {outcome, seconds, and where there are some reason, properties}} of what ``shards`` ran
+    there.
+    """
     lines = [line for log in sorted(folder.glob("shard*.jsonl")) for line in _lines(log)]
     found = {}
     for line in lines:
         if "test" in line and found.get(line["test"], {}).get("outcome") != "failed":
-            found[line["test"]] = {key: line[key] for key in ("outcome", "seconds", "reason", "properties") if line.get(key) is not None}
+            found[line["test"]] = {
+                key: line[key]
+                for key in ("outcome", "seconds", "reason", "properties")
+                if line.get(key) is not None
+            }
     return found
 
 
@@ -129,8 +152,9 @@ def what_differs(reason: str | None, lines: int = 3) -> list[str]:
 
 
 def wait(processes: list[subprocess.Popen], until: float) -> list[int | None]:
-    """Their exit statuses; None for those that had to be killed at ``until``. Each must be the leader of a session: it dies with all that
-    it has started (compute-sanitizer, compilers), also if this process is interrupted.
+    """Their exit statuses; None for those that had to be killed at ``until``. Each must be the leader of a
+    session: it dies with all that it has started (compute-sanitizer, compilers), also if this process is
+    interrupted.
     """
     statuses = []
     try:
@@ -153,22 +177,36 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 
 def collect(*arguments: str, root: Path = ROOT, timeout: float | None = None) -> list[str]:
-    """Names of the tests that a selection has. RuntimeError with pytest's own words if it finds none. subprocess.TimeoutExpired."""
+    """Names of the tests that a selection has. RuntimeError with pytest's own words if it finds none.
+    subprocess.TimeoutExpired.
+    """
     return collect_marked(*arguments, root=root, timeout=timeout)[0]
 
 
-def collect_marked(*arguments: str, root: Path = ROOT, timeout: float | None = None) -> tuple[list[str], set[str]]:
+def collect_marked(
+    *arguments: str, root: Path = ROOT, timeout: float | None = None
+) -> tuple[list[str], set[str]]:
     """The same, and which of them are marked slow."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         done = subprocess.run(
-            command("--collect-only", *arguments), cwd=root, env=environment(log), capture_output=True, text=True, check=False,
+            command("--collect-only", *arguments),
+            cwd=root,
+            env=environment(log),
+            capture_output=True,
+            text=True,
+            check=False,
             timeout=timeout,
-        )  # fmt: skip
+        )
         lines = _lines(log)
-        names, slow = next(((line["collected"], line["slow"]) for line in lines if "collected" in line), ([], []))
+        names, slow = next(
+            ((line["collected"], line["slow"]) for line in lines if "collected" in line), ([], [])
+        )
         if not names or done.returncode:
-            raise RuntimeError(f"expected tests from {' '.join(arguments)}, pytest said: {(done.stdout + done.stderr)[-1000:]}")
+            raise RuntimeError(
+                f"expected tests from {' '.join(arguments)}, pytest said: "
+                f"{(done.stdout + done.stderr)[-1000:]}"
+            )
         return names, set(slow)
 
 
@@ -180,12 +218,16 @@ def read(log: Path, done: subprocess.CompletedProcess | None = None) -> Verdict:
         if "test" in line and outcome.get(line["test"]) != "failed":
             outcome[line["test"]] = line["outcome"]
     expected = next((line["collected"] for line in lines if "collected" in line), [])
-    late = {line["test"] for line in lines if line.get("outcome") == "skipped" and NO_TIME in (line["reason"] or "")}
+    late = {
+        line["test"]
+        for line in lines
+        if line.get("outcome") == "skipped" and NO_TIME in (line["reason"] or "")
+    }
     outcome = {test: found for test, found in outcome.items() if test not in late}
     failures = [test for test, found in outcome.items() if found == "failed"]
     if done is not None and done.returncode not in (0, 1):
         failures.append(f"pytest ended with status {done.returncode}: {(done.stdout + done.stderr)[-300:]}")
-    count = lambda kind: sum(found == kind for found in outcome.values())  # noqa: E731
+    count = lambda kind: sum(found == kind for found in outcome.values())
     return Verdict(count("passed"), count("skipped"), tuple(failures), len(set(expected) - set(outcome)))
 
 

@@ -1,4 +1,5 @@
-"""Fill Triton's cache in many processes at once, before what is timed or tested one by one: compiling is most of a first run's time.
+"""Fill Triton's cache in many processes at once, before what is timed or tested one by one: compiling is most
+of a first run's time.
 
 python bench/warm.py --networks coda_s_cifar10 --dtype bfloat16 --workers 16
 """
@@ -24,7 +25,8 @@ BATCH = 16  # any: nothing is compiled anew for another
 
 
 def warm(wanted, device: str, workers: int, passes=PASSES) -> list[str]:
-    """Every kernel of ``wanted``, (network, dtype) each, compiled; as is usual on the device, channels last. What failed, in words.
+    """Every kernel of ``wanted``, (network, dtype) each, compiled; as is usual on the device, channels last.
+    What failed, in words.
 
     Without a GPU, as a rehearsal, for an H100.
     """
@@ -33,7 +35,12 @@ def warm(wanted, device: str, workers: int, passes=PASSES) -> list[str]:
         try:
             model = coda_fast.create_model(network).to(memory_format=torch.channels_last)
             shape = (BATCH, model.image_channels, model.image_size, model.image_size)
-            options = {"workers": workers, "passes": passes, "memory_format": torch.channels_last, "arch": None if device == "cuda" else 90}
+            options = {
+                "workers": workers,
+                "passes": passes,
+                "memory_format": torch.channels_last,
+                "arch": None if device == "cuda" else 90,
+            }
             coda_fast.compile_kernels(model, shape, getattr(torch, dtype), **options)
         except Exception as error:
             problems.append(f"failed: {network} {dtype}: {type(error).__name__}: {error}")
@@ -41,9 +48,13 @@ def warm(wanted, device: str, workers: int, passes=PASSES) -> list[str]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"])
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"]
+    )
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args(argv)
@@ -51,7 +62,11 @@ def main(argv=None) -> int:
         print("warm: needs a CUDA device, torch sees none", file=sys.stderr)
         return 2
     start = time.monotonic()
-    problems = warm([(network, dtype) for network in options.networks for dtype in options.dtype], options.device, options.workers)
+    problems = warm(
+        [(network, dtype) for network in options.networks for dtype in options.dtype],
+        options.device,
+        options.workers,
+    )
     print("\n".join([*problems, f"{time.monotonic() - start:.0f} s"]))
     return int(bool(problems))
 

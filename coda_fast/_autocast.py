@@ -9,7 +9,8 @@ import torch
 
 def autocasting(kind: str) -> bool:
     """Whether autocast is on for device type ``kind``."""
-    return kind != "meta" and torch.is_autocast_enabled(kind)  # torch 2.11 cannot compile torch.amp.is_autocast_available
+    # torch 2.11 cannot compile torch.amp.is_autocast_available
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(kind: str) -> contextlib.AbstractContextManager:
@@ -18,11 +19,17 @@ def without_autocast(kind: str) -> contextlib.AbstractContextManager:
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in float32 at least: what is summed, squared or divided by T in float16 leaves its range, in bfloat16 its digits."""
+    """``tensor`` in float32 at least: what is summed, squared or divided by T in float16 leaves its range,
+    in bfloat16 its digits.
+    """
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def cast_as_convolution(kind: str, arguments) -> tuple:
-    """What autocast does to the inputs of a convolution: float32 and lower go to its dtype, float64 (and what is no tensor) stays."""
+    """What autocast does to the inputs of a convolution: float32 and lower go to its dtype, float64 (and
+    what is no tensor) stays.
+    """
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.dtype != torch.float64 else a for a in arguments)
+    return tuple(
+        a.to(dtype) if isinstance(a, torch.Tensor) and a.dtype != torch.float64 else a for a in arguments
+    )

@@ -6,7 +6,9 @@ import torch
 
 
 def as_classes(value, name: str) -> torch.Tensor:
-    """``value`` as int64, what gather, scatter and one_hot want. TypeError: no tensor, or one of bools, floats or complex numbers."""
+    """``value`` as int64, what gather, scatter and one_hot want. TypeError: no tensor, or one of bools,
+    floats or complex numbers.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
@@ -15,14 +17,21 @@ def as_classes(value, name: str) -> torch.Tensor:
 
 
 def one_each(value, count: int, name: str) -> torch.Tensor:
-    """One class for each of ``count`` images, [N] int64, of [N] or [N, 1] (MedMNIST's form). TypeError, ValueError: anything else."""
+    """One class for each of ``count`` images, [N] int64, of [N] or [N, 1] (MedMNIST's form). TypeError,
+    ValueError: anything else.
+    """
     classes = as_classes(value, name)
     if classes.shape not in ((count,), (count, 1)):
-        raise ValueError(f"{name}: expected one class for each of {count} images, got shape {list(classes.shape)}")
+        raise ValueError(
+            f"{name}: expected one class for each of {count} images, got shape {list(classes.shape)}"
+        )
     return classes.reshape(count)
 
 
 def check_range(classes: torch.Tensor, count: int, name: str) -> None:
     """ValueError unless all are from 0 to ``count - 1``."""
     if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < count):
-        raise ValueError(f"{name}: expected classes from 0 to {count - 1}, got {int(classes.min())} to {int(classes.max())}")
+        raise ValueError(
+            f"{name}: expected classes from 0 to {count - 1}, got {int(classes.min())} to "
+            f"{int(classes.max())}"
+        )

@@ -1,16 +1,19 @@
-"""The operators in terms of standard ones, for programs that must run without us: ONNX, AOTInductor, ``run_decompositions``.
+"""The operators in terms of standard ones, for programs that must run without us: ONNX, AOTInductor,
+``run_decompositions``.
 
-Known to ``torch.onnx.export(dynamo=True)`` by itself, through torch's table of decompositions; everything else asks for them by
-``coda_fast.export.decompositions()``. Neither eager calls nor torch.compile come here.
+Known to ``torch.onnx.export(dynamo=True)`` by itself, through torch's table of decompositions; everything
+else asks for them by ``coda_fast.export.decompositions()``. Neither eager calls nor torch.compile come here.
 
-The factored form (``coda_fast.backends.factored``) by convolutions, with ``z~ = [B x; 1]`` and ``A~ = [A b]``:
+The factored form (``coda_fast.backends.factored``) by convolutions, with ``z~ = [B x; 1]`` and ``A~ = [A
+b]``:
 
     <w_o, u> = sum_k z~_k (A~_ok * u)     one convolution with n m filters, contracted with z~
-    |w_o|^2  = z~^T (A~_o A~_o^T) z~      in float64: float32 would cancel where w nearly vanishes; ONNX has no triangular factor
+    |w_o|^2  = z~^T (A~_o A~_o^T) z~
+        in float64: float32 would cancel where w nearly vanishes; ONNX has no triangular factor
     G(x, v)  = A~^T * (gs (x) z~)         one transposed convolution
 
-Where a patch has fewer numbers than z~ has (d <= m), w itself is the smaller thing and is made. In float64 |w|^2 is that of w itself:
-there is no wider type to cancel in.
+Where a patch has fewer numbers than z~ has (d <= m), w itself is the smaller thing and is made. In float64
+|w|^2 is that of w itself: there is no wider type to cancel in.
 """
 
 from __future__ import annotations
@@ -26,9 +29,23 @@ from coda_fast.backends.factored import format_of
 
 
 def align(
-    input, applied, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, detach, keep, backend
-):  # fmt: skip
-    """``torch.ops.coda_fast.align``. Of what it keeps there are <w, u> and |w|^2; without the rest a backward pass does as well."""
+    input,
+    applied,
+    reduction_weight,
+    weight,
+    bias,
+    stride,
+    padding,
+    dilation,
+    norm,
+    eps,
+    detach,
+    keep,
+    backend,
+):
+    """``torch.ops.coda_fast.align``. Of what it keeps there are <w, u> and |w|^2; without the rest a
+    backward pass does as well.
+    """
     layer = _Layer(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
     u = layer.x if applied is None else applied.to(layer.compute)
     z = layer.reduce()
@@ -41,27 +58,49 @@ def align(
         products = layer.convolve(u, layer.rows.flatten(0, 1)).unflatten(1, (layer.units, layer.terms))
         dot = (products * z.unsqueeze(1)).sum(2)
         # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
-        length = layer.convolve(u.square().sum(1, keepdim=True), torch.ones_like(layer.rows[:1, 0, :1])).sqrt()
+        length = layer.convolve(
+            u.square().sum(1, keepdim=True), torch.ones_like(layer.rows[:1, 0, :1])
+        ).sqrt()
         bound = (square.sqrt() + layer.flushed(layer.terms)) * (length + layer.flushed(layer.patch.numel()))
         dot = torch.minimum(torch.maximum(dot, -bound), bound)
     output = (layer.scale(square) * dot).to(input.dtype).contiguous(memory_format=format_of(input))
-    empty = lambda dtype: input.new_empty(0, dtype=dtype)  # noqa: E731
+    empty = lambda dtype: input.new_empty(0, dtype=dtype)
     kept_dot = _kept(dot) if keep in ("products", "contraction") else empty(layer.compute)
     kept_square = _kept(square) if keep != "nothing" else empty(layer.compute)
     return output, kept_dot, kept_square, empty(input.dtype), empty(input.dtype)
 
 
 def align_backward(
-    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, stride, padding, dilation, norm, eps, detach,
-    needs, backend,
-):  # fmt: skip
-    """``torch.ops.coda_fast.align_backward`` of explanation mode, which is the adjoint; that of training stays the operator it is."""
+    grad,
+    input,
+    applied,
+    reduction_weight,
+    weight,
+    bias,
+    dot,
+    square,
+    contraction,
+    prepared,
+    stride,
+    padding,
+    dilation,
+    norm,
+    eps,
+    detach,
+    needs,
+    backend,
+):
+    """``torch.ops.coda_fast.align_backward`` of explanation mode, which is the adjoint; that of training
+    stays the operator it is.
+    """
     if not detach:
         return NotImplemented
     like = input if applied is None else applied
     found = [input.new_empty(0) for _ in range(5)]
     if needs[0 if applied is None else 1]:
-        direct = adjoint(input, grad, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend)
+        direct = adjoint(
+            input, grad, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend
+        )
         found[0 if applied is None else 1] = direct.contiguous(memory_format=format_of(like))
     return tuple(found)
 
@@ -82,9 +121,11 @@ def adjoint(input, value, reduction_weight, weight, bias, stride, padding, dilat
 
 
 def register(fakes: dict) -> None:
-    """Put the decompositions into torch's table, where torch.onnx finds them. ``fakes``: the fake kernels, by operator.
+    """Put the decompositions into torch's table, where torch.onnx finds them. ``fakes``: the fake kernels, by
+    operator.
 
-    FakeTensorMode would take a decomposition, where there is one, in place of the fake kernel, unless the other table has that too.
+    FakeTensorMode would take a decomposition, where there is one, in place of the fake kernel, unless the
+    other table has that too.
     """
     for op, function in table().items():
         torch._decomp.register_decomposition(op)(function)
@@ -92,11 +133,13 @@ def register(fakes: dict) -> None:
 
 
 def announced(fake):
-    """The fake kernel, which also tells Inductor, where it is in use, that it calls our operators as they are.
+    """The fake kernel, which also tells Inductor, where it is in use, that it calls our operators as they
+    are.
 
-    Otherwise Inductor takes an operator that stands in torch's table of decompositions, and that it has no lowering of, for an oversight
-    of torch's developers, and fails wherever the variable ``CI`` is set, as services that run tests set it. It traces the operators,
-    and thus comes here, before it lowers them; importing it at once would take seconds from those who do not compile.
+    Otherwise Inductor takes an operator that stands in torch's table of decompositions, and that it has no
+    lowering of, for an oversight of torch's developers, and fails wherever the variable ``CI`` is set, as
+    services that run tests set it. It traces the operators, and thus comes here, before it lowers them;
+    importing it at once would take seconds from those who do not compile.
     """
 
     @functools.wraps(fake)
@@ -117,7 +160,9 @@ def table() -> dict:
 
 
 class _Layer:
-    """A layer as filters of convolutions. n units, m terms in z~ (the rank, and one for the bias), d = C kh kw numbers in a patch."""
+    """A layer as filters of convolutions. n units, m terms in z~ (the rank, and one for the bias), d = C
+    kh kw numbers in a patch.
+    """
 
     def __init__(self, input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps):
         self.compute = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -160,10 +205,13 @@ class _Layer:
         length = square.sqrt()
         if self.norm == "squash":
             return length / (1 + square)
-        return torch.where(square == math.inf, math.nan, 1 / length.clamp_min(self.eps))  # as "squash", not 1 / infinity
+        # as "squash", not 1 / infinity
+        return torch.where(square == math.inf, math.nan, 1 / length.clamp_min(self.eps))
 
     def flushed(self, terms):
-        """How much shorter than it is a vector of so many numbers may seem: squares below the least number are 0."""
+        """How much shorter than it is a vector of so many numbers may seem: squares below the least number
+        are 0.
+        """
         return (terms * torch.finfo(self.compute).tiny) ** 0.5
 
     def taps(self):

@@ -1,7 +1,9 @@
-"""FLOP formulas of the operators in ops.py, for ``torch.utils.flop_counter``: the multiply-adds of the mathematics, two FLOPs each.
+"""FLOP formulas of the operators in ops.py, for ``torch.utils.flop_counter``: the multiply-adds of the
+mathematics, two FLOPs each.
 
-With P output pixels, n units, rank r and d numbers in a patch: contraction 2 P n r d, z = B x and its two derivatives 2 P r d each,
-norm 2 P n r min(r, d). A backend may do more (recompute) or less; the count does not depend on it.
+With P output pixels, n units, rank r and d numbers in a patch: contraction 2 P n r d, z = B x and its two
+derivatives 2 P r d each, norm 2 P n r min(r, d). A backend may do more (recompute) or less; the count does
+not depend on it.
 """
 
 from __future__ import annotations
@@ -31,9 +33,26 @@ def _forward(input, applied_or_value, reduction_weight, weight, bias, stride, pa
 
 
 def _backward(
-    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, stride, padding, dilation, norm, eps, detach,
-    needs, *rest, **_,
-):  # fmt: skip
+    grad,
+    input,
+    applied,
+    reduction_weight,
+    weight,
+    bias,
+    dot,
+    square,
+    contraction,
+    prepared,
+    stride,
+    padding,
+    dilation,
+    norm,
+    eps,
+    detach,
+    needs,
+    *rest,
+    **_,
+):
     main, reduce, gram = _parts(input, weight, stride, padding, dilation)
     if detach:  # the direct term, with the norms of forward
         return main + reduce
@@ -50,7 +69,9 @@ def _register(register_flop_formula) -> None:
 
 
 class _AtImport(importlib.abc.MetaPathFinder):
-    """Registers when somebody imports the counter: it loads Triton (76 MiB), which a mere ``import coda_fast`` must not."""
+    """Registers when somebody imports the counter: it loads Triton (76 MiB), which a mere ``import
+    coda_fast`` must not.
+    """
 
     def find_spec(self, name, path=None, target=None):
         if name != _COUNTER:

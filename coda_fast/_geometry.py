@@ -1,4 +1,6 @@
-"""The geometry of a sliding window, shared by every backend: kernel, stride, dilation and explicit padding."""
+"""The geometry of a sliding window, shared by every backend: kernel, stride, dilation and explicit
+padding.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,19 @@ class Geometry:
 
     @classmethod
     def make(cls, kernel, stride=1, padding=0, dilation=1) -> Geometry:
-        """Build from the arguments of a convolution; ``padding`` may be "same" or "valid". Raises ValueError, TypeError."""
-        kernel, stride, dilation = pair(kernel, "kernel_size"), pair(stride, "stride"), pair(dilation, "dilation")
+        """Build from the arguments of a convolution; ``padding`` may be "same" or "valid". Raises
+        ValueError, TypeError.
+        """
+        kernel, stride, dilation = (
+            pair(kernel, "kernel_size"),
+            pair(stride, "stride"),
+            pair(dilation, "dilation"),
+        )
         if isinstance(padding, str):
             if padding not in ("same", "valid"):
-                raise ValueError(f'padding: expected "same", "valid", an int or a pair of ints, got {padding!r}')
+                raise ValueError(
+                    f'padding: expected "same", "valid", an int or a pair of ints, got {padding!r}'
+                )
             if padding == "same" and stride != (1, 1):
                 raise ValueError(f'padding="same" needs stride 1, got stride {stride}')
             total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
@@ -32,19 +42,24 @@ class Geometry:
         return cls(kernel, stride, dilation, (horizontal, horizontal, vertical, vertical))
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the output for an image of ``height x width``; ValueError where the kernel does not fit."""
+        """Rows and columns of the output for an image of ``height x width``; ValueError where the kernel
+        does not fit.
+        """
         left, right, top, bottom = self.padding
         padded = (height + top + bottom, width + left + right)
         extent = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
         if padded[0] < extent[0] or padded[1] < extent[1]:
             raise ValueError(
-                f"the kernel does not fit: kernel {self.kernel} with dilation {self.dilation} covers {tuple(extent)} pixels, "
+                f"the kernel does not fit: kernel {self.kernel} with dilation {self.dilation} covers "
+                f"{tuple(extent)} pixels, "
                 f"the padded input has {padded}"
             )
         return (padded[0] - extent[0]) // self.stride[0] + 1, (padded[1] - extent[1]) // self.stride[1] + 1
 
     def lists(self) -> tuple[list[int], list[int], list[int]]:
-        """Stride, padding and dilation as an operator takes them; the kernel is in the shape of the weight."""
+        """Stride, padding and dilation as an operator takes them; the kernel is in the shape of the
+        weight.
+        """
         return list(self.stride), list(self.padding), list(self.dilation)
 
 

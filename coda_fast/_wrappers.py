@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# Class -> attribute that holds what is inside. By name, because importing all of them would take seconds: torch.compile, data parallel,
-# averages of weights (torch, timm), Lightning Fabric, activation checkpointing. A wrapper that computes anything of its own is none.
+# Class -> attribute that holds what is inside. By name, because importing all of them would take seconds:
+# torch.compile, data parallel, averages of weights (torch, timm), Lightning Fabric, activation checkpointing.
+# A wrapper that computes anything of its own is none.
 _INSIDE = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
@@ -22,11 +23,13 @@ _LIBRARIES = ("torch", "timm", "lightning", "lightning_fabric")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network that wrappers hold: of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, averages of weights
-    (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEma``, ``ModelEmaV2``, ``ModelEmaV3``: the averaged network), Lightning Fabric
-    and activation checkpointing, in any order and depth. Anything else is returned as it is.
+    """The network that wrappers hold: of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``,
+    averages of weights (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEma``, ``ModelEmaV2``,
+    ``ModelEmaV3``: the averaged network), Lightning Fabric and activation checkpointing, in any order and
+    depth. Anything else is returned as it is.
 
-    ``coda_fast.save``, explanations, losses and metrics unwrap what they are given; wrappers have no ``explain`` of their own:
+    ``coda_fast.save``, explanations, losses and metrics unwrap what they are given; wrappers have no
+    ``explain`` of their own:
 
     >>> import torch, coda_fast
     >>> wrapped = torch.nn.DataParallel(coda_fast.create_model("coda_xs_digits"))
@@ -56,11 +59,12 @@ def wrapped_by(model, kind: str) -> bool:
 
 
 def network_in(model):
-    """The CoDANet that ``model`` is or wraps, whose own rules (sigmoid, encoded pixels) then count; else ``model`` as it is. A sharded
-    one is gathered.
+    """The CoDANet that ``model`` is or wraps, whose own rules (sigmoid, encoded pixels) then count; else
+    ``model`` as it is. A sharded one is gathered.
 
     Raises:
-        ValueError: a module that holds a CoDANet as a part: by which rules it is to be judged cannot be known.
+        ValueError: a module that holds a CoDANet as a part: by which rules it is to be judged cannot be
+            known.
     """
     from coda_fast.models import CoDANet
 
@@ -71,7 +75,8 @@ def network_in(model):
         for name, module in inner.named_modules():
             if isinstance(module, CoDANet):
                 raise ValueError(
-                    f"model: expected a CoDANet, alone or in a wrapper that unwrap knows, or a model without one; got a "
+                    "model: expected a CoDANet, alone or in a wrapper that unwrap knows, or a model "
+                    "without one; got a "
                     f"{type(inner).__name__} around the CoDANet {name!r}: give that"
                 )
     return model
@@ -93,13 +98,16 @@ def plain_name(name: str) -> str:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that is spread over processes (FSDP2's DTensor), gathered from them: every process must call it."""
+    """All of a tensor that is spread over processes (FSDP2's DTensor), gathered from them: every process
+    must call it.
+    """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gathered(model):
-    """A CoDANet whose layers can be called one by one: ``model`` itself, or, where FSDP2 has its weights, a copy with all of them, which
-    every process must make. (FSDP2 lends a layer its weights in a forward pass of the whole network alone.)
+    """A CoDANet whose layers can be called one by one: ``model`` itself, or, where FSDP2 has its weights, a
+    copy with all of them, which every process must make. (FSDP2 lends a layer its weights in a forward pass
+    of the whole network alone.)
     """
     from coda_fast.models import CoDANet
 

@@ -1,8 +1,9 @@
-"""The attribution methods that the CoDA-Nets paper compares with (arXiv:2104.00032, section 4.3), behind one call, by captum.
+"""The attribution methods that the CoDA-Nets paper compares with (arXiv:2104.00032, section 4.3), behind one
+call, by captum.
 
-Every method explains the image through the model's own encoder, and its map is summed over the channels of the image. A CoDA-Net has no
-non-linearity that captum knows: on one, DeepLIFT is Input x Gradient and guided backpropagation is the gradient, to rounding. Show them
-as one method there.
+Every method explains the image through the model's own encoder, and its map is summed over the channels of
+the image. A CoDA-Net has no non-linearity that captum knows: on one, DeepLIFT is Input x Gradient and guided
+backpropagation is the gradient, to rounding. Show them as one method there.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ class Attribution:
     _function: Callable = None
 
     def attribute(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Maps that say where ``images`` [N, C, H, W] speak for ``targets``: [N] -> [N, H, W], [N, K] -> [N, K, H, W].
+        """Maps that say where ``images`` [N, C, H, W] speak for ``targets``: [N] -> [N, H, W], [N, K] -> [N,
+        K, H, W].
 
-        Leaves the model's mode, gradients and hooks as they were. ValueError, TypeError: shapes that do not fit.
+        Leaves the model's mode, gradients and hooks as they were. ValueError, TypeError: shapes that do not
+        fit.
         """
         if not isinstance(images, torch.Tensor):
             raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
@@ -54,7 +57,9 @@ class Attribution:
             raise ValueError(f"images: expected [N, C, H, W], got shape {list(images.shape)}")
         targets = as_classes(torch.as_tensor(targets, device=images.device), "targets")
         if targets.dim() not in (1, 2) or len(targets) != len(images) or targets.shape[1:].numel() == 0:
-            raise ValueError(f"targets: expected [{len(images)}] or [{len(images)}, K], got shape {list(targets.shape)}")
+            raise ValueError(
+                f"targets: expected [{len(images)}] or [{len(images)}, K], got shape {list(targets.shape)}"
+            )
         if targets.numel() and targets.min() < 0:  # would count from the end
             raise ValueError(f"targets: expected classes from 0, got {int(targets.min())}")
         table = targets if targets.dim() == 2 else targets[:, None]
@@ -72,13 +77,16 @@ def create(method: str, model: nn.Module, *, layer: nn.Module | None = None, **s
 
     Args:
         method: a key of ``METHODS``; "Ours" is the contribution map of a CoDA-Net itself.
-        model: a CoDA-Net, or any classifier [N, C, H, W] -> [N, classes]. Of a wrapped one (``coda_fast.unwrap``), the network inside:
-            captum's hooks do not reach into what is compiled.
-        layer: for "GCam", whose output is weighted; default: a CoDA-Net's last layer, else the last convolution that is called.
-        settings: see ``METHODS[method]``; ``batch_size`` bounds how many images (perturbed ones included) are computed at once.
+        model: a CoDA-Net, or any classifier [N, C, H, W] -> [N, classes]. Of a wrapped one
+            (``coda_fast.unwrap``), the network inside: captum's hooks do not reach into what is compiled.
+        layer: for "GCam", whose output is weighted; default: a CoDA-Net's last layer, else the last
+            convolution that is called.
+        settings: see ``METHODS[method]``; ``batch_size`` bounds how many images (perturbed ones included) are
+            computed at once.
 
     Raises:
-        ValueError: unknown method; "Ours" for a model that cannot explain itself. TypeError: unknown setting. ImportError: no captum.
+        ValueError: unknown method; "Ours" for a model that cannot explain itself. TypeError: unknown setting.
+            ImportError: no captum.
 
     >>> import torch, coda_fast
     >>> model = coda_fast.create_model("coda_xs_digits")
@@ -89,7 +97,10 @@ def create(method: str, model: nn.Module, *, layer: nn.Module | None = None, **s
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     function, defaults = _FUNCTIONS[method], METHODS[method]
     if unknown := set(settings) - set(defaults):
-        raise TypeError(f"{method}: expected settings among {', '.join(defaults) or 'none'}, got {', '.join(sorted(unknown))}")
+        raise TypeError(
+            f"{method}: expected settings among {', '.join(defaults) or 'none'}, got "
+            f"{', '.join(sorted(unknown))}"
+        )
     model = network_in(unwrap(model))
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
@@ -104,12 +115,15 @@ def create(method: str, model: nn.Module, *, layer: nn.Module | None = None, **s
     return Attribution(method, model, {**defaults, **settings}, layer, function)
 
 
-def attribute(method: str, model: nn.Module, images: torch.Tensor, targets: torch.Tensor, **settings) -> torch.Tensor:
+def attribute(
+    method: str, model: nn.Module, images: torch.Tensor, targets: torch.Tensor, **settings
+) -> torch.Tensor:
     """``create(method, model, **settings).attribute(images, targets)``."""
     return create(method, model, **settings).attribute(images, targets)
 
 
-# -- the methods ----------------------------------------------------------------------------------------------------------------------
+# -- the methods
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _ours(self, images, targets):
@@ -117,7 +131,9 @@ def _ours(self, images, targets):
 
 
 def _in_pairs(function):
-    """A method for one class of each image, as one for several: every image with every class of it, ``batch_size`` pairs at once."""
+    """A method for one class of each image, as one for several: every image with every class of it,
+    ``batch_size`` pairs at once.
+    """
 
     def method(self, images, targets):
         count = targets.shape[1]
@@ -145,7 +161,13 @@ def _integrated_gradients(self, x, target):
     found = (
         _captum()
         .IntegratedGradients(self.model)
-        .attribute(x, baselines=0, target=target, n_steps=s["n_steps"], internal_batch_size=max(len(x), s["batch_size"]))
+        .attribute(
+            x,
+            baselines=0,
+            target=target,
+            n_steps=s["n_steps"],
+            internal_batch_size=max(len(x), s["batch_size"]),
+        )
     )
     return found.sum(1)
 
@@ -158,11 +180,19 @@ def _guided_backprop(self, x, target):
 @_in_pairs
 def _deep_lift(self, x, target):
     try:
-        return _captum().DeepLift(_separate_activations(self.model)).attribute(x, baselines=0, target=target).sum(1)
+        return (
+            _captum()
+            .DeepLift(_separate_activations(self.model))
+            .attribute(x, baselines=0, target=target)
+            .sum(1)
+        )
     except (AssertionError, RuntimeError) as error:
         if "more than once" not in str(error):  # of another cause: out of memory, a class that does not exist
             raise
-        raise ValueError(f"DeepLIFT: expected a model that calls each of its activation modules once, and captum says: {error}") from error
+        raise ValueError(
+            "DeepLIFT: expected a model that calls each of its activation modules once, and captum says: "
+            f"{error}"
+        ) from error
 
 
 @_in_pairs
@@ -180,7 +210,9 @@ def _occlusion(self, images, targets):
     maps = []
     with torch.no_grad():
         for x, classes in zip(images.split(s["batch_size"]), targets.split(s["batch_size"]), strict=True):
-            occlusion = _captum().Occlusion(lambda perturbed, classes: self.model(perturbed).gather(1, classes))
+            occlusion = _captum().Occlusion(
+                lambda perturbed, classes: self.model(perturbed).gather(1, classes)
+            )
             found = occlusion.attribute(
                 x,
                 sliding_window_shapes=(channels, size, size),
@@ -189,10 +221,15 @@ def _occlusion(self, images, targets):
                 additional_forward_args=classes,
                 perturbations_per_eval=max(1, s["batch_size"] // len(x)),
             )
-            maps.append(found.view(len(x), -1, *x.shape[1:])[:, :, 0])  # the window covers all channels: each has the same value
-    # published: the drop of each window over its area, summed over the windows that cover a pixel; captum has their mean
-    height, width = (_coverage(length, size, min(s["stride"], size)).to(images.device) for length in images.shape[2:])
-    return torch.cat(maps).to(images.dtype) * (height[:, None] * width / size**2).to(images.dtype)  # captum adds up in float32
+            # the window covers all channels: each has the same value
+            maps.append(found.view(len(x), -1, *x.shape[1:])[:, :, 0])
+    # published: the drop of each window over its area, summed over the windows that cover a pixel; captum has
+    # their mean
+    height, width = (
+        _coverage(length, size, min(s["stride"], size)).to(images.device) for length in images.shape[2:]
+    )
+    # captum adds up in float32
+    return torch.cat(maps).to(images.dtype) * (height[:, None] * width / size**2).to(images.dtype)
 
 
 def _coverage(length, window, stride):
@@ -203,9 +240,13 @@ def _coverage(length, window, stride):
 
 
 def _rise(self, images, targets):
-    """``1 / (N p1) sum_i score(x * M_i) M_i`` (arXiv:1806.07421, eq. 6), the masks for all images and classes alike."""
+    """``1 / (N p1) sum_i score(x * M_i) M_i`` (arXiv:1806.07421, eq. 6), the masks for all images and
+    classes alike.
+    """
     s = self.settings
-    drawn = _rise_random(s["masks"], s["cells"], s["p1"], images.shape[2:], torch.Generator().manual_seed(s["seed"]))
+    drawn = _rise_random(
+        s["masks"], s["cells"], s["p1"], images.shape[2:], torch.Generator().manual_seed(s["seed"])
+    )
     count, (height, width) = targets.shape[1], images.shape[2:]
     maps = torch.zeros(len(images), count, height, width, dtype=torch.float64, device=images.device)
     with torch.no_grad():
@@ -213,27 +254,40 @@ def _rise(self, images, targets):
             masks = _rise_masks(part[0].to(images), *part[1:], height, width)
             for i, image in enumerate(images):
                 logits = self.model(image * masks[:, None])
-                scores = (wide(logits).sigmoid() if isinstance(self.model, CoDANet) else wide(logits).softmax(1))[:, targets[i]]
+                scores = (
+                    wide(logits).sigmoid() if isinstance(self.model, CoDANet) else wide(logits).softmax(1)
+                )[:, targets[i]]
                 maps[i] += torch.einsum("mk,mhw->khw", scores.double(), masks.double())
     return (maps / (s["masks"] * s["p1"])).to(images.dtype)
 
 
 def _rise_random(number, cells, p1, size, generator):
-    """What is random of all masks, whatever batches they are made in: patterns [number, cells, cells], shifts [number] down and across."""
+    """What is random of all masks, whatever batches they are made in: patterns [number, cells, cells],
+    shifts [number] down and across.
+    """
     grid = (torch.rand(number, cells, cells, generator=generator) < p1).float()
     return grid, *(torch.randint(-(-length // cells), (number,), generator=generator) for length in size)
 
 
 def _rise_masks(grid, down, across, height, width):
-    """Patterns one cell larger than the image when enlarged, shifted by less than a cell; [number, H, W] in [0, 1]."""
+    """Patterns one cell larger than the image when enlarged, shifted by less than a cell; [number, H, W]
+    in [0, 1].
+    """
     cells = grid.shape[1]
     larger = [(cells + 1) * -(-length // cells) for length in (height, width)]
     large = F.interpolate(grid[:, None], larger, mode="bilinear", align_corners=False)[:, 0]
-    return torch.stack([m[t : t + height, i : i + width] for m, t, i in zip(large, down.tolist(), across.tolist(), strict=True)])
+    return torch.stack(
+        [
+            m[t : t + height, i : i + width]
+            for m, t, i in zip(large, down.tolist(), across.tolist(), strict=True)
+        ]
+    )
 
 
 def _lime(self, images, targets):
-    """captum draws the same samples for every class of an image, from the same seed: the network answers them once."""
+    """captum draws the same samples for every class of an image, from the same seed: the network answers
+    them once.
+    """
     try:
         from captum._utils.models.linear_model import SkLearnRidge
         from skimage.segmentation import quickshift
@@ -243,7 +297,9 @@ def _lime(self, images, targets):
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), torch.no_grad():
         for image, classes in zip(images, targets, strict=True):
             picture = image.expand(3, -1, -1).permute(1, 2, 0).double().cpu().numpy()
-            segments = quickshift(picture, kernel_size=s["kernel_size"], max_dist=s["max_dist"], ratio=s["ratio"], rng=s["seed"])
+            segments = quickshift(
+                picture, kernel_size=s["kernel_size"], max_dist=s["max_dist"], ratio=s["ratio"], rng=s["seed"]
+            )
             segments = torch.from_numpy(segments).to(images.device)
             answers = _Answers(self.model)
             lime = _captum().Lime(answers, interpretable_model=SkLearnRidge(alpha=1.0))
@@ -281,16 +337,26 @@ class _Answers:
 
 # What a method is on a CoDA-Net, to rounding (tested)
 TWINS = {"DeepLIFT": "IxG", "GB": "Grad"}
-# Raised when a method gives other numbers than before: an evaluation does not go on with pieces of another revision
+# Raised when a method gives other numbers than before: an evaluation does not go on with pieces of another
+# revision
 REVISION = 2
 _BATCH = {"batch_size": 64}
-# Published settings. GCam: a map for each class at the last layer; Occ5, Occ9: the edge of the window; RISE: p1 is the share that is kept
+# Published settings. GCam: a map for each class at the last layer; Occ5, Occ9: the edge of the window; RISE:
+# p1 is the share that is kept
 METHODS: dict[str, dict] = {
     "Ours": {},
     "Occ5": {"size": 5, "stride": 2, "batch_size": 256},
     "Occ9": {"size": 9, "stride": 2, "batch_size": 256},
     "RISE": {"masks": 6000, "cells": 6, "p1": 0.1, "seed": 0, "batch_size": 256},
-    "LIME": {"samples": 256, "features": 3, "kernel_size": 1, "max_dist": 200, "ratio": 0.2, "seed": 0, "batch_size": 64},
+    "LIME": {
+        "samples": 256,
+        "features": 3,
+        "kernel_size": 1,
+        "max_dist": 200,
+        "ratio": 0.2,
+        "seed": 0,
+        "batch_size": 64,
+    },
     "GCam": {**_BATCH},
     "Grad": {**_BATCH},
     "IxG": {**_BATCH},
@@ -299,12 +365,22 @@ METHODS: dict[str, dict] = {
     "DeepLIFT": {**_BATCH},
 }
 _FUNCTIONS = {
-    "Ours": _ours, "Occ5": _occlusion, "Occ9": _occlusion, "RISE": _rise, "LIME": _lime, "GCam": _grad_cam, "Grad": _gradient,
-    "IxG": _input_x_gradient, "IntGrad": _integrated_gradients, "GB": _guided_backprop, "DeepLIFT": _deep_lift,
-}  # fmt: skip
+    "Ours": _ours,
+    "Occ5": _occlusion,
+    "Occ9": _occlusion,
+    "RISE": _rise,
+    "LIME": _lime,
+    "GCam": _grad_cam,
+    "Grad": _gradient,
+    "IxG": _input_x_gradient,
+    "IntGrad": _integrated_gradients,
+    "GB": _guided_backprop,
+    "DeepLIFT": _deep_lift,
+}
 
 
-# -- around them ----------------------------------------------------------------------------------------------------------------------
+# -- around them
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _captum():
@@ -317,7 +393,9 @@ def _captum():
 
 @contextlib.contextmanager
 def _quiet(model) -> Iterator[None]:
-    """``evaluated``, captum's advice unsaid. Parameters' ``.grad`` is not touched, here or by captum: a thread that trains may be at it."""
+    """``evaluated``, captum's advice unsaid. Parameters' ``.grad`` is not touched, here or by captum: a
+    thread that trains may be at it.
+    """
     with evaluated(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"captum\..*")
         yield
@@ -333,9 +411,20 @@ def _check_classes(model, images, targets):
 
 # Beyond these a method would take memory, or for ever: more than anyone has a use for
 _MOST = {
-    "p1": 1, "ratio": 1, "max_dist": 10**6, "kernel_size": 100, "size": 2**14, "stride": 2**14, "masks": 10**5, "cells": 64,
-    "samples": 10**6, "features": 10**6, "n_steps": 10**4, "batch_size": 2**14, "seed": 2**32 - 1,
-}  # fmt: skip
+    "p1": 1,
+    "ratio": 1,
+    "max_dist": 10**6,
+    "kernel_size": 100,
+    "size": 2**14,
+    "stride": 2**14,
+    "masks": 10**5,
+    "cells": 64,
+    "samples": 10**6,
+    "features": 10**6,
+    "n_steps": 10**4,
+    "batch_size": 2**14,
+    "seed": 2**32 - 1,
+}
 
 
 def _check_settings(method, settings):
@@ -355,17 +444,21 @@ def _check_settings(method, settings):
         if value > most:
             raise ValueError(f"{method}: {name}: expected at most {most}, got {value!r}")
     if "stride" in settings and settings["stride"] > settings["size"]:
-        raise ValueError(f"{method}: stride: expected at most size {settings['size']}, got {settings['stride']}")
+        raise ValueError(
+            f"{method}: stride: expected at most size {settings['size']}, got {settings['stride']}"
+        )
 
 
 _RELU = (torch.relu, torch.relu_, F.relu, F.relu_)
 
 
 def _separate_activations(model):
-    """A copy of ``model``, as it is now, that calls a module of its own, never in place, wherever it rectifies.
+    """A copy of ``model``, as it is now, that calls a module of its own, never in place, wherever it
+    rectifies.
 
-    captum's rules hang on modules: it misses what is in place or a function, and DeepLIFT needs a module for each call. A model that
-    torch.fx cannot trace is copied without what is in place; captum then has the last word.
+    captum's rules hang on modules: it misses what is in place or a function, and DeepLIFT needs a module for
+    each call. A model that torch.fx cannot trace is copied without what is in place; captum then has the last
+    word.
     """
     if isinstance(model, CoDANet):
         return model  # no activation
@@ -376,7 +469,12 @@ def _separate_activations(model):
         for node in list(traced.graph.nodes):
             function = node.op == "call_function" and node.target in _RELU
             if function or (node.op == "call_method" and node.target in ("relu", "relu_")):
-                module, node.op, node.args, node.kwargs = nn.ReLU(), "call_module", (node.args or (node.kwargs["input"],))[:1], {}
+                module, node.op, node.args, node.kwargs = (
+                    nn.ReLU(),
+                    "call_module",
+                    (node.args or (node.kwargs["input"],))[:1],
+                    {},
+                )
             elif node.op == "call_module" and node.target in seen:
                 module = copy.deepcopy(traced.get_submodule(node.target))
             else:
@@ -394,12 +492,16 @@ def _separate_activations(model):
 
 
 def _last_layer(model, x):
-    """A CoDA-Net's last layer, or the last convolution that a forward pass calls. ValueError if there is none."""
+    """A CoDA-Net's last layer, or the last convolution that a forward pass calls. ValueError if there is
+    none.
+    """
     if isinstance(model, CoDANet):
         return model.layers[-1]
     called = []
     hooks = [
-        m.register_forward_hook(lambda module, *_: called.append(module)) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)
+        m.register_forward_hook(lambda module, *_: called.append(module))
+        for m in model.modules()
+        if isinstance(m, nn.modules.conv._ConvNd)
     ]
     try:
         with torch.no_grad():
@@ -408,5 +510,7 @@ def _last_layer(model, x):
         for hook in hooks:
             hook.remove()
     if not called:
-        raise ValueError(f"GCam: expected a model with a convolution, or layer=, got a {type(model).__name__}")
+        raise ValueError(
+            f"GCam: expected a model with a convolution, or layer=, got a {type(model).__name__}"
+        )
     return called[-1]

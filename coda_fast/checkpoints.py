@@ -1,4 +1,6 @@
-"""Files and formats: safetensors with the configuration inside, and the published implementation's state dicts."""
+"""Files and formats: safetensors with the configuration inside, and the published implementation's state
+dicts.
+"""
 
 from __future__ import annotations
 
@@ -33,30 +35,36 @@ _PUBLISHED = {
 }
 
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}  # as safetensors names them
+# as safetensors names them
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class CheckpointError(ValueError):
-    """A file or state dict that is not a usable checkpoint; the message names what was expected and what was found."""
+    """A file or state dict that is not a usable checkpoint; the message names what was expected and what
+    was found.
+    """
 
 
 def save(model: CoDANet, path: str | os.PathLike, metadata: Mapping[str, object] | None = None) -> None:
     """Write weights and configuration to one safetensors file, all or nothing.
 
-    What ``load`` makes of the file gives the same outputs, bit for bit: every layer's own options are stored, and a network that the file
-    cannot describe is refused before anything is written.
+    What ``load`` makes of the file gives the same outputs, bit for bit: every layer's own options are stored,
+    and a network that the file cannot describe is refused before anything is written.
 
     Args:
-        model: a CoDANet, or a wrapper of one (``coda_fast.unwrap``). One that is sharded by FSDP2 is gathered: every process must call
-            this, the first one writes.
+        model: a CoDANet, or a wrapper of one (``coda_fast.unwrap``). One that is sharded by FSDP2 is
+            gathered: every process must call this, the first one writes.
         metadata: anything JSON can hold, returned by ``read_metadata`` (accuracy, recipe ...).
 
     Raises:
-        ImportError: safetensors is not installed. OSError: the file cannot be written; an older one stays as it was.
+        ImportError: safetensors is not installed. OSError: the file cannot be written; an older one stays as
+            it was.
         TypeError: not a CoDANet, or metadata that JSON cannot hold.
-        ValueError: a network with what no configuration describes: layers of another class, of another dtype, pruned or parametrised
-            (``torch.nn.utils.prune.remove``, ``torch.nn.utils.parametrize.remove_parametrizations``), further parameters or buffers,
-            a forward pass of its own, class names that do not fit. Hooks and functions put on an instance are not looked for.
+        ValueError: a network with what no configuration describes: layers of another class, of another dtype,
+            pruned or parametrised (``torch.nn.utils.prune.remove``,
+            ``torch.nn.utils.parametrize.remove_parametrizations``), further parameters or buffers, a forward
+            pass of its own, class names that do not fit. Hooks and functions put on an instance are not
+            looked for.
     """
     safetensors = require_safetensors()
     model = need_network(model)
@@ -65,8 +73,15 @@ def save(model: CoDANet, path: str | os.PathLike, metadata: Mapping[str, object]
     try:
         stored = json.dumps(dict(metadata or {}))
     except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"metadata: expected a dict that JSON can hold, got another ({type(error).__name__}: {error})") from None
-    header = {"format": _FORMAT, "coda_fast_version": __version__, "config": json.dumps(config), "metadata": stored}
+        raise TypeError(
+            f"metadata: expected a dict that JSON can hold, got another ({type(error).__name__}: {error})"
+        ) from None
+    header = {
+        "format": _FORMAT,
+        "coda_fast_version": __version__,
+        "config": json.dumps(config),
+        "metadata": stored,
+    }
     if sharded and torch.distributed.get_rank():
         return
     data = safetensors.torch.save(tensors, header)
@@ -79,20 +94,22 @@ def save(model: CoDANet, path: str | os.PathLike, metadata: Mapping[str, object]
 def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overrides) -> CoDANet:
     """Read what ``save`` wrote. Configuration and tensors are compared before any tensor is read.
 
-    ``model.transform`` is what the file says of pictures; of files from before that was stored, what the recipe of their training says, or
-    resized and cropped to ``image_size``.
+    ``model.transform`` is what the file says of pictures; of files from before that was stored, what the
+    recipe of their training says, or resized and cropped to ``image_size``.
 
     Args:
-        overrides: arguments of ``CoDANet`` that replace the stored ones (``backend="reference"``, ``temperature=...``).
+        overrides: arguments of ``CoDANet`` that replace the stored ones (``backend="reference"``,
+            ``temperature=...``).
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: not a checkpoint of coda_fast, no file at all (a folder, a pipe, a device),
-            damaged, or weights that do not fit. OSError: it may not be read.
+        FileNotFoundError: no such file. CheckpointError: not a checkpoint of coda_fast, no file at all (a
+            folder, a pipe, a device), damaged, or weights that do not fit. OSError: it may not be read.
     """
     with opened(path, device) as file:
         header = _header(path, file)
         config = _json(header, "config", path)
-        if "image_size" in overrides:  # what the file says of pictures is for another size, as in create_model
+        # what the file says of pictures is for another size, as in create_model
+        if "image_size" in overrides:
             config.pop("preprocessing", None)
         elif "preprocessing" not in config and (implied := _implied(header)) is not None:
             config["preprocessing"] = implied
@@ -103,23 +120,33 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
             "save_contraction",
         }
         if unknown:
-            raise CheckpointError(f"{path}: unknown entries {_some(sorted(unknown))} in the stored configuration")
+            raise CheckpointError(
+                f"{path}: unknown entries {_some(sorted(unknown))} in the stored configuration"
+            )
         found = {name: file.get_slice(name) for name in list(file.keys())}
         shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
         dtypes = {part.get_dtype() for part in found.values()}
         if len(dtypes) != 1 or (dtype := _DTYPES.get(next(iter(dtypes)))) is None:
-            raise CheckpointError(f"{path}: expected tensors of one dtype, {' or '.join(_DTYPES)}, got {_some(sorted(dtypes))}")
+            raise CheckpointError(
+                f"{path}: expected tensors of one dtype, {' or '.join(_DTYPES)}, got {_some(sorted(dtypes))}"
+            )
         layers = config.get("out_channels")
-        if isinstance(layers, list) and 2 * len(layers) > len(found):  # or a long list would make as many layers first
-            raise CheckpointError(f"{path}: expected at least 2 tensors for each of {len(layers)} layers, got {len(found)}")
+        # or a long list would make as many layers first
+        if isinstance(layers, list) and 2 * len(layers) > len(found):
+            raise CheckpointError(
+                f"{path}: expected at least 2 tensors for each of {len(layers)} layers, got {len(found)}"
+            )
         try:  # on no device first: nothing is allocated for a configuration that does not fit the tensors
             model = CoDANet(**(config | overrides), device="meta", dtype=dtype)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: the configuration does not give a network: {_line(error)}") from None
+            raise CheckpointError(
+                f"{path}: the configuration does not give a network: {_line(error)}"
+            ) from None
         _check_keys(str(path), shapes, {name: tuple(t.shape) for name, t in model.state_dict().items()})
         need_memory(f"{path}: weights", sum(p.nbytes for p in model.parameters()), device)
         try:
-            # Copies: libraries round differently where numbers lie otherwise in memory than torch puts them, and the file may change.
+            # Copies: libraries round differently where numbers lie otherwise in memory than torch puts them,
+            # and the file may change.
             tensors = {name: file.get_tensor(name).clone() for name in found}
         except Exception as error:  # safetensors raises bare exceptions of its own
             raise CheckpointError(f"{path}: cannot read the tensors: {_line(error)}") from None
@@ -128,10 +155,14 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
 
 
 def _implied(header):
-    """The preprocessing of a file from before it was written down, by the recipe in its metadata; None: that says nothing of it."""
+    """The preprocessing of a file from before it was written down, by the recipe in its metadata; None:
+    that says nothing of it.
+    """
     try:
         data = json.loads(header["metadata"])["recipe"]["data"]
-        return None if data["size"] is None else {"resize": data["resize"] or data["size"], "crop": data["size"]}
+        return (
+            None if data["size"] is None else {"resize": data["resize"] or data["size"], "crop": data["size"]}
+        )
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
 
@@ -152,23 +183,29 @@ def from_published(
     norm: str | Sequence[str] = "squash",
     eps: float | Sequence[float] = EPS,
 ) -> CoDANet:
-    """A CoDANet from a state dict of the published implementation; widths, ranks and kernel sizes follow from the tensors.
+    """A CoDANet from a state dict of the published implementation; widths, ranks and kernel sizes follow from
+    the tensors.
 
-    Keys are ``<layer>.weight_mod.weighting_f.{0.weight, 1.weight, 1.bias}`` with the layers numbered from 0, behind
-    any common prefix such as ``module.``.
+    Keys are ``<layer>.weight_mod.weighting_f.{0.weight, 1.weight, 1.bias}`` with the layers numbered from 0,
+    behind any common prefix such as ``module.``.
 
     Raises:
-        CheckpointError: unknown, missing or misshapen keys, all named in one message; a number of strides or paddings that is
-            not that of the layers, or any value that ``CoDANet`` refuses.
+        CheckpointError: unknown, missing or misshapen keys, all named in one message; a number of strides or
+            paddings that is not that of the layers, or any value that ``CoDANet`` refuses.
     """
     layers = _published_layers(state_dict)
     for name, values in (("strides", strides), ("paddings", paddings)):
         if not hasattr(values, "__len__") or len(values) != len(layers):
             got = len(values) if hasattr(values, "__len__") else repr(values)[:100]
-            raise CheckpointError(f"{name}: expected {len(layers)} entries, one for each layer of the state dict, got {got}")
+            raise CheckpointError(
+                f"{name}: expected {len(layers)} entries, one for each layer of the state dict, got {got}"
+            )
     first = layers[0]["reduction_weight"]
     if first.shape[1] % 2:
-        raise CheckpointError(f"state dict: expected an even number of encoded channels in the first layer, got {first.shape[1]}")
+        raise CheckpointError(
+            "state dict: expected an even number of encoded channels in the first layer, got "
+            f"{first.shape[1]}"
+        )
     try:
         model = CoDANet(
             [layer["weight"].shape[0] for layer in layers],
@@ -199,14 +236,16 @@ def to_published(model: CoDANet) -> dict[str, torch.Tensor]:
     """The state dict that the published implementation would hold; the exact inverse of ``from_published``.
 
     Raises:
-        TypeError, ValueError: as ``save``; and for layers with a dilation, or some with a bias and some without, for which the published
-            form has no place.
+        TypeError, ValueError: as ``save``; and for layers with a dilation, or some with a bias and some
+            without, for which the published form has no place.
     """
     config, tensors = describe(need_network(model))
     tensors = _gathered(tensors)
     for name in ("dilations", "bias"):
         if isinstance(config.get(name), list):
-            raise ValueError(f"{name}: the published form has none of its own for each layer, got {config[name]}")
+            raise ValueError(
+                f"{name}: the published form has none of its own for each layer, got {config[name]}"
+            )
     state = {}
     for index in range(len(config["out_channels"])):
         layer = {name: tensors.get(f"layers.{index}.{name}") for name in _PUBLISHED}
@@ -220,23 +259,29 @@ def to_published(model: CoDANet) -> dict[str, torch.Tensor]:
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """A state dict from a ``torch.save`` file, on the CPU, with ``weights_only=True``: nothing is ever unpickled freely.
+    """A state dict from a ``torch.save`` file, on the CPU, with ``weights_only=True``: nothing is ever
+    unpickled freely.
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: not such a file, no file at all (a folder, a pipe, a device), or it holds more
-            than tensors, or more than this machine can. OSError: it may not be read.
+        FileNotFoundError: no such file. CheckpointError: not such a file, no file at all (a folder, a pipe, a
+            device), or it holds more than tensors, or more than this machine can. OSError: it may not be
+            read.
     """
     with _regular(path) as file:
         try:
             with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
-                need_memory("tensors", sum(member.file_size for member in archive.infolist()))  # packed, they may be a small file
+                # packed, they may be a small file
+                need_memory("tensors", sum(member.file_size for member in archive.infolist()))
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files end in whatever exception their bytes lead to
             reason = str(error).split("\n")[0] or type(error).__name__
-            if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to read it without weights_only
+            # torch's own message advises to read it without weights_only
+            if isinstance(error, pickle.UnpicklingError):
                 reason = "it is damaged, or holds other things"
-            raise CheckpointError(f"{path}: expected a file of torch.save with tensors only: {_line(reason)}") from None
+            raise CheckpointError(
+                f"{path}: expected a file of torch.save with tensors only: {_line(reason)}"
+            ) from None
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: expected a state dict, names to tensors, got {type(state).__name__}")
     return dict(state)
@@ -244,10 +289,12 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place if the block ends well and vanishes if it does not.
+    """A temporary file beside ``path`` that takes its place if the block ends well and vanishes if it does
+    not.
 
     Raises:
-        OSError: the place is taken by what is no file (a folder, a pipe, a device), or the file cannot be written.
+        OSError: the place is taken by what is no file (a folder, a pipe, a device), or the file cannot be
+            written.
     """
     path = Path(path)
     with contextlib.suppress(FileNotFoundError):
@@ -270,7 +317,11 @@ def _published_layers(state_dict):
     """One dict of tensors in our shapes for each layer, in order."""
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(f"state dict: expected names to tensors, got {type(state_dict).__name__}")
-    pattern = re.compile(r"(?P<prefix>(?:.*[^0-9])?)(?P<layer>[0-9]{1,9})\.(?P<key>" + "|".join(map(re.escape, _PUBLISHED.values())) + ")")
+    pattern = re.compile(
+        r"(?P<prefix>(?:.*[^0-9])?)(?P<layer>[0-9]{1,9})\.(?P<key>"
+        + "|".join(map(re.escape, _PUBLISHED.values()))
+        + ")"
+    )
     names = {key: name for name, key in _PUBLISHED.items()}
     found, problems, prefixes = {}, [], set()
     for key, tensor in state_dict.items():
@@ -280,7 +331,11 @@ def _published_layers(state_dict):
             continue
         prefixes.add(match["prefix"])
         if not _is_plain(tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
-            what = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            what = (
+                f"{tensor.dtype} {list(tensor.shape)}"
+                if isinstance(tensor, torch.Tensor)
+                else type(tensor).__name__
+            )
             problems.append(f"{key!r}: expected a floating-point tensor with something in it, got {what}")
             continue
         if names[match["key"]] in found.get(int(match["layer"]), {}):
@@ -294,10 +349,15 @@ def _published_layers(state_dict):
     biased = any("bias" in tensors for tensors in found.values())
     if len({tensor.dtype for tensors in found.values() for tensor in tensors.values()}) > 1:
         problems.append("tensors of different dtypes")
-    gaps = [index for index in range(len(found)) if index not in found]  # up to a layer whose number may be anything
+    # up to a layer whose number may be anything
+    gaps = [index for index in range(len(found)) if index not in found]
     problems += [f"no keys for layer {index}" for index in gaps]
     if not problems:
-        numbers = sum(tensor.numel() * tensor.element_size() for tensors in found.values() for tensor in tensors.values())
+        numbers = sum(
+            tensor.numel() * tensor.element_size()
+            for tensors in found.values()
+            for tensor in tensors.values()
+        )
         try:  # a tensor that is expanded takes nothing in a file
             need_memory("weights", numbers)
         except ValueError as error:
@@ -314,13 +374,17 @@ def _published_layers(state_dict):
         d = reduction.shape[1:].numel()
         if reduction.dim() != 4 or (channels is not None and reduction.shape[1] != channels):
             problems.append(
-                f"'{index}.{_PUBLISHED['reduction_weight']}': expected [rank, {channels or 'C'}, kh, kw], got {list(reduction.shape)}"
+                f"'{index}.{_PUBLISHED['reduction_weight']}': expected [rank, {channels or 'C'}, kh, kw], "
+                f"got {list(reduction.shape)}"
             )
             channels = None
             continue
         rank, units = len(reduction), (len(weight) if weight.dim() else 0) // d
         if weight.shape != (units * d, rank, 1, 1) or units == 0:
-            problems.append(f"'{index}.{_PUBLISHED['weight']}': expected [{d} * units, {rank}, 1, 1], got {list(weight.shape)}")
+            problems.append(
+                f"'{index}.{_PUBLISHED['weight']}': expected [{d} * units, {rank}, 1, 1], got "
+                f"{list(weight.shape)}"
+            )
             channels = None
             continue
         if bias is not None and bias.shape != (units * d,):
@@ -340,25 +404,37 @@ def _published_layers(state_dict):
     return layers
 
 
-# -- what a network is, and whether a configuration says all of it ----------------------------------------------------------------------
+# -- what a network is, and whether a configuration says all of it
+# ----------------------------------------------------------------------
 
 
 def describe(model: CoDANet) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Configuration and tensors of a CoDANet (bare; its layers may be wrapped), of which ``CoDANet(**config)`` is the same network.
+    """Configuration and tensors of a CoDANet (bare; its layers may be wrapped), of which
+    ``CoDANet(**config)`` is the same network.
 
     Raises:
         ValueError: no configuration says all of it; the message names the part and what it has. See ``save``.
     """
     parts = {"model": (model, CoDANet, ("forward", "run_layers", "head", "check_images"))}
-    parts |= {"encoder": (model.encoder, AddInverse, ("forward",)), "pool": (model.pool, SumPool2d, ("forward",))}
-    parts |= {f"layers.{i}": (unwrap(layer), DAUConv2d, ("forward", "geometry")) for i, layer in enumerate(model.layers)}
+    parts |= {
+        "encoder": (model.encoder, AddInverse, ("forward",)),
+        "pool": (model.pool, SumPool2d, ("forward",)),
+    }
+    parts |= {
+        f"layers.{i}": (unwrap(layer), DAUConv2d, ("forward", "geometry"))
+        for i, layer in enumerate(model.layers)
+    }
     for name, (module, kind, methods) in parts.items():
         if not isinstance(module, kind):
-            raise ValueError(f"{name}: expected {kind.__name__}, got {type(module).__name__}, which no configuration describes")
+            raise ValueError(
+                f"{name}: expected {kind.__name__}, got {type(module).__name__}, which no configuration "
+                "describes"
+            )
         for method in methods:
             if not _is_ours(type(module), method):
                 raise ValueError(
-                    f"{name}: expected {kind.__name__}, got {type(module).__name__} with a {method} of its own, which no "
+                    f"{name}: expected {kind.__name__}, got {type(module).__name__} with a {method} of its "
+                    "own, which no "
                     "configuration describes"
                 )
     state = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -376,18 +452,30 @@ def describe(model: CoDANet) -> tuple[dict, dict[str, torch.Tensor]]:
     for (name, (module, *_)), same in zip(list(parts.items())[3:], twin.layers, strict=True):
         for option in ("geometry", "norm", "eps"):
             if getattr(module, option) != getattr(same, option):
-                raise ValueError(f"{name}: {option}: expected {getattr(same, option)}, as saved, got {getattr(module, option)}")
+                raise ValueError(
+                    f"{name}: {option}: expected {getattr(same, option)}, as saved, got "
+                    f"{getattr(module, option)}"
+                )
     first = next(iter(state.values())).dtype
     for name, tensor in state.items():
         if not _is_plain(tensor):
-            kind = tensor.layout if isinstance(tensor, torch.Tensor) and tensor.layout != torch.strided else type(tensor).__name__
+            kind = (
+                tensor.layout
+                if isinstance(tensor, torch.Tensor) and tensor.layout != torch.strided
+                else type(tensor).__name__
+            )
             raise ValueError(f"{name}: expected a dense tensor, got {kind}")
         if tensor.dtype not in _DTYPES.values():
-            raise ValueError(f"{name}: expected {' or '.join(map(str, _DTYPES.values()))}, got {tensor.dtype}")
+            raise ValueError(
+                f"{name}: expected {' or '.join(map(str, _DTYPES.values()))}, got {tensor.dtype}"
+            )
         if tensor.dtype != first:
             raise ValueError(f"{name}: expected {first}, as in layers.0, got {tensor.dtype}")
         if tensor.shape != expected[name].shape:
-            raise ValueError(f"{name}: expected shape {list(expected[name].shape)}, as configured, got {list(tensor.shape)}")
+            raise ValueError(
+                f"{name}: expected shape {list(expected[name].shape)}, as configured, got "
+                f"{list(tensor.shape)}"
+            )
         if tensor.is_meta:
             raise ValueError(f"{name}: expected numbers, got a tensor on the meta device")
     return config, state
@@ -405,15 +493,26 @@ def _gathered(state):
 
 
 def _is_ours(kind, method):
-    """Whether a class takes ``method`` from this package. Others may put names on it (FSDP2) or methods that do not compute."""
+    """Whether a class takes ``method`` from this package. Others may put names on it (FSDP2) or methods
+    that do not compute.
+    """
     found = getattr(kind, method)
-    return getattr(getattr(found, "fget", found), "__module__", "").partition(".")[0] == __name__.partition(".")[0]
+    return (
+        getattr(getattr(found, "fget", found), "__module__", "").partition(".")[0]
+        == __name__.partition(".")[0]
+    )
 
 
 def _is_plain(tensor):
-    """Whether a tensor is numbers in memory: not sparse, not quantised by a library; FSDP2's shards are such."""
+    """Whether a tensor is numbers in memory: not sparse, not quantised by a library; FSDP2's shards are
+    such.
+    """
     kinds = (torch.Tensor, torch.nn.Parameter)
-    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and (type(tensor) in kinds or hasattr(tensor, "full_tensor"))
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and (type(tensor) in kinds or hasattr(tensor, "full_tensor"))
+    )
 
 
 def _other_tensors(owner, more, fewer):
@@ -442,14 +541,17 @@ def _check_keys(source, found, expected):
         raise CheckpointError(f"{source}: " + _several(problems))
 
 
-# -- reading what anybody may have written ----------------------------------------------------------------------------------------------
+# -- reading what anybody may have written
+# ----------------------------------------------------------------------------------------------
 
 
 def _json(header, key, path):
     try:
         value = json.loads(header[key], object_pairs_hook=_unique)
     except (KeyError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {key} is missing or not JSON ({type(error).__name__}: {_line(error)})") from None
+        raise CheckpointError(
+            f"{path}: {key} is missing or not JSON ({type(error).__name__}: {_line(error)})"
+        ) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: {key}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -470,7 +572,9 @@ def _regular(path, kind="checkpoint") -> Iterator:
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such {kind}") from None
     except ValueError as error:  # NotAFile, or a name with a zero byte
-        raise CheckpointError(str(error) if isinstance(error, NotAFile) else f"{path!r}: expected the name of a file: {error}") from None
+        raise CheckpointError(
+            str(error) if isinstance(error, NotAFile) else f"{path!r}: expected the name of a file: {error}"
+        ) from None
     with file:
         yield file
 
@@ -494,7 +598,9 @@ def _header(path, file):
     header = file.metadata() or {}
     if header.get("format") != _FORMAT:
         found = _some([header.get("format")]).strip("[]")
-        raise CheckpointError(f"{path}: expected a checkpoint of coda_fast (format {_FORMAT!r}), found {found}")
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of coda_fast (format {_FORMAT!r}), found {found}"
+        )
     return header
 
 
@@ -520,5 +626,7 @@ def require_safetensors():
         import safetensors
         import safetensors.torch
     except ImportError:
-        raise ImportError("checkpoints need safetensors: pip install 'coda-fast[cli]' or pip install safetensors") from None
+        raise ImportError(
+            "checkpoints need safetensors: pip install 'coda-fast[cli]' or pip install safetensors"
+        ) from None
     return safetensors

@@ -1,4 +1,6 @@
-"""Compiling the fused kernels of a model before its first step, in parallel, also for a GPU that is not here."""
+"""Compiling the fused kernels of a model before its first step, in parallel, also for a GPU that is not
+here.
+"""
 
 from __future__ import annotations
 
@@ -33,26 +35,34 @@ def record_launches(
     device=None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, list]:
-    """Every kernel launch that the passes of a model make on a GPU, from shapes alone, nothing computed: {pass: launches}.
+    """Every kernel launch that the passes of a model make on a GPU, from shapes alone, nothing computed:
+    {pass: launches}.
 
     Args:
         model: any module with DAU layers; it is left as it is.
         input_shape: of a batch of images, (N, C, H, W).
         dtype: of parameters and images, or that of autocast; None: the dtype of the model's first DAU layer.
-        passes: of "inference", "training" (forward and backward, with a gradient of the parameters only) and "explanation".
+        passes: of "inference", "training" (forward and backward, with a gradient of the parameters only) and
+            "explanation".
         device: ``coda_kernels.config.Device``; None: the GPU at hand, an H100 where there is none.
         memory_format: of the images.
     """
     from coda_kernels import compile as compiler
 
     if unknown := set(passes) - set(PASSES):
-        raise ValueError(f"passes: expected some of {', '.join(PASSES)}, got {', '.join(map(str, sorted(unknown)))}")
+        raise ValueError(
+            f"passes: expected some of {', '.join(PASSES)}, got {', '.join(map(str, sorted(unknown)))}"
+        )
     if len(input_shape) != 4 or not all(isinstance(size, int) and size > 0 for size in input_shape):
-        raise ValueError(f"input_shape: expected four positive integers (N, C, H, W), got {tuple(input_shape)}")
+        raise ValueError(
+            f"input_shape: expected four positive integers (N, C, H, W), got {tuple(input_shape)}"
+        )
     model = unwrap(model)
     layers = [module for module in model.modules() if isinstance(module, DAUConv2d)]
     if not layers:
-        raise ValueError(f"model: expected a module with at least one DAUConv2d, got {type(model).__name__} without any")
+        raise ValueError(
+            f"model: expected a module with at least one DAUConv2d, got {type(model).__name__} without any"
+        )
     dtype = dtype or layers[0].weight.dtype
     # shapes, strides and the way through the model are all that is needed of it
     shadow = copy.deepcopy(model).to("meta", dtype)
@@ -93,14 +103,16 @@ def compile_kernels(
     memory_format: torch.memory_format = torch.contiguous_format,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> int:
-    """Compile every fused kernel that a model will launch, in parallel, into Triton's cache: the first step then begins at once.
+    """Compile every fused kernel that a model will launch, in parallel, into Triton's cache: the first step
+    then begins at once.
 
     The batch size does not matter. A kernel that is in the cache already costs a few milliseconds.
 
     Args:
         model, input_shape, dtype, passes, memory_format: as in :func:`record_launches`.
         workers: processes; None: one for each processor.
-        arch: compute capability as 80, 90 or 100, or AMD's "gfx942"; None: that of the GPU at hand. Another one needs no GPU.
+        arch: compute capability as 80, 90 or 100, or AMD's "gfx942"; None: that of the GPU at hand. Another
+            one needs no GPU.
         progress: called with how many kernels are done, and of how many.
 
     Returns:
@@ -117,17 +129,24 @@ def compile_kernels(
     from coda_kernels import config
 
     if arch is None and not torch.cuda.is_available():
-        raise backends.BackendUnavailable("compile_kernels: torch sees no GPU here; name one with arch, such as 90 for an H100")
+        raise backends.BackendUnavailable(
+            "compile_kernels: torch sees no GPU here; name one with arch, such as 90 for an H100"
+        )
     if arch is not None and arch not in config.SHARED_BYTES:
         raise ValueError(f"arch: expected one of {', '.join(map(str, config.SHARED_BYTES))}, got {arch}")
     device = _device() if arch is None else config.Device(arch, 132)
     launches = record_launches(model, input_shape, dtype, passes, device, memory_format)
-    return compiler.compile_launches([each for found in launches.values() for each in found], device.arch, workers, progress)
+    return compiler.compile_launches(
+        [each for found in launches.values() for each in found], device.arch, workers, progress
+    )
 
 
-def compile_for(model: torch.nn.Module, images: torch.Tensor, dtype: torch.dtype, passes: Iterable[str] = PASSES) -> int:
-    """What :func:`compile_kernels` does, for a batch of images on its device, and only if a layer would use the fused backend there: how
-    many kernels there were. ``dtype``: in which the layers compute, under autocast another than the images'.
+def compile_for(
+    model: torch.nn.Module, images: torch.Tensor, dtype: torch.dtype, passes: Iterable[str] = PASSES
+) -> int:
+    """What :func:`compile_kernels` does, for a batch of images on its device, and only if a layer would use
+    the fused backend there: how many kernels there were. ``dtype``: in which the layers compute, under
+    autocast another than the images'.
     """
     layers = [module for module in model.modules() if isinstance(module, DAUConv2d)]
     if not any(backends.choose(layer.backend, images.device, dtype) == "triton" for layer in layers):

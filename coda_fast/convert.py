@@ -18,7 +18,8 @@ class Conversion:
     """What ``convert_conv2d`` did.
 
     Attributes:
-        module: the converted module: the one that was given, changed in place, unless that was itself a convolution.
+        module: the converted module: the one that was given, changed in place, unless that was itself a
+            convolution.
         converted: names of the convolutions that are DAU layers now ("" is the module itself).
         kept: names of those that are not, each with the reason.
     """
@@ -29,7 +30,9 @@ class Conversion:
 
     def __str__(self) -> str:
         lines = [f"{len(self.converted)} convolutions are DAU layers now, {len(self.kept)} are kept"]
-        return "\n".join(lines + [f"  kept {name or 'the module itself'}: {reason}" for name, reason in self.kept.items()])
+        return "\n".join(
+            lines + [f"  kept {name or 'the module itself'}: {reason}" for name, reason in self.kept.items()]
+        )
 
 
 def convert_conv2d(
@@ -43,26 +46,32 @@ def convert_conv2d(
     backend: str = "auto",
     save_contraction: bool | str = "auto",
 ) -> Conversion:
-    """Replace every ``nn.Conv2d`` of a module, in place, by a ``DAUConv2d`` of the same geometry, device, dtype and mode.
+    """Replace every ``nn.Conv2d`` of a module, in place, by a ``DAUConv2d`` of the same geometry, device,
+    dtype and mode.
 
-    The new layers have fresh weights, frozen where those of the convolution were: a DAU layer computes its weight from its input, so there
-    is nothing that a convolution's weight could be carried over to, and its bias adds to that weight instead of to the output. Make the
-    optimiser afterwards; a layer has about ``rank`` times the parameters. A convolution that is used in several places becomes one layer
-    in all of them. Shapes stay, so the model runs and trains; its explanation is exact only as far as it is dynamic linear, that is,
-    without activations, normalisation or biases between the layers (``coda_fast.CoDANet`` has none).
+    The new layers have fresh weights, frozen where those of the convolution were: a DAU layer computes its
+    weight from its input, so there is nothing that a convolution's weight could be carried over to, and its
+    bias adds to that weight instead of to the output. Make the optimiser afterwards; a layer has about
+    ``rank`` times the parameters. A convolution that is used in several places becomes one layer in all of
+    them. Shapes stay, so the model runs and trains; its explanation is exact only as far as it is dynamic
+    linear, that is, without activations, normalisation or biases between the layers (``coda_fast.CoDANet``
+    has none).
 
-    Kept, with the reason: convolutions with groups, other padding than zeros, hooks, a weight that others have too, or a class of their own
-    (parametrised, pruned, lazy, quantised ones are such); transposed ones and those of one or three dimensions.
+    Kept, with the reason: convolutions with groups, other padding than zeros, hooks, a weight that others
+    have too, or a class of their own (parametrised, pruned, lazy, quantised ones are such); transposed ones
+    and those of one or three dimensions.
 
     Args:
         module: any module; a convolution itself comes back replaced as ``Conversion.module``.
         rank, bias, norm, eps, backend, save_contraction: of the new layers, as for ``DAUConv2d``.
-        only: which to replace: names or patterns of names (``"layer4.*"``), or a function of name and convolution; None: all. The others
-            are not reported. One that is used in several places is replaced in all if one of them is named.
+        only: which to replace: names or patterns of names (``"layer4.*"``), or a function of name and
+            convolution; None: all. The others are not reported. One that is used in several places is
+            replaced in all if one of them is named.
 
     Raises:
-        ValueError: nothing is replaced, a name or pattern that no convolution has, options that a layer refuses, weights that this machine
-            cannot hold; nothing is changed then. TypeError: not a module, names that are no strings.
+        ValueError: nothing is replaced, a name or pattern that no convolution has, options that a layer
+            refuses, weights that this machine cannot hold; nothing is changed then. TypeError: not a module,
+            names that are no strings.
 
     >>> from torch import nn
     >>> import coda_fast
@@ -75,12 +84,17 @@ def convert_conv2d(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    found = {name: child for name, child in module.named_modules(remove_duplicate=False) if isinstance(child, _ConvNd)}
+    found = {
+        name: child
+        for name, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, _ConvNd)
+    }
     chosen = {id(found[name]) for name in _choice(only, found)}
     found = {name: conv for name, conv in found.items() if id(conv) in chosen}
     if not found:
         raise ValueError(
-            f"module: expected at least one nn.Conv2d{'' if only is None else ' that only= chooses'}, got a {type(module).__name__} without"
+            f"module: expected at least one nn.Conv2d{'' if only is None else ' that only= chooses'}, got a "
+            f"{type(module).__name__} without"
         )
     owners = _owners(module)
     kept = {name: reason for name, conv in found.items() if (reason := _obstacle(conv, owners))}
@@ -88,14 +102,20 @@ def convert_conv2d(
     if not converted:
         reasons = "; ".join(f"{name or 'the module itself'}: {reason}" for name, reason in kept.items())
         raise ValueError(f"module: expected a convolution that can be a DAU layer, got {reasons}")
-    options = dict(bias=bias, rank=rank, norm=norm, eps=eps, backend=backend, save_contraction=save_contraction)
+    options = dict(
+        bias=bias, rank=rank, norm=norm, eps=eps, backend=backend, save_contraction=save_contraction
+    )
     different = {id(found[name]): found[name] for name in converted}
     for conv in different.values():
         _layer(conv, options, device="meta")  # refuses options without allocating anything
-    numbers = [conv.weight[0].numel() * (rank + conv.out_channels * (rank + bool(bias))) for conv in different.values()]
+    numbers = [
+        conv.weight[0].numel() * (rank + conv.out_channels * (rank + bool(bias)))
+        for conv in different.values()
+    ]
     probe = next(iter(different.values())).weight
     check_size([sum(numbers)], probe.device, probe.dtype)
-    layers = {key: _layer(conv, options) for key, conv in different.items()}  # all are made before the first is put in
+    # all are made before the first is put in
+    layers = {key: _layer(conv, options) for key, conv in different.items()}
     for name in converted:
         parent, _, last = name.rpartition(".")
         if name:
@@ -130,7 +150,9 @@ def _owners(module):
 def _obstacle(conv, owners):
     """Why a convolution must stay; empty if it need not."""
     if not isinstance(conv, nn.Conv2d):
-        kind = "transposed" if isinstance(conv, _ConvTransposeNd) else f"of {len(conv.kernel_size)} dimensions"
+        kind = (
+            "transposed" if isinstance(conv, _ConvTransposeNd) else f"of {len(conv.kernel_size)} dimensions"
+        )
         return f"{kind}, a DAU layer is a convolution of two dimensions"
     if type(conv) is not nn.Conv2d or "forward" in vars(conv):
         return f"a {type(conv).__name__}, whose own behaviour would be lost"

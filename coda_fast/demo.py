@@ -1,7 +1,9 @@
-"""The two-minute demonstration: train small CoDA-Nets on real images, at a low and a high temperature, and look inside.
+"""The two-minute demonstration: train small CoDA-Nets on real images, at a low and a high temperature, and
+look inside.
 
-Shows the paper's main finding: the temperature T presses the layers to align, so that with T the contribution maps locate the class
-(grid pointing game), at equal accuracy. Data: the 1,797 scans of handwritten digits that scikit-learn ships.
+Shows the paper's main finding: the temperature T presses the layers to align, so that with T the contribution
+maps locate the class (grid pointing game), at equal accuracy. Data: the 1,797 scans of handwritten digits
+that scikit-learn ships.
 """
 
 from __future__ import annotations
@@ -51,15 +53,19 @@ class Result:
     numbers: dict
 
 
-def run(folder: str | os.PathLike, *, epochs: int = 30, seed: int = 0, progress: Callable | None = None) -> Result:
-    """Train at both ``TEMPERATURES``, evaluate, and write figure, checkpoint (of the higher T) and numbers into ``folder``.
+def run(
+    folder: str | os.PathLike, *, epochs: int = 30, seed: int = 0, progress: Callable | None = None
+) -> Result:
+    """Train at both ``TEMPERATURES``, evaluate, and write figure, checkpoint (of the higher T) and numbers
+    into ``folder``.
 
     Args:
         epochs: passes over the 1,347 training images for each temperature.
         progress: called as ``progress(iterable, label)`` around the epochs, like tqdm; None: silent.
 
     Raises:
-        ImportError: scikit-learn, matplotlib or safetensors is not installed. OSError: the folder cannot be written.
+        ImportError: scikit-learn, matplotlib or safetensors is not installed. OSError: the folder cannot be
+            written.
     """
     folder, data = Path(folder), digits(seed)
     plot.new_figure(1, 1), checkpoints.require_safetensors()  # what is missing is said before the work
@@ -74,7 +80,9 @@ def run(folder: str | os.PathLike, *, epochs: int = 30, seed: int = 0, progress:
         train(model, data, epochs=epochs, seed=seed, progress=progress)
         seconds = time.perf_counter() - start
         models.append(model)
-        rows.append({"temperature": temperature, "train_seconds": round(seconds, 1), **evaluate(model, data, seed)})
+        rows.append(
+            {"temperature": temperature, "train_seconds": round(seconds, 1), **evaluate(model, data, seed)}
+        )
     numbers = {
         "model": MODEL,
         "data": "scikit-learn digits, 8x8",
@@ -90,7 +98,9 @@ def run(folder: str | os.PathLike, *, epochs: int = 30, seed: int = 0, progress:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-    result = Result(folder / "coda_demo.png", folder / "coda_demo.safetensors", folder / "coda_demo.json", numbers)
+    result = Result(
+        folder / "coda_demo.png", folder / "coda_demo.safetensors", folder / "coda_demo.json", numbers
+    )
     plot.save_figure(figure(models, data, rows, seed), result.figure)
     checkpoints.save(models[-1], result.checkpoint, {"data": numbers["data"], **rows[-1]})
     with checkpoints.atomic_path(result.numbers_file) as temporary:
@@ -105,7 +115,9 @@ def digits(seed: int = 0) -> Data:
     return Data(next(images), train.labels, next(images), test.labels, names)
 
 
-def train(model: CoDANet, data: Data, *, epochs: int, seed: int = 0, progress: Callable | None = None) -> None:
+def train(
+    model: CoDANet, data: Data, *, epochs: int, seed: int = 0, progress: Callable | None = None
+) -> None:
     """Adam on binary cross-entropy with a cosine schedule, batches of 64."""
     batch, generator = 64, torch.Generator().manual_seed(seed)
     targets = F.one_hot(data.train_labels, model.num_classes).to(data.train_images.dtype)
@@ -131,17 +143,23 @@ def evaluate(model: CoDANet, data: Data, seed: int = 0) -> dict:
     return {
         "accuracy": round(float(correct.double().mean()), 4),
         "completeness_error": float(explanation.completeness_error.max()),
-        "relative_completeness_error": float((explanation.completeness_error / chosen.abs().clamp_min(1)).max()),
+        "relative_completeness_error": float(
+            (explanation.completeness_error / chosen.abs().clamp_min(1)).max()
+        ),
         "localisation": None if score is None else round(score, 4),
         "localisation_grids": grids,
     }
 
 
 def localisation_score(model, data: Data, logits, seed: int) -> tuple[float | None, int]:
-    """Mean score of the grid pointing game and the number of grids; None where fewer than four classes have confident images."""
+    """Mean score of the grid pointing game and the number of grids; None where fewer than four classes
+    have confident images.
+    """
     if len(confident_images(logits, data.test_labels)) < GRID**2:
         return None, 0
-    found = localisation(model, data.test_images, data.test_labels, side=GRID, grids=100, seed=seed, logits=logits)
+    found = localisation(
+        model, data.test_images, data.test_labels, side=GRID, grids=100, seed=seed, logits=logits
+    )
     return found.summary()["mean"], len(found.scores)
 
 
@@ -154,7 +172,11 @@ def figure(models: list[CoDANet], data: Data, rows: list[dict], seed: int):
     """Three test digits and one grid at both temperatures, each map with the proof that it is complete."""
     shown = torch.stack([torch.nonzero(data.test_labels == c).flatten()[0] for c in (3, 7, 0)])
     images = data.test_images[shown]
-    cells = torch.from_numpy(draw_grids({c: torch.nonzero(data.test_labels == c).flatten().tolist() for c in range(10)}, GRID**2, 1, seed))
+    cells = torch.from_numpy(
+        draw_grids(
+            {c: torch.nonzero(data.test_labels == c).flatten().tolist() for c in range(10)}, GRID**2, 1, seed
+        )
+    )
     grid, classes = canvases(data.test_images[cells], GRID), data.test_labels[cells]
     digits_explained = [m.explain(images, m(images).topk(2).indices) for m in models]
     grid_explained = [m.explain(grid, classes) for m in models]
@@ -172,14 +194,21 @@ def figure(models: list[CoDANet], data: Data, rows: list[dict], seed: int):
             model, explained = models[which], digits_explained[which]
             target = int(explained.target[i, k])
             why = "why" if k == 0 else "why not"
-            title = f"T = {model.temperature:g}: {why} {target}  ({plot.probability(float(explained.logits[i, target].sigmoid()))})"
-            artists[which] = plot.show_map(axes[i, column], explained.contribution_map[i, k], scales[which], title)
+            title = (
+                f"T = {model.temperature:g}: {why} {target}  "
+                f"({plot.probability(float(explained.logits[i, target].sigmoid()))})"
+            )
+            artists[which] = plot.show_map(
+                axes[i, column], explained.contribution_map[i, k], scales[which], title
+            )
             axes[i, column].set_xlabel(plot.proof(explained, i, k, model.logit_bias), fontsize=7)
         high = digits_explained[1]
         title = f"T = {models[1].temperature:g}: its weight for {int(high.target[i, 0])}"
         plot.show_weight(axes[i, 4], high.dynamic_weight[i, 0], high.contribution_map[i, 0], title)
     size = data.test_images.shape[2]
-    for row, (model, explained, scale) in enumerate(zip(models, grid_explained, scales, strict=True), start=3):
+    for row, (model, explained, scale) in enumerate(
+        zip(models, grid_explained, scales, strict=True), start=3
+    ):
         plot.show_image(axes[row, 0], grid[0], "four scans in one image")
         for k in range(GRID**2):
             title = f"T = {model.temperature:g}: where is the {int(classes[0, k])}?"
@@ -188,9 +217,19 @@ def figure(models: list[CoDANet], data: Data, rows: list[dict], seed: int):
             for line in (axes[row, k + 1].axhline, axes[row, k + 1].axvline):
                 line(size - 0.5, color="0.5", linewidth=0.7)
     for artist, model, below in zip(artists, models, (axes[-1, :2], axes[-1, 2:]), strict=True):
-        plot.colour_bar(page, artist, below, f"contribution to the logit, per pixel, T = {model.temperature:g}", location="bottom")
+        plot.colour_bar(
+            page,
+            artist,
+            below,
+            f"contribution to the logit, per pixel, T = {model.temperature:g}",
+            location="bottom",
+        )
     found = ";  ".join(
-        f"T = {r['temperature']:g}: accuracy {r['accuracy']:.1%}, localisation {score_text(r['localisation'])}" for r in rows
+        f"T = {r['temperature']:g}: accuracy {r['accuracy']:.1%}, localisation "
+        f"{score_text(r['localisation'])}"
+        for r in rows
     )
-    page.suptitle(f"{found}  (chance {1 / GRID**2:.2f}).  Red speaks for the class, blue against it.", fontsize=10)
+    page.suptitle(
+        f"{found}  (chance {1 / GRID**2:.2f}).  Red speaks for the class, blue against it.", fontsize=10
+    )
     return page

@@ -1,4 +1,6 @@
-"""Exact decomposition of predictions: a logit as the sum of the contributions of pixels (or of any layer's inputs)."""
+"""Exact decomposition of predictions: a logit as the sum of the contributions of pixels (or of any layer's
+inputs).
+"""
 
 from __future__ import annotations
 
@@ -38,23 +40,26 @@ _SHOWN, _CLASSES = 4, 5  # images, and classes of each, in a notebook
 class Explanation:
     """Why a network gave its logits; N images, K explained classes each, all tensors on the images' device.
 
-    With ``layer=None`` (or 0), C = 6 for colour images: red, green, blue, then 1 - red, 1 - green, 1 - blue. With ``layer=l`` C, H, W
-    are those of the activations that enter layer l.
+    With ``layer=None`` (or 0), C = 6 for colour images: red, green, blue, then 1 - red, 1 - green, 1 - blue.
+    With ``layer=l`` C, H, W are those of the activations that enter layer l.
 
     Attributes:
         logits: [N, classes], in the dtype of the network; the rest is in float32 at least.
         target: explained classes, [N, K].
-        dynamic_weight: ``[W(x)]_c / T``: the row of the global linear map that gives each logit, [N, K, C, H, W].
+        dynamic_weight: ``[W(x)]_c / T``: the row of the global linear map that gives each logit, [N, K, C, H,
+            W].
         contributions: ``dynamic_weight * activations``, in logits, [N, K, C, H, W].
         contribution_map: contributions summed over channels, [N, K, H, W].
-        completeness_error: ``|sum of contributions + logit bias - logit|``, in logits, [N, K]: rounding, below 1e-6 (float32), 1e-14
-            (float64) or 2e-2 (bfloat16) of the logit plus the sum of absolute contributions.
+        completeness_error: ``|sum of contributions + logit bias - logit|``, in logits, [N, K]: rounding,
+            below 1e-6 (float32), 1e-14 (float64) or 2e-2 (bfloat16) of the logit plus the sum of absolute
+            contributions.
         layer: index of the DAU layer whose inputs are the terms of the decomposition; 0: the encoded image.
         images: what was explained, [N, C, H, W]: the tensor that was given, without its graph.
         logit_bias: the constant in every logit that no pixel contributes.
         class_names: those of the network, or None.
 
-    ``len(e)`` is N; ``e[i]``, ``e[1:3]``, ``e[[0, 2]]`` and iteration give explanations of these images. In a notebook it shows itself.
+    ``len(e)`` is N; ``e[i]``, ``e[1:3]``, ``e[[0, 2]]`` and iteration give explanations of these images. In a
+    notebook it shows itself.
 
     >>> import torch, coda_fast
     >>> e = coda_fast.create_model("coda_xs_digits").explain(torch.rand(5, 1, 8, 8), target=[[3, 7]] * 5)
@@ -79,7 +84,8 @@ class Explanation:
         return len(self.target)
 
     def __getitem__(self, index: int | slice | Sequence | torch.Tensor) -> Explanation:
-        """Of some of the images: an int gives a batch of one; a slice; several ints, or N bools, as a list, an array or a tensor.
+        """Of some of the images: an int gives a batch of one; a slice; several ints, or N bools, as a list,
+        an array or a tensor.
 
         Raises:
             IndexError: there is no such image. TypeError: anything else.
@@ -94,14 +100,17 @@ class Explanation:
         n, k, height, width = self.contribution_map.shape
         dtype, device = str(self.contribution_map.dtype).removeprefix("torch."), self.contribution_map.device
         text = (
-            f"{_count(n, 'image')}, {_count(k, 'class', 'classes')} each, maps {height} x {width}, layer {self.layer}, {dtype} on {device}"
+            f"{_count(n, 'image')}, {_count(k, 'class', 'classes')} each, maps {height} x {width}, layer "
+            f"{self.layer}, {dtype} on {device}"
         )
         if self.completeness_error.numel() and device.type != "meta":
             text += f", completeness error up to {float(self.completeness_error.max()):.1e} logits"
         return f"Explanation({text})"
 
     def to(self, *args, **kwargs) -> Explanation:
-        """On another device, or in another floating-point dtype: arguments as of ``torch.Tensor.to``; classes stay integers."""
+        """On another device, or in another floating-point dtype: arguments as of ``torch.Tensor.to``;
+        classes stay integers.
+        """
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating-point one, got {dtype}")
@@ -116,7 +125,8 @@ class Explanation:
         return self.class_names[index] if self.class_names else f"class {index}"
 
     def plot(self) -> Figure:
-        """A figure: a row for each image with its maps and the proof that they are complete, see ``coda_fast.plot.explanation_figure``.
+        """A figure: a row for each image with its maps and the proof that they are complete, see
+        ``coda_fast.plot.explanation_figure``.
 
         Raises:
             ValueError: an explanation without its images. ImportError: matplotlib is not installed.
@@ -124,11 +134,16 @@ class Explanation:
         from coda_fast import plot
 
         if self.images is None:
-            raise ValueError("plot: expected an explanation with its images, got one without; see coda_fast.plot.explanation_figure")
+            raise ValueError(
+                "plot: expected an explanation with its images, got one without; see "
+                "coda_fast.plot.explanation_figure"
+            )
         return plot.explanation_figure(self.images, self, self.logit_bias, self.class_names)
 
     def save(self, path: str | os.PathLike) -> None:
-        """All of it, images too, to a safetensors file that ``load`` reads; all or nothing. ImportError: safetensors is not installed."""
+        """All of it, images too, to a safetensors file that ``load`` reads; all or nothing. ImportError:
+        safetensors is not installed.
+        """
         from coda_fast import checkpoints
 
         safetensors = checkpoints.require_safetensors()
@@ -144,7 +159,8 @@ class Explanation:
         """What ``save`` wrote, bit for bit.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: not an explanation, no file at all (a folder, a pipe, a device), or a damaged one.
+            FileNotFoundError: no such file. ValueError: not an explanation, no file at all (a folder, a pipe,
+                a device), or a damaged one.
             OSError: it may not be read. ImportError: safetensors is not installed.
         """
         from coda_fast import checkpoints
@@ -152,7 +168,10 @@ class Explanation:
         with checkpoints.opened(path, device, "explanation") as file:
             header = file.metadata() or {}
             if (found := header.get("format")) != _FORMAT:
-                raise ValueError(f"{path}: expected an explanation (format {_FORMAT!r}), got format {printable(repr(found))[:100]}")
+                raise ValueError(
+                    f"{path}: expected an explanation (format {_FORMAT!r}), got format "
+                    f"{printable(repr(found))[:100]}"
+                )
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             try:  # before any tensor is read
                 facts = _facts(json.loads(header.get("facts", "")))
@@ -161,11 +180,15 @@ class Explanation:
                 explanation._check_values()
             except Exception as error:  # safetensors and json raise what the damage leads them to
                 reason = " ".join(printable(error).split())[:300]
-                raise ValueError(f"{path}: expected an explanation that was saved, got a damaged one: {reason}") from None
+                raise ValueError(
+                    f"{path}: expected an explanation that was saved, got a damaged one: {reason}"
+                ) from None
         return explanation
 
     def _check_values(self):
-        if self.target.dtype != torch.int64 or not all(t.is_floating_point() for name, t in self._tensors().items() if name != "target"):
+        if self.target.dtype != torch.int64 or not all(
+            t.is_floating_point() for name, t in self._tensors().items() if name != "target"
+        ):
             raise ValueError("expected integer classes and floating-point tensors")
         if self.target.device.type != "meta":
             check_range(self.target, self.logits.shape[1], "target")
@@ -175,21 +198,28 @@ class Explanation:
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
     def _each(self, function):
-        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+        return dataclasses.replace(
+            self, **{name: function(tensor) for name, tensor in self._tensors().items()}
+        )
 
     def _repr_html_(self) -> str:
-        """For notebooks: the first images with their maps, classes and completeness errors. Never raises: what cannot be drawn is said."""
+        """For notebooks: the first images with their maps, classes and completeness errors. Never raises:
+        what cannot be drawn is said.
+        """
         words = f"<p><code>{html.escape(printable(repr(self)))}</code></p>"
         if not len(self) or self.target.device.type == "meta":
             return f"<div>{words}</div>"
         shown, (count, classes) = self._first(_SHOWN, _CLASSES), self.target.shape
         rows = "".join(
-            f"<tr><td>{i}</td><td>{html.escape(printable(e.name(int(c))))}</td><td>{float(e.logits[0, c].sigmoid()):.3f}</td>"
+            f"<tr><td>{i}</td><td>{html.escape(printable(e.name(int(c))))}</td>"
+            f"<td>{float(e.logits[0, c].sigmoid()):.3f}</td>"
             f"<td>{float(e.logits[0, c]):.3f}</td><td>{float(e.completeness_error[0, k]):.1e}</td></tr>"
             for i, e in enumerate(shown)
             for k, c in enumerate(e.target[0])
         )
-        head = "".join(f"<th>{title}</th>" for title in ("image", "class", "probability", "logit", "completeness error"))
+        head = "".join(
+            f"<th>{title}</th>" for title in ("image", "class", "probability", "logit", "completeness error")
+        )
         more = [_count(count - _SHOWN, "more image")] * (count > _SHOWN)
         more += [_count(classes - _CLASSES, "more class", "more classes") + " of each"] * (classes > _CLASSES)
         words = f"<p>and {', '.join(more)}</p>{words}" if more else words
@@ -198,7 +228,8 @@ class Explanation:
 
             picture = base64.b64encode(plot.render(shown.plot(), dpi=100)).decode()
             drawn = f'<img alt="images and contribution maps" src="data:image/png;base64,{picture}">'
-        except Exception as error:  # a cell of a notebook that shows a result must not fail for want of its picture
+        # a cell of a notebook that shows a result must not fail for want of its picture
+        except Exception as error:
             drawn = f"<p>no figure: {html.escape(printable(error))}</p>"
         return f"<div>{drawn}<table><tr>{head}</tr>{rows}</table>{words}</div>"
 
@@ -220,15 +251,21 @@ def _chosen(index, count):
         try:
             row = range(count)[integer(index)]  # its IndexError ends an iteration
         except TypeError:
-            raise TypeError(f"index: expected an int, a slice, or a list of ints or of {count} bools, got {index!r}") from None
+            raise TypeError(
+                f"index: expected an int, a slice, or a list of ints or of {count} bools, got {index!r}"
+            ) from None
         return slice(row, row + 1)
     try:
         rows = torch.as_tensor(list(index) if isinstance(index, range) else index, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"index: expected an int, a slice, or a list of ints or of {count} bools, got {index!r}") from None
+        raise TypeError(
+            f"index: expected an int, a slice, or a list of ints or of {count} bools, got {index!r}"
+        ) from None
     if rows.dtype == torch.bool and rows.dim():
         if rows.shape != (count,):
-            raise IndexError(f"index: expected {count} bools, one for each image, got shape {list(rows.shape)}")
+            raise IndexError(
+                f"index: expected {count} bools, one for each image, got shape {list(rows.shape)}"
+            )
         return rows.nonzero()[:, 0].tolist()
     if not rows.numel():
         rows = rows.long()  # of an empty list, torch makes floats
@@ -263,10 +300,15 @@ def _check_shapes(shapes, facts):
     """ValueError unless these are the shapes of one explanation."""
     names = {field.name for field in dataclasses.fields(Explanation)} - set(facts)
     if odd := (set(shapes) | {"images"}) ^ names:
-        raise ValueError(f"expected the tensors of an explanation, got others or none: {', '.join(sorted(odd))[:200]}")
+        raise ValueError(
+            f"expected the tensors of an explanation, got others or none: {', '.join(sorted(odd))[:200]}"
+        )
     weight, logits = shapes["dynamic_weight"], shapes["logits"]
     if len(weight) != 5 or len(logits) != 2:
-        raise ValueError(f"expected dynamic_weight [N, K, C, H, W] and logits [N, classes], got {list(weight)} and {list(logits)}")
+        raise ValueError(
+            f"expected dynamic_weight [N, K, C, H, W] and logits [N, classes], got {list(weight)} and "
+            f"{list(logits)}"
+        )
     n, k, _, height, width = weight
     expected = {
         "logits": (n, logits[1]),
@@ -298,18 +340,22 @@ def explain(
     ``contribution_map = sum_channels [W_{0->L}(x)]_c * x`` (arXiv:2104.00032, eq. 11), with the 1/T included.
 
     Args:
-        model: a CoDANet, or a wrapper of one (``coda_fast.unwrap``). One sharded by FSDP2 is gathered: every process must call this.
+        model: a CoDANet, or a wrapper of one (``coda_fast.unwrap``). One sharded by FSDP2 is gathered: every
+            process must call this.
         images: [N, C, H, W] in [0, 1], any size.
-        target: None: the predicted class; an int: that class for every image; N classes: one for each image; [N, K] classes:
-            several for each image.
-        layer: decompose in terms of what enters this DAU layer (its index or the module) instead of the encoded image.
-        memory_budget: bytes that one chunk of images may take for activations and results; at least one image and class is taken.
+        target: None: the predicted class; an int: that class for every image; N classes: one for each image;
+            [N, K] classes: several for each image.
+        layer: decompose in terms of what enters this DAU layer (its index or the module) instead of the
+            encoded image.
+        memory_budget: bytes that one chunk of images may take for activations and results; at least one image
+            and class is taken.
 
-    Leaves no graph, no hook, no changed mode and no ``.grad`` behind, and works under ``torch.no_grad`` and ``inference_mode``.
+    Leaves no graph, no hook, no changed mode and no ``.grad`` behind, and works under ``torch.no_grad`` and
+    ``inference_mode``.
 
     Raises:
-        ValueError, TypeError: images of the wrong shape or with NaN or infinite values, targets or layers that do not exist, logits that
-            are not finite.
+        ValueError, TypeError: images of the wrong shape or with NaN or infinite values, targets or layers
+            that do not exist, logits that are not finite.
 
     Warns once, by a ``PixelRangeWarning``, of images that leave [0, 1] by more than rounding.
 
@@ -332,16 +378,21 @@ def explain(
     parts = []
     for start in range(0, max(1, len(images)), step):
         chunk = slice(start, start + step)
-        parts.append(_explain_chunk(model, images[chunk], None if targets is None else targets[chunk], index, together))
+        parts.append(
+            _explain_chunk(model, images[chunk], None if targets is None else targets[chunk], index, together)
+        )
     found = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     finite = torch.isfinite(found[0]).all(1)
     if not finite.all():
         i = int((~finite).nonzero()[0, 0])
         raise ValueError(
-            f"model: expected finite logits, got {found[0][i].tolist()[:4]} for image {i}; pixels reach {largest:.3g}, and |w|^2 or a sum "
+            f"model: expected finite logits, got {found[0][i].tolist()[:4]} for image {i}; pixels reach "
+            f"{largest:.3g}, and |w|^2 or a sum "
             f"leaves the range of {str(images.dtype).removeprefix('torch.')}, or weights are not finite"
         )
-    return Explanation(*found, index, images.detach(), model.logit_bias, None if names is None else tuple(names))
+    return Explanation(
+        *found, index, images.detach(), model.logit_bias, None if names is None else tuple(names)
+    )
 
 
 class PixelRangeWarning(UserWarning):
@@ -352,7 +403,9 @@ _WARNED = threading.Event()
 
 
 def _check_pixels(images) -> float:
-    """The largest absolute pixel; ValueError for NaN and infinity, one warning where pixels are not in [0, 1]."""
+    """The largest absolute pixel; ValueError for NaN and infinity, one warning where pixels are not in [0,
+    1].
+    """
     if not images.numel():
         return 0.0
     low, high = torch.stack(images.detach().aminmax()).tolist()  # one look at the device
@@ -367,7 +420,8 @@ def _check_pixels(images) -> float:
         else:
             cause = "are they 0 to 255? Divide them by 255"
         warnings.warn(
-            f"images: expected pixels in [0, 1], which the encoding [x, 1 - x] is made for, got {low:.3g} to {high:.3g}; {cause}. This is "
+            f"images: expected pixels in [0, 1], which the encoding [x, 1 - x] is made for, got {low:.3g} "
+            f"to {high:.3g}; {cause}. This is "
             f"said once.",
             PixelRangeWarning,
             stacklevel=_outside(),
@@ -398,7 +452,9 @@ def _explain_chunk(model, images, targets, index, together):
         one_hot.scatter_(2, targets.t().unsqueeze(2), 1)
 
         def backward(chosen):  # the head sums over pixels
-            return torch.autograd.grad(evidence, entering, chosen[:, :, None, None].expand_as(evidence), retain_graph=True)[0]
+            return torch.autograd.grad(
+                evidence, entering, chosen[:, :, None, None].expand_as(evidence), retain_graph=True
+            )[0]
 
         weight = torch.func.vmap(backward, out_dims=1, chunk_size=together)(one_hot)
         entering = wide(entering.detach())
@@ -423,7 +479,9 @@ def _layer_index(model, layer):
     try:
         layer = integer(layer)
     except TypeError:
-        raise TypeError(f"layer: expected an int, a DAUConv2d of the model or None, got {type(layer).__name__}") from None
+        raise TypeError(
+            f"layer: expected an int, a DAUConv2d of the model or None, got {type(layer).__name__}"
+        ) from None
     if not -count <= layer < count:
         raise ValueError(f"layer: expected an index from {-count} to {count - 1}, got {layer}")
     return layer % count
@@ -443,14 +501,17 @@ def _targets(target, batch, classes, device):
     if tensor.dim() == 0:
         tensor = tensor.expand(batch)
     if tensor.dim() not in (1, 2) or len(tensor) != batch or tensor.shape[1:].numel() == 0:
-        raise ValueError(f"target: expected an int, [{batch}] or [{batch}, K] classes, got shape {list(tensor.shape)}")
+        raise ValueError(
+            f"target: expected an int, [{batch}] or [{batch}, K] classes, got shape {list(tensor.shape)}"
+        )
     check_range(tensor, classes, "target")
     return tensor.reshape(batch, -1)
 
 
 def _bytes_per_image(model, images) -> tuple[int, int]:
-    """Bytes that an image takes, whatever is explained, and for each class besides: activations that a forward pass in explanation mode
-    keeps (what enters each layer, its output, <w, x> and |w|^2); results, and the largest pair of values on their way back.
+    """Bytes that an image takes, whatever is explained, and for each class besides: activations that a
+    forward pass in explanation mode keeps (what enters each layer, its output, <w, x> and |w|^2); results,
+    and the largest pair of values on their way back.
     """
     height, width = images.shape[2:]
     entering = 2 * images.shape[1] * height * width

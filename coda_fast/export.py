@@ -1,7 +1,9 @@
-"""Networks as files that run without PyTorch (ONNX) or without Python (a package of AOTInductor), with their exact explanation.
+"""Networks as files that run without PyTorch (ONNX) or without Python (a package of AOTInductor), with their
+exact explanation.
 
-What ``torch.onnx.export(model, ..., dynamo=True)`` makes of a network needs nothing of ours either, without any of this. Here is more: the
-explanation as part of the program, names, any image size, what a reader of the file wants to know, and all or nothing on the disk.
+What ``torch.onnx.export(model, ..., dynamo=True)`` makes of a network needs nothing of ours either, without
+any of this. Here is more: the explanation as part of the program, names, any image size, what a reader of the
+file wants to know, and all or nothing on the disk.
 """
 
 from __future__ import annotations
@@ -33,23 +35,27 @@ class ExportError(RuntimeError):
 
 
 class Explainer(nn.Module):
-    """A network that also returns why: ``forward(images, target)`` gives the logits and the contribution map of one class for each image.
+    """A network that also returns why: ``forward(images, target)`` gives the logits and the contribution map
+    of one class for each image.
 
-    Without automatic differentiation: a vector that is one for the class is sent back through the transposed layers, whose weights are
-    those that the image generates, and multiplied by the encoded image. So it can be exported like any other module, and is in turn
-    differentiable. What it returns is what ``model.explain(images, target)`` does: ``contribution_map.sum((1, 2)) + logit_bias`` is the
-    logit, to rounding.
+    Without automatic differentiation: a vector that is one for the class is sent back through the transposed
+    layers, whose weights are those that the image generates, and multiplied by the encoded image. So it can
+    be exported like any other module, and is in turn differentiable. What it returns is what
+    ``model.explain(images, target)`` does: ``contribution_map.sum((1, 2)) + logit_bias`` is the logit, to
+    rounding.
 
     Args:
-        model: a CoDANet with a classifier (also of timm, or in a wrapper: ``coda_fast.unwrap``); shared, not copied. Dropout, which some
-            networks of timm have before the classifier, is left out, also while training.
+        model: a CoDANet with a classifier (also of timm, or in a wrapper: ``coda_fast.unwrap``); shared, not
+            copied. Dropout, which some networks of timm have before the classifier, is left out, also while
+            training.
 
-    Shapes: images [N, C, H, W] in [0, 1], target [N] of integers; logits [N, classes], contribution map [N, H, W], in logits (float32, or
-    float64 for a network in float64).
+    Shapes: images [N, C, H, W] in [0, 1], target [N] of integers; logits [N, classes], contribution map [N,
+    H, W], in logits (float32, or float64 for a network in float64).
 
     Raises:
-        TypeError: not a CoDANet, or a target that is not of integers. ValueError: a network without a classifier, shapes that do not fit,
-            classes that do not exist. In an exported program, which cannot raise, a class that does not exist has a map of zeros.
+        TypeError: not a CoDANet, or a target that is not of integers. ValueError: a network without a
+            classifier, shapes that do not fit, classes that do not exist. In an exported program, which
+            cannot raise, a class that does not exist has a map of zeros.
 
     >>> import torch, coda_fast
     >>> explainer = coda_fast.Explainer(coda_fast.create_model("coda_xs_digits"))
@@ -82,42 +88,68 @@ class Explainer(nn.Module):
 
 
 def _check_target(target, images, classes):
-    if not isinstance(target, torch.Tensor) or target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
-        raise TypeError(f"target: expected a tensor of integers, got {getattr(target, 'dtype', type(target).__name__)}")
+    if (
+        not isinstance(target, torch.Tensor)
+        or target.dtype.is_floating_point
+        or target.dtype.is_complex
+        or target.dtype == torch.bool
+    ):
+        raise TypeError(
+            f"target: expected a tensor of integers, got {getattr(target, 'dtype', type(target).__name__)}"
+        )
     if target.dim() != 1 or target.shape[0] != images.shape[0]:
-        raise ValueError(f"target: expected shape [{images.shape[0]}], a class for each image, got {list(target.shape)}")
-    if not torch.compiler.is_compiling() and target.numel() and not (target.min() >= 0 and target.max() < classes):
-        raise ValueError(f"target: expected classes from 0 to {classes - 1}, got {int(target.min())} to {int(target.max())}")
+        raise ValueError(
+            f"target: expected shape [{images.shape[0]}], a class for each image, got {list(target.shape)}"
+        )
+    if (
+        not torch.compiler.is_compiling()
+        and target.numel()
+        and not (target.min() >= 0 and target.max() < classes)
+    ):
+        raise ValueError(
+            f"target: expected classes from 0 to {classes - 1}, got {int(target.min())} to "
+            f"{int(target.max())}"
+        )
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
-    """What our operators are in terms of standard ones, for ``torch.export.ExportedProgram.run_decompositions``:
+    """What our operators are in terms of standard ones, for
+    ``torch.export.ExportedProgram.run_decompositions``:
 
     >>> import torch, coda_fast.export
     >>> program = torch.export.export(coda_fast.create_model("coda_xs_digits"), (torch.rand(1, 1, 8, 8),))
-    >>> program = program.run_decompositions(torch.export.default_decompositions() | coda_fast.export.decompositions())
+    >>> table = torch.export.default_decompositions() | coda_fast.export.decompositions()
+    >>> program = program.run_decompositions(table)
     >>> any("coda_fast" in str(node.target) for node in program.graph.nodes)
     False
     """
     return _decompositions.table()
 
 
-def export_onnx(model: CoDANet, path: str | os.PathLike, *, explain: bool = False, size: int | tuple[int, int] | None = None) -> None:
+def export_onnx(
+    model: CoDANet,
+    path: str | os.PathLike,
+    *,
+    explain: bool = False,
+    size: int | tuple[int, int] | None = None,
+) -> None:
     """Write ``model`` as one ONNX file of standard operators, for onnxruntime and others, all or nothing.
 
-    Input ``images`` [N, C, H, W] in [0, 1], unnormalised, any N, float32 (as everything inside, whatever the dtype of the model); output
-    ``logits`` [N, classes]. With ``explain`` also the input ``target`` [N], int64, and the output ``contribution_map`` [N, H, W]: see
-    ``Explainer``. The file's metadata hold ``class_names`` (JSON), ``image_size`` (where the model names them), ``preprocessing``
-    (JSON: what a picture goes through before, see ``coda_fast.data.Preprocessing``), ``image_channels``, ``logit_bias``, ``temperature``,
-    ``coda_fast_version`` and ``torch_version``. The model stays as it is.
+    Input ``images`` [N, C, H, W] in [0, 1], unnormalised, any N, float32 (as everything inside, whatever the
+    dtype of the model); output ``logits`` [N, classes]. With ``explain`` also the input ``target`` [N],
+    int64, and the output ``contribution_map`` [N, H, W]: see ``Explainer``. The file's metadata hold
+    ``class_names`` (JSON), ``image_size`` (where the model names them), ``preprocessing`` (JSON: what a
+    picture goes through before, see ``coda_fast.data.Preprocessing``), ``image_channels``, ``logit_bias``,
+    ``temperature``, ``coda_fast_version`` and ``torch_version``. The model stays as it is.
 
     Args:
         path: ends in ``.onnx``; missing folders are made.
         size: H and W, for a file of that image size alone; None: any size.
 
     Raises:
-        ImportError: onnx or onnxscript is not installed. TypeError, ValueError: not a CoDANet with a classifier, a name or size that does
-            not fit, more than 2 GiB of weights. OSError: the file cannot be written; an older one stays as it was.
+        ImportError: onnx or onnxscript is not installed. TypeError, ValueError: not a CoDANet with a
+            classifier, a name or size that does not fit, more than 2 GiB of weights. OSError: the file cannot
+            be written; an older one stays as it was.
     """
     path, model = _path(path, ".onnx"), need_network(model)
     try:
@@ -128,9 +160,13 @@ def export_onnx(model: CoDANet, path: str | os.PathLike, *, explain: bool = Fals
     module, arguments, axes = _prepare(model, explain, size, "cpu", ("height", "width"))
     weights = 4 * sum(parameter.numel() for parameter in module.parameters())
     if weights > ONNX_LIMIT:
-        raise ValueError(f"model: expected at most {ONNX_LIMIT} bytes of weights, what one ONNX file holds, got {weights}; export to pt2")
+        raise ValueError(
+            f"model: expected at most {ONNX_LIMIT} bytes of weights, what one ONNX file holds, got "
+            f"{weights}; export to pt2"
+        )
     with torch.no_grad(), warnings.catch_warnings():
-        # of the exporter about itself: that images and target share their first axis; what an older one calls within torch
+        # of the exporter about itself: that images and target share their first axis; what an older one calls
+        # within torch
         warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         program = torch.onnx.export(
@@ -147,13 +183,21 @@ def export_onnx(model: CoDANet, path: str | os.PathLike, *, explain: bool = Fals
     _write(path, lambda temporary: program.save(temporary, external_data=False))
 
 
-def export_pt2(model: CoDANet, path: str | os.PathLike, *, explain: bool = False, size: int | tuple[int, int] | None = None) -> None:
-    """Compile ``model`` ahead of time by AOTInductor, for the kind of device that it is on, into one package, all or nothing.
+def export_pt2(
+    model: CoDANet,
+    path: str | os.PathLike,
+    *,
+    explain: bool = False,
+    size: int | tuple[int, int] | None = None,
+) -> None:
+    """Compile ``model`` ahead of time by AOTInductor, for the kind of device that it is on, into one package,
+    all or nothing.
 
-    ``torch._inductor.aoti_load_package(path)`` gives a function of (images) or, with ``explain``, (images, target); it needs PyTorch but
-    neither coda_fast nor a compiler, and C++ can load it without Python. Inputs, outputs, metadata (its ``get_metadata()``) and arguments
-    as of ``export_onnx``; ``path`` ends in ``.pt2``. Takes half a minute to some minutes. AOTInductor compares what it is given with what
-    it was compiled for only where the environment sets ``AOTI_RUNTIME_CHECK_INPUTS=1``.
+    ``torch._inductor.aoti_load_package(path)`` gives a function of (images) or, with ``explain``, (images,
+    target); it needs PyTorch but neither coda_fast nor a compiler, and C++ can load it without Python.
+    Inputs, outputs, metadata (its ``get_metadata()``) and arguments as of ``export_onnx``; ``path`` ends in
+    ``.pt2``. Takes half a minute to some minutes. AOTInductor compares what it is given with what it was
+    compiled for only where the environment sets ``AOTI_RUNTIME_CHECK_INPUTS=1``.
 
     Raises:
         ExportError: there is no C++ compiler. TypeError, ValueError, OSError: as ``export_onnx``.
@@ -164,11 +208,14 @@ def export_pt2(model: CoDANet, path: str | os.PathLike, *, explain: bool = False
     try:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler:
-        raise ExportError("export to pt2 needs a C++ compiler: install g++, or name one in the environment variable CXX") from None
+        raise ExportError(
+            "export to pt2 needs a C++ compiler: install g++, or name one in the environment variable CXX"
+        ) from None
     dynamic = torch.export.Dim.DYNAMIC
     module, arguments, axes = _prepare(model, explain, size, None, (dynamic, dynamic))
     options = {"aot_inductor.metadata": _metadata(model)}
-    # 2, where torch.export begins to count, is no bound of ours; what depends on the weights alone is computed once
+    # 2, where torch.export begins to count, is no bound of ours; what depends on the weights alone is
+    # computed once
     options |= {"aot_inductor.check_lowerbound": False, "aot_inductor.use_runtime_constant_folding": True}
     with torch.no_grad():
         program = torch.export.export(module, arguments, dynamic_shapes=tuple(axes.values()))
@@ -188,7 +235,9 @@ def _path(path, ending):
 
 
 def _prepare(model, explain, size, device, any_size):
-    """A float32 copy to be exported, example arguments, and {name of an input: {axis: what torch.export calls one of any length}}."""
+    """A float32 copy to be exported, example arguments, and {name of an input: {axis: what torch.export
+    calls one of any length}}.
+    """
     explainer = Explainer(model)
     sizes = _example_size(model) if size is None else pair(size, "size")
     _check_size(model, sizes)
@@ -196,23 +245,32 @@ def _prepare(model, explain, size, device, any_size):
     for layer in explainer.model.layers:
         layer.backend = "auto"  # the operators, which have decompositions, whatever else the model runs on
     device = next(explainer.parameters()).device
-    images = torch.empty(2, model.image_channels, *sizes, device=device)  # 2: torch.export takes 0 and 1 for constants
+    # 2: torch.export takes 0 and 1 for constants
+    images = torch.empty(2, model.image_channels, *sizes, device=device)
     batch = torch.export.Dim("batch")
     axes = {0: batch} | (dict(zip((2, 3), any_size, strict=True)) if size is None else {})
     if not explain:
         return explainer.model, (images,), {"images": axes}
-    return explainer, (images, torch.zeros(2, dtype=torch.int64, device=device)), {"images": axes, "target": {0: batch}}
+    return (
+        explainer,
+        (images, torch.zeros(2, dtype=torch.int64, device=device)),
+        {"images": axes, "target": {0: batch}},
+    )
 
 
 def _example_size(model):
-    """A size that leaves more than one pixel everywhere, so that no size becomes a constant; unequal, so that none becomes the other."""
+    """A size that leaves more than one pixel everywhere, so that no size becomes a constant; unequal, so
+    that none becomes the other.
+    """
     for side in (32, 64, 128, 256, 512, 1024, 2048):
         try:
             if min(_check_size(model, (side, side + 8))) > 1:
                 return side, side + 8
         except ValueError:
             continue
-    raise ValueError("model: expected a network for images of at most 2048 x 2056 pixels; name the size of the images")
+    raise ValueError(
+        "model: expected a network for images of at most 2048 x 2056 pixels; name the size of the images"
+    )
 
 
 def _check_size(model, size):
@@ -242,7 +300,9 @@ def _metadata(model):
 
 
 def _strip(model):
-    """Take out what the exporter notes beside every node: lines of source with paths of this machine, more bytes than the graph."""
+    """Take out what the exporter notes beside every node: lines of source with paths of this machine, more
+    bytes than the graph.
+    """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():

@@ -1,4 +1,6 @@
-"""The DAU convolution and its adjoint as functions of tensors: checks, autocast, choice of backend, explanation mode."""
+"""The DAU convolution and its adjoint as functions of tensors: checks, autocast, choice of backend,
+explanation mode.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def dau_conv2d(
 ) -> torch.Tensor:
     r"""Convolution whose weight each unit computes from the patch it is applied to (Dynamic Alignment Unit).
 
-    For the patch ``x_p`` (d = C kh kw numbers) of output pixel p and the unit o, with rank r (arXiv:2104.00032, eq. 1-4):
+    For the patch ``x_p`` (d = C kh kw numbers) of output pixel p and the unit o, with rank r
+    (arXiv:2104.00032, eq. 1-4):
 
         z_p = B x_p,   w_po = A_o z_p + b_o,   y_po = s(|w_po|^2) <w_po, x_p>
 
@@ -44,24 +47,28 @@ def dau_conv2d(
         stride, padding, dilation: as in ``torch.nn.functional.conv2d``; padding may be "same" or "valid".
         norm: "squash" or "l2".
         eps: least length of w under "l2"; "squash" needs none.
-        detach: explanation mode. The output is the same; every ``s * w`` counts as a constant, so the gradient of the input is
-            ``dau_conv2d_transpose(input, grad, ...)`` and the parameters get none. With ``create_graph=True`` that gradient can
-            be differentiated in turn, in the input and in the parameters.
+        detach: explanation mode. The output is the same; every ``s * w`` counts as a constant, so the
+            gradient of the input is ``dau_conv2d_transpose(input, grad, ...)`` and the parameters get none.
+            With ``create_graph=True`` that gradient can be differentiated in turn, in the input and in the
+            parameters.
         backend: "auto", "reference", "factored" or "triton"; see ``coda_fast.backend_info``.
-        save_contraction: keep the contraction A x_p of all pixels, [n r, P], from forward for a cheaper backward pass (one of its three
-            large matrix products less), where the layer is computed by one: d > 2 r, in the triton backend r <= 64 and d > 64.
-            "auto" keeps it on a CPU in float32 and float64 where d >= 256 and it has at most 256 MiB a layer and call
-            (``KEPT_DEPTH``, ``KEPT_BYTES`` in ``coda_fast.backends.factored``); the triton backend does so only if asked.
+        save_contraction: keep the contraction A x_p of all pixels, [n r, P], from forward for a cheaper
+            backward pass (one of its three large matrix products less), where the layer is computed by one: d
+            > 2 r, in the triton backend r <= 64 and d > 64. "auto" keeps it on a CPU in float32 and float64
+            where d >= 256 and it has at most 256 MiB a layer and call (``KEPT_DEPTH``, ``KEPT_BYTES`` in
+            ``coda_fast.backends.factored``); the triton backend does so only if asked.
 
-    ``|w|^2`` must be a number of float32 (of float64 in float64): inputs and parameters that make ``|w|`` larger than 1.8e19 give NaN, as
-    infinite ones do; a ``w`` shorter than 1e-18 counts as 0 (``eps`` should be no less). Up to 1e18 and down to inputs of 1e-30
-    results and gradients are right to the digits of the dtype (``tests/test_extremes.py``). Images in [0, 1] and the weights of a trained
-    network are far from the ends. In float16 the triton backend needs ``|x_p| / |z_p|^2`` below 65504 for right gradients under "l2":
+    ``|w|^2`` must be a number of float32 (of float64 in float64): inputs and parameters that make ``|w|``
+    larger than 1.8e19 give NaN, as infinite ones do; a ``w`` shorter than 1e-18 counts as 0 (``eps`` should
+    be no less). Up to 1e18 and down to inputs of 1e-30 results and gradients are right to the digits of the
+    dtype (``tests/test_extremes.py``). Images in [0, 1] and the weights of a trained network are far from the
+    ends. In float16 the triton backend needs ``|x_p| / |z_p|^2`` below 65504 for right gradients under "l2":
     take bfloat16 there, where ``z`` may be small.
 
     Returns:
-        y, [N, n, OH, OW] (or [n, OH, OW]), in the dtype and memory format of the input. Under autocast everything is cast to
-        the autocast dtype first, as for a convolution; sums and norms are float32 or better inside.
+        y, [N, n, OH, OW] (or [n, OH, OW]), in the dtype and memory format of the input. Under autocast
+        everything is cast to the autocast dtype first, as for a convolution; sums and norms are float32 or
+        better inside.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or options that do not fit.
@@ -82,7 +89,9 @@ def dau_conv2d(
     with without_autocast(kind):
         if name != "reference":
             keep = _keep((batch, *parameters), detach, save_contraction, name, geometry)
-            output = ops.align(batch, None, *parameters, *geometry.lists(), norm, float(eps), bool(detach), keep, name)[0]
+            output = ops.align(
+                batch, None, *parameters, *geometry.lists(), norm, float(eps), bool(detach), keep, name
+            )[0]
         elif detach:
             output = _DynamicLinear.apply(batch, *parameters, geometry, norm, eps)
         else:
@@ -105,13 +114,15 @@ def dau_conv2d_transpose(
 ) -> torch.Tensor:
     r"""The adjoint of a DAU convolution: sends ``value`` back through the weights that ``input`` generates.
 
-    ``G(x, v) = fold(sum_o v_po s(|w_po|^2) w_po)`` with w computed from ``x``: the transpose of the matrix W(x) of
-    ``dau_conv2d(x) = W(x) x``. Linear in ``value`` and differentiable in every argument, to any order.
+    ``G(x, v) = fold(sum_o v_po s(|w_po|^2) w_po)`` with w computed from ``x``: the transpose of the matrix
+    W(x) of ``dau_conv2d(x) = W(x) x``. Linear in ``value`` and differentiable in every argument, to any
+    order.
 
     Args:
         input: x, [N, C, H, W] or [C, H, W]: what the weights are computed from.
         value: v, [N, n, OH, OW] or [n, OH, OW]: one number for every output of ``dau_conv2d(input, ...)``.
-        reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend: as in ``dau_conv2d``, raising the same.
+        reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend: as in ``dau_conv2d``,
+            raising the same.
 
     Returns:
         ``W(x)^T v``, in the shape of ``input``.
@@ -145,7 +156,9 @@ def dau_conv2d_transpose(
 
 
 class _DynamicLinear(torch.autograd.Function):
-    """Explanation mode of the reference: the layer forward, its adjoint backward, and forward mode with w as a constant."""
+    """Explanation mode of the reference: the layer forward, its adjoint backward, and forward mode with w
+    as a constant.
+    """
 
     generate_vmap_rule = True
 
@@ -170,18 +183,27 @@ class _DynamicLinear(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tangent, *_):
-        input, *parameters = (None if t is None else torch.autograd.forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors)
-        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):  # off here, which levels below would take for theirs
+        input, *parameters = (
+            None if t is None else torch.autograd.forward_ad.unpack_dual(t, level=0).primal
+            for t in ctx.saved_tensors
+        )
+        # off here, which levels below would take for theirs
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
             return None if tangent is None else reference.align(input, tangent, *parameters, *ctx.rest)
 
 
 def _keep(tensors, detach, save_contraction, backend, geometry):
-    """What forward leaves for a backward pass, if there can be one; in explanation mode only the input has a gradient.
+    """What forward leaves for a backward pass, if there can be one; in explanation mode only the input has a
+    gradient.
 
-    Where somebody watches what is saved, it is the same in both modes: a checkpointed segment may be recomputed outside of the mode, and
-    what counts of that is only what it saves (the graph is that of the first call). Who watches wants memory: "auto" keeps little there.
+    Where somebody watches what is saved, it is the same in both modes: a checkpointed segment may be
+    recomputed outside of the mode, and what counts of that is only what it saves (the graph is that of the
+    first call). Who watches wants memory: "auto" keeps little there.
     """
-    if not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if (
+        not torch.compiler.is_compiling()
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    ):
         detach, save_contraction = False, save_contraction is True
     if torch.jit.is_tracing():  # it traces with gradients, checks without, and both must give one graph
         return "products"
@@ -190,8 +212,13 @@ def _keep(tensors, detach, save_contraction, backend, geometry):
         return "nothing"
     if detach:
         return "norm"
-    if save_contraction == "auto":  # an exported program leaves the batch size open, and keeps nothing whose size would decide
-        save_contraction = backend == "factored" and not torch.compiler.is_exporting() and factored.worth_keeping(*tensors, geometry)
+    # an exported program leaves the batch size open, and keeps nothing whose size would decide
+    if save_contraction == "auto":
+        save_contraction = (
+            backend == "factored"
+            and not torch.compiler.is_exporting()
+            and factored.worth_keeping(*tensors, geometry)
+        )
     return "contraction" if save_contraction else "products"
 
 
@@ -203,18 +230,30 @@ def _check(input, reduction_weight, weight, bias, stride, padding, dilation, nor
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_nested:
-            raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
+            raise TypeError(
+                f"{name}: expected a dense tensor, got "
+                f"{'a nested one' if tensor.is_nested else tensor.layout}"
+            )
     if reduction_weight.dim() != 4:
-        raise ValueError(f"reduction_weight: expected [rank, C, kh, kw], got shape {list(reduction_weight.shape)}")
+        raise ValueError(
+            f"reduction_weight: expected [rank, C, kh, kw], got shape {list(reduction_weight.shape)}"
+        )
     rank, channels, *kernel = reduction_weight.shape
     if weight.dim() != 5 or weight.shape[1:] != (rank, channels, *kernel):
-        raise ValueError(f"weight: expected [units, {rank}, {channels}, {kernel[0]}, {kernel[1]}], got shape {list(weight.shape)}")
+        raise ValueError(
+            f"weight: expected [units, {rank}, {channels}, {kernel[0]}, {kernel[1]}], got shape "
+            f"{list(weight.shape)}"
+        )
     if bias is not None and bias.shape != (weight.shape[0], channels, *kernel):
-        raise ValueError(f"bias: expected {[weight.shape[0], channels, *kernel]}, got shape {list(bias.shape)}")
+        raise ValueError(
+            f"bias: expected {[weight.shape[0], channels, *kernel]}, got shape {list(bias.shape)}"
+        )
     if min(*weight.shape) < 1:
         raise ValueError(f"weight: expected at least one of everything, got shape {list(weight.shape)}")
     if input.dim() not in (3, 4) or input.shape[-3] != channels:
-        raise ValueError(f"input: expected [N, {channels}, H, W] or [{channels}, H, W], got shape {list(input.shape)}")
+        raise ValueError(
+            f"input: expected [N, {channels}, H, W] or [{channels}, H, W], got shape {list(input.shape)}"
+        )
     check_norm(norm, eps)
     if not input.dtype.is_floating_point:
         raise TypeError(f"input: expected a floating-point tensor, got {input.dtype}")
@@ -223,7 +262,9 @@ def _check(input, reduction_weight, weight, bias, stride, padding, dilation, nor
         if tensor.dtype != input.dtype and not autocast:
             raise TypeError(f"{name}: expected dtype {input.dtype}, that of the input, got {tensor.dtype}")
         if tensor.device != input.device:
-            raise ValueError(f"{name}: expected device {input.device}, that of the input, got {tensor.device}")
+            raise ValueError(
+                f"{name}: expected device {input.device}, that of the input, got {tensor.device}"
+            )
     geometry = Geometry.make(tuple(kernel), stride, padding, dilation)
     geometry.output_size(*input.shape[-2:])
     return geometry

@@ -1,4 +1,5 @@
-"""CoDA-Nets with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of huggingface_hub; folders work offline.
+"""CoDA-Nets with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of huggingface_hub; folders
+work offline.
 
 >>> import tempfile, coda_fast
 >>> from coda_fast.hub import HubCoDANet
@@ -23,7 +24,9 @@ from coda_fast.models import CoDANet
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError as error:
-    raise ImportError(f"coda_fast.hub needs huggingface_hub: pip install 'coda-fast[hub]' ({error})") from error
+    raise ImportError(
+        f"coda_fast.hub needs huggingface_hub: pip install 'coda-fast[hub]' ({error})"
+    ) from error
 
 
 class HubCoDANet(
@@ -35,14 +38,16 @@ class HubCoDANet(
 ):
     """A CoDANet with the methods of ``huggingface_hub.PyTorchModelHubMixin``.
 
-    A folder holds ``config.json`` (the arguments of ``CoDANet`` and the dtype) and ``model.safetensors``, which ``coda_fast.load``
-    also reads. ``from_pretrained`` takes a folder or the name of a repository, and arguments of ``CoDANet`` that replace the stored ones.
+    A folder holds ``config.json`` (the arguments of ``CoDANet`` and the dtype) and ``model.safetensors``,
+    which ``coda_fast.load`` also reads. ``from_pretrained`` takes a folder or the name of a repository, and
+    arguments of ``CoDANet`` that replace the stored ones.
 
     Args:
         args, options: as for ``CoDANet``; ``dtype`` may be a name such as "float32".
 
     Raises:
-        ImportError: safetensors is not installed. CheckpointError: a folder without the configuration of a CoDANet.
+        ImportError: safetensors is not installed. CheckpointError: a folder without the configuration of a
+            CoDANet.
     """
 
     def __init__(self, *args, dtype: torch.dtype | str | None = None, **options):
@@ -53,8 +58,8 @@ class HubCoDANet(
 
     @classmethod
     def from_model(cls, model: CoDANet) -> HubCoDANet:
-        """``model`` (a CoDANet, or a wrapper of one) with these methods; the two share their parameters. TypeError, ValueError: as
-        ``coda_fast.save``.
+        """``model`` (a CoDANet, or a wrapper of one) with these methods; the two share their parameters.
+        TypeError, ValueError: as ``coda_fast.save``.
         """
         model = need_network(model)
         config, state = checkpoints.describe(model)
@@ -71,5 +76,7 @@ class HubCoDANet(
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options) -> HubCoDANet:
         if "out_channels" not in options:
-            raise checkpoints.CheckpointError(f"{model_id}: expected a config.json with the arguments of CoDANet, got {sorted(options)}")
+            raise checkpoints.CheckpointError(
+                f"{model_id}: expected a config.json with the arguments of CoDANet, got {sorted(options)}"
+            )
         return super()._from_pretrained(model_id=model_id, strict=strict, **options)

@@ -1,4 +1,6 @@
-"""A CoDA-Net's own explanations in the forms that other libraries call: captum's ``attribute`` and Quantus' ``explain_func``."""
+"""A CoDA-Net's own explanations in the forms that other libraries call: captum's ``attribute`` and
+Quantus' ``explain_func``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ except ImportError:
 
 
 def _inside(function):
-    """Calls ``function``, no more: captum's NoiseTunnel calls what ``attribute.__wrapped__`` names, the inside of captum's decorator."""
+    """Calls ``function``, no more: captum's NoiseTunnel calls what ``attribute.__wrapped__`` names, the
+    inside of captum's decorator.
+    """
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -28,14 +32,19 @@ def _inside(function):
 
 
 class CoDAAttribution(_Attribution):
-    """The exact decomposition as a ``captum.attr.Attribution``; without captum a class of its own with the same methods.
+    """The exact decomposition as a ``captum.attr.Attribution``; without captum a class of its own with the
+    same methods.
 
-    The decomposition is of the encoded image ``[x, 1 - x]``; what a colour and its complement contribute is added, so that attributions
-    have the shape of the image and still sum to the logit less its constant bias, exactly.
+    The decomposition is of the encoded image ``[x, 1 - x]``; what a colour and its complement contribute is
+    added, so that attributions have the shape of the image and still sum to the logit less its constant bias,
+    exactly.
 
     >>> import torch, coda_fast
     >>> model = coda_fast.create_model("coda_xs_digits")
-    >>> attributions, delta = CoDAAttribution(model).attribute(torch.rand(2, 1, 8, 8), target=3, return_convergence_delta=True)
+    >>> method = CoDAAttribution(model)
+    >>> attributions, delta = method.attribute(
+    ...     torch.rand(2, 1, 8, 8), target=3, return_convergence_delta=True
+    ... )
     >>> attributions.shape, bool(delta.abs().max() < 1e-4)
     (torch.Size([2, 1, 8, 8]), True)
     """
@@ -62,25 +71,29 @@ class CoDAAttribution(_Attribution):
         additional_forward_args: None = None,
         return_convergence_delta: bool = False,
     ):
-        """Attributions [N, C, H, W] of images [N, C, H, W] for ``target``: an int, N ints, one int alone, or None for the predictions.
+        """Attributions [N, C, H, W] of images [N, C, H, W] for ``target``: an int, N ints, one int alone, or
+        None for the predictions.
 
-        A tuple of one tensor gives a tuple of one. With ``return_convergence_delta`` also what the sum lacks of logit less bias, [N]:
-        rounding.
+        A tuple of one tensor gives a tuple of one. With ``return_convergence_delta`` also what the sum lacks
+        of logit less bias, [N]: rounding.
 
         Raises:
-            ValueError, TypeError: as ``explain``; several inputs, arguments beside the image, which a CoDA-Net does not take, or several
-            classes for an image, for which captum has no place.
+            ValueError, TypeError: as ``explain``; several inputs, arguments beside the image, which a
+            CoDA-Net does not take, or several classes for an image, for which captum has no place.
         """
         if additional_forward_args is not None:
             got = type(additional_forward_args).__name__
-            raise TypeError(f"additional_forward_args: expected None, as a CoDANet takes an image alone, got a {got}")
+            raise TypeError(
+                f"additional_forward_args: expected None, as a CoDANet takes an image alone, got a {got}"
+            )
         several = isinstance(inputs, tuple)
         if several:
             if len(inputs) != 1:
                 raise ValueError(f"inputs: expected a tensor or a tuple of one, got {len(inputs)} inputs")
             (inputs,) = inputs
         if isinstance(target, torch.Tensor) and target.numel() == 1:
-            target = target.reshape(())  # captum leaves it as it is when it repeats the one image that it was for
+            # captum leaves it as it is when it repeats the one image that it was for
+            target = target.reshape(())
         explained = self.forward_func.explain(inputs, target)
         if explained.target.shape[1] != 1:
             raise ValueError(f"target: expected one class for each image, got {explained.target.shape[1]}")
@@ -92,10 +105,14 @@ class CoDAAttribution(_Attribution):
         return result, found.sum((1, 2, 3)) - (logits - self.forward_func.logit_bias)
 
 
-def quantus_explain_func(model: CoDANet, inputs: np.ndarray, targets: np.ndarray, device=None, **kwargs) -> np.ndarray:
-    """Contribution maps [N, 1, H, W] of images [N, C, H, W] for one class each, [N]: give it to a Quantus metric as ``explain_func``.
+def quantus_explain_func(
+    model: CoDANet, inputs: np.ndarray, targets: np.ndarray, device=None, **kwargs
+) -> np.ndarray:
+    """Contribution maps [N, 1, H, W] of images [N, C, H, W] for one class each, [N]: give it to a Quantus
+    metric as ``explain_func``.
 
-    ``device`` is where it is computed (None: where the model is); other keywords that Quantus passes are not used.
+    ``device`` is where it is computed (None: where the model is); other keywords that Quantus passes are not
+    used.
 
     >>> import numpy, coda_fast
     >>> model = coda_fast.create_model("coda_xs_digits")
@@ -105,7 +122,9 @@ def quantus_explain_func(model: CoDANet, inputs: np.ndarray, targets: np.ndarray
     model = need_network(model)
     parameter = next(model.parameters())
     model = model if device is None else model.to(device)
-    images = torch.as_tensor(np.asarray(inputs), dtype=parameter.dtype, device=next(model.parameters()).device)
+    images = torch.as_tensor(
+        np.asarray(inputs), dtype=parameter.dtype, device=next(model.parameters()).device
+    )
     classes = one_each(torch.as_tensor(np.asarray(targets)), len(images), "targets")
     return model.explain(images, classes).contribution_map.detach().float().cpu().numpy()
 

@@ -1,4 +1,6 @@
-"""The matrix regulariser: a penalty on the global linear map, so that it becomes small and sparse (arXiv:2104.00032)."""
+"""The matrix regulariser: a penalty on the global linear map, so that it becomes small and sparse
+(arXiv:2104.00032).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ PENALTIES = ("l1", "l2")
 
 
 class MatrixLoss(NamedTuple):
-    """What ``DynamicMatrixLoss`` gives: ``total = bce + weight * penalty`` (to be minimised), its terms, and the logits [N, classes]."""
+    """What ``DynamicMatrixLoss`` gives: ``total = bce + weight * penalty`` (to be minimised), its terms,
+    and the logits [N, classes].
+    """
 
     total: torch.Tensor
     bce: torch.Tensor
@@ -25,17 +29,20 @@ class MatrixLoss(NamedTuple):
     logits: torch.Tensor
 
 
-def matrix_penalty(model: CoDANet, images: torch.Tensor, classes: torch.Tensor, norm: str = "l1") -> torch.Tensor:
-    """Mean over the entries of the rows ``[W_{0->L}(x)]_c`` of the global linear map of each image, 1/T included: of their absolute
-    values ("l1") or squares ("l2").
+def matrix_penalty(
+    model: CoDANet, images: torch.Tensor, classes: torch.Tensor, norm: str = "l1"
+) -> torch.Tensor:
+    """Mean over the entries of the rows ``[W_{0->L}(x)]_c`` of the global linear map of each image, 1/T
+    included: of their absolute values ("l1") or squares ("l2").
 
-    A row is one number for the class at every output, sent back through the transposed layers, whose weights are those that the image
-    generates. Differentiable in the parameters in full: also through the activations that a layer's weights are generated from. Explanation
-    mode would not do: it cuts that path. Costs a forward pass, and for each class an adjoint of every layer and the backward pass of that.
+    A row is one number for the class at every output, sent back through the transposed layers, whose weights
+    are those that the image generates. Differentiable in the parameters in full: also through the activations
+    that a layer's weights are generated from. Explanation mode would not do: it cuts that path. Costs a
+    forward pass, and for each class an adjoint of every layer and the backward pass of that.
 
     Args:
-        model: a CoDANet, or a wrapper of one (``coda_fast.unwrap``); DistributedDataParallel has no part in what its network is called
-            for alone, and is refused where there are gradients to share.
+        model: a CoDANet, or a wrapper of one (``coda_fast.unwrap``); DistributedDataParallel has no part in
+            what its network is called for alone, and is refused where there are gradients to share.
         images: [N, C, H, W]; classes: the rows of each image, [N, K], of any integer dtype.
 
     Raises:
@@ -47,19 +54,25 @@ def matrix_penalty(model: CoDANet, images: torch.Tensor, classes: torch.Tensor, 
     model.check_images(images)
     classes = _rows(classes, "classes", len(images))
     if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < model.num_classes):
-        raise ValueError(f"classes: expected 0 to {model.num_classes - 1}, got {int(classes.min())} to {int(classes.max())}")
+        raise ValueError(
+            f"classes: expected 0 to {model.num_classes - 1}, got {int(classes.min())} to "
+            f"{int(classes.max())}"
+        )
     return _penalty(model, _activations(model, images), classes, norm)
 
 
 def _network(model):
     """The network inside of wrappers, which trains."""
     given, model = model, need_network(model)
-    if torch.is_grad_enabled() and wrapped_by(given, "DistributedDataParallel"):  # its processes would train apart, without a word
+    # its processes would train apart, without a word
+    if torch.is_grad_enabled() and wrapped_by(given, "DistributedDataParallel"):
         raise TypeError(
-            "model: expected a CoDANet, got DistributedDataParallel, which shares the gradients of its own calls alone: wrap a module "
+            "model: expected a CoDANet, got DistributedDataParallel, which shares the gradients of its own "
+            "calls alone: wrap a module "
             "that holds the network and calls the loss"
         )
-    if any(layer.explaining for layer in model.layers):  # the numbers would be right and the gradients silently not
+    # the numbers would be right and the gradients silently not
+    if any(layer.explaining for layer in model.layers):
         raise ValueError("model: expected a network that trains, got one in explanation mode")
     return model
 
@@ -95,7 +108,8 @@ def _penalty(model, activations, classes, norm, valid=None):
 
 
 class DynamicMatrixLoss(nn.Module):
-    """Binary cross-entropy plus ``weight`` times the mean entry of the global linear map of the true class and of random other classes.
+    """Binary cross-entropy plus ``weight`` times the mean entry of the global linear map of the true class
+    and of random other classes.
 
     Both terms share one forward pass.
 
@@ -114,7 +128,9 @@ class DynamicMatrixLoss(nn.Module):
     >>> loss.total.backward()
     """
 
-    def __init__(self, weight: float, classes: int = 2, norm: str = "l1", generator: torch.Generator | None = None):
+    def __init__(
+        self, weight: float, classes: int = 2, norm: str = "l1", generator: torch.Generator | None = None
+    ):
         super().__init__()
         if not (isinstance(weight, int | float) and 0 <= weight < float("inf")):
             raise ValueError(f"weight: expected a number that is not negative, got {weight!r}")
@@ -132,20 +148,28 @@ class DynamicMatrixLoss(nn.Module):
         rows: torch.Tensor | None = None,
         valid: torch.Tensor | None = None,
     ) -> MatrixLoss:
-        """Images [N, C, H, W], their classes [N] or [N, 1], the rows of each image [N, K] (None: drawn by ``self.rows``), and which images
-        the penalty counts [N] (None: all; the others are in its mean as zeros). Classes may be of any integer dtype. The losses are in
-        float32 at least, the logits as the network gives them. ValueError, TypeError: what does not fit, as in ``matrix_penalty``.
+        """Images [N, C, H, W], their classes [N] or [N, 1], the rows of each image [N, K] (None: drawn by
+        ``self.rows``), and which images the penalty counts [N] (None: all; the others are in its mean as
+        zeros). Classes may be of any integer dtype. The losses are in float32 at least, the logits as the
+        network gives them. ValueError, TypeError: what does not fit, as in ``matrix_penalty``.
         """
         model = _network(model)
         model.check_images(images)
         labels = one_each(labels, len(images), "labels")
         if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < model.num_classes):
-            raise ValueError(f"labels: expected 0 to {model.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+            raise ValueError(
+                f"labels: expected 0 to {model.num_classes - 1}, got {int(labels.min())} to "
+                f"{int(labels.max())}"
+            )
         if self.classes > model.num_classes:
-            raise ValueError(f"classes: expected at most {model.num_classes}, those of the model, got {self.classes}")
+            raise ValueError(
+                f"classes: expected at most {model.num_classes}, those of the model, got {self.classes}"
+            )
         activations = _activations(model, images)
         logits = model.head(activations[-1])
-        bce = F.binary_cross_entropy_with_logits(wide(logits), F.one_hot(labels, model.num_classes).to(wide(logits).dtype))
+        bce = F.binary_cross_entropy_with_logits(
+            wide(logits), F.one_hot(labels, model.num_classes).to(wide(logits).dtype)
+        )
         if not self.weight:
             return MatrixLoss(bce, bce, bce.new_zeros(()), logits)
         rows = self.rows(labels, model.num_classes) if rows is None else _rows(rows, "rows", len(images))

@@ -1,4 +1,6 @@
-"""The DAU layer as a module, the parameter-free layers around it, and explanation mode for any network built of them."""
+"""The DAU layer as a module, the parameter-free layers around it, and explanation mode for any network
+built of them.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,22 @@ from coda_fast.safety import need_memory
 class DAUConv2d(nn.Module):
     r"""Layer of Dynamic Alignment Units, in place of ``nn.Conv2d`` (same positional arguments).
 
-    Each unit computes its weight from the patch it is applied to and bounds its norm, so that the output is ``W(x) x``; see
-    ``coda_fast.functional.dau_conv2d`` for the equations, ``norm``, ``eps``, ``backend`` and ``save_contraction``.
+    Each unit computes its weight from the patch it is applied to and bounds its norm, so that the output is
+    ``W(x) x``; see ``coda_fast.functional.dau_conv2d`` for the equations, ``norm``, ``eps``, ``backend`` and
+    ``save_contraction``.
 
     Args:
         in_channels, out_channels: C and n, the number of units.
         kernel_size, stride, padding, dilation: ints or pairs; padding may be "same" or "valid".
         groups: 1 only.
-        bias: whether the generated weight has a constant part ``b``. It is a bias of the *weight*: the layer stays dynamic linear.
+        bias: whether the generated weight has a constant part ``b``. It is a bias of the *weight*: the layer
+            stays dynamic linear.
         padding_mode: "zeros" only.
         rank: r, the rank of the map from patch to weight; at least 1.
 
     Shapes: input [N, C, H, W] or [C, H, W]; output [N, n, OH, OW] or [n, OH, OW].
-    Parameters: ``reduction_weight`` [r, C, kh, kw], ``weight`` [n, r, C, kh, kw], ``bias`` [n, C, kh, kw] or None.
-    Attribute ``explaining``: whether a call made here and now is in ``explanation_mode`` (read-only).
+    Parameters: ``reduction_weight`` [r, C, kh, kw], ``weight`` [n, r, C, kh, kw], ``bias`` [n, C, kh, kw] or
+    None. Attribute ``explaining``: whether a call made here and now is in ``explanation_mode`` (read-only).
 
     Raises:
         ValueError, TypeError: at construction, for anything that the layer does not support, with the reason.
@@ -68,10 +72,13 @@ class DAUConv2d(nn.Module):
     ):
         super().__init__()
         if groups != 1:
-            raise ValueError(f"groups: DAUConv2d supports 1 only (every unit aligns with all input channels), got {groups}")
+            raise ValueError(
+                f"groups: DAUConv2d supports 1 only (every unit aligns with all input channels), got {groups}"
+            )
         if padding_mode != "zeros":
             raise ValueError(
-                f'padding_mode: DAUConv2d supports "zeros" only (other modes would break the exact decomposition into pixels), '
+                'padding_mode: DAUConv2d supports "zeros" only (other modes would break the exact '
+                "decomposition into pixels), "
                 f"got {padding_mode!r}"
             )
         counts = {"in_channels": in_channels, "out_channels": out_channels, "rank": rank}
@@ -84,12 +91,20 @@ class DAUConv2d(nn.Module):
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
         in_channels, out_channels, rank = counts.values()
         kernel_size = pair(kernel_size, "kernel_size")
-        check_size([in_channels * math.prod(kernel_size) * (rank + out_channels * (rank + bool(bias)))], device, dtype)
+        check_size(
+            [in_channels * math.prod(kernel_size) * (rank + out_channels * (rank + bool(bias)))],
+            device,
+            dtype,
+        )
         check_norm(norm, eps)
         check_save_contraction(save_contraction)
         backends.check_name(backend)
         self.in_channels, self.out_channels, self.rank = in_channels, out_channels, rank
-        self.kernel_size, self.stride, self.dilation = kernel_size, pair(stride, "stride"), pair(dilation, "dilation")
+        self.kernel_size, self.stride, self.dilation = (
+            kernel_size,
+            pair(stride, "stride"),
+            pair(dilation, "dilation"),
+        )
         self.padding = padding if isinstance(padding, str) else pair(padding, "padding", least=0)
         _ = self.geometry  # refuses what does not fit together
         self.groups, self.padding_mode = groups, padding_mode
@@ -99,18 +114,25 @@ class DAUConv2d(nn.Module):
         options = {"device": device, "dtype": dtype}
         self.reduction_weight = nn.Parameter(torch.empty(rank, *window, **options))
         self.weight = nn.Parameter(torch.empty(out_channels, rank, *window, **options))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, *window, **options)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_channels, *window, **options)) if bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        r"""Uniform: ``reduction_weight`` within ``1 / sqrt(d)``, ``weight`` and ``bias`` within ``1 / sqrt(r)``.
+        r"""Uniform: ``reduction_weight`` within ``1 / sqrt(d)``, ``weight`` and ``bias`` within ``1 /
+        sqrt(r)``.
 
         The fan-in of the weight generation is r, not the r C kh kw that the shape of ``weight`` suggests to
-        ``nn.init``: with that, ``|w|^2`` is d times smaller, "squash" passes about ``|w|^2`` of its input, and a deep stack is
-        silent from the start. As here, ``|w|^2`` is about ``d mean(x^2) / 9 + d / (3 r)`` and a unit passes on most of the
-        energy along its weight.
+        ``nn.init``: with that, ``|w|^2`` is d times smaller, "squash" passes about ``|w|^2`` of its input,
+        and a deep stack is silent from the start. As here, ``|w|^2`` is about ``d mean(x^2) / 9 + d / (3 r)``
+        and a unit passes on most of the energy along its weight.
         """
-        for tensor, fan_in in ((self.reduction_weight, self.reduction_weight[0].numel()), (self.weight, self.rank), (self.bias, self.rank)):
+        for tensor, fan_in in (
+            (self.reduction_weight, self.reduction_weight[0].numel()),
+            (self.weight, self.rank),
+            (self.bias, self.rank),
+        ):
             if tensor is not None:
                 nn.init.uniform_(tensor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
@@ -147,8 +169,8 @@ class DAUConv2d(nn.Module):
         )
 
     def adjoint(self, input: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """``value`` [N, n, OH, OW] sent back through the weights that ``input`` [N, C, H, W] generates, [N, C, H, W]: see
-        ``coda_fast.functional.dau_conv2d_transpose``.
+        """``value`` [N, n, OH, OW] sent back through the weights that ``input`` [N, C, H, W] generates, [N,
+        C, H, W]: see ``coda_fast.functional.dau_conv2d_transpose``.
         """
         return dau_conv2d_transpose(
             input,
@@ -168,13 +190,20 @@ class DAUConv2d(nn.Module):
         """A leaf of torch.fx.symbolic_trace, as an nn.Conv2d is."""
         names = [name for name, module in input.tracer.root.named_modules() if module is self]
         if not names or not names[0]:
-            raise TypeError("torch.fx.symbolic_trace: expected a module with the DAUConv2d in it, got the layer itself, which is a leaf")
+            raise TypeError(
+                "torch.fx.symbolic_trace: expected a module with the DAUConv2d in it, got the layer itself, "
+                "which is a leaf"
+            )
         return input.tracer.create_proxy("call_module", names[0], (input,), {})
 
     def __prepare_scriptable__(self):
-        raise TypeError("torch.jit.script: expected torch.jit.trace, torch.export or torch.compile for a DAUConv2d, whose code is Python")
+        raise TypeError(
+            "torch.jit.script: expected torch.jit.trace, torch.export or torch.compile for a DAUConv2d, "
+            "whose code is Python"
+        )
 
-    # The mode of a replica of torch.nn.DataParallel is that of the call which made it: its thread begins with an empty context.
+    # The mode of a replica of torch.nn.DataParallel is that of the call which made it: its thread begins with
+    # an empty context.
     _replica_explains = False
 
     def _replicate_for_data_parallel(self):
@@ -183,19 +212,26 @@ class DAUConv2d(nn.Module):
         return replica
 
     def __setstate__(self, state):
-        # A copy (copy, deepcopy, pickle) is a layer of its own, whatever scope of explanation mode its original is in.
+        # A copy (copy, deepcopy, pickle) is a layer of its own, whatever scope of explanation mode its
+        # original is in.
         super().__setstate__(state)
         self._number = next(_NUMBERS)
 
     def _apply(self, fn, recurse=True):
-        # module.to(memory_format=torch.channels_last) would refuse the five dimensions of ``weight``: it travels as four
+        # module.to(memory_format=torch.channels_last) would refuse the five dimensions of ``weight``: it
+        # travels as four
         def four_dimensional(tensor):
-            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]) if tensor.dim() == 5 else fn(tensor)
+            return (
+                fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]) if tensor.dim() == 5 else fn(tensor)
+            )
 
         return super()._apply(four_dimensional, recurse)
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, rank={self.rank}"
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, rank={self.rank}"
+        )
         plain = DAUConv2d.__init__.__kwdefaults__ | {"padding": (0, 0), "dilation": (1, 1)}
         for name in ("padding", "dilation", "norm", "eps", "backend", "save_contraction"):
             if getattr(self, name) != plain[name]:
@@ -204,18 +240,24 @@ class DAUConv2d(nn.Module):
 
 
 def check_size(numbers: Iterable[int], device, dtype: torch.dtype | None) -> None:
-    """ValueError where weights of so many numbers cannot be: more than a tensor can have, or than the machine can hold."""
+    """ValueError where weights of so many numbers cannot be: more than a tensor can have, or than the
+    machine can hold.
+    """
     size = getattr(torch.get_default_dtype() if dtype is None else dtype, "itemsize", 4)
     device = torch.get_default_device() if device is None else torch.device(device)
     numbers = list(numbers)
     if max(numbers) * size >= 2**63:
-        raise ValueError(f"weights: expected less than 2**63 bytes for a layer, got about 2**{(max(numbers) * size).bit_length() - 1}")
+        raise ValueError(
+            "weights: expected less than 2**63 bytes for a layer, got about "
+            f"2**{(max(numbers) * size).bit_length() - 1}"
+        )
     if device.type != "meta" and sum(numbers) * size > 2**28:  # smaller ones are not worth the question
         need_memory(f"weights of {sum(numbers):.1e} numbers", sum(numbers) * size, device)
 
 
 class AddInverse(nn.Module):
-    """``x -> [x, 1 - x]`` along the channels, [N, C, H, W] -> [N, 2 C, H, W]: every colour, black too, has a direction of its own.
+    """``x -> [x, 1 - x]`` along the channels, [N, C, H, W] -> [N, 2 C, H, W]: every colour, black too, has a
+    direction of its own.
 
     Images are expected in [0, 1] and unnormalised.
     """
@@ -231,12 +273,15 @@ class SumPool2d(nn.Module):
         return input.sum((-2, -1))
 
 
-# Explanation mode belongs to a call, not to a module: what is shared between threads and tasks is never written. Each ``with`` is a scope;
-# the scopes that a call is in are a context variable, so threads begin with none, asyncio's tasks have their own, and each layer looks
-# whether it is in one. A scope that was left is closed, which counts also where it was left from another context (an asynchronous generator
-# that is finalised by the event loop) or out of order (two generators that take turns).
+# Explanation mode belongs to a call, not to a module: what is shared between threads and tasks is never
+# written. Each ``with`` is a scope; the scopes that a call is in are a context variable, so threads begin
+# with none, asyncio's tasks have their own, and each layer looks whether it is in one. A scope that was left
+# is closed, which counts also where it was left from another context (an asynchronous generator that is
+# finalised by the event loop) or out of order (two generators that take turns).
 _NUMBERS = itertools.count()  # layers by number: a value that compiled code can compare, unlike an address
-_SCOPES: contextvars.ContextVar[tuple[_Scope, ...]] = contextvars.ContextVar("coda_fast.explanation_mode", default=())
+_SCOPES: contextvars.ContextVar[tuple[_Scope, ...]] = contextvars.ContextVar(
+    "coda_fast.explanation_mode", default=()
+)
 
 
 class _Scope:
@@ -245,13 +290,14 @@ class _Scope:
 
 
 class _Thread(threading.local):
-    """What torch.compile needs beside the context variable: it can trace attributes of an object, but not setting a context variable, and
-    before torch 2.14 not reading one.
+    """What torch.compile needs beside the context variable: it can trace attributes of an object, but not
+    setting a context variable, and before torch 2.14 not reading one.
     """
 
     def __init__(self):
         self.entered = ()  # scopes that compiled code entered, while it is in them
-        self.mirror = ()  # of the context variable, for compiled code of older releases: of this thread, whichever its tasks
+        # of the context variable, for compiled code of older releases: of this thread, whichever its tasks
+        self.mirror = ()
 
 
 _THREAD = _Thread()
@@ -281,13 +327,16 @@ def _leave(scope):
 def explanation_mode(module: nn.Module) -> Iterator[nn.Module]:
     """Within it, every DAU layer of ``module`` treats its scaled weight as a constant in the backward pass.
 
-    The gradient of an output with respect to the input is then the row of the global linear map ``W(x)``. It is a property of the calls
-    made within the ``with``, in its thread and asyncio task: other threads, tasks, copies and later callers see nothing of it, and a module
-    can be explained in many threads while it trains in another. What was computed within it stays as it was computed, wherever and whenever
-    its backward pass runs, also if a checkpointed segment is recomputed after the ``with`` (``use_reentrant=False``; the older form, which
-    recomputes without a trace of how it was called, is refused). A compiled module has one graph for each mode.
+    The gradient of an output with respect to the input is then the row of the global linear map ``W(x)``. It
+    is a property of the calls made within the ``with``, in its thread and asyncio task: other threads, tasks,
+    copies and later callers see nothing of it, and a module can be explained in many threads while it trains
+    in another. What was computed within it stays as it was computed, wherever and whenever its backward pass
+    runs, also if a checkpointed segment is recomputed after the ``with`` (``use_reentrant=False``; the older
+    form, which recomputes without a trace of how it was called, is refused). A compiled module has one graph
+    for each mode.
 
-    As with ``torch.no_grad``, a generator that yields within it leaves it on for the code that it yields to, until it goes on.
+    As with ``torch.no_grad``, a generator that yields within it leaves it on for the code that it yields to,
+    until it goes on.
 
     Raises:
         ValueError: a module without DAU layers. RuntimeError, at the call: a reentrant checkpoint.
@@ -303,7 +352,10 @@ def explanation_mode(module: nn.Module) -> Iterator[nn.Module]:
     """
     numbers = [m._number for m in module.modules() if isinstance(m, DAUConv2d)]
     if not numbers:
-        raise ValueError(f"explanation_mode: expected a module with at least one DAUConv2d, got {type(module).__name__} without any")
+        raise ValueError(
+            f"explanation_mode: expected a module with at least one DAUConv2d, got {type(module).__name__} "
+            "without any"
+        )
     scope = _Scope(frozenset(numbers))
     if torch.compiler.is_dynamo_compiling():
         before = _THREAD.entered
@@ -321,13 +373,16 @@ def explanation_mode(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _refuse_reentrant_checkpoint():
-    """Its forward pass runs without a graph, and what its backward pass calls again cannot know the mode of the first call."""
+    """Its forward pass runs without a graph, and what its backward pass calls again cannot know the mode
+    of the first call.
+    """
     forward = torch.utils.checkpoint.CheckpointFunction.forward.__code__
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is forward:
             raise RuntimeError(
-                "explanation_mode: expected torch.utils.checkpoint with use_reentrant=False, got a reentrant one, which would recompute "
+                "explanation_mode: expected torch.utils.checkpoint with use_reentrant=False, got a "
+                "reentrant one, which would recompute "
                 "outside of the mode"
             )
         frame = frame.f_back

@@ -1,19 +1,25 @@
-"""The operators that every fused backend shares: ``torch.ops.coda_fast.align``, ``align_backward`` and ``adjoint``.
+"""The operators that every fused backend shares: ``torch.ops.coda_fast.align``, ``align_backward`` and
+``adjoint``.
 
-    align(x, u)           F(x, u)[p, o] = s(|w|^2) <w[p, o], u_p> with w computed from x; ``applied=None`` is u = x, the layer itself
+    align(x, u)
+        F(x, u)[p, o] = s(|w|^2) <w[p, o], u_p> with w computed from x; ``applied=None`` is
+        u = x, the layer itself
     align_backward(g, ..) its gradients; with ``detach`` (explanation mode) only the direct term G(x, g)
     adjoint(x, v)         G(x, v), the transpose of u -> F(x, u)
 
-Each is differentiable to any order, in reverse and forward mode and under the transforms of ``torch.func``, has a fake kernel with true
-strides (torch.compile, torch.export) and a FLOP formula, and hands the work to ``coda_fast.backends.<backend>``. Registered one level below
-``torch.library.custom_op``, whose wrapper imports the compiler at the first eager call: seconds and 110 MB for those who never compile.
+Each is differentiable to any order, in reverse and forward mode and under the transforms of ``torch.func``,
+has a fake kernel with true strides (torch.compile, torch.export) and a FLOP formula, and hands the work to
+``coda_fast.backends.<backend>``. Registered one level below ``torch.library.custom_op``, whose wrapper
+imports the compiler at the first eager call: seconds and 110 MB for those who never compile.
 
-Autocast: ``coda_fast.functional`` casts before it calls, the same for every backend. Called directly under autocast, ``align`` and
-``adjoint`` cast like a convolution (float64 stays); ``align_backward`` takes what ``align`` left, as it is.
+Autocast: ``coda_fast.functional`` casts before it calls, the same for every backend. Called directly under
+autocast, ``align`` and ``adjoint`` cast like a convolution (float64 stays); ``align_backward`` takes what
+``align`` left, as it is.
 
-``keep`` says what ``align`` leaves for the backward pass: "nothing", "norm" (|w|^2: explanation mode), "products" (and <w, u>) or
-"contraction" (and sum over the patch of A u, where the backend has it). What is not kept is an empty tensor [0]; a backward pass that
-misses something computes it again. ``prepared`` goes with it: the parameters in the backend's own layout, where it has one.
+``keep`` says what ``align`` leaves for the backward pass: "nothing", "norm" (|w|^2: explanation mode),
+"products" (and <w, u>) or "contraction" (and sum over the patch of A u, where the backend has it). What is
+not kept is an empty tensor [0]; a backward pass that misses something computes it again. ``prepared`` goes
+with it: the parameters in the backend's own layout, where it has one.
 """
 
 from __future__ import annotations
@@ -35,8 +41,11 @@ _LAYER = "Tensor reduction_weight, Tensor weight, Tensor? bias"
 _SCHEMAS = {
     "align": f"(Tensor input, Tensor? applied, {_LAYER}, {_GEOMETRY}, bool detach, str keep, str backend) "
     "-> (Tensor output, Tensor dot, Tensor square, Tensor contraction, Tensor prepared)",
-    "align_backward": f"(Tensor grad, Tensor input, Tensor? applied, {_LAYER}, Tensor dot, Tensor square, Tensor contraction, "
-    f"Tensor prepared, {_GEOMETRY}, bool detach, bool[] needs, str backend) -> (Tensor dx, Tensor du, Tensor dB, Tensor dA, Tensor db)",
+    "align_backward": f"(Tensor grad, Tensor input, Tensor? applied, {_LAYER}, Tensor dot, Tensor "
+    "square, Tensor "
+    "contraction, "
+    f"Tensor prepared, {_GEOMETRY}, bool detach, bool[] needs, str backend) -> (Tensor dx, Tensor du, "
+    "Tensor dB, Tensor dA, Tensor db)",
     "adjoint": f"(Tensor input, Tensor value, {_LAYER}, {_GEOMETRY}, str backend) -> Tensor",
 }
 _LIBRARY = torch.library.Library("coda_fast", "DEF")
@@ -61,7 +70,8 @@ def _check_keep(keep):
         raise ValueError(f"keep: expected one of {', '.join(map(repr, KEEPS))}, got {keep!r}")
 
 
-# -- kernels, the same for every device -----------------------------------------------------------------------------------------------
+# -- kernels, the same for every device
+# -----------------------------------------------------------------------------------------------
 
 
 def _kernel(function):
@@ -76,7 +86,9 @@ def _kernel(function):
 
 def _filled(results, like, dtypes):
     """Operators return tensors: [0] stands for None."""
-    return tuple(like.new_empty(0, dtype=dtype) if t is None else t for t, dtype in zip(results, dtypes, strict=True))
+    return tuple(
+        like.new_empty(0, dtype=dtype) if t is None else t for t, dtype in zip(results, dtypes, strict=True)
+    )
 
 
 def _kept_dtypes(dtype):
@@ -87,65 +99,164 @@ def _kept_dtypes(dtype):
 
 @_kernel
 def _align_kernel(
-    input, applied, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, detach, keep, backend
-):  # fmt: skip
+    input,
+    applied,
+    reduction_weight,
+    weight,
+    bias,
+    stride,
+    padding,
+    dilation,
+    norm,
+    eps,
+    detach,
+    keep,
+    backend,
+):
     _check_keep(keep)
     geometry = _geometry(weight, stride, padding, dilation)
-    output, *kept = _backend(backend).align(input, applied, reduction_weight, weight, bias, geometry, norm, eps, keep)
+    output, *kept = _backend(backend).align(
+        input, applied, reduction_weight, weight, bias, geometry, norm, eps, keep
+    )
     return output, *_filled(kept, input, _kept_dtypes(input.dtype))
 
 
 @_kernel
 def _align_backward_kernel(
-    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, stride, padding, dilation, norm, eps,
-    detach, needs, backend,
-):  # fmt: skip
+    grad,
+    input,
+    applied,
+    reduction_weight,
+    weight,
+    bias,
+    dot,
+    square,
+    contraction,
+    prepared,
+    stride,
+    padding,
+    dilation,
+    norm,
+    eps,
+    detach,
+    needs,
+    backend,
+):
     geometry = _geometry(weight, stride, padding, dilation)
     dot, square, contraction = (t if t.dim() > 1 else None for t in (dot, square, contraction))
     prepared = prepared if prepared.numel() else None
     gradients = _backend(backend).align_backward(
-        grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, geometry, norm, eps, detach, tuple(needs)
+        grad,
+        input,
+        applied,
+        reduction_weight,
+        weight,
+        bias,
+        dot,
+        square,
+        contraction,
+        prepared,
+        geometry,
+        norm,
+        eps,
+        detach,
+        tuple(needs),
     )
     return _filled(gradients, input, [input.dtype] * 5)
 
 
 @_kernel
-def _adjoint_kernel(input, value, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend):
+def _adjoint_kernel(
+    input, value, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend
+):
     geometry = _geometry(weight, stride, padding, dilation)
     return _backend(backend).adjoint(input, value, reduction_weight, weight, bias, geometry, norm, eps)
 
 
-# -- fake kernels: shapes, dtypes and strides ------------------------------------------------------------------------------------------
+# -- fake kernels: shapes, dtypes and strides
+# ------------------------------------------------------------------------------------------
 
 
-def _align_fake(input, applied, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, detach, keep, backend):
+def _align_fake(
+    input,
+    applied,
+    reduction_weight,
+    weight,
+    bias,
+    stride,
+    padding,
+    dilation,
+    norm,
+    eps,
+    detach,
+    keep,
+    backend,
+):
     _check_keep(keep)
     geometry = _geometry(weight, stride, padding, dilation)
     batch, units, size = input.shape[0], weight.shape[0], geometry.output_size(*input.shape[2:])
     shapes = _backend(backend).kept_shapes(input, weight, bias, batch * size[0] * size[1], geometry, keep)
-    output = torch.empty(batch, units, *size, dtype=input.dtype, device=input.device, memory_format=format_of(input))
-    return output, *(input.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, _kept_dtypes(input.dtype), strict=True))
+    output = torch.empty(
+        batch, units, *size, dtype=input.dtype, device=input.device, memory_format=format_of(input)
+    )
+    return output, *(
+        input.new_empty(shape, dtype=dtype)
+        for shape, dtype in zip(shapes, _kept_dtypes(input.dtype), strict=True)
+    )
 
 
 def _align_backward_fake(
-    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, stride, padding, dilation, norm, eps,
-    detach, needs, backend,
-):  # fmt: skip
-    images = [None if t is None else torch.empty_like(t, memory_format=format_of(t)) for t in (input, applied)]
+    grad,
+    input,
+    applied,
+    reduction_weight,
+    weight,
+    bias,
+    dot,
+    square,
+    contraction,
+    prepared,
+    stride,
+    padding,
+    dilation,
+    norm,
+    eps,
+    detach,
+    needs,
+    backend,
+):
+    images = [
+        None if t is None else torch.empty_like(t, memory_format=format_of(t)) for t in (input, applied)
+    ]
     gradients = [*images, *_backend(backend).gradients_like(reduction_weight, weight, bias)]
-    return _filled([g if need else None for g, need in zip(gradients, needs, strict=True)], input, [input.dtype] * 5)
+    return _filled(
+        [g if need else None for g, need in zip(gradients, needs, strict=True)], input, [input.dtype] * 5
+    )
 
 
 def _adjoint_fake(input, value, *rest):
     return torch.empty_like(input, memory_format=format_of(input))
 
 
-# -- derivatives -----------------------------------------------------------------------------------------------------------------------
+# -- derivatives
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _setup_align(ctx, inputs, output):
     ctx.save_for_forward(*inputs[:5])
-    input, applied, reduction_weight, weight, bias, *geometry, norm, eps, ctx.detach, ctx.keep, ctx.backend = inputs
+    (
+        input,
+        applied,
+        reduction_weight,
+        weight,
+        bias,
+        *geometry,
+        norm,
+        eps,
+        ctx.detach,
+        ctx.keep,
+        ctx.backend,
+    ) = inputs
     ctx.geometry = (*geometry, norm, eps)
     ctx.save_for_backward(input, applied, reduction_weight, weight, bias, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -161,8 +272,12 @@ def _backward_of_align(ctx, grad, *_):
         enough = "norm" if ctx.detach else "products"
         if KEEPS.index(ctx.keep) < KEEPS.index(enough):
             with torch.no_grad():
-                _, dot, square, contraction, prepared = align(*tensors, *ctx.geometry, ctx.detach, enough, ctx.backend)
-        found = align_backward(grad, *tensors, dot, square, contraction, prepared, *ctx.geometry, ctx.detach, needs, ctx.backend)
+                _, dot, square, contraction, prepared = align(
+                    *tensors, *ctx.geometry, ctx.detach, enough, ctx.backend
+                )
+        found = align_backward(
+            grad, *tensors, dot, square, contraction, prepared, *ctx.geometry, ctx.detach, needs, ctx.backend
+        )
     return [g if need else None for g, need in zip(found, needs, strict=True)]
 
 
@@ -193,7 +308,9 @@ def _needed(needs, tensors, detach):
 
 def _setup_align_backward(ctx, inputs, output):
     ctx.save_for_forward(*inputs[:6])
-    grad, *tensors, _, _, _, _, stride, padding, dilation, norm, eps, ctx.detach, ctx.needs, ctx.backend = inputs
+    grad, *tensors, _, _, _, _, stride, padding, dilation, norm, eps, ctx.detach, ctx.needs, ctx.backend = (
+        inputs
+    )
     ctx.geometry = (stride, padding, dilation, norm, eps)
     ctx.save_for_backward(grad, *tensors)
     ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
@@ -212,7 +329,9 @@ def _backward_of_align_backward(ctx, *upstream):
         # the direct term is G(x, grad), whatever u is
         x, _, *parameters = tensors
         h = upstream[0] if tensors[1] is None else upstream[1]
-        dx, dgrad, *others = _adjoint_derivatives(h, x, grad, parameters, (needs[1], needs[0], *needs[3:]), ctx.geometry, ctx.backend)
+        dx, dgrad, *others = _adjoint_derivatives(
+            h, x, grad, parameters, (needs[1], needs[0], *needs[3:]), ctx.geometry, ctx.backend
+        )
         return dgrad, dx, None, *others
 
 
@@ -229,27 +348,40 @@ def _backward_of_adjoint(ctx, h):
     if h is None:
         return None
     with without_autocast(h.device.type):
-        return _adjoint_derivatives(h, input, value, parameters, ctx.needs_input_grad[1:6], ctx.geometry, ctx.backend)
+        return _adjoint_derivatives(
+            h, input, value, parameters, ctx.needs_input_grad[1:6], ctx.geometry, ctx.backend
+        )
 
 
 def _adjoint_derivatives(h, input, value, parameters, needs, geometry, backend):
-    """(dx, dv, dB, dA, db) of <h, G(x, v)> = <v, F(x, h)>: dv is F itself, the rest is the backward of F without its direct term."""
+    """(dx, dv, dB, dA, db) of <h, G(x, v)> = <v, F(x, h)>: dv is F itself, the rest is the backward of F
+    without its direct term.
+    """
     others = [needs[0], False, *needs[2:]]
-    dv, *kept = align(input, h, *parameters, *geometry, False, "products" if any(others) else "nothing", backend)
-    dx, _, *rest = align_backward(value, input, h, *parameters, *kept, *geometry, False, others, backend) if any(others) else (None,) * 5
+    dv, *kept = align(
+        input, h, *parameters, *geometry, False, "products" if any(others) else "nothing", backend
+    )
+    dx, _, *rest = (
+        align_backward(value, input, h, *parameters, *kept, *geometry, False, others, backend)
+        if any(others)
+        else (None,) * 5
+    )
     return [g if need else None for g, need in zip((dx, dv, *rest), needs, strict=True)]
 
 
 def _second_derivatives(grad, tensors, upstream, needs, geometry):
-    """Gradients of <upstream, gradients of L> in (v, x, u, B, A, b), L = <v, F(x, u)>, by the definition, which materialises w.
+    """Gradients of <upstream, gradients of L> in (v, x, u, B, A, b), L = <v, F(x, u)>, by the definition,
+    which materialises w.
 
-    Second derivatives commute, so those in what F depends on are the directional derivative of the gradients along ``upstream``; that in
-    v is the directional derivative of F.
+    Second derivatives commute, so those in what F depends on are the directional derivative of the gradients
+    along ``upstream``; that in v is the directional derivative of F.
     """
     *window, norm, eps = geometry
     rest = (_geometry(tensors[3], *window), norm, eps)
     of_grad = _align_jvp(tensors, upstream, rest) if needs[0] else None
-    found = reference.gradients_jvp((grad, *tensors), (None, *upstream), *rest) if any(needs[1:]) else (None,) * 5
+    found = (
+        reference.gradients_jvp((grad, *tensors), (None, *upstream), *rest) if any(needs[1:]) else (None,) * 5
+    )
     return [g if need else None for g, need in zip((of_grad, *found), needs, strict=True)]
 
 
@@ -272,7 +404,7 @@ def _jvp_of_adjoint(ctx, *tangents):
 
 def _primals(ctx):
     """The saved tensors without their tangents, and (geometry, norm, eps) as backends take them."""
-    strip = lambda t: torch.autograd.forward_ad.unpack_dual(t, level=0).primal  # noqa: E731
+    strip = lambda t: torch.autograd.forward_ad.unpack_dual(t, level=0).primal
     tensors = [None if t is None else strip(t) for t in ctx.saved_tensors]
     *window, norm, eps = ctx.geometry
     return tensors, (_geometry(tensors[-2], *window), norm, eps)  # weight and bias are the last two
@@ -286,9 +418,10 @@ def _transformed():
 def _differentiable(op, setup, backward, jvp):
     """Autograd kernel of an operator.
 
-    torch.library.register_autograd would do, but for torch.func and forward mode, which it has not (pytorch issue 168393; when that is
-    closed, this can go). The dispatcher brings every level of every transform here, one at a time, so what a level needs is a node of
-    automatic differentiation of this level alone, as torch.func itself makes for functions of the user.
+    torch.library.register_autograd would do, but for torch.func and forward mode, which it has not (pytorch
+    issue 168393; when that is closed, this can go). The dispatcher brings every level of every transform
+    here, one at a time, so what a level needs is a node of automatic differentiation of this level alone, as
+    torch.func itself makes for functions of the user.
     """
 
     def below(keyset, *args):
@@ -315,7 +448,8 @@ def _differentiable(op, setup, backward, jvp):
 
         @staticmethod
         def jvp(ctx, keyset, *tangents):
-            with torch.autograd.forward_ad._set_fwd_grad_enabled(True):  # off here, which the levels below would take for theirs
+            # off here, which the levels below would take for theirs
+            with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
                 return jvp(ctx, *tangents)
 
     count = len(op._schema.arguments)
@@ -323,19 +457,43 @@ def _differentiable(op, setup, backward, jvp):
 
     def run(keyset, *args):
         transformed, forward_mode = _transformed(), torch.autograd.forward_ad._current_level >= 0
-        if not (transformed or forward_mode or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))):
+        if not (
+            transformed or forward_mode or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+        ):
             return below(keyset, *args)
-        with torch._functorch.utils.enable_single_level_autograd_function() if transformed else contextlib.nullcontext():
+        with (
+            torch._functorch.utils.enable_single_level_autograd_function()
+            if transformed
+            else contextlib.nullcontext()
+        ):
             return Node.apply(keyset, *args)
 
     return run
 
 
-# -- vmap: several upstream gradients of one input (``is_grads_batched``), for explanations of several classes at once -----------------
+# -- vmap: several upstream gradients of one input (``is_grads_batched``), for explanations of several classes
+# at once -----------------
 
 
 def _vmap_align_backward(info, in_dims, *args):
-    grad, input, applied, *layer, dot, square, contraction, prepared, stride, padding, dilation, norm, eps, detach, needs, backend = args
+    (
+        grad,
+        input,
+        applied,
+        *layer,
+        dot,
+        square,
+        contraction,
+        prepared,
+        stride,
+        padding,
+        dilation,
+        norm,
+        eps,
+        detach,
+        needs,
+        backend,
+    ) = args
     alone = isinstance(in_dims[0], int) and all(dim is None for dim in in_dims[1:10])
     tensors = [t for t in args[:10] if t is not None]
     levels = len(torch._C._functorch.get_interpreter_stack() or ())  # of transforms, this vmap being the last
@@ -348,7 +506,9 @@ def _vmap_align_backward(info, in_dims, *args):
             geometry = _geometry(layer[1], stride, padding, dilation)
             with torch.no_grad(), without_autocast(grad.device.type):
                 known = square if square.dim() > 1 else None
-                found = module.adjoints(input, grad.movedim(in_dims[0], 0), *layer, geometry, norm, eps, like, known)
+                found = module.adjoints(
+                    input, grad.movedim(in_dims[0], 0), *layer, geometry, norm, eps, like, known
+                )
             results = [input.new_empty(info.batch_size, 0) for _ in range(5)]
             results[0 if applied is None else 1] = found
             return tuple(results), (0,) * 5
@@ -365,14 +525,17 @@ def _vmap_align(info, in_dims, *args):
 
 def _one_by_one(op, info, in_dims, args):
     """The operator for every entry of the batch."""
-    entry = lambda i: (arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True))  # noqa: E731
+    entry = lambda i: (
+        arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)
+    )
     each = [op(*entry(i)) for i in range(info.batch_size)]
     if isinstance(each[0], torch.Tensor):
         return torch.stack(each), 0
     return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0,) * len(each[0])
 
 
-# -- autocast, and all of it together ---------------------------------------------------------------------------------------------------
+# -- autocast, and all of it together
+# ---------------------------------------------------------------------------------------------------
 
 
 def _autocast(op, kind):

@@ -1,4 +1,6 @@
-"""Pictures of explanations: red-blue contribution maps, and the dynamic weight as a colour picture with transparency."""
+"""Pictures of explanations: red-blue contribution maps, and the dynamic weight as a colour picture with
+transparency.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ PERCENTILE = 99.5
 
 
 def symmetric_scale(maps: torch.Tensor) -> float:
-    """The end of a symmetric colour scale: the ``PERCENTILE`` of absolute contributions, so that single pixels do not bleach a map."""
+    """The end of a symmetric colour scale: the ``PERCENTILE`` of absolute contributions, so that single
+    pixels do not bleach a map.
+    """
     values = maps.detach().abs().flatten().double()
     if not len(values) or not (scale := float(np.percentile(values.cpu().numpy(), PERCENTILE))):
         return float(values.max()) if len(values) and values.max() > 0 else 1.0
@@ -45,8 +49,9 @@ def symmetric_scale(maps: torch.Tensor) -> float:
 def weight_rgba(dynamic_weight: torch.Tensor, contribution_map: torch.Tensor) -> np.ndarray:
     """The dynamic weight as the picture that it looks for, [H, W, 4] in [0, 1].
 
-    Colour: per channel, the share of the positive weight on ``x`` in that on ``x`` and ``1 - x``: the colour to which the linear map
-    of this pixel responds most. Alpha: the pixel's contribution, 0 where it is negative, opaque from the ``PERCENTILE`` on.
+    Colour: per channel, the share of the positive weight on ``x`` in that on ``x`` and ``1 - x``: the colour
+    to which the linear map of this pixel responds most. Alpha: the pixel's contribution, 0 where it is
+    negative, opaque from the ``PERCENTILE`` on.
 
     Args:
         dynamic_weight: [2 C, H, W] with C = 1 or 3 (as ``explanation.dynamic_weight[i, k]``).
@@ -56,9 +61,14 @@ def weight_rgba(dynamic_weight: torch.Tensor, contribution_map: torch.Tensor) ->
         ValueError: shapes that do not fit, for example of an explanation with ``layer=``.
     """
     if dynamic_weight.dim() != 3 or dynamic_weight.shape[0] not in (2, 6):
-        raise ValueError(f"dynamic_weight: expected [6, H, W] or [2, H, W], that of an encoded image, got {list(dynamic_weight.shape)}")
+        raise ValueError(
+            "dynamic_weight: expected [6, H, W] or [2, H, W], that of an encoded image, got "
+            f"{list(dynamic_weight.shape)}"
+        )
     if contribution_map.shape != dynamic_weight.shape[1:]:
-        raise ValueError(f"contribution_map: expected {list(dynamic_weight.shape[1:])}, got {list(contribution_map.shape)}")
+        raise ValueError(
+            f"contribution_map: expected {list(dynamic_weight.shape[1:])}, got {list(contribution_map.shape)}"
+        )
     positive = dynamic_weight.detach().double().clamp(min=0).cpu()
     direct, inverse = positive.chunk(2)
     total = direct + inverse
@@ -71,15 +81,17 @@ def weight_rgba(dynamic_weight: torch.Tensor, contribution_map: torch.Tensor) ->
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A picture as it was given, upright, and the part of it that a network saw, ``box``: left, top, right, bottom in its pixels."""
+    """A picture as it was given, upright, and the part of it that a network saw, ``box``: left, top,
+    right, bottom in its pixels.
+    """
 
     picture: np.ndarray  # [H, W, 3] uint8
     box: tuple[float, float, float, float]
 
     @classmethod
     def of(cls, image: Image, preprocessing: Preprocessing, most: int = 1024) -> View:
-        """Of a picture of Pillow (``coda_fast.data.decode``), reduced to at most so many pixels a side; of a strip that is cropped, the
-        middle alone.
+        """Of a picture of Pillow (``coda_fast.data.decode``), reduced to at most so many pixels a side; of a
+        strip that is cropped, the middle alone.
         """
         box = preprocessing.box(*image.size)
         if preprocessing.crop is not None and (size := middle(*image.size)) != image.size:
@@ -96,14 +108,20 @@ class View:
     def cropped(self) -> bool:
         """Whether the network saw less than all of it."""
         height, width = self.picture.shape[:2]
-        return not np.allclose(self.box, (0, 0, width, height), rtol=0, atol=1e-6 * max(height, width))  # sides are quotients
+        # sides are quotients
+        return not np.allclose(self.box, (0, 0, width, height), rtol=0, atol=1e-6 * max(height, width))
 
     def seen(self) -> tuple[int, int, int, int]:
         """``box`` in whole pixels: all that the network saw something of, at least one."""
         height, width = self.picture.shape[:2]
         left, top, right, bottom = self.box
         left, top = min(math.floor(left), width - 1), min(math.floor(top), height - 1)
-        return left, top, min(max(math.ceil(right), left + 1), width), min(max(math.ceil(bottom), top + 1), height)
+        return (
+            left,
+            top,
+            min(max(math.ceil(right), left + 1), width),
+            min(max(math.ceil(bottom), top + 1), height),
+        )
 
     def faded(self) -> np.ndarray:
         """The picture in pale grey, to draw over: [H, W, 3] uint8."""
@@ -111,15 +129,18 @@ class View:
         return np.repeat(150 + 0.4 * grey, 3, 2).astype(np.uint8)
 
     def with_map(self, colours: np.ndarray, side: int) -> np.ndarray:
-        """The colours of a map [h, w, 3] uint8, where they belong on the faded picture, whose shorter side gets about ``side`` pixels; all
-        pixels of the map of one size, which is a whole number. Without a crop, the map.
+        """The colours of a map [h, w, 3] uint8, where they belong on the faded picture, whose shorter side
+        gets about ``side`` pixels; all pixels of the map of one size, which is a whole number. Without a
+        crop, the map.
         """
         if not self.cropped:
             return colours
         return self._composed(self.faded(), colours, side)
 
     def with_crop(self, colours: np.ndarray, side: int) -> np.ndarray:
-        """The picture, faded but for what the network saw, in the size of ``with_map``; without a crop, what it saw, ``colours``."""
+        """The picture, faded but for what the network saw, in the size of ``with_map``; without a crop,
+        what it saw, ``colours``.
+        """
         if not self.cropped:
             return colours
         left, top, right, bottom = self.seen()
@@ -132,18 +153,23 @@ class View:
 
         height, width = (colours.shape if shape is None else shape)[:2]
         left, top, right, bottom = self.box
-        pixel = max(1, round(side / min(page.shape[:2]) * (right - left) / width))  # of the map, in pixels of the page
+        # of the map, in pixels of the page
+        pixel = max(1, round(side / min(page.shape[:2]) * (right - left) / width))
         across, down = pixel * width / (right - left), pixel * height / (bottom - top)
         whole = max(1, round(page.shape[1] * across)), max(1, round(page.shape[0] * down))
         canvas = Image.fromarray(page).resize(whole, Image.Resampling.BILINEAR)
         if colours is not None:
-            enlarged = Image.fromarray(colours).resize((pixel * width, pixel * height), Image.Resampling.NEAREST)
+            enlarged = Image.fromarray(colours).resize(
+                (pixel * width, pixel * height), Image.Resampling.NEAREST
+            )
             canvas.paste(enlarged, (round(left * across), round(top * down)))
         return np.array(canvas)
 
 
 def show_view(axes: Axes, view: View, title: str = "") -> None:
-    """Draw a picture as it was given; of a cropped one, what the network did not see is faded, and a line is drawn around the rest."""
+    """Draw a picture as it was given; of a cropped one, what the network did not see is faded, and a line
+    is drawn around the rest.
+    """
     height, width = view.picture.shape[:2]
     axes.imshow(view.faded() if view.cropped else view.picture, extent=(0, width, height, 0))
     if view.cropped:
@@ -154,7 +180,9 @@ def show_view(axes: Axes, view: View, title: str = "") -> None:
 
 
 def _under(axes, view):
-    """The faded picture below what is drawn over a part of it; where that goes, as ``extent`` of ``imshow``."""
+    """The faded picture below what is drawn over a part of it; where that goes, as ``extent`` of
+    ``imshow``.
+    """
     if view is None:
         return None
     height, width = view.picture.shape[:2]
@@ -183,23 +211,37 @@ def _outline(axes, view):
 def show_image(axes: Axes, image: torch.Tensor, title: str = "") -> None:
     """Draw ``image`` [C, H, W] in [0, 1]."""
     pixels = image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
-    axes.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(
+        pixels if pixels.shape[2] == 3 else pixels[..., 0],
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+    )
     _bare(axes, title)
 
 
-def show_map(axes: Axes, contribution_map: torch.Tensor, scale: float, title: str = "", view: View | None = None):
-    """Draw a contribution map [H, W] in red (for) and blue (against), white at 0, saturated at +-``scale``, over the picture of ``view`` if
-    there is one; returns the artist.
+def show_map(
+    axes: Axes, contribution_map: torch.Tensor, scale: float, title: str = "", view: View | None = None
+):
+    """Draw a contribution map [H, W] in red (for) and blue (against), white at 0, saturated at +-``scale``,
+    over the picture of ``view`` if there is one; returns the artist.
     """
     pixels, extent = contribution_map.detach().cpu().float().numpy(), _under(axes, view)
-    artist = axes.imshow(pixels, cmap=COLOURS, vmin=-scale, vmax=scale, interpolation="nearest", extent=extent)
+    artist = axes.imshow(
+        pixels, cmap=COLOURS, vmin=-scale, vmax=scale, interpolation="nearest", extent=extent
+    )
     _over(axes, view)
     _bare(axes, title)
     return artist
 
 
 def show_weight(
-    axes: Axes, dynamic_weight: torch.Tensor, contribution_map: torch.Tensor, title: str = "", view: View | None = None
+    axes: Axes,
+    dynamic_weight: torch.Tensor,
+    contribution_map: torch.Tensor,
+    title: str = "",
+    view: View | None = None,
 ) -> None:
     """Draw ``weight_rgba`` on white, at its place in the picture of ``view`` if there is one."""
     extent = _under(axes, view)
@@ -231,8 +273,8 @@ def explanation_figure(
     labels: Sequence[int] | None = None,
     views: Sequence[View] | None = None,
 ) -> Figure:
-    """One row for each image: the image, a contribution map for each explained class, and, of an encoded image in grey or colour
-    (``layer=None``), the dynamic weight of the first of them.
+    """One row for each image: the image, a contribution map for each explained class, and, of an encoded
+    image in grey or colour (``layer=None``), the dynamic weight of the first of them.
 
     All maps share one symmetric scale; below each stands the proof that it is complete.
 
@@ -242,15 +284,20 @@ def explanation_figure(
         logit_bias: ``model.logit_bias``.
         class_names: one for each class; numbers if None.
         labels: the true class of each image, written above it.
-        views: the pictures as they were given: they are drawn in place of ``images``, and all maps over them, where they belong.
+        views: the pictures as they were given: they are drawn in place of ``images``, and all maps over them,
+            where they belong.
 
     Raises:
-        ValueError: images and explanation that do not belong together. ImportError: matplotlib is not installed.
+        ValueError: images and explanation that do not belong together. ImportError: matplotlib is not
+            installed.
     """
     maps = list(explanation.contribution_map.shape)
     encoded = explanation.layer == 0
     if maps[0] != len(images) or (encoded and maps[2:] != list(images.shape[2:])):
-        raise ValueError(f"explanation: expected maps of these images ({list(images.shape)}), got {maps}, layer {explanation.layer}")
+        raise ValueError(
+            f"explanation: expected maps of these images ({list(images.shape)}), got {maps}, layer "
+            f"{explanation.layer}"
+        )
     count, classes = explanation.target.shape
     if labels is not None and len(labels) != count:
         raise ValueError(f"labels: expected {count}, one for each image, got {len(labels)}")
@@ -260,7 +307,8 @@ def explanation_figure(
         return _shortened(text, 20)  # or titles run into each other
 
     shape = images.shape[2:] if not views else views[0].picture.shape
-    aspect = min(4.0, max(0.25, shape[0] / shape[1]))  # a strip is drawn small rather than on a page of metres
+    # a strip is drawn small rather than on a page of metres
+    aspect = min(4.0, max(0.25, shape[0] / shape[1]))
     weighted = encoded and explanation.dynamic_weight.shape[2] in (2, 6)  # or there is no picture of it
     columns = classes + 1 + weighted
     figure = new_figure(width=2.3 * columns + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
@@ -270,7 +318,10 @@ def explanation_figure(
     scale = symmetric_scale(explanation.contribution_map)
     sigmoid = explanation.logits.sigmoid()
     for i in range(count):
-        view, title = None if views is None else views[i], "image" if labels is None else f"image: {name(int(labels[i]))}"
+        view, title = (
+            None if views is None else views[i],
+            "image" if labels is None else f"image: {name(int(labels[i]))}",
+        )
         if view is None:
             show_image(axes[i, 0], images[i], title)
         else:
@@ -278,14 +329,20 @@ def explanation_figure(
         for k in range(classes):
             target = int(explanation.target[i, k])
             title = f"{name(target)}: {probability(float(sigmoid[i, target]))}"
-            artist = show_map(axes[i, k + 1], explanation.contribution_map[i, k], scale, title, view if encoded else None)
+            artist = show_map(
+                axes[i, k + 1], explanation.contribution_map[i, k], scale, title, view if encoded else None
+            )
             axes[i, k + 1].set_xlabel(proof(explanation, i, k, logit_bias), fontsize=7)
         if weighted:
             title = f"weight of {name(int(explanation.target[i, 0]))}"
-            show_weight(axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title, view)
+            show_weight(
+                axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title, view
+            )
     if count:
         low = count * aspect < 0.6  # and so is the bar
-        colour_bar(figure, artist, axes, "logit, per pixel" if low else "contribution to the logit, per pixel")
+        colour_bar(
+            figure, artist, axes, "logit, per pixel" if low else "contribution to the logit, per pixel"
+        )
     return figure
 
 
@@ -302,13 +359,18 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("figures need matplotlib: pip install 'coda-fast[cli]' or pip install matplotlib") from None
+        raise ImportError(
+            "figures need matplotlib: pip install 'coda-fast[cli]' or pip install matplotlib"
+        ) from None
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.07)  # inches: the proof under a map stays apart from the title of the next
+    # inches: the proof under a map stays apart from the title of the next
+    figure.get_layout_engine().set(h_pad=0.07)
     return figure
 
 
-def colour_bar(figure: Figure, artist, axes, label: str = "contribution to the logit, per pixel", location: str = "right") -> None:
+def colour_bar(
+    figure: Figure, artist, axes, label: str = "contribution to the logit, per pixel", location: str = "right"
+) -> None:
     """The scale that the maps of ``axes`` share."""
     bar = figure.colorbar(artist, ax=axes, location=location, shrink=0.8, aspect=25, pad=0.02, extend="both")
     bar.set_label(label, fontsize=8)
@@ -336,23 +398,26 @@ def _bare(axes, title):
         spine.set_color("0.6")
     if title:
         text, families = drawable(title)
-        axes.set_title(text, fontsize=9, fontfamily=families, parse_math=False)  # names of classes may hold dollars
+        # names of classes may hold dollars
+        axes.set_title(text, fontsize=9, fontfamily=families, parse_math=False)
 
 
-# -- names in every script --------------------------------------------------------------------------------------------------------------
+# -- names in every script
+# ------------------------------------------------------------------------------------------------------------
 
 # Of packages that ship fonts, those that are looked through where they are installed (none is imported)
 _PACKAGES = ("matplotlib_fontja", "manimgx_fonts", "manimgx_fonts_cjk", "mplfonts", "koreanize_matplotlib")
-_IGNORABLE = frozenset("\u200c\u200d\ufe0e\ufe0f")  # joiners and variation selectors: nothing is missing where a font lacks them
+# joiners and variation selectors: nothing is missing where a font lacks them
+_IGNORABLE = frozenset("\u200c\u200d\ufe0e\ufe0f")
 _LOST: set[str] = set()
 
 
 def drawable(text: str) -> tuple[str, list[str]]:
     """A text as figures can show it, and the families of fonts to draw it with.
 
-    What matplotlib's default font lacks (Chinese, Japanese, emoji ...) comes from the first installed font that has it: of matplotlib, of
-    the system, or of a package such as matplotlib-fontja. What no font has is drawn as U+25A1, an empty box, and named in one warning;
-    control characters are drawn as U+FFFD.
+    What matplotlib's default font lacks (Chinese, Japanese, emoji ...) comes from the first installed font
+    that has it: of matplotlib, of the system, or of a package such as matplotlib-fontja. What no font has is
+    drawn as U+25A1, an empty box, and named in one warning; control characters are drawn as U+FFFD.
     """
     from matplotlib import rcParams
 
@@ -364,11 +429,16 @@ def pieces(text: str) -> list[tuple[str, str]]:
     """The same for who draws with one font at a time: the text in pieces, each with the file of its font."""
     text, fonts = _with_fonts(text)
     default = _default_font()
-    return [("".join(piece), file) for file, piece in itertools.groupby(text, lambda c: fonts[c].fname if c in fonts else default)]
+    return [
+        ("".join(piece), file)
+        for file, piece in itertools.groupby(text, lambda c: fonts[c].fname if c in fonts else default)
+    ]
 
 
 def _with_fonts(text):
-    """The text with what cannot be drawn replaced, and the fonts of those characters that the default font lacks."""
+    """The text with what cannot be drawn replaced, and the fonts of those characters that the default font
+    lacks.
+    """
     text = "".join(map(_visible, " ".join(text.split())))
     default = _opened(_default_font())
     foreign = {c for c in text if not default.get_char_index(ord(c))}
@@ -389,9 +459,12 @@ def _visible(character):
 def _say_lost(characters):
     if fresh := characters - _LOST:
         _LOST.update(fresh)
-        some = " ".join(f"{c} (U+{ord(c):04X})" for c in sorted(fresh)[:5]) + (" ..." if len(fresh) > 5 else "")
+        some = " ".join(f"{c} (U+{ord(c):04X})" for c in sorted(fresh)[:5]) + (
+            " ..." if len(fresh) > 5 else ""
+        )
         warnings.warn(
-            f"figures: no installed font has {some}, drawn as \u25a1; install one, such as Noto Sans CJK or Noto Emoji, or that of "
+            f"figures: no installed font has {some}, drawn as \u25a1; install one, such as Noto Sans CJK or "
+            "Noto Emoji, or that of "
             f"pip install 'coda-fast[fonts]' for Japanese and many Chinese characters",
             stacklevel=5,
         )
@@ -414,19 +487,24 @@ _FONTS = {}  # of characters that were looked for: the font, or None
 
 
 def _fonts_with(characters):
-    """For each of the characters an installed font, upright and of normal weight if there is one; None: there is none."""
+    """For each of the characters an installed font, upright and of normal weight if there is one; None:
+    there is none.
+    """
     if wanted := characters - set(_FONTS):
         known = _entries()
         _FONTS.update(dict.fromkeys(wanted))
         _look(known, wanted)
-        if lost := {c for c in wanted - _IGNORABLE if _FONTS[c] is None}:  # fonts that came after matplotlib had made its list
+        # fonts that came after matplotlib had made its list
+        if lost := {c for c in wanted - _IGNORABLE if _FONTS[c] is None}:
             _look([entry for entry in _entries(refreshed=True) if entry not in known], lost)
     return {c: _FONTS[c] for c in characters}
 
 
 def _look(entries, wanted):
     remaining = set(wanted)
-    for entry in sorted(entries, key=lambda entry: (entry.style != "normal", str(entry.weight) not in ("400", "normal"))):
+    for entry in sorted(
+        entries, key=lambda entry: (entry.style != "normal", str(entry.weight) not in ("400", "normal"))
+    ):
         if not remaining:
             return
         try:
@@ -439,7 +517,9 @@ def _look(entries, wanted):
 
 
 def _entries(refreshed=False):
-    """What matplotlib knows of fonts, with those of the packages, and, refreshed, with all that the system has by now."""
+    """What matplotlib knows of fonts, with those of the packages, and, refreshed, with all that the system
+    has by now.
+    """
     from matplotlib import font_manager
 
     manager = font_manager.fontManager
@@ -449,10 +529,16 @@ def _entries(refreshed=False):
         if path not in known:
             with contextlib.suppress(Exception):  # one that matplotlib cannot read, as coloured emoji
                 manager.addfont(path)
-    return [entry for entry in manager.ttflist if not entry.name.startswith("Last Resort")]  # boxes with numbers
+    # boxes with numbers
+    return [entry for entry in manager.ttflist if not entry.name.startswith("Last Resort")]
 
 
 def _package_fonts(name):
     package = importlib.util.find_spec(name)
     folders = (package and package.submodule_search_locations) or ()
-    return sorted(str(path) for folder in folders for path in Path(folder).rglob("*") if path.suffix.lower() in (".ttf", ".otf", ".ttc"))
+    return sorted(
+        str(path)
+        for folder in folders
+        for path in Path(folder).rglob("*")
+        if path.suffix.lower() in (".ttf", ".otf", ".ttc")
+    )

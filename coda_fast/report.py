@@ -1,4 +1,6 @@
-"""One self-contained HTML file that shows why a network decides as it does, image by image, beside other methods of attribution."""
+"""One self-contained HTML file that shows why a network decides as it does, image by image, beside other
+methods of attribution.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from coda_fast.models import CoDANet
 from coda_fast.safety import batch_within, check_explainable, printable
 
 SHOWN = 160  # pixels of a picture's shorter side on the page; sharp squares, not blurred, when enlarged
-METHODS = ("IxG", "IntGrad", "GCam")  # by default: some passes an image, where occlusion and RISE take thousands of a large one
+# by default: some passes an image, where occlusion and RISE take thousands of a large one
+METHODS = ("IxG", "IntGrad", "GCam")
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -29,7 +32,8 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-  body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
+  body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; max-width: 76rem;
+       padding: 0 1rem; }
   h1 { font-size: 1.5rem; margin-bottom: .2rem; }
   h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; border-top: 1px solid #ddd; padding-top: 1rem; }
   h3 { font-size: .9rem; margin: 1rem 0 .3rem; color: #444; font-weight: 600; }
@@ -39,7 +43,8 @@ _PAGE = """<!doctype html>
   figure { margin: 0; }
   figure img { display: block; image-rendering: pixelated; border: 1px solid #ccc; }
   figcaption { font-size: .78rem; color: #444; margin-top: .25rem; }
-  .bar { height: .8rem; width: 16rem; background: linear-gradient(90deg, #00f, #fff, #f00); border: 1px solid #ccc; display: inline-block; }
+  .bar { height: .8rem; width: 16rem; background: linear-gradient(90deg, #00f, #fff, #f00);
+       border: 1px solid #ccc; display: inline-block; }
   .note { color: #555; font-size: .85rem; }
   table { border-collapse: collapse; font-size: .85rem; }
   td, th { padding: .15rem .6rem; border-bottom: 1px solid #e5e5e5; text-align: right; }
@@ -49,7 +54,8 @@ _PAGE = """<!doctype html>
 <body>
 <h1>{{ title }}</h1>
 <p class="note">{{ subtitle }}</p>
-<p>Every logit is the bias {{ bias }} plus the sum of the contributions of all pixels, exactly; the completeness error beside each map is
+<p>Every logit is the bias {{ bias }} plus the sum of the contributions of all pixels, exactly;
+the completeness error beside each map is
 what rounding leaves of that. Red speaks for the class, blue against it: <span class="bar"></span></p>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}
 {% for item in items %}
@@ -73,18 +79,23 @@ what rounding leaves of that. Red speaks for the class, blue against it: <span c
 <div class="row">{% for f in item.layers %}{{ figure(f) }}{% endfor %}</div>
 </section>
 {% endfor %}
-{% if skipped %}<p>Not shown, because they could not be read: {{ skipped | map("printable") | join("; ") }}.</p>{% endif %}
+{% if skipped %}
+<p>Not shown, because they could not be read: {{ skipped | map("printable") | join("; ") }}.</p>
+{% endif %}
 </body>
 </html>
 """
 _FIGURE = (
-    '{% macro figure(f) %}<figure><img alt="{{ f.caption }}" src="data:image/png;base64,{{ f.data }}" width="{{ f.width }}" '
+    '{% macro figure(f) %}<figure><img alt="{{ f.caption }}" src="data:image/png;base64,{{ f.data }}" '
+    'width="{{ f.width }}" '
     'height="{{ f.height }}"><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}'
 )
 
 
 class Picture(NamedTuple):
-    """A picture of the page: its caption, [C, H, W] in [0, 1] as the network takes it, and as it was given, if that is another."""
+    """A picture of the page: its caption, [C, H, W] in [0, 1] as the network takes it, and as it was
+    given, if that is another.
+    """
 
     name: str
     image: torch.Tensor
@@ -92,9 +103,14 @@ class Picture(NamedTuple):
 
 
 def render(model: CoDANet, images: Sequence[torch.Tensor], names: Sequence[str], **options) -> str:
-    """The page of images [C, H, W] in [0, 1], of any sizes, with their captions, as one text; ``options`` and errors as of ``stream``."""
+    """The page of images [C, H, W] in [0, 1], of any sizes, with their captions, as one text; ``options``
+    and errors as of ``stream``.
+    """
     if not images or len(images) != len(names):
-        raise ValueError(f"images: expected at least one and a name for each, got {len(images)} images and {len(names)} names")
+        raise ValueError(
+            f"images: expected at least one and a name for each, got {len(images)} images and {len(names)} "
+            "names"
+        )
     return "".join(stream(model, list(map(Picture, names, images)), **options))
 
 
@@ -110,17 +126,20 @@ def stream(
     skipped: Sequence[str] = (),
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> Iterator[str]:
-    """The page in pieces, nothing loaded from elsewhere: a picture is asked for and explained when its piece is.
+    """The page in pieces, nothing loaded from elsewhere: a picture is asked for and explained when its piece
+    is.
 
     Args:
         classes: how many of the most likely classes get a map.
-        methods: names of ``coda_fast.baselines`` beside the network's own maps, none if empty; two that are the same on a CoDA-Net are
-            one column. None: ``METHODS``, or none where captum is missing, which the page then says.
+        methods: names of ``coda_fast.baselines`` beside the network's own maps, none if empty; two that are
+            the same on a CoDA-Net are one column. None: ``METHODS``, or none where captum is missing, which
+            the page then says.
         notes: sentences for the top of the page.
         skipped: files that could not be read and why, for its end, where it is looked at for the first time.
 
     Raises:
-        ValueError: unknown methods, images that the model cannot take, or whose explanation this machine cannot hold.
+        ValueError: unknown methods, images that the model cannot take, or whose explanation this machine
+            cannot hold.
         ImportError: jinja2 or matplotlib is missing, or captum for methods that are asked for.
     """
     try:
@@ -131,29 +150,43 @@ def stream(
     if not 1 <= classes <= model.num_classes:
         raise ValueError(f"classes: expected 1 to {model.num_classes}, got {classes}")
     try:
-        attributions = {title: baselines.create(name, model) for title, name in _columns(METHODS if methods is None else methods).items()}
+        attributions = {
+            title: baselines.create(name, model)
+            for title, name in _columns(METHODS if methods is None else methods).items()
+        }
     except ImportError as error:
         if methods is not None:
             raise
         attributions, notes = {}, [*notes, f"No other methods are shown: {error}."]
-    items = (_item(model, picture, classes, attributions) for picture in (progress(pictures, "report") if progress else pictures))
+    items = (
+        _item(model, picture, classes, attributions)
+        for picture in (progress(pictures, "report") if progress else pictures)
+    )
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.filters["printable"] = printable
     page = environment.from_string(_FIGURE + _PAGE)
-    subtitle = subtitle or f"{sum(p.numel() for p in model.parameters()):,} parameters, T = {model.temperature:g}; coda_fast {__version__}"
+    subtitle = (
+        subtitle
+        or f"{sum(p.numel() for p in model.parameters()):,} parameters, T = {model.temperature:g}; "
+        f"coda_fast {__version__}"
+    )
     bias = f"{model.logit_bias:.3f}"
-    pieces = page.generate(title=title, subtitle=subtitle, bias=bias, items=items, notes=list(notes), skipped=skipped)
+    pieces = page.generate(
+        title=title, subtitle=subtitle, bias=bias, items=items, notes=list(notes), skipped=skipped
+    )
     return map(str, pieces)  # some are jinja's own text, which escapes what it is added to
 
 
 def find_images(paths: Iterable[Path], limit: int) -> tuple[list[tuple[Path, str, bool]], int]:
-    """The files that ``paths`` name, and image files in the folders among them, at any depth, hidden ones left out.
+    """The files that ``paths`` name, and image files in the folders among them, at any depth, hidden ones
+    left out.
 
-    Of those in folders at most ``limit``, evenly from their order, so that a folder of classes is shown in all its parts.
+    Of those in folders at most ``limit``, evenly from their order, so that a folder of classes is shown in
+    all its parts.
 
     Returns:
-        Path, caption (below a folder: from there) and whether it was found in a folder, in the order of ``paths``; how many image files
-        the folders hold. OSError: a folder that cannot be read.
+        Path, caption (below a folder: from there) and whether it was found in a folder, in the order of
+        ``paths``; how many image files the folders hold. OSError: a folder that cannot be read.
     """
     listed = []
     for path in paths:
@@ -196,19 +229,25 @@ def _item(model, picture, classes, attributions):
     top = logits.topk(classes).indices
     explained = model.explain(batch, top)
     maps, scale = explained.contribution_map[0], plot.symmetric_scale(explained.contribution_map)
-    label = lambda index: model.class_names[index] if model.class_names else f"class {index}"  # noqa: E731
+    label = lambda index: model.class_names[index] if model.class_names else f"class {index}"
     rows = [
         {
             "name": label(int(c)),
-            "probability": plot.probability(float(logits[0, c].sigmoid())).removeprefix("p ").removeprefix("= "),
+            "probability": plot.probability(float(logits[0, c].sigmoid()))
+            .removeprefix("p ")
+            .removeprefix("= "),
             "logit": f"{float(logits[0, c]):.3f}",
             "error": f"{float(explained.completeness_error[0, k]):.1e}",
         }
         for k, c in enumerate(top[0])
     ]
     best = top[:, :1]
-    layers = [(i, model.explain(batch, best, layer=i).contribution_map[0, 0]) for i in range(1, len(model.layers))]
-    others = [(method, _within(a, model, image).attribute(batch, best)[0, 0]) for method, a in attributions.items()]
+    layers = [
+        (i, model.explain(batch, best, layer=i).contribution_map[0, 0]) for i in range(1, len(model.layers))
+    ]
+    others = [
+        (method, _within(a, model, image).attribute(batch, best)[0, 0]) for method, a in attributions.items()
+    ]
     return {
         "name": name,
         "prediction": f"{rows[0]['name']} ({plot.probability(float(logits[0, top[0, 0]].sigmoid()))})",
@@ -220,7 +259,10 @@ def _item(model, picture, classes, attributions):
             for k, (m, row) in enumerate(zip(maps, rows, strict=True))
         ],
         "methods": [_map(m, plot.symmetric_scale(m), method, view) for method, m in others],
-        "layers": [_map(m, plot.symmetric_scale(m), f"layer {i + 1}, {m.shape[1]} x {m.shape[0]}", view) for i, m in layers],
+        "layers": [
+            _map(m, plot.symmetric_scale(m), f"layer {i + 1}, {m.shape[1]} x {m.shape[0]}", view)
+            for i, m in layers
+        ],
     }
 
 
@@ -255,4 +297,9 @@ def _figure(pixels, caption):
     Image.fromarray(pixels).save(buffer, "PNG")
     factor = SHOWN / min(pixels.shape[:2])
     width, height = round(pixels.shape[1] * factor), round(pixels.shape[0] * factor)
-    return {"data": base64.b64encode(buffer.getvalue()).decode(), "caption": caption, "width": width, "height": height}
+    return {
+        "data": base64.b64encode(buffer.getvalue()).decode(),
+        "caption": caption,
+        "width": width,
+        "height": height,
+    }

@@ -1,4 +1,6 @@
-"""What commands refuse before they do any work: outputs that are inputs, files that are none, sizes that this machine cannot hold."""
+"""What commands refuse before they do any work: outputs that are inputs, files that are none, sizes that
+this machine cannot hold.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,21 @@ class NotAFile(ValueError):
     """A pipe, a socket, a device or a folder where a file is expected."""
 
 
-# -- reading --------------------------------------------------------------------------------------------------------------------------
+# -- reading
+# ------------------------------------------------------------------------------------------------------------
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """A regular file, open for reading. A pipe would block the program until somebody writes, a device may never end: neither is opened.
+    """A regular file, open for reading. A pipe would block the program until somebody writes, a device may
+    never end: neither is opened.
 
     Raises:
         NotAFile: it is something else. OSError: it is missing, or may not be read.
     """
     _need_regular(path, os.stat(path).st_mode)
     # between the two calls it may be replaced: a pipe that is opened so does not block
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    opener = lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+    file = open(path, "rb", opener=opener)  # noqa: SIM115
     try:
         _need_regular(path, os.fstat(file.fileno()).st_mode)
     except BaseException:
@@ -43,7 +48,12 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
 
 def kind_of(mode: int) -> str:
     """What a mode of ``os.stat`` is, in words."""
-    kinds = {stat.S_ISREG: "a file", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    kinds = {
+        stat.S_ISREG: "a file",
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+    }
     return next((name for test, name in kinds.items() if test(mode)), "a device")
 
 
@@ -52,7 +62,9 @@ def _need_regular(path, mode):
         raise NotAFile(f"{path}: expected a file, got {kind_of(mode)}")
 
 
-def walk(root: str | os.PathLike, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
+def walk(
+    root: str | os.PathLike, onerror: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
     """``os.walk`` through links, in which a folder that links lead back to counts once."""
     seen = set()
     for folder, below, names in os.walk(root, onerror=onerror, followlinks=True):
@@ -64,12 +76,14 @@ def walk(root: str | os.PathLike, onerror: Callable[[OSError], None] | None = No
         yield folder, below, names
 
 
-def read_npz(path: str | os.PathLike, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
+def read_npz(
+    path: str | os.PathLike, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, np.ndarray]:
     """The arrays of an .npz file whose names are ``wanted``.
 
     Raises:
-        ValueError: not such a file, damaged, arrays of Python objects, a header that claims another size than the file holds, or arrays
-        that this machine cannot hold. OSError: it is missing, or may not be read.
+        ValueError: not such a file, damaged, arrays of Python objects, a header that claims another size than
+        the file holds, or arrays that this machine cannot hold. OSError: it is missing, or may not be read.
     """
     with open_file(path) as file:
         try:
@@ -96,12 +110,16 @@ def read_npz(path: str | os.PathLike, wanted: Callable[[str], bool] = lambda nam
 
 
 def _claimed_bytes(member):
-    """By the header of an array: the size of its file; None where it is no array, or one whose size is not in the header."""
+    """By the header of an array: the size of its file; None where it is no array, or one whose size is not
+    in the header.
+    """
     try:
         version = np.lib.format.read_magic(member)
     except ValueError:
         return None
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(
+        version
+    )
     if read is None:
         return None
     shape, _, dtype = read(member)
@@ -112,16 +130,21 @@ def _claimed_bytes(member):
 
 
 def printable(text: object) -> str:
-    """For a terminal, a page or a log: names of files and of members may hold what moves the cursor, and bytes that are no text."""
+    """For a terminal, a page or a log: names of files and of members may hold what moves the cursor, and
+    bytes that are no text.
+    """
     text = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-# -- writing --------------------------------------------------------------------------------------------------------------------------
+# -- writing
+# ------------------------------------------------------------------------------------------------------------
 
 
 def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike]) -> None:
-    """ValueError where a file that will be written is one of those that are read, by whatever name or link, or is no file at all."""
+    """ValueError where a file that will be written is one of those that are read, by whatever name or
+    link, or is no file at all.
+    """
     read = {}
     for path in inputs:
         with contextlib.suppress(OSError, ValueError):  # whoever reads it says what is wrong
@@ -132,13 +155,18 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
         except FileNotFoundError:
             continue
         if identity in read:
-            raise ValueError(f"output: expected another file than those that are read, got {path}, which is {read[identity]}")
+            raise ValueError(
+                f"output: expected another file than those that are read, got {path}, which is "
+                f"{read[identity]}"
+            )
         if not stat.S_ISREG(mode):  # os.replace would put a file in the place of a device
             raise ValueError(f"output: expected a file at {path}, got {kind_of(mode)}")
 
 
 def check_output_folder(folder: str | os.PathLike, inputs: Iterable[str | os.PathLike] = ()) -> None:
-    """ValueError where results would go into a folder that is read, or below it, by whatever name or link; or a file is in the way."""
+    """ValueError where results would go into a folder that is read, or below it, by whatever name or link;
+    or a file is in the way.
+    """
     read = {}
     for path in inputs:
         with contextlib.suppress(OSError, ValueError):
@@ -158,7 +186,8 @@ def _identity(path):
     return status.st_dev, status.st_ino
 
 
-# -- memory ---------------------------------------------------------------------------------------------------------------------------
+# -- memory
+# ------------------------------------------------------------------------------------------------------------
 
 
 class TooLarge(ValueError):
@@ -166,7 +195,9 @@ class TooLarge(ValueError):
 
 
 def machine_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes that this process can have at most: of the GPU; or of the machine, its container and the limits of its shell."""
+    """Bytes that this process can have at most: of the GPU; or of the machine, its container and the
+    limits of its shell.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
@@ -188,7 +219,10 @@ def machine_memory(device: torch.device | str = "cpu") -> int:
 def need_memory(what: str, needed: int, device: torch.device | str = "cpu") -> None:
     """TooLarge where ``what`` needs more bytes than there are."""
     if needed > (there := machine_memory(device)):
-        raise TooLarge(f"{what}: expected what fits into the {_gib(there)} GiB of this machine, got what needs {_gib(needed)} GiB")
+        raise TooLarge(
+            f"{what}: expected what fits into the {_gib(there)} GiB of this machine, got what needs "
+            f"{_gib(needed)} GiB"
+        )
 
 
 def explanation_memory(model, height: int, width: int, classes: int = 1) -> int:
@@ -196,22 +230,30 @@ def explanation_memory(model, height: int, width: int, classes: int = 1) -> int:
     from coda_fast.explain import _bytes_per_image
 
     parameter = next(model.parameters())
-    fixed, each = _bytes_per_image(model, torch.empty(1, model.image_channels, height, width, dtype=parameter.dtype, device="meta"))
+    fixed, each = _bytes_per_image(
+        model, torch.empty(1, model.image_channels, height, width, dtype=parameter.dtype, device="meta")
+    )
     results = 3 * 2 * model.image_channels * height * width * max(4, parameter.element_size())
     return fixed + each + (classes - 1) * results  # on their way back, classes take turns
 
 
 def check_explainable(model, height: int, width: int, name: str, classes: int = 1) -> None:
-    """TooLarge where an explanation of ``classes`` classes of an image of this size does not fit; ValueError where a kernel does not."""
+    """TooLarge where an explanation of ``classes`` classes of an image of this size does not fit;
+    ValueError where a kernel does not.
+    """
     try:
         needed = explanation_memory(model, height, width, classes)
     except ValueError as error:
         raise ValueError(f"{name}: {width} x {height} pixels: {error}") from None
-    need_memory(f"{name}: an explanation of {width} x {height} pixels", needed, next(model.parameters()).device)
+    need_memory(
+        f"{name}: an explanation of {width} x {height} pixels", needed, next(model.parameters()).device
+    )
 
 
 def batch_within(model, height: int, width: int, most: int, classes: int = 1) -> int:
-    """How many images, at most ``most``, the network may take at once within the budget of ``explain``; at least one."""
+    """How many images, at most ``most``, the network may take at once within the budget of ``explain``; at
+    least one.
+    """
     from coda_fast.explain import MEMORY_BUDGET
 
     return max(1, min(most, MEMORY_BUDGET // max(1, explanation_memory(model, height, width, classes))))

@@ -1,4 +1,5 @@
-"""Plug-in for timm: importing this module registers every model of ``coda_fast.list_models()`` under its own name.
+"""Plug-in for timm: importing this module registers every model of ``coda_fast.list_models()`` under its own
+name.
 
 >>> import timm, coda_fast.timm_models
 >>> timm.create_model("coda_s_cifar10", num_classes=100).num_classes
@@ -28,14 +29,20 @@ except ImportError as error:
 
 __all__ = ["TimmCoDANet"]  # register_model adds the names of the models
 
-POOLS = {"sum": SumPool2d, "avg": lambda: SelectAdaptivePool2d(pool_type="avg", flatten=True), "": nn.Identity}
+POOLS = {
+    "sum": SumPool2d,
+    "avg": lambda: SelectAdaptivePool2d(pool_type="avg", flatten=True),
+    "": nn.Identity,
+}
 
 
 class TimmCoDANet(CoDANet):
-    """A CoDANet with timm's interface; the last DAU layer is the classifier, the layers before it are the features.
+    """A CoDANet with timm's interface; the last DAU layer is the classifier, the layers before it are the
+    features.
 
-    With a classifier it is the CoDANet of the same weights: ``explain``, ``coda_fast.save``, losses and evaluation work on it. Without
-    one, or as a feature extractor, it returns features, and there is nothing to explain or to save as a CoDANet: ValueError.
+    With a classifier it is the CoDANet of the same weights: ``explain``, ``coda_fast.save``, losses and
+    evaluation work on it. Without one, or as a feature extractor, it returns features, and there is nothing
+    to explain or to save as a CoDANet: ValueError.
 
     Args:
         args, options: as for ``CoDANet``, the classifier included.
@@ -43,17 +50,34 @@ class TimmCoDANet(CoDANet):
         global_pool: "sum", the definition; without a classifier also "avg" and "" (none, [N, C, H, W]).
         drop_rate: of the features before the classifier, while training.
 
-    Attributes: ``feature_info``, one entry for each run of feature layers of the same resolution (its last layer);
-    ``num_features`` and ``head_hidden_size``, the channels of the features.
+    Attributes: ``feature_info``, one entry for each run of feature layers of the same resolution (its last
+    layer); ``num_features`` and ``head_hidden_size``, the channels of the features.
     """
 
-    def __init__(self, *args, num_classes: int | None = None, global_pool: str = "sum", drop_rate: float = 0.0, **options):
+    def __init__(
+        self,
+        *args,
+        num_classes: int | None = None,
+        global_pool: str = "sum",
+        drop_rate: float = 0.0,
+        **options,
+    ):
         super().__init__(*args, **options)
         self.global_pool, self.head_drop, self.grad_checkpointing = "sum", nn.Dropout(drop_rate), False
         last = self.layers[-1]
         self._classifier_options = {
             name: getattr(last, name)
-            for name in ("kernel_size", "stride", "padding", "dilation", "rank", "norm", "eps", "backend", "save_contraction")
+            for name in (
+                "kernel_size",
+                "stride",
+                "padding",
+                "dilation",
+                "rank",
+                "norm",
+                "eps",
+                "backend",
+                "save_contraction",
+            )
         } | {"bias": last.bias is not None}
         self._set_features(len(self.layers) - 1)
         num_classes = last.out_channels if num_classes is None else num_classes
@@ -91,7 +115,8 @@ class TimmCoDANet(CoDANet):
         return self.layers[-1] if self.num_classes else nn.Identity()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A classifier with fresh weights for ``num_classes``, 0: none; ``global_pool``: None keeps the pooling, a classifier has "sum".
+        """A classifier with fresh weights for ``num_classes``, 0: none; ``global_pool``: None keeps the
+        pooling, a classifier has "sum".
 
         Raises:
             ValueError: not a number of classes, not a pooling, or a pooling that a classifier cannot have.
@@ -101,13 +126,24 @@ class TimmCoDANet(CoDANet):
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:
             raise ValueError(f"num_classes: expected an int of at least 0, got {num_classes!r}")
         if global_pool not in POOLS:
-            raise ValueError(f"global_pool: expected one of {', '.join(map(repr, POOLS))}, got {global_pool!r}")
+            raise ValueError(
+                f"global_pool: expected one of {', '.join(map(repr, POOLS))}, got {global_pool!r}"
+            )
         if num_classes and global_pool != "sum":
-            raise ValueError(f'global_pool: expected "sum" with a classifier (CoDA-Nets sum evidence over pixels), got {global_pool!r}')
+            raise ValueError(
+                'global_pool: expected "sum" with a classifier (CoDA-Nets sum evidence over pixels), got '
+                f"{global_pool!r}"
+            )
         like = next(self.parameters(), torch.empty(0))
         del self.layers[self.depth :]
         if num_classes:
-            classifier = DAUConv2d(self.num_features, num_classes, **self._classifier_options, device=like.device, dtype=like.dtype)
+            classifier = DAUConv2d(
+                self.num_features,
+                num_classes,
+                **self._classifier_options,
+                device=like.device,
+                dtype=like.dtype,
+            )
             self.layers.append(classifier.train(self.training))
         self.global_pool, self.pool = global_pool, POOLS[global_pool]().train(self.training)
         if self.class_names is not None and len(self.class_names) != num_classes:
@@ -145,8 +181,9 @@ class TimmCoDANet(CoDANet):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Features at ``indices`` of ``feature_info`` (an int: the last ones; None: all), behind the final features unless
-        ``intermediates_only``. There is no norm to apply, and ``output_fmt`` is "NCHW": else ValueError.
+        """Features at ``indices`` of ``feature_info`` (an int: the last ones; None: all), behind the final
+        features unless ``intermediates_only``. There is no norm to apply, and ``output_fmt`` is "NCHW": else
+        ValueError.
         """
         if output_fmt != "NCHW":
             raise ValueError(f'output_fmt: expected "NCHW", got {output_fmt!r}')
@@ -164,7 +201,9 @@ class TimmCoDANet(CoDANet):
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the layers behind the last of ``indices``, and the classifier if a layer goes or ``prune_head``; the absolute indices."""
+        """Drop the layers behind the last of ``indices``, and the classifier if a layer goes or
+        ``prune_head``; the absolute indices.
+        """
         taken, last = feature_take_indices(len(self.feature_info), indices)
         end = self._ends()[last]
         if prune_head or end < self.depth:
@@ -177,7 +216,9 @@ class TimmCoDANet(CoDANet):
         return [int(info["module"].rpartition(".")[2]) + 1 for info in self.feature_info]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """While training, keep only what enters each layer and compute the rest again in the backward pass."""
+        """While training, keep only what enters each layer and compute the rest again in the backward
+        pass.
+        """
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -198,7 +239,9 @@ class TimmCoDANet(CoDANet):
 
 
 def _default_cfg(name):
-    """What timm's data pipeline and checkpoint loading ask about a model. Mean 0 and deviation 1: CoDA-Nets take pixels in [0, 1]."""
+    """What timm's data pipeline and checkpoint loading ask about a model. Mean 0 and deviation 1:
+    CoDA-Nets take pixels in [0, 1].
+    """
     network = create_model(name, device="meta")
     cfg = _data_cfg(network.transform)
     pool_size = cfg["input_size"][1:]
@@ -213,9 +256,17 @@ def _default_cfg(name):
 
 
 def _data_cfg(transform):
-    """Preprocessing in timm's terms: with these, its pipeline makes of an upright, opaque picture of 8 bits what ``transform`` does."""
+    """Preprocessing in timm's terms: with these, its pipeline makes of an upright, opaque picture of 8
+    bits what ``transform`` does.
+    """
     channels, crop = transform.channels, transform.crop
-    cfg = dict(mean=(0.0,) * channels, std=(1.0,) * channels, interpolation=transform.interpolation, crop_mode="center", crop_pct=1.0)
+    cfg = dict(
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+        interpolation=transform.interpolation,
+        crop_mode="center",
+        crop_pct=1.0,
+    )
     if crop is None:  # timm crops always: to what the network's name says
         return cfg
     share = crop / transform.resize
@@ -225,13 +276,17 @@ def _data_cfg(transform):
 
 
 def _transform_of(cfg, transform):
-    """The same the other way: what a configuration of timm, of a checkpoint perhaps, says of preprocessing."""
+    """The same the other way: what a configuration of timm, of a checkpoint perhaps, says of
+    preprocessing.
+    """
     height, width = cfg["input_size"][1:]
     if height != width or (cfg.get("crop_mode") or "center") != "center":
         return transform
     resize = math.floor(height / (cfg.get("crop_pct") or DEFAULT_CROP_PCT))
     try:
-        return Preprocessing(transform.channels, resize, height, cfg.get("interpolation") or transform.interpolation)
+        return Preprocessing(
+            transform.channels, resize, height, cfg.get("interpolation") or transform.interpolation
+        )
     except ValueError:  # timm's "random", say
         return transform
 
@@ -242,11 +297,16 @@ def _network(name, *, num_classes, in_chans, global_pool="sum", drop_rate=0.0, *
 
 
 def _fit_state_dict(state_dict, model):
-    """Pretrained tensors for ``model``: those of a classifier for other classes left out, other image channels refused."""
+    """Pretrained tensors for ``model``: those of a classifier for other classes left out, other image
+    channels refused.
+    """
     first = state_dict.get("layers.0.reduction_weight")
     if first is not None and first.shape[1] != 2 * model.in_chans:
-        # not adapted as timm does: a sum over colours keeps z, but no weight has the norm that three colours gave
-        raise ValueError(f"in_chans: expected {first.shape[1] // 2} as in the pretrained weights, got {model.in_chans}")
+        # not adapted as timm does: a sum over colours keeps z, but no weight has the norm that three colours
+        # gave
+        raise ValueError(
+            f"in_chans: expected {first.shape[1] // 2} as in the pretrained weights, got {model.in_chans}"
+        )
     if model.num_classes == model.pretrained_cfg["num_classes"]:
         return state_dict
     return {key: tensor for key, tensor in state_dict.items() if not key.startswith(f"layers.{model.depth}.")}
@@ -267,21 +327,31 @@ def _entrypoint(name):
         )
         if isinstance(model, TimmCoDANet):  # not one that gives features alone
             if options.keys() & {"preprocessing", "image_size"}:
-                model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **_data_cfg(model.transform)}
+                model.pretrained_cfg = model.default_cfg = {
+                    **model.pretrained_cfg,
+                    **_data_cfg(model.transform),
+                }
             else:
                 model.transform = _transform_of(model.pretrained_cfg, model.transform)
             names = model.pretrained_cfg.get("label_names")  # as timm calls them
             if model.class_names is not None:
-                model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "label_names": model.class_names}
+                model.pretrained_cfg = model.default_cfg = {
+                    **model.pretrained_cfg,
+                    "label_names": model.class_names,
+                }
             elif names is not None and len(names) == model.num_classes:
                 model.class_names = list(names)
         return model
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"``coda_fast.create_model({name!r})`` for timm; ``options``: of it, of ``TimmCoDANet`` and of ``timm.create_model``."
+    create.__doc__ = (
+        f"``coda_fast.create_model({name!r})`` for timm; ``options``: of it, of ``TimmCoDANet`` and of "
+        "``timm.create_model``."
+    )
     return create
 
 
-default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in list_models()})  # register_model looks here
+# register_model looks here
+default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in list_models()})
 for _name in list_models():
     globals()[_name] = register_model(_entrypoint(_name))

@@ -1,4 +1,6 @@
-"""Explanations of videos and animated GIFs: each frame beside its contribution map, one colour scale for all."""
+"""Explanations of videos and animated GIFs: each frame beside its contribution map, one colour scale for
+all.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ _BINS, _LOW, _HIGH = 36_000, -12.0, 6.0  # decades; a bin is 0.1 % wide
 
 
 class VideoError(ValueError):
-    """A file or an option that no video can be explained with; the message names the file, what was expected and what was found."""
+    """A file or an option that no video can be explained with; the message names the file, what was
+    expected and what was found.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedVideo:
-    """What ``explain_video`` wrote: number of frames, class, end of the colour scale and largest completeness error (both in logits)."""
+    """What ``explain_video`` wrote: number of frames, class, end of the colour scale and largest
+    completeness error (both in logits).
+    """
 
     frames: int
     target: int
@@ -46,7 +52,8 @@ def is_video(path: str | os.PathLike) -> bool:
 
     try:
         with Image.open(path) as image:
-            return image.format == "GIF" and image.is_animated  # without counting the frames, of which there may be millions
+            # without counting the frames, of which there may be millions
+            return image.format == "GIF" and image.is_animated
     except UnidentifiedImageError:
         pass
     except Exception:  # a damaged picture: whoever reads it says what is wrong
@@ -76,28 +83,34 @@ def explain_video(
     batch: int = 16,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> ExplainedVideo:
-    """Write the frames of ``source`` as the network sees them (left) beside their contribution maps (right), without sound.
+    """Write the frames of ``source`` as the network sees them (left) beside their contribution maps (right),
+    without sound.
 
-    The file is decoded once for each thing to find (class, scale) and once to write, so memory does not grow with its length. Frames are
-    turned upright (rotation metadata); pixels that are not square are taken as stored. They go through ``model.transform`` like pictures:
-    where it crops, the clip shows whole frames, faded but for what the network sees, and the maps where they belong.
+    The file is decoded once for each thing to find (class, scale) and once to write, so memory does not grow
+    with its length. Frames are turned upright (rotation metadata); pixels that are not square are taken as
+    stored. They go through ``model.transform`` like pictures: where it crops, the clip shows whole frames,
+    faded but for what the network sees, and the maps where they belong.
 
     Args:
         target_path: its ending gives the format (.mp4, .gif ...); appears only when complete.
         target: class; None: the one predicted for most frames.
         start, end: seconds from the first frame; ``end`` is excluded.
         crop: x, y, width, height in pixels of the upright source.
-        size: whole frames, of so many pixels of the shorter side; 0: as they are; None: resized and cropped as the model says.
-        scale: end of the colour scale in logits; None: the ``PERCENTILE`` of absolute contributions over the video.
-        batch: frames explained at once, fewer where they are so large that the network would take more than a GiB for them.
-        progress: called after each batch of each pass with its number of frames and the number of all passes together (by what the
-            container says of its length; None if it says nothing).
+        size: whole frames, of so many pixels of the shorter side; 0: as they are; None: resized and cropped
+            as the model says.
+        scale: end of the colour scale in logits; None: the ``PERCENTILE`` of absolute contributions over the
+            video.
+        batch: frames explained at once, fewer where they are so large that the network would take more than a
+            GiB for them.
+        progress: called after each batch of each pass with its number of frames and the number of all passes
+            together (by what the container says of its length; None if it says nothing).
 
     Raises:
-        VideoError: not a video, no frame in the range, a crop outside the frame, frames of several sizes, a class that does not exist, a
-            scale or a time that is not a positive number, logits that are not finite, frames that this machine cannot hold, a file that
-            cannot be written (disk full ...).
-        ImportError: PyAV or matplotlib is missing. A damaged end is a warning: what could be decoded is explained.
+        VideoError: not a video, no frame in the range, a crop outside the frame, frames of several sizes, a
+            class that does not exist, a scale or a time that is not a positive number, logits that are not
+            finite, frames that this machine cannot hold, a file that cannot be written (disk full ...).
+        ImportError: PyAV or matplotlib is missing. A damaged end is a warning: what could be decoded is
+            explained.
     """
     from PIL import Image
 
@@ -145,10 +158,15 @@ def explain_video(
     votes = torch.zeros(model.num_classes, dtype=torch.long)
     for frames in batches() if target is None else ():
         with torch.no_grad():
-            votes += _finite(model(tensor(frames)), source).argmax(1).bincount(minlength=model.num_classes).cpu()
+            votes += (
+                _finite(model(tensor(frames)), source).argmax(1).bincount(minlength=model.num_classes).cpu()
+            )
     if target is None:
         if not votes.sum():
-            raise VideoError(f"{source}: no frame from {float(start):g} s to {'the end' if end is None else f'{float(end):g} s'}")
+            raise VideoError(
+                f"{source}: no frame from {float(start):g} s to "
+                f"{'the end' if end is None else f'{float(end):g} s'}"
+            )
         target = int(votes.argmax())
     if scale is None:
         histogram = torch.zeros(_BINS, dtype=torch.float64)
@@ -157,7 +175,8 @@ def explain_video(
             maps = explanation.contribution_map.abs().double().cpu()
             histogram += torch.histc(maps.clamp(10**_LOW, 10**_HIGH * 0.999).log10(), _BINS, _LOW, _HIGH)
         index = int(torch.searchsorted(histogram.cumsum(0), histogram.sum() * PERCENTILE / 100))
-        index = index or int(histogram.argwhere().amax() if histogram.any() else 0)  # mostly nothing: the largest
+        # mostly nothing: the largest
+        index = index or int(histogram.argwhere().amax() if histogram.any() else 0)
         scale = 10 ** (_LOW + (min(index, _BINS - 1) + 1) * (_HIGH - _LOW) / _BINS) if index else 1.0
 
     name = model.class_names[target] if model.class_names else f"class {target}"
@@ -169,12 +188,17 @@ def explain_video(
                 explanation = _explained(model, tensor(frames), target, source)
                 sure = explanation.logits[:, target].sigmoid().tolist()
                 worst = max(worst, float(explanation.completeness_error.max()))
-                for (image, time, pixels), contribution, p in zip(frames, explanation.contribution_map[:, 0].cpu(), sure, strict=True):
+                for (image, time, pixels), contribution, p in zip(
+                    frames, explanation.contribution_map[:, 0].cpu(), sure, strict=True
+                ):
                     view = None if pixels is None else plot.View.of(Image.fromarray(pixels), preprocessing)
                     writer.write(_picture(image, contribution, scale, name, plot.probability(p), view), time)
                 count += len(frames)
             if not count:
-                raise VideoError(f"{source}: no frame from {float(start):g} s to {'the end' if end is None else f'{float(end):g} s'}")
+                raise VideoError(
+                    f"{source}: no frame from {float(start):g} s to "
+                    f"{'the end' if end is None else f'{float(end):g} s'}"
+                )
             writer.finish()
         finally:
             writer.close()
@@ -202,10 +226,11 @@ def _finite(logits, source):
     return logits
 
 
-# Of ffmpeg's formats those that are one file of pictures: playlists and scripts would have it open what else they name, and any text is
-# a terminal to it
+# Of ffmpeg's formats those that are one file of pictures: playlists and scripts would have it open what else
+# they name, and any text is a terminal to it
 _FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,flv,mpeg,mpegts,mpegvideo,m4v,ogg,asf,h264,hevc,vvc,h263,h261,av1,obu,ivf,nut,rm,mxf,"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,flv,mpeg,mpegts,mpegvideo,m4v,ogg,asf,"
+    "h264,hevc,vvc,h263,h261,av1,obu,ivf,nut,rm,mxf,"
     "dv,yuv4mpegpipe,mjpeg,wtv,swf"
 )
 
@@ -237,7 +262,11 @@ def _count(source, start, end):
             stream = container.streams.video[0]
             if start == 0 and end is None and stream.frames:
                 return stream.frames
-            length = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, av.time_base)
+            length = (
+                stream.duration * stream.time_base
+                if stream.duration
+                else Fraction(container.duration or 0, av.time_base)
+            )
             length = (length if end is None else min(length, end)) - start
             return round(length * stream.average_rate) if length > 0 and stream.average_rate else None
     except (av.FFmpegError, IndexError):
@@ -282,18 +311,25 @@ def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
                 sides = sides or (width, height)
                 if (width, height) != sides:
                     raise VideoError(
-                        f"{source}: expected frames of one size, got {sides[0]} x {sides[1]} and, at frame {number}, {width} x {height}"
+                        f"{source}: expected frames of one size, got {sides[0]} x {sides[1]} and, at frame "
+                        f"{number}, {width} x {height}"
                     )
                 if crop is not None:
                     x, y, w, h = crop
                     if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
-                        raise VideoError(f"{source}: crop: expected a box inside {width} x {height} pixels, got {x} {y} {w} {h}")
+                        raise VideoError(
+                            f"{source}: crop: expected a box inside {width} x {height} pixels, got {x} {y} "
+                            f"{w} {h}"
+                        )
                     pixels = pixels[y : y + h, x : x + w]
                 first = time if first is None else first
                 yield np.ascontiguousarray(pixels), time - first
             else:  # ffmpeg ends a file that was cut off without an error
                 if number < stream.frames or (container.format.name == "gif" and not _complete_gif(source)):
-                    warnings.warn(f"{source}: cut off after frame {number}; the readable part is explained", stacklevel=2)
+                    warnings.warn(
+                        f"{source}: cut off after frame {number}; the readable part is explained",
+                        stacklevel=2,
+                    )
     except av.FFmpegError as error:
         if not number:
             raise VideoError(f"{source}: not a video that can be read: {error.strerror}") from None
@@ -306,11 +342,15 @@ def _font(size, file=None):
     import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.truetype(file or os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+    return ImageFont.truetype(
+        file or os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size
+    )
 
 
 def _picture(image, contribution, scale, name, sure, view=None):
-    """[H, W, 3] uint8, even sides: frame and map; below them the class with its probability and the colour scale."""
+    """[H, W, 3] uint8, even sides: frame and map; below them the class with its probability and the colour
+    scale.
+    """
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
 
@@ -330,7 +370,8 @@ def _picture(image, contribution, scale, name, sure, view=None):
     canvas.paste(Image.fromarray(left), (0, 0))
     canvas.paste(Image.fromarray(right), (start, 0))
     draw = ImageDraw.Draw(canvas)
-    draw.line([(start - 1, 0), (start - 1, height), (start + width, height)], "#999999")  # the map's edge, which may be white
+    # the map's edge, which may be white
+    draw.line([(start - 1, 0), (start - 1, height), (start + width, height)], "#999999")
     draw.line([(0, height), (width - 1, height)], "#999999")
 
     def caption(kept):  # in pieces, each with its font: Pillow draws with one at a time
@@ -348,7 +389,9 @@ def _picture(image, contribution, scale, name, sure, view=None):
 
     bar = colours(np.linspace(0, 1, width - 2 * gap), bytes=True)[None, :, :3].repeat(8 * unit, 0)
     canvas.paste(Image.fromarray(bar), (start + gap, height + 6 * unit))
-    draw.rectangle((start + gap - 1, height + 6 * unit - 1, start + width - gap, height + 14 * unit), outline="#999999")
+    draw.rectangle(
+        (start + gap - 1, height + 6 * unit - 1, start + width - gap, height + 14 * unit), outline="#999999"
+    )
     font, line = _font(11 * unit), height + 26 * unit
     draw.text((start + gap, line), f"\u2212{scale:.2g}", "black", font, anchor="lm")
     draw.text((start + width // 2, line), "logit per pixel", "black", font, anchor="mm")
@@ -357,7 +400,9 @@ def _picture(image, contribution, scale, name, sure, view=None):
 
 
 class _Writer:
-    """Frames with their times into a file; GIFs through a palette for each frame, so that no frame has to wait for the last."""
+    """Frames with their times into a file; GIFs through a palette for each frame, so that no frame has to
+    wait for the last.
+    """
 
     def __init__(self, path, rate, name):
         self.av, self.rate, self.stream, self.graph, self.last = _av(), rate, None, None, -1
@@ -367,7 +412,9 @@ class _Writer:
         try:
             self.container = self.av.open(os.fspath(path), "w")
         except (self.av.FFmpegError, ValueError):
-            raise VideoError(f"{path.suffix}: expected the ending of a video format, such as .mp4 or .gif") from None
+            raise VideoError(
+                f"{path.suffix}: expected the ending of a video format, such as .mp4 or .gif"
+            ) from None
 
     def write(self, pixels, time):
         with self._said():
@@ -375,7 +422,8 @@ class _Writer:
 
     def _write(self, pixels, time):
         frame = self.av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        self.last = max(round(time / self.base), self.last + 1)  # times must grow, which above 100 Hz a GIF's do not
+        # times must grow, which above 100 Hz a GIF's do not
+        self.last = max(round(time / self.base), self.last + 1)
         frame.pts, frame.time_base = self.last, self.base
         if self.stream is None:
             self._begin(frame)
@@ -394,7 +442,9 @@ class _Writer:
         self.stream.codec_context.time_base = self.base
         if self.gif:
             graph = self.graph = self.av.filter.Graph()
-            entry = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=self.base)
+            entry = graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=self.base
+            )
             split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
             use, end = graph.add("paletteuse", "new=1:dither=none"), graph.add("buffersink")
             entry.link_to(split)
@@ -430,5 +480,6 @@ class _Writer:
     def _said(self):
         try:
             yield
-        except (self.av.FFmpegError, OSError) as error:  # a full disk, or pictures that the format has no room for
+        # a full disk, or pictures that the format has no room for
+        except (self.av.FFmpegError, OSError) as error:
             raise VideoError(f"{self.name}: cannot be written: {error.strerror or error}") from None

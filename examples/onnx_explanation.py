@@ -4,8 +4,8 @@
     coda-fast export coda_demo/coda_demo.safetensors --explain           # writes coda_demo.onnx
     python examples/onnx_explanation.py coda_demo.onnx picture.png       # writes picture_contributions.png
 
-Needs onnxruntime, numpy and pillow. Prints the class, its logit, and the sum of the map with the network's constant bias: the same number,
-since the map is the logit, pixel by pixel.
+Needs onnxruntime, numpy and pillow. Prints the class, its logit, and the sum of the map with the network's
+constant bias: the same number, since the map is the logit, pixel by pixel.
 """
 
 import argparse
@@ -18,18 +18,26 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 def read_picture(path: Path, preprocessing: dict, fixed: tuple[int | str, ...]) -> np.ndarray:
-    """[1, C, H, W], float32 in [0, 1], as the network's file says: upright, transparency on white, the shorter side resized, the middle
-    cropped; H x W where the network takes that alone. (Grey of 16 bits, which Pillow cuts off at 255, is left out here.)
+    """[1, C, H, W], float32 in [0, 1], as the network's file says: upright, transparency on white, the
+    shorter side resized, the middle cropped; H x W where the network takes that alone. (Grey of 16 bits,
+    which Pillow cuts off at 255, is left out here.)
     """
     picture, channels = ImageOps.exif_transpose(Image.open(path)), preprocessing["channels"]
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("L" if channels == 1 else "RGB")
-    method, resize, crop = Image.Resampling[preprocessing["interpolation"].upper()], preprocessing["resize"], preprocessing["crop"]
+    method, resize, crop = (
+        Image.Resampling[preprocessing["interpolation"].upper()],
+        preprocessing["resize"],
+        preprocessing["crop"],
+    )
     if resize and min(picture.size) != resize:
         shorter = min(picture.size)
-        picture = picture.resize([resize if length == shorter else int(resize * length / shorter) for length in picture.size], method)
+        picture = picture.resize(
+            [resize if length == shorter else int(resize * length / shorter) for length in picture.size],
+            method,
+        )
     if crop:
         left, top = (round((length - crop) / 2) for length in picture.size)
         picture = picture.crop((left, top, left + crop, top + crop))
@@ -61,7 +69,9 @@ def figure(image: np.ndarray, contributions: np.ndarray, title: str, height: int
     drawn = enlarged(colours(contributions, scale), height)
     bar = enlarged(colours(np.linspace(scale, -scale, height)[:, None].repeat(20, 1), scale), height)
     gap, top, right = 16, 48, 110
-    page = Image.new("RGB", (photo.width + drawn.width + bar.width + 4 * gap + right, height + top + gap), "white")
+    page = Image.new(
+        "RGB", (photo.width + drawn.width + bar.width + 4 * gap + right, height + top + gap), "white"
+    )
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(16)
     pen.text((gap, gap), title, "black", font)
     x = gap
@@ -88,7 +98,9 @@ def main() -> None:
     if [output.name for output in session.get_outputs()] != ["logits", "contribution_map"]:
         parser.error(f"{options.network}: expected a file of coda-fast export --explain")
     about = session.get_modelmeta().custom_metadata_map
-    image = read_picture(options.picture, json.loads(about["preprocessing"]), tuple(session.get_inputs()[0].shape[2:]))
+    image = read_picture(
+        options.picture, json.loads(about["preprocessing"]), tuple(session.get_inputs()[0].shape[2:])
+    )
 
     def explain(target: int) -> tuple[np.ndarray, np.ndarray]:
         logits, contributions = session.run(None, {"images": image, "target": np.array([target], np.int64)})
@@ -101,13 +113,19 @@ def main() -> None:
     if not 0 <= target < len(logits):
         parser.error(f"--target: expected a class from 0 to {len(logits) - 1}, got {target}")
     name = json.loads(about["class_names"])[target] if "class_names" in about else f"class {target}"
-    logit, total, bias = float(logits[target]), float(contributions.sum(dtype=np.float64)), float(about["logit_bias"])
+    logit, total, bias = (
+        float(logits[target]),
+        float(contributions.sum(dtype=np.float64)),
+        float(about["logit_bias"]),
+    )
     print(f"{options.picture}: {name}, probability {1 / (1 + np.exp(-logit)):.1%}")
     print(f"logit          {logit:+.6f}")
     print(f"map + bias     {total + bias:+.6f}  ({total:+.6f} of {contributions.size} pixels, {bias:+.6f})")
     print(f"difference     {abs(total + bias - logit):.1e}")
     output = options.output or Path(f"{options.picture.stem}_contributions.png")
-    figure(image, contributions, f"{name}: {total:+.3f} from the pixels {bias:+.3f} bias = logit {logit:+.3f}").save(output)
+    figure(
+        image, contributions, f"{name}: {total:+.3f} from the pixels {bias:+.3f} bias = logit {logit:+.3f}"
+    ).save(output)
     print(f"picture        {output}")
 
 

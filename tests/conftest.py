@@ -1,4 +1,6 @@
-"""Shared by all tests: deterministic seeds, memory that is not zero by accident, and where the fused kernels run."""
+"""Shared by all tests: deterministic seeds, memory that is not zero by accident, and where the fused
+kernels run.
+"""
 
 import os
 import random
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports the kernels: they run on the CPU then
+    # before anything imports the kernels: they run on the CPU then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):
@@ -20,14 +23,19 @@ def pytest_collection_modifyitems(items):
 def pytest_terminal_summary(terminalreporter):
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
     if skipped:
-        terminalreporter.write_line(f"{len(skipped)} tests need a GPU and were skipped; the kernels ran under Triton's interpreter")
+        terminalreporter.write_line(
+            f"{len(skipped)} tests need a GPU and were skipped; the kernels ran under Triton's interpreter"
+        )
 
 
 @pytest.fixture(autouse=True)
 def _deterministic():
     """Fixed seeds, and torch.empty filled with NaN: an element that nobody wrote cannot pass for a zero."""
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -12,7 +12,11 @@ from coda_fast.backends import reference
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYERS = [f"layer_{i}" for i in range(1, 7)]
-B, A, BIAS = "weight_mod.weighting_f.0.weight", "weight_mod.weighting_f.1.weight", "weight_mod.weighting_f.1.bias"
+B, A, BIAS = (
+    "weight_mod.weighting_f.0.weight",
+    "weight_mod.weighting_f.1.weight",
+    "weight_mod.weighting_f.1.bias",
+)
 BACKENDS = ("reference", "factored")
 
 
@@ -32,7 +36,9 @@ class Golden:
         return [key for key in self._file.files if key.startswith(prefix)]
 
     def layer(self, kind):
-        """``param`` or ``grad`` of a single layer as (B, A, b) in our shapes; written out here, independently of checkpoints.py."""
+        """``param`` or ``grad`` of a single layer as (B, A, b) in our shapes; written out here,
+        independently of checkpoints.py.
+        """
         m = self.meta
         units, rank, window = m["n"], m["r"], (m["C"], m["k"], m["k"])
         weight = self[f"{kind}/{A}"][:, :, 0, 0]  # row i * n + o
@@ -46,8 +52,9 @@ class Golden:
 
 @contextlib.contextmanager
 def scale_held():
-    """The definition with s(|w|^2) held constant where it is differentiated: the direct part of every gradient. The rest of a gradient
-    comes from the norm. Under "l2" the two may cancel to nothing: a layer of rank 1 without a bias depends on the direction of z alone.
+    """The definition with s(|w|^2) held constant where it is differentiated: the direct part of every
+    gradient. The rest of a gradient comes from the norm. Under "l2" the two may cancel to nothing: a layer of
+    rank 1 without a bias depends on the direction of z alone.
     """
     weight = reference._weight
 
@@ -60,8 +67,8 @@ def scale_held():
 
 
 def errors(actual, truth, terms=()):
-    """Largest and RMS deviation, each over that of the truth, or of the largest of ``terms``: where a result is a sum that may cancel, what
-    is rounded is of the size of its terms.
+    """Largest and RMS deviation, each over that of the truth, or of the largest of ``terms``: where a result
+    is a sum that may cancel, what is rounded is of the size of its terms.
     """
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     actual, truth, *terms = (t.detach().double().cpu() for t in (actual, truth, *terms))
@@ -79,14 +86,23 @@ def relative_error(actual, expected):
 
 
 def assert_close(actual, expected, bound, what="", terms=()):
-    """Both the largest and the RMS deviation, relative as in ``errors``, within ``bound``; names the worst coordinate."""
+    """Both the largest and the RMS deviation, relative as in ``errors``, within ``bound``; names the worst
+    coordinate.
+    """
     worst, rms = errors(actual, expected, terms)
     if max(worst, rms) > bound:
-        where = np.unravel_index(int((actual.detach().double() - expected.detach().double()).abs().argmax()), actual.shape)
-        raise AssertionError(f"{what}: error max {worst:.2e}, rms {rms:.2e}, allowed {bound:.1e}; worst at {tuple(map(int, where))}")
+        where = np.unravel_index(
+            int((actual.detach().double() - expected.detach().double()).abs().argmax()), actual.shape
+        )
+        raise AssertionError(
+            f"{what}: error max {worst:.2e}, rms {rms:.2e}, allowed {bound:.1e}; worst at "
+            f"{tuple(map(int, where))}"
+        )
 
 
-def random_layer(channels=5, units=4, rank=3, kernel=(3, 3), bias=True, dtype=torch.float64, scale=1.0, grad=False):
+def random_layer(
+    channels=5, units=4, rank=3, kernel=(3, 3), bias=True, dtype=torch.float64, scale=1.0, grad=False
+):
     """(B, A, b) with |w| of order one."""
     window = (channels, *kernel)
     d = channels * kernel[0] * kernel[1]
@@ -99,9 +115,13 @@ def random_layer(channels=5, units=4, rank=3, kernel=(3, 3), bias=True, dtype=to
 
 
 def output_and_grads(function, tensors, grad=None):
-    """Output of ``function(*tensors)`` and the gradients of those tensors that require them, for a random (or given) upstream."""
+    """Output of ``function(*tensors)`` and the gradients of those tensors that require them, for a random
+    (or given) upstream.
+    """
     output = function(*tensors)
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     if grad is None:
-        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(output.dtype)
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(
+            output.dtype
+        )
     return output, torch.autograd.grad(output, wanted, grad)

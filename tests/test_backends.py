@@ -17,7 +17,10 @@ def test_info_names_every_backend():
 def test_triton_says_why_not(monkeypatch):
     monkeypatch.setattr("coda_kernels.unavailable", lambda kind: f"no kernels for {kind}")
     layer = coda_fast.DAUConv2d(2, 2, 1, rank=1, backend="triton")
-    with pytest.raises(coda_fast.BackendUnavailable, match=r'backend="triton" is not available: no kernels for cpu; use backend="auto"'):
+    with pytest.raises(
+        coda_fast.BackendUnavailable,
+        match=r'backend="triton" is not available: no kernels for cpu; use backend="auto"',
+    ):
         layer(torch.rand(1, 2, 3, 3))
 
 
@@ -39,20 +42,27 @@ def test_float64_of_the_triton_backend_is_the_factored_one(monkeypatch):
     monkeypatch.setattr("coda_kernels.unavailable", lambda kind: None)
     device = torch.device("cuda")
     assert backends.choose("triton", device, torch.float64) == "factored"
-    assert all(backends.choose("triton", device, dtype) == "triton" for dtype in (torch.float32, torch.bfloat16, torch.float16))
+    assert all(
+        backends.choose("triton", device, dtype) == "triton"
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
 
 
 @pytest.mark.parametrize("verified", [True, False])
 def test_auto_takes_the_kernels_where_they_are_verified(verified, monkeypatch):
     monkeypatch.setattr("coda_kernels.unavailable", lambda kind: None)
     monkeypatch.setattr(backends, "_verified", lambda device: verified and device.type == "cuda")
-    assert backends.choose("auto", torch.device("cuda"), torch.bfloat16) == ("triton" if verified else "factored")
+    assert backends.choose("auto", torch.device("cuda"), torch.bfloat16) == (
+        "triton" if verified else "factored"
+    )
     assert backends.choose("auto", torch.device("cuda"), torch.float64) == "factored"
     assert backends.choose("auto", torch.device("cpu"), torch.bfloat16) == "factored"
     assert ("not verified" in coda_fast.backend_info("cuda").reasons["triton"]) != verified
 
 
-@pytest.mark.parametrize(("interpret", "kind", "says"), [("1", "cpu", None), ("0", "cpu", "need a GPU"), ("0", "cuda", None)])
+@pytest.mark.parametrize(
+    ("interpret", "kind", "says"), [("1", "cpu", None), ("0", "cpu", "need a GPU"), ("0", "cuda", None)]
+)
 def test_what_the_kernels_need(interpret, kind, says, monkeypatch):
     import coda_kernels
 

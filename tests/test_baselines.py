@@ -38,11 +38,15 @@ def test_linear():
     w = model.weight.detach()[targets]
     torch.testing.assert_close(baselines.attribute("Grad", model, x, targets), w.sum(2))
     for method in ("IxG", "IntGrad", "DeepLIFT"):
-        torch.testing.assert_close(baselines.attribute(method, model, x, targets), (w * x[:, None]).sum(2), msg=method)
+        torch.testing.assert_close(
+            baselines.attribute(method, model, x, targets), (w * x[:, None]).sum(2), msg=method
+        )
 
 
 def test_occlusion_of_a_linear_model():
-    """What a window takes away is the sum of W x in it; a pixel gets that over the window's area, summed over the windows that cover it."""
+    """What a window takes away is the sum of W x in it; a pixel gets that over the window's area, summed
+    over the windows that cover it.
+    """
     model, x = Linear(), torch.rand(1, 3, 6, 6, dtype=torch.float64)
     contribution = (model.weight.detach()[1] * x[0]).sum(0)
     total = torch.zeros(6, 6, dtype=torch.float64)
@@ -71,7 +75,9 @@ def test_lime_asks_once_for_all_classes(network):
     hook.remove()
     assert sum(seen) < 2 * 45  # 40 samples an image, and the image itself
     for k in range(3):
-        torch.testing.assert_close(together[:, k], baselines.attribute("LIME", network, images, targets[:, k], samples=40))
+        torch.testing.assert_close(
+            together[:, k], baselines.attribute("LIME", network, images, targets[:, k], samples=40)
+        )
 
 
 class Spot(nn.Module):
@@ -83,12 +89,16 @@ class Spot(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("method", "settings"), [("RISE", {"masks": 600, "cells": 4, "p1": 0.3}), ("LIME", {}), ("Occ5", {}), ("Occ9", {})]
+    ("method", "settings"),
+    [("RISE", {"masks": 600, "cells": 4, "p1": 0.3}), ("LIME", {}), ("Occ5", {}), ("Occ9", {})],
 )
 def test_perturbations_find_the_spot(method, settings):
     image = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
-    for i, (row, column) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):  # four flat quarters: quickshift's segments
-        image[0, :, row : row + 8, column : column + 8] = torch.tensor([0.9, 0.2 + 0.2 * i, 0.9 - 0.2 * i])[:, None, None]
+    # four flat quarters: quickshift's segments
+    for i, (row, column) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
+        image[0, :, row : row + 8, column : column + 8] = torch.tensor([0.9, 0.2 + 0.2 * i, 0.9 - 0.2 * i])[
+            :, None, None
+        ]
     found = baselines.attribute(method, Spot(), image, torch.tensor([1]), **settings)[0]
     quarters = found.unflatten(0, (2, 8)).unflatten(2, (2, 8)).mean((1, 3))
     assert quarters.argmax() == 3
@@ -98,7 +108,9 @@ def test_perturbations_find_the_spot(method, settings):
 
 def test_rise_masks():
     """A share p1 of each mask is kept on average, every position alike, values between 0 and 1."""
-    masks = baselines._rise_masks(*baselines._rise_random(4000, 6, 0.3, (20, 32), torch.Generator().manual_seed(0)), 20, 32)
+    masks = baselines._rise_masks(
+        *baselines._rise_random(4000, 6, 0.3, (20, 32), torch.Generator().manual_seed(0)), 20, 32
+    )
     assert masks.shape == (4000, 20, 32)
     assert 0 <= float(masks.min()) <= float(masks.max()) <= 1
     assert float(masks.mean()) == pytest.approx(0.3, abs=0.01)
@@ -106,7 +118,9 @@ def test_rise_masks():
 
 
 def test_integrated_gradients_are_complete():
-    """Along a path of a quadratic model the sum is the difference of outputs (captum's Gauss-Legendre rule is exact)."""
+    """Along a path of a quadratic model the sum is the difference of outputs (captum's Gauss-Legendre rule
+    is exact).
+    """
 
     class Quadratic(nn.Module):
         def forward(self, x):
@@ -119,23 +133,30 @@ def test_integrated_gradients_are_complete():
 
 
 def test_on_a_coda_net(network):
-    """DeepLIFT is IxG and guided backprop the gradient: a CoDA-Net has no activation that captum changes the rule of."""
+    """DeepLIFT is IxG and guided backprop the gradient: a CoDA-Net has no activation that captum changes
+    the rule of.
+    """
     x, targets = digits(), torch.tensor([[1, 2], [3, 4], [5, 6]])
     maps = {m: baselines.attribute(m, network, x, targets) for m in ("Ours", "Grad", "IxG", "GB", "DeepLIFT")}
     torch.testing.assert_close(maps["DeepLIFT"], maps["IxG"], rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(maps["GB"], maps["Grad"], rtol=1e-9, atol=1e-15)
     logits = network(x).gather(1, targets)
     torch.testing.assert_close(maps["Ours"].sum((2, 3)) + network.logit_bias, logits)
-    assert not torch.allclose(maps["IxG"].sum((2, 3)) + network.logit_bias, logits, atol=1e-3)  # not complete: that is our point
+    # not complete: that is our point
+    assert not torch.allclose(maps["IxG"].sum((2, 3)) + network.logit_bias, logits, atol=1e-3)
 
 
 def test_grad_cam_on_a_coda_net(network):
-    """With sum pooling the weight of a class' own evidence map is the same everywhere: its positive part, enlarged."""
+    """With sum pooling the weight of a class' own evidence map is the same everywhere: its positive part,
+    enlarged.
+    """
     x = digits(1)
     evidence = network.run_layers(network.encoder(x))[0, 4].detach()
     found = baselines.attribute("GCam", network, x, torch.tensor([4]))[0]
     factor = 8 // evidence.shape[0]
-    expected = evidence.clamp(min=0).repeat_interleave(factor, 0).repeat_interleave(factor, 1) / network.temperature
+    expected = (
+        evidence.clamp(min=0).repeat_interleave(factor, 0).repeat_interleave(factor, 1) / network.temperature
+    )
     torch.testing.assert_close(found / found.sum(), expected / expected.sum())
 
 
@@ -144,7 +165,8 @@ def test_several_classes_and_batches(network, method):
     """[N, K] at once is one image and one class at a time, in any batches."""
     x, targets = digits(2), torch.tensor([[1, 2, 1], [3, 4, 9]])
     settings = FEW.get(method, {})
-    close = dict(rtol=1e-5, atol=1e-6) if method.startswith("Occ") else dict(rtol=1e-9, atol=1e-12)  # captum adds up in float32
+    # captum adds up in float32
+    close = dict(rtol=1e-5, atol=1e-6) if method.startswith("Occ") else dict(rtol=1e-9, atol=1e-12)
     whole = baselines.attribute(method, network, x, targets, **settings)
     assert whole.shape == (2, 3, 8, 8)
     assert torch.isfinite(whole).all()
@@ -161,12 +183,16 @@ def test_several_classes_and_batches(network, method):
 
 
 def hooks_of(model):
-    return [(len(m._forward_hooks), len(m._backward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    return [
+        (len(m._forward_hooks), len(m._backward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
+    ]
 
 
 @pytest.mark.parametrize("method", [m for m in baselines.METHODS if m not in ("Ours", "DeepLIFT")])
 def test_a_residual_network_stays_as_it_was(method):
-    """Of torchvision, with ReLUs in place that are called twice: maps are finite; mode, gradients and hooks are as before."""
+    """Of torchvision, with ReLUs in place that are called twice: maps are finite; mode, gradients and
+    hooks are as before.
+    """
     resnet18 = pytest.importorskip("torchvision.models").resnet18
     torch.manual_seed(0)
     model = resnet18(num_classes=4).train()
@@ -188,7 +214,9 @@ def test_a_residual_network_stays_as_it_was(method):
 
 
 def test_deep_lift_of_a_residual_network():
-    """Its ReLUs are in place and called twice; still the map sums to the difference from the black image (the rescale rule's property)."""
+    """Its ReLUs are in place and called twice; still the map sums to the difference from the black image
+    (the rescale rule's property).
+    """
     resnet18 = pytest.importorskip("torchvision.models").resnet18
     torch.manual_seed(0)
     model, x, targets = (
@@ -214,7 +242,12 @@ class Rectified(nn.Module):
 
     def forward(self, x):
         x = self.conv(x)
-        x = {"module": self.relu, "torch": torch.relu, "functional": nn.functional.relu, "method": lambda x: x.relu()}[self.kind](x)
+        x = {
+            "module": self.relu,
+            "torch": torch.relu,
+            "functional": nn.functional.relu,
+            "method": lambda x: x.relu(),
+        }[self.kind](x)
         return self.linear(x.mean((2, 3)))
 
 
@@ -225,11 +258,15 @@ def test_a_function_is_rectified_like_a_module(method, kind):
     x, targets = torch.rand(1, 3, 6, 6), torch.tensor([1])
     expected = baselines.attribute(method, Rectified("module"), x, targets)
     torch.testing.assert_close(baselines.attribute(method, Rectified(kind), x, targets), expected)
-    assert not torch.allclose(expected, baselines.attribute("Grad" if method == "GB" else "IxG", Rectified("module"), x, targets))
+    assert not torch.allclose(
+        expected, baselines.attribute("Grad" if method == "GB" else "IxG", Rectified("module"), x, targets)
+    )
 
 
 def test_deep_lift_says_what_it_cannot():
-    """A model that torch.fx cannot follow, with a module that is called twice: one sentence, and the model stays usable."""
+    """A model that torch.fx cannot follow, with a module that is called twice: one sentence, and the model
+    stays usable.
+    """
 
     class Twice(Rectified):
         def forward(self, x):
@@ -237,7 +274,9 @@ def test_deep_lift_says_what_it_cannot():
 
     model = Twice("module").eval()
     hooks = hooks_of(model)
-    with pytest.raises(ValueError, match="DeepLIFT: expected a model that calls each of its activation modules once"):
+    with pytest.raises(
+        ValueError, match="DeepLIFT: expected a model that calls each of its activation modules once"
+    ):
         baselines.attribute("DeepLIFT", model, torch.rand(1, 3, 6, 6), torch.tensor([1]))
     assert hooks_of(model) == hooks
 
@@ -257,7 +296,9 @@ def test_grad_cam_takes_another_layer():
     torch.manual_seed(0)
     model, x = resnet18(num_classes=4).eval(), torch.rand(1, 3, 32, 32)
     last = baselines.create("GCam", model).attribute(x, torch.tensor([1]))
-    assert torch.equal(last, baselines.create("GCam", model, layer=model.layer4[1].conv2).attribute(x, torch.tensor([1])))
+    assert torch.equal(
+        last, baselines.create("GCam", model, layer=model.layer4[1].conv2).attribute(x, torch.tensor([1]))
+    )
     other = baselines.create("GCam", model, layer=model.layer1[0].conv1).attribute(x, torch.tensor([1]))
     assert not torch.equal(last, other)
 
@@ -267,7 +308,11 @@ def test_grad_cam_takes_another_layer():
     [
         (("Magic", Linear()), ValueError, "method: expected one of Ours, Occ5, "),
         (("Ours", Linear()), ValueError, "method: 'Ours' needs a model made of DAU layers, got a Linear"),
-        (("GCam", Linear()), ValueError, "GCam: expected a model with a convolution, or layer=, got a Linear"),
+        (
+            ("GCam", Linear()),
+            ValueError,
+            "GCam: expected a model with a convolution, or layer=, got a Linear",
+        ),
     ],
 )
 def test_bad_method(arguments, error, message):
@@ -307,7 +352,9 @@ def test_frozen_empty_and_inference_mode(network, method):
 def test_the_model_as_it_is_when_called(method):
     """Not as it was at ``create``: a logit that is doubled since has doubled maps."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()
     attribution, x, targets = baselines.create(method, model), torch.rand(1, 3, 6, 6), torch.tensor([1])
     before = attribution.attribute(x, targets)
     with torch.no_grad():
@@ -323,8 +370,18 @@ def test_the_model_as_it_is_when_called(method):
         ("RISE", {"p1": 0}, ValueError, "RISE: p1: expected a positive number up to 1, got 0"),
         ("Occ5", {"stride": 0}, ValueError, "Occ5: stride: expected an int of at least 1, got 0"),
         ("Occ5", {"stride": 7}, ValueError, "Occ5: stride: expected at most size 5, got 7"),
-        ("Grad", {"layer": nn.Conv2d(3, 3, 1)}, TypeError, "layer: expected a module, for GCam only, got a Conv2d for Grad"),
-        ("GCam", {"layer": "layer4"}, TypeError, "layer: expected a module, for GCam only, got a str for GCam"),
+        (
+            "Grad",
+            {"layer": nn.Conv2d(3, 3, 1)},
+            TypeError,
+            "layer: expected a module, for GCam only, got a Conv2d for Grad",
+        ),
+        (
+            "GCam",
+            {"layer": "layer4"},
+            TypeError,
+            "layer: expected a module, for GCam only, got a str for GCam",
+        ),
     ],
 )
 def test_bad_settings(method, settings, error, message):
@@ -336,7 +393,9 @@ def test_bad_settings(method, settings, error, message):
 def test_negative_targets():
     """They would count from the last class."""
     with pytest.raises(ValueError, match="targets: expected classes from 0, got -1"):
-        baselines.attribute("RISE", Linear(), torch.rand(1, 3, 6, 6, dtype=torch.float64), torch.tensor([-1]), masks=4)
+        baselines.attribute(
+            "RISE", Linear(), torch.rand(1, 3, 6, 6, dtype=torch.float64), torch.tensor([-1]), masks=4
+        )
 
 
 def test_another_library_s_explain_is_not_ours():
@@ -348,5 +407,7 @@ def test_another_library_s_explain_is_not_ours():
 
 def test_without_captum(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "captum.attr", None)
-    with pytest.raises(ImportError, match=r"the baselines need captum: pip install 'coda-fast\[evaluation\]'"):
+    with pytest.raises(
+        ImportError, match=r"the baselines need captum: pip install 'coda-fast\[evaluation\]'"
+    ):
         baselines.create("Grad", Linear())

@@ -22,7 +22,9 @@ from coda_fast import CheckpointError, CoDANet, DAUConv2d, checkpoints, create_m
 
 @pytest.fixture
 def model():
-    return CoDANet([4, 3], [2, 5], [3, 1], [2, 1], temperature=7.0, norm="l2", class_names=["a", "b", "c"], image_size=9)
+    return CoDANet(
+        [4, 3], [2, 5], [3, 1], [2, 1], temperature=7.0, norm="l2", class_names=["a", "b", "c"], image_size=9
+    )
 
 
 def test_round_trip(model, tmp_path):
@@ -39,8 +41,8 @@ def test_round_trip(model, tmp_path):
 
 
 def test_a_network_is_its_own(model, tmp_path):
-    """Not a window on its file, which others may write to, nor numbers that lie in memory otherwise than those of a fresh network:
-    libraries round differently there.
+    """Not a window on its file, which others may write to, nor numbers that lie in memory otherwise than
+    those of a fresh network: libraries round differently there.
     """
     path, images = tmp_path / "net.safetensors", torch.rand(2, 3, 9, 9)
     coda_fast.save(model, path)
@@ -59,16 +61,32 @@ def test_dtype_is_kept(tmp_path, dtype):
 
 
 def test_files_of_the_first_release_load_as_before():
-    """checkpoint_0 was written by the code of 2026-11-27: weights from stated numbers, and the logits that it gave in float64."""
+    """checkpoint_0 was written by the code of 2026-11-27: weights from stated numbers, and the logits that
+    it gave in float64.
+    """
     net = coda_fast.load(GOLDEN / "checkpoint_0.safetensors")
     for k, parameter in enumerate(net.parameters()):
-        assert torch.equal(parameter, (torch.arange(parameter.numel(), dtype=torch.float32) * (0.7 + k)).sin().view_as(parameter))
+        assert torch.equal(
+            parameter,
+            (torch.arange(parameter.numel(), dtype=torch.float32) * (0.7 + k)).sin().view_as(parameter),
+        )
     assert net.config() == {
-        "out_channels": [4, 3], "ranks": [2, 5], "kernel_sizes": [[3, 1], 2], "strides": [2, [1, 2]], "paddings": ["valid", 1],
-        "temperature": 2.5, "logit_bias": -1.25, "norm": "l2", "eps": 1e-3, "bias": False, "image_channels": 1, "image_size": 9,
+        "out_channels": [4, 3],
+        "ranks": [2, 5],
+        "kernel_sizes": [[3, 1], 2],
+        "strides": [2, [1, 2]],
+        "paddings": ["valid", 1],
+        "temperature": 2.5,
+        "logit_bias": -1.25,
+        "norm": "l2",
+        "eps": 1e-3,
+        "bias": False,
+        "image_channels": 1,
+        "image_size": 9,
         "class_names": ["a", "b", "c"],
-        "preprocessing": {"resize": 9, "crop": 9, "interpolation": "bilinear", "value_range": [0.0, 1.0]},  # implied, by the size
-    }  # fmt: skip
+        # implied, by the size
+        "preprocessing": {"resize": 9, "crop": 9, "interpolation": "bilinear", "value_range": [0.0, 1.0]},
+    }
     assert checkpoints.read_metadata(GOLDEN / "checkpoint_0.safetensors") == {"accuracy": 0.5}
     logits = net.double()(torch.linspace(0, 1, 162, dtype=torch.float32).view(2, 1, 9, 9).double())
     expected = [
@@ -143,32 +161,80 @@ def _changed(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda n: n.layers.__setitem__(1, nn.Conv2d(4, 5, 3)), "layers.1: expected DAUConv2d, got Conv2d, which no configuration"),
-        (lambda n: n.layers.__setitem__(1, _Doubled(4, 5, 3, rank=5)), "layers.1: .* got _Doubled with a forward of its own"),
-        (lambda n: n.layers.__setitem__(1, nn.Sequential(_third())), "layers.1: expected DAUConv2d, got Sequential"),
-        (lambda n: n.layers[1].double() and None, "layers.1.reduction_weight: expected torch.float32, as in layers.0, got torch.float64"),
-        (lambda n: n.to(torch.float8_e4m3fn), "layers.0.reduction_weight: expected torch.float32 or .*, got torch.float8_e4m3fn"),
-        (lambda n: n.to("meta"), "layers.0.reduction_weight: expected numbers, got a tensor on the meta device"),
+        (
+            lambda n: n.layers.__setitem__(1, nn.Conv2d(4, 5, 3)),
+            "layers.1: expected DAUConv2d, got Conv2d, which no configuration",
+        ),
+        (
+            lambda n: n.layers.__setitem__(1, _Doubled(4, 5, 3, rank=5)),
+            "layers.1: .* got _Doubled with a forward of its own",
+        ),
+        (
+            lambda n: n.layers.__setitem__(1, nn.Sequential(_third())),
+            "layers.1: expected DAUConv2d, got Sequential",
+        ),
+        (
+            lambda n: n.layers[1].double() and None,
+            "layers.1.reduction_weight: expected torch.float32, as in layers.0, got torch.float64",
+        ),
+        (
+            lambda n: n.to(torch.float8_e4m3fn),
+            "layers.0.reduction_weight: expected torch.float32 or .*, got torch.float8_e4m3fn",
+        ),
+        (
+            lambda n: n.to("meta"),
+            "layers.0.reduction_weight: expected numbers, got a tensor on the meta device",
+        ),
         (lambda n: _pruned(n.layers[1]), r"layers.1: .*has \['weight_mask', 'weight_orig'\].*prune.remove"),
-        (lambda n: nn.utils.parametrizations.weight_norm(n.layers[1]) and None, "layers.1: .*parametrizations.weight.original0.*remove"),
-        (lambda n: nn.utils.weight_norm(n.layers[1]) and None, r"layers.1: .*has \['weight_g', 'weight_v'\].*remove_weight_norm"),
-        (lambda n: nn.utils.parametrizations.spectral_norm(n.layers[0], "reduction_weight") and None, "layers.0: .*parametrizations.reduc"),
-        (lambda n: n.layers[2].register_buffer("mean", torch.zeros(3)), r"layers.2: .*has \['mean'\] besides"),
-        (lambda n: n.layers[2].add_module("batch", nn.BatchNorm2d(3)), r"layers.2: .*has \['batch.bias', .*\] besides"),
+        (
+            lambda n: nn.utils.parametrizations.weight_norm(n.layers[1]) and None,
+            "layers.1: .*parametrizations.weight.original0.*remove",
+        ),
+        (
+            lambda n: nn.utils.weight_norm(n.layers[1]) and None,
+            r"layers.1: .*has \['weight_g', 'weight_v'\].*remove_weight_norm",
+        ),
+        (
+            lambda n: nn.utils.parametrizations.spectral_norm(n.layers[0], "reduction_weight") and None,
+            "layers.0: .*parametrizations.reduc",
+        ),
+        (
+            lambda n: n.layers[2].register_buffer("mean", torch.zeros(3)),
+            r"layers.2: .*has \['mean'\] besides",
+        ),
+        (
+            lambda n: n.layers[2].add_module("batch", nn.BatchNorm2d(3)),
+            r"layers.2: .*has \['batch.bias', .*\] besides",
+        ),
         (lambda n: n.register_buffer("mean", torch.zeros(3)), r"model: .*has \['mean'\] besides"),
         (lambda n: n.layers[1].register_parameter("weight", None), r"layers.1: .*lacks \['weight'\]"),
-        (lambda n: setattr(n, "class_names", ["a"]), "class_names: expected 3 names, one for each class, got 1"),
-        (lambda n: n.layers.__setitem__(2, DAUConv2d(5, 7, 1, rank=3)), "class_names: expected 7 names, one for each class, got 3"),
-        (lambda n: n.layers.__setitem__(1, DAUConv2d(4, 6, 3, rank=5)), r"layers.2.reduction_weight: expected shape \[3, 6, 1, 1\]"),
-        (lambda n: setattr(n.layers[1], "rank", 4), r"layers.1.reduction_weight: expected shape \[4, 4, 3, 3\], as configured, got \[5, 4"),
+        (
+            lambda n: setattr(n, "class_names", ["a"]),
+            "class_names: expected 3 names, one for each class, got 1",
+        ),
+        (
+            lambda n: n.layers.__setitem__(2, DAUConv2d(5, 7, 1, rank=3)),
+            "class_names: expected 7 names, one for each class, got 3",
+        ),
+        (
+            lambda n: n.layers.__setitem__(1, DAUConv2d(4, 6, 3, rank=5)),
+            r"layers.2.reduction_weight: expected shape \[3, 6, 1, 1\]",
+        ),
+        (
+            lambda n: setattr(n.layers[1], "rank", 4),
+            r"layers.1.reduction_weight: expected shape \[4, 4, 3, 3\], as configured, got \[5, 4",
+        ),
         (lambda n: setattr(n.layers[1], "norm", "max"), "norm: expected one of 'squash', 'l2', got 'max'"),
         (lambda n: setattr(n, "temperature", float("nan")), "temperature: expected a finite number"),
         (lambda n: setattr(n, "encoder", nn.Identity()), "encoder: expected AddInverse, got Identity"),
         (lambda n: setattr(n, "pool", nn.Flatten()), "pool: expected SumPool2d, got Flatten"),
         (lambda n: _halved(), "model: expected CoDANet, got _Halved with a head of its own"),
-        (lambda n: setattr(n.layers[1], "weight", _sparse(n.layers[1])), "layers.1.weight: expected a dense tensor, got torch.sparse_coo"),
+        (
+            lambda n: setattr(n.layers[1], "weight", _sparse(n.layers[1])),
+            "layers.1.weight: expected a dense tensor, got torch.sparse_coo",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_refuses_to_save_what_load_would_misread(tmp_path, change, message):
     """One line that names the layer and what it has, before a byte is written."""
@@ -182,7 +248,9 @@ def test_refuses_to_save_what_load_would_misread(tmp_path, change, message):
 
 
 def test_saves_what_computes_the_same(tmp_path):
-    """A subclass that computes nothing anew, one weight in two layers, weights in another memory format, layers that are compiled."""
+    """A subclass that computes nothing anew, one weight in two layers, weights in another memory format,
+    layers that are compiled.
+    """
 
     class Named(DAUConv2d):
         """With nothing of its own."""
@@ -247,7 +315,9 @@ def test_weights_that_do_not_fit(model, tmp_path):
     header = {"format": "coda_fast.CoDANet", "config": json.dumps(model.config()), "metadata": "{}"}
     save_file(tensors, path, header)
     with pytest.raises(
-        CheckpointError, match=r"unknown key 'extra'; missing key 'layers.1.bias'; 'layers.0.weight': expected .* got \[1, 2, 3\]"
+        CheckpointError,
+        match=r"unknown key 'extra'; missing key 'layers.1.bias'; "
+        r"'layers.0.weight': expected .* got \[1, 2, 3\]",
     ):
         coda_fast.load(path)
 
@@ -282,8 +352,14 @@ def _header(model, **changes):
         ({"out_channels": [[4], 3]}, r"out_channels\[0\]: expected a positive int, got \[4\]"),
         ({"out_channels": [-4, 3]}, r"out_channels\[0\]: expected a positive int, got -4"),
         ({"out_channels": [4] * 10**6}, "expected at least 2 tensors for each of 1000000 layers, got 6"),
-        ({"out_channels": [2**70, 3]}, r"weights: expected less than 2\*\*63 bytes for a layer, got about 2\*\*7"),
-        ({"ranks": [2**62, 2**62]}, r"weights: expected less than 2\*\*63 bytes for a layer, got about 2\*\*7"),
+        (
+            {"out_channels": [2**70, 3]},
+            r"weights: expected less than 2\*\*63 bytes for a layer, got about 2\*\*7",
+        ),
+        (
+            {"ranks": [2**62, 2**62]},
+            r"weights: expected less than 2\*\*63 bytes for a layer, got about 2\*\*7",
+        ),
         ({"kernel_sizes": [2**70, 1]}, r"kernel_sizes\[0\]: expected at most 65536, got about 2\*\*70"),
         ({"kernel_sizes": [[3, 3, 3], 1]}, r"kernel_sizes\[0\]: expected an int or a pair of ints"),
         ({"strides": [10**6, 1]}, r"strides\[0\]: expected at most 65536"),
@@ -392,7 +468,9 @@ def test_headers_that_lie(model, tmp_path):
         assert damaged != whole
         path.write_bytes(damaged)
         for read in (coda_fast.load, checkpoints.read_metadata):
-            with pytest.raises(CheckpointError, match="net.safetensors: not a safetensors file: Error") as caught:
+            with pytest.raises(
+                CheckpointError, match="net.safetensors: not a safetensors file: Error"
+            ) as caught:
                 read(path)
             assert "\n" not in str(caught.value)
 
@@ -403,8 +481,11 @@ def test_what_is_no_file(read, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for path, what in (
-        (tmp_path, "a folder"), (tmp_path / "pipe", "a pipe"), (tmp_path / "link", "a pipe"), (Path("/dev/zero"), "a device"),
-    ):  # fmt: skip
+        (tmp_path, "a folder"),
+        (tmp_path / "pipe", "a pipe"),
+        (tmp_path / "link", "a pipe"),
+        (Path("/dev/zero"), "a device"),
+    ):
         with pytest.raises(CheckpointError, match=f"{path.name}: expected a file, got {what}"):
             read(path)
     with pytest.raises(CheckpointError, match="expected the name of a file"):
@@ -433,9 +514,16 @@ def test_the_command_line_says_it_in_one_line(model, tmp_path, capsys):
     from coda_fast.cli import main
 
     path = tmp_path / "net.safetensors"
-    save_file(dict(model.state_dict()), path, _header(model, config=json.dumps(model.config() | {"image_size": 2**70})))
+    save_file(
+        dict(model.state_dict()),
+        path,
+        _header(model, config=json.dumps(model.config() | {"image_size": 2**70})),
+    )
     os.mkfifo(tmp_path / "pipe")
-    for checkpoint, message in ((path, "image_size: expected a positive int"), (tmp_path / "pipe", "expected a file, got a pipe")):
+    for checkpoint, message in (
+        (path, "image_size: expected a positive int"),
+        (tmp_path / "pipe", "expected a file, got a pipe"),
+    ):
         for command in (["explain", "x.png"], ["evaluate", "--data", "digits"], ["report", "x.png"]):
             with pytest.raises(SystemExit) as ended:
                 main([*command, "--checkpoint", str(checkpoint), "--output", str(tmp_path / "output")])
@@ -447,7 +535,8 @@ def test_the_command_line_says_it_in_one_line(model, tmp_path, capsys):
     assert not (tmp_path / "output").exists()
 
 
-# -- the published format ---------------------------------------------------------------------------------------------------------------
+# -- the published format
+# ------------------------------------------------------------------------------------------------------------
 
 OPTIONS = dict(strides=[1, 2, 1, 1], paddings=[1, 1, 1, 0], temperature=20, logit_bias=-2.2)
 
@@ -465,13 +554,25 @@ A1, BIAS1 = "1.weight_mod.weighting_f.1.weight", "1.weight_mod.weighting_f.1.bia
     [
         (lambda s: s | {"fc.weight": torch.zeros(1)}, "unknown key 'fc.weight'"),
         (lambda s: {k: v for k, v in s.items() if k != A1}, f"missing key '{A1}'"),
-        (lambda s: s | {A1: s[A1][:, :3]}, rf"'{A1}': expected \[72 \* units, 8, 1, 1\], got \[576, 3, 1, 1\]"),
-        (lambda s: s | {A1: s[A1][:100]}, rf"'{A1}': expected \[72 \* units, 8, 1, 1\], got \[100, 8, 1, 1\]"),
-        (lambda s: s | {BIAS1: torch.zeros(5, dtype=torch.float64)}, rf"'{BIAS1}': expected \[576\], got \[5\]"),
+        (
+            lambda s: s | {A1: s[A1][:, :3]},
+            rf"'{A1}': expected \[72 \* units, 8, 1, 1\], got \[576, 3, 1, 1\]",
+        ),
+        (
+            lambda s: s | {A1: s[A1][:100]},
+            rf"'{A1}': expected \[72 \* units, 8, 1, 1\], got \[100, 8, 1, 1\]",
+        ),
+        (
+            lambda s: s | {BIAS1: torch.zeros(5, dtype=torch.float64)},
+            rf"'{BIAS1}': expected \[576\], got \[5\]",
+        ),
         (lambda s: {k: v for k, v in s.items() if not k.startswith("1.")}, "no keys for layer 1"),
         (lambda s: s | {"module." + A1: s[A1]}, r"keys with different prefixes \['', 'module.'\]"),
         (lambda s: {}, "no layers"),
-        (lambda s: s | {A1: torch.tensor(1.0, dtype=torch.float64)}, rf"'{A1}': expected \[72 \* units, 8, 1, 1\], got \[\]"),
+        (
+            lambda s: s | {A1: torch.tensor(1.0, dtype=torch.float64)},
+            rf"'{A1}': expected \[72 \* units, 8, 1, 1\], got \[\]",
+        ),
         (lambda s: s | {A1: None}, f"'{A1}': expected a floating-point tensor .* got NoneType"),
         (lambda s: s | {A1: s[A1].long()}, f"'{A1}': expected a floating-point tensor .* got torch.int64"),
         (lambda s: s | {A1: s[A1].float()}, "tensors of different dtypes"),
@@ -481,7 +582,10 @@ A1, BIAS1 = "1.weight_mod.weighting_f.1.weight", "1.weight_mod.weighting_f.1.bia
         (lambda s: s | {"9" * 5000 + A1[1:]: s[A1]}, "unknown key '9999"),
         (lambda s: s | {f"x{i}": s[A1] for i in range(10**5)}, "unknown key 'x9'; and 99990 more"),
         (lambda s: s | {A1: s[A1].to_sparse()}, f"'{A1}': expected a floating-point tensor"),
-        (lambda s: s | {A1: torch.zeros(1, dtype=torch.float64).expand(72 * 10**12, 8, 1, 1)}, "weights: expected what fits into the"),
+        (
+            lambda s: s | {A1: torch.zeros(1, dtype=torch.float64).expand(72 * 10**12, 8, 1, 1)},
+            "weights: expected what fits into the",
+        ),
         (lambda s: list(s.items()), "state dict: expected names to tensors, got list"),
     ],
 )
@@ -501,7 +605,9 @@ def test_from_published_names_all_problems():
 
 
 def test_from_published_checks_geometry():
-    with pytest.raises(CheckpointError, match="strides: expected 4 entries, one for each layer of the state dict, got 2"):
+    with pytest.raises(
+        CheckpointError, match="strides: expected 4 entries, one for each layer of the state dict, got 2"
+    ):
         checkpoints.from_published(_state(), **(OPTIONS | dict(strides=[1, 1])))
 
 
@@ -523,8 +629,14 @@ def test_from_published_refuses_options(options, message):
 
 def test_published_form_has_no_place_for_some_options():
     for layer, message in (
-        (dict(dilation=2), r"dilations: the published form has none of its own for each layer, got \[1, 2, 1\]"),
-        (dict(bias=False), r"bias: the published form has none of its own for each layer, got \[True, False, True\]"),
+        (
+            dict(dilation=2),
+            r"dilations: the published form has none of its own for each layer, got \[1, 2, 1\]",
+        ),
+        (
+            dict(bias=False),
+            r"bias: the published form has none of its own for each layer, got \[True, False, True\]",
+        ),
     ):
         net = _mixed()
         net.layers[1] = _third(**layer)
@@ -533,7 +645,9 @@ def test_published_form_has_no_place_for_some_options():
     net = _mixed()
     net.layers[1] = _third(norm="l2", eps=0.5)
     options = dict(strides=[1] * 3, paddings=[1, 1, 0], temperature=2.0, logit_bias=net.logit_bias)
-    twin = checkpoints.from_published(checkpoints.to_published(net), norm=["squash", "l2", "squash"], eps=[1e-6, 0.5, 1e-6], **options)
+    twin = checkpoints.from_published(
+        checkpoints.to_published(net), norm=["squash", "l2", "squash"], eps=[1e-6, 0.5, 1e-6], **options
+    )
     images = torch.rand(1, 3, 9, 9)
     assert torch.equal(twin(images), net(images))
 
@@ -542,7 +656,9 @@ def test_published_round_trip_without_bias():
     model = CoDANet([4, 3], [2, 5], [3, 1], [2, 1], temperature=7.0, bias=False)
     state = checkpoints.to_published(model)
     assert len(state) == 4
-    twin = checkpoints.from_published(state, strides=[2, 1], paddings=[1, 0], temperature=7.0, logit_bias=model.logit_bias)
+    twin = checkpoints.from_published(
+        state, strides=[2, 1], paddings=[1, 0], temperature=7.0, logit_bias=model.logit_bias
+    )
     assert twin.config() == model.config()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
@@ -551,7 +667,9 @@ def test_ten_layers_come_in_numerical_order():
     model = CoDANet([2] * 11, [1] * 11, [1] * 11, [1] * 11, temperature=1.0)
     state = checkpoints.to_published(model)
     shuffled = dict(sorted(state.items()))  # '10.' sorts before '2.'
-    twin = checkpoints.from_published(shuffled, strides=[1] * 11, paddings=[0] * 11, temperature=1.0, logit_bias=0.0)
+    twin = checkpoints.from_published(
+        shuffled, strides=[1] * 11, paddings=[0] * 11, temperature=1.0, logit_bias=0.0
+    )
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 

@@ -1,4 +1,6 @@
-"""Classes of any integer dtype, [N] or [N, 1]: the same numbers everywhere, and everything else refused in one line."""
+"""Classes of any integer dtype, [N] or [N, 1]: the same numbers everywhere, and everything else refused in
+one line.
+"""
 
 import numpy as np
 import pytest
@@ -10,7 +12,16 @@ from coda_fast.evaluation import data as evaluation_data
 from coda_fast.interop import quantus_explain_func
 from coda_fast.losses import DynamicMatrixLoss, matrix_penalty
 
-DTYPES = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64]
+DTYPES = [
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.uint16,
+    torch.int32,
+    torch.uint32,
+    torch.int64,
+    torch.uint64,
+]
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([3, 1, 4, 1])
 
@@ -32,7 +43,9 @@ def _localisation(net, labels):
 
 def _confident(net, labels):
     logits = 8.0 * torch.nn.functional.one_hot(LABELS, 10) - 4
-    return torch.tensor([v for some in sorted(confident_images(logits, labels).items()) for v in (some[0], *some[1])])
+    return torch.tensor(
+        [v for some in sorted(confident_images(logits, labels).items()) for v in (some[0], *some[1])]
+    )
 
 
 def _loss(net, labels):
@@ -79,10 +92,14 @@ def test_no_other_dtype(net, name, dtype):
 
 @pytest.mark.parametrize("name", ONE_EACH)
 @pytest.mark.parametrize(
-    "labels", [LABELS[None], LABELS[:3], LABELS[:, None].expand(4, 2), LABELS[:, None, None]], ids=["1N", "3", "N2", "N11"]
+    "labels",
+    [LABELS[None], LABELS[:3], LABELS[:, None].expand(4, 2), LABELS[:, None, None]],
+    ids=["1N", "3", "N2", "N11"],
 )
 def test_one_class_for_each_image(net, name, labels):
-    with pytest.raises(ValueError, match=r"(labels|targets): expected one class for each of 4 images, got shape \["):
+    with pytest.raises(
+        ValueError, match=r"(labels|targets): expected one class for each of 4 images, got shape \["
+    ):
         ONE_EACH[name](net, labels)
 
 
@@ -91,7 +108,9 @@ def test_one_class_for_each_image(net, name, labels):
 def test_classes_that_do_not_exist(net, name, wrong):
     """One clear line, not what gather says."""
     labels = torch.tensor([3, 1, wrong, 1])
-    with pytest.raises(ValueError, match=r"(labels|targets?|classes|rows): expected (classes from )?0(, got -1| to 9, got)"):
+    with pytest.raises(
+        ValueError, match=r"(labels|targets?|classes|rows): expected (classes from )?0(, got -1| to 9, got)"
+    ):
         (ONE_EACH | SEVERAL)[name](net, labels if name in ONE_EACH else labels[:, None])
 
 

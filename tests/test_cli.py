@@ -28,7 +28,9 @@ def run(*arguments):
 def checkpoint(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "net.safetensors"
-    coda_fast.save(coda_fast.create_model("coda_xs_digits", class_names=[f"digit {i}" for i in range(10)]), path)
+    coda_fast.save(
+        coda_fast.create_model("coda_xs_digits", class_names=[f"digit {i}" for i in range(10)]), path
+    )
     return path
 
 
@@ -52,7 +54,18 @@ def test_explain(checkpoint, image, tmp_path, capsys):
 def test_explain_several_with_targets(checkpoint, image, tmp_path, capsys):
     second = tmp_path / "other.png"
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(second)
-    options = ("--checkpoint", checkpoint, "--output", tmp_path, "--target", "digit 3", "--target", 7, "--size", 0)
+    options = (
+        "--checkpoint",
+        checkpoint,
+        "--output",
+        tmp_path,
+        "--target",
+        "digit 3",
+        "--target",
+        7,
+        "--size",
+        0,
+    )
     assert run("explain", image, second, *options) == 0
     assert (tmp_path / "scan_explained.png").exists()
     assert (tmp_path / "other_explained.png").exists()
@@ -99,25 +112,46 @@ def test_explain_refuses_images(checkpoint, image, tmp_path, capsys, kind):
 
 
 def test_explain_draws_over_the_picture_that_was_given(checkpoint, tmp_path):
-    """Whatever way it is stored, to the last pixel; the figure is as wide as the picture, not as its crop, unless it is asked for whole."""
+    """Whatever way it is stored, to the last pixel; the figure is as wide as the picture, not as its crop,
+    unless it is asked for whole.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (24, 60, 3), dtype=np.uint8)
     names = [f"{i}.png" for i in range(1, 9)]
     for i, name in enumerate(names, 1):
         (tmp_path / name).write_bytes(turned(i, "PNG", pixels=pixels))
-    assert run("explain", *(tmp_path / name for name in names), "--checkpoint", checkpoint, "--output", tmp_path / "a") == 0
+    assert (
+        run(
+            "explain",
+            *(tmp_path / name for name in names),
+            "--checkpoint",
+            checkpoint,
+            "--output",
+            tmp_path / "a",
+        )
+        == 0
+    )
     figures = [np.asarray(Image.open(tmp_path / "a" / f"{i}_explained.png")) for i in range(1, 9)]
     assert all(np.array_equal(figure, figures[0]) for figure in figures)
-    assert run("explain", tmp_path / "6.png", "--checkpoint", checkpoint, "--output", tmp_path / "b", "--size", 8) == 0
+    assert (
+        run(
+            "explain", tmp_path / "6.png", "--checkpoint", checkpoint, "--output", tmp_path / "b", "--size", 8
+        )
+        == 0
+    )
     whole = np.asarray(Image.open(tmp_path / "b" / "6_explained.png"))
     assert whole.shape == figures[0].shape
     assert not np.array_equal(whole, figures[0])
 
 
 def test_explain_a_folder(checkpoint, tmp_path, capsys):
-    """All pictures in it, into folders of the same names; what is hidden is not looked at, what cannot be read is named."""
+    """All pictures in it, into folders of the same names; what is hidden is not looked at, what cannot be
+    read is named.
+    """
     for name in ("a.png", "sub/a.png", "sub/deeper/b.jpg"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)).save(tmp_path / "set" / name)
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)).save(
+            tmp_path / "set" / name
+        )
     (tmp_path / "set" / "._a.png").write_bytes(b"of macOS")
     (tmp_path / "set" / "sub" / "broken.png").write_bytes(b"nothing")
     assert run("explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "out") == 0
@@ -151,9 +185,16 @@ def test_explain_a_folder_with_names_that_differ_in_their_endings(checkpoint, tm
         (tmp_path / "set").mkdir(exist_ok=True)
         Image.new("L", (8, 8), 9).save(tmp_path / "set" / name)
     assert run("explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "out") == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.bmp_explained.png", "a.png_explained.png", "b_explained.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "a.bmp_explained.png",
+        "a.png_explained.png",
+        "b_explained.png",
+    ]
     capsys.readouterr()
-    assert run("explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "set" / "out") == 2
+    assert (
+        run("explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "set" / "out")
+        == 2
+    )
     _one_line(capsys, "output: expected a folder outside of")
 
 
@@ -170,7 +211,12 @@ def test_explain_passes_over_what_is_gone_when_its_turn_comes(checkpoint, tmp_pa
         draw(model, path, *rest)
 
     monkeypatch.setattr(cli, "_explain_picture", and_gone)
-    assert run("explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--size", 8) == 0
+    assert (
+        run(
+            "explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--size", 8
+        )
+        == 0
+    )
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_explained.png", "c_explained.png"]
     printed = capsys.readouterr().err
     assert "skipped" in printed
@@ -268,7 +314,8 @@ def test_demo(tmp_path, capsys):
     model = coda_fast.load(tmp_path / "demo" / "coda_demo.safetensors")
     assert model.temperature == TEMPERATURES[-1]
     assert (
-        coda_fast.checkpoints.read_metadata(tmp_path / "demo" / "coda_demo.safetensors")["accuracy"] == numbers["results"][-1]["accuracy"]
+        coda_fast.checkpoints.read_metadata(tmp_path / "demo" / "coda_demo.safetensors")["accuracy"]
+        == numbers["results"][-1]["accuracy"]
     )
     with Image.open(tmp_path / "demo" / "coda_demo.png") as figure:
         assert min(figure.size) > 1000
@@ -289,7 +336,9 @@ def _one_line(capsys, message):
 
 
 def test_pixels_out_of_range_are_one_line(checkpoint, image, tmp_path, capsys, monkeypatch):
-    """Said once for all images, and without the line of code that said it; what files hold is in [0, 1], so it takes a reader that errs."""
+    """Said once for all images, and without the line of code that said it; what files hold is in [0, 1],
+    so it takes a reader that errs.
+    """
     read = cli._as_network_sees
     monkeypatch.setattr(cli, "_as_network_sees", lambda *args: 255 * read(*args))
     monkeypatch.setattr(coda_fast.explain, "_WARNED", threading.Event())
@@ -305,7 +354,10 @@ def test_pixels_out_of_range_are_one_line(checkpoint, image, tmp_path, capsys, m
     [
         (["nobody"], "nobody: no such checkpoint"),
         (["coda_s_cifar10", "--arch", "70"], "arch: expected one of 80, .*, gfx942, got 70"),
-        (["coda_s_cifar10", "--dtype", "float64"], "'float64' is not one of 'bfloat16', 'float16', 'float32'"),
+        (
+            ["coda_s_cifar10", "--dtype", "float64"],
+            "'float64' is not one of 'bfloat16', 'float16', 'float32'",
+        ),
     ],
 )
 def test_compile_refuses(arguments, message, capsys):
@@ -316,11 +368,21 @@ def test_compile_refuses(arguments, message, capsys):
 def test_compile(checkpoint, capsys, monkeypatch):
     """A checkpoint's network, at its own size or another, channels last."""
     asked = []
-    monkeypatch.setattr(coda_fast, "compile_kernels", lambda net, *args, **options: asked.append((args, options)) or 3)
-    assert run("compile", checkpoint, "--arch", "gfx942", "--workers", "2", "--size", "24", "--dtype", "float16") == 0
+    monkeypatch.setattr(
+        coda_fast, "compile_kernels", lambda net, *args, **options: asked.append((args, options)) or 3
+    )
+    assert (
+        run("compile", checkpoint, "--arch", "gfx942", "--workers", "2", "--size", "24", "--dtype", "float16")
+        == 0
+    )
     assert run("compile", checkpoint, "--arch", "90") == 0
     (shape, dtype), options = asked[0]
-    assert (shape, dtype, options["arch"], options["workers"]) == ((16, 1, 24, 24), torch.float16, "gfx942", 2)
+    assert (shape, dtype, options["arch"], options["workers"]) == (
+        (16, 1, 24, 24),
+        torch.float16,
+        "gfx942",
+        2,
+    )
     assert options["memory_format"] == torch.channels_last
     assert asked[1][0] == ((16, 1, 8, 8), torch.bfloat16)
     assert asked[1][1]["arch"] == 90

@@ -48,7 +48,9 @@ def test_what_cannot_be_is_kept_and_said():
     assert set(report.kept.values()) == {
         f"groups={m.groups}, a DAU layer aligns with all channels" for m in map(net.get_submodule, depthwise)
     }
-    assert str(report).startswith("35 convolutions are DAU layers now, 17 are kept\n  kept features.1.conv.0.0: groups=32")
+    assert str(report).startswith(
+        "35 convolutions are DAU layers now, 17 are kept\n  kept features.1.conv.0.0: groups=32"
+    )
     assert net(torch.rand(2, 3, 32, 32)).shape == (2, 4)
 
 
@@ -91,13 +93,26 @@ def test_obstacles(make, reason):
 
 
 def test_geometry_device_dtype_and_mode():
-    conv = nn.Conv2d(3, 5, (3, 2), (2, 1), (1, 0), (1, 2), bias=False, dtype=torch.float64).eval().requires_grad_(False)
+    conv = (
+        nn.Conv2d(3, 5, (3, 2), (2, 1), (1, 0), (1, 2), bias=False, dtype=torch.float64)
+        .eval()
+        .requires_grad_(False)
+    )
     report = convert_conv2d(conv, rank=3, bias=False, norm="l2", eps=1e-3, backend="reference")
     layer = report.module
     assert report.converted == ("",)
     assert isinstance(layer, DAUConv2d)
-    assert layer(torch.rand(1, 3, 9, 9, dtype=torch.float64)).shape == conv(torch.rand(1, 3, 9, 9, dtype=torch.float64)).shape
-    assert (layer.rank, layer.norm, layer.eps, layer.backend, layer.bias) == (3, "l2", 1e-3, "reference", None)
+    assert (
+        layer(torch.rand(1, 3, 9, 9, dtype=torch.float64)).shape
+        == conv(torch.rand(1, 3, 9, 9, dtype=torch.float64)).shape
+    )
+    assert (layer.rank, layer.norm, layer.eps, layer.backend, layer.bias) == (
+        3,
+        "l2",
+        1e-3,
+        "reference",
+        None,
+    )
     assert not layer.training
     assert not any(p.requires_grad for p in layer.parameters())
     assert convert_conv2d(nn.Conv2d(3, 5, 4, padding="same")).module.padding == "same"
@@ -141,7 +156,10 @@ def test_one_name_of_a_shared_convolution_is_all():
     assert isinstance(net["c"], nn.Conv2d)
 
 
-@pytest.mark.parametrize(("name", "count", "kept"), [("resnet10t", 14, 0), ("efficientnet_lite0", 33, 16), ("convnext_atto", 28, 12)])
+@pytest.mark.parametrize(
+    ("name", "count", "kept"),
+    [("resnet10t", 14, 0), ("efficientnet_lite0", 33, 16), ("convnext_atto", 28, 12)],
+)
 def test_models_of_timm(name, count, kept):
     """Stems, bottlenecks and patch embeddings become DAU layers, depthwise convolutions stay."""
     net = timm.create_model(name, num_classes=3)
@@ -153,7 +171,9 @@ def test_models_of_timm(name, count, kept):
 
 
 @pytest.mark.parametrize(
-    "only", ["layer4.*", ["layer4.0.*", "layer4.1.*"], lambda name, conv: conv.out_channels == 512], ids=["pattern", "patterns", "function"]
+    "only",
+    ["layer4.*", ["layer4.0.*", "layer4.1.*"], lambda name, conv: conv.out_channels == 512],
+    ids=["pattern", "patterns", "function"],
 )
 def test_only_some(only):
     net = torchvision.models.resnet18()
@@ -166,7 +186,14 @@ def test_only_some(only):
 def test_nothing_is_changed_where_something_is_wrong():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     before = copy.deepcopy(net.state_dict())
-    for options in (dict(rank=0), dict(norm="l3"), dict(only="nothing.*"), dict(only=["0", "2"]), dict(rank=10**13), dict(rank=2.5)):
+    for options in (
+        dict(rank=0),
+        dict(norm="l3"),
+        dict(only="nothing.*"),
+        dict(only=["0", "2"]),
+        dict(rank=10**13),
+        dict(rank=2.5),
+    ):
         with pytest.raises(ValueError, match="expected"):
             convert_conv2d(net, **options)
     for only in ([0], [None], 1):
@@ -193,7 +220,9 @@ def test_memory_is_asked_for_all_layers_together(monkeypatch):
 
 
 def test_a_network_without_anything_between_is_explained_exactly():
-    """Convolutions alone become a dynamic linear network: the rows of its map, applied to the input, are its outputs."""
+    """Convolutions alone become a dynamic linear network: the rows of its map, applied to the input, are
+    its outputs.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, 2)).double()
     convert_conv2d(net, rank=3)

@@ -10,7 +10,9 @@ from coda_fast import demo
 
 @dataclasses.dataclass
 class _Oracle:
-    """Explains class c of a grid by a map that is ``inside`` on the pixels of its own cell and ``outside`` elsewhere."""
+    """Explains class c of a grid by a map that is ``inside`` on the pixels of its own cell and ``outside``
+    elsewhere.
+    """
 
     inside: float
     outside: float
@@ -19,7 +21,8 @@ class _Oracle:
         maps = torch.full((len(canvases), targets.shape[1], *canvases.shape[2:]), self.outside)
         for i in range(len(canvases)):
             for k in range(targets.shape[1]):
-                maps[i, k][canvases[i, 0] == targets[i, k]] = self.inside  # each image is painted with its class
+                # each image is painted with its class
+                maps[i, k][canvases[i, 0] == targets[i, k]] = self.inside
         return dataclasses.make_dataclass("E", ["contribution_map"])(maps)
 
 
@@ -31,7 +34,9 @@ LOGITS = torch.nn.functional.one_hot(LABELS, 6) * 2.0 - 1
 DATA = demo.Data(None, None, IMAGES, LABELS, [str(c) for c in range(6)])
 
 
-@pytest.mark.parametrize(("inside", "outside", "score"), [(1, 0, 1.0), (1, 1, 0.25), (3, 1, 0.5), (-1, -1, 0.0)])
+@pytest.mark.parametrize(
+    ("inside", "outside", "score"), [(1, 0, 1.0), (1, 1, 0.25), (3, 1, 0.5), (-1, -1, 0.0)]
+)
 def test_localisation_of_known_maps(inside, outside, score):
     ours, grids = demo.localisation_score(_Oracle(inside, outside), DATA, LOGITS, seed=0)
     assert grids > 0

@@ -29,7 +29,9 @@ MAPS = ("dynamic_weight", "contributions", "contribution_map")
 
 def _model(dtype=torch.float32, **options):
     torch.manual_seed(1)
-    config = dict(out_channels=[6, 8, 5], ranks=[3, 4, 4], kernel_sizes=[3, 3, 1], strides=[1, 2, 1], temperature=5.0)
+    config = dict(
+        out_channels=[6, 8, 5], ranks=[3, 4, 4], kernel_sizes=[3, 3, 1], strides=[1, 2, 1], temperature=5.0
+    )
     return CoDANet(**(config | options), dtype=dtype)
 
 
@@ -64,7 +66,9 @@ def test_complete_in_published_depth(name):
     assert (e.completeness_error <= 1e-5 * chosen).all(), e.completeness_error / chosen
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=str
+)
 @pytest.mark.parametrize("name", ["coda_s_cifar10", "coda_xs_digits"])
 def test_completeness_error_is_rounding(name, dtype, bound):
     """The bounds of the README: a share of what is added up, for all classes, the unlikely ones too."""
@@ -85,7 +89,9 @@ def test_completeness_error_sees_what_is_missing():
 
 
 def test_dynamic_weight_is_the_linear_map():
-    """contributions = weight * encoded image, and the weight is the row of the product of the layers' matrices."""
+    """contributions = weight * encoded image, and the weight is the row of the product of the layers'
+    matrices.
+    """
     model = _model(torch.float64, out_channels=[4, 5], ranks=[3, 3], kernel_sizes=[2, 1], strides=[1, 1])
     images = torch.rand(1, 3, 3, 4, dtype=torch.float64)
     e = model.explain(images, 2)
@@ -101,7 +107,11 @@ def test_dynamic_weight_is_the_linear_map():
                 unit = torch.zeros_like(output).flatten()
                 unit[i] = 1
                 parameters = (layer.reduction_weight, layer.weight, layer.bias)
-                rows.append(dau_conv2d_transpose(activations, unit.view_as(output), *parameters, backend="reference").flatten())
+                rows.append(
+                    dau_conv2d_transpose(
+                        activations, unit.view_as(output), *parameters, backend="reference"
+                    ).flatten()
+                )
             step = torch.stack(rows)
             matrix = step if matrix is None else step @ matrix
             activations = output
@@ -119,7 +129,9 @@ def test_targets():
     for i in range(3):
         for k in range(2):
             single = model.explain(images[i : i + 1], int(several.target[i, k]))
-            assert torch.allclose(several.contributions[i, k], single.contributions[0, 0], rtol=1e-4, atol=1e-7)
+            assert torch.allclose(
+                several.contributions[i, k], single.contributions[0, 0], rtol=1e-4, atol=1e-7
+            )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +168,10 @@ def test_refuses_layers(layer, error, message):
 
 def test_layer_as_module():
     model, images = _model(), torch.rand(1, 3, 8, 8)
-    assert torch.equal(model.explain(images, layer=model.layers[1]).contributions, model.explain(images, layer=1).contributions)
+    assert torch.equal(
+        model.explain(images, layer=model.layers[1]).contributions,
+        model.explain(images, layer=1).contributions,
+    )
     with pytest.raises(ValueError, match="of this model, got one of another"):
         model.explain(images, layer=_model().layers[1])
 
@@ -184,7 +199,10 @@ def test_memory_budget_bounds_the_chunk(monkeypatch):
 
     model, images = _model(), torch.rand(4, 3, 16, 16)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), model.explanation_mode():
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        model.explanation_mode(),
+    ):
         model(images)
     parameters = {p.data_ptr() for p in model.parameters()}
     numbers = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in parameters)
@@ -192,7 +210,9 @@ def test_memory_budget_bounds_the_chunk(monkeypatch):
     assert numbers <= 4 * fixed
     sizes = []
     chunked = module._explain_chunk
-    monkeypatch.setattr(module, "_explain_chunk", lambda m, x, *rest: sizes.append(len(x)) or chunked(m, x, *rest))
+    monkeypatch.setattr(
+        module, "_explain_chunk", lambda m, x, *rest: sizes.append(len(x)) or chunked(m, x, *rest)
+    )
     model.explain(images, memory_budget=3 * (fixed + each))
     assert sizes == [3, 1]
 
@@ -205,7 +225,9 @@ def test_memory_budget_bounds_the_classes(monkeypatch):
     model, images = _model(), torch.rand(1, 3, 16, 16)
     fixed, each = module._bytes_per_image(model, images)
     together, whole = [], factored.adjoints
-    monkeypatch.setattr(factored, "adjoints", lambda x, values, *rest: together.append(len(values)) or whole(x, values, *rest))
+    monkeypatch.setattr(
+        factored, "adjoints", lambda x, values, *rest: together.append(len(values)) or whole(x, values, *rest)
+    )
     model.explain(images, [[0, 1, 2, 3, 4]], memory_budget=fixed + 2 * each)
     assert together == [2] * 3 + [2] * 3 + [1] * 3  # three layers
 
@@ -259,7 +281,9 @@ def test_thousand_calls_keep_memory_flat():
     assert _tensors_alive() <= tensors  # fewer: what tests before this one left to the collector
     grown = process.memory_info().rss - memory
     one_result = sum(getattr(model.explain(images, [[0, 1], [2, 3]]), name).nbytes for name in MAPS)
-    assert grown < 50 * one_result, f"{grown} bytes after 1000 calls; one leaked result would be {1000 * one_result}"
+    assert grown < 50 * one_result, (
+        f"{grown} bytes after 1000 calls; one leaked result would be {1000 * one_result}"
+    )
 
 
 def test_gradients_accumulated_elsewhere_stay():
@@ -270,7 +294,8 @@ def test_gradients_accumulated_elsewhere_stay():
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
 
 
-# -- the object -------------------------------------------------------------------------------------------------------------------------
+# -- the object
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _fields(explanation):
@@ -280,7 +305,11 @@ def _fields(explanation):
 def _same(a, b):
     for name, value in _fields(a).items():
         other = getattr(b, name)
-        same = torch.equal(value, other) and value.dtype == other.dtype if isinstance(value, torch.Tensor) else value == other
+        same = (
+            torch.equal(value, other) and value.dtype == other.dtype
+            if isinstance(value, torch.Tensor)
+            else value == other
+        )
         assert same, name
 
 
@@ -305,16 +334,35 @@ def test_images_of_an_explanation():
     assert [len(one) for one in e] == [1] * 4
     reverse, several = [3, 2, 1, 0], [2, -4]
     for index, rows in [
-        (slice(None, None, -1), reverse), (several, [2, 0]), (np.array(several), [2, 0]), (torch.tensor(several), [2, 0]),
-        (range(1, 4, 2), [1, 3]), ([], []), (np.array([True, False, False, True]), [0, 3]), ([False, True, True, False], [1, 2]),
-        (torch.tensor(3), [3]), (torch.tensor([1], dtype=torch.uint8), [1]),
-    ]:  # fmt: skip
+        (slice(None, None, -1), reverse),
+        (several, [2, 0]),
+        (np.array(several), [2, 0]),
+        (torch.tensor(several), [2, 0]),
+        (range(1, 4, 2), [1, 3]),
+        ([], []),
+        (np.array([True, False, False, True]), [0, 3]),
+        ([False, True, True, False], [1, 2]),
+        (torch.tensor(3), [3]),
+        (torch.tensor([1], dtype=torch.uint8), [1]),
+    ]:
         assert torch.equal(e[index].target, classes[rows])
         assert torch.equal(e[index].images, images[rows])
     for index in (4, -5, [0, 4], [-5], torch.tensor([9]), [True, False]):
         with pytest.raises(IndexError):
             e[index]
-    for index in ((0, 1), "a", None, ..., 1.0, True, [0.5], torch.zeros(4), torch.tensor([[0, 1]]), torch.tensor(True), ["a"]):
+    for index in (
+        (0, 1),
+        "a",
+        None,
+        ...,
+        1.0,
+        True,
+        [0.5],
+        torch.zeros(4),
+        torch.tensor([[0, 1]]),
+        torch.tensor(True),
+        ["a"],
+    ):
         with pytest.raises(TypeError, match="index: expected"):
             e[index]
 
@@ -322,7 +370,9 @@ def test_images_of_an_explanation():
 def test_moved_explanations():
     e = _model().explain(torch.rand(2, 3, 8, 8))
     wide = e.to(torch.float64)
-    assert all(t.dtype == (torch.float64 if t.is_floating_point() else torch.int64) for t in wide._tensors().values())
+    assert all(
+        t.dtype == (torch.float64 if t.is_floating_point() else torch.int64) for t in wide._tensors().values()
+    )
     assert torch.equal(wide.contributions, e.contributions.double())
     assert e.to("meta").contributions.device.type == "meta"
     _same(e.to("cpu"), e)
@@ -361,11 +411,23 @@ def test_files_that_are_no_explanation(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "facts", "message"),
     [
-        ({"target": torch.zeros(2, 3, dtype=torch.long)}, {}, r"expected target of shape \[2, 2\], got \[2, 3\]"),
+        (
+            {"target": torch.zeros(2, 3, dtype=torch.long)},
+            {},
+            r"expected target of shape \[2, 2\], got \[2, 3\]",
+        ),
         ({"target": torch.full((2, 2), 5)}, {}, "target: expected classes from 0 to 4, got 5 to 5"),
         ({"target": torch.zeros(2, 2)}, {}, "expected integer classes"),
-        ({"logits": torch.zeros(2, 5, dtype=torch.long)}, {}, "expected integer classes and floating-point tensors"),
-        ({"contribution_map": torch.zeros(3)}, {}, r"expected contribution_map of shape \[2, 2, 8, 8\], got \[3\]"),
+        (
+            {"logits": torch.zeros(2, 5, dtype=torch.long)},
+            {},
+            "expected integer classes and floating-point tensors",
+        ),
+        (
+            {"contribution_map": torch.zeros(3)},
+            {},
+            r"expected contribution_map of shape \[2, 2, 8, 8\], got \[3\]",
+        ),
         ({"dynamic_weight": torch.zeros(3)}, {}, "expected dynamic_weight"),
         ({"images": torch.zeros(3, 3, 8, 8)}, {}, r"expected images of shape \[2, C, H, W\]"),
         ({"logits": None}, {}, "expected the tensors of an explanation, got others or none: logits"),
@@ -445,7 +507,8 @@ def test_an_explanation_without_matplotlib(monkeypatch):
         e.plot()
 
 
-# -- pixels out of range ----------------------------------------------------------------------------------------------------------------
+# -- pixels out of range
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -457,7 +520,12 @@ def unwarned(monkeypatch):
     ("scale", "shift", "cause"),
     [
         (255, 0, r"got \S+ to 25\S+; are they 0 to 255\? Divide them by 255\. This is said once\."),
-        (1 / 0.22, -0.45 / 0.22, r"got -2\S* to 2\S*; were they normalised by mean and standard deviation\? Give them as they were"),
+        (
+            1 / 0.22,
+            -0.45 / 0.22,
+            r"got -2\S* to 2\S*; were they normalised by mean and standard deviation\? "
+            r"Give them as they were",
+        ),
         (2, -1, r"got -0\.9\S* to (1|0\.9\S*); were they normalised"),
         (1.1, -0.05, r"got -0\.0\S* to 1\.0\S*; did resizing or added noise overshoot\? Clamp them"),
     ],
@@ -465,7 +533,7 @@ def unwarned(monkeypatch):
 )
 def test_images_out_of_range_are_said_once(scale, shift, cause, unwarned):
     model, images = _model(), scale * torch.rand(3, 3, 8, 8) + shift
-    explain = lambda: [model.explain(images, memory_budget=1) for _ in range(3)]  # noqa: E731
+    explain = lambda: [model.explain(images, memory_budget=1) for _ in range(3)]
     with pytest.warns(UserWarning, match=r"images: expected pixels in \[0, 1\].*" + cause) as caught:
         explain()
     assert len(caught) == 1
@@ -496,5 +564,7 @@ def test_logits_that_are_not_finite():
     """Squares of 1e30 leave float32: named, with the image and how far its pixels reach."""
     model, images = _model(), torch.rand(3, 3, 8, 8)
     images[1] *= 1e30
-    with pytest.raises(ValueError, match=r"expected finite logits, got \[nan.* for image 1; pixels reach (\S+e\+29|1e\+30)"):
+    with pytest.raises(
+        ValueError, match=r"expected finite logits, got \[nan.* for image 1; pixels reach (\S+e\+29|1e\+30)"
+    ):
         model.explain(images)

@@ -1,4 +1,6 @@
-"""Explanation mode is a property of a call: whatever runs beside it, before it or after it sees nothing of it."""
+"""Explanation mode is a property of a call: whatever runs beside it, before it or after it sees nothing of
+it.
+"""
 
 import asyncio
 import contextlib
@@ -55,7 +57,9 @@ def case():
     """(network, images, gradient in explanation mode, gradient without)."""
     net, images = _network(), _images()
     explained, plain = _explained(net, images), _input_gradient(net, images)
-    assert not torch.allclose(explained, plain, rtol=1e-2), "the two modes have other gradients, or the tests below would show nothing"
+    assert not torch.allclose(explained, plain, rtol=1e-2), (
+        "the two modes have other gradients, or the tests below would show nothing"
+    )
     return net, images, explained, plain
 
 
@@ -69,11 +73,14 @@ def _training_step(net):
     return torch.autograd.grad(loss, list(net.parameters()))
 
 
-# -- threads ----------------------------------------------------------------------------------------------------------------------------
+# -- threads
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_explained_in_eight_threads_while_it_trains():
-    """100 explanations in each of 8 threads are those of a thread alone; so is every training step beside them."""
+    """100 explanations in each of 8 threads are those of a thread alone; so is every training step beside
+    them.
+    """
     net = _network()
     expected = [net.explain(_images(1, seed), seed % 3) for seed in range(8)]
     gradients = _training_step(net)
@@ -126,14 +133,18 @@ def test_the_backward_pass_may_run_in_another_thread(case):
 
 
 def test_replicas_of_data_parallel(case):
-    """``torch.nn.DataParallel`` makes replicas of each module in the caller's thread and calls them in others."""
+    """``torch.nn.DataParallel`` makes replicas of each module in the caller's thread and calls them in
+    others.
+    """
     net, images, explained, plain = case
 
     def replicated(layer):
         return layer._replicate_for_data_parallel()
 
     class Replica:
-        """What ``torch.nn.parallel.replicate`` builds, which only takes GPUs: replicas of all modules, the parameters put back."""
+        """What ``torch.nn.parallel.replicate`` builds, which only takes GPUs: replicas of all modules, the
+        parameters put back.
+        """
 
         def __init__(self, net):
             self.net, self.layers = net, []
@@ -157,7 +168,8 @@ def test_replicas_of_data_parallel(case):
     _nothing_left(net)
 
 
-# -- generators and tasks ---------------------------------------------------------------------------------------------------------------
+# -- generators and tasks
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _gradients(net, images):
@@ -223,7 +235,8 @@ def test_an_asynchronous_generator_that_is_left_early(case):
     asyncio.run(run())
 
 
-# -- recomputed segments ----------------------------------------------------------------------------------------------------------------
+# -- recomputed segments
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -261,7 +274,8 @@ def test_a_checkpointed_segment_that_is_recomputed(where, backend, save_contract
         with ThreadPoolExecutor(1) as pool:
             found = pool.submit(lambda: torch.autograd.grad(total, leaf)[0]).result()
     assert torch.equal(found, explained)
-    total = call(leaf)[:, 0].sum()  # and the other way round: a segment of training that is recomputed within the mode
+    # and the other way round: a segment of training that is recomputed within the mode
+    total = call(leaf)[:, 0].sum()
     with explanation_mode(net):
         found = torch.autograd.grad(total, leaf)[0]
     assert torch.equal(found, _input_gradient(net, images))
@@ -269,8 +283,11 @@ def test_a_checkpointed_segment_that_is_recomputed(where, backend, save_contract
 
 def test_a_reentrant_checkpoint_is_refused_in_the_mode_and_trains_without(case):
     net, images, _, plain = case
-    segment = lambda x: checkpoint(net, x, use_reentrant=True)  # noqa: E731
-    with explanation_mode(net), pytest.raises(RuntimeError, match="expected torch.utils.checkpoint with use_reentrant=False"):
+    segment = lambda x: checkpoint(net, x, use_reentrant=True)
+    with (
+        explanation_mode(net),
+        pytest.raises(RuntimeError, match="expected torch.utils.checkpoint with use_reentrant=False"),
+    ):
         segment(images.clone().requires_grad_())
     with explanation_mode(net), torch.no_grad():
         net(images)  # no graph, no checkpoint, no complaint
@@ -279,10 +296,13 @@ def test_a_reentrant_checkpoint_is_refused_in_the_mode_and_trains_without(case):
     assert torch.equal(leaf.grad, plain)
 
 
-# -- copies and wrappers ----------------------------------------------------------------------------------------------------------------
+# -- copies and wrappers
+# ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_networks_of_their_own(case, duplicate):
     net, images, explained, plain = case
     with explanation_mode(net):
@@ -304,7 +324,9 @@ def test_through_wrappers(case):
 
 
 def test_fully_sharded(tmp_path):
-    """FSDP2 of one process: sharded parameters, gathered by hooks that explanation mode goes through like any call."""
+    """FSDP2 of one process: sharded parameters, gathered by hooks that explanation mode goes through like
+    any call.
+    """
     program = """
     import sys
     import torch, torch.distributed as dist
@@ -338,12 +360,17 @@ def test_fully_sharded(tmp_path):
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
-        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert run.stdout.strip().endswith("done"), run.stderr[-2000:]
 
 
-# -- compiled and exported --------------------------------------------------------------------------------------------------------------
+# -- compiled and exported
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -354,7 +381,9 @@ def counter():
 
 
 def test_one_graph_for_each_mode(case, counter):
-    """Whichever mode comes first, and whatever other networks are explained; the mode of a call is looked up when it is made."""
+    """Whichever mode comes first, and whatever other networks are explained; the mode of a call is looked
+    up when it is made.
+    """
     net, images, explained, plain = case
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     other = _network()
@@ -370,9 +399,12 @@ def test_one_graph_for_each_mode(case, counter):
     assert counter.frame_count == 3
 
 
-# That a thread compiles is a flag of the whole process: the others are to go on without compiled code meanwhile, and not to fail. Torch's
-# guards, asked in several threads at once, fail now and then, which makes them compile again: how often is no matter here.
-@torch._dynamo.config.patch(error_on_nested_fx_trace=False, recompile_limit=1000, accumulated_recompile_limit=1000)
+# That a thread compiles is a flag of the whole process: the others are to go on without compiled code
+# meanwhile, and not to fail. Torch's guards, asked in several threads at once, fail now and then, which makes
+# them compile again: how often is no matter here.
+@torch._dynamo.config.patch(
+    error_on_nested_fx_trace=False, recompile_limit=1000, accumulated_recompile_limit=1000
+)
 def test_compiled_in_threads(case, counter):
     net, images, explained, plain = case
     compiled = torch.compile(net, backend=counter, fullgraph=True)
@@ -382,18 +414,26 @@ def test_compiled_in_threads(case, counter):
     def repeat(explains):
         begin.wait()
         expected = explained if explains else plain
-        call = (lambda: _explained(compiled, images)) if explains else (lambda: _input_gradient(compiled, images))
+        call = (
+            (lambda: _explained(compiled, images))
+            if explains
+            else (lambda: _input_gradient(compiled, images))
+        )
         return [float((call() - expected).abs().max()) for _ in range(50)]
 
     with ThreadPoolExecutor(4) as pool:
         # since torch 2.14, settings belong to a context, which a thread does not inherit
-        found = [pool.submit(contextvars.copy_context().run, repeat, explains) for explains in (True, False, True, False)]
+        found = [
+            pool.submit(contextvars.copy_context().run, repeat, explains)
+            for explains in (True, False, True, False)
+        ]
         assert max(error for errors in found for error in errors.result()) < 1e-12
 
 
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14),
-    reason="torch.compile of torch before 2.14 cannot read context variables: compiled code sees the mode of its thread",
+    reason="torch.compile of torch before 2.14 cannot read context variables: compiled code sees the mode of "
+    "its thread",
 )
 def test_compiled_in_tasks_of_asyncio(case, counter):
     net, images, explained, plain = case

@@ -1,4 +1,6 @@
-"""Export: decompositions, ONNX files in onnxruntime on real pictures, packages of AOTInductor, the command, the example."""
+"""Export: decompositions, ONNX files in onnxruntime on real pictures, packages of AOTInductor, the
+command, the example.
+"""
 
 import contextlib
 import json
@@ -55,13 +57,17 @@ def photograph(side):
 def trained():
     """A network that tells digits apart, in a few seconds of training."""
     torch.manual_seed(0)
-    model = coda_fast.create_model("coda_xs_digits", temperature=10.0, class_names=[f"digit {i}" for i in range(10)])
+    model = coda_fast.create_model(
+        "coda_xs_digits", temperature=10.0, class_names=[f"digit {i}" for i in range(10)]
+    )
     images, classes = digits()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(60):
         chosen = torch.arange(step * 64, (step + 1) * 64) % 1500
         optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(model(images[chosen]), F.one_hot(classes[chosen], 10).float()).backward()
+        F.binary_cross_entropy_with_logits(
+            model(images[chosen]), F.one_hot(classes[chosen], 10).float()
+        ).backward()
         optimizer.step()
     with torch.no_grad():
         assert (model(images[1500:]).argmax(1) == classes[1500:]).float().mean() > 0.7
@@ -91,7 +97,8 @@ def run_onnx(started, *tensors):
     return [torch.from_numpy(result) for result in results]
 
 
-# -- the decompositions -----------------------------------------------------------------------------------------------------------------
+# -- the decompositions
+# ------------------------------------------------------------------------------------------------------------
 
 WINDOWS = {
     "plain": ([1, 1], [0, 0, 0, 0], [1, 1]),
@@ -106,7 +113,13 @@ WINDOWS = {
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize(
     ("channels", "units", "rank", "kernel", "bias"),
-    [(5, 4, 3, (3, 2), True), (3, 4, 1, (2, 2), False), (2, 3, 9, (1, 3), True), (4, 3, 9, (1, 1), False), (1, 2, 1, (1, 1), True)],
+    [
+        (5, 4, 3, (3, 2), True),
+        (3, 4, 1, (2, 2), False),
+        (2, 3, 9, (1, 3), True),
+        (4, 3, 9, (1, 1), False),
+        (1, 2, 1, (1, 1), True),
+    ],
 )
 def test_decompositions_are_the_definition(channels, units, rank, kernel, bias, window, norm, applied):
     """In float64; what is kept is what the factored backend keeps, with its dtypes and strides."""
@@ -147,7 +160,9 @@ def test_decompositions_in_lower_precision(dtype):
     kept = _decompositions.align(wide[0], None, *wide[1:], *rest, False, "norm", "factored")
     assert_close(output, kept[0], bound)
     assert_close(square, kept[2], 1e-6)
-    assert_close(transposed, _decompositions.adjoint(wide[0], value.double(), *wide[1:], *rest, "factored"), bound)
+    assert_close(
+        transposed, _decompositions.adjoint(wide[0], value.double(), *wide[1:], *rest, "factored"), bound
+    )
 
 
 @pytest.mark.parametrize("norm", ["squash", "l2"])
@@ -160,7 +175,9 @@ def test_weights_that_nearly_cancel(norm):
     rest = ([1, 1], [0, 0, 0, 0], [1, 1], norm, 1e-6)
     opposite = -torch.einsum("nrchw,r->nchw", generate.double(), z)
     bias = (opposite + 1e-4 * torch.randn_like(opposite)).float()
-    output, _, square, *_ = _decompositions.align(x, None, reduce, generate, bias, *rest, False, "norm", "factored")
+    output, _, square, *_ = _decompositions.align(
+        x, None, reduce, generate, bias, *rest, False, "norm", "factored"
+    )
     wide = [t.double() for t in (x, reduce, generate, bias)]
     geometry = Geometry((3, 3), (1, 1), (1, 1), (0, 0, 0, 0))
     length = torch.linalg.vector_norm(opposite.flatten(1) - wide[3].flatten(1), dim=1)
@@ -175,17 +192,23 @@ def test_weights_that_nearly_cancel(norm):
 
 @pytest.mark.parametrize("norm", ["squash", "l2"])
 def test_weights_that_are_rounding(norm):
-    """A z and b cancel to the last digit: |y| <= |x| s(|w|^2) |w| all the same, in half of the units thanks to Cauchy-Schwarz alone."""
+    """A z and b cancel to the last digit: |y| <= |x| s(|w|^2) |w| all the same, in half of the units
+    thanks to Cauchy-Schwarz alone.
+    """
     torch.manual_seed(1)
     reduce, generate, _ = random_layer(3, 1000, 1, (1, 1), dtype=torch.float32)
     generate = generate * 1e3
     x = torch.randn(1, 3, 1, 1)
     bias = -generate[:, 0] * F.conv2d(x, reduce)[0]
     rest = ([1, 1], [0, 0, 0, 0], [1, 1], norm, 1e-6)
-    output, _, square, *_ = _decompositions.align(x, None, reduce, generate, bias, *rest, False, "norm", "factored")
+    output, _, square, *_ = _decompositions.align(
+        x, None, reduce, generate, bias, *rest, False, "norm", "factored"
+    )
     assert (square >= 0).all()
     length = square.view(output.shape).sqrt()
-    most = x.norm() * (length.square() / (1 + length.square()) if norm == "squash" else length / length.clamp_min(1e-6))
+    most = x.norm() * (
+        length.square() / (1 + length.square()) if norm == "squash" else length / length.clamp_min(1e-6)
+    )
     assert (output.abs() <= most * (1 + 1e-5) + 1e-10).all()
 
 
@@ -195,7 +218,9 @@ def decompositions_for_factored():
 
     def align(*tensors_and_rest):
         *tensors, geometry, norm, eps, keep = tensors_and_rest
-        output, dot, square, *_ = _decompositions.align(*tensors, *geometry.lists(), norm, eps, False, keep, "factored")
+        output, dot, square, *_ = _decompositions.align(
+            *tensors, *geometry.lists(), norm, eps, False, keep, "factored"
+        )
         return output, *(kept if kept.numel() else None for kept in (dot, square)), None, None
 
     def adjoint(*tensors_and_rest):
@@ -217,7 +242,9 @@ def test_ends_of_the_range_of_numbers(dtype, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_not_finite(dtype):
-    """In images; of weights that are infinite, a convolution takes no notice where they meet its own padding."""
+    """In images; of weights that are infinite, a convolution takes no notice where they meet its own
+    padding.
+    """
     tried = 0
     with decompositions_for_factored():
         for seed in range(80):
@@ -229,7 +256,9 @@ def test_not_finite(dtype):
 
 
 def test_fake_kernels_stay_what_they_are():
-    """torch.compile with symbolic sizes asks the fake kernels, not the decompositions, which torch would prefer otherwise."""
+    """torch.compile with symbolic sizes asks the fake kernels, not the decompositions, which torch would
+    prefer otherwise.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -243,18 +272,26 @@ def test_fake_kernels_stay_what_they_are():
         assert any(isinstance(length, torch.SymInt) for length in fake[0].shape)
         rest = (*WINDOWS["odd"], "squash", 1e-6)
         output, *kept = ops.align(fake[0], None, *fake[2:], *rest, True, "norm", "factored")
-        ops.align_backward(output, fake[0], None, *fake[2:], *kept, *rest, True, [True, *[False] * 4], "factored")
+        ops.align_backward(
+            output, fake[0], None, *fake[2:], *kept, *rest, True, [True, *[False] * 4], "factored"
+        )
         ops.adjoint(fake[0], fake[1], *fake[2:], *rest, "factored")
     assert not calls
 
 
 def test_import_is_light():
-    code = "import sys, coda_fast; print(*(n for n in sys.modules if n.split('.')[:2] in (['torch', 'onnx'], ['torch', '_inductor'])))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(), timeout=300)
+    code = (
+        "import sys, coda_fast; print(*(n for n in sys.modules if n.split('.')[:2] in (['torch', 'onnx'], "
+        "['torch', '_inductor'])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=_environment(), timeout=300
+    )
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
 
 
-# -- plain torch.onnx.export ------------------------------------------------------------------------------------------------------------
+# -- plain torch.onnx.export
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Several(nn.Module):
@@ -280,19 +317,27 @@ class Several(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:Exporting a model while it is in training mode")
 def test_plain_export_of_layers(tmp_path):
-    """Whatever module a layer is in, as anybody exports it, while it trains: batches and sizes other than the exported one."""
+    """Whatever module a layer is in, as anybody exports it, while it trains: batches and sizes other than
+    the exported one.
+    """
     module = Several()
     images = photograph(12).repeat(2, 1, 1, 1)
     dynamic = {0: "batch", 2: "height", 3: "width"}
-    torch.onnx.export(module, (images,), tmp_path / "x.onnx", dynamo=True, dynamic_shapes=(dynamic,), verbose=False)
+    torch.onnx.export(
+        module, (images,), tmp_path / "x.onnx", dynamo=True, dynamic_shapes=(dynamic,), verbose=False
+    )
     started = session(tmp_path / "x.onnx")
     for shape in ((1, 12, 16), (5, 12, 16), (3, 15, 11)):
-        images = F.interpolate(photograph(24), shape[1:]).repeat(shape[0], 1, 1, 1) * torch.rand(shape[0], 1, 1, 1)
+        images = F.interpolate(photograph(24), shape[1:]).repeat(shape[0], 1, 1, 1) * torch.rand(
+            shape[0], 1, 1, 1
+        )
         with torch.no_grad():
             expected = module(images)
         for index, (ours, truth) in enumerate(zip(run_onnx(started, images), expected, strict=True)):
             assert ours.dtype == truth.dtype
-            assert_close(ours, truth, 2e-3 if truth.dtype == torch.float16 else 1e-5, f"layer {index}, {shape}")
+            assert_close(
+                ours, truth, 2e-3 if truth.dtype == torch.float16 else 1e-5, f"layer {index}, {shape}"
+            )
 
 
 class GradientTimesInput(nn.Module):
@@ -323,11 +368,14 @@ def test_plain_export_of_networks(trained, tmp_path):
             assert_close(ours, module(some), 1e-5, f"{name}, batch {batch}")
 
 
-# -- logits and explanation in onnxruntime ----------------------------------------------------------------------------------------------
+# -- logits and explanation in onnxruntime
+# ----------------------------------------------------------------------------------------------
 
 
 def _assert_explains(model, started, images, target):
-    """Logits and map to 1e-5 of the network in float64, and complete: relative to the sum of absolute contributions where that is large."""
+    """Logits and map to 1e-5 of the network in float64, and complete: relative to the sum of absolute
+    contributions where that is large.
+    """
     logits, contribution_map = run_onnx(started, images, target)
     truth = coda_fast.CoDANet(**model.config()).double()
     truth.load_state_dict(model.state_dict())
@@ -340,7 +388,9 @@ def _assert_explains(model, started, images, target):
     assert ((contribution_map - e.contribution_map[:, 0]).abs().amax((1, 2)) <= bound).all()
     assert_close(contribution_map, e.contribution_map[:, 0], 1e-4)  # as pictures, too
     total = contribution_map.sum((1, 2), dtype=torch.float64) + model.logit_bias
-    assert ((total - logits.gather(1, target[:, None])[:, 0]).abs() <= 1e-6 * (size + logits.abs().amax(1))).all()
+    assert (
+        (total - logits.gather(1, target[:, None])[:, 0]).abs() <= 1e-6 * (size + logits.abs().amax(1))
+    ).all()
 
 
 def test_digits(trained, explained):
@@ -368,8 +418,21 @@ def test_colour_photograph(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(norm="l2", bias=False, ranks=[1, 3, 40], strides=[2, 1, 1], kernel_sizes=[(3, 2), (4, 2), 1], paddings=[1, "same", 0]),
-        dict(ranks=[2, 3, 4], strides=[3, (1, 2), 1], kernel_sizes=[2, 3, (1, 2)], paddings=[(0, 2), 1, (1, 0)], backend="reference"),
+        dict(
+            norm="l2",
+            bias=False,
+            ranks=[1, 3, 40],
+            strides=[2, 1, 1],
+            kernel_sizes=[(3, 2), (4, 2), 1],
+            paddings=[1, "same", 0],
+        ),
+        dict(
+            ranks=[2, 3, 4],
+            strides=[3, (1, 2), 1],
+            kernel_sizes=[2, 3, (1, 2)],
+            paddings=[(0, 2), 1, (1, 0)],
+            backend="reference",
+        ),
     ],
     ids=["l2, same, rank 1", "edges that no window reaches"],
 )
@@ -387,7 +450,9 @@ def test_odd_networks(options, tmp_path):
 
 def test_what_the_file_says(trained, explained, tmp_path):
     started = session(explained)
-    shapes = {entry.name: (entry.type, entry.shape) for entry in (*started.get_inputs(), *started.get_outputs())}
+    shapes = {
+        entry.name: (entry.type, entry.shape) for entry in (*started.get_inputs(), *started.get_outputs())
+    }
     assert shapes == {
         "images": ("tensor(float)", ["batch", 1, "height", "width"]),
         "target": ("tensor(int64)", ["batch"]),
@@ -399,8 +464,14 @@ def test_what_the_file_says(trained, explained, tmp_path):
     assert (about["image_size"], about["image_channels"]) == ("8", "1")
     said = {"resize": 8, "crop": 8, "interpolation": "bilinear", "value_range": [0.0, 1.0], "channels": 1}
     assert json.loads(about["preprocessing"]) == said
-    assert (float(about["logit_bias"]), float(about["temperature"])) == (trained.logit_bias, trained.temperature)
-    assert (about["coda_fast_version"], about["torch_version"]) == (coda_fast.__version__, str(torch.__version__))
+    assert (float(about["logit_bias"]), float(about["temperature"])) == (
+        trained.logit_bias,
+        trained.temperature,
+    )
+    assert (about["coda_fast_version"], about["torch_version"]) == (
+        coda_fast.__version__,
+        str(torch.__version__),
+    )
     content = explained.read_bytes()
     for place in (ROOT, Path(torch.__file__).parent, Path.home()):
         assert str(place).encode() not in content, "paths of this machine"
@@ -408,13 +479,19 @@ def test_what_the_file_says(trained, explained, tmp_path):
     assert [p.name for p in explained.parent.iterdir()] == [explained.name], "one file"
 
 
-# -- the module -------------------------------------------------------------------------------------------------------------------------
+# -- the module
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["reference", "factored"])
 def test_explainer_is_explain(backend):
-    model = coda_fast.CoDANet([4, 5, 3], [4, 4, 2], [3, 3, 1], [2, 1, 1], temperature=3.0, dtype=torch.float64, backend=backend)
-    images, target = torch.rand(4, 3, 9, 7, dtype=torch.float64), torch.tensor([2, 0, 1, 1], dtype=torch.int32)
+    model = coda_fast.CoDANet(
+        [4, 5, 3], [4, 4, 2], [3, 3, 1], [2, 1, 1], temperature=3.0, dtype=torch.float64, backend=backend
+    )
+    images, target = (
+        torch.rand(4, 3, 9, 7, dtype=torch.float64),
+        torch.tensor([2, 0, 1, 1], dtype=torch.int32),
+    )
     logits, contribution_map = coda_fast.Explainer(model)(images, target)
     e = model.explain(images, target)
     assert_close(logits, e.logits, 1e-12)
@@ -444,8 +521,16 @@ def test_explainer_of_timm_leaves_dropout_out():
         ([1, 2], TypeError, "target: expected a tensor of integers, got list"),
         (torch.tensor([1.0, 2.0]), TypeError, "target: expected a tensor of integers, got torch.float32"),
         (torch.tensor([True, False]), TypeError, "target: expected a tensor of integers, got torch.bool"),
-        (torch.tensor([1, 2, 3]), ValueError, r"target: expected shape \[2\], a class for each image, got \[3\]"),
-        (torch.tensor([[1], [2]]), ValueError, r"target: expected shape \[2\], a class for each image, got \[2, 1\]"),
+        (
+            torch.tensor([1, 2, 3]),
+            ValueError,
+            r"target: expected shape \[2\], a class for each image, got \[3\]",
+        ),
+        (
+            torch.tensor([[1], [2]]),
+            ValueError,
+            r"target: expected shape \[2\], a class for each image, got \[2, 1\]",
+        ),
         (torch.tensor([1, 10]), ValueError, "target: expected classes from 0 to 9, got 1 to 10"),
         (torch.tensor([-1, 1]), ValueError, "target: expected classes from 0 to 9, got -1 to 1"),
     ],
@@ -465,7 +550,8 @@ def test_a_class_that_does_not_exist_has_no_map(explained):
     assert contribution_map[2].any()
 
 
-# -- files and errors -------------------------------------------------------------------------------------------------------------------
+# -- files and errors
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_all_or_nothing(tmp_path, monkeypatch):
@@ -500,7 +586,10 @@ def test_refuses(trained, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the kernel does not fit"):
         exporter.export_onnx(coda_fast.CoDANet([2], [2], [9], [1], [0], temperature=1), path, size=8)
     monkeypatch.setattr(exporter, "ONNX_LIMIT", 1000)
-    with pytest.raises(ValueError, match="expected at most 1000 bytes of weights, what one ONNX file holds, got 380736; export to pt2"):
+    with pytest.raises(
+        ValueError,
+        match="expected at most 1000 bytes of weights, what one ONNX file holds, got 380736; export to pt2",
+    ):
         exporter.export_onnx(trained, path)
     for missing in ("onnx", "onnxscript"):
         refused = pytest.raises(ImportError, match=rf"needs {missing}: pip install 'coda-fast\[onnx\]'")
@@ -517,12 +606,15 @@ def test_example_size_leaves_no_single_pixels():
     assert size[0] != size[1]
 
 
-# -- the command and the example --------------------------------------------------------------------------------------------------------
+# -- the command and the example
+# --------------------------------------------------------------------------------------------------------
 
 
 def _environment():
     """Of a process that finds our packages."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])}
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    }
 
 
 def command(*arguments):
@@ -545,7 +637,8 @@ def test_command_and_example(trained, checkpoint, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     assert command("net.safetensors", "--explain") == 0
     assert re.fullmatch(
-        r"net.safetensors: logits and contribution map of images of any size, 0\.\d MB -> net.onnx\n", capsys.readouterr().out
+        r"net.safetensors: logits and contribution map of images of any size, 0\.\d MB -> net.onnx\n",
+        capsys.readouterr().out,
     )
     image, label = digits()[0][1510, 0], int(digits()[1][1510])
     Image.fromarray((image * 255).round().to(torch.uint8).numpy()).save("scan.png")
@@ -561,7 +654,9 @@ def test_command_and_example(trained, checkpoint, tmp_path, monkeypatch, capsys)
     e = trained.explain(torch.from_numpy(np.asarray(Image.open("scan.png"), np.float32) / 255)[None, None])
     assert int(e.target) == label
     said = {line[:15].strip(): line[15:].split()[0] for line in done.stdout.splitlines()[1:]}
-    assert done.stdout.startswith(f"scan.png: digit {label}, probability {float(e.logits[0, label].sigmoid()):.1%}")
+    assert done.stdout.startswith(
+        f"scan.png: digit {label}, probability {float(e.logits[0, label].sigmoid()):.1%}"
+    )
     assert float(said["logit"]) == pytest.approx(float(e.logits[0, label]), abs=1e-5)
     assert float(said["map + bias"]) == pytest.approx(float(e.logits[0, label]), abs=1e-5)
     assert float(said["difference"]) < 1e-5
@@ -579,7 +674,9 @@ def test_the_example_reads_pictures_as_the_network_does(channels, tmp_path):
     for name, data in odd_files().items():
         if not name.startswith(("broken", "grey16", "deep", "float", "strip", "tower")):
             (tmp_path / name).write_bytes(data)
-            found = read(tmp_path / name, transform.config() | {"channels": channels}, ("batch", "height", "width")[1:])
+            found = read(
+                tmp_path / name, transform.config() | {"channels": channels}, ("batch", "height", "width")[1:]
+            )
             assert np.array_equal(found[0], transform(tmp_path / name).numpy()), name
 
 
@@ -587,9 +684,18 @@ def test_the_example_reads_pictures_as_the_network_does(channels, tmp_path):
     ("arguments", "message"),
     [
         (["missing.safetensors"], "missing.safetensors: no such checkpoint"),
-        (["net.safetensors", "--output", "net.safetensors"], "output: expected another file than those that are read, got net.safetensors"),
-        (["net.safetensors", "--output", "link.onnx"], "output: expected another file than those that are read, got link.onnx"),
-        (["net.safetensors", "--output", "hard.onnx"], "output: expected another file than those that are read, got hard.onnx"),
+        (
+            ["net.safetensors", "--output", "net.safetensors"],
+            "output: expected another file than those that are read, got net.safetensors",
+        ),
+        (
+            ["net.safetensors", "--output", "link.onnx"],
+            "output: expected another file than those that are read, got link.onnx",
+        ),
+        (
+            ["net.safetensors", "--output", "hard.onnx"],
+            "output: expected another file than those that are read, got hard.onnx",
+        ),
         (["link.onnx"], "output: expected another file than those that are read, got link.onnx"),
         (["net.safetensors", "--output", "net.pt2"], "path: expected a name that ends in .onnx, got net.pt2"),
         (["net.safetensors", "--output", "net.safetensors/x.onnx"], "net.safetensors"),
@@ -622,14 +728,17 @@ def test_no_compiler(checkpoint, tmp_path, monkeypatch, capsys):
     with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         assert command("net.safetensors", "--format", "pt2") == 2
     assert capsys.readouterr().err == (
-        "coda-fast: export to pt2 needs a C++ compiler: install g++, or name one in the environment variable CXX\n"
+        "coda-fast: export to pt2 needs a C++ compiler: install g++, or name one in the environment "
+        "variable CXX\n"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
 
 
 @pytest.mark.slow
 def test_package_of_aotinductor(trained, checkpoint, tmp_path):
-    """It runs in a process that never sees coda_fast, with the inputs checked; other batches and sizes than the exported one."""
+    """It runs in a process that never sees coda_fast, with the inputs checked; other batches and sizes
+    than the exported one.
+    """
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         pytest.skip("AOTInductor needs a C++ compiler: none of g++, clang++, c++ is here")
     path = tmp_path / "net.pt2"
@@ -646,16 +755,27 @@ def test_package_of_aotinductor(trained, checkpoint, tmp_path):
         torch.save([package(*case) for case in torch.load("cases.pt")], "results.pt")
         print(package.get_metadata()["class_names"], package.get_metadata()["logit_bias"])
     """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"AOTI_RUNTIME_CHECK_INPUTS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "AOTI_RUNTIME_CHECK_INPUTS": "1"
+    }
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == repr(trained.logit_bias)
     assert json.loads(done.stdout.rpartition(" ")[0]) == trained.class_names
-    for (some, target), (logits, contribution_map) in zip(cases, torch.load(tmp_path / "results.pt"), strict=True):
+    for (some, target), (logits, contribution_map) in zip(
+        cases, torch.load(tmp_path / "results.pt"), strict=True
+    ):
         e = trained.explain(some, target)
         assert_close(logits, e.logits, 1e-5)
         assert_close(contribution_map, e.contribution_map[:, 0], 1e-5, terms=[e.logits])
         total = contribution_map.sum((1, 2), dtype=torch.float64) + trained.logit_bias
-        assert_close(total, logits.gather(1, target[:, None])[:, 0], 1e-6, terms=[e.contributions.abs().sum((2, 3, 4))])
+        assert_close(
+            total, logits.gather(1, target[:, None])[:, 0], 1e-6, terms=[e.contributions.abs().sum((2, 3, 4))]
+        )

@@ -1,18 +1,25 @@
-"""Random layers at the ends of the range of numbers, every number of every result against the definition in float64.
+"""Random layers at the ends of the range of numbers, every number of every result against the definition in
+float64.
 
-A result is a sum of products, and what may cancel in it is rounded in proportion to its terms. So each number has a tolerance of its own:
-`Sizes` carries the errors of z, w, <w, u>, |w| and so on through the formulas of the layer, taken without their signs (an error analysis in
-the usual first order, with what cannot be exceeded: Cauchy-Schwarz, the largest slope of s). There is no scale that is shared by a whole
-tensor, behind which one wrong number could hide: a pixel of 1e-30 beside a pixel of 1 has to be right to its own seven digits.
+A result is a sum of products, and what may cancel in it is rounded in proportion to its terms. So each number
+has a tolerance of its own: `Sizes` carries the errors of z, w, <w, u>, |w| and so on through the formulas of
+the layer, taken without their signs (an error analysis in the usual first order, with what cannot be
+exceeded: Cauchy-Schwarz, the largest slope of s). There is no scale that is shared by a whole tensor, behind
+which one wrong number could hide: a pixel of 1e-30 beside a pixel of 1 has to be right to its own seven
+digits.
 
     layer         y = F(x, x), and the gradients of x, B, A, b
     explanation   the gradient of x in explanation mode, G(x, v), for two v at once
-    adjoint       G(x, v), and the gradients of <G(x, v), u> in x, v, B, A, b: F(x, u) with weights of x applied to another u
+    adjoint
+        G(x, v), and the gradients of <G(x, v), u> in x, v, B, A, b: F(x, u) with
+        weights of x applied to another u
 
-Images, parameters, z and |w| up to 1e18 are tried, and down to zero: below 1e-18, |w| has an error of 1e-18 (its square leaves float32), so
-that it counts as 0; everything else keeps its digits down to the least normal number. A longer run:
+Images, parameters, z and |w| up to 1e18 are tried, and down to zero: below 1e-18, |w| has an error of 1e-18
+(its square leaves float32), so that it counts as 0; everything else keeps its digits down to the least normal
+number. A longer run:
 
-    CODA_FAST_EXTREMES=600 pytest tests/test_extremes.py -s -k test_longer    new layers for 600 seconds, and a table of what was tried
+    CODA_FAST_EXTREMES=600 pytest tests/test_extremes.py -s -k test_longer
+        new layers for 600 seconds, and a table of what was tried
 """
 
 import dataclasses
@@ -34,7 +41,8 @@ from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 HALVES = (torch.bfloat16, torch.float16)
 NAMES = ("x", "v", "B", "A", "b")
 
-# -- layers ---------------------------------------------------------------------------------------------------------------------------
+# -- layers
+# ------------------------------------------------------------------------------------------------------------
 
 INPUTS = "images from 1e-30 to 1e18"
 PIXELS = "pixels of any two sizes, or zero"
@@ -69,26 +77,43 @@ class Case:
 
 
 def make(seed, kind, dtype):
-    """A layer of that kind. float16 is tried from 1e-1 to 1e1, where what the kernels keep in it (z, gs, t) fits."""
+    """A layer of that kind. float16 is tried from 1e-1 to 1e1, where what the kernels keep in it (z, gs,
+    t) fits.
+    """
     draw, generator = random.Random(f"{kind} {seed}"), torch.Generator()
     generator.manual_seed(draw.getrandbits(32))
-    randn = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    randn = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
     narrow = dtype == torch.float16
-    power = lambda low, high: 10.0 ** (draw.uniform(-1, 1) if narrow else draw.uniform(low, high))  # noqa: E731
+    power = lambda low, high: 10.0 ** (draw.uniform(-1, 1) if narrow else draw.uniform(low, high))
     kernel, stride, dilation = ((draw.randint(1, 3), draw.randint(1, 3)) for _ in range(3))
     dilation = tuple(min(2, d) for d in dilation)
     padding = (draw.randint(0, 2), draw.randint(0, 2))
-    size = [max(1, d * (k - 1) + 1 - 2 * p) + draw.choice((0, 0, 1, 3)) for k, d, p in zip(kernel, dilation, padding, strict=True)]
-    batch, channels, units, rank = draw.randint(1, 2), draw.randint(1, 5), draw.randint(1, 4), draw.randint(1, 5)
-    if draw.random() < 0.4:  # of more than 64 numbers a patch: the fused kernels compute these in another form
+    size = [
+        max(1, d * (k - 1) + 1 - 2 * p) + draw.choice((0, 0, 1, 3))
+        for k, d, p in zip(kernel, dilation, padding, strict=True)
+    ]
+    batch, channels, units, rank = (
+        draw.randint(1, 2),
+        draw.randint(1, 5),
+        draw.randint(1, 4),
+        draw.randint(1, 5),
+    )
+    # of more than 64 numbers a patch: the fused kernels compute these in another form
+    if draw.random() < 0.4:
         channels = 64 // math.prod(kernel) + draw.randint(1, 3)
     window = (channels, *kernel)
     d = math.prod(window)
     norm, eps = draw.choice(("squash", "l2")), draw.choice((1e-6, 1e-3, 1e-12))
     if narrow:
-        eps = 3e-1  # gradients have a factor 1 / |w|^2 within the kernels, which must fit into float16 (see docs/kernels.md)
+        # gradients have a factor 1 / |w|^2 within the kernels, which must fit into float16 (see
+        # docs/kernels.md)
+        eps = 3e-1
     x, u = randn(batch, channels, *size), randn(batch, channels, *size)
-    reduce, weight, bias = randn(rank, *window) / d**0.5, randn(units, rank, *window) / (rank * d) ** 0.5, randn(units, *window) / d**0.5
+    reduce, weight, bias = (
+        randn(rank, *window) / d**0.5,
+        randn(units, rank, *window) / (rank * d) ** 0.5,
+        randn(units, *window) / d**0.5,
+    )
     bias = draw.choice((bias, torch.zeros_like(bias), None))
     geometry = Geometry.make(kernel, stride, padding, dilation)
     v = randn(batch, units, *geometry.output_size(*size))
@@ -106,7 +131,11 @@ def make(seed, kind, dtype):
         reduce, weight, bias = (t if t is None else t * power(-16, 16) for t in (reduce, weight, bias))
         x = x * power(-2, 2)
         if draw.random() < 0.5:  # ranks of their own sizes
-            weight = weight / weight.abs().max() * torch.tensor([power(-16, 16) for _ in range(rank)]).double().view(1, rank, 1, 1, 1)
+            weight = (
+                weight
+                / weight.abs().max()
+                * torch.tensor([power(-16, 16) for _ in range(rank)]).double().view(1, rank, 1, 1, 1)
+            )
     elif kind == ZEROS:
         for t in (reduce, weight, bias):
             if t is not None:
@@ -129,29 +158,50 @@ def make(seed, kind, dtype):
         bias = -torch.einsum("ok...,k->o...", weight, z) * draw.choice((1, 1, 0.999, 1 + 1e-6))
     elif kind == EPS:
         norm, x = "l2", x * power(-4, 4)
-        x, reduce, weight, bias = (t if t is None else t.to(dtype).double() for t in (x, reduce, weight, bias))
+        x, reduce, weight, bias = (
+            t if t is None else t.to(dtype).double() for t in (x, reduce, weight, bias)
+        )
         length = reference._length(reference._weight(x, reduce, weight, bias, geometry, "l2", 1.0)[0])
         if not narrow and float(length.median()) > 1e-12:
             eps = float(length.median()) * draw.choice((1, 1.001, 0.999, 10, 0.1))
     elif kind == UPSTREAM:
-        v = v * torch.where(torch.rand(v.shape, generator=generator) < 0.3, draw.choice((0, 1)), power(-20, 20))
+        v = v * torch.where(
+            torch.rand(v.shape, generator=generator) < 0.3, draw.choice((0, 1)), power(-20, 20)
+        )
     tensors = [x, u, v, reduce, weight, bias]
     # |w| and its terms up to 1e18: one factor for the image
-    most = float(reference._generate(reference._reduce(x.abs(), reduce.abs(), geometry), weight.abs(), None).square().sum(2).sqrt().max())
+    most = float(
+        reference._generate(reference._reduce(x.abs(), reduce.abs(), geometry), weight.abs(), None)
+        .square()
+        .sum(2)
+        .sqrt()
+        .max()
+    )
     if not narrow and most > 1e18:
         tensors[0] = x * (1e18 / most)
     layout = draw.choice((torch.contiguous_format, torch.channels_last))
     x, u, v, *parameters = (t if t is None else t.to(dtype) for t in tensors)
     x, u, v = (t.contiguous(memory_format=layout) for t in (x, u, v))
-    return Case(kind, seed, x, u, v, parameters, dict(stride=stride, padding=padding, dilation=dilation, norm=norm, eps=eps))
+    return Case(
+        kind,
+        seed,
+        x,
+        u,
+        v,
+        parameters,
+        dict(stride=stride, padding=padding, dilation=dilation, norm=norm, eps=eps),
+    )
 
 
-# -- what rounding may do ----------------------------------------------------------------------------------------------------------------
+# -- what rounding may do
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Of the arithmetic inside of a backend: relative error of a number, and the sizes below which a product or |w| may be flushed to 0."""
+    """Of the arithmetic inside of a backend: relative error of a number, and the sizes below which a
+    product or |w| may be flushed to 0.
+    """
 
     relative: float
     flush: float
@@ -162,7 +212,11 @@ class Precision:
     def of(cls, backend, dtype):
         if backend != "triton" or dtype == torch.float32:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            return cls(ROUNDINGS * torch.finfo(wide).eps, 1e3 * torch.finfo(wide).tiny, 10 * torch.finfo(wide).tiny ** 0.5)
+            return cls(
+                ROUNDINGS * torch.finfo(wide).eps,
+                1e3 * torch.finfo(wide).tiny,
+                10 * torch.finfo(wide).tiny ** 0.5,
+            )
         flush = 1e-35 if dtype == torch.bfloat16 else 2.0**-22
         return cls(ROUNDINGS / 4 * torch.finfo(dtype).eps, flush, 1e-18, 2.0**-22)
 
@@ -171,8 +225,8 @@ ROUNDINGS = 4
 
 
 class Sizes:
-    """How far each result may be from the truth, number by number. All tensors float64; shapes as in backends/reference.py: patches
-    [N, d, P], units before them [N, n, d, P].
+    """How far each result may be from the truth, number by number. All tensors float64; shapes as in
+    backends/reference.py: patches [N, d, P], units before them [N, n, d, P].
     """
 
     def __init__(self, case: Case, x, applied, v, precision: Precision):
@@ -210,7 +264,9 @@ class Sizes:
             first = torch.where(length > eps, 1 / length.clamp_min(eps).square(), 0)
         ds = p * s + torch.minimum(d_length * slope, s + slope * high)
         dot = (w * reference._patches(applied, geometry).unsqueeze(1)).sum(**keep).abs()
-        d_dot = torch.minimum(p * (spread * u).sum(**keep) + (flushed * u).sum(**keep), high * norm_u + dot) + f
+        d_dot = (
+            torch.minimum(p * (spread * u).sum(**keep) + (flushed * u).sum(**keep), high * norm_u + dot) + f
+        )
         self.y = torch.minimum(ds * (dot + d_dot) + s * d_dot, 4 * norm_u * high * (s + ds)) + f
         # gradients: of w it is v (s u + first ratio w), ratio = <w, u> / |w|
         ratio = dot / length.clamp_min(1e-300)
@@ -223,12 +279,18 @@ class Sizes:
         self.dw_terms = gs * u + t * spread
         rank = len(reduce)
         rows = size_a.transpose(0, 1).reshape(rank, -1)
-        flat = lambda a: a.reshape(len(x), rows.shape[1], -1)  # noqa: E731
+        flat = lambda a: a.reshape(len(x), rows.shape[1], -1)
         ones = torch.ones_like(z)
         of_dw = flat(dw_all + self.dw_terms * 0)
         gradient_w = flat(self.dw_terms)
-        sums = z @ of_dw.mT + self.dz_forward @ (gradient_w + of_dw).mT + f * (ones @ flat((u + spread).expand_as(w)).mT)
-        self.A = (sums.sum(0) + p * (z @ gradient_w.mT).sum(0)).view(rank, *weight.shape[:1], *weight.shape[2:]).transpose(0, 1) + f
+        sums = (
+            z @ of_dw.mT
+            + self.dz_forward @ (gradient_w + of_dw).mT
+            + f * (ones @ flat((u + spread).expand_as(w)).mT)
+        )
+        self.A = (sums.sum(0) + p * (z @ gradient_w.mT).sum(0)).view(
+            rank, *weight.shape[:1], *weight.shape[2:]
+        ).transpose(0, 1) + f
         self.b = None if bias is None else (dw_all + p * self.dw_terms).sum((0, 3)).view(bias.shape) + f
         d_dz = rows @ (of_dw + p * gradient_w) + f * (rows @ (1 + flat(spread + u.expand_as(w)))) + f
         size_dz = rows @ gradient_w
@@ -236,9 +298,13 @@ class Sizes:
         through_z = reduce.abs().flatten(1).t() @ (d_dz + p * size_dz)
         through_z, direct = (
             through_z + f,
-            (dgs * (w.abs() + dw) + gs * dw + p * gs * spread).sum(1) + f * (1 + size_a.sum((0, 1)).reshape(-1, 1)),
+            (dgs * (w.abs() + dw) + gs * dw + p * gs * spread).sum(1)
+            + f * (1 + size_a.sum((0, 1)).reshape(-1, 1)),
         )
-        self.through_z, self.direct = (reference._fold(a.contiguous(), x.shape, geometry) for a in (through_z, direct.expand_as(through_z)))
+        self.through_z, self.direct = (
+            reference._fold(a.contiguous(), x.shape, geometry)
+            for a in (through_z, direct.expand_as(through_z))
+        )
         self.y = self.y.squeeze(2).reshape(len(x), len(weight), *geometry.output_size(*x.shape[2:]))
 
 
@@ -253,13 +319,23 @@ def results(case, backend, tensors, what):
     if what == "layer":
         named = [pair for pair in named if pair[0] != "v"]
         y = dau_conv2d(x, *parameters, **options)
-        return [("y", y), *zip([n for n, _ in named], torch.autograd.grad(y, [t for _, t in named], v.detach()), strict=True)]
+        return [
+            ("y", y),
+            *zip(
+                [n for n, _ in named], torch.autograd.grad(y, [t for _, t in named], v.detach()), strict=True
+            ),
+        ]
     if what == "explanation":
         y = dau_conv2d(x, *(p if p is None else p.detach() for p in parameters), **options, detach=True)
-        (both,) = torch.autograd.grad(y, x, torch.stack((v.detach(), v.detach().flip(1))), is_grads_batched=True)
+        (both,) = torch.autograd.grad(
+            y, x, torch.stack((v.detach(), v.detach().flip(1))), is_grads_batched=True
+        )
         return [("y", y), ("explanation", both[0]), ("explanation of another", both[1])]
     g = dau_conv2d_transpose(x, v, *parameters, **options)
-    return [("G", g), *zip([n for n, _ in named], torch.autograd.grad(g, [t for _, t in named], u.detach()), strict=True)]
+    return [
+        ("G", g),
+        *zip([n for n, _ in named], torch.autograd.grad(g, [t for _, t in named], u.detach()), strict=True),
+    ]
 
 
 def tolerances(case, what, precision):
@@ -283,7 +359,11 @@ class Found:
     worst: float = 0.0
 
     def add(self, other):
-        self.layers, self.numbers, self.left_out = self.layers + other.layers, self.numbers + other.numbers, self.left_out + other.left_out
+        self.layers, self.numbers, self.left_out = (
+            self.layers + other.layers,
+            self.numbers + other.numbers,
+            self.left_out + other.left_out,
+        )
         self.worst = max(self.worst, other.worst)
 
 
@@ -305,18 +385,23 @@ def check(case, backend, whats=WHATS):
             assert torch.isfinite(bound).all()
             bound = bound + info.eps * (truth.abs() + bound) + info.tiny * info.eps  # the last rounding
             known = truth.abs() + bound < info.max / 1e3
-            found.numbers, found.left_out = found.numbers + int(known.sum()), found.left_out + int((~known).sum())
+            found.numbers, found.left_out = (
+                found.numbers + int(known.sum()),
+                found.left_out + int((~known).sum()),
+            )
             share = torch.where(known, (ours - truth).abs() / bound, 0).nan_to_num(nan=math.inf)
             if share.numel():
                 where = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
                 found.worst = max(found.worst, float(share.max()))
                 assert found.worst <= 1, (
-                    f"{case}; {what}, {name} at {where}: {ours[where]:.9g}, expected {truth[where]:.9g} within {bound[where]:.1e}"
+                    f"{case}; {what}, {name} at {where}: {ours[where]:.9g}, expected {truth[where]:.9g} "
+                    f"within {bound[where]:.1e}"
                 )
     return found
 
 
-# -- tests ------------------------------------------------------------------------------------------------------------------------------
+# -- tests
+# ------------------------------------------------------------------------------------------------------------
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
@@ -331,13 +416,19 @@ def test_factored(dtype, kind):
 
 
 def weights_made(generates):
-    """Makes the factored backend go forward by w itself or by contraction and norm, whichever of the two it would choose."""
+    """Makes the factored backend go forward by w itself or by contraction and norm, whichever of the two
+    it would choose.
+    """
     return mock.patch.object(factored._Layer, "_worth_generating", return_value=generates)
 
 
 def as_on_a_gpu(monkeypatch):
-    """The factored backend's other norm, by a triangular factor, which it takes where looking at numbers would have to wait for them."""
-    monkeypatch.setattr(factored._Layer, "_norm", lambda self, scratch: factored._Triangle(self.generate, self.bias))
+    """The factored backend's other norm, by a triangular factor, which it takes where looking at numbers
+    would have to wait for them.
+    """
+    monkeypatch.setattr(
+        factored._Layer, "_norm", lambda self, scratch: factored._Triangle(self.generate, self.bias)
+    )
     monkeypatch.setattr(factored._Layer, "_worth_generating", lambda self, pixels: False)
 
 
@@ -357,9 +448,14 @@ def test_kernels(dtype, kind):
     check(make(seed, kind, dtype), "triton", WHATS[seed % 3 :][:1])
 
 
-@pytest.mark.skipif("CODA_FAST_EXTREMES" not in os.environ, reason="a longer run, for as many seconds as CODA_FAST_EXTREMES says")
+@pytest.mark.skipif(
+    "CODA_FAST_EXTREMES" not in os.environ,
+    reason="a longer run, for as many seconds as CODA_FAST_EXTREMES says",
+)
 def test_longer():
-    """Layers that no other test tries. Prints for every backend, dtype and kind: layers, numbers, worst error as a share of the allowed."""
+    """Layers that no other test tries. Prints for every backend, dtype and kind: layers, numbers, worst
+    error as a share of the allowed.
+    """
     seconds, lost = float(os.environ["CODA_FAST_EXTREMES"]), []
     plan = [("factored", t) for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
     plan += [("triton", t) for t in (torch.float32, torch.bfloat16, torch.float16)]
@@ -371,7 +467,9 @@ def test_longer():
                 case = make(seed + i, kind, dtype)
                 try:
                     with weights_made(i % 2 == 0):
-                        total.add(check(case, backend, WHATS if backend == "factored" else [WHATS[seed // 8 % 3]]))
+                        total.add(
+                            check(case, backend, WHATS if backend == "factored" else [WHATS[seed // 8 % 3]])
+                        )
                 except AssertionError as error:
                     lost.append(f"{backend}: {error}")
         seed += 8
@@ -379,11 +477,14 @@ def test_longer():
     for kind in KINDS:
         cells = [totals[(*which, kind)] for which in plan]
         print(f"| {kind} | " + " | ".join(f"{c.layers}, {c.numbers}, {c.worst:.2f}" for c in cells) + " |")
-    print(f"lost: {len(lost)}; truth beyond the dtype, not compared: {sum(t.left_out for t in totals.values())}")
+    print(
+        f"lost: {len(lost)}; truth beyond the dtype, not compared: {sum(t.left_out for t in totals.values())}"
+    )
     assert not lost, "\n".join(lost[:20])
 
 
-# -- NaN and infinity -------------------------------------------------------------------------------------------------------------------
+# -- NaN and infinity
+# ------------------------------------------------------------------------------------------------------------
 
 
 def spoil(case, seed):
@@ -397,7 +498,9 @@ def spoil(case, seed):
 
 
 def check_not_finite(case, backend, seed, whats):
-    """Results are not finite exactly where those of the definition are not; what is finite has the bits that it has without the NaN."""
+    """Results are not finite exactly where those of the definition are not; what is finite has the bits
+    that it has without the NaN.
+    """
     tensors, told = spoil(case, seed)
     exact = [None if t is None else t.double() for t in tensors]
     for what in whats:
@@ -405,8 +508,12 @@ def check_not_finite(case, backend, seed, whats):
         spoilt, truth = results(case, backend, tensors, what), results(case, "reference", exact, what)
         for (name, ours), (_, expected), (_, before) in zip(spoilt, truth, clean, strict=True):
             finite = expected.isfinite()
-            assert torch.equal(ours.isfinite(), finite), f"{case}; {told}: {what}, {name}: {ours}, expected {expected}"
-            assert torch.equal(ours[finite], before[finite]), f"{case}; {told}: {what}, {name}: {ours}, without it {before}"
+            assert torch.equal(ours.isfinite(), finite), (
+                f"{case}; {told}: {what}, {name}: {ours}, expected {expected}"
+            )
+            assert torch.equal(ours[finite], before[finite]), (
+                f"{case}; {told}: {what}, {name}: {ours}, without it {before}"
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -418,16 +525,24 @@ def test_not_finite(dtype):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_not_finite_in_kernels(seed):
-    check_not_finite(make(seed, "ordinary", (torch.float32, torch.bfloat16)[seed % 2]), "triton", seed, WHATS[seed % 3 :][:1])
+    check_not_finite(
+        make(seed, "ordinary", (torch.float32, torch.bfloat16)[seed % 2]),
+        "triton",
+        seed,
+        WHATS[seed % 3 :][:1],
+    )
 
 
-# -- what was found: single faults, and whether they would be found again -----------------------------------------------------------------
+# -- what was found: single faults, and whether they would be found again
+# -----------------------------------------------------------------
 
 ALL_BACKENDS = pytest.mark.parametrize("backend", ["reference", "factored", "triton"])
 
 
 def layer(dtype=torch.float32, batch=2, size=4):
-    """[x, B, A, b] of more than 64 numbers a patch, of which the fused kernels contract A with z and need a factor for the norm."""
+    """[x, B, A, b] of more than 64 numbers a patch, of which the fused kernels contract A with z and need
+    a factor for the norm.
+    """
     generator = torch.Generator().manual_seed(5)
     shapes = (batch, 8, size, size), (3, 8, 3, 3), (2, 3, 8, 3, 3), (2, 8, 3, 3)
     x, *parameters = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
@@ -450,11 +565,17 @@ def test_images_of_1e_30(norm, backend):
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-8), (torch.bfloat16, 1e-4)], ids=str)
 @pytest.mark.parametrize("backend", ["factored", "triton"])
 def test_a_rank_that_the_norm_needs_is_far_shorter_than_the_others(backend, dtype, share):
-    """The others have 0 in z. The norm's factor was exact for the longest row alone: |w| came out 12 times too long, or as 0."""
+    """The others have 0 in z. The norm's factor was exact for the longest row alone: |w| came out 12 times
+    too long, or as 0.
+    """
     x, reduce, weight, bias = layer(dtype)
     reduce[1:], weight[:, 0], bias[:] = 0, weight[:, 0] * share, 0
     y = dau_conv2d(x, reduce, weight, bias, norm="l2", eps=1e-12, backend=backend)
-    assert_close(y, truth(dau_conv2d, [x, reduce, weight, bias], norm="l2", eps=1e-12), 2e-2 if dtype == torch.bfloat16 else 2e-6)
+    assert_close(
+        y,
+        truth(dau_conv2d, [x, reduce, weight, bias], norm="l2", eps=1e-12),
+        2e-2 if dtype == torch.bfloat16 else 2e-6,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -476,9 +597,13 @@ def test_huge_images_and_no_weight(backend):
 
 
 @ALL_BACKENDS
-@pytest.mark.parametrize(("dtype", "norm"), [(torch.float32, "squash"), (torch.float32, "l2"), (torch.bfloat16, "l2")], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "norm"), [(torch.float32, "squash"), (torch.float32, "l2"), (torch.bfloat16, "l2")], ids=str
+)
 def test_the_range_that_is_promised(dtype, norm, backend):
-    """|w| up to 1e18 is right, whether images or parameters are large; where its square overflows the answer is NaN, not 0."""
+    """|w| up to 1e18 is right, whether images or parameters are large; where its square overflows the
+    answer is NaN, not 0.
+    """
     x, reduce, weight, bias = layer(dtype, batch=1, size=3)
     for tensors in ([x * 1e18, reduce, weight, bias], [x, reduce, weight * 1e18, bias]):
         y = dau_conv2d(*tensors, norm=norm, backend=backend)
@@ -486,7 +611,11 @@ def test_the_range_that_is_promised(dtype, norm, backend):
     for tensors in ([x * 1e22, reduce, weight, bias], [x * 1e-3, reduce, weight * 1e25, bias]):
         assert dau_conv2d(*tensors, norm=norm, backend=backend).isnan().all()
     value = torch.ones(1, 2, 1, 1, dtype=dtype)
-    assert dau_conv2d_transpose(x * 1e-3, value, reduce, weight * 1e25, bias, norm=norm, backend=backend).isnan().all()
+    assert (
+        dau_conv2d_transpose(x * 1e-3, value, reduce, weight * 1e25, bias, norm=norm, backend=backend)
+        .isnan()
+        .all()
+    )
 
 
 def check_far_apart():
@@ -523,7 +652,9 @@ def no_norm_term(original):
 def jitter_of_the_longest_row(original):
     def wrong(rows):
         gram = rows.double() @ rows.double().mT
-        gram.diagonal(dim1=1, dim2=2).add_(1e-14 * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) + 1e-300)
+        gram.diagonal(dim1=1, dim2=2).add_(
+            1e-14 * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) + 1e-300
+        )
         return torch.linalg.cholesky_ex(gram, upper=True)[0].float().contiguous()
 
     return wrong
@@ -563,13 +694,21 @@ def zero(original):
 FAULTS_WHERE_W_IS_MADE = {
     "1e-4 of w": (factored._Layer, "_weights", a_little_more_of_w),
     "1e-4 of z": (factored, "product", a_little_more),
-    "weights of numbers below 1e-25 are 0": (factored._Windows, "gather", lambda f: lambda *a: F.hardshrink(f(*a), 1e-25)),
+    "weights of numbers below 1e-25 are 0": (
+        factored._Windows,
+        "gather",
+        lambda f: lambda *a: F.hardshrink(f(*a), 1e-25),
+    ),
 }
 
 
 FAULTS = {
     "no term from the norm": (factored._Layer, "_grad_factors", no_norm_term),
-    "numbers below 1e-25 are 0": (factored._Windows, "gather", lambda f: lambda *a: F.hardshrink(f(*a), 1e-25)),
+    "numbers below 1e-25 are 0": (
+        factored._Windows,
+        "gather",
+        lambda f: lambda *a: F.hardshrink(f(*a), 1e-25),
+    ),
     "a norm that cancels": (factored, "CANCELLED", zero),
     "1e-4 of |w|^2": (factored._Gram, "square", a_little_more),
     "1e-4 of every product": (factored, "product", a_little_more),
@@ -589,7 +728,9 @@ FAULTS_ON_A_GPU = {
 
 @pytest.mark.parametrize("fault", [*FAULTS, *FAULTS_WHERE_W_IS_MADE, *FAULTS_ON_A_GPU])
 def test_faults_are_found(fault, monkeypatch):
-    """The tolerances, against faults put in on purpose: the layers of `test_factored` in float32 show each of them."""
+    """The tolerances, against faults put in on purpose: the layers of `test_factored` in float32 show each
+    of them.
+    """
     if fault in FAULTS_ON_A_GPU:
         as_on_a_gpu(monkeypatch)
     owner, name, broken = (FAULTS | FAULTS_WHERE_W_IS_MADE | FAULTS_ON_A_GPU)[fault]

@@ -25,7 +25,9 @@ BOTH_NORMS = pytest.mark.parametrize("norm", NORMS)
 def test_gradcheck(backend, norm, bias):
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     tensors = (x, *random_layer(3, 2, 2, (3, 2), bias=bias, grad=True))
-    assert torch.autograd.gradcheck(lambda *t: dau_conv2d(*t, stride=(1, 2), padding=1, norm=norm, backend=backend), tensors)
+    assert torch.autograd.gradcheck(
+        lambda *t: dau_conv2d(*t, stride=(1, 2), padding=1, norm=norm, backend=backend), tensors
+    )
 
 
 @FACTORED_AND_REFERENCE
@@ -34,14 +36,18 @@ def test_gradcheck_adjoint(backend, norm):
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     v = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
     tensors = (x, v, *random_layer(3, 2, 2, grad=True))
-    assert torch.autograd.gradcheck(lambda *t: dau_conv2d_transpose(*t, padding=1, norm=norm, backend=backend), tensors)
+    assert torch.autograd.gradcheck(
+        lambda *t: dau_conv2d_transpose(*t, padding=1, norm=norm, backend=backend), tensors
+    )
 
 
 @FACTORED_AND_REFERENCE
 @BOTH_NORMS
 @pytest.mark.parametrize("detach", [True, False])
 def test_gradgradcheck(backend, norm, detach):
-    """Second derivatives; in explanation mode they are those of the adjoint map, in the input and in the parameters."""
+    """Second derivatives; in explanation mode they are those of the adjoint map, in the input and in the
+    parameters.
+    """
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     tensors = (x, *random_layer(2, 2, 2, (2, 2), grad=True))
     if not detach:
@@ -62,13 +68,17 @@ def test_gradgradcheck_adjoint(backend, norm):
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     v = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     tensors = (x, v, *random_layer(2, 2, 2, (2, 2), grad=True))
-    assert torch.autograd.gradgradcheck(lambda *t: dau_conv2d_transpose(*t, norm=norm, backend=backend), tensors)
+    assert torch.autograd.gradgradcheck(
+        lambda *t: dau_conv2d_transpose(*t, norm=norm, backend=backend), tensors
+    )
 
 
 @FACTORED_AND_REFERENCE
 @BOTH_NORMS
 def test_explanation_mode_is_the_adjoint(backend, norm):
-    """detach changes no output, gives the input the adjoint of the upstream gradient and the parameters nothing."""
+    """detach changes no output, gives the input the adjoint of the upstream gradient and the parameters
+    nothing.
+    """
     x = torch.randn(2, 5, 7, 6, dtype=torch.float64, requires_grad=True)
     parameters = random_layer(grad=True)
     options = dict(stride=2, padding=1, norm=norm, backend=backend)
@@ -104,7 +114,10 @@ def test_geometry(options, bias, norm):
     x = torch.randn(2, 5, 9, 11, dtype=torch.float64, requires_grad=True)
     tensors = [x, *random_layer(5, 4, 3, options.pop("kernel"), bias=bias, grad=True)]
     conv = F.conv2d(x, tensors[1], **options)  # an independent word on the output size
-    results = [output_and_grads(lambda *t, b=b: dau_conv2d(*t, **options, norm=norm, backend=b), tensors) for b in BACKENDS]
+    results = [
+        output_and_grads(lambda *t, b=b: dau_conv2d(*t, **options, norm=norm, backend=b), tensors)
+        for b in BACKENDS
+    ]
     assert results[0][0].shape == (2, 4, *conv.shape[2:])
     assert_close(results[1][0], results[0][0], 1e-12, "output")
     for name, ours, truth in zip(("input", "B", "A", "b"), results[1][1], results[0][1], strict=False):
@@ -115,11 +128,14 @@ def test_geometry(options, bias, norm):
 @given(data=st.data())
 def test_any_shape(data):
     """Odd sizes, chunks that do not divide anything, ranks above d."""
-    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    draw = lambda low, high: data.draw(st.integers(low, high))
     torch.manual_seed(draw(0, 2**32 - 1))  # the example's own, so that it is the same whenever it runs
     kernel, stride, dilation = (draw(1, 3), draw(1, 3)), (draw(1, 3), draw(1, 2)), (draw(1, 2), draw(1, 2))
     padding = (draw(0, 2), draw(0, 2))
-    size = [max(1, d * (k - 1) + 1 - 2 * p) + draw(0, 4) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    size = [
+        max(1, d * (k - 1) + 1 - 2 * p) + draw(0, 4)
+        for k, d, p in zip(kernel, dilation, padding, strict=True)
+    ]
     batch, channels, units, rank = draw(0, 3), draw(1, 4), draw(1, 5), draw(1, 7)
     tensors = [
         torch.randn(batch, channels, *size, dtype=torch.float64, requires_grad=True),
@@ -133,7 +149,9 @@ def test_any_shape(data):
         mock.patch.object(factored, "CHUNK_PARAMETERS", 0),
         mock.patch.object(factored._Layer, "_worth_generating", return_value=generates),
     ):
-        ours = output_and_grads(lambda *t: dau_conv2d(*t, **options, backend="factored", save_contraction=keep), tensors)
+        ours = output_and_grads(
+            lambda *t: dau_conv2d(*t, **options, backend="factored", save_contraction=keep), tensors
+        )
     truth = output_and_grads(lambda *t: dau_conv2d(*t, **options, backend="reference"), tensors)
     with scale_held():
         _, direct = output_and_grads(lambda *t: dau_conv2d(*t, **options, backend="reference"), tensors)
@@ -145,7 +163,11 @@ def test_any_shape(data):
 def test_an_example_is_the_same_whenever_it_runs(monkeypatch):
     """Nothing that ran before it, another test or another example, has a part in its numbers."""
     seen, run = [], output_and_grads
-    monkeypatch.setitem(globals(), "output_and_grads", lambda function, tensors: seen.append(tensors) or run(function, tensors))
+    monkeypatch.setitem(
+        globals(),
+        "output_and_grads",
+        lambda function, tensors: seen.append(tensors) or run(function, tensors),
+    )
     for left_by_others in (1, 2):
         torch.manual_seed(left_by_others)
         test_any_shape()
@@ -176,11 +198,13 @@ def test_empty_batch(backend):
 
 
 def test_memory_format_and_strides():
-    """Sliced, expanded, channels_last inputs and upstream gradients of any strides give the bits of the contiguous ones."""
+    """Sliced, expanded, channels_last inputs and upstream gradients of any strides give the bits of the
+    contiguous ones.
+    """
     base = torch.randn(4, 10, 8, 9, dtype=torch.float64)
     parameters = random_layer(grad=True)
     sliced = base[::2, ::2].detach().requires_grad_()
-    run = lambda x: dau_conv2d(x, *parameters, padding=1)  # noqa: E731
+    run = lambda x: dau_conv2d(x, *parameters, padding=1)
     plain = base[::2, ::2].contiguous().requires_grad_()
     last = plain.detach().to(memory_format=torch.channels_last).requires_grad_()
     grad = torch.randn(4, 2, 9, 8, dtype=torch.float64).permute(1, 0, 3, 2)  # [2, 4, 8, 9], transposed
@@ -218,7 +242,10 @@ def test_frozen_tensors(frozen):
 @pytest.mark.parametrize("frozen", range(5))
 def test_create_graph_with_frozen_tensors(frozen, backend):
     """A gradient penalty works whatever is frozen; the input of a first layer always is."""
-    tensors = [torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True), *random_layer(2, 2, 2, (2, 2), grad=True)]
+    tensors = [
+        torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True),
+        *random_layer(2, 2, 2, (2, 2), grad=True),
+    ]
     if frozen < 4:
         tensors[frozen] = tensors[frozen].detach()
     wanted = [t for t in tensors if t.requires_grad]
@@ -253,25 +280,31 @@ def test_same_bits_twice():
 @BOTH_NORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(dtype, norm):
-    """Worst error against float64, over output and gradients, at most twice that of the plain formula in the same dtype, plus one
-    rounding of the result."""
+    """Worst error against float64, over output and gradients, at most twice that of the plain formula in the
+    same dtype, plus one rounding of the result."""
     truth_in = [torch.randn(2, 16, 8, 8, dtype=torch.float64), *random_layer(16, 8, 16)]
     low = [t.to(dtype).requires_grad_() for t in truth_in]
     exact = [t.detach().double().requires_grad_() for t in low]
 
     def results(backend, tensors):
-        output, grads = output_and_grads(lambda *t: dau_conv2d(*t, padding=1, norm=norm, backend=backend), tensors)
+        output, grads = output_and_grads(
+            lambda *t: dau_conv2d(*t, padding=1, norm=norm, backend=backend), tensors
+        )
         return output, *grads
 
     truth, eager, ours = results("reference", exact), results("reference", low), results("factored", low)
     assert all(tensor.dtype == dtype for tensor in ours)
-    worst_eager, worst = (max(relative_error(a, t) for a, t in zip(found, truth, strict=True)) for found in (eager, ours))
+    worst_eager, worst = (
+        max(relative_error(a, t) for a, t in zip(found, truth, strict=True)) for found in (eager, ours)
+    )
     assert worst <= 2 * worst_eager + torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend):
-    """float32 in, the autocast dtype out, float32 gradients; the same bits as casting by hand; float64 is left alone."""
+    """float32 in, the autocast dtype out, float32 gradients; the same bits as casting by hand; float64 is
+    left alone.
+    """
     tensors = [torch.randn(2, 5, 6, 6, requires_grad=True), *random_layer(dtype=torch.float32, grad=True)]
     with torch.autocast("cpu", torch.bfloat16):
         y = dau_conv2d(*tensors, padding=1, backend=backend)
@@ -280,16 +313,21 @@ def test_autocast(backend):
     outside = torch.autograd.grad(loss, tensors)
     assert y.dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in inside)
-    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True)), "backward must not depend on where it is called"
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True)), (
+        "backward must not depend on where it is called"
+    )
     by_hand = dau_conv2d(*(t.bfloat16() for t in tensors), padding=1, backend=backend)
     assert torch.equal(y, by_hand)
     with torch.autocast("cpu", torch.bfloat16):
         assert dau_conv2d(*(t.double() for t in tensors), padding=1, backend=backend).dtype == torch.float64
         # a bfloat16 activation of an earlier layer meets float32 parameters
-        assert torch.equal(dau_conv2d(tensors[0].bfloat16(), *tensors[1:], padding=1, backend=backend), by_hand)
+        assert torch.equal(
+            dau_conv2d(tensors[0].bfloat16(), *tensors[1:], padding=1, backend=backend), by_hand
+        )
 
 
-# -- limits ---------------------------------------------------------------------------------------------------------------------------
+# -- limits
+# ------------------------------------------------------------------------------------------------------------
 
 
 @FACTORED_AND_REFERENCE
@@ -297,7 +335,9 @@ def test_autocast(backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("zero", ["input", "weight and bias", "one patch, no bias"])
 def test_zeros(zero, dtype, norm, backend):
-    """w = 0: the output is 0 and so are the gradients under "squash"; under "l2" they are finite. Never NaN."""
+    """w = 0: the output is 0 and so are the gradients under "squash"; under "l2" they are finite. Never
+    NaN.
+    """
     x = torch.randn(2, 5, 6, 6).to(dtype)
     reduction, weight, bias = random_layer(dtype=dtype)
     if zero == "input":
@@ -321,7 +361,9 @@ def test_zeros(zero, dtype, norm, backend):
 @BOTH_NORMS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_cancellation(dtype, norm):
-    """b = -A z at one pixel: w nearly vanishes there. |y| <= |x| still holds, nothing is NaN, other pixels are untouched."""
+    """b = -A z at one pixel: w nearly vanishes there. |y| <= |x| still holds, nothing is NaN, other pixels
+    are untouched.
+    """
     x = torch.randn(2, 64, 8, 8, dtype=torch.float64)
     reduction, weight, _ = random_layer(64, 6, 16, scale=3.0)
     patch = F.unfold(x[:1], 3)[0, :, 0]
@@ -339,7 +381,8 @@ def test_cancellation(dtype, norm):
     rest[0, 0, 0, 0] = 0
     bound = 1e-13 if dtype == torch.float64 else 1e-5
     assert_close(ours[0] * rest, truth[0] * rest, bound, "other pixels")
-    if norm == "squash":  # the limit at w = 0 exists; under "l2" the direction of w is all that is left, and that is rounding
+    # the limit at w = 0 exists; under "l2" the direction of w is all that is left, and that is rounding
+    if norm == "squash":
         assert (ours[0][0, :, 0, 0].abs() < 1e-10 * lengths[0, 0, 0, 0]).all()
         for name, a, b in zip(("input", "B", "A", "b"), ours[1], truth[1], strict=True):
             assert_close(a, b, bound, name)
@@ -354,13 +397,16 @@ def test_norm_factor():
             rows[1, 1] = rows[1, 0]  # linearly dependent
             v = torch.randn(m, 20, dtype=dtype)
             ours = (factored.norm_factor(rows) @ v).norm(dim=1)
-            assert_close(ours, (rows.double().transpose(1, 2) @ v.double()).norm(dim=1), bound, f"{n, m, d}, {dtype}")
+            assert_close(
+                ours, (rows.double().transpose(1, 2) @ v.double()).norm(dim=1), bound, f"{n, m, d}, {dtype}"
+            )
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_norm_with_products_in_bfloat16(bias, monkeypatch):
-    """As torch multiplies float32 with set_float32_matmul_precision("medium") where the CPU can: |w| is off by the resolution of bfloat16
-    beside the terms of w, also where they nearly cancel, and |w|^2 is never negative.
+    """As torch multiplies float32 with set_float32_matmul_precision("medium") where the CPU can: |w| is off
+    by the resolution of bfloat16 beside the terms of w, also where they nearly cancel, and |w|^2 is never
+    negative.
     """
     torch.manual_seed(0)
     generate, z = torch.randn(5, 24, 60), torch.randn(24, 200)
@@ -383,16 +429,27 @@ def test_the_norm_with_products_in_bfloat16(bias, monkeypatch):
 
 
 def test_gradients_that_cancel():
-    """One number a patch under "l2": y = sign(w) x, so that all gradients but that of the direct term cancel, however small w is."""
+    """One number a patch under "l2": y = sign(w) x, so that all gradients but that of the direct term
+    cancel, however small w is.
+    """
     torch.manual_seed(0)
-    x, B, A, b = torch.randn(2, 1, 32, 32), torch.randn(8, 1, 1, 1), torch.randn(3, 8, 1, 1, 1) / 3, torch.randn(3, 1, 1, 1)
+    x, B, A, b = (
+        torch.randn(2, 1, 32, 32),
+        torch.randn(8, 1, 1, 1),
+        torch.randn(3, 8, 1, 1, 1) / 3,
+        torch.randn(3, 1, 1, 1),
+    )
     tensors = [t.requires_grad_() for t in (x, B, A, b)]
     upstream = torch.ones(2, 3, 32, 32)
     ours = output_and_grads(lambda *t: dau_conv2d(*t, norm="l2", backend="factored"), tensors, upstream)[1]
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    truth = output_and_grads(lambda *t: dau_conv2d(*t, norm="l2", backend="reference"), exact, upstream.double())[1]
+    truth = output_and_grads(
+        lambda *t: dau_conv2d(*t, norm="l2", backend="reference"), exact, upstream.double()
+    )[1]
     with scale_held():
-        direct = output_and_grads(lambda *t: dau_conv2d(*t, norm="l2", backend="reference"), exact, upstream.double())[1]
+        direct = output_and_grads(
+            lambda *t: dau_conv2d(*t, norm="l2", backend="reference"), exact, upstream.double()
+        )[1]
     for found, expected, cancelled in zip(ours, truth, direct, strict=True):
         assert (found - expected).abs().max() <= 1e-6 * cancelled.abs().max()
 
@@ -400,15 +457,21 @@ def test_gradients_that_cancel():
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize(("channels", "units", "rank"), [(2, 64, 256), (40, 64, 8)])
 def test_chunks_of_the_adjoint(channels, units, rank, given, monkeypatch):
-    """No intermediate is much larger than the budget, whichever form it takes, with norms that are known and without."""
+    """No intermediate is much larger than the budget, whichever form it takes, with norms that are known
+    and without.
+    """
     asked, call = [], factored._Scratch.__call__
     monkeypatch.setattr(
-        factored._Scratch, "__call__", lambda self, like, *shape: asked.append(math.prod(shape)) or call(self, like, *shape)
+        factored._Scratch,
+        "__call__",
+        lambda self, like, *shape: asked.append(math.prod(shape)) or call(self, like, *shape),
     )
     x = torch.randn(1, channels, 64, 64)
     parameters = random_layer(channels, units, rank, (1, 1), dtype=torch.float32)
     if given:
-        output_and_grads(lambda x: dau_conv2d(x, *parameters, detach=True, backend="factored"), [x.requires_grad_()])
+        output_and_grads(
+            lambda x: dau_conv2d(x, *parameters, detach=True, backend="factored"), [x.requires_grad_()]
+        )
     else:
         dau_conv2d_transpose(x, torch.randn(1, units, 64, 64), *parameters, backend="factored")
     assert asked
@@ -417,7 +480,9 @@ def test_chunks_of_the_adjoint(channels, units, rank, given, monkeypatch):
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_product(enabled, monkeypatch):
-    """With and without oneDNN: of contiguous matrices and transposed views, of one row or column, of nothing."""
+    """With and without oneDNN: of contiguous matrices and transposed views, of one row or column, of
+    nothing.
+    """
     monkeypatch.setattr(factored, "SMALL_PRODUCT", -1)
     generator = torch.Generator().manual_seed(0)
     with torch.backends.mkldnn.flags(enabled=enabled):
@@ -432,8 +497,8 @@ def test_product(enabled, monkeypatch):
 
 
 def test_what_a_thread_keeps():
-    """The buffer for intermediates serves the calls of a thread one after the other: of any dtype, inside and outside of inference mode,
-    and no result lies in it. What is larger than the bound is not kept.
+    """The buffer for intermediates serves the calls of a thread one after the other: of any dtype, inside and
+    outside of inference mode, and no result lies in it. What is larger than the bound is not kept.
     """
 
     def kept():
@@ -444,7 +509,10 @@ def test_what_a_thread_keeps():
         assert kept() == 0  # a new thread
         done = []
         for dtype in (torch.float32, torch.float64, torch.float32):
-            tensors = [torch.randn(2, 4, 9, 9, dtype=dtype), *(t.to(dtype) for t in random_layer(4, 5, 6, (3, 3)))]
+            tensors = [
+                torch.randn(2, 4, 9, 9, dtype=dtype),
+                *(t.to(dtype) for t in random_layer(4, 5, 6, (3, 3))),
+            ]
             with torch.inference_mode():
                 inference = dau_conv2d(*tensors, backend="factored")
             assert 0 < kept() <= factored.SCRATCH_BYTES
@@ -478,19 +546,29 @@ def test_product_where_torch_has_no_such_operator(monkeypatch):
     assert torch.equal(factored.product(torch.eye(3), torch.eye(3)), torch.eye(3))
 
 
-# -- memory ---------------------------------------------------------------------------------------------------------------------------
+# -- memory
+# ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("save_contraction", [False, True, "auto", "auto, too large", "auto, too little to compute again"])
+@pytest.mark.parametrize(
+    "save_contraction", [False, True, "auto", "auto, too large", "auto, too little to compute again"]
+)
 def test_what_factored_keeps(save_contraction, monkeypatch):
-    """What forward keeps for backward is of the size of the activations, no [pixels, n d], and [pixels, n r] only where it was asked for or
-    is small.
+    """What forward keeps for backward is of the size of the activations, no [pixels, n d], and [pixels, n r]
+    only where it was asked for or is small.
     """
     contracted = save_contraction in (True, "auto")
-    monkeypatch.setattr(factored, "KEPT_BYTES", 4 * 2 * 12 * 12 * 6 * 5 - (save_contraction == "auto, too large"))
-    monkeypatch.setattr(factored, "KEPT_DEPTH", 8 * 3 * 3 + (save_contraction == "auto, too little to compute again"))
+    monkeypatch.setattr(
+        factored, "KEPT_BYTES", 4 * 2 * 12 * 12 * 6 * 5 - (save_contraction == "auto, too large")
+    )
+    monkeypatch.setattr(
+        factored, "KEPT_DEPTH", 8 * 3 * 3 + (save_contraction == "auto, too little to compute again")
+    )
     save_contraction = save_contraction if isinstance(save_contraction, bool) else "auto"
-    tensors = [torch.randn(2, 8, 12, 12, requires_grad=True), *random_layer(8, 6, 5, dtype=torch.float32, grad=True)]
+    tensors = [
+        torch.randn(2, 8, 12, 12, requires_grad=True),
+        *random_layer(8, 6, 5, dtype=torch.float32, grad=True),
+    ]
     output = dau_conv2d(*tensors, padding=1, backend="factored", save_contraction=save_contraction)
     kept = [t for t in output.grad_fn.saved_tensors if t is not None]
     held = [value for value in vars(output.grad_fn).values() if isinstance(value, torch.Tensor)]
@@ -504,15 +582,22 @@ def test_what_factored_keeps(save_contraction, monkeypatch):
 def test_what_factored_keeps_where_somebody_watches():
     """Checkpoints and others with hooks for what is saved want memory: "auto" keeps no contraction there."""
     kept = []
-    tensors = [torch.randn(2, 32, 12, 12, requires_grad=True), *random_layer(32, 6, 5, dtype=torch.float32, grad=True)]
+    tensors = [
+        torch.randn(2, 32, 12, 12, requires_grad=True),
+        *random_layer(32, 6, 5, dtype=torch.float32, grad=True),
+    ]
     unwatched = dau_conv2d(*tensors, padding=1, backend="factored")
-    assert max(t.numel() for t in unwatched.grad_fn.saved_tensors if t is not None and t.dim() == 2) == 2 * 12 * 12 * 6 * 5
+    assert (
+        max(t.numel() for t in unwatched.grad_fn.saved_tensors if t is not None and t.dim() == 2)
+        == 2 * 12 * 12 * 6 * 5
+    )
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         dau_conv2d(*tensors, padding=1, backend="factored")
     assert max(t.numel() for t in kept if t.dim() == 2) == 2 * 12 * 12 * 6
 
 
-# -- errors ---------------------------------------------------------------------------------------------------------------------------
+# -- errors
+# ------------------------------------------------------------------------------------------------------------
 
 GOOD = dict(input=(2, 5, 6, 7), reduction_weight=(3, 5, 3, 3), weight=(4, 3, 5, 3, 3), bias=(4, 5, 3, 3))
 
@@ -523,7 +608,12 @@ GOOD = dict(input=(2, 5, 6, 7), reduction_weight=(3, 5, 3, 3), weight=(4, 3, 5, 
         (dict(input=(2, 4, 6, 7)), {}, ValueError, r"input: expected \[N, 5, H, W\].*\[2, 4, 6, 7\]"),
         (dict(input=(6, 7)), {}, ValueError, r"input: expected"),
         (dict(reduction_weight=(3, 5, 3)), {}, ValueError, r"reduction_weight: expected \[rank"),
-        (dict(weight=(4, 2, 5, 3, 3)), {}, ValueError, r"weight: expected \[units, 3, 5, 3, 3\].*\[4, 2, 5, 3, 3\]"),
+        (
+            dict(weight=(4, 2, 5, 3, 3)),
+            {},
+            ValueError,
+            r"weight: expected \[units, 3, 5, 3, 3\].*\[4, 2, 5, 3, 3\]",
+        ),
         (dict(weight=(0, 3, 5, 3, 3)), {"bias": None}, ValueError, "at least one"),
         (dict(bias=(5, 5, 3, 3)), {}, ValueError, r"bias: expected \[4, 5, 3, 3\]"),
         ({}, dict(norm="l1"), ValueError, "norm: expected one of 'squash', 'l2', got 'l1'"),

@@ -11,7 +11,9 @@ from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 # the fused kernels have no float64 of their own
 CASES = [*((dtype, backend) for dtype in BOUNDS for backend in BACKENDS), (torch.float32, "triton")]
-DTYPE_AND_BACKEND = pytest.mark.parametrize(("dtype", "backend"), CASES, ids=lambda value: str(value).removeprefix("torch."))
+DTYPE_AND_BACKEND = pytest.mark.parametrize(
+    ("dtype", "backend"), CASES, ids=lambda value: str(value).removeprefix("torch.")
+)
 
 
 def device_of(backend):
@@ -20,7 +22,9 @@ def device_of(backend):
 
 
 def layer_errors(name, dtype, backend):
-    """Relative error of the output, of every gradient and of the explanation, against the golden file in float64."""
+    """Relative error of the output, of every gradient and of the explanation, against the golden file in
+    float64.
+    """
     truth, golden = Golden(name), Golden(name, dtype, device_of(backend))
     m = golden.meta
     tensors = [golden["input"], *golden.layer("param")]
@@ -31,7 +35,9 @@ def layer_errors(name, dtype, backend):
     wanted = [t for t in tensors if t is not None]
     grads = torch.autograd.grad(output, wanted, golden["grad_output"])
     expected = [truth["grad/x"], *truth.layer("grad")]
-    for key, actual, gold in zip(("input", "reduction_weight", "weight", "bias"), grads, expected, strict=False):
+    for key, actual, gold in zip(
+        ("input", "reduction_weight", "weight", "bias"), grads, expected, strict=False
+    ):
         errors[f"grad {key}"] = relative_error(actual, gold)
     detached = dau_conv2d(*tensors, **options, detach=True)
     errors["detached output"] = relative_error(detached, truth["output"])
@@ -57,7 +63,12 @@ def test_net(dtype, backend, prefix):
     m, bound = golden.meta, BOUNDS[dtype]
     state = {prefix + key.removeprefix("param/"): golden[key] for key in golden.keys("param/")}
     model = checkpoints.from_published(
-        state, strides=m["strides"], paddings=m["paddings"], temperature=m["temperature"], logit_bias=m["logit_bias"], norm=m["norm"]
+        state,
+        strides=m["strides"],
+        paddings=m["paddings"],
+        temperature=m["temperature"],
+        logit_bias=m["logit_bias"],
+        norm=m["norm"],
     )
     model = model.to(device_of(backend))
     for layer in model.layers:
@@ -67,7 +78,9 @@ def test_net(dtype, backend, prefix):
     assert [layer.kernel_size[0] for layer in model.layers] == m["kernel_sizes"]
     logits = model(golden["image"])
     assert relative_error(logits, truth["logits"]) < bound
-    loss = F.binary_cross_entropy_with_logits(logits, F.one_hot(golden["target"], model.num_classes).to(dtype))
+    loss = F.binary_cross_entropy_with_logits(
+        logits, F.one_hot(golden["target"], model.num_classes).to(dtype)
+    )
     assert relative_error(loss, truth["loss"]) < bound
     grads = torch.autograd.grad(loss, list(model.parameters()))
     with torch.no_grad():  # the same conversion turns gradients into published gradients
@@ -85,7 +98,11 @@ def test_explanation_of_net(dtype, backend):
     m = golden.meta
     state = {key.removeprefix("param/"): golden[key] for key in golden.keys("param/")}
     model = checkpoints.from_published(
-        state, strides=m["strides"], paddings=m["paddings"], temperature=m["temperature"], logit_bias=m["logit_bias"]
+        state,
+        strides=m["strides"],
+        paddings=m["paddings"],
+        temperature=m["temperature"],
+        logit_bias=m["logit_bias"],
     )
     model = model.to(device_of(backend))
     for layer in model.layers:
@@ -100,7 +117,11 @@ def test_published_round_trip_is_bit_exact():
     m = golden.meta
     state = {key.removeprefix("param/"): golden[key] for key in golden.keys("param/")}
     model = checkpoints.from_published(
-        state, strides=m["strides"], paddings=m["paddings"], temperature=m["temperature"], logit_bias=m["logit_bias"]
+        state,
+        strides=m["strides"],
+        paddings=m["paddings"],
+        temperature=m["temperature"],
+        logit_bias=m["logit_bias"],
     )
     back = checkpoints.to_published(model)
     assert back.keys() == state.keys()

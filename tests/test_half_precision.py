@@ -1,4 +1,6 @@
-"""Networks in float16 and bfloat16 at T = 1e5, whose sums over the image are beyond float16's range and bfloat16's digits."""
+"""Networks in float16 and bfloat16 at T = 1e5, whose sums over the image are beyond float16's range and
+bfloat16's digits.
+"""
 
 import pytest
 import torch
@@ -24,8 +26,12 @@ def network(dtype=torch.float64):
         for layer in net.layers:
             window = layer.reduction_weight.shape
             layer.reduction_weight.copy_(0.1 * torch.randn(window, generator=generator, dtype=torch.float64))
-            layer.weight.copy_(0.1 * torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64))
-            layer.bias.copy_(0.2 + 0.4 * torch.rand(layer.bias.shape, generator=generator, dtype=torch.float64))
+            layer.weight.copy_(
+                0.1 * torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64)
+            )
+            layer.bias.copy_(
+                0.2 + 0.4 * torch.rand(layer.bias.shape, generator=generator, dtype=torch.float64)
+            )
     return net.to(torch.bfloat16).to(dtype)  # the same weights in all dtypes
 
 
@@ -79,7 +85,9 @@ def test_temperature_costs_no_digits(dtype, bound):
     net.temperature = 16.0
     expected = 16 * net.explain(x, TARGETS).dynamic_weight
     for net.temperature in (1e5, 1e9):
-        assert relative_error(net.explain(x, TARGETS).dynamic_weight.double() * net.temperature, expected) < 1e-6
+        assert (
+            relative_error(net.explain(x, TARGETS).dynamic_weight.double() * net.temperature, expected) < 1e-6
+        )
 
 
 @half
@@ -101,7 +109,9 @@ def test_loss_of_no_images():
     """Weights whose sum leaves float16 are no NaN."""
     net = create_model("coda_xs_digits", dtype=torch.float16)
     torch.nn.init.constant_(net.layers[1].weight, 1000.0)
-    penalty = matrix_penalty(net, torch.zeros(0, 1, 8, 8, dtype=torch.float16), torch.zeros(0, 1, dtype=torch.long))
+    penalty = matrix_penalty(
+        net, torch.zeros(0, 1, 8, 8, dtype=torch.float16), torch.zeros(0, 1, dtype=torch.long)
+    )
     assert float(penalty.detach()) == 0
     penalty.backward()
     assert all(float(p.grad.abs().max()) == 0 for p in net.parameters())
@@ -110,13 +120,21 @@ def test_loss_of_no_images():
 @half
 def test_metrics(dtype, bound, truth):
     targets = torch.tensor([2])
-    own = lambda x, c: truth[1].contribution_map[:, 1:]  # noqa: E731
+    own = lambda x, c: truth[1].contribution_map[:, 1:]
     options = dict(points=3, order="most", batch_size=2)
     expected = pixel_removal(network(), images(), targets, own, **options).probabilities
-    assert relative_error(pixel_removal(network(dtype), images(dtype), targets, own, **options).probabilities, expected) < bound
+    assert (
+        relative_error(
+            pixel_removal(network(dtype), images(dtype), targets, own, **options).probabilities, expected
+        )
+        < bound
+    )
     assert completeness_error(network(dtype), images(dtype), targets).max() < bound
     logits = torch.tensor([[4.0, -4.0, -4.0]]).to(dtype)
-    scores = [localisation(network(d), images(d), torch.tensor([0]), side=1, logits=logits).scores for d in (torch.float64, dtype)]
+    scores = [
+        localisation(network(d), images(d), torch.tensor([0]), side=1, logits=logits).scores
+        for d in (torch.float64, dtype)
+    ]
     assert relative_error(scores[1], scores[0]) < bound
 
 

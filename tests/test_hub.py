@@ -18,7 +18,13 @@ from coda_fast.hub import HubCoDANet
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(
-    out_channels=[4, 3], ranks=[2, 5], kernel_sizes=[3, 1], strides=[2, 1], temperature=7.0, norm="l2", class_names=["a", "b", "c"]
+    out_channels=[4, 3],
+    ranks=[2, 5],
+    kernel_sizes=[3, 1],
+    strides=[2, 1],
+    temperature=7.0,
+    norm="l2",
+    class_names=["a", "b", "c"],
 )
 
 
@@ -46,7 +52,9 @@ def test_round_trip(tmp_path, dtype):
     assert {key: tensor.dtype for key, tensor in stored.items()} == dict.fromkeys(model.state_dict(), dtype)
 
     warmer = HubCoDANet.from_pretrained(tmp_path / "net", temperature=3.5)
-    assert torch.allclose(warmer(images) - model.logit_bias, 2 * (model(images) - model.logit_bias), rtol=1e-3, atol=0.05)
+    assert torch.allclose(
+        warmer(images) - model.logit_bias, 2 * (model(images) - model.logit_bias), rtol=1e-3, atol=0.05
+    )
     warmer.save_pretrained(tmp_path / "again")
     assert HubCoDANet.from_pretrained(tmp_path / "again").temperature == 3.5
 
@@ -85,7 +93,8 @@ def test_folders_that_do_not_fit(tmp_path):
     HubCoDANet(**SMALL).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"layers\.1\.reduction_weight"):
         HubCoDANet.from_pretrained(tmp_path, ranks=[2, 6])
-    with pytest.raises(RuntimeError, match=r"layers\.0\.bias"):  # the mixin itself would load what fits and say nothing
+    # the mixin itself would load what fits and say nothing
+    with pytest.raises(RuntimeError, match=r"layers\.0\.bias"):
         HubCoDANet.from_pretrained(tmp_path, bias=False)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError):
@@ -96,7 +105,9 @@ def test_a_failed_save_leaves_the_old_weights(tmp_path, monkeypatch):
     model = HubCoDANet(**SMALL)
     model.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space left"):
         HubCoDANet(**SMALL).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -129,7 +140,13 @@ def test_torch_hub_from_a_folder(tmp_path):
 def test_without_huggingface_hub():
     code = "import sys; sys.modules['huggingface_hub'] = None; import coda_fast; import coda_fast.hub"
     path = os.pathsep.join(sys.path)
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert "ImportError: coda_fast.hub needs huggingface_hub: pip install 'coda-fast[hub]'" in done.stderr
 
 

@@ -15,11 +15,20 @@ from coda_fast.interop import CoDAAttribution, quantus_explain_func
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return create_model("coda_s_cifar10", out_channels=[4, 10], ranks=[4, 4], kernel_sizes=[3, 1], strides=[2, 1], temperature=10).double()
+    return create_model(
+        "coda_s_cifar10",
+        out_channels=[4, 10],
+        ranks=[4, 4],
+        kernel_sizes=[3, 1],
+        strides=[2, 1],
+        temperature=10,
+    ).double()
 
 
 def test_attributions_are_complete(model):
-    """In the shape of the image, they sum to the logit less its bias; a colour has what it and its complement contribute."""
+    """In the shape of the image, they sum to the logit less its bias; a colour has what it and its
+    complement contribute.
+    """
     x, targets = torch.rand(3, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 5, 9])
     found, delta = CoDAAttribution(model).attribute(x, targets, return_convergence_delta=True)
     logits = model(x).detach().gather(1, targets[:, None])[:, 0]
@@ -46,21 +55,29 @@ def test_one_input_in_a_tuple(model):
     x, attribute = torch.rand(2, 3, 8, 8, dtype=torch.float64), CoDAAttribution(model).attribute
     (found,) = attribute((x,), 4, None)
     assert torch.equal(found, attribute(x, 4))
-    (found,), delta = attribute((x,), torch.tensor([4]), additional_forward_args=None, return_convergence_delta=True)
+    (found,), delta = attribute(
+        (x,), torch.tensor([4]), additional_forward_args=None, return_convergence_delta=True
+    )
     assert torch.equal(found, attribute(x, 4))
     assert delta.shape == (2,)
     with pytest.raises(ValueError, match="inputs: expected a tensor or a tuple of one, got 2 inputs"):
         attribute((x, x), 4)
-    with pytest.raises(TypeError, match="additional_forward_args: expected None, as a CoDANet takes an image alone, got a tuple"):
+    with pytest.raises(
+        TypeError,
+        match="additional_forward_args: expected None, as a CoDANet takes an image alone, got a tuple",
+    ):
         attribute(x, 4, additional_forward_args=(x,))
 
 
 def test_captum_is_imported_only_by_interop():
     """And is not needed for it."""
     program = (
-        "import sys, coda_fast, coda_fast.cli, coda_fast.report; assert 'captum' not in sys.modules; sys.modules['captum'] = None;"
-        "from coda_fast.interop import CoDAAttribution as A; import torch; a = A(coda_fast.create_model('coda_xs_digits'));"
-        "print(a.get_name(), a.multiplies_by_inputs, a.has_convergence_delta(), list(a.attribute(torch.rand(2, 1, 8, 8), 3).shape))"
+        "import sys, coda_fast, coda_fast.cli, coda_fast.report; assert 'captum' not in sys.modules; "
+        "sys.modules['captum'] = None;"
+        "from coda_fast.interop import CoDAAttribution as A; import torch; a = "
+        "A(coda_fast.create_model('coda_xs_digits'));"
+        "print(a.get_name(), a.multiplies_by_inputs, a.has_convergence_delta(), "
+        "list(a.attribute(torch.rand(2, 1, 8, 8), 3).shape))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "CoDA True True [2, 1, 8, 8]\n", done.stderr
@@ -89,7 +106,9 @@ def test_noise_tunnel(model, count, in_tuple):
     tunnel = captum.attr.NoiseTunnel(CoDAAttribution(model))
     assert tunnel.is_delta_supported is True
     assert tunnel.multiplies_by_inputs is True
-    options = dict(nt_type="smoothgrad", nt_samples=5, stdevs=0.1, target=targets, additional_forward_args=None)
+    options = dict(
+        nt_type="smoothgrad", nt_samples=5, stdevs=0.1, target=targets, additional_forward_args=None
+    )
     torch.manual_seed(0)
     found, delta = tunnel.attribute((x,) if in_tuple else x, return_convergence_delta=True, **options)
     torch.manual_seed(0)
@@ -105,19 +124,26 @@ def test_noise_tunnel(model, count, in_tuple):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_sensitivity(model, count):
-    """captum's sensitivity: of images moved by a known step, the change of the attributions over their norm."""
+    """captum's sensitivity: of images moved by a known step, the change of the attributions over their
+    norm.
+    """
     metrics = pytest.importorskip("captum.metrics", reason="pip install 'coda-fast[evaluation]'")
     x, targets = torch.rand(count, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 5])[:count]
     attribute = CoDAAttribution(model).attribute
-    found = metrics.sensitivity_max(attribute, x, lambda inputs: inputs + 0.01, n_perturb_samples=2, target=targets)
+    found = metrics.sensitivity_max(
+        attribute, x, lambda inputs: inputs + 0.01, n_perturb_samples=2, target=targets
+    )
     before, after = attribute(x, targets).flatten(1), attribute(x + 0.01, targets).flatten(1)
     torch.testing.assert_close(found, (after - before).norm(dim=1) / before.norm(dim=1))
-    drawn = metrics.sensitivity_max(attribute, x, target=targets, additional_forward_args=None)  # captum's own perturbations
+    # captum's own perturbations
+    drawn = metrics.sensitivity_max(attribute, x, target=targets, additional_forward_args=None)
     assert (drawn > 0).all()
 
 
 def test_infidelity(model):
-    """captum's infidelity sees how far contributions over the image, the local linear map, are from what small steps do."""
+    """captum's infidelity sees how far contributions over the image, the local linear map, are from what
+    small steps do.
+    """
     metrics = pytest.importorskip("captum.metrics", reason="pip install 'coda-fast[evaluation]'")
     x, targets = torch.rand(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 5])
     found = CoDAAttribution(model).attribute(x, targets)
@@ -127,8 +153,10 @@ def test_infidelity(model):
         return step.expand_as(inputs), inputs - step
 
     score = metrics.infidelity(model, perturb, x, found / x, target=targets, n_perturb_samples=1)
-    logits = lambda images: model(images).detach().gather(1, targets[:, None])[:, 0]  # noqa: E731
-    torch.testing.assert_close(score, ((found / x * step).sum((1, 2, 3)) - (logits(x) - logits(x - step))).square())
+    logits = lambda images: model(images).detach().gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(
+        score, ((found / x * step).sum((1, 2, 3)) - (logits(x) - logits(x - step))).square()
+    )
 
 
 def test_quantus_function(model):
@@ -145,6 +173,8 @@ def test_quantus_itself(model):
     quantus = pytest.importorskip("quantus", reason="pip install quantus")
     x, targets = np.random.default_rng(0).random((2, 3, 8, 8)).astype(np.float32), np.array([3, 7])
     metric = quantus.Sparseness(abs=True, disable_warnings=True)
-    scores = metric(model=model.float(), x_batch=x, y_batch=targets, explain_func=quantus_explain_func, device="cpu")
+    scores = metric(
+        model=model.float(), x_batch=x, y_batch=targets, explain_func=quantus_explain_func, device="cpu"
+    )
     assert len(scores) == 2
     assert all(0 <= score <= 1 for score in scores)

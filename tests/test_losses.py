@@ -12,7 +12,14 @@ BACKENDS = ("reference", "factored")
 
 def network(backend="factored", **options):
     torch.manual_seed(0)
-    layers = dict(out_channels=[3, 4], ranks=[3, 2], kernel_sizes=[3, 3], strides=[2, 1], temperature=2.0, image_channels=1)
+    layers = dict(
+        out_channels=[3, 4],
+        ranks=[3, 2],
+        kernel_sizes=[3, 3],
+        strides=[2, 1],
+        temperature=2.0,
+        image_channels=1,
+    )
     net = coda_fast.CoDANet(**layers, backend=backend, dtype=torch.float64, **options)
     with torch.no_grad():
         for p in net.parameters():
@@ -25,7 +32,9 @@ def images(number=2):
 
 
 def linear_map(net, image):
-    """W_{0->L}(x), [classes, 6 H W]: columns are what unit vectors become with every s * w held as it is for the image, layer by layer."""
+    """W_{0->L}(x), [classes, 6 H W]: columns are what unit vectors become with every s * w held as it is
+    for the image, layer by layer.
+    """
     with torch.no_grad():
         entering = net.encoder(image[None])
         matrix = torch.eye(entering.numel(), dtype=torch.float64)
@@ -64,14 +73,18 @@ def test_images_that_do_not_count(norm):
     found = loss(net, x, labels, rows, torch.tensor([True, False, True])).penalty
     expected = matrix_penalty(net, x[[0, 2]], rows[[0, 2]], norm) * 2 / 3
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    for a, b in zip(*(torch.autograd.grad(p, list(net.parameters())) for p in (found, expected)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(p, list(net.parameters())) for p in (found, expected)), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_gradients_are_numerical_ones(backend, norm):
-    """Of every parameter along random directions: central differences of the penalty alone, and of the whole loss."""
+    """Of every parameter along random directions: central differences of the penalty alone, and of the
+    whole loss.
+    """
     net, x, labels = network(backend), images(), torch.tensor([2, 1])
     classes = torch.tensor([[2, 0], [1, 3]])
     loss = DynamicMatrixLoss(0.7, norm=norm)
@@ -82,7 +95,9 @@ def test_gradients_are_numerical_ones(backend, norm):
         assert all(g.abs().max() > 0 for g in gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             for seed in range(2):
-                direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+                direction = torch.randn(
+                    parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+                )
                 step, values = 1e-6, []
                 for sign in (1, -1):
                     with torch.no_grad():
@@ -109,15 +124,21 @@ def test_terms():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
 def test_any_integers(dtype):
     net, x, labels = network(), images(), torch.tensor([2, 1])
-    wide, narrow = (DynamicMatrixLoss(0.5, classes=4)(net, x, given).total for given in (labels, labels.to(dtype)))
+    wide, narrow = (
+        DynamicMatrixLoss(0.5, classes=4)(net, x, given).total for given in (labels, labels.to(dtype))
+    )
     torch.testing.assert_close(narrow, wide)
-    torch.testing.assert_close(matrix_penalty(net, x, labels[:, None].to(dtype)), matrix_penalty(net, x, labels[:, None]))
+    torch.testing.assert_close(
+        matrix_penalty(net, x, labels[:, None].to(dtype)), matrix_penalty(net, x, labels[:, None])
+    )
 
 
 def test_without_weight_it_is_cross_entropy():
     net, x, labels = network(), images(), torch.tensor([2, 1])
     found = torch.autograd.grad(DynamicMatrixLoss(0.0)(net, x, labels).total, list(net.parameters()))
-    expected = torch.autograd.grad(F.binary_cross_entropy_with_logits(net(x), F.one_hot(labels, 4).double()), list(net.parameters()))
+    expected = torch.autograd.grad(
+        F.binary_cross_entropy_with_logits(net(x), F.one_hot(labels, 4).double()), list(net.parameters())
+    )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -144,7 +165,9 @@ def test_nothing_is_left_behind():
 
 
 def test_gradient_that_explanation_mode_cuts():
-    """Rows taken in explanation mode have the same values, and gradients that are far off for all layers but the last."""
+    """Rows taken in explanation mode have the same values, and gradients that are far off for all layers
+    but the last.
+    """
     net, x, classes = network(), images(), torch.tensor([[2], [1]])
     with coda_fast.explanation_mode(net):
         encoded = net.encoder(x).requires_grad_()
@@ -160,7 +183,9 @@ def test_gradient_that_explanation_mode_cuts():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("temperature", [2.0, 1e5])
 def test_autocast(dtype, temperature):
-    """Values and gradients are those of float32 to the accuracy of the dtype, at the published T of 1e5 too."""
+    """Values and gradients are those of float32 to the accuracy of the dtype, at the published T of 1e5
+    too.
+    """
     net, x, classes = network().float(), images().float(), torch.tensor([[2, 0], [1, 3]])
     net.temperature = temperature
     exact = matrix_penalty(net, x, classes)

@@ -36,7 +36,14 @@ def test_every_model_is_what_its_name_says(name):
     model = create_model(name, device="meta")
     size = model.image_size
     assert coda_fast.list_models()[name] in ("published", "coda_fast")
-    classes = {"cifar10": 10, "imagenet100": 100, "imagenet1k": 1000, "tinyimagenet": 200, "digits": 10, "mnist": 10}[name.split("_")[-1]]
+    classes = {
+        "cifar10": 10,
+        "imagenet100": 100,
+        "imagenet1k": 1000,
+        "tinyimagenet": 200,
+        "digits": 10,
+        "mnist": 10,
+    }[name.split("_")[-1]]
     assert model.num_classes == classes
     height = size
     for layer in model.layers:
@@ -61,14 +68,28 @@ def test_any_image_size():
 
 
 def test_overrides():
-    model = create_model("coda_xs_digits", num_classes=4, temperature=3, norm="l2", class_names=list("abcd"), backend="reference")
+    model = create_model(
+        "coda_xs_digits",
+        num_classes=4,
+        temperature=3,
+        norm="l2",
+        class_names=list("abcd"),
+        backend="reference",
+    )
     assert all(layer.save_contraction == "auto" for layer in model.layers)
     saving = create_model("coda_xs_digits", save_contraction=True)
     assert all(layer.save_contraction is True for layer in saving.layers)
     with pytest.raises(ValueError, match="save_contraction: expected True, False or .auto., got 'x'"):
         create_model("coda_xs_digits", save_contraction="x")
-    assert saving.config() == create_model("coda_xs_digits").config(), "how to compute is no part of what a network is"
-    assert (model.num_classes, model.temperature, model.layers[0].norm, model.layers[0].backend) == (4, 3, "l2", "reference")
+    assert saving.config() == create_model("coda_xs_digits").config(), (
+        "how to compute is no part of what a network is"
+    )
+    assert (model.num_classes, model.temperature, model.layers[0].norm, model.layers[0].backend) == (
+        4,
+        3,
+        "l2",
+        "reference",
+    )
     assert create_model("coda_xs_digits", rank=1).config()["ranks"] == [1, 2, 2]
     assert create_model("coda_xs_digits", ranks=[1, 2, 3]).config()["ranks"] == [1, 2, 3]
 
@@ -132,7 +153,11 @@ def test_unknown_names():
     [
         (torch.rand(2, 1, 8, 8), ValueError, r"images: expected \[N, 3, H, W\], got shape \[2, 1, 8, 8\]"),
         (torch.rand(3, 8, 8), ValueError, r"images: expected \[N, 3, H, W\]"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), TypeError, "images: expected floating point in .*got torch.uint8"),
+        (
+            torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+            TypeError,
+            "images: expected floating point in .*got torch.uint8",
+        ),
         ([[1.0]], TypeError, "images: expected a tensor, got list"),
     ],
     ids=["channels", "unbatched", "uint8", "list"],
@@ -157,12 +182,19 @@ def test_logits_under_autocast_can_be_told_apart():
 def test_options_of_each_layer():
     """One value for all, or one for each; ``config`` has what the constructor takes."""
     config = dict(
-        out_channels=[4, 5, 3], ranks=[2, 3, 5], kernel_sizes=[3, [3, 1], 1], strides=[1, 2, 1], dilations=[1, [2, 1], 1],
-        norm=["squash", "l2", "l2"], eps=[1e-6, 1e-3, 1e-6], bias=[True, False, True],
-    )  # fmt: skip
+        out_channels=[4, 5, 3],
+        ranks=[2, 3, 5],
+        kernel_sizes=[3, [3, 1], 1],
+        strides=[1, 2, 1],
+        dilations=[1, [2, 1], 1],
+        norm=["squash", "l2", "l2"],
+        eps=[1e-6, 1e-3, 1e-6],
+        bias=[True, False, True],
+    )
     model = CoDANet(**config, temperature=3.0)
     assert [layer.dilation for layer in model.layers] == [(1, 1), (2, 1), (1, 1)]
-    assert [layer.padding for layer in model.layers] == [(1, 1), (2, 0), (0, 0)]  # by default, the size of an image stays
+    # by default, the size of an image stays
+    assert [layer.padding for layer in model.layers] == [(1, 1), (2, 0), (0, 0)]
     assert [layer.norm for layer in model.layers] == config["norm"]
     assert [layer.eps for layer in model.layers] == config["eps"]
     assert [layer.bias is not None for layer in model.layers] == config["bias"]
@@ -170,8 +202,12 @@ def test_options_of_each_layer():
     assert {key: found[key] for key in config} == config
     twin = CoDANet(**found)
     assert repr(twin) == repr(model)
-    assert {k: t.shape for k, t in twin.state_dict().items()} == {k: t.shape for k, t in model.state_dict().items()}
-    same = CoDANet(**SMALL, temperature=3.0, norm=["l2", "l2"], eps=[1e-3] * 2, bias=[False] * 2, dilations=[1, 1])
+    assert {k: t.shape for k, t in twin.state_dict().items()} == {
+        k: t.shape for k, t in model.state_dict().items()
+    }
+    same = CoDANet(
+        **SMALL, temperature=3.0, norm=["l2", "l2"], eps=[1e-3] * 2, bias=[False] * 2, dilations=[1, 1]
+    )
     assert same.config() == CoDANet(**SMALL, temperature=3.0, norm="l2", eps=1e-3, bias=False).config()
     assert "dilations" not in same.config()
 
@@ -179,7 +215,10 @@ def test_options_of_each_layer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(ranks=[10**12, 5]), r"weights of .* numbers: expected what fits into the .* GiB of this machine"),
+        (
+            dict(ranks=[10**12, 5]),
+            r"weights of .* numbers: expected what fits into the .* GiB of this machine",
+        ),
         (dict(ranks=[2**62, 5]), r"weights: expected less than 2\*\*63 bytes for a layer, got about 2\*\*"),
         (dict(out_channels=[10**200, 3]), r"weights: expected less than 2\*\*63 bytes"),
     ],
@@ -191,15 +230,20 @@ def test_what_no_machine_holds_is_refused_before_it_is_allocated(options, messag
     with pytest.raises(ValueError, match=message):
         CoDANet(**(SMALL | options), temperature=1.0)
     with pytest.raises(ValueError, match=message):
-        coda_fast.DAUConv2d(6, (options.get("out_channels") or [4])[0], 3, rank=(options.get("ranks") or [2])[0])
+        coda_fast.DAUConv2d(
+            6, (options.get("out_channels") or [4])[0], 3, rank=(options.get("ranks") or [2])[0]
+        )
     assert not made
 
 
 def test_the_sum_of_all_layers_counts(monkeypatch):
     """Each layer would fit, all of them do not. On the meta device nothing is held."""
-    layers = dict(out_channels=[64] * 9, ranks=[64] * 9, kernel_sizes=[31] * 9, strides=[1] * 9)  # about 1 GiB each
+    # about 1 GiB each
+    layers = dict(out_channels=[64] * 9, ranks=[64] * 9, kernel_sizes=[31] * 9, strides=[1] * 9)
     monkeypatch.setattr("coda_fast.safety.machine_memory", lambda device="cpu": 2 << 30)
-    with pytest.raises(ValueError, match="weights of .* numbers: expected what fits into the 2 GiB of this machine"):
+    with pytest.raises(
+        ValueError, match="weights of .* numbers: expected what fits into the 2 GiB of this machine"
+    ):
         CoDANet(**layers, temperature=1.0)
     assert CoDANet(**layers, temperature=1.0, device="meta").num_classes == 64
     with torch.device("meta"):

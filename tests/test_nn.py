@@ -37,7 +37,16 @@ def test_takes_the_place_of_conv2d(arguments, options):
     assert ours(x).shape == conv(x).shape
     assert ours(x).dtype == dtype
     assert ours(x[0]).shape == conv(x[0]).shape
-    for name in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups", "padding", "padding_mode"):
+    for name in (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "dilation",
+        "groups",
+        "padding",
+        "padding_mode",
+    ):
         assert getattr(ours, name) == getattr(conv, name), name
     assert (ours.bias is None) == (conv.bias is None)
 
@@ -75,7 +84,9 @@ def test_refuses_at_construction(options, error, message):
 
 def test_repr_copy_and_state_dict():
     layer = DAUConv2d(3, 8, 3, padding=1, rank=4, norm="l2")
-    assert repr(layer) == "DAUConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), rank=4, padding=(1, 1), norm='l2')"
+    assert (
+        repr(layer) == "DAUConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), rank=4, padding=(1, 1), norm='l2')"
+    )
     assert repr(DAUConv2d(3, 8, 1, rank=4, save_contraction=True)).endswith("rank=4, save_contraction=True)")
     twin = copy.deepcopy(layer)
     fresh = DAUConv2d(3, 8, 3, padding=1, rank=4, norm="l2")
@@ -92,10 +103,14 @@ def test_on_the_meta_device():
 
 def test_inside_an_existing_network():
     """Convolutions of a network written for nn.Conv2d are replaced one by one, and it trains."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, 2, 1), nn.Flatten(), nn.Linear(4 * 16, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, 2, 1), nn.Flatten(), nn.Linear(4 * 16, 2)
+    )
     for i, child in enumerate(net):
         if isinstance(child, nn.Conv2d):
-            net[i] = DAUConv2d(child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding, rank=4)
+            net[i] = DAUConv2d(
+                child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding, rank=4
+            )
     x, y = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
     x[y == 1, 0] *= 0.3
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
@@ -110,10 +125,15 @@ def test_inside_an_existing_network():
 
 
 def _response_and_gradient(initialise=None):
-    """Over the nine layers of S-CoDA (channels and ranks divided by 4): output RMS per layer, and gradient over weight of the first."""
+    """Over the nine layers of S-CoDA (channels and ranks divided by 4): output RMS per layer, and gradient
+    over weight of the first.
+    """
     torch.manual_seed(0)
     model = coda_fast.create_model(
-        "coda_s_cifar10", ranks=[8] * 2 + [16] * 7, out_channels=[8, 8, 16, 16, 16, 32, 32, 32, 10], temperature=64
+        "coda_s_cifar10",
+        ranks=[8] * 2 + [16] * 7,
+        out_channels=[8, 8, 16, 16, 16, 32, 32, 32, 10],
+        temperature=64,
     )
     if initialise:
         for layer in model.layers:
@@ -129,7 +149,9 @@ def _response_and_gradient(initialise=None):
 
 
 def test_initialisation_keeps_a_deep_stack_alive():
-    """Nine layers deep the signal is within two orders of magnitude; under torch's fan-in rule (the alternative) it is gone."""
+    """Nine layers deep the signal is within two orders of magnitude; under torch's fan-in rule (the
+    alternative) it is gone.
+    """
     ours, our_gradient = _response_and_gradient()
     default, default_gradient = _response_and_gradient(lambda t: nn.init.kaiming_uniform_(t, a=5**0.5))
     assert ours[-1] > 1e-3, ours
@@ -155,7 +177,7 @@ def test_add_inverse_and_sum_pool():
 def test_explanation_mode_ends():
     net = nn.Sequential(DAUConv2d(2, 3, 1), nn.Sequential(DAUConv2d(3, 2, 1)))
     other = DAUConv2d(2, 2, 1)
-    modes = lambda: [layer.explaining for layer in (net[0], net[1][0], other)]  # noqa: E731
+    modes = lambda: [layer.explaining for layer in (net[0], net[1][0], other)]
     with explanation_mode(net[1]):
         assert modes() == [False, True, False]
         with explanation_mode(net) as inside:
@@ -166,14 +188,21 @@ def test_explanation_mode_ends():
     with pytest.raises(RuntimeError, match="stop"), explanation_mode(net):
         raise RuntimeError("stop")
     assert modes() == [False] * 3
-    with pytest.raises(ValueError, match="at least one DAUConv2d, got Linear"), explanation_mode(nn.Linear(1, 1)):
+    with (
+        pytest.raises(ValueError, match="at least one DAUConv2d, got Linear"),
+        explanation_mode(nn.Linear(1, 1)),
+    ):
         pass
 
 
 def test_matrix_regulariser_trains():
-    """A penalty on the rows of the global linear map, differentiated through explanation mode, makes them sparser."""
+    """A penalty on the rows of the global linear map, differentiated through explanation mode, makes them
+    sparser.
+    """
     torch.manual_seed(0)
-    model = coda_fast.CoDANet([4, 3], ranks=[4, 4], kernel_sizes=[3, 3], strides=[1, 1], temperature=1, dtype=torch.float64)
+    model = coda_fast.CoDANet(
+        [4, 3], ranks=[4, 4], kernel_sizes=[3, 3], strides=[1, 1], temperature=1, dtype=torch.float64
+    )
     images = torch.rand(4, 3, 6, 6, dtype=torch.float64)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     sizes = []
@@ -185,7 +214,11 @@ def test_matrix_regulariser_trains():
         penalty = rows.abs().mean()
         optimizer.zero_grad()
         penalty.backward()
-        assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if "layers.1" not in n)
+        assert all(
+            p.grad is not None and p.grad.abs().max() > 0
+            for n, p in model.named_parameters()
+            if "layers.1" not in n
+        )
         optimizer.step()
         sizes.append(float(penalty.detach()))
     assert sizes[-1] < 0.7 * sizes[0], sizes
@@ -207,11 +240,18 @@ def test_channels_last_and_half():
 
 
 def test_forward_on_the_meta_device():
-    assert DAUConv2d(3, 8, 3, stride=2, device="meta")(torch.empty(2, 3, 9, 9, device="meta")).shape == (2, 8, 4, 4)
+    assert DAUConv2d(3, 8, 3, stride=2, device="meta")(torch.empty(2, 3, 9, 9, device="meta")).shape == (
+        2,
+        8,
+        4,
+        4,
+    )
 
 
 def test_numpy_ints_and_pairs_of_one():
     one = np.int64(1)
     layer = DAUConv2d(one * 3, one * 4, one * 3, one, (1,), rank=one * 2)
     assert layer(torch.rand(1, 3, 5, 5)).shape == (1, 4, 5, 5)
-    assert all(type(n) is int for n in (layer.in_channels, layer.out_channels, layer.rank, *layer.kernel_size))
+    assert all(
+        type(n) is int for n in (layer.in_channels, layer.out_channels, layer.rank, *layer.kernel_size)
+    )

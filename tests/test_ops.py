@@ -1,4 +1,6 @@
-"""The operators: torch's own checks, derivatives of any order, what is kept, compilation, export, autocast, FLOPs, a light import."""
+"""The operators: torch's own checks, derivatives of any order, what is kept, compilation, export,
+autocast, FLOPs, a light import.
+"""
 
 import io
 import itertools
@@ -19,7 +21,9 @@ from coda_fast import ops
 from coda_fast.backends import factored, reference
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 
-align, align_backward, adjoint = (getattr(torch.ops.coda_fast, name).default for name in ("align", "align_backward", "adjoint"))
+align, align_backward, adjoint = (
+    getattr(torch.ops.coda_fast, name).default for name in ("align", "align_backward", "adjoint")
+)
 WINDOW = ([2, 1], [1, 0, 1, 2], [1, 2])  # stride, padding (left, right, top, bottom), dilation
 ONE_LOOK = ([1, 1], [0, 0, 0, 0], [1, 1])
 PLAIN = ("squash", 1e-6)
@@ -30,7 +34,9 @@ def _image(layout="contiguous", dtype=torch.float64):
     base = torch.randn(4, 10, 6, 7).to(dtype)
     if layout == "sliced":
         return base[::2, ::2]
-    return base[:2, :5].contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+    return base[:2, :5].contiguous(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
 
 
 def _case(layout, dtype, bias=True, applied=False):
@@ -45,7 +51,8 @@ def _needs(applied, bias, detach):
     return [not (detach and applied), applied, *(need and not detach for need in (True, True, bias))]
 
 
-# -- torch's own checks: schema, registration, fake kernels (strides too), AOTAutograd with dynamic shapes -------------------------------
+# -- torch's own checks: schema, registration, fake kernels (strides too), AOTAutograd with dynamic shapes
+# -------------------------------
 
 
 @pytest.mark.parametrize(
@@ -69,14 +76,21 @@ def test_opcheck(layout, dtype, bias, applied, detach, keep):
         kept = [t.detach() for t in kept]
         needs = _needs(applied, bias, detach)
         if not detach and torch.__version__.startswith(("2.11.", "2.12.", "2.13.")):
-            # torch 2.11 cannot trace the second derivative of conv2d, which the definition uses, with symbolic sizes; 2.14 can
+            # torch 2.11 cannot trace the second derivative of conv2d, which the definition uses, with
+            # symbolic sizes; 2.14 can
             grad, x, u, *parameters = (None if t is None else t.detach() for t in (grad, x, u, *parameters))
-        torch.library.opcheck(align_backward, (grad, x, u, *parameters, *kept, *WINDOW, *PLAIN, detach, needs, "factored"))
+        torch.library.opcheck(
+            align_backward, (grad, x, u, *parameters, *kept, *WINDOW, *PLAIN, detach, needs, "factored")
+        )
 
 
 @pytest.mark.parametrize(
     ("layout", "dtype", "bias"),
-    [("contiguous", torch.float64, False), ("channels_last", torch.bfloat16, True), ("sliced", torch.float32, True)],
+    [
+        ("contiguous", torch.float64, False),
+        ("channels_last", torch.bfloat16, True),
+        ("sliced", torch.float32, True),
+    ],
     ids=str,
 )
 def test_opcheck_adjoint(layout, dtype, bias):
@@ -86,19 +100,26 @@ def test_opcheck_adjoint(layout, dtype, bias):
 
 
 def test_formats_of_results():
-    """Each image in the format of the tensor that it is the gradient of; parameters contiguous; the fake kernels say the same."""
+    """Each image in the format of the tensor that it is the gradient of; parameters contiguous; the fake
+    kernels say the same.
+    """
     x, u, parameters = _case("channels_last", torch.float32, applied=True)
     needs = _needs(True, True, False)
 
     def results(x, u, *parameters):
         with torch.no_grad():
             output, *kept = align(x, u, *parameters, *WINDOW, *PLAIN, False, "products", "factored")
-            grads = align_backward(torch.ones_like(output), x, u, *parameters, *kept, *WINDOW, *PLAIN, False, needs, "factored")
+            grads = align_backward(
+                torch.ones_like(output), x, u, *parameters, *kept, *WINDOW, *PLAIN, False, needs, "factored"
+            )
             return output, *kept, *grads, adjoint(x, output, *parameters, *WINDOW, *PLAIN, "factored")
 
     real = results(x, u, *parameters)
     output, dot, square, contraction, prepared, dx, du, *rest, transposed = real
-    assert all(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (output, dx, transposed))
+    assert all(
+        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+        for t in (output, dx, transposed)
+    )
     assert all(t.is_contiguous() for t in (du, *rest))
     fake = results(*(t.to("meta") for t in (x, u, *parameters)))
     for a, b in zip(real, fake, strict=True):
@@ -115,13 +136,18 @@ def test_gradients_of_1x1_layers_have_the_strides_of_their_parameters(backend):
         assert parameter.grad.stride() == parameter.stride()
 
 
-# -- several gradients at once (vmap) ----------------------------------------------------------------------------------------------------
+# -- several gradients at once (vmap)
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["squash", "l2"])
 @pytest.mark.parametrize(
     ("layout", "dtype", "bias", "applied"),
-    [("contiguous", torch.float64, True, False), ("channels_last", torch.float32, False, True), ("sliced", torch.bfloat16, True, False)],
+    [
+        ("contiguous", torch.float64, True, False),
+        ("channels_last", torch.float32, False, True),
+        ("sliced", torch.bfloat16, True, False),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
@@ -133,7 +159,9 @@ def test_several_gradients_in_explanation_mode(layout, dtype, bias, applied, nor
     values = torch.randn(3, *OUTPUT).to(dtype)
     made = []
     adjoints = factored.adjoints
-    monkeypatch.setattr(factored, "adjoints", lambda x, values, *rest: made.append(len(values)) or adjoints(x, values, *rest))
+    monkeypatch.setattr(
+        factored, "adjoints", lambda x, values, *rest: made.append(len(values)) or adjoints(x, values, *rest)
+    )
     y = align(x, u, *parameters, *WINDOW, norm, 1e-6, True, "norm", "factored")[0]
     leaf = u if applied else x
     found = torch.func.vmap(lambda v: torch.autograd.grad(y, leaf, v, retain_graph=True)[0])(values)
@@ -151,14 +179,14 @@ def test_several_gradients_in_explanation_mode(layout, dtype, bias, applied, nor
 def test_vmap_of_everything_else(detach):
     """Whatever is batched, one after the other; differentiable."""
     tensors, many = _small(False), torch.randn(3, 1, 2, 3, 3, dtype=torch.float64)
-    layer = lambda x: dau_conv2d(x, *tensors[2:], detach=detach)  # noqa: E731
+    layer = lambda x: dau_conv2d(x, *tensors[2:], detach=detach)
     torch.testing.assert_close(torch.func.vmap(layer)(many), torch.stack([layer(x) for x in many]))
     values = torch.randn(3, 1, 2, 2, 2, dtype=torch.float64)
-    transpose = lambda x, v: dau_conv2d_transpose(x, v, *tensors[2:])  # noqa: E731
+    transpose = lambda x, v: dau_conv2d_transpose(x, v, *tensors[2:])
     expected = torch.stack([transpose(x, v) for x, v in zip(many, values, strict=True)])
     torch.testing.assert_close(torch.func.vmap(transpose)(many, values), expected)
     y = layer(tensors[0])
-    jacobian = lambda graph: torch.func.vmap(  # noqa: E731
+    jacobian = lambda graph: torch.func.vmap(
         lambda v: torch.autograd.grad(y, tensors[0], v, retain_graph=True, create_graph=graph)[0]
     )(values)
     expected = torch.stack([torch.autograd.grad(y, tensors[0], v, retain_graph=True)[0] for v in values])
@@ -167,7 +195,8 @@ def test_vmap_of_everything_else(detach):
     torch.testing.assert_close(jacobian(True), expected)
 
 
-# -- derivatives ------------------------------------------------------------------------------------------------------------------------
+# -- derivatives
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _small(applied, bias=True):
@@ -180,7 +209,7 @@ def _small(applied, bias=True):
 @pytest.mark.parametrize("applied", [False, True])
 def test_derivatives_of_align(applied, norm):
     tensors = _small(applied)
-    output = lambda *t: align(*t, *ONE_LOOK, norm, 1e-6, False, "products", "factored")[0]  # noqa: E731
+    output = lambda *t: align(*t, *ONE_LOOK, norm, 1e-6, False, "products", "factored")[0]
     assert torch.autograd.gradcheck(output, tensors)
     assert torch.autograd.gradgradcheck(output, tensors)
 
@@ -189,12 +218,16 @@ def test_derivatives_of_align(applied, norm):
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("applied", [False, True])
 def test_derivatives_of_align_backward(applied, detach, norm):
-    """Second and third derivatives of the layer, all gradients at once; in explanation mode those of the direct term."""
+    """Second and third derivatives of the layer, all gradients at once; in explanation mode those of the
+    direct term.
+    """
     tensors, needs = _small(applied, bias=not detach), _needs(applied, not detach, detach)
     v = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
 
     def gradients(v, *tensors):
-        _, *kept = align(*tensors, *ONE_LOOK, norm, 1e-6, detach, "norm" if detach else "products", "factored")
+        _, *kept = align(
+            *tensors, *ONE_LOOK, norm, 1e-6, detach, "norm" if detach else "products", "factored"
+        )
         found = align_backward(v, *tensors, *kept, *ONE_LOOK, norm, 1e-6, detach, needs, "factored")
         assert all((t.numel() > 0) == need for t, need in zip(found, needs, strict=True))
         return tuple(t for t in found if t.numel())
@@ -206,7 +239,7 @@ def test_derivatives_of_align_backward(applied, detach, norm):
 def test_derivatives_of_adjoint():
     x, _, *parameters = _small(False)
     v = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
-    function = lambda *t: adjoint(*t, *ONE_LOOK, *PLAIN, "factored")  # noqa: E731
+    function = lambda *t: adjoint(*t, *ONE_LOOK, *PLAIN, "factored")
     assert torch.autograd.gradcheck(function, (x, v, *parameters))
     assert torch.autograd.gradgradcheck(function, (x, v, *parameters))
 
@@ -219,20 +252,27 @@ def test_penalty_on_one_gradient(which):
 
     def penalty(backend):
         loss = dau_conv2d(*tensors, padding=1, backend=backend).square().sum()
-        return torch.autograd.grad(torch.autograd.grad(loss, tensors[which], create_graph=True)[0].square().sum(), tensors)
+        return torch.autograd.grad(
+            torch.autograd.grad(loss, tensors[which], create_graph=True)[0].square().sum(), tensors
+        )
 
     for ours, truth in zip(penalty("factored"), penalty("reference"), strict=True):
         assert_close(ours, truth, 1e-11)
 
 
-# -- what forward keeps -----------------------------------------------------------------------------------------------------------------
+# -- what forward keeps
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_every_keep_gives_the_same_gradients(detach):
     x, _, parameters = _case("contiguous", torch.float64)
     columns, none = torch.Size([4, 2 * 4 * 6]), torch.Size([0])
-    shapes = {"nothing": (none,) * 4, "norm": (none, columns, none, none), "products": (columns, columns, none, none)}
+    shapes = {
+        "nothing": (none,) * 4,
+        "norm": (none, columns, none, none),
+        "products": (columns, columns, none, none),
+    }
     rank = parameters[1].shape[1]
     shapes["contraction"] = (columns, columns, torch.Size([4 * rank, 2 * 4 * 6]), none)
     results = []
@@ -310,17 +350,22 @@ def test_refuses():
         align(x, None, *parameters, *WINDOW, *PLAIN, False, "products", "reference")
 
 
-# -- torch.compile and torch.export -----------------------------------------------------------------------------------------------------
+# -- torch.compile and torch.export
+# -----------------------------------------------------------------------------------------------------
 
 
 def _network(dtype=torch.float64):
-    return coda_fast.CoDANet([4, 5, 3], ranks=[4, 4, 2], kernel_sizes=[3, 3, 1], strides=[2, 1, 1], temperature=3.0, dtype=dtype)
+    return coda_fast.CoDANet(
+        [4, 5, 3], ranks=[4, 4, 2], kernel_sizes=[3, 3, 1], strides=[2, 1, 1], temperature=3.0, dtype=dtype
+    )
 
 
 def _logits_and_grads(function, images, parameters):
     logits = function(images)
     target = F.one_hot(torch.arange(len(images)) % 3, 3).to(logits.dtype)
-    return logits, *torch.autograd.grad(F.binary_cross_entropy_with_logits(logits, target), [images, *parameters])
+    return logits, *torch.autograd.grad(
+        F.binary_cross_entropy_with_logits(logits, target), [images, *parameters]
+    )
 
 
 def _assert_same(ours, eager, bound):
@@ -346,7 +391,9 @@ def compiler():
 
 @pytest.mark.parametrize("marked", [False, True])
 def test_compile_training(compiler, marked):
-    """Logits and gradients of the eager network, within 1e-12; at most one static and one dynamic compilation for all batch sizes."""
+    """Logits and gradients of the eager network, within 1e-12; at most one static and one dynamic
+    compilation for all batch sizes.
+    """
     model = _network()
     compiled, counter = compiler(model)
     for batch in (2, 3, 4, 5):
@@ -377,7 +424,9 @@ def test_compile_explanation_mode(compiler):
 
     compiled, counter = compiler(logits)
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    ours, eager, plain = (torch.autograd.grad(f(images)[:, 1].sum(), images)[0] for f in (compiled, logits, model))
+    ours, eager, plain = (
+        torch.autograd.grad(f(images)[:, 1].sum(), images)[0] for f in (compiled, logits, model)
+    )
     assert counter.frame_count == 1
     assert_close(ours, eager, 1e-12)
     assert not torch.allclose(ours, plain), "explanation mode has another gradient"
@@ -389,7 +438,10 @@ def test_compile_adjoint(compiler):
     value = torch.randn(2, 4, 4, 6, dtype=torch.float64, requires_grad=True)
     compiled, _ = compiler(dau_conv2d_transpose)
     tensors = [x, value, *parameters]
-    results = [(y := f(*tensors), *torch.autograd.grad(y.square().sum(), tensors)) for f in (compiled, dau_conv2d_transpose)]
+    results = [
+        (y := f(*tensors), *torch.autograd.grad(y.square().sum(), tensors))
+        for f in (compiled, dau_conv2d_transpose)
+    ]
     _assert_same(*results, 1e-12)
 
 
@@ -408,7 +460,9 @@ def test_compile_with_inductor(compiler):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_export(grad):
-    """One program for every batch size, equal to the network, also after saving; it can be trained, however it was exported."""
+    """One program for every batch size, equal to the network, also after saving; it can be trained,
+    however it was exported.
+    """
     model = _network()
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     with torch.set_grad_enabled(grad):
@@ -421,15 +475,20 @@ def test_export(grad):
         for batch in (1, 2, 5):
             images = torch.rand(batch, 3, 8, 8, dtype=torch.float64)
             assert torch.equal(exported(images), model(images))
-        ours, eager = (_logits_and_grads(m, images.requires_grad_(), m.parameters()) for m in (exported, model))
+        ours, eager = (
+            _logits_and_grads(m, images.requires_grad_(), m.parameters()) for m in (exported, model)
+        )
         _assert_same(ours, eager, 1e-14)
 
 
-# -- autocast ---------------------------------------------------------------------------------------------------------------------------
+# -- autocast
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_autocast_of_the_operators():
-    """Called directly they cast like a convolution, differentiably; float64 is left alone; backward is the same inside and outside."""
+    """Called directly they cast like a convolution, differentiably; float64 is left alone; backward is the
+    same inside and outside.
+    """
     x, u, parameters = _case("contiguous", torch.float32, applied=True)
     tensors = [x, u, *parameters]
     half = [t.bfloat16() for t in tensors]
@@ -444,12 +503,14 @@ def test_autocast_of_the_operators():
     assert output.dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip((output, *kept), (by_hand, *kept_by_hand), strict=True))
     assert torch.equal(transposed, adjoint(half[0], value.bfloat16(), *half[2:], *WINDOW, *PLAIN, "factored"))
-    gradients = lambda: align_backward(  # noqa: E731
+    gradients = lambda: align_backward(
         value.bfloat16(), *half, *kept_by_hand, *WINDOW, *PLAIN, False, _needs(True, True, False), "factored"
     )
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = gradients()
-    assert all(torch.equal(a, b) for a, b in zip(under_autocast, gradients(), strict=True)), "inside, precision is the backend's choice"
+    assert all(torch.equal(a, b) for a, b in zip(under_autocast, gradients(), strict=True)), (
+        "inside, precision is the backend's choice"
+    )
     outside, expected = (torch.autograd.grad(y, tensors, value.bfloat16()) for y in (output, by_hand))
     for a, b, c in zip(inside, outside, expected, strict=True):
         assert a.dtype == torch.float32
@@ -481,7 +542,8 @@ def test_backward_inside_autocast_keeps_float32(function):
         assert torch.equal(a, b)
 
 
-# -- FLOPs and imports ------------------------------------------------------------------------------------------------------------------
+# -- FLOPs and imports
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_flops():
@@ -491,30 +553,48 @@ def test_flops():
     def count(function):
         with FlopCounterMode(display=False) as counter:
             result = function()
-        counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items() if "coda_fast" in str(op)}
+        counts = {
+            str(op): n for op, n in counter.get_flop_counts()["Global"].items() if "coda_fast" in str(op)
+        }
         return result, counts
 
     (batch, channels, height, width), units = (2, 5, 6, 7), 4
     for rank, kernel in itertools.product((3, 40), ((3, 3), (1, 2))):
-        pixels, d = batch * (height - kernel[0] + 1) * (width - kernel[1] + 1), channels * kernel[0] * kernel[1]
-        main, reduce, norm = 2 * pixels * units * rank * d, 2 * pixels * rank * d, 2 * pixels * units * rank * min(rank, d)
+        pixels, d = (
+            batch * (height - kernel[0] + 1) * (width - kernel[1] + 1),
+            channels * kernel[0] * kernel[1],
+        )
+        main, reduce, norm = (
+            2 * pixels * units * rank * d,
+            2 * pixels * rank * d,
+            2 * pixels * units * rank * min(rank, d),
+        )
         forward = main + reduce + norm
         x = torch.randn(batch, channels, height, width, requires_grad=True)
         parameters = random_layer(channels, units, rank, kernel, dtype=torch.float32, grad=True)
         output, counts = count(lambda x=x, p=parameters: dau_conv2d(x, *p))
         assert counts == {"coda_fast.align": forward}
-        assert count(output.sum().backward)[1] == {"coda_fast.align_backward": 3 * main + 3 * reduce + 2 * norm}
+        assert count(output.sum().backward)[1] == {
+            "coda_fast.align_backward": 3 * main + 3 * reduce + 2 * norm
+        }
         _, counts = count(lambda x=x, p=parameters: dau_conv2d(x.detach(), *p).sum().backward())
-        assert counts == {"coda_fast.align": forward, "coda_fast.align_backward": 2 * (main + reduce + norm)}, "the first layer"
+        assert counts == {
+            "coda_fast.align": forward,
+            "coda_fast.align_backward": 2 * (main + reduce + norm),
+        }, "the first layer"
         _, counts = count(lambda x=x, p=parameters: dau_conv2d(x, *p, detach=True).sum().backward())
-        assert counts == {"coda_fast.align": forward, "coda_fast.align_backward": main + reduce}, "an explanation"
+        assert counts == {"coda_fast.align": forward, "coda_fast.align_backward": main + reduce}, (
+            "an explanation"
+        )
         _, counts = count(lambda x=x, v=output, p=parameters: dau_conv2d_transpose(x, v.detach(), *p))
         assert counts == {"coda_fast.adjoint": forward}
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_eager_use_is_light(first):
-    """Eager use imports neither the compiler nor Triton nor the FLOP counter, which still counts, whichever is imported first."""
+    """Eager use imports neither the compiler nor Triton nor the FLOP counter, which still counts,
+    whichever is imported first.
+    """
     script = f"""
         import sys, torch
         if {first}:
@@ -526,18 +606,24 @@ def test_eager_use_is_light(first):
         model.explain(images)
         with torch.autocast("cpu", torch.bfloat16):
             model(images)
-        heavy = ["torch._dynamo", "torch._inductor"] + ([] if {first} else ["triton", "torch.utils.flop_counter"])
+        heavy = ["torch._dynamo", "torch._inductor"]
+        heavy += [] if {first} else ["triton", "torch.utils.flop_counter"]
         assert not [name for name in heavy if name in sys.modules]
         from torch.utils.flop_counter import FlopCounterMode
         with FlopCounterMode(display=False) as counter:
             model(images)
-        assert not [f for f in sys.meta_path if type(f).__module__.startswith("coda_fast")], "the hook has done its work"
+        hooks = [f for f in sys.meta_path if type(f).__module__.startswith("coda_fast")]
+        assert not hooks, "the hook has done its work"
         print(counter.get_total_flops())
     """
     root = Path(__file__).parent.parent
     run = subprocess.run(
-        [sys.executable, "-W", "error:::coda_fast", "-c", textwrap.dedent(script)], cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error:::coda_fast", "-c", textwrap.dedent(script)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
-    flops = lambda n, r, d: 2 * 2 * 64 * (n * r * d + r * d + n * r * min(r, d))  # noqa: E731
+    flops = lambda n, r, d: 2 * 2 * 64 * (n * r * d + r * d + n * r * min(r, d))
     assert int(run.stdout) == flops(4, 2, 6 * 9) + flops(3, 2, 4)

@@ -1,4 +1,6 @@
-"""The distribution: what the wheel holds and asks for, and that the installed packages import lightly, with and without Triton."""
+"""The distribution: what the wheel holds and asks for, and that the installed packages import lightly,
+with and without Triton.
+"""
 
 import email
 import json
@@ -17,9 +19,22 @@ import coda_fast
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HEAVY = {
-    "PIL", "av", "click", "huggingface_hub", "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pydantic", "safetensors",
-    "sklearn", "timm", "tqdm", "yaml",
-}  # fmt: skip
+    "PIL",
+    "av",
+    "click",
+    "huggingface_hub",
+    "lightning",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "pydantic",
+    "safetensors",
+    "sklearn",
+    "timm",
+    "tqdm",
+    "yaml",
+}
 DIST_INFO = f"coda_fast-{coda_fast.__version__}.dist-info"
 
 PROBE = """
@@ -51,18 +66,29 @@ def python(*arguments, cwd, path=None):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A copy of the tree, so that building leaves nothing behind in it; with the folders that no distribution may install."""
+    """A copy of the tree, so that building leaves nothing behind in it; with the folders that no
+    distribution may install.
+    """
     folder = tmp_path_factory.mktemp("sources")
     for name in ("coda_fast", "kernels", "tests", "bench"):
         if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "golden")
+            )
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "MANIFEST.in"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, folder / name)
@@ -72,12 +98,25 @@ def sources(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(sources, tmp_path_factory):
     """The wheel, built from the source distribution, as for a release."""
-    pytest.importorskip("setuptools", minversion="77.0.3", reason="building needs the setuptools of the extra coda-fast[test]")
+    pytest.importorskip(
+        "setuptools", minversion="77.0.3", reason="building needs the setuptools of the extra coda-fast[test]"
+    )
     folder = tmp_path_factory.mktemp("dist")
     python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=sources)
     (sdist,) = folder.iterdir()
     assert sdist.name == f"coda_fast-{coda_fast.__version__}.tar.gz"
-    python("-m", "pip", "wheel", sdist, "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, cwd=folder)
+    python(
+        "-m",
+        "pip",
+        "wheel",
+        sdist,
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--wheel-dir",
+        folder,
+        cwd=folder,
+    )
     (built,) = folder.glob("*.whl")
     return built
 
@@ -134,7 +173,9 @@ def test_name_version_and_python(metadata):
 
 def test_the_library_needs_torch_and_numpy_only(metadata):
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
-    core = {r.name: str(r.specifier) for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})}
+    core = {
+        r.name: str(r.specifier) for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})
+    }
     assert core == {"torch": ">=2.11", "numpy": ""}
     assert "triton" not in {r.name for r in requirements}
 
@@ -142,11 +183,37 @@ def test_the_library_needs_torch_and_numpy_only(metadata):
 def test_extras(metadata):
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     extras = {
-        extra: {r.name: str(r.specifier) for r in requirements if r.marker is not None and r.marker.evaluate({"extra": extra})}
+        extra: {
+            r.name: str(r.specifier)
+            for r in requirements
+            if r.marker is not None and r.marker.evaluate({"extra": extra})
+        }
         for extra in metadata.get_all("Provides-Extra")
     }
-    assert set(extras) == {"bench", "cli", "evaluation", "quantus", "train", "timm", "hub", "onnx", "fonts", "video", "test", "dev"}
-    assert set(extras["cli"]) == {"click", "tqdm", "pillow", "torchvision", "matplotlib", "safetensors", "scikit-learn", "jinja2"}
+    assert set(extras) == {
+        "bench",
+        "cli",
+        "evaluation",
+        "quantus",
+        "train",
+        "timm",
+        "hub",
+        "onnx",
+        "fonts",
+        "video",
+        "test",
+        "dev",
+    }
+    assert set(extras["cli"]) == {
+        "click",
+        "tqdm",
+        "pillow",
+        "torchvision",
+        "matplotlib",
+        "safetensors",
+        "scikit-learn",
+        "jinja2",
+    }
     assert set(extras["evaluation"]) == {*extras["cli"], "captum", "scikit-image"}
     assert set(extras["video"]) == {*extras["cli"], "av"}
     assert set(extras["timm"]) == {"timm"}

@@ -31,7 +31,9 @@ def test_symmetric_scale():
 
 
 def test_weight_rgba():
-    """Red wanted -> red; dark wanted (weight on 1 - x) -> black; no weight -> grey; alpha follows positive contribution."""
+    """Red wanted -> red; dark wanted (weight on 1 - x) -> black; no weight -> grey; alpha follows positive
+    contribution.
+    """
     weight = torch.zeros(6, 2, 2)
     weight[0, 0, 0] = 2.0  # red
     weight[4, 0, 0] = weight[5, 0, 0] = 1.0  # no green, no blue
@@ -50,7 +52,9 @@ def test_weight_rgba():
     assert np.allclose(grey[..., 0], grey[..., 2])
 
 
-@pytest.mark.parametrize(("weight", "contribution"), [((16, 4, 4), (4, 4)), ((6, 4, 4), (3, 4)), ((1, 6, 4, 4), (4, 4))])
+@pytest.mark.parametrize(
+    ("weight", "contribution"), [((16, 4, 4), (4, 4)), ((6, 4, 4), (3, 4)), ((1, 6, 4, 4), (4, 4))]
+)
 def test_weight_rgba_refuses(weight, contribution):
     with pytest.raises(ValueError, match="expected"):
         plot.weight_rgba(torch.zeros(weight), torch.zeros(contribution))
@@ -81,7 +85,11 @@ def test_explanation_figure(tmp_path):
     logit = float(explanation.logits[0, 0])
     assert f"logit {logit:+.2f}" in proof
     assert f"bias {model.logit_bias:+.2f}" in proof
-    scales = {axes.images[0].get_clim() for axes in figure.axes if axes.images and axes.images[0].get_cmap().name == "bwr"}
+    scales = {
+        axes.images[0].get_clim()
+        for axes in figure.axes
+        if axes.images and axes.images[0].get_cmap().name == "bwr"
+    }
     assert len(scales) == 1, "all maps share one scale"
     low, high = scales.pop()
     assert low == -high
@@ -105,7 +113,8 @@ def test_view():
     colours = np.zeros((10, 10, 3), np.uint8)
     colours[:5, :5], colours[:5, 5:], colours[5:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     drawn, shown = view.with_map(colours, 80), view.with_crop(colours, 80)
-    assert drawn.shape == shown.shape == (80, 120, 3)  # pixels of the map are 4 x 4 of the page, those of the picture 2 x 2
+    # pixels of the map are 4 x 4 of the page, those of the picture 2 x 2
+    assert drawn.shape == shown.shape == (80, 120, 3)
     assert drawn[22, 42].tolist() == [255, 0, 0]
     assert drawn[22, 78].tolist() == [0, 255, 0]
     assert drawn[58, 60].tolist() == [0, 0, 255]
@@ -139,7 +148,9 @@ def test_maps_lie_where_they_belong():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     images = CROPPED(picture)[None]
     explanation = net.explain(images, torch.tensor([[0, 1]]))
-    figure = plot.explanation_figure(images, explanation, net.logit_bias, views=[plot.View.of(picture, CROPPED)])
+    figure = plot.explanation_figure(
+        images, explanation, net.logit_bias, views=[plot.View.of(picture, CROPPED)]
+    )
     shown = [axes for axes in figure.axes if axes.images][:4]
     assert [axes.get_xlim() + axes.get_ylim() for axes in shown] == [(0, 60, 40, 0)] * 4
     assert [axes.images[-1].get_extent() for axes in shown] == [[20, 40, 30, 10]] * 4
@@ -153,8 +164,13 @@ def test_explanation_figure_names_the_true_class():
     explanation = model.explain(images, [[0], [1]])
     figure = plot.explanation_figure(images, explanation, 0.0, list("abcdefghij"), [9, 1])
     assert [axes.get_title() for axes in figure.axes][:6:3] == ["image: j", "image: b"]
-    figure = plot.explanation_figure(images, explanation, 0.0, ["a$x^$", "black-footed ferret, Mustela", *"cdefghij"], [0, 1])
-    assert [axes.get_title() for axes in figure.axes][:6:3] == ["image: a$x^$", "image: black-footed ferret\u2026"]
+    figure = plot.explanation_figure(
+        images, explanation, 0.0, ["a$x^$", "black-footed ferret, Mustela", *"cdefghij"], [0, 1]
+    )
+    assert [axes.get_title() for axes in figure.axes][:6:3] == [
+        "image: a$x^$",
+        "image: black-footed ferret\u2026",
+    ]
     plot.render(figure)  # no formula
     with pytest.raises(ValueError, match="labels: expected 2, one for each image, got 3"):
         plot.explanation_figure(images, explanation, 0.0, None, [1, 2, 3])
@@ -180,7 +196,9 @@ def test_explanation_of_a_layer():
 
 def test_explanation_of_two_channels():
     """No picture of the weight, as there is no colour that it would be."""
-    model = CoDANet([4, 3], ranks=[2, 2], kernel_sizes=[3, 1], strides=[1, 1], temperature=1, image_channels=2)
+    model = CoDANet(
+        [4, 3], ranks=[2, 2], kernel_sizes=[3, 1], strides=[1, 1], temperature=1, image_channels=2
+    )
     figure = model.explain(torch.rand(1, 2, 8, 8), [[0, 1]]).plot()
     assert len([axes for axes in figure.axes if axes.images]) == 3
     plot.render(figure, dpi=50)
@@ -188,7 +206,9 @@ def test_explanation_of_two_channels():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """No character was looked for yet, and no package with fonts is known; what fonts a test adds go with it."""
+    """No character was looked for yet, and no package with fonts is known; what fonts a test adds go with
+    it.
+    """
     monkeypatch.setattr(plot, "_LOST", set())
     monkeypatch.setattr(plot, "_FONTS", {})
     monkeypatch.setattr(plot, "_PACKAGES", ())
@@ -223,7 +243,9 @@ def _ink(text):
 
 
 def test_fonts_of_packages(fresh, monkeypatch, tmp_path):
-    """The font of an installed package is found, without importing it, and draws what no other has: no warning, a picture of its own."""
+    """The font of an installed package is found, without importing it, and draws what no other has: no
+    warning, a picture of its own.
+    """
     (tmp_path / "cat_fonts" / "deep").mkdir(parents=True)
     (tmp_path / "cat_fonts" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "cat_fonts" / "damaged.ttf").write_bytes(b"no font")
@@ -241,7 +263,9 @@ def test_fonts_of_packages(fresh, monkeypatch, tmp_path):
 
 
 def test_fonts_that_came_after_matplotlib_made_its_list(fresh, monkeypatch, tmp_path):
-    """Who follows the advice of the warning and installs a font of the system need not know of matplotlib's cache."""
+    """Who follows the advice of the warning and installs a font of the system need not know of
+    matplotlib's cache.
+    """
     file = _font(tmp_path / "cats.ttf")
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(tmp_path / "missing.ttf"), file])
     with warnings.catch_warnings():
@@ -249,9 +273,13 @@ def test_fonts_that_came_after_matplotlib_made_its_list(fresh, monkeypatch, tmp_
         assert plot.pieces(CAT) == [(CAT, file)]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib_fontja") is None, reason="needs the package with a Japanese font")
+@pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib_fontja") is None, reason="needs the package with a Japanese font"
+)
 def test_names_in_scripts_that_the_default_font_lacks(fresh, monkeypatch):
-    """Drawn by a font that has them: no warning, another picture for another name instead of one box for all."""
+    """Drawn by a font that has them: no warning, another picture for another name instead of one box for
+    all.
+    """
     monkeypatch.setattr(plot, "_PACKAGES", ("matplotlib_fontja",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -274,7 +302,9 @@ def test_characters_that_no_font_has(fresh, monkeypatch):
         figure = e.plot()
         plot.render(figure, dpi=50)
     (warning,) = caught
-    assert str(warning.message).startswith("figures: no installed font has \U000f1000 (U+F1000) \U000f1001 (U+F1001) ")
+    assert str(warning.message).startswith(
+        "figures: no installed font has \U000f1000 (U+F1000) \U000f1001 (U+F1001) "
+    )
     assert " ..., drawn as \u25a1; install one, such as " in str(warning.message)
     assert [axes.get_title().rpartition(":")[0] for axes in figure.axes[1:11]] == ["\u25a1\u25a1 b"] * 10
     with warnings.catch_warnings():
@@ -283,9 +313,14 @@ def test_characters_that_no_font_has(fresh, monkeypatch):
 
 
 def test_names_of_bad_will(fresh):
-    """Formulas, control characters, lines: drawn as they are, or visibly replaced. What turns the direction of text around is left out."""
+    """Formulas, control characters, lines: drawn as they are, or visibly replaced. What turns the
+    direction of text around is left out.
+    """
     assert plot.drawable("a\nb\tc\x00\ud800")[0] == "a b c\ufffd\ufffd"
-    assert plot.drawable("\u202ea\u200eb\ufeff\u200dc\ufe0f")[0].replace("\u200d", "").replace("\ufe0f", "") == "abc"
+    assert (
+        plot.drawable("\u202ea\u200eb\ufeff\u200dc\ufe0f")[0].replace("\u200d", "").replace("\ufe0f", "")
+        == "abc"
+    )
     names = ["$", "$x^2$", "a\nb", "\x00", "\\frac{", "x" * 200, "", " ", "\u05e9\u05dc\u05d5\u05dd", "%s{}"]
     model = create_model("coda_xs_digits", class_names=names)
     figure = model.explain(torch.rand(1, 1, 8, 8), [list(range(10))]).plot()

@@ -24,7 +24,9 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return create_model("coda_xs_digits", class_names=[f"digit {i}" for i in range(9)] + ["<b>nine</b>"]).eval()
+    return create_model(
+        "coda_xs_digits", class_names=[f"digit {i}" for i in range(9)] + ["<b>nine</b>"]
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,11 @@ class Page(html.parser.HTMLParser):
         attributes = dict(attributes)
         if tag not in ("meta", "img"):
             self.open.append(tag)
-        self.loads += [v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:image/png;base64,")]
+        self.loads += [
+            v
+            for k, v in attributes.items()
+            if k in ("src", "href") and not v.startswith("data:image/png;base64,")
+        ]
         if tag == "img":
             data = base64.b64decode(attributes["src"].split(",")[1])
             self.pictures.append((attributes["alt"], np.asarray(Image.open(io.BytesIO(data)))))
@@ -61,7 +67,9 @@ class Page(html.parser.HTMLParser):
 
 
 def test_page(model):
-    """Every map of the model's own explanation, on its scale; all classes' errors; nothing loaded from elsewhere; names escaped."""
+    """Every map of the model's own explanation, on its scale; all classes' errors; nothing loaded from
+    elsewhere; names escaped.
+    """
     images = [torch.rand(1, 8, 8), torch.rand(1, 10, 12)]
     page = Page(report.render(model, images, ["a <i>.png", "b.png"], classes=2, methods=[]))
     assert page.loads == []
@@ -82,7 +90,8 @@ def test_page(model):
 
 
 @pytest.mark.parametrize(
-    ("logit", "heading", "column"), [(10, "(p > 0.999)", "> 0.999"), (0, "(p = 0.5", "0.5"), (-10, "(p < 0.001)", "< 0.001")]
+    ("logit", "heading", "column"),
+    [(10, "(p > 0.999)", "> 0.999"), (0, "(p = 0.5", "0.5"), (-10, "(p < 0.001)", "< 0.001")],
 )
 def test_probability(logit, heading, column):
     """Of a sure image no false certainty, and no "p = p > 0.999"."""
@@ -99,19 +108,28 @@ def test_probability(logit, heading, column):
 
 def captions(page):
     """Of the other methods' maps."""
-    return [caption for caption, _ in page.pictures if not caption.startswith(("why ", "layer ")) and not caption.endswith(" pixels")]
+    return [
+        caption
+        for caption, _ in page.pictures
+        if not caption.startswith(("why ", "layer ")) and not caption.endswith(" pixels")
+    ]
 
 
 def test_default_methods(model, monkeypatch):
-    """The network's own maps stand beside others; where captum is missing the page says so, and what is asked for is an error."""
-    render = lambda **options: Page(report.render(model, [torch.rand(1, 8, 8)], ["a"], **options))  # noqa: E731
+    """The network's own maps stand beside others; where captum is missing the page says so, and what is
+    asked for is an error.
+    """
+    render = lambda **options: Page(report.render(model, [torch.rand(1, 8, 8)], ["a"], **options))
     assert captions(render()) == ["IxG", "IntGrad", "GCam"]
     assert captions(render(methods=[])) == captions(render(methods=["Ours"])) == []
     monkeypatch.setitem(sys.modules, "captum", None)
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     page = render()
     assert captions(page) == []
-    assert "No other methods are shown: the baselines need captum: pip install 'coda-fast[evaluation]'." in page.words
+    assert (
+        "No other methods are shown: the baselines need captum: pip install 'coda-fast[evaluation]'."
+        in page.words
+    )
     assert not any("No other methods" in word for word in render(methods=[]).words)
     with pytest.raises(ImportError, match="the baselines need captum"):
         render(methods=["IxG"])
@@ -134,7 +152,9 @@ def test_methods_that_are_the_same(model, methods, shown):
     for title in shown:
         for method in title.split(" = "):
             alone = Page(report.render(model, [image], ["a"], methods=[method]))
-            np.testing.assert_allclose(dict(alone.pictures)[method].astype(int), pictures[title].astype(int), atol=1)
+            np.testing.assert_allclose(
+                dict(alone.pictures)[method].astype(int), pictures[title].astype(int), atol=1
+            )
 
 
 def test_layers(model):
@@ -179,7 +199,9 @@ def test_command(tmp_path, checkpoint):
 
 
 def test_pictures_are_asked_for_one_by_one(model):
-    """A page of any length holds one picture at a time; what could not be read is known, and said, at its end."""
+    """A page of any length holds one picture at a time; what could not be read is known, and said, at its
+    end.
+    """
     asked, skipped = [], []
 
     def pictures():
@@ -195,13 +217,29 @@ def test_pictures_are_asked_for_one_by_one(model):
             if f"<h2>{i}.png" in found:
                 when.setdefault(i, len(asked))
     assert when == {0: 1, 1: 2, 2: 3}
-    assert [word for word in Page(found).words if word][-1] == "Not shown, because they could not be read: late.png: nothing."
+    assert [word for word in Page(found).words if word][
+        -1
+    ] == "Not shown, because they could not be read: late.png: nothing."
 
 
 def test_command_shows_crops(tmp_path, checkpoint):
-    """A wide picture, of which the network sees the middle: the picture and all maps have its shape; --size takes it whole."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 80, 3), np.uint8)).save(tmp_path / "wide.png")
-    common = (tmp_path / "wide.png", "--checkpoint", checkpoint, "--output", tmp_path / "page.html", "--methods", "none", "--classes", 1)
+    """A wide picture, of which the network sees the middle: the picture and all maps have its shape;
+    --size takes it whole.
+    """
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 80, 3), np.uint8)).save(
+        tmp_path / "wide.png"
+    )
+    common = (
+        tmp_path / "wide.png",
+        "--checkpoint",
+        checkpoint,
+        "--output",
+        tmp_path / "page.html",
+        "--methods",
+        "none",
+        "--classes",
+        1,
+    )
     assert invoke(*common).exit_code == 0
     pictures = Page((tmp_path / "page.html").read_text()).pictures
     assert pictures[0][0] == "what the network saw: 8 x 8 pixels of the middle"
@@ -220,7 +258,9 @@ def images_of_classes(root, classes=4, each=10):
 
 
 def test_command_on_a_folder_of_classes(tmp_path, checkpoint):
-    """All depths, all classes, no more than the limit, which is said; files asked for by name do not count."""
+    """All depths, all classes, no more than the limit, which is said; files asked for by name do not
+    count.
+    """
     root, output = tmp_path / "data" / "val", tmp_path / "page.html"
     images_of_classes(root)
     (root / "class_1" / "again").symlink_to(root, target_is_directory=True)
@@ -232,7 +272,7 @@ def test_command_on_a_folder_of_classes(tmp_path, checkpoint):
     assert done.exit_code == 0, done.output
     assert done.output.endswith(f"40 images -> {output}\n")
     assert "Folders hold" not in done.output
-    titles = lambda: re.findall("<h2>(.*?):", output.read_text())  # noqa: E731
+    titles = lambda: re.findall("<h2>(.*?):", output.read_text())
     assert titles() == [f"val/class_{c}/{i}.png" for c in range(4) for i in range(10)]
     done = invoke(root / "class_3" / "9.png", root, "--limit", 8, *common)
     note = "Folders hold 40 image files: 8 of them are taken, evenly; --limit sets how many."
@@ -244,18 +284,34 @@ def test_command_on_a_folder_of_classes(tmp_path, checkpoint):
 
 def test_limit_by_default(tmp_path, checkpoint):
     images_of_classes(tmp_path / "data", each=13)
-    done = invoke(tmp_path / "data", "--checkpoint", checkpoint, "--output", tmp_path / "page.html", "--methods", "none", "--classes", 1)
+    done = invoke(
+        tmp_path / "data",
+        "--checkpoint",
+        checkpoint,
+        "--output",
+        tmp_path / "page.html",
+        "--methods",
+        "none",
+        "--classes",
+        1,
+    )
     assert "Folders hold 52 image files: 50 of them are taken" in done.output
     assert "50 images ->" in done.output
 
 
 @pytest.mark.parametrize(
     ("arguments", "shown"),
-    [([], ["IxG", "IntGrad", "GCam"]), (["--methods", "none"], []), (["--methods", "IxG, DeepLIFT"], ["IxG = DeepLIFT"])],
+    [
+        ([], ["IxG", "IntGrad", "GCam"]),
+        (["--methods", "none"], []),
+        (["--methods", "IxG, DeepLIFT"], ["IxG = DeepLIFT"]),
+    ],
 )
 def test_command_methods(tmp_path, checkpoint, arguments, shown):
     images_of_classes(tmp_path / "data", 1, 1)
-    done = invoke(tmp_path / "data", "--checkpoint", checkpoint, "--output", tmp_path / "page.html", *arguments)
+    done = invoke(
+        tmp_path / "data", "--checkpoint", checkpoint, "--output", tmp_path / "page.html", *arguments
+    )
     assert done.exit_code == 0, done.output
     assert captions(Page((tmp_path / "page.html").read_text())) == shown
 
@@ -263,7 +319,9 @@ def test_command_methods(tmp_path, checkpoint, arguments, shown):
 def test_command_refuses(tmp_path, checkpoint):
     (tmp_path / "c.png").write_bytes(b"nothing")
     output = tmp_path / "page.html"
-    assert "not an image" in str(invoke(tmp_path / "c.png", "--checkpoint", checkpoint, "--output", output).exception)
+    assert "not an image" in str(
+        invoke(tmp_path / "c.png", "--checkpoint", checkpoint, "--output", output).exception
+    )
     (tmp_path / "empty").mkdir()
     done = invoke(tmp_path / "empty", "--checkpoint", checkpoint, "--output", output)
     assert "expected at least one image that can be read, got 0 files" in done.output
@@ -275,7 +333,10 @@ def test_in_a_browser(model, tmp_path):
     """Headless Chromium: the page is laid out and its pictures are drawn in their colours."""
     path, shot = tmp_path / "page.html", tmp_path / "page.png"
     report.write(path, report.render(model, [torch.rand(1, 8, 8)], ["a.png"]))
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync"
+    )
     command = [
         BROWSER,
         *flags.split(),
@@ -287,7 +348,9 @@ def test_in_a_browser(model, tmp_path):
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     assert pixels.shape[:2] == (900, 1200)
-    saturated = lambda channel: ((pixels[..., channel] > 200) & (pixels.sum(2) - pixels[..., channel] < 120)).mean()  # noqa: E731
+    saturated = lambda channel: (
+        (pixels[..., channel] > 200) & (pixels.sum(2) - pixels[..., channel] < 120)
+    ).mean()
     assert saturated(0) > 0.0005  # red: for; the legend alone has 0.0004
     assert saturated(2) > 0.0005  # blue: against
     assert (pixels.min(2) > 250).mean() > 0.5  # a white page, not an error page in grey

@@ -1,4 +1,6 @@
-"""timm's factory, data pipeline, checkpoints and training loop on CoDA-Nets: as the networks of coda_fast, with timm's interface."""
+"""timm's factory, data pipeline, checkpoints and training loop on CoDA-Nets: as the networks of coda_fast,
+with timm's interface.
+"""
 
 import csv
 import importlib
@@ -54,7 +56,9 @@ def test_same_weights_give_the_same_logits(name, options):
     assert torch.equal(model(images), logits)
     assert torch.equal(model.forward_head(features), logits)
     assert torch.equal(model.forward_head(features, pre_logits=True), features.sum((2, 3)))
-    assert torch.equal(model(images), model.get_classifier()(features).sum((2, 3)) / model.temperature + model.logit_bias)
+    assert torch.equal(
+        model(images), model.get_classifier()(features).sum((2, 3)) / model.temperature + model.logit_bias
+    )
 
 
 def test_any_size_layout_and_compilation():
@@ -82,23 +86,36 @@ def test_images_reach_the_network_as_pixels_in_0_1():
 
 
 def test_the_configuration_and_the_transform_say_the_same(tmp_path):
-    """Both ways: what a model is made with is in its configuration, what a configuration says is the model's transform."""
+    """Both ways: what a model is made with is in its configuration, what a configuration says is the
+    model's transform.
+    """
     from coda_fast.data import Preprocessing
 
     names = [f"digit {i}" for i in range(10)]
-    model = timm.create_model("coda_xs_digits", preprocessing=dict(resize=12, crop=10, interpolation="bicubic"), class_names=names)
+    model = timm.create_model(
+        "coda_xs_digits", preprocessing=dict(resize=12, crop=10, interpolation="bicubic"), class_names=names
+    )
     assert model.transform == Preprocessing(1, 12, 10, "bicubic")
     cfg = timm.data.resolve_data_config({}, model=model)
     image = Image.fromarray(torch.randint(0, 256, (30, 20), dtype=torch.uint8).numpy())
     assert torch.equal(timm.data.create_transform(**cfg)(image), model.transform(image))
     timm.models.save_for_hf(model, tmp_path / "net", safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True)
-    assert (again.transform, again.class_names, model.pretrained_cfg["label_names"]) == (model.transform, names, names)
-    assert timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=3).class_names is None
+    assert (again.transform, again.class_names, model.pretrained_cfg["label_names"]) == (
+        model.transform,
+        names,
+        names,
+    )
+    assert (
+        timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=3).class_names is None
+    )
     with pytest.raises(ValueError, match="class_names: expected 10 names, one for each class, got 2"):
         timm.create_model("coda_xs_digits", class_names=["a", "b"])
     large = timm.create_model("coda_l_imagenet100", device="meta")
-    assert (large.pretrained_cfg["input_size"], large.transform) == ((3, 240, 240), Preprocessing(3, 256, 240))
+    assert (large.pretrained_cfg["input_size"], large.transform) == (
+        (3, 240, 240),
+        Preprocessing(3, 256, 240),
+    )
     assert timm.create_model("coda_s_cifar10", image_size=64).pretrained_cfg["input_size"] == (3, 64, 64)
     overlay = dict(crop_pct=None, interpolation=None)
     assert timm.create_model("coda_s_cifar10", pretrained_cfg_overlay=overlay).transform.crop == 32
@@ -110,7 +127,9 @@ def test_grey_networks_and_other_classes():
     assert model.temperature == 50.0
     assert model.num_classes == model.get_classifier().out_channels == 100
     assert model(torch.rand(2, 1, 32, 32)).shape == (2, 100)
-    assert timm.create_model("coda_xs_digits", num_classes=1, drop_path_rate=None, bn_eps=None).num_classes == 1
+    assert (
+        timm.create_model("coda_xs_digits", num_classes=1, drop_path_rate=None, bn_eps=None).num_classes == 1
+    )
     for unknown in (dict(drop_path_rate=0.1), dict(image_channels=1)):
         with pytest.raises(TypeError, match=next(iter(unknown))):
             timm.create_model("coda_xs_digits", **unknown)
@@ -165,17 +184,24 @@ def test_reset_classifier_refuses(arguments, message):
 
 @pytest.mark.parametrize("indices", [None, (0, 2), (1,)])
 def test_features_only(indices):
-    """Maps of the channels and reductions stated, equal to what hooks see in the whole network with the same weights."""
+    """Maps of the channels and reductions stated, equal to what hooks see in the whole network with the
+    same weights.
+    """
     options = {} if indices is None else {"out_indices": indices}
     extractor = timm.create_model("coda_s_cifar10", features_only=True, **TINY, **options)
     whole = timm.create_model("coda_s_cifar10", **TINY)
-    whole.load_state_dict({k.removeprefix("model."): v for k, v in extractor.state_dict().items()}, strict=False)
+    whole.load_state_dict(
+        {k.removeprefix("model."): v for k, v in extractor.state_dict().items()}, strict=False
+    )
     chosen = indices or (0, 1, 2)
-    ends = [{0: "layers.1", 1: "layers.4", 2: "layers.7"}[i] for i in chosen]  # the layers before each stride, and the last
+    # the layers before each stride, and the last
+    ends = [{0: "layers.1", 1: "layers.4", 2: "layers.7"}[i] for i in chosen]
     assert extractor.feature_info.module_name() == ends
     seen = {}
     for name in ends:
-        whole.get_submodule(name).register_forward_hook(lambda module, args, output, name=name: seen.update({name: output}))
+        whole.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: seen.update({name: output})
+        )
     images = torch.rand(2, 3, 32, 40)
     whole(images)
     maps = extractor(images)
@@ -207,11 +233,21 @@ def test_intermediates():
 
 @pytest.mark.parametrize("train", [False, True])
 def test_explanations_are_complete(train):
-    """Of a network with other classes and channels, and with the features that dropout left while it trains."""
-    model = timm.create_model("coda_s_cifar10", num_classes=12, in_chans=1, drop_rate=0.5, temperature=5.0, **TINY).double().train(train)
+    """Of a network with other classes and channels, and with the features that dropout left while it
+    trains.
+    """
+    model = (
+        timm.create_model(
+            "coda_s_cifar10", num_classes=12, in_chans=1, drop_rate=0.5, temperature=5.0, **TINY
+        )
+        .double()
+        .train(train)
+    )
     images = _images(model)
     e = model.explain(images, target=[[3, 11]] * 2)
-    assert torch.allclose(e.contributions.sum((2, 3, 4)), e.logits[:, [3, 11]] - model.logit_bias, rtol=1e-10, atol=1e-13)
+    assert torch.allclose(
+        e.contributions.sum((2, 3, 4)), e.logits[:, [3, 11]] - model.logit_bias, rtol=1e-10, atol=1e-13
+    )
     assert torch.equal(e.logits, model(images)) is not train
     if not train:
         assert torch.isfinite(matrix_penalty(model, images, torch.tensor([[3], [4]])))
@@ -272,8 +308,13 @@ def test_files_of_coda_fast_both_ways(tmp_path):
     images = _images(model)
     coda_fast.save(model, path)
     assert torch.equal(coda_fast.load(path)(images), model(images))
-    for options in (dict(checkpoint_path=path), dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=4))):
-        assert torch.equal(timm.create_model("coda_xs_digits", num_classes=4, **options)(images), model(images))
+    for options in (
+        dict(checkpoint_path=path),
+        dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=4)),
+    ):
+        assert torch.equal(
+            timm.create_model("coda_xs_digits", num_classes=4, **options)(images), model(images)
+        )
 
 
 @pytest.fixture
@@ -292,22 +333,36 @@ def image_folder(tmp_path):
 
 
 def test_training_with_the_parts_of_timm(image_folder, tmp_path):
-    """What train.py does: --device-modules imports the plug-in; then its factory, loaders, mixup, loss, optimiser, EMA and checkpoints."""
+    """What train.py does: --device-modules imports the plug-in; then its factory, loaders, mixup, loss,
+    optimiser, EMA and checkpoints.
+    """
     importlib.import_module("coda_fast.timm_models")
-    model = timm.create_model("coda_xs_digits", num_classes=2, drop_rate=0.0, drop_path_rate=None, global_pool=None)
+    model = timm.create_model(
+        "coda_xs_digits", num_classes=2, drop_rate=0.0, drop_path_rate=None, global_pool=None
+    )
     config = timm.data.resolve_data_config({}, model=model)
     loaders = [
         timm.data.create_loader(
             timm.data.create_dataset("", root=image_folder, split=split, input_img_mode="L"),
-            config["input_size"], batch_size=8, is_training=split == "train", no_aug=True, mean=config["mean"], std=config["std"],
-            interpolation=config["interpolation"], num_workers=0, device=torch.device("cpu"), use_prefetcher=False,
+            config["input_size"],
+            batch_size=8,
+            is_training=split == "train",
+            no_aug=True,
+            mean=config["mean"],
+            std=config["std"],
+            interpolation=config["interpolation"],
+            num_workers=0,
+            device=torch.device("cpu"),
+            use_prefetcher=False,
         )
         for split in ("train", "validation")
-    ]  # fmt: skip
+    ]
     mixup, loss_fn = timm.data.Mixup(mixup_alpha=0.1, num_classes=2), timm.loss.BinaryCrossEntropy()
     optimizer = timm.optim.create_optimizer_v2(model, "adam", lr=0.01, weight_decay=0)
     ema = timm.utils.ModelEmaV3(model, decay=0.9)
-    saver = timm.utils.CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver = timm.utils.CheckpointSaver(
+        model, optimizer, model_ema=ema, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)
+    )
     for epoch in range(8):
         model.train()
         for images, labels in loaders[0]:
@@ -325,30 +380,52 @@ def test_training_with_the_parts_of_timm(image_folder, tmp_path):
         saver.save_checkpoint(epoch, metric=sum(hits) / len(hits))
     assert saver.best_metric == 100.0
     last, images = tmp_path / "last.pth.tar", next(iter(loaders[1]))[0]
-    twin = timm.create_model("coda_xs_digits", num_classes=2, checkpoint_path=last).eval()  # the averaged weights, as timm prefers
+    # the averaged weights, as timm prefers
+    twin = timm.create_model("coda_xs_digits", num_classes=2, checkpoint_path=last).eval()
     assert torch.equal(twin(images), ema.module.eval()(images))
     timm.models.load_checkpoint(twin, last, use_ema=False)
     assert torch.equal(twin(images), model(images))
 
 
 def test_train_py(image_folder, tmp_path):
-    """timm's own script, which its wheel leaves out: TIMM_TRAIN names it. It trains, validates, saves and resumes."""
+    """timm's own script, which its wheel leaves out: TIMM_TRAIN names it. It trains, validates, saves and
+    resumes.
+    """
     script = os.environ.get("TIMM_TRAIN")
     if not script:
-        pytest.skip("TIMM_TRAIN=.../pytorch-image-models/train.py runs timm's own script, which its wheel does not hold")
+        pytest.skip(
+            "TIMM_TRAIN=.../pytorch-image-models/train.py runs timm's own script, which its wheel does not "
+            "hold"
+        )
     root = Path(__file__).resolve().parent.parent
     path = os.pathsep.join([str(root), str(root / "kernels")])
     output = tmp_path / "run"
 
     def train(*more, plugin=("--device-modules", "coda_fast.timm_models")):
         flags = {
-            "model": "coda_xs_digits", "num-classes": 2, "in-chans": 1, "input-img-mode": "L", "model-kwargs": "rank=4", "loss": "bce",
-            "opt": "adam", "lr": 0.01, "warmup-epochs": 0, "batch-size": 2, "workers": 0, "device": "cpu",
-            "amp-dtype": "bfloat16", "model-ema-decay": 0.8, "data-dir": image_folder, "output": tmp_path, "experiment": output.name,
-        }  # fmt: skip
+            "model": "coda_xs_digits",
+            "num-classes": 2,
+            "in-chans": 1,
+            "input-img-mode": "L",
+            "model-kwargs": "rank=4",
+            "loss": "bce",
+            "opt": "adam",
+            "lr": 0.01,
+            "warmup-epochs": 0,
+            "batch-size": 2,
+            "workers": 0,
+            "device": "cpu",
+            "amp-dtype": "bfloat16",
+            "model-ema-decay": 0.8,
+            "data-dir": image_folder,
+            "output": tmp_path,
+            "experiment": output.name,
+        }
         words = [*plugin, *more, *(word for name, value in flags.items() for word in (f"--{name}", value))]
         command = [sys.executable, script, "--no-aug", "--amp", "--model-ema", *map(str, words)]
-        return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+        )
 
     def rows():
         with open(output / "summary.csv", newline="") as file:
@@ -363,11 +440,17 @@ def test_train_py(image_folder, tmp_path):
     assert float(row["eval_top1"]) == 100.0
 
     last = output / "last.pth.tar"
-    twin = timm.create_model("coda_xs_digits", num_classes=2, rank=4, checkpoint_path=last).eval()  # the averaged weights
+    # the averaged weights
+    twin = timm.create_model("coda_xs_digits", num_classes=2, rank=4, checkpoint_path=last).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=twin))
-    data = timm.data.create_dataset("", root=image_folder, split="validation", input_img_mode="L", transform=transform)
+    data = timm.data.create_dataset(
+        "", root=image_folder, split="validation", input_img_mode="L", transform=transform
+    )
     images, labels = torch.stack([image for image, _ in data]), torch.tensor([label for _, label in data])
-    assert nn.functional.cross_entropy(twin(images), labels).item() == pytest.approx(float(row["eval_loss"]), rel=0.02)  # bfloat16 there
+    # bfloat16 there
+    assert nn.functional.cross_entropy(twin(images), labels).item() == pytest.approx(
+        float(row["eval_loss"]), rel=0.02
+    )
     averaged = twin(images)
     timm.models.load_checkpoint(twin, last, use_ema=False)
     assert not torch.equal(twin(images), averaged)
@@ -383,7 +466,13 @@ def test_train_py(image_folder, tmp_path):
 def test_without_timm():
     code = "import sys; sys.modules['timm'] = None; import coda_fast; import coda_fast.timm_models"
     path = os.pathsep.join(sys.path)
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert "ImportError: coda_fast.timm_models needs timm: pip install 'coda-fast[timm]'" in done.stderr
 
 
@@ -394,10 +483,14 @@ def test_the_entry_points_are_public():
 
 def test_options_of_a_classifier_come_back():
     """A fresh classifier has the geometry of the one before, its dilation too."""
-    model = timm_models.TimmCoDANet([4, 3], [2, 2], [3, 3], [1, 1], dilations=[1, 2], norm=["squash", "l2"], temperature=1.0)
+    model = timm_models.TimmCoDANet(
+        [4, 3], [2, 2], [3, 3], [1, 1], dilations=[1, 2], norm=["squash", "l2"], temperature=1.0
+    )
     model.reset_classifier(5)
     assert (
         model.config() | {"out_channels": [4, 3]}
-        == timm_models.TimmCoDANet([4, 3], [2, 2], [3, 3], [1, 1], dilations=[1, 2], norm=["squash", "l2"], temperature=1.0).config()
+        == timm_models.TimmCoDANet(
+            [4, 3], [2, 2], [3, 3], [1, 1], dilations=[1, 2], norm=["squash", "l2"], temperature=1.0
+        ).config()
     )
     assert model(torch.rand(1, 3, 9, 9)).shape == (1, 5)

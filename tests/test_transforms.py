@@ -1,6 +1,8 @@
-"""Every way in which torch differentiates: torch.func and its transforms in any order, forward mode, gradients of each sample.
+"""Every way in which torch differentiates: torch.func and its transforms in any order, forward mode,
+gradients of each sample.
 
-Against finite differences (gradcheck), and against the reference backend, which is made of torch's own operators.
+Against finite differences (gradcheck), and against the reference backend, which is made of torch's own
+operators.
 """
 
 import functools
@@ -24,10 +26,14 @@ WINDOW = ([2, 1], [1, 0, 1, 2], [1, 2])  # stride, padding (left, right, top, bo
 
 def _tensors(*, bias=True, grad=True, batch=1):
     image = torch.randn(batch, 2, 3, 3, dtype=torch.float64)
-    return [None if t is None else t.requires_grad_(grad) for t in (image, *random_layer(2, 2, 2, (2, 2), bias=bias))]
+    return [
+        None if t is None else t.requires_grad_(grad)
+        for t in (image, *random_layer(2, 2, 2, (2, 2), bias=bias))
+    ]
 
 
-# -- against finite differences ----------------------------------------------------------------------------------------------------------
+# -- against finite differences
+# ----------------------------------------------------------------------------------------------------------
 
 CHECKS = dict(check_forward_ad=True, check_batched_grad=True)
 SECOND = dict(check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
@@ -39,7 +45,7 @@ def test_operator(norm, applied):
     """F(x, u), with an own u and with u = x, under an odd window."""
     x, *parameters = _tensors(bias=applied)
     u = torch.randn_like(x).requires_grad_() if applied else None
-    output = lambda *t: align(t[0], t[1], *t[2:], *WINDOW, norm, 1e-6, False, "products", "factored")[0]  # noqa: E731
+    output = lambda *t: align(t[0], t[1], *t[2:], *WINDOW, norm, 1e-6, False, "products", "factored")[0]
     tensors = (x, u, *parameters)
     assert torch.autograd.gradcheck(output, tensors, **CHECKS)
     assert torch.autograd.gradgradcheck(output, tensors, **SECOND)
@@ -68,25 +74,29 @@ def test_adjoint(norm, backend):
 def test_explanation_mode(backend):
     """A linear map of the image in both modes of differentiation, to be differentiated in turn in full."""
     x, *parameters = _tensors()
-    layer = lambda x, *p: dau_conv2d(x, *p, backend=backend, detach=True)  # noqa: E731
+    layer = lambda x, *p: dau_conv2d(x, *p, backend=backend, detach=True)
     tangent, value = torch.randn_like(x), torch.randn(1, 2, 2, 2, dtype=torch.float64)
     row = vjp(lambda x: layer(x, *parameters), x)[1](value)[0]
     assert_close(row, dau_conv2d_transpose(x, value, *parameters, backend="reference"), 1e-12)
     directional = jvp(lambda x: layer(x, *parameters), (x,), (tangent,))[1]
     assert_close((directional * value).sum(), (row * tangent).sum(), 1e-12)
-    assert_close(jvp(lambda x: layer(x, *parameters), (x,), (x,))[1], layer(x, *parameters), 1e-12)  # W(x) x is the output
+    # W(x) x is the output
+    assert_close(jvp(lambda x: layer(x, *parameters), (x,), (x,))[1], layer(x, *parameters), 1e-12)
     moving = jvp(layer, (x, *parameters), (tangent, *map(torch.randn_like, parameters)))[1]
     assert_close(moving, directional, 1e-12)  # the parameters are constants
-    rows = lambda x, *p: vjp(lambda y: layer(y, *p), x)[1](value)[0]  # noqa: E731
+    rows = lambda x, *p: vjp(lambda y: layer(y, *p), x)[1](value)[0]
     assert torch.autograd.gradcheck(rows, (x, *parameters), check_forward_ad=True)
 
 
-# -- against the reference backend ------------------------------------------------------------------------------------------------------
+# -- against the reference backend
+# ------------------------------------------------------------------------------------------------------
 
 
 def _same(transformed, bound=1e-11):
     """``transformed(backend)``: a tree of tensors, the same of both."""
-    ours, truth = (torch.utils._pytree.tree_leaves(transformed(backend)) for backend in ("factored", "reference"))
+    ours, truth = (
+        torch.utils._pytree.tree_leaves(transformed(backend)) for backend in ("factored", "reference")
+    )
     assert len(ours) == len(truth) > 0
     for a, b in zip(ours, truth, strict=True):
         assert_close(a, b, bound)
@@ -112,15 +122,20 @@ def test_transforms_of_a_layer(norm):
 def test_third_derivatives():
     tensors = [t[:, :1] if t.dim() == 4 else t[:, :, :1] for t in _tensors(grad=False)]
     tensors = [tensors[0][:, :, :2, :2], tensors[1], tensors[2], tensors[3][:, :1]]
-    truth = jacrev(jacrev(jacrev(_loss("reference"))))(*tensors)  # torch itself fails at jacrev of a hessian of vector_norm
+    # torch itself fails at jacrev of a hessian of vector_norm
+    truth = jacrev(jacrev(jacrev(_loss("reference"))))(*tensors)
     for outer, middle, inner in itertools.product((jacrev, jacfwd), repeat=3):
-        assert_close(outer(middle(inner(_loss("factored"))))(*tensors), truth, 1e-10, f"{outer}, {middle}, {inner}")
+        assert_close(
+            outer(middle(inner(_loss("factored"))))(*tensors), truth, 1e-10, f"{outer}, {middle}, {inner}"
+        )
 
 
 def test_third_derivatives_in_explanation_mode():
-    """Of the map x -> W(x)^T v, whose first derivative in v is constant and whose derivatives in x are those of the weights."""
+    """Of the map x -> W(x)^T v, whose first derivative in v is constant and whose derivatives in x are
+    those of the weights.
+    """
     image, *parameters = _tensors(grad=False)
-    row = lambda b: lambda x: grad(_loss(b, detach=True))(x, *parameters).sin().sum()  # noqa: E731
+    row = lambda b: lambda x: grad(_loss(b, detach=True))(x, *parameters).sin().sum()
     for outer, inner in itertools.product((jacrev, jacfwd), repeat=2):
         _same(lambda b, o=outer, i=inner: o(i(row(b)))(image), 1e-10)
 
@@ -153,7 +168,9 @@ def test_around_torch_autograd():
 
 def test_gradients_of_each_sample():
     """vmap of grad: the gradients of a loop over the samples."""
-    net = coda_fast.CoDANet([3, 4], ranks=[3, 3], kernel_sizes=[3, 1], strides=[2, 1], temperature=1.0, dtype=torch.float64)
+    net = coda_fast.CoDANet(
+        [3, 4], ranks=[3, 3], kernel_sizes=[3, 1], strides=[2, 1], temperature=1.0, dtype=torch.float64
+    )
     images, labels = torch.rand(3, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 3, 1])
     parameters = {name: p.detach() for name, p in net.named_parameters()}
 
@@ -162,7 +179,9 @@ def test_gradients_of_each_sample():
 
     found = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, labels)
     for i in range(3):
-        expected = torch.autograd.grad(nn.functional.cross_entropy(net(images[i : i + 1]), labels[i : i + 1]), list(net.parameters()))
+        expected = torch.autograd.grad(
+            nn.functional.cross_entropy(net(images[i : i + 1]), labels[i : i + 1]), list(net.parameters())
+        )
         for name, gradient in zip(parameters, expected, strict=True):
             assert_close(found[name][i], gradient, 1e-12)
 
@@ -172,18 +191,24 @@ def test_an_ensemble():
     nets = [coda_fast.create_model("coda_xs_digits", dtype=torch.float64) for _ in range(3)]
     parameters, buffers = stack_module_state(nets)
     images = torch.rand(2, 1, 8, 8, dtype=torch.float64)
-    found = vmap(lambda p, b, x: functional_call(nets[0], (p, b), (x,)), in_dims=(0, 0, None))(parameters, buffers, images)
+    found = vmap(lambda p, b, x: functional_call(nets[0], (p, b), (x,)), in_dims=(0, 0, None))(
+        parameters, buffers, images
+    )
     assert_close(found, torch.stack([net(images) for net in nets]), 1e-12)
 
 
 @pytest.mark.parametrize("explaining", [False, True])
 def test_network(explaining):
-    """Jacobians in both modes, their products, in explanation mode and without; the reference network is the same with other layers."""
+    """Jacobians in both modes, their products, in explanation mode and without; the reference network is
+    the same with other layers.
+    """
     nets = {}
     for backend in BACKENDS:
         torch.manual_seed(3)
         options = dict(temperature=1.0, dtype=torch.float64, backend=backend)
-        nets[backend] = coda_fast.CoDANet([3, 2], ranks=[3, 3], kernel_sizes=[3, 1], strides=[2, 1], **options)
+        nets[backend] = coda_fast.CoDANet(
+            [3, 2], ranks=[3, 3], kernel_sizes=[3, 1], strides=[2, 1], **options
+        )
     encoded, tangent = torch.rand(2, 1, 6, 4, 4, dtype=torch.float64)
 
     def logits(backend):
@@ -222,12 +247,19 @@ def test_forward_mode_of_a_module():
 
 
 def test_forward_mode_where_a_weight_vanishes():
-    """At w = 0 "squash" passes nothing on, and its directional derivative is zero, not NaN; likewise below eps under "l2"."""
+    """At w = 0 "squash" passes nothing on, and its directional derivative is zero, not NaN; likewise below
+    eps under "l2".
+    """
     image = torch.randn(1, 2, 3, 3, dtype=torch.float64)
-    reduce, weight = torch.randn(2, 2, 2, 2, dtype=torch.float64), torch.zeros(2, 2, 2, 2, 2, dtype=torch.float64)
+    reduce, weight = (
+        torch.randn(2, 2, 2, 2, dtype=torch.float64),
+        torch.zeros(2, 2, 2, 2, 2, dtype=torch.float64),
+    )
     for backend in BACKENDS:
-        rows = lambda x, b=backend: dau_conv2d(x, reduce, weight, backend=b).sum()  # noqa: E731
-        output, tangent = jvp(lambda x, b=backend: dau_conv2d(x, reduce, weight, backend=b), (image,), (torch.ones_like(image),))
+        rows = lambda x, b=backend: dau_conv2d(x, reduce, weight, backend=b).sum()
+        output, tangent = jvp(
+            lambda x, b=backend: dau_conv2d(x, reduce, weight, backend=b), (image,), (torch.ones_like(image),)
+        )
         assert not output.any()
         assert not tangent.any()
         assert not hessian(rows)(image).any()
@@ -245,15 +277,21 @@ def test_fused_backends(backend):
     for a, b in zip(found, truth, strict=True):
         assert_close(a, b, 1e-4)
     tangents = [torch.randn_like(t) for t in tensors]
-    truth = jvp(_loss("reference"), tuple(t.double() for t in tensors), tuple(t.double() for t in tangents))[1]
-    found = jvp(_loss(backend), tuple(t.to(device) for t in tensors), tuple(t.to(device) for t in tangents))[1]
+    truth = jvp(_loss("reference"), tuple(t.double() for t in tensors), tuple(t.double() for t in tangents))[
+        1
+    ]
+    found = jvp(_loss(backend), tuple(t.to(device) for t in tensors), tuple(t.to(device) for t in tangents))[
+        1
+    ]
     assert_close(found, truth, 1e-4)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_lower_precision(dtype, norm):
-    """Short weights, whose powers leave float16: the directional derivative and a second derivative to the rounding of the numbers."""
+    """Short weights, whose powers leave float16: the directional derivative and a second derivative to the
+    rounding of the numbers.
+    """
     tensors = [t.to(dtype) for t in _tensors(grad=False)]
     tensors[2:] = [t / 64 for t in tensors[2:]]
     tangents = [torch.randn_like(t) for t in tensors]
@@ -263,5 +301,5 @@ def test_lower_precision(dtype, norm):
     assert found.dtype == dtype
     bound = 4 * torch.finfo(dtype).eps
     assert_close(found, truth, bound)
-    second = lambda *t: grad(lambda x: grad(lambda x: layer(x, *t[1:]).sum())(x).sum())(t[0])  # noqa: E731
+    second = lambda *t: grad(lambda x: grad(lambda x: layer(x, *t[1:]).sum())(x).sum())(t[0])
     assert_close(second(*tensors), second(*(t.double() for t in tensors)), 8 * bound)

@@ -1,4 +1,6 @@
-"""What a convolution can, a DAU layer can: the ways in which people use a module. docs/uses.md has a row for each test."""
+"""What a convolution can, a DAU layer can: the ways in which people use a module. docs/uses.md has a row
+for each test.
+"""
 
 import copy
 import io
@@ -27,14 +29,17 @@ def _layer(**options):
 
 def _network():
     torch.manual_seed(0)
-    return coda_fast.CoDANet([4, 3], ranks=[3, 4], kernel_sizes=[3, 1], strides=[1, 1], temperature=1.0, dtype=torch.float64)
+    return coda_fast.CoDANet(
+        [4, 3], ranks=[3, 4], kernel_sizes=[3, 1], strides=[1, 1], temperature=1.0, dtype=torch.float64
+    )
 
 
 def _images(batch=2):
     return torch.rand(batch, 3, 6, 6, dtype=torch.float64)
 
 
-# -- the page ---------------------------------------------------------------------------------------------------------------------------
+# -- the page
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_row_of_the_page_names_a_test_that_is_there():
@@ -51,27 +56,36 @@ def test_every_row_of_the_page_names_a_test_that_is_there():
     assert here <= {name for names in named for _, name in names}
 
 
-# -- modules ----------------------------------------------------------------------------------------------------------------------------
+# -- modules
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_hooks():
     layer, seen = _layer(), []
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     layer.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    layer.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append(grad_output[0].shape))
+    layer.register_full_backward_hook(
+        lambda module, grad_input, grad_output: seen.append(grad_output[0].shape)
+    )
     layer.weight.register_hook(lambda grad: seen.append(grad.shape))
     layer(_images().requires_grad_()).sum().backward()
     assert seen[:2] == [(2, 3, 6, 6), (2, 5, 6, 6)]
-    assert sorted(seen[2:]) == [(2, 5, 6, 6), (5, 4, 3, 3, 3)]  # which of the backward hooks comes first is torch's affair
+    # which of the backward hooks comes first is torch's affair
+    assert sorted(seen[2:]) == [(2, 5, 6, 6), (5, 4, 3, 3, 3)]
 
 
 @pytest.mark.parametrize("name", ["reduction_weight", "weight"])
 def test_parametrizations(name):
-    """Weight and spectral normalisation of a parameter: what the layer computes is what the parametrised tensor says, and it trains."""
+    """Weight and spectral normalisation of a parameter: what the layer computes is what the parametrised
+    tensor says, and it trains.
+    """
     for add in (parametrizations.weight_norm, parametrizations.spectral_norm):
-        layer = add(_layer(), name).eval()  # spectral normalisation goes on with its power iteration while training
+        # spectral normalisation goes on with its power iteration while training
+        layer = add(_layer(), name).eval()
         x = _images()
-        expected = coda_fast.functional.dau_conv2d(x, layer.reduction_weight, layer.weight, layer.bias, padding=1, backend="reference")
+        expected = coda_fast.functional.dau_conv2d(
+            x, layer.reduction_weight, layer.weight, layer.bias, padding=1, backend="reference"
+        )
         assert_close(layer(x), expected, 1e-12)
         layer(x).sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
@@ -83,7 +97,9 @@ def test_pruning():
     layer = _layer()
     prune.l1_unstructured(layer, "weight", amount=0.5)
     x, mask = _images(), layer.weight_mask
-    expected = coda_fast.functional.dau_conv2d(x, layer.reduction_weight, layer.weight_orig * mask, layer.bias, padding=1)
+    expected = coda_fast.functional.dau_conv2d(
+        x, layer.reduction_weight, layer.weight_orig * mask, layer.bias, padding=1
+    )
     assert_close(layer(x), expected, 1e-14)
     layer(x).sum().backward()
     assert not layer.weight_orig.grad[mask == 0].any()
@@ -166,7 +182,9 @@ def test_inference_mode_and_no_grad():
         assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam])
+@pytest.mark.parametrize(
+    "make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam]
+)
 @pytest.mark.parametrize("foreach", [False, True])
 def test_optimisers(make, foreach):
     net, x, labels = _network(), _images(6), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -197,7 +215,8 @@ def test_second_order_optimisers():
     assert float(closure().detach()) < before
 
 
-# -- compiled, traced -------------------------------------------------------------------------------------------------------------------
+# -- compiled, traced
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _swapped(net, state):
@@ -215,19 +234,24 @@ def _swapped(net, state):
     return {
         "copied in place": in_place,
         "load_state_dict": lambda: net.load_state_dict(state),
-        "load_state_dict, assigned": lambda: net.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True),
+        "load_state_dict, assigned": lambda: net.load_state_dict(
+            {k: v.clone() for k, v in state.items()}, assign=True
+        ),
         "data exchanged": exchange,
     }
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_weights_swapped_between_calls_of_a_compiled_network(backend, monkeypatch, tmp_path):
-    """As an average of the weights is evaluated in their place: each call computes with the weights of its time.
+    """As an average of the weights is evaluated in their place: each call computes with the weights of its
+    time.
 
-    Also where ``CI`` is set: Inductor then refuses operators of which torch knows a decomposition, unless it was told about them.
+    Also where ``CI`` is set: Inductor then refuses operators of which torch knows a decomposition, unless it
+    was told about them.
     """
     monkeypatch.setenv("CI", "true")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # an empty one: what is found there is not compiled
+    # an empty one: what is found there is not compiled
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     x, other = _images(), {name: t + 0.1 * torch.rand_like(t) for name, t in _network().state_dict().items()}
     torch._dynamo.reset()
     truth = _network()
@@ -244,7 +268,9 @@ def test_weights_swapped_between_calls_of_a_compiled_network(backend, monkeypatc
                 assert_close(compiled(x), _network()(x), 1e-12, name)
     found = functional_call(net, other, (x,))
     assert_close(found, truth(x), 1e-12)
-    assert_close(torch.compile(lambda p, x: functional_call(net, p, (x,)), backend=backend)(other, x), truth(x), 1e-12)
+    assert_close(
+        torch.compile(lambda p, x: functional_call(net, p, (x,)), backend=backend)(other, x), truth(x), 1e-12
+    )
     averaged = torch.optim.swa_utils.AveragedModel(net)
     evaluated = torch.compile(averaged, backend=backend)
     for state in (net.state_dict(), other):
@@ -257,8 +283,8 @@ def test_weights_swapped_between_calls_of_a_compiled_network(backend, monkeypatc
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_gradients_accumulated_over_forward_passes_of_a_compiled_network(device, mode):
-    """Several forward passes before the first backward pass, and several steps: what one keeps is not overwritten by the next. Under
-    "reduce-overhead" a GPU replays CUDA graphs, whose memory is theirs.
+    """Several forward passes before the first backward pass, and several steps: what one keeps is not
+    overwritten by the next. Under "reduce-overhead" a GPU replays CUDA graphs, whose memory is theirs.
     """
     torch._dynamo.reset()
     net = _network().float().to(device)
@@ -279,7 +305,10 @@ def test_symbolic_trace_of_torch_fx():
     """A layer is a leaf, as an nn.Conv2d is; the mode of a call is that of the call."""
     net, x = _network(), _images()
     traced = torch.fx.symbolic_trace(net)
-    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["layers.0", "layers.1"]
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == [
+        "layers.0",
+        "layers.1",
+    ]
     assert torch.equal(traced(x), net(x))
     leaf = x.clone().requires_grad_()
     with coda_fast.explanation_mode(traced):
@@ -291,7 +320,9 @@ def test_symbolic_trace_of_torch_fx():
         torch.fx.symbolic_trace(_layer())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+)
 def test_trace_of_torch_jit():
     net, file = _network(), io.BytesIO()
     traced = torch.jit.trace(net, _images())
@@ -307,25 +338,40 @@ def test_trace_of_torch_jit():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_script_of_torch_jit_is_refused():
-    with pytest.raises(TypeError, match=r"torch.jit.script: expected torch.jit.trace, torch.export or torch.compile"):
+    with pytest.raises(
+        TypeError, match=r"torch.jit.script: expected torch.jit.trace, torch.export or torch.compile"
+    ):
         torch.jit.script(_layer())
 
 
-# -- refused ----------------------------------------------------------------------------------------------------------------------------
+# -- refused
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.zeros(2, 3, 6, 6, dtype=torch.complex64), "input: expected a floating-point tensor, got torch.complex64"),
-        (torch.zeros(2, 3, 6, 6, dtype=torch.uint8), "input: expected a floating-point tensor, got torch.uint8"),
-        (torch.zeros(2, 3, 6, 6, dtype=torch.float64).to_sparse(), "input: expected a dense tensor, got torch.sparse_coo"),
+        (
+            torch.zeros(2, 3, 6, 6, dtype=torch.complex64),
+            "input: expected a floating-point tensor, got torch.complex64",
+        ),
+        (
+            torch.zeros(2, 3, 6, 6, dtype=torch.uint8),
+            "input: expected a floating-point tensor, got torch.uint8",
+        ),
+        (
+            torch.zeros(2, 3, 6, 6, dtype=torch.float64).to_sparse(),
+            "input: expected a dense tensor, got torch.sparse_coo",
+        ),
         (torch.zeros(2, 3, 6, 6).to_mkldnn(), "input: expected a dense tensor, got torch._mkldnn"),
         (
             lambda: torch.nested.nested_tensor([torch.zeros(3, 6, 6)], layout=torch.strided),
             "input: expected a dense tensor, got a nested one",
         ),
-        (torch.zeros(3, 6, dtype=torch.float64), r"input: expected \[N, 3, H, W\] or \[3, H, W\], got shape \[3, 6\]"),
+        (
+            torch.zeros(3, 6, dtype=torch.float64),
+            r"input: expected \[N, 3, H, W\] or \[3, H, W\], got shape \[3, 6\]",
+        ),
         (torch.zeros(2, 3, 0, 6, dtype=torch.float64), "the kernel does not fit|expected"),
     ],
     ids=["complex", "integer", "sparse", "mkldnn", "nested", "two dimensions", "no rows"],

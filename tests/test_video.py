@@ -66,7 +66,8 @@ def test_frames_and_maps(model, clip, tmp_path):
     maps = model.explain(images, 3).contribution_map[:, 0]
     assert result.scale == pytest.approx(float(np.percentile(maps.abs().numpy(), 99.75)), rel=0.02)
     for (picture, _), image, contribution in zip(written, images, maps, strict=True):
-        panels = np.delete(picture[4:256:8, 4:776:8].astype(int), 48, 1)  # centres of pixels enlarged 8 times, and of the gap
+        # centres of pixels enlarged 8 times, and of the gap
+        panels = np.delete(picture[4:256:8, 4:776:8].astype(int), 48, 1)
         colours = colormaps["bwr"]((contribution.numpy() / result.scale).clip(-1, 1) / 2 + 0.5)[..., :3] * 255
         assert abs(panels[:, :48] - image[0].numpy()[..., None] * 255).mean() < 4
         assert abs(panels[:, 48:] - colours).mean() < 6
@@ -98,7 +99,15 @@ def test_range_and_crop(model, clip, tmp_path):
 def test_refuses(model, clip, tmp_path, capsys, options, message):
     coda_fast.save(model, tmp_path / "net.safetensors")
     before = sorted(tmp_path.rglob("*"))
-    arguments = ["explain", clip, "--checkpoint", tmp_path / "net.safetensors", "--output", tmp_path, *options]
+    arguments = [
+        "explain",
+        clip,
+        "--checkpoint",
+        tmp_path / "net.safetensors",
+        "--output",
+        tmp_path,
+        *options,
+    ]
     with pytest.raises(SystemExit) as stop:
         cli.main([str(a) for a in arguments])
     assert stop.value.code == 2
@@ -141,12 +150,35 @@ def test_command(model, clip, tmp_path, capsys):
     """A picture and a video on one command line; the format and the scale as asked for."""
     coda_fast.save(model, tmp_path / "net.safetensors")
     Image.new("L", (16, 16), 90).save(tmp_path / "still.png")
-    arguments = ["explain", tmp_path / "still.png", clip, "--checkpoint", tmp_path / "net.safetensors", "--output", tmp_path / "a" / "b"]
+    arguments = [
+        "explain",
+        tmp_path / "still.png",
+        clip,
+        "--checkpoint",
+        tmp_path / "net.safetensors",
+        "--output",
+        tmp_path / "a" / "b",
+    ]
     with pytest.raises(SystemExit) as stop:
         cli.main([str(a) for a in arguments])
     assert not stop.value.code
-    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [f"clip_explained{clip.suffix}", "still_explained.png"]
-    arguments = ["explain", clip, *arguments[3:5], "--output", tmp_path / "c", "--format", "gif", "--scale", "0.25", "--target", "digit 7"]
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
+        f"clip_explained{clip.suffix}",
+        "still_explained.png",
+    ]
+    arguments = [
+        "explain",
+        clip,
+        *arguments[3:5],
+        "--output",
+        tmp_path / "c",
+        "--format",
+        "gif",
+        "--scale",
+        "0.25",
+        "--target",
+        "digit 7",
+    ]
     with pytest.raises(SystemExit) as stop:
         cli.main([str(a) for a in arguments])
     assert not stop.value.code
@@ -157,7 +189,16 @@ def test_command(model, clip, tmp_path, capsys):
 
 def test_failure_leaves_no_folder(model, clip, tmp_path):
     coda_fast.save(model, tmp_path / "net.safetensors")
-    arguments = ["explain", clip, "--checkpoint", tmp_path / "net.safetensors", "--output", tmp_path / "new" / "folder", "--start", "9"]
+    arguments = [
+        "explain",
+        clip,
+        "--checkpoint",
+        tmp_path / "net.safetensors",
+        "--output",
+        tmp_path / "new" / "folder",
+        "--start",
+        "9",
+    ]
     with pytest.raises(SystemExit, match="2"):
         cli.main([str(a) for a in arguments])
     assert not (tmp_path / "new").exists()
@@ -167,7 +208,16 @@ def test_without_pyav(model, clip, tmp_path, monkeypatch, capsys):
     coda_fast.save(model, tmp_path / "net.safetensors")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["explain", str(clip), "--checkpoint", str(tmp_path / "net.safetensors"), "--output", str(tmp_path)])
+        cli.main(
+            [
+                "explain",
+                str(clip),
+                "--checkpoint",
+                str(tmp_path / "net.safetensors"),
+                "--output",
+                str(tmp_path),
+            ]
+        )
     assert "coda-fast[video]" in capsys.readouterr().err
 
 
@@ -178,7 +228,9 @@ def test_progress_counts_all_passes(model, clip, tmp_path):
     assert {total for _, total in calls} == {3 * len(TIMES)}
 
 
-@pytest.mark.parametrize("options", [{"start": -1}, {"end": -1}, {"start": float("nan")}, {"start": 1, "end": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"start": -1}, {"end": -1}, {"start": float("nan")}, {"start": 1, "end": 1}], ids=str
+)
 def test_refuses_times(model, clip, tmp_path, options):
     with pytest.raises(VideoError, match="expected seconds with 0 <= start < end"):
         explain_video(model, clip, tmp_path / "out.mp4", **options)
@@ -204,7 +256,9 @@ def test_colour_where_grey_is_needed(model, tmp_path):
 
 
 def test_crops_are_shown(model, tmp_path):
-    """By default what the network was trained on: the middle. The rest is faded on both sides; size=0 takes whole frames."""
+    """By default what the network was trained on: the middle. The rest is faded on both sides; size=0
+    takes whole frames.
+    """
     pixels = np.full((32, 64, 3), 40, np.uint8)
     clip = write_clip(tmp_path / "wide.mp4", [pixels] * 2)
     explain_video(model, clip, tmp_path / "out.mp4", target=0)
@@ -225,7 +279,9 @@ def test_crops_are_shown(model, tmp_path):
 
 
 def test_rotation(model, tmp_path):
-    """Stored on its side, shown upright: the bright edge at the left goes to the top when turned clockwise."""
+    """Stored on its side, shown upright: the bright edge at the left goes to the top when turned
+    clockwise.
+    """
     pixels = np.zeros((32, 48, 3), np.uint8)
     pixels[:, :16] = 200
     clip = write_clip(tmp_path / "phone.mp4", [pixels], rotation=-90)  # ffmpeg counts anticlockwise
@@ -239,7 +295,10 @@ def test_rotation(model, tmp_path):
 def test_frames_of_several_sizes(model, tmp_path):
     """Two raw streams of different size, one after the other, are one stream that changes its size."""
     joined = tmp_path / "joined.h264"
-    parts = [write_clip(tmp_path / f"{side}.h264", [np.full((side, side, 3), 90, np.uint8)] * 3) for side in (32, 48)]
+    parts = [
+        write_clip(tmp_path / f"{side}.h264", [np.full((side, side, 3), 90, np.uint8)] * 3)
+        for side in (32, 48)
+    ]
     joined.write_bytes(b"".join(part.read_bytes() for part in parts))
     with pytest.raises(VideoError, match="frames of one size, got 32 x 32 and, at frame 4, 48 x 48"):
         explain_video(model, joined, tmp_path / "out.mp4", target=0)
@@ -249,13 +308,17 @@ def test_long_names_are_shortened(model, clip, tmp_path):
     """The caption ends inside its panel, with the probability in it."""
     short = explain_video(model, clip, tmp_path / "short.gif", size=0, crop=(0, 0, 32, 32), target=0)
     model.class_names[0] = "American Staffordshire terrier, Staffordshire bull terrier"
-    explain_video(model, clip, tmp_path / "long.gif", size=0, crop=(0, 0, 32, 32), target=0, scale=short.scale)
+    explain_video(
+        model, clip, tmp_path / "long.gif", size=0, crop=(0, 0, 32, 32), target=0, scale=short.scale
+    )
     long = frames_of(tmp_path / "long.gif")[0][0][258:]  # below the panels
     assert (long[:, 200:252] < 128).any(), "it fills its panel"
     assert (long[:, 253:264] > 200).all(), "and leaves the gap free"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib_fontja") is None, reason="needs the package with a Japanese font")
+@pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib_fontja") is None, reason="needs the package with a Japanese font"
+)
 def test_names_in_several_scripts(monkeypatch):
     """Each piece is drawn with the font that has it, one after the other; what is cut is cut by its width."""
     drawn, whole = [], ImageDraw.ImageDraw.text
@@ -265,12 +328,17 @@ def test_names_in_several_scripts(monkeypatch):
         return whole(self, xy, piece, fill, font, anchor=anchor)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
-    for name, pieces in [("cat \u732b", ["cat ", "\u732b", ": p = 0.5"]), ("\u732b" * 50, ["\u732b" * 12, "\u2026: p = 0.5"])]:
+    for name, pieces in [
+        ("cat \u732b", ["cat ", "\u732b", ": p = 0.5"]),
+        ("\u732b" * 50, ["\u732b" * 12, "\u2026: p = 0.5"]),
+    ]:
         drawn.clear()
         video._picture(torch.rand(1, 256, 256), torch.zeros(256, 256), 1.0, name, "p = 0.5")
         caption = drawn[: len(pieces)]
         assert [piece for _, piece, *_ in caption] == pieces
-        assert [family for _, _, family, _ in caption] == ["IPAexGothic" if "\u732b" in piece else "DejaVu Sans" for piece in pieces]
+        assert [family for _, _, family, _ in caption] == [
+            "IPAexGothic" if "\u732b" in piece else "DejaVu Sans" for piece in pieces
+        ]
         for (x, _, _, length), (following, *_) in itertools.pairwise(caption):
             assert following == x + length
         assert caption[-1][0] + caption[-1][3] <= 256
@@ -278,7 +346,15 @@ def test_names_in_several_scripts(monkeypatch):
 
 def test_one_scale_for_all_frames(model, tmp_path):
     """A frame whose contributions are small looks pale beside one whose contributions are large."""
-    noise = np.random.default_rng(0).integers(0, 2, (8, 8, 1)).repeat(4, 0).repeat(4, 1).repeat(3, 2).astype(np.uint8) * 255
+    noise = (
+        np.random.default_rng(0)
+        .integers(0, 2, (8, 8, 1))
+        .repeat(4, 0)
+        .repeat(4, 1)
+        .repeat(3, 2)
+        .astype(np.uint8)
+        * 255
+    )
     clip = write_clip(tmp_path / "clip.mp4", [np.full((32, 32, 3), 128, np.uint8), noise])
     images = torch.stack([torch.from_numpy(f).float().mean(2)[None] / 255 for f, _ in frames_of(clip)])
     maps = model.explain(images, 0).contribution_map.abs()
@@ -324,7 +400,9 @@ def test_frames_that_are_too_large(model, clip, tmp_path, monkeypatch):
     from coda_fast import safety
 
     monkeypatch.setattr(safety, "machine_memory", lambda device="cpu": 1 << 19)
-    with pytest.raises(ValueError, match=f"clip{clip.suffix}: an explanation of 48 x 32 pixels: expected what fits"):
+    with pytest.raises(
+        ValueError, match=f"clip{clip.suffix}: an explanation of 48 x 32 pixels: expected what fits"
+    ):
         explain_video(model, clip, tmp_path / "out.mp4", size=0, target=0)
     assert list(tmp_path.iterdir()) == [clip]
 
@@ -333,11 +411,15 @@ def test_large_frames_come_in_smaller_batches(model, clip, tmp_path, monkeypatch
     from coda_fast import explain
 
     sizes = []
-    whole = explain_video(model, clip, tmp_path / "a.gif", size=0, target=0, progress=lambda n, total: sizes.append(n))
+    whole = explain_video(
+        model, clip, tmp_path / "a.gif", size=0, target=0, progress=lambda n, total: sizes.append(n)
+    )
     assert sizes == [len(TIMES)] * 2
     sizes.clear()
     monkeypatch.setattr(explain, "MEMORY_BUDGET", 3 << 20)  # three frames of 48 x 32 by this network
-    less = explain_video(model, clip, tmp_path / "b.gif", size=0, target=0, progress=lambda n, total: sizes.append(n))
+    less = explain_video(
+        model, clip, tmp_path / "b.gif", size=0, target=0, progress=lambda n, total: sizes.append(n)
+    )
     assert 1 < sizes[0] < len(TIMES)
     assert sum(sizes) == 2 * len(TIMES)
     assert less.scale == pytest.approx(whole.scale, rel=0.002)
@@ -345,11 +427,18 @@ def test_large_frames_come_in_smaller_batches(model, clip, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("ending", ["mp4", "gif", "webm", "mkv", "avi"])
 def test_a_full_disk(model, tmp_path, monkeypatch, ending):
-    """Wherever it fills, also at the last byte: one line, and no file. Simulated by a limit on the size of files."""
+    """Wherever it fills, also at the last byte: one line, and no file. Simulated by a limit on the size of
+    files.
+    """
     resource = pytest.importorskip("resource")
-    # the frames alone: rounding, which may differ from one explanation to the next, would make videos of several sizes
-    monkeypatch.setattr(video, "_picture", lambda image, *_: (255 * image[0].numpy()).astype(np.uint8)[..., None].repeat(3, 2))
-    frames = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)) for i in range(3)]
+    # the frames alone: rounding, which may differ from one explanation to the next, would make videos of
+    # several sizes
+    monkeypatch.setattr(
+        video, "_picture", lambda image, *_: (255 * image[0].numpy()).astype(np.uint8)[..., None].repeat(3, 2)
+    )
+    frames = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)) for i in range(3)
+    ]
     clip, output = tmp_path / "clip.gif", tmp_path / f"out.{ending}"
     frames[0].save(clip, save_all=True, append_images=frames[1:], duration=100)
     options = dict(size=0, target=3, scale=1.0)

@@ -59,7 +59,9 @@ WRAPPERS = {
 @pytest.fixture
 def group(tmp_path):
     """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -98,12 +100,19 @@ def test_explained_as_the_network_inside(net, wrap):
 
 
 def test_measured_as_the_network_inside(net, wrap):
-    """The rules of a CoDA-Net, sigmoid and encoded pixels, not those of a softmax classifier; as the issue found them missing."""
+    """The rules of a CoDA-Net, sigmoid and encoded pixels, not those of a softmax classifier; as the issue
+    found them missing.
+    """
     images, labels = torch.cat([IMAGES] * 2), net(torch.cat([IMAGES] * 2)).argmax(1)
     bare = evaluation.pixel_removal(net, images, labels, points=5)
-    assert torch.equal(evaluation.pixel_removal(wrap(net), images, labels, points=5).probabilities, bare.probabilities)
-    assert torch.equal(evaluation.completeness_error(wrap(net), images, labels), evaluation.completeness_error(net, images, labels))
-    own = lambda model: evaluation.localisation(model, images, labels, side=1, grids=50, threshold=0.1)  # noqa: E731
+    assert torch.equal(
+        evaluation.pixel_removal(wrap(net), images, labels, points=5).probabilities, bare.probabilities
+    )
+    assert torch.equal(
+        evaluation.completeness_error(wrap(net), images, labels),
+        evaluation.completeness_error(net, images, labels),
+    )
+    own = lambda model: evaluation.localisation(model, images, labels, side=1, grids=50, threshold=0.1)
     assert torch.equal(own(wrap(net)).images, own(net).images)
     assert torch.equal(own(wrap(net)).scores, own(net).scores)
     options = dict(masks=50, cells=3)
@@ -111,7 +120,10 @@ def test_measured_as_the_network_inside(net, wrap):
     assert torch.equal(baselines.attribute("RISE", wrap(net), IMAGES, torch.tensor([1] * 6), **options), rise)
     grad = baselines.create("GCam", wrap(net)).attribute(IMAGES, torch.tensor([1] * 6))
     assert torch.equal(grad, baselines.create("GCam", net).attribute(IMAGES, torch.tensor([1] * 6)))
-    assert torch.equal(baselines.attribute("Ours", wrap(net), IMAGES, torch.tensor([1] * 6)), net.explain(IMAGES, 1).contribution_map[:, 0])
+    assert torch.equal(
+        baselines.attribute("Ours", wrap(net), IMAGES, torch.tensor([1] * 6)),
+        net.explain(IMAGES, 1).contribution_map[:, 0],
+    )
 
 
 def test_the_numbers_would_be_others(net):
@@ -120,7 +132,10 @@ def test_the_numbers_would_be_others(net):
     bare = evaluation.pixel_removal(net, IMAGES, labels, lambda x, c: x, points=5)
     blind = nn.Sequential(*net.children())  # no CoDANet in it
     blind.forward = net.forward
-    assert not torch.allclose(evaluation.pixel_removal(blind, IMAGES, labels, lambda x, c: x, points=5).probabilities, bare.probabilities)
+    assert not torch.allclose(
+        evaluation.pixel_removal(blind, IMAGES, labels, lambda x, c: x, points=5).probabilities,
+        bare.probabilities,
+    )
 
 
 def test_evaluations_of_the_command_line(net, wrap, tmp_path):
@@ -129,7 +144,9 @@ def test_evaluations_of_the_command_line(net, wrap, tmp_path):
     labels = net(IMAGES).argmax(1)
     found = []
     for name, model in (("bare", net), ("wrapped", wrap(net))):
-        run = Evaluation(model, IMAGES, labels[:, None].to(torch.uint8), Settings("removal", points=3), tmp_path / name)
+        run = Evaluation(
+            model, IMAGES, labels[:, None].to(torch.uint8), Settings("removal", points=3), tmp_path / name
+        )
         found.append(run.measure("Ours", None, {}).probabilities)
         assert "completeness_error" in run._completeness()
     assert torch.equal(*found)
@@ -140,7 +157,9 @@ def test_losses_of_the_network_inside(net, wrap, request):
     expected = matrix_penalty(net, IMAGES, labels[:, None])
     if "DDP" in request.node.name:
         with pytest.raises(
-            TypeError, match="model: expected a CoDANet, got DistributedDataParallel, which shares the gradients of its own"
+            TypeError,
+            match="model: expected a CoDANet, got DistributedDataParallel, which shares the gradients of its "
+            "own",
         ):
             matrix_penalty(wrap(net), IMAGES, labels[:, None])
         with torch.no_grad():
@@ -154,7 +173,9 @@ def test_losses_of_the_network_inside(net, wrap, request):
 def test_pages_exports_and_kernels(net):
     wrapped = compiled(nn.DataParallel(net))
     pytest.importorskip("jinja2")
-    assert report.render(wrapped, list(IMAGES[:1]), ["a"], methods=()) == report.render(net, list(IMAGES[:1]), ["a"], methods=())
+    assert report.render(wrapped, list(IMAGES[:1]), ["a"], methods=()) == report.render(
+        net, list(IMAGES[:1]), ["a"], methods=()
+    )
     explainer, target = coda_fast.Explainer(wrapped), torch.tensor([1] * 6)
     assert torch.equal(explainer(IMAGES, target)[1], coda_fast.Explainer(net)(IMAGES, target)[1])
     launches = record_launches(net, (1, 1, 8, 8), passes=["inference"])["inference"]
@@ -183,7 +204,9 @@ def test_compiled_and_checkpointed_layers(net, tmp_path):
 
 @pytest.mark.parametrize("layers", [True, False])
 def test_sharded(net, group, tmp_path, layers):
-    """FSDP2 changes the class in place and holds shards: they are gathered, also before any forward pass, and the network trains on."""
+    """FSDP2 changes the class in place and holds shards: they are gathered, also before any forward pass,
+    and the network trains on.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -197,7 +220,9 @@ def test_sharded(net, group, tmp_path, layers):
     assert hasattr(net.layers[0].weight, "full_tensor")
     assert torch.equal(net.explain(IMAGES, 3).contribution_map, expected.contribution_map)
     assert torch.equal(net.explain(IMAGES, 3, layer=net.layers[1]).logits, logits)
-    assert torch.equal(evaluation.pixel_removal(net, IMAGES, labels, points=3).probabilities, removal.probabilities)
+    assert torch.equal(
+        evaluation.pixel_removal(net, IMAGES, labels, points=3).probabilities, removal.probabilities
+    )
     coda_fast.save(net, tmp_path / "net.safetensors")
     assert torch.equal(coda_fast.load(tmp_path / "net.safetensors")(IMAGES), logits)
     assert torch.equal(net(IMAGES), logits)
@@ -217,13 +242,20 @@ def test_a_network_inside_an_unknown_module_is_refused(net):
             return self.inner(images) * 2
 
     around, labels = Around(net), torch.zeros(6, dtype=torch.long)
-    message = "model: expected a CoDANet, alone or in a wrapper .*; got a Around around the CoDANet 'inner': give that"
+    message = (
+        "model: expected a CoDANet, alone or in a wrapper .*; got a Around around the CoDANet 'inner': give "
+        "that"
+    )
     for measure in (evaluation.localisation, evaluation.pixel_removal, evaluation.completeness_error):
         with pytest.raises(ValueError, match=message):
             measure(around, IMAGES, labels)
     with pytest.raises(ValueError, match=message):
         baselines.create("RISE", around)
-    for refuse in (lambda: coda_fast.save(around, "x"), lambda: explain(around, IMAGES), lambda: matrix_penalty(around, IMAGES, labels)):
+    for refuse in (
+        lambda: coda_fast.save(around, "x"),
+        lambda: explain(around, IMAGES),
+        lambda: matrix_penalty(around, IMAGES, labels),
+    ):
         with pytest.raises(TypeError, match="model: expected a CoDANet, got Around"):
             refuse()
 
@@ -245,7 +277,13 @@ def test_other_models_stay_in_their_wrappers():
 
 def test_wrappers_are_not_imported():
     """torch._dynamo takes seconds, timm and lightning may not be there."""
-    program = "import sys, torch; before = 'torch._dynamo' in sys.modules; import coda_fast; coda_fast.unwrap(torch.nn.Identity())\n"
-    program += "print([n for n in ('timm', 'lightning') if n in sys.modules], before or 'torch._dynamo' not in sys.modules)"
+    program = (
+        "import sys, torch; before = 'torch._dynamo' in sys.modules; import coda_fast; "
+        "coda_fast.unwrap(torch.nn.Identity())\n"
+    )
+    program += (
+        "print([n for n in ('timm', 'lightning') if n in sys.modules], before or 'torch._dynamo' not in "
+        "sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[] True\n", done.stderr

@@ -1,20 +1,26 @@
-"""The DAU layer by library matrix products over small chunks of patches, on any device: its dynamic weight is never there as a whole.
+"""The DAU layer by library matrix products over small chunks of patches, on any device: its dynamic weight is
+never there as a whole.
 
-``w = A z + b`` is affine in ``z = B x``, so with ``z~ = [z; 1]`` and ``A~ = [A b]`` (design: the factored form)
+``w = A z + b`` is affine in ``z = B x``, so with ``z~ = [z; 1]`` and ``A~ = [A b]`` (design: the factored
+form)
 
     <w_o, u> = sum_k z_k (A_ok . u) + b_o . u      one matrix product with n r rows, contracted with z
-    |w_o|^2  = z~^T (A~_o A~_o^T) z~               a quadratic form: one product of the Gram matrices with the numbers z_k z_l
+    |w_o|^2  = z~^T (A~_o A~_o^T) z~
+        a quadratic form: one product of the Gram matrices with the numbers z_k z_l
 
-and no ``w`` is needed, but for the few pixels and units where it nearly cancels (``_Gram``). That pays for many pixels of many numbers:
-the Gram matrices are made once for all pixels, and the weights have d numbers where the contraction has r. Elsewhere ``w`` itself is made,
-in the forward pass by ``_worth_generating``, in the backward pass where d <= 2 r. Patches are gathered chunk by chunk so that every
-intermediate stays in cache. For the backward pass the output, two numbers per unit and pixel (<w, u> and |w|^2) and, if there is
+and no ``w`` is needed, but for the few pixels and units where it nearly cancels (``_Gram``). That pays for
+many pixels of many numbers: the Gram matrices are made once for all pixels, and the weights have d numbers
+where the contraction has r. Elsewhere ``w`` itself is made, in the forward pass by ``_worth_generating``, in
+the backward pass where d <= 2 r. Patches are gathered chunk by chunk so that every intermediate stays in
+cache. For the backward pass the output, two numbers per unit and pixel (<w, u> and |w|^2) and, if there is
 memory for it, the contraction A u are kept; the rest is computed again:
 
-    du = gs (x) z~ . A~,   dA~ = (gs (x) z~)^T u + (sum_p t z~ z~^T) A~,   dz = sum_o gs_o A_o u + t_o A_o A~_o^T z~
+    du = gs (x) z~ . A~,
+        dA~ = (gs (x) z~)^T u + (sum_p t z~ z~^T) A~,   dz = sum_o gs_o A_o u + t_o A_o A~_o^T z~
     gs = g s(q),   t = 2 g <w, u> s'(q)
 
-Inside, pixels are columns, and a patch is laid out (C, kh, kw), as the parameters are: they are used where they lie.
+Inside, pixels are columns, and a patch is laid out (C, kh, kw), as the parameters are: they are used where
+they lie.
 """
 
 from __future__ import annotations
@@ -30,33 +36,53 @@ from coda_fast._geometry import Geometry
 
 # Bytes of the largest intermediate of a chunk. CPU: docs/benchmark.md. Others: a guess.
 CHUNK_BYTES = {"cpu": 2 << 20, "other": 256 << 20}
-# ... but at least so many times the bytes of A, which every chunk reads; and twice as much where each adds to the gradient of A
+# ... but at least so many times the bytes of A, which every chunk reads; and twice as much where each adds to
+# the gradient of A
 CHUNK_PARAMETERS = 1
 # What a thread keeps at most for intermediates of its next call
 SCRATCH_BYTES = 8 << 20
-# save_contraction="auto" keeps a contraction of at most so many bytes, of patches of at least so many numbers: each number of it saves as
-# many multiplications, and costs to be written and read whatever they are
+# save_contraction="auto" keeps a contraction of at most so many bytes, of patches of at least so many
+# numbers: each number of it saves as many multiplications, and costs to be written and read whatever they are
 KEPT_BYTES = 256 << 20
 KEPT_DEPTH = 256
 # Products of at most so many multiplications take torch.mm
 SMALL_PRODUCT = 1 << 22
-# Pixel-units are computed from w itself where |w|^2 is less than this share of sum_k |z_k A_k|^2, of which it is about the whole where
-# nothing cancels: the quadratic form is rounded in proportion to that sum.
+# Pixel-units are computed from w itself where |w|^2 is less than this share of sum_k |z_k A_k|^2, of which it
+# is about the whole where nothing cancels: the quadratic form is rounded in proportion to that sum.
 CANCELLED = 1 / 16
-# What is added to z_k^2 and |A_k|^2 in that sum, so that it exceeds what |w|^2 has lost where products of small numbers became 0
+# What is added to z_k^2 and |A_k|^2 in that sum, so that it exceeds what |w|^2 has lost where products of
+# small numbers became 0
 FLUSHED = 1e-27
 
 
-def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float, keep: str):
+def align(
+    input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float, keep: str
+):
     """``F(x, u)``, with what ``keep`` leaves for the backward pass; ``applied=None`` is u = x."""
     layer = _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps)
     return layer.align(input, applied, keep)
 
 
 def align_backward(
-    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, geometry, norm, eps, detach, needs
-):  # fmt: skip
-    """Gradients of ``F`` (dx, du, dB, dA, db), ``None`` where not needed; with ``detach`` the direct term du alone, as dx where u = x."""
+    grad,
+    input,
+    applied,
+    reduction_weight,
+    weight,
+    bias,
+    dot,
+    square,
+    contraction,
+    prepared,
+    geometry,
+    norm,
+    eps,
+    detach,
+    needs,
+):
+    """Gradients of ``F`` (dx, du, dB, dA, db), ``None`` where not needed; with ``detach`` the direct term
+    du alone, as dx where u = x.
+    """
     layer = _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps)
     if not detach:
         return layer.align_backward(input, applied, grad, dot, square, contraction, needs)
@@ -66,29 +92,60 @@ def align_backward(
 
 def adjoint(input, value, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
     """``G(x, v)``."""
-    return _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps).adjoint(input, value, input)
+    return _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps).adjoint(
+        input, value, input
+    )
 
 
-def adjoints(input, values, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float, like=None, square=None):
-    """``G(x, v)`` of several v of one x: [K, N, n, OH, OW] -> [K, N, C, H, W], in dtype and format of ``like`` (x)."""
+def adjoints(
+    input,
+    values,
+    reduction_weight,
+    weight,
+    bias,
+    geometry: Geometry,
+    norm: str,
+    eps: float,
+    like=None,
+    square=None,
+):
+    """``G(x, v)`` of several v of one x: [K, N, n, OH, OW] -> [K, N, C, H, W], in dtype and format of
+    ``like`` (x).
+    """
     layer = _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps)
     return layer.adjoints(input, values, input if like is None else like, square)
 
 
 def kept_shapes(input, weight, bias, pixels, geometry: Geometry, keep: str):
-    """Shapes of what ``align`` keeps: <w, u>, |w|^2, the contraction A u (in float32 and float64 only); prepared parameters it has none."""
+    """Shapes of what ``align`` keeps: <w, u>, |w|^2, the contraction A u (in float32 and float64 only);
+    prepared parameters it has none.
+    """
     units, rank, *window = weight.shape
     columns = (units, pixels)
-    contracted = keep == "contraction" and input.dtype in (torch.float32, torch.float64) and not _generated(rank, math.prod(window))
+    contracted = (
+        keep == "contraction"
+        and input.dtype in (torch.float32, torch.float64)
+        and not _generated(rank, math.prod(window))
+    )
     contraction = (units * rank, pixels) if contracted else (0,)
-    return columns if keep in ("products", "contraction") else (0,), columns if keep != "nothing" else (0,), contraction, (0,)
+    return (
+        columns if keep in ("products", "contraction") else (0,),
+        columns if keep != "nothing" else (0,),
+        contraction,
+        (0,),
+    )
 
 
 def worth_keeping(input, reduction_weight, weight, bias, geometry: Geometry) -> bool:
     """Whether ``save_contraction="auto"`` keeps the contraction of a layer."""
     units, rank, *window = weight.shape
     depth = math.prod(window)
-    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64) or _generated(rank, depth) or depth < KEPT_DEPTH:
+    if (
+        input.device.type != "cpu"
+        or input.dtype not in (torch.float32, torch.float64)
+        or _generated(rank, depth)
+        or depth < KEPT_DEPTH
+    ):
         return False
     height, width = geometry.output_size(*input.shape[2:])
     return input.shape[0] * height * width * units * rank * input.element_size() <= KEPT_BYTES
@@ -100,17 +157,21 @@ def _generated(rank, numbers):
 
 def gradients_like(*parameters):
     """Tensors such as ``align_backward`` makes for the parameters."""
-    return [None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
+    return [
+        None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters
+    ]
 
 
-# -- matrix products --------------------------------------------------------------------------------------------------------------------
+# -- matrix products
+# ------------------------------------------------------------------------------------------------------------
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b``; ``a`` should be contiguous, ``b`` may be a transposed view.
 
-    In float32 on a CPU by the matrix product of oneDNN, which torch uses for linear layers that it compiles, where this torch has it:
-    there it takes 0.7 to 0.95 times as long as ``torch.mm``, but for small products, of which each costs some 20 us more.
+    In float32 on a CPU by the matrix product of oneDNN, which torch uses for linear layers that it compiles,
+    where this torch has it: there it takes 0.7 to 0.95 times as long as ``torch.mm``, but for small products,
+    of which each costs some 20 us more.
     """
     large = a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() * b.shape[1] > SMALL_PRODUCT
     if large and torch.backends.mkldnn.enabled and _has_onednn_linear():
@@ -120,7 +181,9 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _has_onednn_linear() -> bool:
-    """Whether the operator is there and gives the product of a matrix with a transposed view; it is none that torch documents."""
+    """Whether the operator is there and gives the product of a matrix with a transposed view; it is none
+    that torch documents.
+    """
     a, b = (torch.arange(n, dtype=torch.float32, device="cpu").view(-1, 3) for n in (6, 12))
     try:
         found = torch.ops.mkldnn._linear_pointwise(a, b.t().contiguous().t(), None, "none", [], "")
@@ -134,7 +197,9 @@ def chunk_bytes(tensor) -> int:
 
 
 def _units_at_once() -> int:
-    """Products of several units' matrices are shared out among threads by the unit; fewer than four at once take longer in any case."""
+    """Products of several units' matrices are shared out among threads by the unit; fewer than four at
+    once take longer in any case.
+    """
     threads = min(torch.get_num_threads(), 16)
     return threads * -(-4 // threads)
 
@@ -144,9 +209,10 @@ def _add(total, part):
 
 
 class _Scratch:
-    """One buffer for the large intermediates of all chunks: memory that is new costs as much as what is computed in it. On a CPU, whose
-    allocator may give it back to the system after every call, a thread keeps it for its next call; meanwhile it belongs to this one alone,
-    whatever a finaliser or a signal brings in between.
+    """One buffer for the large intermediates of all chunks: memory that is new costs as much as what is
+    computed in it. On a CPU, whose allocator may give it back to the system after every call, a thread keeps
+    it for its next call; meanwhile it belongs to this one alone, whatever a finaliser or a signal brings in
+    between.
     """
 
     kept = threading.local()
@@ -155,7 +221,11 @@ class _Scratch:
         self.buffer = self.kept.__dict__.pop("buffer", None)
 
     def __del__(self):
-        if self.buffer is not None and self.buffer.device.type == "cpu" and self.buffer.nbytes <= SCRATCH_BYTES:
+        if (
+            self.buffer is not None
+            and self.buffer.device.type == "cpu"
+            and self.buffer.nbytes <= SCRATCH_BYTES
+        ):
             self.kept.buffer = self.buffer
 
     def __call__(self, like, *shape):
@@ -168,7 +238,8 @@ class _Scratch:
         return self.buffer[:numbers].view(shape)
 
 
-# -- the layer --------------------------------------------------------------------------------------------------------------------------
+# -- the layer
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -187,13 +258,21 @@ class _Layer:
         compute = torch.float64 if input.dtype == torch.float64 else torch.float32
         bias = None if bias is None else bias.to(compute).flatten(1).contiguous()
         return cls(
-            reduction_weight.to(compute).flatten(1).contiguous(), weight.to(compute).flatten(2).contiguous(), bias, geometry, norm, eps
+            reduction_weight.to(compute).flatten(1).contiguous(),
+            weight.to(compute).flatten(2).contiguous(),
+            bias,
+            geometry,
+            norm,
+            eps,
         )
 
-    # -- the three passes -------------------------------------------------------------------------------------------------------
+    # -- the three passes
+    # -------------------------------------------------------------------------------------------------------
 
     def align(self, input, applied, keep):
-        """F(x, u) as [N, n, OH, OW]; <w, u>, |w|^2 [n, P] and the contraction [n r, P] where ``keep`` asks for them."""
+        """F(x, u) as [N, n, OH, OW]; <w, u>, |w|^2 [n, P] and the contraction [n r, P] where ``keep`` asks
+        for them.
+        """
         windows = _Windows(input, self)
         applied_windows = windows if applied is None else _Windows(applied, self)
         kept = kept_shapes(input, self.generate, self.bias, windows.pixels, self.geometry, keep)
@@ -204,7 +283,14 @@ class _Layer:
         else:
             self._contract(windows, applied_windows, dot, square, contraction)
         output = windows.rows_to_image(self._scale(square).mul_(dot), input)
-        return output, *(t if shape != (0,) else None for t, shape in zip((dot, square, contraction), kept, strict=False)), None
+        return (
+            output,
+            *(
+                t if shape != (0,) else None
+                for t, shape in zip((dot, square, contraction), kept, strict=False)
+            ),
+            None,
+        )
 
     def _generate(self, windows, applied_windows, dot, square):
         """<w, u> and |w|^2 [n, P] of weights that are made, a chunk at a time."""
@@ -237,7 +323,8 @@ class _Layer:
             norm.square(z, square[:, chunk.columns], u, part)
 
     def align_backward(self, input, applied, grad, dot, square, contraction, needs):
-        """Gradients of F: (dx, du, dB, dA, db). With ``applied=None`` (u = x) du is part of dx and returned there.
+        """Gradients of F: (dx, du, dB, dA, db). With ``applied=None`` (u = x) du is part of dx and returned
+        there.
 
         ``needs`` follows the inputs (input, applied, reduction_weight, weight, bias).
         """
@@ -252,7 +339,9 @@ class _Layer:
         gs, t = self._grad_factors(v, dot, square)
         dx = windows.new_canvas() if need_x else None
         du = dx if shared else applied_windows.new_canvas() if need_u else None
-        form = (_Generated if self.generated else _Contracted)(self, need_u, need_x or need_reduce, need_generate)
+        form = (_Generated if self.generated else _Contracted)(
+            self, need_u, need_x or need_reduce, need_generate
+        )
         # b and B: with one u for both, their few rows make one product
         heads, d_heads = [self.bias] if self.has_bias_rows else [], None
         heads = torch.cat([*heads, self.reduce]) if shared and form.need_z else heads[0] if heads else None
@@ -278,7 +367,9 @@ class _Layer:
         if d_heads is None and heads is not None:  # no pixels, or nobody asked
             d_heads = torch.zeros_like(heads)
         d_reduce = d_heads[-r:].clone() if need_reduce and shared else d_reduce
-        d_weight, d_bias = form.parameters(d_heads[:n] if self.has_bias_rows else None) if need_generate else (None, None)
+        d_weight, d_bias = (
+            form.parameters(d_heads[:n] if self.has_bias_rows else None) if need_generate else (None, None)
+        )
         gradients = (d_reduce, d_weight if need_weight else None, d_bias if need_bias else None)
         return (
             windows.canvas_to_image(dx, input) if need_x else None,
@@ -287,7 +378,9 @@ class _Layer:
         )
 
     def adjoint(self, input, value, like, square=None):
-        """G(x, v) as [N, C, H, W], in dtype and format of ``like``; ``square`` saves the norms where they are known."""
+        """G(x, v) as [N, C, H, W], in dtype and format of ``like``; ``square`` saves the norms where they
+        are known.
+        """
         windows = _Windows(input, self)
         canvas = windows.new_canvas()
         v = windows.image_to_rows(value)
@@ -296,7 +389,9 @@ class _Layer:
         generates = self._worth_generating(windows.pixels) if square is None else d <= r
         scratch = _Scratch()
         norm = self._norm(scratch) if square is None and not generates else None
-        for chunk in windows.chunks(*(self._generated_chunks() if generates else (self._numbers(), self.generate.numel()))):
+        for chunk in windows.chunks(
+            *(self._generated_chunks() if generates else (self._numbers(), self.generate.numel()))
+        ):
             x = windows.gather(chunk)
             if generates:
                 patch = None
@@ -314,8 +409,8 @@ class _Layer:
         return windows.canvas_to_image(canvas, like)
 
     def adjoints(self, input, values, like, square=None):
-        """G(x, v_k) as [K, N, C, H, W]. Of more than one v the weights themselves are made, a chunk at a time: n r d products a pixel for
-        all of them and n d for each, where ``adjoint`` takes n r d for each.
+        """G(x, v_k) as [K, N, C, H, W]. Of more than one v the weights themselves are made, a chunk at a
+        time: n r d products a pixel for all of them and n d for each, where ``adjoint`` takes n r d for each.
         """
         if len(values) == 1:
             return self.adjoint(input, values[0], like, square)[None]
@@ -327,24 +422,34 @@ class _Layer:
         for chunk in windows.chunks(max(n * d, len(values) * d), self.generate.numel()):
             z = product(self.reduce, windows.gather(chunk))
             w = self._weights_of_all(z, by_rank)
-            q = torch.linalg.vector_norm(w, dim=2).square_().t() if square is None else square[:, chunk.columns]
-            gs = (self._scale(q) * v[:, :, chunk.columns]).permute(2, 0, 1).contiguous()  # else bmm copies pixel by pixel
+            q = (
+                torch.linalg.vector_norm(w, dim=2).square_().t()
+                if square is None
+                else square[:, chunk.columns]
+            )
+            # else bmm copies pixel by pixel
+            gs = (self._scale(q) * v[:, :, chunk.columns]).permute(2, 0, 1).contiguous()
             windows.scatter_add(canvases, chunk, torch.bmm(gs, w).transpose(0, 1))
         return torch.stack([windows.canvas_to_image(canvas, like) for canvas in canvases])
 
-    # -- their pieces -----------------------------------------------------------------------------------------------------------
+    # -- their pieces
+    # --------------------------------------------------------------------------------------------------------
 
     @property
     def generated(self) -> bool:
-        """Whether the weights are made in the backward pass: there are n d of them a pixel, where the contraction has n r numbers."""
+        """Whether the weights are made in the backward pass: there are n d of them a pixel, where the
+        contraction has n r numbers.
+        """
         return _generated(*self.generate.shape[1:])
 
     def _worth_generating(self, pixels) -> bool:
-        """Whether making the weights costs less than the contraction and the norm. Each takes a product of r d multiplications a unit
-        and pixel. Besides, with w there are d numbers to be written, measured, multiplied and added up. Without, there are r of them, and
-        the norm's r^2 / 2 multiplications by what is made once a pixel for all units (r^2 / 2 numbers) and once a unit for all pixels
-        (r^2 d / 2 multiplications). The factors are hundredths of a nanosecond, of two threads of a Zen 4 (docs/benchmark.md); that of r
-        holds that the contraction is written to new memory. Where d <= 2 r the answer is always yes, as ``generated`` says.
+        """Whether making the weights costs less than the contraction and the norm. Each takes a product of r
+        d multiplications a unit and pixel. Besides, with w there are d numbers to be written, measured,
+        multiplied and added up. Without, there are r of them, and the norm's r^2 / 2 multiplications by what
+        is made once a pixel for all units (r^2 / 2 numbers) and once a unit for all pixels (r^2 d / 2
+        multiplications). The factors are hundredths of a nanosecond, of two threads of a Zen 4
+        (docs/benchmark.md); that of r holds that the contraction is written to new memory. Where d <= 2 r the
+        answer is always yes, as ``generated`` says.
         """
         n, r, d = self.generate.shape
         if self.generate.device.type != "cpu":
@@ -352,7 +457,9 @@ class _Layer:
         return pixels == 0 or 30 * d < 70 * r + r * r * (1 + 17 / n + 2 * d / pixels)
 
     def _generated_chunks(self):
-        """What ``_Windows.chunks`` wants to know where ``_weights`` follows: chunks of twice the bytes, though not of the parameters'."""
+        """What ``_Windows.chunks`` wants to know where ``_weights`` follows: chunks of twice the bytes,
+        though not of the parameters'.
+        """
         n, r, d = self.generate.shape
         return max(1, min(n, _units_at_once()) * d // 2), n * r * d // 2
 
@@ -362,12 +469,16 @@ class _Layer:
         return self.bias is not None and not self.generated
 
     def _like_parameter(self, gradient, input):
-        """[..., d] -> [..., C, kh, kw], in the dtype of the input, and no view: automatic differentiation in forward mode refuses those."""
+        """[..., d] -> [..., C, kh, kw], in the dtype of the input, and no view: automatic differentiation
+        in forward mode refuses those.
+        """
         shape = (*gradient.shape[:-1], input.shape[1], *self.geometry.kernel)
         return torch.ops.aten._unsafe_view(gradient, shape).to(input.dtype)
 
     def _numbers(self):
-        """Numbers a pixel of the largest intermediates; the norm's, which are read once, may be twice as many."""
+        """Numbers a pixel of the largest intermediates; the norm's, which are read once, may be twice as
+        many.
+        """
         n, r, d = self.generate.shape
         return n * d if self.generated else max(n * r, d, _Gram.numbers(r) // 2)
 
@@ -380,7 +491,10 @@ class _Layer:
     def _weights(self, z, scratch):
         """w of rows z [p, r], a few units at a time: (which units, w [units, p, d])."""
         n, _, d = self.generate.shape
-        count = max(1, 2 * chunk_bytes(z) // (z.element_size() * d * max(1, len(z))) // _units_at_once()) * _units_at_once()
+        count = (
+            max(1, 2 * chunk_bytes(z) // (z.element_size() * d * max(1, len(z))) // _units_at_once())
+            * _units_at_once()
+        )
         for first in range(0, n, count):
             units = slice(first, first + count)
             generate = self.generate[units]
@@ -413,7 +527,8 @@ class _Layer:
         length = square.sqrt()
         if self.norm == "squash":
             return length.div_(square + 1)
-        return length.clamp_min_(self.eps).reciprocal_().masked_fill_(square.isinf(), float("nan"))  # as "squash", not 1 / infinity
+        # as "squash", not 1 / infinity
+        return length.clamp_min_(self.eps).reciprocal_().masked_fill_(square.isinf(), float("nan"))
 
     def _grad_factors(self, grad, dot, square):
         """gs = g s(q) and t = 2 g <w, u> s'(q), with their limits (0) at q = 0."""
@@ -454,10 +569,14 @@ class _Contracted:
         extended = z if bias is None else torch.cat((z, z.new_ones(1, pixels)))
         dz = patch = None
         if self.need_z:
-            contraction = product(generate.view(n * r, d), u).view(n, r, -1) if contraction is None else contraction
+            contraction = (
+                product(generate.view(n * r, d), u).view(n, r, -1) if contraction is None else contraction
+            )
             dz = torch.mul(contraction, gs.unsqueeze(1), out=self.scratch(z, n, r, pixels)).sum(0)
         if self.need_z or self.need_generate:
-            terms = torch.mul(t.unsqueeze(1), extended, out=self.scratch(z, n, len(extended), pixels)).view(-1, pixels)
+            terms = torch.mul(t.unsqueeze(1), extended, out=self.scratch(z, n, len(extended), pixels)).view(
+                -1, pixels
+            )
             if self.need_z:
                 dz += product(self.gram, terms)
             if self.need_generate:
@@ -470,7 +589,9 @@ class _Contracted:
         return dz, patch
 
     def parameters(self, d_bias):
-        """dA [n, r, d] and db [n, d]: what the chunks gave, and moments A~; ``d_bias`` is what b's own rows gave."""
+        """dA [n, r, d] and db [n, d]: what the chunks gave, and moments A~; ``d_bias`` is what b's own
+        rows gave.
+        """
         generate, bias = self.layer.generate, self.layer.bias
         n, r, d = generate.shape
         if self.moments is None:  # no pixels
@@ -497,13 +618,18 @@ class _Generated:
         """dz [r, p] and sum_o gs_o w_o as rows [p, d], None where not needed."""
         w = self.layer._weights_of_all(z, self.by_rank)
         u = u.t().contiguous().unsqueeze(1)
-        if w.shape[2] == 1:  # gs u + t w cancels: what is left must not be that the w of the forward pass was rounded otherwise
+        # gs u + t w cancels: what is left must not be that the w of the forward pass was rounded otherwise
+        if w.shape[2] == 1:
             gs, t = self.layer._grad_factors(v.t(), (w * u).sum(2), w.square().sum(2))
         else:
             gs, t = gs.t().contiguous(), t.t().contiguous()
         dz = patch = None
         if self.need_z or self.need_generate:
-            dw = torch.mul(w, t.unsqueeze(2), out=self.scratch(w, *w.shape)).addcmul_(gs.unsqueeze(2), u).flatten(1)
+            dw = (
+                torch.mul(w, t.unsqueeze(2), out=self.scratch(w, *w.shape))
+                .addcmul_(gs.unsqueeze(2), u)
+                .flatten(1)
+            )
             if self.need_z:
                 dz = product(dw, self.by_rank.t()).t().contiguous()
             if self.need_generate:
@@ -517,17 +643,21 @@ class _Generated:
         (n, r, d), bias = self.layer.generate.shape, self.layer.bias
         if self.d_generate is None:  # no pixels
             return torch.zeros_like(self.layer.generate), None if bias is None else torch.zeros_like(bias)
-        return self.d_generate.view(r, n, d).transpose(0, 1).contiguous(), None if bias is None else self.d_bias.view(n, d)
+        return self.d_generate.view(r, n, d).transpose(
+            0, 1
+        ).contiguous(), None if bias is None else self.d_bias.view(n, d)
 
 
-# -- norms ------------------------------------------------------------------------------------------------------------------------------
+# -- norms
+# ------------------------------------------------------------------------------------------------------------
 
 
 class _Gram:
     """|w|^2 as a quadratic form in z, whose matrix is A A^T.
 
-    By symmetry it needs half of the products z_k z_l: those on and right of the diagonal blocks of a few rows each. It is rounded in
-    proportion to sum_k |z_k A_k|^2; pixel-units where |w|^2 is small beside that are computed from w itself, which is exact there too.
+    By symmetry it needs half of the products z_k z_l: those on and right of the diagonal blocks of a few rows
+    each. It is rounded in proportion to sum_k |z_k A_k|^2; pixel-units where |w|^2 is small beside that are
+    computed from w itself, which is exact there too.
     """
 
     def __init__(self, generate, bias, scratch):
@@ -535,9 +665,15 @@ class _Gram:
         n, r, _ = generate.shape
         self.blocks, times, diagonal = self._layout(r, generate.dtype)
         transposed = generate.transpose(1, 2)
-        found = [torch.bmm(generate[:, first:last], transposed[:, :, first:]).flatten(1) for first, last, _, _ in self.blocks]
+        found = [
+            torch.bmm(generate[:, first:last], transposed[:, :, first:]).flatten(1)
+            for first, last, _, _ in self.blocks
+        ]
         if bias is not None:
-            found += [torch.bmm(bias.unsqueeze(1), transposed).squeeze(1), torch.linalg.vecdot(bias, bias).unsqueeze(1)]
+            found += [
+                torch.bmm(bias.unsqueeze(1), transposed).squeeze(1),
+                torch.linalg.vecdot(bias, bias).unsqueeze(1),
+            ]
         self.coefficients = torch.cat(found, 1).mul_(times[: self.numbers(r) - (r + 1) * (bias is None)])
         self.shares = self.coefficients.index_select(1, diagonal).add_(FLUSHED).mul_(CANCELLED)
         self.least = self.shares.sum(1, keepdim=True).mul_(FLUSHED)
@@ -547,12 +683,15 @@ class _Gram:
     @staticmethod
     @functools.cache
     def _layout(r, dtype):
-        """The blocks, as (first row, last row, where its products begin, end); how often each product counts; where those z_k^2 are."""
+        """The blocks, as (first row, last row, where its products begin, end); how often each product
+        counts; where those z_k^2 are.
+        """
         size, start, blocks, times, diagonal = max(8, -(-r // 4)), 0, [], [], []
         for first in range(0, r, size):
             last, width = min(first + size, r), r - first
             blocks.append((first, last, start, start + (last - first) * width))
-            times += ([1] * (last - first) + [2] * (r - last)) * (last - first)  # within a block every product is there twice
+            # within a block every product is there twice
+            times += ([1] * (last - first) + [2] * (r - last)) * (last - first)
             diagonal += range(start, blocks[-1][3], width + 1)
             start = blocks[-1][3]
         times += [2] * r + [1]  # b A^T, |b|^2
@@ -564,11 +703,17 @@ class _Gram:
         return len(cls._layout(r, torch.float32)[1])
 
     def square(self, z, q, u=None, dot=None):
-        """|w|^2 of columns z into ``q`` [n, p]. Where it had to be computed from w, so is <w, u>, in ``dot`` [n, p]."""
+        """|w|^2 of columns z into ``q`` [n, p]. Where it had to be computed from w, so is <w, u>, in
+        ``dot`` [n, p].
+        """
         r, pixels = z.shape
         terms = self.scratch(z, self.coefficients.shape[1], pixels)
         for first, last, start, stop in self.blocks:
-            torch.mul(z[first:last].unsqueeze(1), z[first:], out=terms[start:stop].view(last - first, r - first, pixels))
+            torch.mul(
+                z[first:last].unsqueeze(1),
+                z[first:],
+                out=terms[start:stop].view(last - first, r - first, pixels),
+            )
         if self.bias is not None:
             terms[-r - 1 : -1] = z
             terms[-1] = 1
@@ -589,7 +734,9 @@ class _Gram:
 
 
 class _Triangle:
-    """|w|^2 as |R z~|^2 with a triangular factor R of [A b]: never negative, and exact where w nearly cancels."""
+    """|w|^2 as |R z~|^2 with a triangular factor R of [A b]: never negative, and exact where w nearly
+    cancels.
+    """
 
     def __init__(self, generate, bias):
         self.bias = bias
@@ -598,7 +745,9 @@ class _Triangle:
         self.sizes = rows.shape[1:]
 
     def square(self, z, q, u=None, dot=None):
-        """|w|^2 of columns z into ``q`` [n, p]. Puts ``dot`` within Cauchy and Schwarz's bound, which rounding exceeds where w cancels."""
+        """|w|^2 of columns z into ``q`` [n, p]. Puts ``dot`` within Cauchy and Schwarz's bound, which
+        rounding exceeds where w cancels.
+        """
         n, k, m = self.factor.shape
         z = z if self.bias is None else torch.cat((z, z.new_ones(1, z.shape[1])))
         length = torch.linalg.vector_norm(product(self.factor.view(n * k, m), z).view(n, k, -1), dim=1)
@@ -610,16 +759,19 @@ class _Triangle:
 
 
 def _flushed(terms, dtype):
-    """How much shorter than it is a vector of so many numbers may seem: squares below the least number are 0."""
+    """How much shorter than it is a vector of so many numbers may seem: squares below the least number are
+    0.
+    """
     return (terms * torch.finfo(dtype).tiny) ** 0.5
 
 
 def norm_factor(rows: torch.Tensor) -> torch.Tensor:
     """R_o with ``|R_o v| = |rows_o^T v|`` for every v: [n, m, d] -> [n, min(m, d), m].
 
-    float64 takes a QR. float32 takes a Cholesky factor of the float64 Gram matrix, which costs 1/6 to 2/3 of a QR in float32
-    and is no less accurate: its jitter of 1e-14, which keeps rank-deficient rows legal, is the square of float32's own resolution of w.
-    Each row has a jitter of its own length: one of the longest row would add to |w| where that row's number in z is 0.
+    float64 takes a QR. float32 takes a Cholesky factor of the float64 Gram matrix, which costs 1/6 to 2/3 of
+    a QR in float32 and is no less accurate: its jitter of 1e-14, which keeps rank-deficient rows legal, is
+    the square of float32's own resolution of w. Each row has a jitter of its own length: one of the longest
+    row would add to |w| where that row's number in z is 0.
     """
     n, m, d = rows.shape
     if m >= d:
@@ -633,11 +785,18 @@ def norm_factor(rows: torch.Tensor) -> torch.Tensor:
     gram *= inverse.unsqueeze(2) * inverse.unsqueeze(1)
     gram.diagonal(dim1=1, dim2=2).add_(1e-14 * m)
     factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
-    # only weights that are not finite get here; like any layer, answer with NaN, where the user's own check looks for it
-    return (factor * length.unsqueeze(1)).masked_fill((failed > 0)[:, None, None], float("nan")).to(rows.dtype).contiguous()
+    # only weights that are not finite get here; like any layer, answer with NaN, where the user's own check
+    # looks for it
+    return (
+        (factor * length.unsqueeze(1))
+        .masked_fill((failed > 0)[:, None, None], float("nan"))
+        .to(rows.dtype)
+        .contiguous()
+    )
 
 
-# -- patches ----------------------------------------------------------------------------------------------------------------------------
+# -- patches
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -666,12 +825,20 @@ class _Windows:
         plane = padded_height * padded_width
         taps = (g.dilation[0] * padded_width, g.dilation[1])
         steps = (self.channels * plane, g.stride[0] * padded_width, g.stride[1])
-        self.windows = self.canvas.as_strided((self.channels, *g.kernel, self.batch, *self.out), (plane, *taps, *steps))
+        self.windows = self.canvas.as_strided(
+            (self.channels, *g.kernel, self.batch, *self.out), (plane, *taps, *steps)
+        )
 
     def chunks(self, numbers_per_pixel, parameters, factor=1):
-        """As few as the budget allows, of about one size: whole images where several fit, else lines of one image."""
+        """As few as the budget allows, of about one size: whole images where several fit, else lines of
+        one image.
+        """
         size = self.canvas.element_size()
-        budget = factor * max(chunk_bytes(self.canvas), CHUNK_PARAMETERS * parameters * size) // (numbers_per_pixel * size)
+        budget = (
+            factor
+            * max(chunk_bytes(self.canvas), CHUNK_PARAMETERS * parameters * size)
+            // (numbers_per_pixel * size)
+        )
         height, width = self.out
         images, lines = _even(self.batch, budget // (height * width)), _even(height, budget // width)
         for i in range(0, self.batch, images):
@@ -685,19 +852,25 @@ class _Windows:
     def gather(self, chunk):
         """Patches as columns, [d, p]."""
         part = self.windows[:, :, :, chunk.images, chunk.lines]
-        return part.reshape(-1, chunk.columns.stop - chunk.columns.start).contiguous()  # reshape alone may give a view of overlapping rows
+        # reshape alone may give a view of overlapping rows
+        return part.reshape(-1, chunk.columns.stop - chunk.columns.start).contiguous()
 
     def scatter_add(self, canvas, chunk, patches):
         """Patches [..., p, d] to a canvas [..., N, H, W, C], or several."""
         g, (*many, _, height, width, channels) = self.geometry, canvas.shape
         row = width * channels
-        steps, taps = (g.stride[0] * row, g.stride[1] * channels), (g.dilation[0] * row, g.dilation[1] * channels)
+        steps, taps = (
+            (g.stride[0] * row, g.stride[1] * channels),
+            (g.dilation[0] * row, g.dilation[1] * channels),
+        )
         windows = canvas.as_strided(
-            (*many, self.batch, *self.out, channels, *g.kernel), (*canvas.stride()[:-4], height * row, *steps, 1, *taps)
+            (*many, self.batch, *self.out, channels, *g.kernel),
+            (*canvas.stride()[:-4], height * row, *steps, 1, *taps),
         )[..., chunk.images, chunk.lines, :, :, :, :]
         patches = patches.view(windows.shape)
-        taps = lambda t: [tap for row in t.unbind(-2) for tap in row.unbind(-1)]  # noqa: E731
-        torch._foreach_add_(taps(windows), taps(patches))  # one after the other, on a GPU because no tap is dense: windows overlap
+        taps = lambda t: [tap for row in t.unbind(-2) for tap in row.unbind(-1)]
+        # one after the other, on a GPU because no tap is dense: windows overlap
+        torch._foreach_add_(taps(windows), taps(patches))
 
     def new_canvas(self):
         """Channels last: what is added to it comes pixel by pixel."""
@@ -706,7 +879,14 @@ class _Windows:
 
     def rows_to_image(self, rows, like):
         """[n, P] -> [N, n, OH, OW]"""
-        image = torch.empty(self.batch, len(rows), *self.out, dtype=like.dtype, device=like.device, memory_format=format_of(like))
+        image = torch.empty(
+            self.batch,
+            len(rows),
+            *self.out,
+            dtype=like.dtype,
+            device=like.device,
+            memory_format=format_of(like),
+        )
         return image.copy_(rows.view(len(rows), self.batch, *self.out).transpose(0, 1))
 
     def image_to_rows(self, image):

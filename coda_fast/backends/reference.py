@@ -1,7 +1,8 @@
 """The definition of a DAU layer, to the letter: the truth that every other backend is tested against.
 
-The dynamic weight ``w`` is materialised (``n * d`` numbers for every output pixel) and automatic differentiation does the rest,
-to any order. Slow and memory-hungry by design; choose it for tests and for teaching.
+The dynamic weight ``w`` is materialised (``n * d`` numbers for every output pixel) and automatic
+differentiation does the rest, to any order. Slow and memory-hungry by design; choose it for tests and for
+teaching.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from coda_fast._geometry import Geometry
 
 
 def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
-    """``F(x, u)[p, o] = s(|w|^2) <w[p, o], u_p>`` with ``w[p, o] = A_o B x_p + b_o``; the layer itself is ``F(x, x)``."""
+    """``F(x, u)[p, o] = s(|w|^2) <w[p, o], u_p>`` with ``w[p, o] = A_o B x_p + b_o``; the layer itself is
+    ``F(x, x)``.
+    """
     w, scale = _weight(input, reduction_weight, weight, bias, geometry, norm, eps)
     dot = (w * _patches(applied, geometry).unsqueeze(1)).sum(2)  # <w, u>, [N, n, P]
     return (scale * dot).reshape(*dot.shape[:2], *geometry.output_size(*input.shape[2:]))
@@ -36,7 +39,9 @@ def _in_float32(function):
         dtype = tensors[0].dtype
         if dtype not in (torch.float16, torch.bfloat16):
             return function(tensors, tangents, *rest)
-        found = function(*([None if t is None else t.float() for t in many] for many in (tensors, tangents)), *rest)
+        found = function(
+            *([None if t is None else t.float() for t in many] for many in (tensors, tangents)), *rest
+        )
         if isinstance(found, torch.Tensor):
             return found.to(dtype)
         return tuple(None if t is None else t.to(dtype) for t in found)
@@ -51,7 +56,9 @@ def align_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
     """
     input, applied, *parameters = tensors
     of_input, of_applied, *of_parameters = tangents
-    w, scale, of_w, of_scale = _weight_jvp((input, *parameters), (of_input, *of_parameters), geometry, norm, eps)
+    w, scale, of_w, of_scale = _weight_jvp(
+        (input, *parameters), (of_input, *of_parameters), geometry, norm, eps
+    )
     patches = _patches(applied, geometry).unsqueeze(1)
     found = scale * (of_w * patches).sum(2) + of_scale * (w * patches).sum(2)
     if of_applied is not None:
@@ -64,7 +71,9 @@ def adjoint_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
     """Directional derivative of G at ``tensors`` = (x, v, B, A, b) along ``tangents`` (None: zero)."""
     input, value, *parameters = tensors
     of_input, of_value, *of_parameters = tangents
-    w, scale, of_w, of_scale = _weight_jvp((input, *parameters), (of_input, *of_parameters), geometry, norm, eps)
+    w, scale, of_w, of_scale = _weight_jvp(
+        (input, *parameters), (of_input, *of_parameters), geometry, norm, eps
+    )
     value = _rows(value)
     factor = of_scale * value if of_value is None else of_scale * value + scale * _rows(of_value)
     patches = (factor.unsqueeze(2) * w + (scale * value).unsqueeze(2) * of_w).sum(1)
@@ -73,21 +82,26 @@ def adjoint_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
 
 @_in_float32
 def gradients_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
-    """Directional derivative of the gradients (dx, du, dB, dA, db) of ``L = <v, F(x, u)>`` at ``tensors`` = (v, x, u, B, A, b) along
-    ``tangents``. With ``u = None`` (u = x) dx is the whole gradient of the image.
+    """Directional derivative of the gradients (dx, du, dB, dA, db) of ``L = <v, F(x, u)>`` at ``tensors`` =
+    (v, x, u, B, A, b) along ``tangents``. With ``u = None`` (u = x) dx is the whole gradient of the image.
 
-    The gradient of L in w is ``v (s u + s1 <w, u> w)``; the others follow from it, as w is linear in z, A and b and z in B and x.
+    The gradient of L in w is ``v (s u + s1 <w, u> w)``; the others follow from it, as w is linear in z, A and
+    b and z in B and x.
     """
     shared = tensors[2] is None
     (v, x, u, reduce, weight, bias), (of_v, of_x, of_u, of_reduce, of_weight, of_bias) = (
         (*many[:2], many[1] if shared else many[2], *many[3:]) for many in (tensors, tangents)
     )
-    zeros = lambda tangent, tensor: torch.zeros_like(tensor) if tangent is None and tensor is not None else tangent  # noqa: E731
+    zeros = lambda tangent, tensor: (
+        torch.zeros_like(tensor) if tangent is None and tensor is not None else tangent
+    )
     pairs = ((of_v, v), (of_x, x), (of_u, u), (of_reduce, reduce), (of_weight, weight), (of_bias, bias))
     of_v, of_x, of_u, of_reduce, of_weight, of_bias = (zeros(*pair) for pair in pairs)
     w, scale, of_w, of_scale = (
         t if t.dim() == 4 else t.unsqueeze(2)
-        for t in _weight_jvp((x, reduce, weight, bias), (of_x, of_reduce, of_weight, of_bias), geometry, norm, eps)
+        for t in _weight_jvp(
+            (x, reduce, weight, bias), (of_x, of_reduce, of_weight, of_bias), geometry, norm, eps
+        )
     )
     first, second = (t.unsqueeze(2) for t in _slopes(w, norm, eps))
     of_first = second * (w * of_w).sum(2, keepdim=True)
@@ -111,7 +125,12 @@ def gradients_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
     through_w = of_reduce_rows.t() @ dz + reduce_rows.t() @ of_dz
     direct = ((of_v * scale + v * of_scale) * w + v * scale * of_w).sum(1)
     d_reduce = (of_dz @ columns.mT + dz @ of_columns.mT).sum(0)
-    d_weight = (of_z @ flat.mT + z @ of_flat.mT).sum(0).view(len(reduce), *weight.shape[:1], *weight.shape[2:]).transpose(0, 1)
+    d_weight = (
+        (of_z @ flat.mT + z @ of_flat.mT)
+        .sum(0)
+        .view(len(reduce), *weight.shape[:1], *weight.shape[2:])
+        .transpose(0, 1)
+    )
     return (
         _fold(through_w + direct if shared else through_w, x.shape, geometry),
         None if shared else _fold(direct, u.shape, geometry),
@@ -126,7 +145,11 @@ def _weight(input, reduction_weight, weight, bias, geometry, norm, eps):
     w = _generate(_reduce(input, reduction_weight, geometry), weight, bias)
     length = _length(w)
     # a w that is infinite gives NaN under both norms, not 1 / infinity
-    scale = length / (1 + length.square()) if norm == "squash" else torch.where(length == math.inf, math.nan, 1 / length.clamp_min(eps))
+    scale = (
+        length / (1 + length.square())
+        if norm == "squash"
+        else torch.where(length == math.inf, math.nan, 1 / length.clamp_min(eps))
+    )
     return w, scale.to(w.dtype)
 
 
@@ -147,8 +170,8 @@ def _weight_jvp(tensors, tangents, geometry, norm, eps):
 
 
 def _slopes(w, norm, eps):
-    """s1 and s2 with ``ds = s1 <w, dw>``, ``ds1 = s2 <w, dw>``; 0 at w = 0, where what they are multiplied with vanishes faster, and
-    where "l2" is cut off.
+    """s1 and s2 with ``ds = s1 <w, dw>``, ``ds1 = s2 <w, dw>``; 0 at w = 0, where what they are multiplied
+    with vanishes faster, and where "l2" is cut off.
     """
     length = _length(w)
     inside = length > (0 if norm == "squash" else eps)
@@ -164,7 +187,9 @@ def _slopes(w, norm, eps):
 
 def _reduce(input, reduction_weight, geometry):
     """z = B x, [N, r, OH, OW]."""
-    return F.conv2d(F.pad(input, geometry.padding), reduction_weight, stride=geometry.stride, dilation=geometry.dilation)
+    return F.conv2d(
+        F.pad(input, geometry.padding), reduction_weight, stride=geometry.stride, dilation=geometry.dilation
+    )
 
 
 def _generate(z, weight, bias=None):
@@ -177,14 +202,20 @@ def _generate(z, weight, bias=None):
 
 
 def _rows(tensor):
-    """[a, b, ...] as [a, b, everything else]. Not ``flatten``, which ``is_grads_batched`` of torch.autograd.grad does not know."""
+    """[a, b, ...] as [a, b, everything else]. Not ``flatten``, which ``is_grads_batched`` of
+    torch.autograd.grad does not know.
+    """
     return tensor.reshape(*tensor.shape[:2], math.prod(tensor.shape[2:]))
 
 
 def _length(w):
-    """|w|, [N, n, P]. At w = 0 all derivatives are 0 (the limit of the first; torch's own second one is NaN)."""
+    """|w|, [N, n, P]. At w = 0 all derivatives are 0 (the limit of the first; torch's own second one is
+    NaN).
+    """
     some = (w != 0).any(2)
-    length = torch.linalg.vector_norm(torch.where(some.unsqueeze(2), w, 1), dim=2, dtype=torch.promote_types(w.dtype, torch.float32))
+    length = torch.linalg.vector_norm(
+        torch.where(some.unsqueeze(2), w, 1), dim=2, dtype=torch.promote_types(w.dtype, torch.float32)
+    )
     return torch.where(some, length, 0)
 
 

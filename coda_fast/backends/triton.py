@@ -1,10 +1,12 @@
 """The DAU layer as fused Triton kernels (package ``coda_kernels``): the order of launches.
 
     align            prepare (packed parameters, norms, canvas, z) -> contracted or generated
-    align_backward   prepare_backward (z, canvas, gs, t, Gram matrices) -> grad_z -> fold; parameter_sums -> finish
+    align_backward
+        prepare_backward (z, canvas, gs, t, Gram matrices) -> grad_z -> fold; parameter_sums -> finish
     adjoint          prepare -> norm -> prepare_backward -> fold
 
-Half precision multiplies 16-bit operands into float32 accumulators; norms, sums and what backward keeps are float32.
+Half precision multiplies 16-bit operands into float32 accumulators; norms, sums and what backward keeps are
+float32.
 """
 
 from __future__ import annotations
@@ -34,9 +36,25 @@ def align(input, applied, reduction_weight, weight, bias, geometry, norm, eps, k
 
 
 def align_backward(
-    grad, input, applied, reduction_weight, weight, bias, dot, square, contraction, prepared, geometry, norm, eps, detach, needs
-):  # fmt: skip
-    """Gradients (dx, du, dB, dA, db) of F, None where not needed; a pass whose results nobody needs is not launched."""
+    grad,
+    input,
+    applied,
+    reduction_weight,
+    weight,
+    bias,
+    dot,
+    square,
+    contraction,
+    prepared,
+    geometry,
+    norm,
+    eps,
+    detach,
+    needs,
+):
+    """Gradients (dx, du, dB, dA, db) of F, None where not needed; a pass whose results nobody needs is not
+    launched.
+    """
     need_x, need_u, *need_parameters = needs
     shared = applied is None
     if not square.numel():  # an empty batch
@@ -52,7 +70,9 @@ def align_backward(
         if prepared is None:
             layer.pack(input)
         full = need_z or any(need_parameters)
-        canvas, z, starts, gs, t, gram, cross, e = layer.prepare_backward(input, applied, grad, dot if full else None, square, ranks, full)
+        canvas, z, starts, gs, t, gram, cross, e = layer.prepare_backward(
+            input, applied, grad, dot if full else None, square, ranks, full
+        )
         if need_z:
             layer.grad_z(canvas, z, gs, t, gram, cross, e, contraction)
         if shared and need_x:
@@ -80,15 +100,24 @@ def adjoint(input, value, reduction_weight, weight, bias, geometry, norm, eps):
 
 
 def kept_shapes(input, weight, bias, pixels, geometry, keep):
-    """Shapes of <w, u>, |w|^2, the contraction and the packed parameters as ``align`` keeps them; [0] for what it does not."""
+    """Shapes of <w, u>, |w|^2, the contraction and the packed parameters as ``align`` keeps them; [0] for
+    what it does not.
+    """
     from coda_kernels.config import Shape
 
     units, rank, channels = weight.shape[:3]
-    shape = Shape(channels, units, rank, geometry.kernel, bias=bias is not None, bits=8 * weight.element_size())
+    shape = Shape(
+        channels, units, rank, geometry.kernel, bias=bias is not None, bits=8 * weight.element_size()
+    )
     kept = (units, pixels)
     contraction = (pixels, units * shape.R) if keep == "contraction" and not shape.generated else (0,)
     prepared = (shape.prepared,) if keep != "nothing" else (0,)
-    return kept if keep in ("products", "contraction") else (0,), kept if keep != "nothing" else (0,), contraction, prepared
+    return (
+        kept if keep in ("products", "contraction") else (0,),
+        kept if keep != "nothing" else (0,),
+        contraction,
+        prepared,
+    )
 
 
 def gradients_like(*parameters):

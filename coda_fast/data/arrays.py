@@ -1,4 +1,6 @@
-"""Labelled pictures in one file or a few: .npz files of arrays or of JPEGs, and the binary version of CIFAR-10."""
+"""Labelled pictures in one file or a few: .npz files of arrays or of JPEGs, and the binary version of
+CIFAR-10.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from coda_fast.data.sources import Arrays
 from coda_fast.safety import need_memory, read_npz
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-LAYOUTS = "an .npz file with train_images [N, H, W, C] uint8, train_labels, test_images, test_labels (or _jpeg, _offset and _label of both)"
+LAYOUTS = (
+    "an .npz file with train_images [N, H, W, C] uint8, train_labels, test_images, test_labels (or _jpeg, "
+    "_offset and _label of both)"
+)
 BINARY = "the folder of CIFAR-10's binary version, with data_batch_1.bin, or an .npz file"
 
 
@@ -44,9 +49,10 @@ def read_arrays(
 ) -> tuple[list[Split], list[str] | None]:
     """These splits of an .npz file, and the names of the classes, if it has them.
 
-    A split is ``{split}_images`` uint8 [N, H, W(, C)] and ``{split}_labels`` [N] or [N, 1] (of the split "" ``images`` and ``labels``); or
-    JPEGs end to end, ``{split}_jpeg``, which begin at ``{split}_offset`` [N + 1], with ``{split}_label`` [N], of which
-    ``{split}_lossless_rgb`` replaces those of ``{split}_lossless_idx``.
+    A split is ``{split}_images`` uint8 [N, H, W(, C)] and ``{split}_labels`` [N] or [N, 1] (of the split ""
+    ``images`` and ``labels``); or JPEGs end to end, ``{split}_jpeg``, which begin at ``{split}_offset`` [N +
+    1], with ``{split}_label`` [N], of which ``{split}_lossless_rgb`` replaces those of
+    ``{split}_lossless_idx``.
 
     Args:
         channels: of the network; grey pictures become colour and colour grey, as in files.
@@ -68,7 +74,11 @@ def read_arrays(
         raise
     except ValueError as error:
         raise DataError(str(error)) from None
-    names = [str(name) for name in np.atleast_1d(with_names["class_names"])] if "class_names" in with_names else None
+    names = (
+        [str(name) for name in np.atleast_1d(with_names["class_names"])]
+        if "class_names" in with_names
+        else None
+    )
     return [_split(with_names, split, path, channels, limit, device, progress) for split in splits], names
 
 
@@ -87,7 +97,12 @@ def _split(arrays, split, path, channels, limit, device, progress):
         raise DataError(f"{path}: expected {LAYOUTS}, got {', '.join(arrays) or 'nothing'}")
     images, labels = np.atleast_1d(images), np.atleast_1d(labels)
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # as MedMNIST has them
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.shape != images.shape[:1] or 0 in images.shape[1:]:
+    if (
+        images.dtype != np.uint8
+        or images.ndim not in (3, 4)
+        or labels.shape != images.shape[:1]
+        or 0 in images.shape[1:]
+    ):
         raise DataError(
             f"{path}: expected {_key(split, 'images')} [N, H, W, C] uint8 and as many labels, "
             f"got {images.dtype} {list(images.shape)} and {list(labels.shape)}"
@@ -108,33 +123,59 @@ def _of_channels(images, channels):
     if channels == 3:
         return torch.from_numpy(np.repeat(images.transpose(0, 3, 1, 2), 3, 1))
     grey = [np.asarray(Image.fromarray(image).convert("L")) for image in images]
-    return torch.from_numpy(np.stack(grey)[:, None]) if grey else torch.empty(0, 1, *images.shape[1:3], dtype=torch.uint8)
+    return (
+        torch.from_numpy(np.stack(grey)[:, None])
+        if grey
+        else torch.empty(0, 1, *images.shape[1:3], dtype=torch.uint8)
+    )
 
 
 def _classes(labels, split, path):
     """Integers from 0 on, or floating point that holds such."""
-    if labels.dtype.kind == "f" and labels.size and bool(((labels == np.rint(labels)) & (abs(labels) < 2**53)).all()):
+    if (
+        labels.dtype.kind == "f"
+        and labels.size
+        and bool(((labels == np.rint(labels)) & (abs(labels) < 2**53)).all())
+    ):
         labels = labels.astype(np.int64)
-    if labels.dtype.kind not in "iu" or not labels.size or int(labels.min()) < 0 or int(labels.max()) >= 2**63:
+    if (
+        labels.dtype.kind not in "iu"
+        or not labels.size
+        or int(labels.min()) < 0
+        or int(labels.max()) >= 2**63
+    ):
         numbers = labels.dtype.kind in "iufb"
-        got = "none" if not labels.size else f"{labels.dtype} from {labels.min()} to {labels.max()}" if numbers else str(labels.dtype)
+        got = (
+            "none"
+            if not labels.size
+            else f"{labels.dtype} from {labels.min()} to {labels.max()}"
+            if numbers
+            else str(labels.dtype)
+        )
         of = f" of {split}" if split else ""
         raise DataError(f"{path}: expected labels{of} that are integers from 0 on, got {got}")
     return torch.from_numpy(labels.astype(np.int64))
 
 
 def _jpegs(arrays, split, path, channels, limit, device, progress):
-    raw, offsets, labels, index, pixels = (arrays.get(_key(split, name)) for name in ("jpeg", "offset", "label", *_KEYS[-2:]))
+    raw, offsets, labels, index, pixels = (
+        arrays.get(_key(split, name)) for name in ("jpeg", "offset", "label", *_KEYS[-2:])
+    )
     index = np.zeros(0, int) if index is None else index
     pixels = np.zeros((len(index), 1, 1, 3), np.uint8) if pixels is None else pixels
     problem = _misfit(raw, offsets, labels, index, pixels)
     if problem:
         raise DataError(
-            f"{path}: expected {_key(split, 'jpeg')}, {_key(split, 'offset')} and {_key(split, 'label')} that fit "
+            f"{path}: expected {_key(split, 'jpeg')}, {_key(split, 'offset')} and {_key(split, 'label')} "
+            "that fit "
             f"(and {_key(split, 'lossless_idx')} with {_key(split, 'lossless_rgb')}): {problem}"
         )
     classes = _classes(labels, split, path)[:limit]
-    transform, raw, lossless = Preprocessing(channels), raw.tobytes(), {int(i): place for place, i in enumerate(index)}
+    transform, raw, lossless = (
+        Preprocessing(channels),
+        raw.tobytes(),
+        {int(i): place for place, i in enumerate(index)},
+    )
     places, images, kept, failures = range(len(classes)), [], [], []
     for i in progress(places, f"reading {split}") if progress else places:
         name = f"{path}, {_key(split, 'jpeg')} {i}"
@@ -152,7 +193,10 @@ def _jpegs(arrays, split, path, channels, limit, device, progress):
         some = ", ".join(f"{h} x {w}" for h, w in sorted(sizes)[:3])
         raise DataError(f"{path}: expected images of one size, got {len(sizes)} sizes: {some}")
     if not images:
-        raise DataError(f"{path}: no readable image among {len(places)}" + (f"; {failures[0][0]}: {failures[0][1]}" if failures else ""))
+        raise DataError(
+            f"{path}: no readable image among {len(places)}"
+            + (f"; {failures[0][0]}: {failures[0][1]}" if failures else "")
+        )
     return Split(Arrays(torch.from_numpy(np.stack(images)), classes[kept], device, RULES), failures)
 
 
@@ -163,12 +207,23 @@ def _misfit(raw, offsets, labels, index, pixels):
     if raw.ndim != 1 or raw.dtype != np.uint8:
         return f"expected bytes, got {raw.dtype} {list(raw.shape)}"
     if offsets.ndim != 1 or offsets.dtype.kind not in "iu" or labels.ndim != 1 or len(offsets) <= len(labels):
-        return f"expected [N + 1] offsets of [N] labels, got {offsets.dtype} {list(offsets.shape)} and {list(labels.shape)}"
+        return (
+            f"expected [N + 1] offsets of [N] labels, got {offsets.dtype} {list(offsets.shape)} and "
+            f"{list(labels.shape)}"
+        )
     used = offsets[: len(labels) + 1].astype(np.int64)
     if (np.diff(used) < 0).any() or int(used[0]) < 0 or int(used[-1]) > len(raw):
         return f"expected offsets that ascend from 0 to {len(raw)}, got {int(used[0])} to {int(used[-1])}"
-    if index.ndim != 1 or index.dtype.kind not in "iu" or pixels.dtype != np.uint8 or pixels.shape != (len(index), *pixels.shape[1:3], 3):
-        return f"expected [K] places and [K, H, W, 3] uint8, got {index.dtype} {list(index.shape)} and {pixels.dtype} {list(pixels.shape)}"
+    if (
+        index.ndim != 1
+        or index.dtype.kind not in "iu"
+        or pixels.dtype != np.uint8
+        or pixels.shape != (len(index), *pixels.shape[1:3], 3)
+    ):
+        return (
+            f"expected [K] places and [K, H, W, 3] uint8, got {index.dtype} {list(index.shape)} and "
+            f"{pixels.dtype} {list(pixels.shape)}"
+        )
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(labels):
         return f"expected places from 0 to {len(labels) - 1}, got {int(index.min())} to {int(index.max())}"
     return None
@@ -186,7 +241,8 @@ def read_cifar10(folder: str | os.PathLike, device="cpu") -> tuple[list[Arrays],
     if not files[0] or not files[1][0].exists():
         if (folder / "data_batch_1").exists() or (folder / "cifar-10-batches-py").exists():
             raise DataError(
-                f"{folder} holds the version of CIFAR-10 for Python, whose pickles could run any code; expected the binary "
+                f"{folder} holds the version of CIFAR-10 for Python, whose pickles could run any code; "
+                "expected the binary "
                 f"version (cifar-10-binary.tar.gz, from the same page)"
             )
         raise DataError(f"expected {BINARY}, found none in {folder}")
@@ -200,9 +256,14 @@ def read_cifar10(folder: str | os.PathLike, device="cpu") -> tuple[list[Arrays],
     for some in files:
         records = np.concatenate([np.fromfile(file, np.uint8) for file in some])
         if len(records) % 3073 or not len(records):  # a label and 3 x 32 x 32 pixels, channels first
-            raise DataError(f"{some[0]}: expected records of 3073 bytes, got {len(records)} bytes: truncated?")
+            raise DataError(
+                f"{some[0]}: expected records of 3073 bytes, got {len(records)} bytes: truncated?"
+            )
         records = records.reshape(-1, 3073)
-        images, labels = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(records[:, 0].astype(np.int64))
+        images, labels = (
+            torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()),
+            torch.from_numpy(records[:, 0].astype(np.int64)),
+        )
         splits.append(Arrays(images, labels, device))
     meta = folder / "batches.meta.txt"
     names = meta.read_text(errors="replace").split() if meta.is_file() else list(CIFAR10)

@@ -1,7 +1,9 @@
-"""A picture from a file, bytes or Pillow as the pixels of a network: one set of rules, whoever reads it (docs/data.md has them as a table).
+"""A picture from a file, bytes or Pillow as the pixels of a network: one set of rules, whoever reads it
+(docs/data.md has them as a table).
 
-Upright by its EXIF orientation; transparency flattened on white; 16 bits scaled to 8; the first picture of an animation; CMYK, palettes and
-other colours by Pillow's conversion, ICC profiles not looked at; colour in grey by ITU-R 601, grey in colour as three equal channels.
+Upright by its EXIF orientation; transparency flattened on white; 16 bits scaled to 8; the first picture of an
+animation; CMYK, palettes and other colours by Pillow's conversion, ICC profiles not looked at; colour in grey
+by ITU-R 601, grey in colour as three equal channels.
 """
 
 from __future__ import annotations
@@ -20,24 +22,32 @@ from coda_fast.safety import MOST_PIXELS, NotAFile, open_file
 if TYPE_CHECKING:
     from PIL import Image
 
-RULES = 2  # of this module. A run that began with others sees other pixels, and cannot go on with these. 1: before they were one
+# of this module. A run that began with others sees other pixels, and cannot go on with these. 1: before they
+# were one
+RULES = 2
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
 
 
 def decode(
-    source: str | os.PathLike | bytes | Image.Image, channels: int = 3, *, name: str | None = None, least: int | None = None
+    source: str | os.PathLike | bytes | Image.Image,
+    channels: int = 3,
+    *,
+    name: str | None = None,
+    least: int | None = None,
 ) -> Image.Image:
     """The uint8 pixels of a picture, as Pillow's image of mode "RGB" or "L".
 
     Args:
-        source: a path, the bytes of a file, or a picture of Pillow, which stays as it is if it has been read already.
+        source: a path, the bytes of a file, or a picture of Pillow, which stays as it is if it has been read
+            already.
         channels: 3 or 1.
         name: of the picture, for messages; None: its path.
-        least: pixels of a side that are enough: a JPEG may be decoded at an eighth, a quarter or half of its size, not below it.
+        least: pixels of a side that are enough: a JPEG may be decoded at an eighth, a quarter or half of its
+            size, not below it.
 
     Raises:
-        ImageError: missing, not a file (a pipe or a device is not opened), not a picture, truncated, of more than ``MOST_PIXELS`` pixels,
-        of more than 16 bits, floating point that is NaN or outside [0, 1].
+        ImageError: missing, not a file (a pipe or a device is not opened), not a picture, truncated, of more
+        than ``MOST_PIXELS`` pixels, of more than 16 bits, floating point that is NaN or outside [0, 1].
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -70,8 +80,9 @@ def named(source) -> str:
 
 
 class _Quiet:
-    """While any thread decodes, Pillow's warnings (broken EXIF and the like) are not shown. One change of Python's filters for all threads:
-    if each made its own, the last one out would leave those of another behind.
+    """While any thread decodes, Pillow's warnings (broken EXIF and the like) are not shown. One change of
+    Python's filters for all threads: if each made its own, the last one out would leave those of another
+    behind.
     """
 
     def __init__(self):
@@ -140,20 +151,24 @@ def _converted(image, channels, least, name):
 
 
 def _upright(image):
-    """By the orientation of its EXIF, if that can be read. (Pillow's own function writes EXIF anew, where damage stops it.)"""
+    """By the orientation of its EXIF, if that can be read. (Pillow's own function writes EXIF anew, where
+    damage stops it.)
+    """
     from PIL.Image import Transpose
 
     try:
         orientation = image.getexif().get(0x0112)
     except Exception:  # whatever the damage leads Pillow to: without it, the picture is whole
         return image
-    turns = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE, Transpose.ROTATE_270,
-             Transpose.TRANSVERSE, Transpose.ROTATE_90)  # fmt: skip
+    turns = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
+             Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)  # fmt: skip
     return image.transpose(turns[orientation - 2]) if orientation in range(2, 9) else image
 
 
 def _eight_bits(image, name):
-    """Grey of 16 bits, 0 to 65535, or floating point, 0 to 1, as the nearest of 8: Pillow by itself cuts both off at 255."""
+    """Grey of 16 bits, 0 to 65535, or floating point, 0 to 1, as the nearest of 8: Pillow by itself cuts
+    both off at 255.
+    """
     from PIL import Image
 
     pixels = np.asarray(image)
@@ -161,10 +176,15 @@ def _eight_bits(image, name):
         if not np.isfinite(pixels).all():
             raise ImageError(f"{int((~np.isfinite(pixels)).sum())} pixels are NaN or infinite", name)
         if pixels.min() < 0 or pixels.max() > 1:
-            raise ImageError(f"expected floating-point pixels in [0, 1], got {pixels.min():g} to {pixels.max():g}", name)
+            raise ImageError(
+                f"expected floating-point pixels in [0, 1], got {pixels.min():g} to {pixels.max():g}", name
+            )
         return Image.fromarray(np.rint(255 * pixels.astype(np.float64)).astype(np.uint8))
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise ImageError(f"expected at most 16 bits for each channel, got values {pixels.min():g} to {pixels.max():g}", name)
+        raise ImageError(
+            f"expected at most 16 bits for each channel, got values {pixels.min():g} to {pixels.max():g}",
+            name,
+        )
     pixels = pixels.astype(np.int64)
     clear = image.info.get("transparency")  # of a grey PNG: one value that is
     if isinstance(clear, int):

@@ -8,7 +8,9 @@ class DataError(ValueError):
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used. ``reason``: what was expected and what was found; the message names the file before it."""
+    """A picture that cannot be used. ``reason``: what was expected and what was found; the message names
+    the file before it.
+    """
 
     def __init__(self, reason: str, name: str = ""):
         super().__init__(f"{name}: {reason}" if name else reason)

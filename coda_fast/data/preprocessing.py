@@ -1,4 +1,6 @@
-"""What happens to a picture on its way into a network: part of the model, written into its file, the same for every command."""
+"""What happens to a picture on its way into a network: part of the model, written into its file, the same
+for every command.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +21,26 @@ from coda_fast.safety import MOST_PIXELS
 if TYPE_CHECKING:
     from PIL import Image
 
-INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "box", "hamming", "nearest")  # of Pillow, all but the last antialiased
+# of Pillow, all but the last antialiased
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "box", "hamming", "nearest")
 LARGEST = 1 << 16  # pixels of a side: a file that asks for more is damaged, or hostile
 LONGEST = 256  # times the shorter side: so long may the other side become where a whole picture is enlarged
-STRIP = 4  # of a picture more than so many times as long as wide, whose middle is all that is wanted, no more than that is resized
+# of a picture more than so many times as long as wide, whose middle is all that is wanted, no more than that
+# is resized
+STRIP = 4
 VALUE_RANGE = (0.0, 1.0)  # of what enters a CoDA-Net, which encodes [x, 1 - x]
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """Pictures as a network takes them: the shorter side resized, the middle cropped, in [0, 1]. ``model.transform`` is one.
+    """Pictures as a network takes them: the shorter side resized, the middle cropped, in [0, 1].
+    ``model.transform`` is one.
 
-    Called with a picture (a path, the bytes of a file, a picture of Pillow, an array [H, W(, C)] or a tensor [..., C, H, W]), it gives
-    float32 [C, H, W] (of a tensor [..., C, H, W], in its dtype if that is floating point, on its device). What files hold is decoded by
-    the rules of ``coda_fast.data.decode``; bytes are resized by Pillow, as torchvision and timm do; tensors in floating point, which should
-    be in [0, 1], by torch, which computes the same up to the rounding of bytes and is differentiable.
+    Called with a picture (a path, the bytes of a file, a picture of Pillow, an array [H, W(, C)] or a tensor
+    [..., C, H, W]), it gives float32 [C, H, W] (of a tensor [..., C, H, W], in its dtype if that is floating
+    point, on its device). What files hold is decoded by the rules of ``coda_fast.data.decode``; bytes are
+    resized by Pillow, as torchvision and timm do; tensors in floating point, which should be in [0, 1], by
+    torch, which computes the same up to the rounding of bytes and is differentiable.
 
     Args:
         channels: 3 for colour, 1 for grey.
@@ -42,8 +49,8 @@ class Preprocessing:
         interpolation: one of ``INTERPOLATIONS``.
 
     Raises:
-        ValueError: values that are none, a crop larger than what it is taken from.
-        When called: ImageError: a picture that cannot be used. TypeError: no picture. ImportError: torchvision or Pillow is missing.
+        ValueError: values that are none, a crop larger than what it is taken from. When called: ImageError: a
+        picture that cannot be used. TypeError: no picture. ImportError: torchvision or Pillow is missing.
 
     >>> import torch
     >>> Preprocessing(resize=256, crop=240)(torch.zeros(3, 375, 500)).shape
@@ -58,44 +65,63 @@ class Preprocessing:
     def __post_init__(self):
         object.__setattr__(self, "channels", _side(self.channels, "channels"))
         for name in ("resize", "crop"):
-            object.__setattr__(self, name, None if getattr(self, name) is None else _side(getattr(self, name), name))
+            object.__setattr__(
+                self, name, None if getattr(self, name) is None else _side(getattr(self, name), name)
+            )
         if self.resize is None:
             object.__setattr__(self, "resize", self.crop)
         if self.crop is not None and self.crop > self.resize:
-            raise ValueError(f"preprocessing.crop: expected at most resize, {self.resize} pixels, got {self.crop}")
+            raise ValueError(
+                f"preprocessing.crop: expected at most resize, {self.resize} pixels, got {self.crop}"
+            )
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(
-                f"preprocessing.interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {str(self.interpolation)[:50]!r}"
+                f"preprocessing.interpolation: expected one of {', '.join(INTERPOLATIONS)}, got "
+                f"{str(self.interpolation)[:50]!r}"
             )
 
     @classmethod
-    def of(cls, value: Preprocessing | Mapping | None, channels: int, image_size: int | None = None) -> Preprocessing:
-        """One itself, or what ``config`` gave, for a network of so many channels; None: resized and cropped to ``image_size``, if that is
-        known.
+    def of(
+        cls, value: Preprocessing | Mapping | None, channels: int, image_size: int | None = None
+    ) -> Preprocessing:
+        """One itself, or what ``config`` gave, for a network of so many channels; None: resized and cropped
+        to ``image_size``, if that is known.
         """
         if value is None:
             return cls(channels, image_size, image_size)
         if isinstance(value, cls):
             return dataclasses.replace(value, channels=channels)
         if not isinstance(value, Mapping):
-            raise ValueError(f"preprocessing: expected resize, crop and interpolation, got {str(value)[:100]!r}")
+            raise ValueError(
+                f"preprocessing: expected resize, crop and interpolation, got {str(value)[:100]!r}"
+            )
         known = {"resize", "crop", "interpolation", "value_range"}
         if unknown := sorted(str(key)[:50] for key in value.keys() - known):
-            raise ValueError(f"preprocessing: expected {', '.join(sorted(known))}, got {', '.join(unknown[:5])}")
+            raise ValueError(
+                f"preprocessing: expected {', '.join(sorted(known))}, got {', '.join(unknown[:5])}"
+            )
         low_high = value.get("value_range", VALUE_RANGE)
         if not isinstance(low_high, list | tuple) or tuple(low_high) != VALUE_RANGE:
             raise ValueError(
-                f"preprocessing.value_range: expected [0, 1], which a CoDA-Net encodes as [x, 1 - x], got {str(low_high)[:100]}"
+                "preprocessing.value_range: expected [0, 1], which a CoDA-Net encodes as [x, 1 - x], got "
+                f"{str(low_high)[:100]}"
             )
-        return cls(channels, **{key: value[key] for key in ("resize", "crop", "interpolation") if key in value})
+        return cls(
+            channels, **{key: value[key] for key in ("resize", "crop", "interpolation") if key in value}
+        )
 
     def config(self) -> dict:
         """As plain JSON values; channels, which the network has, left out."""
-        return {"resize": self.resize, "crop": self.crop, "interpolation": self.interpolation, "value_range": list(VALUE_RANGE)}
+        return {
+            "resize": self.resize,
+            "crop": self.crop,
+            "interpolation": self.interpolation,
+            "value_range": list(VALUE_RANGE),
+        }
 
     def at(self, size: int | None, crop: bool = True) -> Preprocessing:
-        """At another size: the shorter side of so many pixels and the square in its middle, or (``crop=False``) the whole picture; 0: the
-        picture as it is; None: unchanged.
+        """At another size: the shorter side of so many pixels and the square in its middle, or
+        (``crop=False``) the whole picture; 0: the picture as it is; None: unchanged.
         """
         if size is None:
             return self
@@ -104,17 +130,28 @@ class Preprocessing:
     def __call__(self, picture) -> torch.Tensor:
         if isinstance(picture, torch.Tensor):
             return self._of_tensor(picture)
-        if not isinstance(picture, str | os.PathLike | bytes | bytearray | np.ndarray) and not hasattr(picture, "getexif"):
-            raise TypeError(f"picture: expected a path, bytes, a picture of Pillow, an array or a tensor, got {type(picture).__name__}")
+        if not isinstance(picture, str | os.PathLike | bytes | bytearray | np.ndarray) and not hasattr(
+            picture, "getexif"
+        ):
+            raise TypeError(
+                "picture: expected a path, bytes, a picture of Pillow, an array or a tensor, got "
+                f"{type(picture).__name__}"
+            )
         return torch.from_numpy(self.pixels(picture)).float().div_(255)
 
-    def pixels(self, source: str | os.PathLike | bytes | np.ndarray | Image.Image, name: str | None = None) -> np.ndarray:
-        """The same of anything but a tensor as uint8 [C, H, W], for what is sent to a device before it is divided by 255."""
+    def pixels(
+        self, source: str | os.PathLike | bytes | np.ndarray | Image.Image, name: str | None = None
+    ) -> np.ndarray:
+        """The same of anything but a tensor as uint8 [C, H, W], for what is sent to a device before it is
+        divided by 255.
+        """
         source = _of_array(source) if isinstance(source, np.ndarray) else source
         return as_array(self.apply(decode(source, self.channels, name=name), name or named(source)))
 
     def apply(self, image, name: str = ""):
-        """Resize and crop of what is decoded: a picture of Pillow, or a tensor [..., C, H, W] in floating point."""
+        """Resize and crop of what is decoded: a picture of Pillow, or a tensor [..., C, H, W] in floating
+        point.
+        """
         if self.resize is None:
             return image
         functional, modes = _torchvision()
@@ -134,17 +171,22 @@ class Preprocessing:
 
     def keeps(self, width: int, height: int) -> bool:
         """Whether a picture of this size stays as it is."""
-        return self.resize is None or (min(width, height) == self.resize and self.size(width, height) == (width, height))
+        return self.resize is None or (
+            min(width, height) == self.resize and self.size(width, height) == (width, height)
+        )
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """What the network sees of an upright picture of this size, in its pixels: left, top, right, bottom."""
+        """What the network sees of an upright picture of this size, in its pixels: left, top, right,
+        bottom.
+        """
         if self.crop is None:
             return 0.0, 0.0, float(width), float(height)
         kept = middle(width, height)
         resized, found = self._resized(*kept), []
         for whole, part, side in zip((width, height), kept, resized, strict=True):
             scale = part / side
-            first = round((whole - part) / 2.0) + scale * round((side - self.crop) / 2.0)  # of the strip, and of the crop in it
+            # of the strip, and of the crop in it
+            first = round((whole - part) / 2.0) + scale * round((side - self.crop) / 2.0)
             found.append((first, first + scale * self.crop))
         return found[0][0], found[1][0], found[0][1], found[1][1]
 
@@ -157,19 +199,29 @@ class Preprocessing:
 
     def _check_resized(self, width, height, name):
         """ImageError where resizing would make too large a picture."""
-        if self.crop is None and self.resize > min(width, height) and max(width, height) > LONGEST * min(width, height):
+        if (
+            self.crop is None
+            and self.resize > min(width, height)
+            and max(width, height) > LONGEST * min(width, height)
+        ):
             raise ImageError(
-                f"expected an image at most {LONGEST} times as long as wide to enlarge its shorter side to {self.resize} pixels, "
+                f"expected an image at most {LONGEST} times as long as wide to enlarge its shorter side to "
+                f"{self.resize} pixels, "
                 f"got {width} x {height}; size 0 takes it as it is",
                 name,
             )
         resized = self._resized(width, height)
         if math.prod(resized) > MOST_PIXELS:
-            check_pixels(*resized, f"{name}: {width} x {height} pixels scaled to {self.resize}".removeprefix(": "))
+            check_pixels(
+                *resized, f"{name}: {width} x {height} pixels scaled to {self.resize}".removeprefix(": ")
+            )
 
     def _of_tensor(self, tensor):
         if tensor.dim() < 3 or not (tensor.dtype == torch.uint8 or tensor.dtype.is_floating_point):
-            raise TypeError(f"picture: expected a tensor [..., C, H, W], uint8 or floating point, got {tensor.dtype} {list(tensor.shape)}")
+            raise TypeError(
+                f"picture: expected a tensor [..., C, H, W], uint8 or floating point, got {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
         given, height, width = tensor.shape[-3:]
         if given not in MODES:
             raise ImageError(f"a picture has 1 or 3 channels, got a tensor [..., {given}, {height}, {width}]")
@@ -179,12 +231,25 @@ class Preprocessing:
             found = np.empty((len(pictures), self.channels, *self.size(width, height)[::-1]), np.uint8)
             for place, picture in zip(found, pictures, strict=True):
                 place[:] = self.pixels(picture)
-            return torch.from_numpy(found).reshape(*tensor.shape[:-3], *found.shape[1:]).to(tensor.device).float().div_(255)
+            return (
+                torch.from_numpy(found)
+                .reshape(*tensor.shape[:-3], *found.shape[1:])
+                .to(tensor.device)
+                .float()
+                .div_(255)
+            )
         functional, _ = _torchvision()
         if given != self.channels:
-            tensor = functional.rgb_to_grayscale(tensor) if self.channels == 1 else tensor.expand(*tensor.shape[:-3], 3, height, width)
+            tensor = (
+                functional.rgb_to_grayscale(tensor)
+                if self.channels == 1
+                else tensor.expand(*tensor.shape[:-3], 3, height, width)
+            )
         if self.resize is not None and self.interpolation in ("lanczos", "box", "hamming"):
-            raise ImageError(f"torch has no {self.interpolation} interpolation of floating point; give uint8, or a picture of Pillow")
+            raise ImageError(
+                f"torch has no {self.interpolation} interpolation of floating point; give uint8, or a "
+                "picture of Pillow"
+            )
         resized = self.apply(tensor)
         return resized if resized is tensor else resized.clamp(0, 1)
 
@@ -204,15 +269,22 @@ def _of_array(pixels):
     from PIL import Image
 
     if pixels.dtype != np.uint8 or not pixels.size or pixels.shape[2:] not in ((), (1,), (3,), (4,)):
-        raise TypeError(f"picture: expected an array [H, W] or [H, W, C] of uint8, got {pixels.dtype} {list(pixels.shape)}")
-    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels))
+        raise TypeError(
+            f"picture: expected an array [H, W] or [H, W, C] of uint8, got {pixels.dtype} "
+            f"{list(pixels.shape)}"
+        )
+    return Image.fromarray(
+        np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+    )
 
 
 def _torchvision():
     try:
         from torchvision.transforms.v2 import InterpolationMode, functional
     except ImportError as error:
-        raise ImportError(f"resizing pictures needs torchvision: pip install 'coda-fast[cli]' ({error})") from None
+        raise ImportError(
+            f"resizing pictures needs torchvision: pip install 'coda-fast[cli]' ({error})"
+        ) from None
     return functional, InterpolationMode
 
 
@@ -222,5 +294,7 @@ def _side(value, name):
     except TypeError:
         number = 0
     if not 1 <= number <= LARGEST:
-        raise ValueError(f"preprocessing.{name}: expected a positive int, at most {LARGEST}, got {str(value)[:50]}")
+        raise ValueError(
+            f"preprocessing.{name}: expected a positive int, at most {LARGEST}, got {str(value)[:50]}"
+        )
     return number

@@ -23,39 +23,68 @@ from coda_fast.data.sources import Batch, Item, batch_of, decode_all, order, see
 from coda_fast.safety import open_file
 
 MOST_SHARDS = 10**6
-LARGEST = 2**28  # bytes of a file in a shard that is read; of a class, and of what tar has to say of an entry, LARGEST_TEXT
+# bytes of a file in a shard that is read; of a class, and of what tar has to say of an entry, LARGEST_TEXT
+LARGEST = 2**28
 LARGEST_TEXT = 2**20
 
 
 class Shards:
-    """WebDataset tar files with an image (jpg, jpeg, png, webp) and a class (cls: 0 to ``classes`` - 1) a sample. For training each process
-    and worker cycles through its share of the shards, so that the images of a step, unlike those of the other sources, depend on the number
-    of processes. A sample that cannot be read takes its place in a batch, and so does the rest of a broken shard.
+    """WebDataset tar files with an image (jpg, jpeg, png, webp) and a class (cls: 0 to ``classes`` - 1) a
+    sample. For training each process and worker cycles through its share of the shards, so that the images of
+    a step, unlike those of the other sources, depend on the number of processes. A sample that cannot be read
+    takes its place in a batch, and so does the rest of a broken shard.
     """
 
     def __init__(
-        self, pattern, preprocessing: Preprocessing, workers: int, classes: int, device="cpu", samples: int | None = None,
-        buffer: int = 5000, augmentation=None,
-    ):  # fmt: skip
+        self,
+        pattern,
+        preprocessing: Preprocessing,
+        workers: int,
+        classes: int,
+        device="cpu",
+        samples: int | None = None,
+        buffer: int = 5000,
+        augmentation=None,
+    ):
         try:
             from webdataset.shardlists import expand_urls
         except ImportError as error:
             raise ImportError(f"shards need {error.name}: pip install 'coda-fast[train]'") from None
 
         if _count(pattern) > MOST_SHARDS:
-            raise DataError(f"data: expected a pattern of at most {MOST_SHARDS} shards, got one of more: {pattern[:200]!r}")
-        self.urls = sorted(str(p) for p in Path(pattern).glob("*.tar")) if os.path.isdir(pattern) else expand_urls(pattern)
+            raise DataError(
+                f"data: expected a pattern of at most {MOST_SHARDS} shards, got one of more: "
+                f"{pattern[:200]!r}"
+            )
+        self.urls = (
+            sorted(str(p) for p in Path(pattern).glob("*.tar"))
+            if os.path.isdir(pattern)
+            else expand_urls(pattern)
+        )
         if any(url.lower().startswith("pipe:") for url in self.urls):
-            raise DataError(f"data: expected shards that are files or addresses, got {pattern!r}: a recipe must not run commands")
+            raise DataError(
+                f"data: expected shards that are files or addresses, got {pattern!r}: a recipe must not run "
+                "commands"
+            )
         missing = [url for url in self.urls if "://" not in url and not os.path.isfile(url)]
         if not self.urls or missing:
-            raise DataError(f"data: expected shards {pattern!r}, found {len(self.urls) - len(missing)}; missing: {missing[:3]}")
-        self.preprocessing, self.augmentation, self.workers, self.classes = preprocessing, augmentation, workers, classes
+            raise DataError(
+                f"data: expected shards {pattern!r}, found {len(self.urls) - len(missing)}; missing: "
+                f"{missing[:3]}"
+            )
+        self.preprocessing, self.augmentation, self.workers, self.classes = (
+            preprocessing,
+            augmentation,
+            workers,
+            classes,
+        )
         self.device, self.samples, self.buffer = device, samples, buffer
 
     def __len__(self) -> int:
         if self.samples is None:
-            raise DataError("data.train_samples: expected the number of images that an epoch of shards is, got none")
+            raise DataError(
+                "data.train_samples: expected the number of images that an epoch of shards is, got none"
+            )
         return self.samples
 
     def facts(self) -> dict:
@@ -64,11 +93,14 @@ class Shards:
         return {"shards": len(self.urls), "checksum": zlib.crc32(names.encode()), "rules": RULES}
 
     def need_enough(self, place) -> None:
-        """DataError: a worker would be without a shard. The same in every process: none waits for others that have ended."""
+        """DataError: a worker would be without a shard. The same in every process: none waits for others
+        that have ended.
+        """
         workers = max(1, self.workers)
         if len(self.urls) // place.world < workers:
             raise DataError(
-                f"data: expected a shard at least for each of {place.world} processes x {workers} workers, got {len(self.urls)}; "
+                f"data: expected a shard at least for each of {place.world} processes x {workers} workers, "
+                f"got {len(self.urls)}; "
                 f"make smaller shards or lower data.workers"
             )
 
@@ -101,8 +133,9 @@ class Shards:
 
 
 class _Stream(torch.utils.data.IterableDataset):
-    """Decoded batches of a process' shards, or the DataError that came instead. Batch j of the process is made by worker j modulo their
-    number. ``randomness`` None: one pass in order, everything; else endless, shuffled by it, from batch ``start`` on.
+    """Decoded batches of a process' shards, or the DataError that came instead. Batch j of the process is
+    made by worker j modulo their number. ``randomness`` None: one pass in order, everything; else endless,
+    shuffled by it, from batch ``start`` on.
     """
 
     def __init__(self, urls, decoder, classes, randomness, start, batch_size, buffer):
@@ -134,16 +167,24 @@ class _Stream(torch.utils.data.IterableDataset):
 
         for repeat in itertools.count():
             good, problem = 0, ""
-            for item in shuffle(self.buffer, rng=random.Random(seeded(*self.randomness, 3, lane, repeat)))(read()):
-                good, problem = good + (item.problem is None), item.problem and f"; {item.name}: {item.problem}"
+            for item in shuffle(self.buffer, rng=random.Random(seeded(*self.randomness, 3, lane, repeat)))(
+                read()
+            ):
+                good, problem = (
+                    good + (item.problem is None),
+                    item.problem and f"; {item.name}: {item.problem}",
+                )
                 yield item
             if not good:
                 raise _nothing_in(urls, problem)
 
     def _generators(self, batch):
-        if self.randomness is None or not hasattr(self.decoder, "preprocessing"):  # nothing of it is left to chance
+        # nothing of it is left to chance
+        if self.randomness is None or not hasattr(self.decoder, "preprocessing"):
             return None
-        return [np.random.default_rng((*self.randomness[:2], 1, zlib.crc32(item.name.encode()))) for item in batch]
+        return [
+            np.random.default_rng((*self.randomness[:2], 1, zlib.crc32(item.name.encode()))) for item in batch
+        ]
 
 
 def _nothing_in(urls, problem=""):
@@ -151,13 +192,17 @@ def _nothing_in(urls, problem=""):
 
 
 class _Entry(tarfile.TarInfo):
-    """Of a tar file that ends where it says so: tarfile takes a header that is damaged or missing, after the first, for the end."""
+    """Of a tar file that ends where it says so: tarfile takes a header that is damaged or missing, after
+    the first, for the end.
+    """
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
         found = super().frombuf(buf, encoding, errors)
         if found.type in _SAYINGS and found.size > LARGEST_TEXT:  # tarfile would read all of it
-            raise tarfile.ReadError(f"expected a name or attributes of at most {LARGEST_TEXT} bytes, got {found.size}")
+            raise tarfile.ReadError(
+                f"expected a name or attributes of at most {LARGEST_TEXT} bytes, got {found.size}"
+            )
         return found
 
     @classmethod
@@ -171,7 +216,9 @@ class _Entry(tarfile.TarInfo):
 
 
 class _Ending:
-    """A stream that insists that it has ended: to pass over an entry of terabytes, tarfile would ask it again and again."""
+    """A stream that insists that it has ended: to pass over an entry of terabytes, tarfile would ask it
+    again and again.
+    """
 
     def __init__(self, stream):
         self.stream, self.left = stream, 100
@@ -192,7 +239,9 @@ def _shard(url, classes):
     try:
         with (
             gopen(url) if "://" in url else open_file(url) as stream,
-            tarfile.open(fileobj=_Ending(stream), mode="r|*", tarinfo=_Entry, errors="backslashreplace") as tar,
+            tarfile.open(
+                fileobj=_Ending(stream), mode="r|*", tarinfo=_Entry, errors="backslashreplace"
+            ) as tar,
         ):
             for key, files in _samples(tar):
                 yield _item(f"{name}:{key}", files, classes)
@@ -201,11 +250,19 @@ def _shard(url, classes):
 
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
-_SAYINGS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_SAYINGS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 def _samples(tar):
-    """(key, {extension: content, or in words why there is none}) of files that follow one another and are named alike: images, classes."""
+    """(key, {extension: content, or in words why there is none}) of files that follow one another and are
+    named alike: images, classes.
+    """
     from webdataset.tariterators import base_plus_ext
 
     key, files = None, {}
@@ -220,7 +277,9 @@ def _samples(tar):
             key, files = base, {}
         most = LARGEST_TEXT if extension.lower() == "cls" else LARGEST
         if entry.issparse() or entry.size > most:  # the holes of a few bytes may be terabytes
-            files[extension.lower()] = f"{extension}: expected a file of at most {most} bytes without holes, got {entry.size} bytes"
+            files[extension.lower()] = (
+                f"{extension}: expected a file of at most {most} bytes without holes, got {entry.size} bytes"
+            )
         else:
             files[extension.lower()] = tar.extractfile(entry).read()
     if files:
@@ -228,14 +287,17 @@ def _samples(tar):
 
 
 def _count(pattern):
-    """Of the shards that a pattern stands for, at most: what braces expand to is a list before it can be counted."""
+    """Of the shards that a pattern stands for, at most: what braces expand to is a list before it can be
+    counted.
+    """
     total, alternatives = 1, []
     for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):
         total *= abs(int(last) - int(first)) + 1 if max(len(first), len(last)) < 20 else MOST_SHARDS + 1
     for character in pattern:
         if character == "{":
             alternatives.append(1)
-        elif character == "," and alternatives:  # of nested braces, those within count for those around them too
+        # of nested braces, those within count for those around them too
+        elif character == "," and alternatives:
             alternatives = [number + 1 for number in alternatives]
         elif character == "}" and alternatives:
             total *= alternatives.pop()

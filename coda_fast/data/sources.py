@@ -1,8 +1,9 @@
-"""Sources of labelled pictures: ``Arrays``, the whole set on the device; ``Folder``, files. (In ``shards``: ``Shards``, tar files.)
+"""Sources of labelled pictures: ``Arrays``, the whole set on the device; ``Folder``, files. (In ``shards``:
+``Shards``, tar files.)
 
-All give a ``Batch`` of uint8 images, of which ``to_float`` makes what a network takes, on the device. What makes pixels of a file is a
-``Preprocessing`` or, for training, something with such a method ``pixels`` that also takes a generator. Everything random is a function of
-(seed, epoch, step) or (seed, epoch, image).
+All give a ``Batch`` of uint8 images, of which ``to_float`` makes what a network takes, on the device. What
+makes pixels of a file is a ``Preprocessing`` or, for training, something with such a method ``pixels`` that
+also takes a generator. Everything random is a function of (seed, epoch, step) or (seed, epoch, image).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from coda_fast.data.preprocessing import Preprocessing
 
 @dataclasses.dataclass
 class Batch:
-    """images [N, C, H, W] uint8; labels [N]; valid [N], False where an image could not be read (None: all); failures: (file, reason)."""
+    """images [N, C, H, W] uint8; labels [N]; valid [N], False where an image could not be read (None:
+    all); failures: (file, reason).
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -33,7 +36,12 @@ class Batch:
 
     def to(self, device) -> Batch:
         valid = None if self.valid is None else self.valid.to(device, non_blocking=True)
-        return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), valid, self.failures)
+        return Batch(
+            self.images.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            valid,
+            self.failures,
+        )
 
 
 class Item(NamedTuple):
@@ -76,12 +84,15 @@ def of_one_size(shapes: set) -> None:
     """DataError where there are several."""
     if len(shapes) > 1:
         some = ", ".join(f"{height} x {width}" for _, height, width in sorted(shapes)[:3])
-        raise DataError(f"data: expected images of one size, or a size to crop them to (data.size in a recipe, --size), got {some}")
+        raise DataError(
+            "data: expected images of one size, or a size to crop them to (data.size in a recipe, --size), "
+            f"got {some}"
+        )
 
 
 def batch_of(decoded, device) -> Batch:
-    """What ``decode_all`` gave, on ``device``; or the DataError that came instead: raised in a worker, the loader would put a traceback
-    into its message.
+    """What ``decode_all`` gave, on ``device``; or the DataError that came instead: raised in a worker, the
+    loader would put a traceback into its message.
     """
     if isinstance(decoded, DataError):
         raise decoded
@@ -119,7 +130,9 @@ def to_float(images: torch.Tensor, dtype: torch.dtype, channels_last: bool = Fal
 
 
 class Arrays:
-    """A set in memory, on ``device``: images uint8 [N, C, H, W], labels [N]. ``rules``: of decoding, if they were files (``RULES``)."""
+    """A set in memory, on ``device``: images uint8 [N, C, H, W], labels [N]. ``rules``: of decoding, if
+    they were files (``RULES``).
+    """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, device="cpu", rules: int | None = None):
         self.images, self.labels, self.rules = images.to(device), labels.to(device), rules
@@ -131,10 +144,14 @@ class Arrays:
         """Number, and checksum of all labels and 64 of the images."""
         some = self.images[:: max(1, len(self) // 64)].cpu().numpy()
         checksum = zlib.crc32(some.tobytes(), zlib.crc32(self.labels.cpu().numpy().tobytes()))
-        return {"images": len(self), "checksum": checksum} | ({} if self.rules is None else {"rules": self.rules})
+        return {"images": len(self), "checksum": checksum} | (
+            {} if self.rules is None else {"rules": self.rules}
+        )
 
     def training(self, seed: int, epoch: int, start: int, batch_size: int, place: Place) -> Iterator[Batch]:
-        """The process' slice of every global batch of the epoch, from step ``start`` on; the incomplete last batch is left out."""
+        """The process' slice of every global batch of the epoch, from step ``start`` on; the incomplete
+        last batch is left out.
+        """
         for index in _plan(len(self), seed, epoch, start, batch_size, place):
             yield self.some(index)
 
@@ -158,12 +175,19 @@ class Arrays:
 
 
 class Folder:
-    """Image files and their labels, decoded in worker processes to uint8 of one size; ``augmentation`` is what decodes them for training,
-    if that is something else. ``shape``: what all of them must have, [C, H, W], where preprocessing leaves sizes as they are.
+    """Image files and their labels, decoded in worker processes to uint8 of one size; ``augmentation`` is
+    what decodes them for training, if that is something else. ``shape``: what all of them must have, [C, H,
+    W], where preprocessing leaves sizes as they are.
     """
 
     def __init__(
-        self, files: Sequence[tuple[str, int]], preprocessing: Preprocessing, workers: int = 0, device="cpu", augmentation=None, shape=None
+        self,
+        files: Sequence[tuple[str, int]],
+        preprocessing: Preprocessing,
+        workers: int = 0,
+        device="cpu",
+        augmentation=None,
+        shape=None,
     ):
         self.files, self.preprocessing, self.augmentation = list(files), preprocessing, augmentation
         self.workers, self.device, self.shape = workers, device, shape
@@ -174,7 +198,11 @@ class Folder:
     def facts(self) -> dict:
         """Number, checksum of names (class and file) and labels, and the rules of decoding."""
         names = "\n".join(f"{'/'.join(Path(path).parts[-2:])} {label}" for path, label in self.files)
-        return {"images": len(self), "checksum": zlib.crc32(names.encode(errors="surrogateescape")), "rules": RULES}
+        return {
+            "images": len(self),
+            "checksum": zlib.crc32(names.encode(errors="surrogateescape")),
+            "rules": RULES,
+        }
 
     def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
         """As ``Arrays.training``; what chance does to an image is drawn for (seed, epoch, image)."""
@@ -191,7 +219,12 @@ class Folder:
 
     def some(self, indices) -> Batch:
         """As ``Arrays.some``, decoded here."""
-        return batch_of(_Files(self.files, self.preprocessing, None, self.shape).__getitems__(np.asarray(indices).tolist()), self.device)
+        return batch_of(
+            _Files(self.files, self.preprocessing, None, self.shape).__getitems__(
+                np.asarray(indices).tolist()
+            ),
+            self.device,
+        )
 
     def name(self, index: int) -> str:
         return self.files[index][0]
@@ -206,13 +239,20 @@ class Folder:
             if len(batch.labels[good]):  # where none could be read, the black ones have a size of their own
                 images.append(batch.images[good].cpu()), labels.append(batch.labels[good].cpu())
         if not images:
-            raise DataError(f"data: expected images, could read none of {len(self)}; {failures[-1][0]}: {failures[-1][1]}")
+            raise DataError(
+                f"data: expected images, could read none of {len(self)}; {failures[-1][0]}: {failures[-1][1]}"
+            )
         of_one_size({tuple(some.shape[1:]) for some in images})
         return Arrays(torch.cat(images), torch.cat(labels), self.device, RULES), failures
 
     def _batches(self, plan, randomness):
         plan = [np.asarray(index).tolist() for index in plan]
-        dataset = _Files(self.files, self.preprocessing if randomness is None else self.augmentation, randomness, self.shape)
+        dataset = _Files(
+            self.files,
+            self.preprocessing if randomness is None else self.augmentation,
+            randomness,
+            self.shape,
+        )
         pinned = torch.device(self.device).type == "cuda"
         for decoded in workers.read(dataset, self.workers, batch_sampler=plan, pin_memory=pinned):
             yield batch_of(decoded, self.device)

@@ -13,18 +13,24 @@ PATIENCE = 2.0  # seconds that workers have to end
 
 
 def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator:
-    """What a torch loader of ``dataset`` gives, with its ``options``, by as many worker processes. However it ends, they end with it: torch
-    ends them by a signal that ours ignore (``_quiet``), so that the program would for ever wait for one that waits itself, for a file, or
-    for a lock of one that was killed.
+    """What a torch loader of ``dataset`` gives, with its ``options``, by as many worker processes. However it
+    ends, they end with it: torch ends them by a signal that ours ignore (``_quiet``), so that the program
+    would for ever wait for one that waits itself, for a file, or for a lock of one that was killed.
 
     Raises:
         ChildProcessError: a worker was killed.
     """
     loader = torch.utils.data.DataLoader(
-        dataset, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=_quiet, prefetch_factor=4 if workers else None, **options
+        dataset,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_quiet,
+        prefetch_factor=4 if workers else None,
+        **options,
     )
     results = iter(loader)
-    children = list(getattr(results, "_workers", ()))  # of a loader with workers, which has no public name for them
+    # of a loader with workers, which has no public name for them
+    children = list(getattr(results, "_workers", ()))
     with _DeafToChildren():
         try:
             while True:
@@ -32,7 +38,8 @@ def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator
                     decoded = next(results)
                 except StopIteration:
                     return
-                except Exception:  # an end of file, say, or torch's own error: depends on what the worker was at
+                # an end of file, say, or torch's own error: depends on what the worker was at
+                except Exception:
                     _need_alive(children, patience=1.0)
                     raise
                 yield decoded
@@ -42,7 +49,9 @@ def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator
 
 
 def _end(results, children):
-    """As torch ends them, so that they leave nothing behind; who has not gone after PATIENCE (torch waits longer) is killed."""
+    """As torch ends them, so that they leave nothing behind; who has not gone after PATIENCE (torch waits
+    longer) is killed.
+    """
     impatience = threading.Timer(PATIENCE, lambda: [child.kill() for child in children])
     impatience.daemon = True
     impatience.start()
@@ -57,7 +66,8 @@ def _need_alive(children, patience):
         if killed := [child for child in children if child.exitcode not in (None, 0)]:
             code = killed[0].exitcode
             raise ChildProcessError(
-                f"data: a process that reads images ended with code {code}, perhaps for want of memory (lower data.workers)"
+                f"data: a process that reads images ended with code {code}, perhaps for want of memory "
+                "(lower data.workers)"
             ) from None
         if time.monotonic() >= end:
             return
@@ -65,8 +75,9 @@ def _need_alive(children, patience):
 
 
 class _DeafToChildren:
-    """For every worker that is killed torch raises an error in whatever the program is at then; its loader sees it too, within 5 s. Deaf as
-    long as anything is read: loaders need not end in the order in which they began.
+    """For every worker that is killed torch raises an error in whatever the program is at then; its loader
+    sees it too, within 5 s. Deaf as long as anything is read: loaders need not end in the order in which they
+    began.
     """
 
     readers, handler = 0, None
@@ -90,6 +101,8 @@ def _as_it_is(decoded):
 
 
 def _quiet(_):
-    """The signals that tell a process group to end are for the process that trains, which needs its workers to finish the step."""
+    """The signals that tell a process group to end are for the process that trains, which needs its
+    workers to finish the step.
+    """
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)

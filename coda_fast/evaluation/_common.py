@@ -13,21 +13,29 @@ from coda_fast._classes import one_each
 from coda_fast._wrappers import network_in
 from coda_fast.models import CoDANet
 
-# images [N, C, H, W], classes [N, K] -> maps [N, K, H, W]: one map for each class, larger where the image speaks for it
+# images [N, C, H, W], classes [N, K] -> maps [N, K, H, W]: one map for each class, larger where the image
+# speaks for it
 Attribution = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PROTOCOLS = ("plain", "published")
 
 
 def attribution_of(model, attribution) -> Attribution:
-    """``attribution`` itself (or its method ``attribute``), or for None the contribution maps of a CoDA-Net."""
+    """``attribution`` itself (or its method ``attribute``), or for None the contribution maps of a
+    CoDA-Net.
+    """
     if attribution is None:
         model = network_in(model)
         if not hasattr(model, "explain"):
-            raise ValueError(f"attribution: expected a function for a {type(model).__name__}, which cannot explain itself, got None")
+            raise ValueError(
+                f"attribution: expected a function for a {type(model).__name__}, which cannot explain "
+                "itself, got None"
+            )
         return lambda images, targets: model.explain(images, targets).contribution_map
     attribute = getattr(attribution, "attribute", attribution)
     if not callable(attribute):
-        raise TypeError(f"attribution: expected a function (images, targets) -> maps, got {type(attribution).__name__}")
+        raise TypeError(
+            f"attribution: expected a function (images, targets) -> maps, got {type(attribution).__name__}"
+        )
     return attribute
 
 
@@ -42,14 +50,15 @@ def maps_of(attribute: Attribution, images, targets) -> torch.Tensor:
     return maps
 
 
-_EVALUATED: dict[int, list] = {}  # modules in evaluation mode for now, by id: how many want them so, the mode that they had
+# modules in evaluation mode for now, by id: how many want them so, the mode that they had
+_EVALUATED: dict[int, list] = {}
 _LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
 def evaluated(model) -> Iterator[None]:
-    """The model in evaluation mode; every module in its own mode again afterwards, also where several threads evaluate it at once: the
-    last one out restores what the first one found.
+    """The model in evaluation mode; every module in its own mode again afterwards, also where several threads
+    evaluate it at once: the last one out restores what the first one found.
     """
     modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
     with _LOCK:
@@ -69,8 +78,8 @@ def evaluated(model) -> Iterator[None]:
 
 
 def log_odds(model, logits: torch.Tensor) -> torch.Tensor:
-    """Of the probability of each class, in float32 at least: the logits of a CoDA-Net, which is trained with a sigmoid for each; else of
-    their softmax.
+    """Of the probability of each class, in float32 at least: the logits of a CoDA-Net, which is trained with
+    a sigmoid for each; else of their softmax.
     """
     if isinstance(network_in(model), CoDANet) or not isinstance(model, torch.nn.Module):
         return wide(logits)
@@ -79,7 +88,9 @@ def log_odds(model, logits: torch.Tensor) -> torch.Tensor:
 
 
 def labelled(images, labels, name="labels") -> torch.Tensor:
-    """The class of each image, [N] int64, of [N] or [N, 1] of any integer dtype. ValueError, TypeError: there is not one for each."""
+    """The class of each image, [N] int64, of [N] or [N, 1] of any integer dtype. ValueError, TypeError:
+    there is not one for each.
+    """
     if not isinstance(images, torch.Tensor):
         raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
     if images.dim() != 4:

@@ -9,12 +9,16 @@ from coda_fast.evaluation import _common as common
 from coda_fast.models import CoDANet
 
 
-def completeness_error(model, images: torch.Tensor, targets: torch.Tensor, *, batch_size: int = 64) -> torch.Tensor:
-    """``|sum of contributions + logit bias - logit|`` of the logit of each target, [N], as a share of ``|logit|`` plus the sum of absolute
+def completeness_error(
+    model, images: torch.Tensor, targets: torch.Tensor, *, batch_size: int = 64
+) -> torch.Tensor:
+    """``|sum of contributions + logit bias - logit|`` of the logit of each target, [N], as a share of
+    ``|logit|`` plus the sum of absolute
     contributions: what rounding of that many terms is measured against.
 
     Args:
-        model: a CoDA-Net, or a wrapper of one. images, targets: [N, C, H, W] and a class for each, [N] or [N, 1], of any integer dtype.
+        model: a CoDA-Net, or a wrapper of one. images, targets: [N, C, H, W] and a class for each, [N] or [N,
+            1], of any integer dtype.
 
     Raises:
         ValueError, TypeError: a model without DAU layers; shapes that do not fit.
@@ -27,6 +31,9 @@ def completeness_error(model, images: torch.Tensor, targets: torch.Tensor, *, ba
     found = [images.new_zeros(0, dtype=torch.float64)]
     for part, classes in zip(images.split(batch_size), targets.split(batch_size), strict=True):
         explained = model.explain(part, classes)
-        terms = explained.contributions.double().abs().sum((2, 3, 4)) + explained.logits.gather(1, explained.target).double().abs()
+        terms = (
+            explained.contributions.double().abs().sum((2, 3, 4))
+            + explained.logits.gather(1, explained.target).double().abs()
+        )
         found.append((explained.completeness_error / terms)[:, 0])
     return torch.cat(found)

@@ -1,4 +1,6 @@
-"""Labelled pictures to evaluate on, read as they are needed: folders of classes, .npz files, or scikit-learn's digits."""
+"""Labelled pictures to evaluate on, read as they are needed: folders of classes, .npz files, or
+scikit-learn's digits.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ BATCH = 64  # pictures that are read and classified at once
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """A set that has been listed, not read; what is known to be unreadable, and why, by name; ``note``: what to know of the labels."""
+    """A set that has been listed, not read; what is known to be unreadable, and why, by name; ``note``:
+    what to know of the labels.
+    """
 
     source: Arrays | Folder
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -44,12 +48,14 @@ def load(
     workers: int = 0,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> Labelled:
-    """The images of ``source`` as ``model`` takes them, the first ``limit`` in order (of a folder: evenly from all classes).
+    """The images of ``source`` as ``model`` takes them, the first ``limit`` in order (of a folder: evenly
+    from all classes).
 
     Args:
-        source: "digits" (scikit-learn, the test half of the demo); an .npz file with ``images`` [N, H, W(, C)] uint8 and ``labels``
-            [N] or [N, 1], or as training reads it (``test_images``, ``test_labels``, or JPEGs: ``coda_fast.data.arrays``); or a folder
-            with a folder of image files for each class, at any depth, in the order of the names or by ``model.class_names``.
+        source: "digits" (scikit-learn, the test half of the demo); an .npz file with ``images`` [N, H, W(,
+            C)] uint8 and ``labels`` [N] or [N, 1], or as training reads it (``test_images``, ``test_labels``,
+            or JPEGs: ``coda_fast.data.arrays``); or a folder with a folder of image files for each class, at
+            any depth, in the order of the names or by ``model.class_names``.
         preprocessing: None: the model's own ``transform``.
         workers: processes that decode files, beside this one.
 
@@ -75,7 +81,10 @@ def load(
         raise DataError(f"data: no images in {source}")
     labels = found.labels if isinstance(found, Arrays) else torch.tensor([label for _, label in found.files])
     if int(labels.max()) >= model.num_classes:
-        raise DataError(f"data: the model has classes 0 to {model.num_classes - 1}, {source} has labels up to {int(labels.max())}")
+        raise DataError(
+            f"data: the model has classes 0 to {model.num_classes - 1}, {source} has labels up to "
+            f"{int(labels.max())}"
+        )
     return Labelled(found, skipped, note)
 
 
@@ -101,7 +110,10 @@ def _files(path, model, limit):
     if not unknown:
         labels = [names.index(name) for name in found]
     elif len(unknown) < len(found):  # a wrong guess would give wrong numbers without a word
-        raise DataError(f"data: expected folders named after classes of the model, in {path} others are not: {', '.join(unknown[:5])}")
+        raise DataError(
+            f"data: expected folders named after classes of the model, in {path} others are not: "
+            f"{', '.join(unknown[:5])}"
+        )
     elif len(found) > model.num_classes or (names and len(found) < model.num_classes):
         raise DataError(
             f"data: the model has {model.num_classes} classes, {path} has {len(found)} folders"
@@ -109,15 +121,21 @@ def _files(path, model, limit):
         )
     else:
         labels, order = list(range(len(found))), list(found)
-        note = f"folders in the order of their names are taken for classes 0 ({order[0]}) to {len(order) - 1} ({order[-1]})"
+        note = (
+            f"folders in the order of their names are taken for classes 0 ({order[0]}) to {len(order) - 1} "
+            f"({order[-1]})"
+        )
     return [(file, labels[place]) for place, _, file in _shares(list(found.values()), limit)], note
 
 
 def _shares(classes, limit):
-    """(place of the class, place in it, file) of at most ``limit`` files: the first of every class, then the second ..., of the last round
-    evenly from all classes.
+    """(place of the class, place in it, file) of at most ``limit`` files: the first of every class, then the
+    second ..., of the last round evenly from all classes.
     """
-    rounds = ([(k, i, files[i]) for k, files in enumerate(classes) if i < len(files)] for i in range(max(map(len, classes))))
+    rounds = (
+        [(k, i, files[i]) for k, files in enumerate(classes) if i < len(files)]
+        for i in range(max(map(len, classes)))
+    )
     found = []
     for entries in rounds:
         found += listing.evenly(entries, None if limit is None else limit - len(found))
@@ -133,7 +151,10 @@ def _fitted(found, preprocessing, limit=None):
     size = preprocessing.size(width, height)
     if channels == preprocessing.channels and preprocessing.keeps(width, height):
         return Arrays(images, labels)
-    need_memory(f"data: {len(images)} images of {size[0]} x {size[1]} pixels", len(images) * preprocessing.channels * size[0] * size[1])
+    need_memory(
+        f"data: {len(images)} images of {size[0]} x {size[1]} pixels",
+        len(images) * preprocessing.channels * size[0] * size[1],
+    )
     check_pixels(*size)
     fitted = np.empty((len(images), preprocessing.channels, *size[::-1]), np.uint8)
     for place, image in zip(fitted, images, strict=True):
@@ -152,15 +173,19 @@ def first_size(data: Labelled) -> tuple[int, int]:
 
 def _none_of(count, skipped):
     first = next(iter(skipped.items()), None)
-    return DataError(f"data: no readable image among {count}" + ("" if first is None else f": {first[0]}: {first[1]}"))
+    return DataError(
+        f"data: no readable image among {count}" + ("" if first is None else f": {first[0]}: {first[1]}")
+    )
 
 
 class Images:
-    """Pictures of a set as a network takes them, [N, C, H, W], decoded when they are asked for: ``images[index]`` with a tensor of indices
-    of any shape.
+    """Pictures of a set as a network takes them, [N, C, H, W], decoded when they are asked for:
+    ``images[index]`` with a tensor of indices of any shape.
     """
 
-    def __init__(self, source: Arrays | Folder, places: torch.Tensor, size: tuple[int, int, int], like: torch.Tensor):
+    def __init__(
+        self, source: Arrays | Folder, places: torch.Tensor, size: tuple[int, int, int], like: torch.Tensor
+    ):
         self.source, self.places, self.like = source, places, like
         self.shape = torch.Size((len(places), *size))
 
@@ -198,7 +223,9 @@ class Survey:
     digest: str
 
     def accuracy(self) -> dict[str, float]:
-        """Shares of pictures whose most likely class (one of the five) is their label, and how many there are."""
+        """Shares of pictures whose most likely class (one of the five) is their label, and how many there
+        are.
+        """
         return {
             "top1": float((self.predictions == self.labels).double().mean()),
             "top5": float(self.top5.double().mean()),
@@ -206,11 +233,18 @@ class Survey:
         }
 
 
-def survey(model, data: Labelled, *, batch_size: int = BATCH, progress: Callable[[Iterable, str], Iterable] | None = None) -> Survey:
+def survey(
+    model,
+    data: Labelled,
+    *,
+    batch_size: int = BATCH,
+    progress: Callable[[Iterable, str], Iterable] | None = None,
+) -> Survey:
     """One pass over a set, in memory that does not depend on how many pictures it has.
 
     Raises:
-        DataError: none of them can be read, or they are of several sizes. ValueError: logits that are not finite.
+        DataError: none of them can be read, or they are of several sizes. ValueError: logits that are not
+            finite.
     """
     source, like = data.source, next(model.parameters())
     digests = hashlib.sha256(), hashlib.sha256()  # of pixels, and of labels
@@ -236,11 +270,22 @@ def survey(model, data: Labelled, *, batch_size: int = BATCH, progress: Callable
                 first = source.name(int(places[-1][~torch.isfinite(logits).all(1)][0]))
                 raise ValueError(f"{first}: the network gives logits that are not finite")
             top = logits.topk(min(5, logits.shape[1])).indices
-            rows.append((labels, top[:, 0], logits.gather(1, labels[:, None])[:, 0], (top == labels[:, None]).any(1)))
+            rows.append(
+                (labels, top[:, 0], logits.gather(1, labels[:, None])[:, 0], (top == labels[:, None]).any(1))
+            )
     if not rows:
         raise _none_of(len(source), skipped)
     places, (shape,) = torch.cat(places), shapes
     digest = hashlib.sha256(str(shape).encode() + b"".join(part.digest() for part in digests))
     labels, predictions, own, top5 = (torch.cat(column) for column in zip(*rows, strict=True))
     names = [source.name(int(place)) for place in places]
-    return Survey(Images(source, places, shape, like), names, labels, predictions, own, top5, skipped, digest.hexdigest()[:16])
+    return Survey(
+        Images(source, places, shape, like),
+        names,
+        labels,
+        predictions,
+        own,
+        top5,
+        skipped,
+        digest.hexdigest()[:16],
+    )

@@ -1,4 +1,6 @@
-"""Pixel removal: a good map knows which pixels a prediction can do without (arXiv:2104.00032, section 4.3)."""
+"""Pixel removal: a good map knows which pixels a prediction can do without (arXiv:2104.00032, section
+4.3).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from coda_fast.models import CoDANet
 from coda_fast.nn import DAUConv2d
 
 ORDERS = ("least", "most")
-# The first layer of which so many outputs change from one point of the curve to the next is computed as a whole, and so are those after it
+# The first layer of which so many outputs change from one point of the curve to the next is computed as a
+# whole, and so are those after it
 WHOLE = 0.6
 
 
@@ -37,8 +40,12 @@ class Removal:
         return self.probabilities.mean(0)
 
     def area(self) -> torch.Tensor:
-        """Area below each image's curve by the trapezoidal rule, over the range of fractions: the mean probability along it, [N]."""
-        return torch.trapezoid(self.probabilities, self.fractions, dim=1) / (self.fractions[-1] - self.fractions[0])
+        """Area below each image's curve by the trapezoidal rule, over the range of fractions: the mean
+        probability along it, [N].
+        """
+        return torch.trapezoid(self.probabilities, self.fractions, dim=1) / (
+            self.fractions[-1] - self.fractions[0]
+        )
 
 
 def pixel_removal(
@@ -55,20 +62,24 @@ def pixel_removal(
     attribution_batch: int = 32,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> Removal:
-    """Probability of the target while pixels are removed, least (or most) important first; masks of many images in one batch. Of a
-    CoDA-Net it is the sigmoid of the logit, of other classifiers the softmax.
+    """Probability of the target while pixels are removed, least (or most) important first; masks of many
+    images in one batch. Of a CoDA-Net it is the sigmoid of the logit, of other classifiers the softmax.
 
-    A removed pixel is zero in all channels of the encoded image (all six of a CoDA-Net, which no real pixel is), so that nothing of it
-    is left to explain; of a model without ``encoder`` the image itself is masked. The defaults are the published settings, for 32 x 32
-    images 0 to 256 pixels in steps of 2; published numbers are of the first 1,024 test images and their true classes.
+    A removed pixel is zero in all channels of the encoded image (all six of a CoDA-Net, which no real pixel
+    is), so that nothing of it is left to explain; of a model without ``encoder`` the image itself is masked.
+    The defaults are the published settings, for 32 x 32 images 0 to 256 pixels in steps of 2; published
+    numbers are of the first 1,024 test images and their true classes.
 
     Args:
         model: a classifier; of a wrapped CoDA-Net (``coda_fast.unwrap``), the network inside.
-        images, targets: [N, C, H, W] and the class that is watched for each, [N] or [N, 1], of any integer dtype.
-        attribution: as for ``localisation``: ``(images [B, C, H, W], classes [B, 1]) -> maps [B, 1, H, W]``; None: the model's own.
+        images, targets: [N, C, H, W] and the class that is watched for each, [N] or [N, 1], of any integer
+            dtype.
+        attribution: as for ``localisation``: ``(images [B, C, H, W], classes [B, 1]) -> maps [B, 1, H, W]``;
+            None: the model's own.
         order: which pixels go first: "least" or "most" important.
         fraction: share of the pixels that is removed in the end; "most" up to 1 is known as deletion.
-        insert: start from an image without any pixel and insert instead, in the same order ("most" is known as insertion).
+        insert: start from an image without any pixel and insert instead, in the same order ("most" is known
+            as insertion).
         points: of the curve, both ends included.
         batch_size: masked images at once.
         attribution_batch: images explained at once.
@@ -84,7 +95,10 @@ def pixel_removal(
     pixels = images.shape[2] * images.shape[3]
     last = int(fraction * pixels)
     if points < 2 or last < 1:
-        raise ValueError(f"points, fraction: expected at least two points and one pixel, got {points} and {last} of {pixels}")
+        raise ValueError(
+            f"points, fraction: expected at least two points and one pixel, got {points} and {last} of "
+            f"{pixels}"
+        )
     attribute = common.attribution_of(model, attribution)
     every = torch.linspace(0, last, points, dtype=torch.float64).round().long().to(images.device)
     counts, point = every.unique(return_inverse=True)  # of a small image several points are one
@@ -94,7 +108,9 @@ def pixel_removal(
         with common.evaluated(model):
             maps = common.maps_of(attribute, part, classes[:, None])[:, 0]
             curves = _curves_by_changes if _by_changes(model, images) else _curves
-            rows.append(curves(model, part, classes, _turns(maps, order), counts, insert, batch_size)[:, point].cpu())
+            rows.append(
+                curves(model, part, classes, _turns(maps, order), counts, insert, batch_size)[:, point].cpu()
+            )
     probabilities = torch.cat(rows) if rows else torch.empty(0, points)
     return Removal(every.cpu().double() / pixels, probabilities.double())
 
@@ -124,7 +140,9 @@ def _curves(model, images, classes, turns, counts, insert, batch_size):
 
 
 def _by_changes(model, images):
-    """Whether to compute only what changes from point to point: where arithmetic takes the time; a GPU would wait at every step."""
+    """Whether to compute only what changes from point to point: where arithmetic takes the time; a GPU
+    would wait at every step.
+    """
 
     def plain(layer):
         return type(layer) is DAUConv2d and not layer._forward_hooks and not layer._forward_pre_hooks
@@ -133,8 +151,9 @@ def _by_changes(model, images):
 
 
 def _curves_by_changes(model, images, classes, turns, counts, insert, batch_size):
-    """As ``_curves``, point after point of ``batch_size`` images at once: of the first layers only the outputs that the pixels which went
-    since the last point can reach are computed anew; the others follow for as many points as make a batch.
+    """As ``_curves``, point after point of ``batch_size`` images at once: of the first layers only the
+    outputs that the pixels which went since the last point can reach are computed anew; the others follow for
+    as many points as make a batch.
     """
     parts = zip(*(t.split(batch_size) for t in (images, classes, turns)), strict=True)
     return torch.cat([_changes(model, *part, counts, insert, batch_size) for part in parts])
@@ -166,7 +185,9 @@ def _changes(model, images, classes, turns, counts, insert, batch_size):
 
 
 def _worth_updating(layers, changed):
-    """How many of the first layers are to be updated, where ``changed`` [N, 1, H, W] is what changes from point to point."""
+    """How many of the first layers are to be updated, where ``changed`` [N, 1, H, W] is what changes from
+    point to point.
+    """
     for i, layer in enumerate(layers):
         changed = _reached(layer, changed)
         if changed.double().mean() > WHOLE:
@@ -182,8 +203,8 @@ def _reached(layer, changed):
 
 
 def _update(layer, input, output, where):
-    """Compute ``output`` [N, n, OH, OW] of a layer again, in place, at the pixels ``where`` [N, 1, OH, OW]: their patches are images of the
-    size of the kernel.
+    """Compute ``output`` [N, n, OH, OW] of a layer again, in place, at the pixels ``where`` [N, 1, OH, OW]:
+    their patches are images of the size of the kernel.
     """
     g = layer.geometry
     canvas = F.pad(input, g.padding)
@@ -195,7 +216,9 @@ def _update(layer, input, output, where):
     n, h, w = where[:, 0].nonzero(as_tuple=True)
     if len(n):
         parameters = (layer.reduction_weight, layer.weight, layer.bias)
-        found = dau_conv2d(windows[n, h, w], *parameters, norm=layer.norm, eps=layer.eps, backend=layer.backend)
+        found = dau_conv2d(
+            windows[n, h, w], *parameters, norm=layer.norm, eps=layer.eps, backend=layer.backend
+        )
         output[n, :, h, w] = found.flatten(1)
 
 

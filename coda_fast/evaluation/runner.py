@@ -1,4 +1,6 @@
-"""Evaluations that can be interrupted: every method's numbers in pieces on disk, then JSON, CSV and figures of all of them."""
+"""Evaluations that can be interrupted: every method's numbers in pieces on disk, then JSON, CSV and
+figures of all of them.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ FILES = ("evaluation.json", "results.json", "results.csv")  # beside the figures
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured. ``side``, ``grids``, ``protocol`` belong to localisation, ``order``, ``insert``, ``fraction``, ``points`` to
-    removal.
+    """What is measured. ``side``, ``grids``, ``protocol`` belong to localisation, ``order``, ``insert``,
+    ``fraction``, ``points`` to removal.
     """
 
     metric: str = "localisation"
@@ -62,10 +64,11 @@ def outputs(folder: Path, metric: str) -> list[Path]:
 
 @dataclasses.dataclass
 class Evaluation:
-    """A model, labelled images, settings and a folder. Methods are measured one by one; what is already in the folder is not again.
+    """A model, labelled images, settings and a folder. Methods are measured one by one; what is already in
+    the folder is not again.
 
-    ``images``: [N, C, H, W], or what is read when it is indexed (``coda_fast.evaluation.data.Images``); ``confident``: what
-    ``confident_images`` finds among them, if that is known.
+    ``images``: [N, C, H, W], or what is read when it is indexed (``coda_fast.evaluation.data.Images``);
+    ``confident``: what ``confident_images`` finds among them, if that is known.
     """
 
     model: torch.nn.Module
@@ -80,7 +83,11 @@ class Evaluation:
     def __post_init__(self):
         self.folder = Path(self.folder)
         given = isinstance(self.images, torch.Tensor)
-        self.labels = common.labelled(self.images, self.labels) if given else one_each(self.labels, len(self.images), "labels")
+        self.labels = (
+            common.labelled(self.images, self.labels)
+            if given
+            else one_each(self.labels, len(self.images), "labels")
+        )
         self.model = network_in(self.model)
         self._work = None
 
@@ -96,11 +103,21 @@ class Evaluation:
             else:
                 s = self.settings
                 if self.confident is None:
-                    self.confident = confident_images(common.logits_of(self.model, self.images, self.batch_size), self.labels)
-                self._work = torch.from_numpy(draw_grids(self.confident, s.side**2, s.grids, s.seed, s.protocol))
+                    self.confident = confident_images(
+                        common.logits_of(self.model, self.images, self.batch_size), self.labels
+                    )
+                self._work = torch.from_numpy(
+                    draw_grids(self.confident, s.side**2, s.grids, s.seed, s.protocol)
+                )
         return self._work
 
-    def measure(self, name: str, attribution, method_settings: dict, progress: Callable[[Iterable, str], Iterable] | None = None):
+    def measure(
+        self,
+        name: str,
+        attribution,
+        method_settings: dict,
+        progress: Callable[[Iterable, str], Iterable] | None = None,
+    ):
         """A ``Localisation`` or ``Removal`` of one method, continued where it was interrupted."""
         self.work()  # what cannot be measured must not claim a folder
         _claim(self.folder, self.model, self.description, dataclasses.asdict(self.settings))
@@ -120,7 +137,9 @@ class Evaluation:
         values = torch.cat(found)
         if self.settings.metric == "localisation":
             return Localisation(values, self.work(), self.labels.cpu()[self.work()])
-        counts = torch.linspace(0, int(self.settings.fraction * self._pixels()), self.settings.points, dtype=torch.float64).round()
+        counts = torch.linspace(
+            0, int(self.settings.fraction * self._pixels()), self.settings.points, dtype=torch.float64
+        ).round()
         return Removal(counts / self._pixels(), values)
 
     def _stored(self, path, count):
@@ -128,7 +147,8 @@ class Evaluation:
         columns = self.settings.side**2 if self.settings.metric == "localisation" else self.settings.points
         try:
             with open_file(path) as file:
-                if os.fstat(file.fileno()).st_size > 8 * count * columns + 4096:  # nor has it the size that a header claims
+                # nor has it the size that a header claims
+                if os.fstat(file.fileno()).st_size > 8 * count * columns + 4096:
                     return None
                 values = np.load(io.BytesIO(file.read()), allow_pickle=False)
         except (OSError, ValueError, EOFError, MemoryError):
@@ -140,7 +160,9 @@ class Evaluation:
         if s.metric == "localisation":
             return score_grids(self.images, self.labels, piece, attribute, s.protocol)
         images, labels = self.images[piece], self.labels[piece]
-        options = dict(order=s.order, fraction=s.fraction, points=s.points, insert=s.insert, batch_size=self.batch_size)
+        options = dict(
+            order=s.order, fraction=s.fraction, points=s.points, insert=s.insert, batch_size=self.batch_size
+        )
         return pixel_removal(self.model, images, labels, attribute, **options).probabilities
 
     def _pixels(self):
@@ -152,7 +174,9 @@ class Evaluation:
 
     # -- results ----
 
-    def write(self, results: dict[str, Localisation | Removal], method_settings: dict[str, dict]) -> list[Path]:
+    def write(
+        self, results: dict[str, Localisation | Removal], method_settings: dict[str, dict]
+    ) -> list[Path]:
         """results.json (summaries), results.csv (every number) and the figure as PNG and SVG; all paths."""
         from coda_fast.evaluation import figures
 
@@ -160,7 +184,9 @@ class Evaluation:
             "settings": dataclasses.asdict(self.settings),
             **self.description,
             **self._completeness(),
-            "methods": {name: {**summary(found), "settings": method_settings[name]} for name, found in results.items()},
+            "methods": {
+                name: {**summary(found), "settings": method_settings[name]} for name, found in results.items()
+            },
             "coda_fast": __version__,
             "torch": torch.__version__,
         }
@@ -177,14 +203,29 @@ class Evaluation:
             return {}
         used = self.work().flatten().unique()[:most]
         parts = used.split(self.settings.piece)  # no more images at once than anywhere else
-        error = torch.cat([completeness_error(self.model, self.images[part], self.labels[part]) for part in parts])
-        return {"completeness_error": {"worst": float(error.max()), "mean": float(error.mean()), "images": len(used)}}
+        error = torch.cat(
+            [completeness_error(self.model, self.images[part], self.labels[part]) for part in parts]
+        )
+        return {
+            "completeness_error": {
+                "worst": float(error.max()),
+                "mean": float(error.mean()),
+                "images": len(used),
+            }
+        }
 
 
 def _claim(folder, model, description, settings):
-    """The folder belongs to this evaluation: model, data (wherever they lie), settings, versions. ValueError if it is another's."""
+    """The folder belongs to this evaluation: model, data (wherever they lie), settings, versions.
+    ValueError if it is another's.
+    """
     parameter = next(model.parameters(), torch.empty(0))
-    versions = {"coda_fast": __version__, "torch": torch.__version__, "dtype": str(parameter.dtype), "device": parameter.device.type}
+    versions = {
+        "coda_fast": __version__,
+        "torch": torch.__version__,
+        "dtype": str(parameter.dtype),
+        "device": parameter.device.type,
+    }
     description = {key: value for key, value in description.items() if key not in ("data", "accuracy")}
     mine = json.loads(json.dumps({"settings": settings, **versions, **description}))
     path = folder / "evaluation.json"
@@ -195,10 +236,15 @@ def _claim(folder, model, description, settings):
                 if not isinstance(other, dict):
                     raise ValueError
         except (ValueError, RecursionError):
-            raise ValueError(f"output: {path}: expected the description of an evaluation, got another file; move it away") from None
+            raise ValueError(
+                f"output: {path}: expected the description of an evaluation, got another file; move it away"
+            ) from None
         if other != mine:
             differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
-            raise ValueError(f"output: {folder} holds another evaluation (other {', '.join(differing)}); choose another folder")
+            raise ValueError(
+                f"output: {folder} holds another evaluation (other {', '.join(differing)}); choose another "
+                "folder"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -206,8 +252,8 @@ def _claim(folder, model, description, settings):
 
 
 def write_accuracy(model, found: Survey, description: dict, folder: Path) -> list[Path]:
-    """results.json (accuracy) and results.csv (a row for each picture that could be read); both paths. ValueError: the folder is that of
-    another evaluation.
+    """results.json (accuracy) and results.csv (a row for each picture that could be read); both paths.
+    ValueError: the folder is that of another evaluation.
     """
     settings = {"metric": ACCURACY}
     _claim(folder, model, description, settings)
@@ -215,16 +261,24 @@ def write_accuracy(model, found: Survey, description: dict, folder: Path) -> lis
     document = {"settings": settings, **description, "coda_fast": __version__, "torch": torch.__version__}
     with atomic_path(paths[0]) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    with atomic_path(paths[1]) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with (
+        atomic_path(paths[1]) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["picture", "class", "predicted", "logit of class"])
         columns = found.names, found.labels.tolist(), found.predictions.tolist(), found.own.tolist()
-        writer.writerows([name, label, predicted, f"{own:.9g}"] for name, label, predicted, own in zip(*columns, strict=True))
+        writer.writerows(
+            [name, label, predicted, f"{own:.9g}"]
+            for name, label, predicted, own in zip(*columns, strict=True)
+        )
     return paths
 
 
 def summary(found: Localisation | Removal) -> dict[str, float]:
-    """The numbers of one method: of localisation its own summary, of removal mean and quartiles of the area."""
+    """The numbers of one method: of localisation its own summary, of removal mean and quartiles of the
+    area.
+    """
     if isinstance(found, Localisation):
         return found.summary()
     area, curve = found.area(), found.curve()
@@ -238,8 +292,16 @@ def summary(found: Localisation | Removal) -> dict[str, float]:
 def markdown(results: dict[str, Localisation | Removal]) -> str:
     """One table: methods by their mean, best first."""
     lines = ["| method | mean | 25 % | median | 75 % |", "|---|---|---|---|---|"]
-    rows = sorted(((name, summary(found)) for name, found in results.items()), key=lambda row: -row[1]["mean"])
-    return "\n".join(lines + [f"| {name} | {s['mean']:.4f} | {s['q25']:.4f} | {s['median']:.4f} | {s['q75']:.4f} |" for name, s in rows])
+    rows = sorted(
+        ((name, summary(found)) for name, found in results.items()), key=lambda row: -row[1]["mean"]
+    )
+    return "\n".join(
+        lines
+        + [
+            f"| {name} | {s['mean']:.4f} | {s['q25']:.4f} | {s['median']:.4f} | {s['q75']:.4f} |"
+            for name, s in rows
+        ]
+    )
 
 
 def _table(results):
@@ -247,7 +309,9 @@ def _table(results):
     if isinstance(first, Localisation):
         yield ["method", "grid", "cell", "image", "class", "score"]
         for name, found in results.items():
-            for g, (scores, images, targets) in enumerate(zip(found.scores, found.images, found.targets, strict=True)):
+            for g, (scores, images, targets) in enumerate(
+                zip(found.scores, found.images, found.targets, strict=True)
+            ):
                 for j in range(len(scores)):
                     yield [name, g, j, int(images[j]), int(targets[j]), f"{float(scores[j]):.9g}"]
         return

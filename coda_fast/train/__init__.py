@@ -1,13 +1,16 @@
-"""Training, from a laptop to a cluster: ``coda-fast train RECIPE`` and ``torchrun ... -m coda_fast.train RECIPE`` are one program.
+"""Training, from a laptop to a cluster: ``coda-fast train RECIPE`` and ``torchrun ... -m coda_fast.train
+RECIPE`` are one program.
 
-What is whose: processes, DDP, FSDP2 and devices are Lightning Fabric's; optimisers, schedules, the moving average of the weights and
-RandAugment are timm's; recipes are pydantic models in YAML; shards are found, fetched and shuffled by webdataset. Ours are the loop
-(``engine``), which can stop and go on at any step, what a recipe's images are (``data``; they are read by ``coda_fast.data``) and what
-chance does to them (``augmentation``), its checkpoints (``state``) and what is seen of it (``watch``).
+What is whose: processes, DDP, FSDP2 and devices are Lightning Fabric's; optimisers, schedules, the moving
+average of the weights and RandAugment are timm's; recipes are pydantic models in YAML; shards are found,
+fetched and shuffled by webdataset. Ours are the loop (``engine``), which can stop and go on at any step, what
+a recipe's images are (``data``; they are read by ``coda_fast.data``) and what chance does to them
+(``augmentation``), its checkpoints (``state``) and what is seen of it (``watch``).
 
-One run is a function of its recipe and seed. The order of an epoch is a permutation seeded by (seed, epoch); everything random about an
-optimiser step comes from generators seeded by (seed, epoch, step), drawn for the *global* batch, of which each process takes its slice, or
-by (seed, epoch, image). So the number of processes changes rounding only, and a position is two numbers.
+One run is a function of its recipe and seed. The order of an epoch is a permutation seeded by (seed, epoch);
+everything random about an optimiser step comes from generators seeded by (seed, epoch, step), drawn for the
+*global* batch, of which each process takes its slice, or by (seed, epoch, image). So the number of processes
+changes rounding only, and a position is two numbers.
 """
 
 from coda_fast.train.errors import FILES, STOPPED, TrainingError

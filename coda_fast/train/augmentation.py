@@ -1,7 +1,8 @@
-"""What chance does to the pictures of a training step: crops and RandAugment as they are decoded, flips and padded crops on the device.
+"""What chance does to the pictures of a training step: crops and RandAugment as they are decoded, flips and
+padded crops on the device.
 
-A crop is cut and resized by Pillow in one go. RandAugment is timm's, which draws from the global generators: they are seeded for one
-picture and put back.
+A crop is cut and resized by Pillow in one go. RandAugment is timm's, which draws from the global generators:
+they are seeded for one picture and put back.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from coda_fast.train.recipes import Data
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """A picture to uint8 [C, H, W], by the generator of one picture: a random square of the size of the network's crop, from all of the
-    picture once it is resized, or (``scale``) a random share of its area, of aspect 3/4 to 4/3; then RandAugment.
+    """A picture to uint8 [C, H, W], by the generator of one picture: a random square of the size of the
+    network's crop, from all of the picture once it is resized, or (``scale``) a random share of its area, of
+    aspect 3/4 to 4/3; then RandAugment.
     """
 
     preprocessing: Preprocessing
@@ -48,7 +50,9 @@ class Augmentation:
         return as_array(image)
 
     def _least(self):
-        """Pixels of a side below which a JPEG is not decoded: twice the need, and the smallest crop not below the size that it gets."""
+        """Pixels of a side below which a JPEG is not decoded: twice the need, and the smallest crop not
+        below the size that it gets.
+        """
         wanted = self.preprocessing
         if wanted.crop is None:
             return None
@@ -56,17 +60,24 @@ class Augmentation:
         return max(2 * wanted.resize, math.ceil(smallest))
 
     def _part(self, width, height, generator):
-        """What becomes the crop, in pixels of the picture: left, top, right, bottom. (torchvision draws a share of the area from torch's
-        global generator, which would have to be put back, too.)
+        """What becomes the crop, in pixels of the picture: left, top, right, bottom. (torchvision draws a
+        share of the area from torch's global generator, which would have to be put back, too.)
         """
         for _ in range(10 if self.scale is not None else 0):
-            area, ratio = width * height * generator.uniform(*self.scale), math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+            area, ratio = (
+                width * height * generator.uniform(*self.scale),
+                math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3))),
+            )
             w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
             if w <= width and h <= height:
                 left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
                 return left, top, left + w, top + h
-        side = min(width, height) * self.preprocessing.crop / self.preprocessing.resize  # anywhere in it, not in its middle alone
-        left, top = (place * (length - side) for place, length in zip(generator.uniform(size=2), (width, height), strict=True))
+        # anywhere in it, not in its middle alone
+        side = min(width, height) * self.preprocessing.crop / self.preprocessing.resize
+        left, top = (
+            place * (length - side)
+            for place, length in zip(generator.uniform(size=2), (width, height), strict=True)
+        )
         return left, top, left + side, top + side
 
 
@@ -87,7 +98,8 @@ def _randaugment(count, strength, channels):
     from timm.data.auto_augment import RandAugment, rand_augment_ops
 
     fill = (128,) * 3 if channels == 3 else 128
-    # timm: strength of 10; translation by a share of the side, at most 0.45: the paper's 100 of 224 pixels, for images of any size
+    # timm: strength of 10; translation by a share of the side, at most 0.45: the paper's 100 of 224 pixels,
+    # for images of any size
     operations = rand_augment_ops(strength / 3, 1.0, {"translate_pct": 0.45, "img_mean": fill})
     for operation in operations:
         if operation.name.startswith("Posterize"):  # of low strengths timm keeps 0 bits, which Pillow refuses
@@ -100,7 +112,9 @@ def _posterize(operation, image, bits, **options):
 
 
 def augment(images: torch.Tensor, spec: Data, generator: torch.Generator, place: Place) -> torch.Tensor:
-    """Flips and padded crops of uint8 images [N, C, H, W], on their device. Draws for the global batch, of which these are a slice."""
+    """Flips and padded crops of uint8 images [N, C, H, W], on their device. Draws for the global batch, of
+    which these are a slice.
+    """
     local, height, width = len(images), *images.shape[2:]
     total = local * place.world
     mine = place.slice(total)
@@ -110,7 +124,9 @@ def augment(images: torch.Tensor, spec: Data, generator: torch.Generator, place:
         rows = offsets[:, :1] + torch.arange(height, device=images.device)  # [N, H]
         columns = offsets[:, 1:] + torch.arange(width, device=images.device)
         n, c = torch.arange(local, device=images.device), torch.arange(images.shape[1], device=images.device)
-        images = padded[n[:, None, None, None], c[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+        images = padded[
+            n[:, None, None, None], c[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]
+        ]
     if spec.flip:
         flipped = (torch.rand(total, generator=generator) < 0.5)[mine].to(images.device)
         images = torch.where(flipped[:, None, None, None], images.flip(3), images)

@@ -21,8 +21,8 @@ from coda_fast.train.recipes import Data
 
 @dataclasses.dataclass
 class Source:
-    """Training and validation images, the names of the classes, how pictures become such images (``channels`` aside, it is the network's
-    ``transform``), and what could not be read on the way.
+    """Training and validation images, the names of the classes, how pictures become such images (``channels``
+    aside, it is the network's ``transform``), and what could not be read on the way.
     """
 
     train: Arrays | Folder | Shards
@@ -33,8 +33,8 @@ class Source:
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def facts(self) -> dict:
-        """What a run that goes on must find again: numbers of images and classes, a checksum of names and labels (and some pixels), and
-        the rules by which files are decoded.
+        """What a run that goes on must find again: numbers of images and classes, a checksum of names and
+        labels (and some pixels), and the rules by which files are decoded.
         """
         found = {"classes": self.num_classes, "class_names": self.class_names}
         for name, split in (("train", self.train), ("val", self.val)):
@@ -54,14 +54,26 @@ def open_data(spec: Data, channels: int, device="cpu", progress=None) -> Source:
     """
     if spec.kind != "digits":
         if spec.path is None:
-            raise TrainingError(f"data.path: expected where the images are, got none; add data.path=... ({_EXPECTED[spec.kind]})")
+            raise TrainingError(
+                "data.path: expected where the images are, got none; add data.path=... "
+                f"({_EXPECTED[spec.kind]})"
+            )
         if spec.kind != "webdataset" and not os.path.exists(spec.path):
             raise TrainingError(f"data.path: no such file or folder: {spec.path} ({_EXPECTED[spec.kind]})")
     if spec.kind in ("digits", "npz", "cifar10"):
         for key in ("resize", "size", "scale", "randaugment"):
             if (value := getattr(spec, key)) is not None:
-                raise TrainingError(f"data.{key}: expected none for data.kind={spec.kind}, whose images are decoded already, got {value}")
-    source = {"digits": _digits, "npz": _npz, "cifar10": _cifar10, "folder": _folder, "webdataset": _webdataset}[spec.kind]
+                raise TrainingError(
+                    f"data.{key}: expected none for data.kind={spec.kind}, whose images are decoded "
+                    f"already, got {value}"
+                )
+    source = {
+        "digits": _digits,
+        "npz": _npz,
+        "cifar10": _cifar10,
+        "folder": _folder,
+        "webdataset": _webdataset,
+    }[spec.kind]
     try:
         found = source(spec, channels, device, progress)
     except DataError as error:
@@ -69,14 +81,25 @@ def open_data(spec: Data, channels: int, device="cpu", progress=None) -> Source:
     for split in (found.train, found.val):
         if isinstance(split, Arrays):
             if split.images.shape[1] != channels:
-                raise TrainingError(f"data: the model takes {channels} channels, the images have {split.images.shape[1]}")
+                raise TrainingError(
+                    f"data: the model takes {channels} channels, the images have {split.images.shape[1]}"
+                )
             if not len(split):
-                raise TrainingError("data: expected images to train with and to validate with, got none of one of them")
+                raise TrainingError(
+                    "data: expected images to train with and to validate with, got none of one of them"
+                )
             least, most = int(split.labels.min()), int(split.labels.max())
             if not 0 <= least <= most < found.num_classes:
-                raise TrainingError(f"data: expected labels 0 to {found.num_classes - 1}, got {least} to {most}")
-    if isinstance(found.train, Arrays) and (train := found.train.images.shape[2:]) != (val := found.val.images.shape[2:]):
-        raise TrainingError(f"data: expected images of one size, got {list(train)} to train with, {list(val)} to validate with")
+                raise TrainingError(
+                    f"data: expected labels 0 to {found.num_classes - 1}, got {least} to {most}"
+                )
+    if isinstance(found.train, Arrays) and (train := found.train.images.shape[2:]) != (
+        val := found.val.images.shape[2:]
+    ):
+        raise TrainingError(
+            f"data: expected images of one size, got {list(train)} to train with, {list(val)} to validate "
+            "with"
+        )
     return found
 
 
@@ -89,7 +112,9 @@ _EXPECTED = {
 
 
 def _whole(images, channels):
-    """How a picture becomes such as these, which lie in memory: square ones by size, others are taken as they are."""
+    """How a picture becomes such as these, which lie in memory: square ones by size, others are taken as
+    they are.
+    """
     height, width = images.shape[2:]
     return Preprocessing(channels, height, height) if height == width else Preprocessing(channels)
 
@@ -105,13 +130,22 @@ def _npz(spec, channels, device, progress):
         splits, names = arrays.read_arrays(spec.path, channels=channels, device=device, progress=progress)
     train, val = (split.arrays for split in splits)
     count = len(names) if names else 1 + max(int(split.labels.max()) for split in (train, val))
-    return Source(train, val, names, count, _whole(train.images, channels), [f for split in splits for f in split.failures])
+    return Source(
+        train,
+        val,
+        names,
+        count,
+        _whole(train.images, channels),
+        [f for split in splits for f in split.failures],
+    )
 
 
 def _cifar10(spec, channels, device, progress):
     if Path(spec.path).is_file():
         found = _npz(spec, channels, device, progress)
-        return dataclasses.replace(found, class_names=found.class_names or list(arrays.CIFAR10), num_classes=10)
+        return dataclasses.replace(
+            found, class_names=found.class_names or list(arrays.CIFAR10), num_classes=10
+        )
     with _of_the_path():
         (train, val), names = arrays.read_cifar10(spec.path, device)
     return Source(train, val, names, 10, _whole(train.images, channels))
@@ -138,38 +172,63 @@ def _folder(spec, channels, device, progress):
         raise TrainingError(f"data.path: {root}: {error}") from None
     names = list(train)
     if not names:
-        raise TrainingError(f"data.path: expected {_EXPECTED['folder']}, found no folder of a class in {train_root}")
+        raise TrainingError(
+            f"data.path: expected {_EXPECTED['folder']}, found no folder of a class in {train_root}"
+        )
     if spec.classes is not None and len(names) < spec.classes:
-        raise TrainingError(f"data.classes: expected at least {spec.classes} folders in {train_root}, found {len(names)}")
+        raise TrainingError(
+            f"data.classes: expected at least {spec.classes} folders in {train_root}, found {len(names)}"
+        )
     index = {name: i for i, name in enumerate(names[: spec.classes])}
-    splits = [[(path, index[name]) for name, paths in found.items() if name in index for path in paths] for found in (train, val)]
+    splits = [
+        [(path, index[name]) for name, paths in found.items() if name in index for path in paths]
+        for found in (train, val)
+    ]
     for what, files in zip((train_root, val_root), splits, strict=True):
         if not files:
             raise TrainingError(f"data.path: expected {_EXPECTED['folder']}, found no image in {what}")
     if empty := sorted(set(range(len(index))) - {label for _, label in splits[0]}):
-        raise TrainingError(f"data.path: expected images of every class in {train_root}, found none of {[names[i] for i in empty[:3]]}")
-    if unknown := sorted(set(val) - set(names)):  # other names, or another set: an accuracy of the rest would mislead
-        raise TrainingError(f"data.val_path: expected the classes of {train_root} in {val_root}, found others: {unknown[:3]}")
+        raise TrainingError(
+            f"data.path: expected images of every class in {train_root}, found none of "
+            f"{[names[i] for i in empty[:3]]}"
+        )
+    # other names, or another set: an accuracy of the rest would mislead
+    if unknown := sorted(set(val) - set(names)):
+        raise TrainingError(
+            f"data.val_path: expected the classes of {train_root} in {val_root}, found others: {unknown[:3]}"
+        )
     plain, augmentation = _decoders(spec, channels)
     if not spec.in_memory:
-        folders = Folder(splits[0], plain, spec.workers, device, augmentation), Folder(splits[1], plain, spec.workers, device)
+        folders = (
+            Folder(splits[0], plain, spec.workers, device, augmentation),
+            Folder(splits[1], plain, spec.workers, device),
+        )
         seen = plain
-        if plain.crop is None and (first := _first(folders[0])) is not None:  # all files must have the size of the first
+        # all files must have the size of the first
+        if plain.crop is None and (first := _first(folders[0])) is not None:
             seen = _whole(first, channels)
             for folder in folders:
                 folder.shape = tuple(first.shape[1:])
         return Source(*folders, list(index), len(index), seen)
     if spec.randaugment or spec.scale:
-        raise TrainingError("data.in_memory: expected false beside data.scale and data.randaugment, which are part of decoding; got true")
+        raise TrainingError(
+            "data.in_memory: expected false beside data.scale and data.randaugment, which are part of "
+            "decoding; got true"
+        )
     if spec.resize and spec.resize > spec.size:
         raise TrainingError(
-            f"data.in_memory: expected false where data.resize is above data.size ({spec.resize}, {spec.size}): random crops are part of "
+            f"data.in_memory: expected false where data.resize is above data.size ({spec.resize}, "
+            f"{spec.size}): random crops are part of "
             f"decoding; got true"
         )
     decoded, failures = [], []
     for name, files in zip(("train", "val"), splits, strict=True):
         folder = Folder(files, plain, spec.workers, device)
-        wrap = None if progress is None else functools.partial(progress, label=f"reading {name}", total=-(-len(files) // 256))
+        wrap = (
+            None
+            if progress is None
+            else functools.partial(progress, label=f"reading {name}", total=-(-len(files) // 256))
+        )
         found, failed = folder.in_memory(wrap)
         decoded.append(found)
         failures += failed
@@ -192,14 +251,18 @@ def _webdataset(spec, channels, device, progress):
     options = dict(samples=spec.train_samples, buffer=spec.shuffle, augmentation=augmentation)
     train = Shards(spec.path, plain, spec.workers, spec.classes, device, **options)
     len(train)  # refuses a missing number now
-    return Source(train, Shards(spec.val_path, plain, spec.workers, spec.classes, device), None, spec.classes, plain)
+    return Source(
+        train, Shards(spec.val_path, plain, spec.workers, spec.classes, device), None, spec.classes, plain
+    )
 
 
 def _decoders(spec, channels):
     """How pictures are read to validate with, and to train with."""
     need("torchvision")
     if spec.size is None and (spec.resize or spec.scale):
-        raise TrainingError("data.size: expected the side of the crop, which data.resize and data.scale are for, got none")
+        raise TrainingError(
+            "data.size: expected the side of the crop, which data.resize and data.scale are for, got none"
+        )
     plain = Preprocessing(channels, spec.resize, spec.size, spec.interpolation)
     randaugment = None if spec.randaugment is None else (spec.randaugment.n, spec.randaugment.m)
     return plain, Augmentation(plain, spec.scale, randaugment)

@@ -11,14 +11,18 @@ FILES = ("recipe.yaml", *MODELS, "steps.csv", "metrics.csv", "curve.png")  # of 
 
 
 class TrainingError(ValueError):
-    """A run that cannot start or go on; the message names what was expected, what was found, and the last good checkpoint."""
+    """A run that cannot start or go on; the message names what was expected, what was found, and the last
+    good checkpoint.
+    """
 
 
 class Stopped(Exception):
     """A signal asked for the end; the run stands in ``checkpoint``."""
 
     def __init__(self, checkpoint):
-        super().__init__(f"stopped by a signal; the run stands in {checkpoint} and goes on with --resume auto")
+        super().__init__(
+            f"stopped by a signal; the run stands in {checkpoint} and goes on with --resume auto"
+        )
         self.checkpoint = checkpoint
 
 
@@ -29,4 +33,6 @@ def need(module: str, extra: str = "train"):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"training needs {error.name or module}: pip install 'coda-fast[{extra}]'") from None
+        raise ImportError(
+            f"training needs {error.name or module}: pip install 'coda-fast[{extra}]'"
+        ) from None

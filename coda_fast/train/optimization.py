@@ -12,11 +12,17 @@ from coda_fast.train.recipes import Recipe
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """One of timm's. TrainingError: an unknown one, settings that it does not have, or one that this loop cannot run."""
+    """One of timm's. TrainingError: an unknown one, settings that it does not have, or one that this loop
+    cannot run.
+    """
     need("timm")
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    options = {"opt": recipe.optimizer.name, "lr": recipe.learning_rate(), "weight_decay": recipe.optimizer.weight_decay}
+    options = {
+        "opt": recipe.optimizer.name,
+        "lr": recipe.learning_rate(),
+        "weight_decay": recipe.optimizer.weight_decay,
+    }
     if recipe.optimizer.eps is not None:
         options["eps"] = recipe.optimizer.eps
     parameters, betas = list(parameters), recipe.optimizer.betas
@@ -26,7 +32,9 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> 
             own = optimizer.param_groups[0]
             if not any("beta" in key for key in own) or len(own.get("betas", betas)) != len(betas):
                 expected = f"as many as {own['betas']}" if "betas" in own else "none"
-                raise TrainingError(f"optimizer.betas: expected {expected} for {recipe.optimizer.name!r}, got {betas}")
+                raise TrainingError(
+                    f"optimizer.betas: expected {expected} for {recipe.optimizer.name!r}, got {betas}"
+                )
             optimizer = create_optimizer_v2(parameters, **options, betas=betas)
     except TrainingError:
         raise
@@ -34,11 +42,17 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> 
         known = list_optimizers()
         if (name := recipe.optimizer.name.removeprefix("lookahead_")) not in known:
             near = ", ".join(difflib.get_close_matches(name, known)) or "adam, adamw, sgd"
-            raise TrainingError(f"optimizer.name: expected one of timm.optim.list_optimizers() ({near}, ...), got {name!r}") from None
+            raise TrainingError(
+                f"optimizer.name: expected one of timm.optim.list_optimizers() ({near}, ...), got {name!r}"
+            ) from None
         raise TrainingError(f"optimizer: {error}") from None
     settings = [type(value).__name__ for group in optimizer.param_groups for value in group.values()]
     if "dtype" in settings or getattr(optimizer, "is_second_order", False):
-        why = "holds what torch cannot keep in a checkpoint" if "dtype" in settings else "needs second derivatives in every step"
+        why = (
+            "holds what torch cannot keep in a checkpoint"
+            if "dtype" in settings
+            else "needs second derivatives in every step"
+        )
         raise TrainingError(f"optimizer.name: expected another one, {recipe.optimizer.name!r} {why}")
     return optimizer
 
@@ -55,9 +69,18 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
     if spec.kind == "cosine":
         warmup, rate = round(spec.warmup * steps), recipe.learning_rate()
         if warmup >= recipe.epochs * steps:
-            raise TrainingError(f"schedule.warmup: expected less than the {recipe.epochs * steps} steps of the run, got {warmup} of them")
-        options = {"lr_min": spec.last * rate, "warmup_t": warmup, "warmup_lr_init": rate / warmup if warmup else 0.0}
-        return CosineLRScheduler(optimizer, recipe.epochs * steps - warmup, warmup_prefix=True, t_in_epochs=False, **options)
+            raise TrainingError(
+                f"schedule.warmup: expected less than the {recipe.epochs * steps} steps of the run, got "
+                f"{warmup} of them"
+            )
+        options = {
+            "lr_min": spec.last * rate,
+            "warmup_t": warmup,
+            "warmup_lr_init": rate / warmup if warmup else 0.0,
+        }
+        return CosineLRScheduler(
+            optimizer, recipe.epochs * steps - warmup, warmup_prefix=True, t_in_epochs=False, **options
+        )
 
     class Pieces(Scheduler):
         """Linear pieces of the learning rate; "constant" has none."""

@@ -28,18 +28,29 @@ def fabric(recipe):
         devices = int(environment["SLURM_NTASKS"]) // nodes
     accelerator = recipe.accelerator
     if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        accelerator = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise TrainingError("accelerator: expected a CUDA GPU for accelerator=cuda, found none")
     if devices == "auto":
         devices = torch.cuda.device_count() if accelerator == "cuda" else 1
-    if accelerator == "cpu" and "LOCAL_WORLD_SIZE" not in environment and devices > (most := max(16, os.cpu_count() or 1)):
-        raise TrainingError(f"devices: expected at most {most} processes on this machine's processors, got {devices}")
+    if (
+        accelerator == "cpu"
+        and "LOCAL_WORLD_SIZE" not in environment
+        and devices > (most := max(16, os.cpu_count() or 1))
+    ):
+        raise TrainingError(
+            f"devices: expected at most {most} processes on this machine's processors, got {devices}"
+        )
     world = devices * nodes
     strategy = "auto"
     if recipe.strategy == "fsdp2":
         strategy = ModelParallelStrategy(
-            lambda module, mesh: shard(module, mesh), data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+            lambda module, mesh: shard(module, mesh),
+            data_parallel_size=world,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
         )
     elif world > 1 or recipe.strategy == "ddp":
         strategy = DDPStrategy(gradient_as_bucket_view=True)
@@ -52,7 +63,9 @@ def fabric(recipe):
 
 
 def shard(objective, mesh):
-    """FSDP2: a group of parameters for each layer; one for all with the matrix regulariser, which uses weights outside their layer."""
+    """FSDP2: a group of parameters for each layer; one for all with the matrix regulariser, which uses
+    weights outside their layer.
+    """
     from torch.distributed.fsdp import fully_shard
 
     mesh = mesh["data_parallel"]
@@ -68,7 +81,9 @@ def sharded(fabric) -> bool:
 
 
 def lost_touch(error: Exception) -> str | None:
-    """In one line, what a process sees of others that ended, or that it does not find. None: it is something else."""
+    """In one line, what a process sees of others that ended, or that it does not find. None: it is
+    something else.
+    """
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "/gloo/" in text:
         return text[:200]
@@ -84,14 +99,17 @@ def report(error: Exception) -> None:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     try:
-        raise error.with_traceback(error.__traceback__ if not isinstance(error, (TrainingError, OSError)) else None)
+        raise error.with_traceback(
+            error.__traceback__ if not isinstance(error, (TrainingError, OSError)) else None
+        )
     except type(error):
         get_error_handler().record_exception(error)
 
 
 def _join_attempt(backend):
-    """The process group of torchrun's present attempt. Its agent keeps one store for all of them, where a worker that was started again
-    would find the addresses of its dead predecessors and fail, or wait, depending on who comes first.
+    """The process group of torchrun's present attempt. Its agent keeps one store for all of them, where a
+    worker that was started again would find the addresses of its dead predecessors and fail, or wait,
+    depending on who comes first.
     """
     from torch.distributed import PrefixStore, TCPStore, init_process_group
 
@@ -105,9 +123,10 @@ def _join_attempt(backend):
 def agree_on_attempt(store, rank: int, world: int, patience: float = 300.0) -> str:
     """A name that all workers of an attempt agree on, and none of an earlier attempt.
 
-    torchrun has none to give: each agent counts its own restarts. But workers of an attempt start after all earlier ones have ended. So
-    each leaves a random name, the first one offers a name of its own with the list of those that it saw, and who finds itself in the list
-    agrees. A list that names the dead is offered anew as soon as their successors have come.
+    torchrun has none to give: each agent counts its own restarts. But workers of an attempt start after all
+    earlier ones have ended. So each leaves a random name, the first one offers a name of its own with the
+    list of those that it saw, and who finds itself in the list agrees. A list that names the dead is offered
+    anew as soon as their successors have come.
 
     Raises:
         TrainingError: not all came within ``patience`` seconds.
@@ -132,4 +151,7 @@ def agree_on_attempt(store, rank: int, world: int, patience: float = 300.0) -> s
             if offer is not None and store.check([f"{offer}/go"]):
                 return offer
         time.sleep(0.1)
-    raise TrainingError(f"torchrun: expected {world} workers to meet within {patience:.0f} s, worker {rank} has not met the others")
+    raise TrainingError(
+        f"torchrun: expected {world} workers to meet within {patience:.0f} s, worker {rank} has not met the "
+        "others"
+    )

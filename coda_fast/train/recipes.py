@@ -1,4 +1,6 @@
-"""Recipes: everything that a run depends on, as YAML files in ``coda_fast/recipes`` or anywhere, with ``key=value`` changes on top."""
+"""Recipes: everything that a run depends on, as YAML files in ``coda_fast/recipes`` or anywhere, with
+``key=value`` changes on top.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    """A name of ``coda_fast.list_models()`` and arguments of ``coda_fast.create_model`` that replace its own (null: as it is)."""
+    """A name of ``coda_fast.list_models()`` and arguments of ``coda_fast.create_model`` that replace its
+    own (null: as it is).
+    """
 
     name: str
     temperature: Rate | None = None
@@ -50,7 +54,9 @@ class Model(_Section):
 
 
 class RandAugment(_Section):
-    """``n`` operations of strength ``m`` of 30 (the scale of arXiv:1909.13719), by timm, each applied always."""
+    """``n`` operations of strength ``m`` of 30 (the scale of arXiv:1909.13719), by timm, each applied
+    always.
+    """
 
     n: Annotated[int, Field(ge=1, le=100)] = 2
     m: Annotated[float, Field(ge=0, le=30)] = 10
@@ -69,7 +75,8 @@ class Data(_Section):
     resize: Side | None = None  # shorter side, before the crop
     size: Side | None = None  # side of the square crop; null: images are of one size already
     interpolation: Literal[INTERPOLATIONS] = "bilinear"  # of Pillow, antialiased
-    scale: tuple[Share, float] | None = None  # share of the area that a random crop takes (Inception); null: ``size`` of ``resize``
+    # share of the area that a random crop takes (Inception); null: ``size`` of ``resize``
+    scale: tuple[Share, float] | None = None
     randaugment: RandAugment | None = None
     in_memory: bool = False  # folder: decode once, keep all on the device
     workers: Annotated[int, Field(ge=0, le=256)] = 4  # processes that decode, for each training process
@@ -79,7 +86,9 @@ class Data(_Section):
 
 
 class Loss(_Section):
-    """Binary cross-entropy, mean over batch and classes, plus ``matrix_weight`` times the matrix regulariser (coda_fast.losses)."""
+    """Binary cross-entropy, mean over batch and classes, plus ``matrix_weight`` times the matrix
+    regulariser (coda_fast.losses).
+    """
 
     label_smoothing: Share = 0.0
     matrix_weight: Weight = 0.0
@@ -88,8 +97,8 @@ class Loss(_Section):
 
 
 class Optimizer(_Section):
-    """Any of timm's. The learning rate at ``batch_size`` B is ``lr`` (rule "none"), ``lr B / reference_batch`` ("linear") or
-    ``lr sqrt(B / reference_batch)`` ("sqrt").
+    """Any of timm's. The learning rate at ``batch_size`` B is ``lr`` (rule "none"), ``lr B /
+    reference_batch`` ("linear") or ``lr sqrt(B / reference_batch)`` ("sqrt").
     """
 
     name: str = "adam"
@@ -97,15 +106,17 @@ class Optimizer(_Section):
     rule: Literal["none", "linear", "sqrt"] = "none"
     reference_batch: Positive | None = None
     weight_decay: Weight = 0.0
-    betas: Annotated[list[Share], Field(min_length=2, max_length=3)] | None = None  # null: the optimiser's own
+    # null: the optimiser's own
+    betas: Annotated[list[Share], Field(min_length=2, max_length=3)] | None = None
     eps: Rate | None = None  # at high T gradients are small: Adam's own 1e-8 would hold them down
     clip: Rate | None = None  # largest norm of the gradient
 
 
 class Schedule(_Section):
-    """Of the learning rate: "constant"; "step": divided by ``divisor`` every ``every`` epochs; "cosine": by step, after ``warmup`` epochs
-    from 0, to ``last`` times the rate; "pieces": ``[first epoch, epochs, rate at the first, rate at the last]`` each, linear, at the batch
-    of the optimiser's rule, of which the first is ``optimizer.lr``.
+    """Of the learning rate: "constant"; "step": divided by ``divisor`` every ``every`` epochs; "cosine": by
+    step, after ``warmup`` epochs from 0, to ``last`` times the rate; "pieces": ``[first epoch, epochs, rate
+    at the first, rate at the last]`` each, linear, at the batch of the optimiser's rule, of which the first
+    is ``optimizer.lr``.
     """
 
     kind: Literal["constant", "step", "cosine", "pieces"] = "constant"
@@ -146,7 +157,9 @@ class Checkpoint(_Section):
 
 
 class Log(_Section):
-    """``every`` steps: metrics, the signals' check and the check for NaN. ``maps``: how many validation images are explained."""
+    """``every`` steps: metrics, the signals' check and the check for NaN. ``maps``: how many validation
+    images are explained.
+    """
 
     every: Positive = 50
     maps: Annotated[int, Field(ge=0, le=64)] = 4
@@ -160,7 +173,9 @@ class Evaluation(_Section):
 
 
 class Recipe(_Section):
-    """What a run is. ``batch_size``: images of one optimiser step, over all processes; ``micro_batch``: at most so many at once in each."""
+    """What a run is. ``batch_size``: images of one optimiser step, over all processes; ``micro_batch``: at
+    most so many at once in each.
+    """
 
     name: str
     about: str = ""
@@ -174,11 +189,13 @@ class Recipe(_Section):
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     ema: Ema = Ema()
-    precision: Literal["float32", "bfloat16", "float64"] = "float32"  # bfloat16: autocast, weights stay float32
+    # bfloat16: autocast, weights stay float32
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
     channels_last: bool = False
     compile: bool = False
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"  # of this node; torchrun and SLURM say it themselves
+    # of this node; torchrun and SLURM say it themselves
+    devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
@@ -187,19 +204,32 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _fits(self):
         if self.optimizer.rule != "none" and self.optimizer.reference_batch is None:
-            raise ValueError(f"optimizer.reference_batch: expected the batch that lr is for, by the rule {self.optimizer.rule!r}, got none")
+            raise ValueError(
+                "optimizer.reference_batch: expected the batch that lr is for, by the rule "
+                f"{self.optimizer.rule!r}, got none"
+            )
         if self.schedule.kind == "pieces" and (end := sum(self.schedule.pieces[-1][:2])) < self.epochs:
             raise ValueError(f"schedule.pieces: expected learning rates for {self.epochs} epochs, got {end}")
         if self.schedule.kind == "pieces" and self.optimizer.lr != (first := self.schedule.pieces[0][2]):
-            raise ValueError(f"optimizer.lr: expected {first:g}, with which schedule.pieces begin, got {self.optimizer.lr:g}; change both")
+            raise ValueError(
+                f"optimizer.lr: expected {first:g}, with which schedule.pieces begin, got "
+                f"{self.optimizer.lr:g}; change both"
+            )
         if self.schedule.kind == "cosine" and self.schedule.warmup >= self.epochs:
-            raise ValueError(f"schedule.warmup: expected less than {self.epochs} epochs, got {self.schedule.warmup}")
+            raise ValueError(
+                f"schedule.warmup: expected less than {self.epochs} epochs, got {self.schedule.warmup}"
+            )
         if self.data.scale is not None and not 0 < self.data.scale[0] <= self.data.scale[1] <= 1:
             raise ValueError(f"data.scale: expected 0 < least <= most <= 1, got {list(self.data.scale)}")
         if self.data.resize is not None and (self.data.size is None or self.data.size > self.data.resize):
-            raise ValueError(f"data.size: expected a crop of at most data.resize, {self.data.resize} pixels, got {self.data.size}")
+            raise ValueError(
+                f"data.size: expected a crop of at most data.resize, {self.data.resize} pixels, got "
+                f"{self.data.size}"
+            )
         if self.loss.matrix_weight and self.loss.label_smoothing:
-            raise ValueError("loss.label_smoothing: expected 0 beside the matrix regulariser, which takes classes")
+            raise ValueError(
+                "loss.label_smoothing: expected 0 beside the matrix regulariser, which takes classes"
+            )
         return self
 
     def learning_rate(self) -> float:
@@ -215,7 +245,12 @@ class Recipe(_Section):
     def unused(self) -> dict[str, str]:
         """Keys that change nothing beside the others, and what they are for."""
         kinds = {"step": ("every", "divisor"), "cosine": ("warmup", "last"), "pieces": ("pieces",)}
-        found = {f"schedule.{key}": f"schedule.kind={kind}" for kind, keys in kinds.items() if kind != self.schedule.kind for key in keys}
+        found = {
+            f"schedule.{key}": f"schedule.kind={kind}"
+            for kind, keys in kinds.items()
+            if kind != self.schedule.kind
+            for key in keys
+        }
         for key, users in _DATA_OF.items():
             if self.data.kind not in users:
                 found[f"data.{key}"] = " or ".join(f"data.kind={kind}" for kind in users)
@@ -226,10 +261,16 @@ class Recipe(_Section):
         return found
 
     def differences(self, other: Recipe) -> list[str]:
-        """Keys that change what is computed and differ from ``other``: a run cannot go on with another value of these."""
+        """Keys that change what is computed and differ from ``other``: a run cannot go on with another
+        value of these.
+        """
         mine, theirs = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
         free = _FREE if self.schedule.kind == "cosine" else (*_FREE, "epochs")
-        return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key) and not key.startswith(free))
+        return sorted(
+            key
+            for key in mine.keys() | theirs.keys()
+            if mine.get(key) != theirs.get(key) and not key.startswith(free)
+        )
 
     def to_yaml(self) -> str:
         return need("yaml").safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -246,8 +287,23 @@ _DATA_OF = {
 }
 
 # what a run may change when it goes on: where and how it is computed, not what
-_FREE = ("name", "about", "data.path", "data.val_path", "data.workers", "data.max_corrupt", "accelerator", "devices",
-         "strategy", "micro_batch", "compile", "channels_last", "checkpoint.", "log.", "evaluation.batch_size")  # fmt: skip
+_FREE = (
+    "name",
+    "about",
+    "data.path",
+    "data.val_path",
+    "data.workers",
+    "data.max_corrupt",
+    "accelerator",
+    "devices",
+    "strategy",
+    "micro_batch",
+    "compile",
+    "channels_last",
+    "checkpoint.",
+    "log.",
+    "evaluation.batch_size",
+)
 
 
 def list_recipes() -> dict[str, str]:
@@ -256,7 +312,8 @@ def list_recipes() -> dict[str, str]:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe by name or YAML file, with ``key=value`` overrides such as ``optimizer.lr=1e-3``; values are YAML.
+    """A recipe by name or YAML file, with ``key=value`` overrides such as ``optimizer.lr=1e-3``; values are
+    YAML.
 
     Raises:
         TrainingError: no such recipe, unknown keys (with those that come near) or values of the wrong type.
@@ -268,7 +325,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         if path.suffix in (".yaml", ".yml") and not path.exists():
             raise TrainingError(f"recipe: no such file: {name}")
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
-            raise TrainingError(f"recipe: expected one of {', '.join(_names())} or a .yaml file, got {name!r}")
+            raise TrainingError(
+                f"recipe: expected one of {', '.join(_names())} or a .yaml file, got {name!r}"
+            )
     try:
         with path.open("rb") as file:
             text = file.read(LONGEST + 1).decode()
@@ -299,7 +358,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         section, _, field = key.partition(".")
         found = getattr(recipe, section)
         if getattr(found, field) != type(found).model_fields[field].default:
-            raise TrainingError(f"{key}: expected {unused[key]} beside it, without which it changes nothing; got {key}={value}")
+            raise TrainingError(
+                f"{key}: expected {unused[key]} beside it, without which it changes nothing; got "
+                f"{key}={value}"
+            )
     return recipe
 
 
@@ -311,7 +373,11 @@ def make_recipe(values: dict, source: str) -> Recipe:
         problems = []
         for found in error.errors()[:10]:
             # positions in lists stay; names of the types that a union tried go
-            key = ".".join(str(part) for part in found["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _TYPES))
+            key = ".".join(
+                str(part)
+                for part in found["loc"]
+                if isinstance(part, int) or (part.isidentifier() and part not in _TYPES)
+            )
             if found["type"] == "extra_forbidden":
                 problems.append(_unknown(key, set(keys())))
             elif found["type"] == "missing":
@@ -338,7 +404,11 @@ def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
 
 
 def _names():
-    return sorted(p.name.removesuffix(".yaml") for p in files("coda_fast").joinpath("recipes").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in files("coda_fast").joinpath("recipes").iterdir()
+        if p.name.endswith(".yaml")
+    )
 
 
 def _short(value):
@@ -350,8 +420,14 @@ def _unknown(key, known):
     if len(key) > 100:
         return f"unknown key {_short(key)}"
     last = {k: k.rpartition(".")[2] for k in known}
-    near = [k for k in known if last[k] == key.rpartition(".")[2]] + difflib.get_close_matches(key, known, 3, 0.6)
-    near += [k for k in known if last[k] in difflib.get_close_matches(key.rpartition(".")[2], set(last.values()), 2, 0.7)]
+    near = [k for k in known if last[k] == key.rpartition(".")[2]] + difflib.get_close_matches(
+        key, known, 3, 0.6
+    )
+    near += [
+        k
+        for k in known
+        if last[k] in difflib.get_close_matches(key.rpartition(".")[2], set(last.values()), 2, 0.7)
+    ]
     near = list(dict.fromkeys(sorted(near[:1]) + near))[:4]
     return f"unknown key {key!r}" + (f"; near to it: {', '.join(near)}" if near else "")
 
@@ -369,7 +445,9 @@ def _parse(yaml, text, what):
     except RecursionError:
         raise TrainingError(f"{what}: expected values at most {DEEPEST} deep, got deeper ones") from None
     except (ValueError, TypeError, OverflowError) as error:  # numbers and dates that Python has none of
-        raise TrainingError(f"{what}: not YAML that can be read: {' '.join(str(error).split())[:1000]}") from None
+        raise TrainingError(
+            f"{what}: not YAML that can be read: {' '.join(str(error).split())[:1000]}"
+        ) from None
     _need_modest(found, what)
     return found
 
@@ -380,7 +458,9 @@ def _need_modest(found, what):
     for _ in range(DEEPEST + 1):
         count += len(level)
         if count > LARGEST:
-            raise TrainingError(f"{what}: expected at most {LARGEST} values, aliases counted as what they stand for, got more")
+            raise TrainingError(
+                f"{what}: expected at most {LARGEST} values, aliases counted as what they stand for, got more"
+            )
         below = []
         for value in level:
             if isinstance(value, (dict, list, tuple, set)):

@@ -1,4 +1,6 @@
-"""Checkpoints of a run: one file of torch.save each, written whole or not at all, read with ``weights_only=True``."""
+"""Checkpoints of a run: one file of torch.save each, written whole or not at all, read with
+``weights_only=True``.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,33 @@ from coda_fast.train.errors import TrainingError
 
 FORMAT = "coda_fast.train"
 PATIENCE = 100.0  # seconds; servers of NFS keep locks of a host that was lost for 90
-_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems without locks say
+# what file systems without locks say
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _NAME = re.compile(r"epoch_(\d+)_step_(\d+)\.pt")
 _KEYS = {
-    "recipe": dict, "data": dict, "world": int, "epoch": int, "step": int, "updates": int, "model": dict, "ema": (dict, type(None)),
-    "optimizer": dict, "schedule": dict, "rng": list, "history": list, "best": (int, float, type(None)), "bad": dict,
-    "seconds": (int, float), "sums": (torch.Tensor, type(None)),
-}  # fmt: skip
+    "recipe": dict,
+    "data": dict,
+    "world": int,
+    "epoch": int,
+    "step": int,
+    "updates": int,
+    "model": dict,
+    "ema": (dict, type(None)),
+    "optimizer": dict,
+    "schedule": dict,
+    "rng": list,
+    "history": list,
+    "best": (int, float, type(None)),
+    "bad": dict,
+    "seconds": (int, float),
+    "sums": (torch.Tensor, type(None)),
+}
 
 
 def write(path: Path, state: dict, last_good: Path | None) -> None:
-    """Write, sync, rename, sync the folder. TrainingError (disk full ...) leaves everything as it was and names the last good one."""
+    """Write, sync, rename, sync the folder. TrainingError (disk full ...) leaves everything as it was and
+    names the last good one.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -39,7 +57,10 @@ def write(path: Path, state: dict, last_good: Path | None) -> None:
             os.fsync(file.fileno())
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer wraps what the system says
-        reason = next((str(e) for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), str(error).split("\n")[0])
+        reason = next(
+            (str(e) for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)),
+            str(error).split("\n")[0],
+        )
         raise TrainingError(f"cannot write the checkpoint {path}: {reason}; {named(last_good)}") from None
 
 
@@ -54,7 +75,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def named(last_good: Path | None) -> str:
-    return "no checkpoint was written before" if last_good is None else f"the last good checkpoint is {last_good}"
+    return (
+        "no checkpoint was written before"
+        if last_good is None
+        else f"the last good checkpoint is {last_good}"
+    )
 
 
 def read(path: str | os.PathLike) -> dict:
@@ -66,17 +91,28 @@ def read(path: str | os.PathLike) -> dict:
         raise TrainingError(f"{path}: expected a checkpoint file or 'auto', got a folder")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own message advises to read it without weights_only, which could run any code
+    # torch's own message advises to read it without weights_only, which could run any code
+    except pickle.UnpicklingError:
         raise TrainingError(f"{path}: not a readable checkpoint (truncated, or of another program)") from None
     except Exception as error:  # damage leads to any exception
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise TrainingError(f"{path}: not a readable checkpoint (truncated, or of another program): {reason[:200]}") from None
+        raise TrainingError(
+            f"{path}: not a readable checkpoint (truncated, or of another program): {reason[:200]}"
+        ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise TrainingError(f"{path}: expected a checkpoint of coda-fast train, got {_what(state)}")
     if missing := sorted(_KEYS.keys() - state.keys()):
-        raise TrainingError(f"{path}: a checkpoint of coda-fast train {state.get('version')} without {', '.join(missing)}")
-    if odd := [key for key, kind in _KEYS.items() if not isinstance(state[key], kind) or (kind is int and state[key] < 0)]:
-        raise TrainingError(f"{path}: not a readable checkpoint: {odd[0]} is a {type(state[odd[0]]).__name__} that cannot be")
+        raise TrainingError(
+            f"{path}: a checkpoint of coda-fast train {state.get('version')} without {', '.join(missing)}"
+        )
+    if odd := [
+        key
+        for key, kind in _KEYS.items()
+        if not isinstance(state[key], kind) or (kind is int and state[key] < 0)
+    ]:
+        raise TrainingError(
+            f"{path}: not a readable checkpoint: {odd[0]} is a {type(state[odd[0]]).__name__} that cannot be"
+        )
     if not all(isinstance(row, dict) for row in state["history"]):
         raise TrainingError(f"{path}: not a readable checkpoint: history: expected rows")
     return state
@@ -84,7 +120,9 @@ def read(path: str | os.PathLike) -> dict:
 
 def listed(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest position first."""
-    return sorted((path for path in Path(folder).glob("*.pt") if _NAME.fullmatch(path.name)), key=position, reverse=True)
+    return sorted(
+        (path for path in Path(folder).glob("*.pt") if _NAME.fullmatch(path.name)), key=position, reverse=True
+    )
 
 
 def epoch_of(path: Path) -> int | None:
@@ -102,8 +140,8 @@ def position(path: Path) -> tuple[int, int]:
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest readable one; others are named to ``warn``. TrainingError where there are some and none can be read: a run that
-    silently began anew would write over them.
+    """The newest readable one; others are named to ``warn``. TrainingError where there are some and none can
+    be read: a run that silently began anew would write over them.
     """
     there = listed(folder)
     best = Path(folder) / "best.pt"
@@ -113,11 +151,14 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | Non
         except TrainingError as error:
             warn(f"skipped {error}")
             continue
-        if best.exists() and not best.samefile(path) and (epoch_of(best) or 0) > state["epoch"]:  # later ones were taken away
+        # later ones were taken away
+        if best.exists() and not best.samefile(path) and (epoch_of(best) or 0) > state["epoch"]:
             return best, read(best)
         return path, state
     if there:
-        raise TrainingError(f"{folder}: none of the {len(there)} checkpoints can be read; move them away to begin anew")
+        raise TrainingError(
+            f"{folder}: none of the {len(there)} checkpoints can be read; move them away to begin anew"
+        )
     return None
 
 
@@ -155,7 +196,8 @@ def locked(output: Path, say: Callable[[str], None]) -> Iterator[bool]:
             lock.acquire(timeout=PATIENCE)
     except Timeout:
         raise TrainingError(
-            f"{output}: another process trains there; choose another folder (--output), or remove {lock.lock_file} if there is none"
+            f"{output}: another process trains there; choose another folder (--output), or remove "
+            f"{lock.lock_file} if there is none"
         ) from None
     except (NotImplementedError, OSError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
@@ -168,8 +210,8 @@ def locked(output: Path, say: Callable[[str], None]) -> Iterator[bool]:
 
 
 def prune(written: Path, keep: int) -> None:
-    """Only ``written`` and those before it, ``keep`` in all, stay (and ``best.pt``, and those after it, which could not be read and are not
-    counted); what an interrupted writer left goes.
+    """Only ``written`` and those before it, ``keep`` in all, stay (and ``best.pt``, and those after it, which
+    could not be read and are not counted); what an interrupted writer left goes.
     """
     for path in [path for path in listed(written.parent) if position(path) <= position(written)][keep:]:
         path.unlink(missing_ok=True)
@@ -188,9 +230,14 @@ def rng_state() -> dict:
     """Of all global generators of this process, as plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, numbers, next_gauss = random.getstate()
-    state = {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(gauss)]}
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(gauss)],
+    }
     state["python"] = [version, list(numbers), next_gauss]
-    state["cuda"] = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    state["cuda"] = (
+        torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    )
     return state
 
 

@@ -1,7 +1,9 @@
-"""What is seen of a run: progress bar, CSV, TensorBoard, contribution maps as they form, and the summary at the end.
+"""What is seen of a run: progress bar, CSV, TensorBoard, contribution maps as they form, and the summary at
+the end.
 
-Files in the output folder: ``steps.csv`` (a row for each ``log.every`` steps), ``metrics.csv`` (a row an epoch), ``tensorboard/``,
-``maps/epoch_0001.png``, ``curve.png``. A run that goes on cuts what its checkpoint does not know and appends.
+Files in the output folder: ``steps.csv`` (a row for each ``log.every`` steps), ``metrics.csv`` (a row an
+epoch), ``tensorboard/``, ``maps/epoch_0001.png``, ``curve.png``. A run that goes on cuts what its checkpoint
+does not know and appends.
 """
 
 from __future__ import annotations
@@ -61,7 +63,14 @@ class Watch:
                 except OSError as error:
                     self._lose_board(error)
             total = self.recipe.epochs * steps * images
-            self.bar = tqdm(total=total, initial=updates * images, unit="img", unit_scale=True, disable=not self.active, smoothing=0.1)
+            self.bar = tqdm(
+                total=total,
+                initial=updates * images,
+                unit="img",
+                unit_scale=True,
+                disable=not self.active,
+                smoothing=0.1,
+            )
             yield
         finally:
             for thing in (self.bar, self.steps_file):
@@ -90,7 +99,8 @@ class Watch:
         self._on_board("flush")
         found = [f"{label} {row[key]:.2%}" for key, label in _ACCURACIES.items() if key in row]
         self.say(
-            f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, accuracy {', '.join(found)}, {row['images_per_second']:.0f} images/s"
+            f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, accuracy {', '.join(found)}, "
+            f"{row['images_per_second']:.0f} images/s"
         )
 
     def _on_board(self, method, *arguments, **options):
@@ -104,7 +114,10 @@ class Watch:
     def _lose_board(self, error):
         """TensorBoard shows what steps.csv, metrics.csv and maps/ hold: no reason to lose a run."""
         self.board = None  # its thread has ended, and closing it would raise once more
-        self.say(f"TensorBoard: {self.folder / 'tensorboard'} cannot be written: {error.strerror or error}; the run goes on without it")
+        self.say(
+            f"TensorBoard: {self.folder / 'tensorboard'} cannot be written: {error.strerror or error}; the "
+            "run goes on without it"
+        )
 
     def shows(self, epoch: int, maps: bool) -> bool:
         """Whether the row of this epoch is there, and its maps where they should be."""
@@ -119,10 +132,14 @@ class Watch:
         return self.folder / "maps" / f"epoch_{epoch:04d}.png"
 
     def maps(self, model, images: torch.Tensor, labels: torch.Tensor, epoch: int, updates: int) -> None:
-        """Contribution maps of ``images`` for the two most likely classes, as they are after so many epochs."""
+        """Contribution maps of ``images`` for the two most likely classes, as they are after so many
+        epochs.
+        """
         with torch.no_grad():
             classes = model(images).topk(min(2, model.num_classes)).indices
-        figure = plot.explanation_figure(images, model.explain(images, classes), model.logit_bias, model.class_names, labels.tolist())
+        figure = plot.explanation_figure(
+            images, model.explain(images, classes), model.logit_bias, model.class_names, labels.tolist()
+        )
         self._map(epoch).parent.mkdir(exist_ok=True)
         plot.save_figure(figure, self._map(epoch), dpi=100)
         self._on_board("add_figure", "maps", figure, updates, close=False)
@@ -142,9 +159,15 @@ class Watch:
         if path.exists():
             try:
                 with open(path, newline="", encoding="utf-8") as file:
-                    kept = [row for row in csv.DictReader(file) if None not in row.values() and int(row["updates"]) <= updates]
+                    kept = [
+                        row
+                        for row in csv.DictReader(file)
+                        if None not in row.values() and int(row["updates"]) <= updates
+                    ]
             except (KeyError, ValueError):
-                raise TrainingError(f"{path}: expected the steps of a run, found another file; move it away") from None
+                raise TrainingError(
+                    f"{path}: expected the steps of a run, found another file; move it away"
+                ) from None
         with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, STEP_FIELDS)
             writer.writeheader()
@@ -154,7 +177,10 @@ class Watch:
 
     def _write_metrics(self, history):
         fields = list(dict.fromkeys(key for row in history for key in row))
-        with atomic_path(self.folder / "metrics.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        with (
+            atomic_path(self.folder / "metrics.csv") as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, fields)
             writer.writeheader()
             writer.writerows({key: _short(value) for key, value in row.items()} for row in history)
@@ -166,14 +192,22 @@ def _of_threads(hook, arguments):
         hook(arguments)
 
 
-_ACCURACIES = {"train_accuracy": "training", "val_accuracy": "validation", "ema_val_accuracy": "moving average"}
+_ACCURACIES = {
+    "train_accuracy": "training",
+    "val_accuracy": "validation",
+    "ema_val_accuracy": "moving average",
+}
 
 
 def curve(history: list[dict], recipe: Recipe):
     """Loss and accuracy against epochs."""
     figure = plot.new_figure(width=9, height=3.4)
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for prefix, label in (("train", "training"), ("val", "validation"), ("ema_val", "validation, moving average")):
+        for prefix, label in (
+            ("train", "training"),
+            ("val", "validation"),
+            ("ema_val", "validation, moving average"),
+        ):
             rows = [row for row in history if f"{prefix}_{what}" in row]
             if rows:
                 x, y = [row["epoch"] for row in rows], [row[f"{prefix}_{what}"] for row in rows]
@@ -193,14 +227,27 @@ def summary(history: list[dict]) -> str:
     """The best and the last epoch, as a table."""
     scored = [row for row in history if "val_accuracy" in row]
     best = max(scored, key=lambda row: row.get("ema_val_accuracy", row["val_accuracy"]), default=history[-1])
-    columns = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top5", "ema_val_accuracy", "images_per_second")
+    columns = (
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "val_loss",
+        "val_accuracy",
+        "val_top5",
+        "ema_val_accuracy",
+        "images_per_second",
+    )
     columns = [key for key in columns if key in history[-1]]
     cells = [["", *(key.replace("_", " ").replace(" per ", "/") for key in columns)]]
     for label, row in (("best", best), ("last", history[-1])):
         values = [row.get(key, "") for key in columns]
-        cells.append([label, *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)])
+        cells.append(
+            [label, *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)]
+        )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells
+    )
 
 
 def _short(value):

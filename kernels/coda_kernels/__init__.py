@@ -1,4 +1,6 @@
-"""Triton device code, launch configuration and launchers for coda_fast; imports nothing of coda_fast, and Triton only when it is used."""
+"""Triton device code, launch configuration and launchers for coda_fast; imports nothing of coda_fast, and
+Triton only when it is used.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,15 @@ def unavailable(device_type: str = "cuda") -> str | None:
     from coda_kernels.compile import recorded_device
 
     if device_type != "cuda" and not interpreted() and recorded_device() is None:
-        return f"the kernels need a GPU, the tensors are on {device_type!r} (TRITON_INTERPRET=1 runs them, slowly, on a CPU)"
+        return (
+            f"the kernels need a GPU, the tensors are on {device_type!r} (TRITON_INTERPRET=1 runs them, "
+            "slowly, on a CPU)"
+        )
     return None
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels on a CPU; it must be asked for before they are imported."""
+    """Whether Triton's interpreter runs the kernels on a CPU; it must be asked for before they are
+    imported.
+    """
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")

@@ -1,22 +1,26 @@
-"""What the kernels share: where the window of an output pixel starts, where its entries lie, and products in the operands' dtype.
+"""What the kernels share: where the window of an output pixel starts, where its entries lie, and products in
+the operands' dtype.
 
-Names: i_ program index, o_ offsets, m_ mask, p_ pointers, b_ loaded block; upper case is a compile-time constant. Images are "canvases":
-zero-padded, channels last, channels rounded up to CP, so that no load needs a mask and a window is one constant pattern of offsets.
-Pixels are int64 (any tensor may pass 2^31 elements); offsets inside one window are int32.
+Names: i_ program index, o_ offsets, m_ mask, p_ pointers, b_ loaded block; upper case is a compile-time
+constant. Images are "canvases": zero-padded, channels last, channels rounded up to CP, so that no load needs
+a mask and a window is one constant pattern of offsets. Pixels are int64 (any tensor may pass 2^31 elements);
+offsets inside one window are int32.
 """
 
 import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-# NumPy has no bfloat16. Triton's interpreter (3.6 to 3.9) keeps its bits in integers, multiplies those, cuts off where a GPU rounds, and
-# makes 1e-38 of 0: under it, conversion is done here, bit by bit, and arithmetic goes through float32, with the results of a GPU.
+# NumPy has no bfloat16. Triton's interpreter (3.6 to 3.9) keeps its bits in integers, multiplies those, cuts
+# off where a GPU rounds, and makes 1e-38 of 0: under it, conversion is done here, bit by bit, and arithmetic
+# goes through float32, with the results of a GPU.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def pixel_tile(i_p, P, BP: tl.constexpr):
-    """The first pixel of tile ``i_p``, all of them, and the same clamped to the last that exists, safe to load from. int64.
+    """The first pixel of tile ``i_p``, all of them, and the same clamped to the last that exists, safe to
+    load from. int64.
 
     The first one is clamped too: pixels are padded to whole blocks, and a tile may lie in the padding.
     """
@@ -39,8 +43,12 @@ def window_starts(first, o_p, OH, OW, HP, WP, CP: tl.constexpr, SH, SW):
 
 
 @triton.jit
-def window_offsets(o_k, WP, CP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr):
-    """Offset of entry k = (kh, kw, c) of a window from its start; entries past the end, where weights are zero, read its first tap."""
+def window_offsets(
+    o_k, WP, CP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr
+):
+    """Offset of entry k = (kh, kw, c) of a window from its start; entries past the end, where weights are
+    zero, read its first tap.
+    """
     tap, o_c = o_k // CP, o_k % CP
     o_x = (tap // KW) * (DH * WP * CP) + (tap % KW) * (DW * CP) + o_c
     return tl.where(o_k < KH * KW * CP, o_x, o_c)
@@ -74,11 +82,17 @@ def times(b_x, b_y):
 
 @triton.jit
 def scaled(b_square, SQUASH: tl.constexpr, EPS: tl.constexpr):
-    """s(q): sqrt(q) / (1 + q), or 1 / max(sqrt(q), eps). NaN where q is infinite: w was too long for float32."""
+    """s(q): sqrt(q) / (1 + q), or 1 / max(sqrt(q), eps). NaN where q is infinite: w was too long for
+    float32.
+    """
     b_length = tl.sqrt(b_square)
     if SQUASH:
         return b_length / (1 + b_square)
-    return tl.where(b_square == float("inf"), float("nan"), 1 / tl.maximum(b_length, EPS, propagate_nan=tl.PropagateNan.ALL))
+    return tl.where(
+        b_square == float("inf"),
+        float("nan"),
+        1 / tl.maximum(b_length, EPS, propagate_nan=tl.PropagateNan.ALL),
+    )
 
 
 @triton.jit
@@ -91,12 +105,16 @@ def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def landed(b_acc):
-    """``acc``, once the products that it is made of are done: for a loop whose first operand is made in registers.
+    """``acc``, once the products that it is made of are done: for a loop whose first operand is made in
+    registers.
 
-    wgmma reads these registers while the program goes on. Triton 3.6 waits for all but three products before the next operand is written
-    over them (https://github.com/triton-lang/triton/issues/9433), 3.8 still for all but one where the assembler saves registers. A use of
-    the result, here by no instruction, makes it wait for all; loads go on.
+    wgmma reads these registers while the program goes on. Triton 3.6 waits for all but three products before
+    the next operand is written over them (https://github.com/triton-lang/triton/issues/9433), 3.8 still for
+    all but one where the assembler saves registers. A use of the result, here by no instruction, makes it
+    wait for all; loads go on.
     """
     if not INTERPRETED and cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
-        b_acc = tl.inline_asm_elementwise("// landed", "=f,0", [b_acc], dtype=tl.float32, is_pure=True, pack=1)
+        b_acc = tl.inline_asm_elementwise(
+            "// landed", "=f,0", [b_acc], dtype=tl.float32, is_pure=True, pack=1
+        )
     return b_acc

@@ -13,8 +13,11 @@ from coda_kernels._tiles import dot, landed, narrow, pixel_tile, times, widen, w
 
 
 @triton.jit
-def _per_unit(b_image, p_scale, m_scale, p_matrix, b_acc, PP, units, s_unit: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc + sum_o (image * scale_o) matrix_o``: one block of the image stays in registers, units in the inner loop.
+def _per_unit(
+    b_image, p_scale, m_scale, p_matrix, b_acc, PP, units, s_unit: tl.constexpr, PRECISION: tl.constexpr
+):
+    """``acc + sum_o (image * scale_o) matrix_o``: one block of the image stays in registers, units in the
+    inner loop.
 
     float32 sums the units apart: one long chain of additions loses twice as much as eager torch does.
     """
@@ -49,7 +52,8 @@ def grad_z(
     SH: tl.int32,
     SW: tl.int32,
     s_e: tl.int32,
-    units: tl.int32,  # n, K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
+    # n, K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
+    units: tl.int32,
     depth: tl.int32,
     ranks: tl.int32,
     CP: tl.constexpr,
@@ -67,7 +71,9 @@ def grad_z(
     BK: tl.constexpr,
     BU: tl.constexpr,
 ):
-    """``dz = sum_o gs_o A_o^T u + t_o (G_o z + A_o b_o)``, BR ranks a program; t comes scaled up, G and A b scaled down."""
+    """``dz = sum_o gs_o A_o^T u + t_o (G_o z + A_o b_o)``, BR ranks a program; t comes scaled up, G and A
+    b scaled down.
+    """
     tiles: tl.constexpr = R // BR
     i_m, i_r = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     first, o_all, o_p = pixel_tile(i_m, P, BM)
@@ -97,7 +103,11 @@ def grad_z(
             b_h = tl.load(cross_ptr + (o_o * R)[:, None] + o_r[None, :], mask=(o_o < units)[:, None], other=0)
             b_acc = dot(b_t, b_h, b_acc, PRECISION)
     b_acc = tl.where((o_all < P)[:, None], b_acc, 0)
-    tl.store(e_ptr + o_all[:, None] * s_e + o_r[None, :], narrow(b_acc, e_ptr.dtype.element_ty), (o_all < PP)[:, None])
+    tl.store(
+        e_ptr + o_all[:, None] * s_e + o_r[None, :],
+        narrow(b_acc, e_ptr.dtype.element_ty),
+        (o_all < PP)[:, None],
+    )
 
 
 @triton.jit
@@ -148,9 +158,11 @@ def fold(
     BR: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """dx for a tile of input pixels and channels: the transposed convolution of [dz | gs] with [B; b] and, with DIRECT, of gs (x) z with A.
+    """dx for a tile of input pixels and channels: the transposed convolution of [dz | gs] with [B; b] and,
+    with DIRECT, of gs (x) z with A.
 
-    A gather over taps, so no atomics. Input pixels are taken by their remainder modulo the stride: pixels of one class see the same taps.
+    A gather over taps, so no atomics. Input pixels are taken by their remainder modulo the stride: pixels of
+    one class see the same taps.
     """
     columns: tl.constexpr = (CP + BC - 1) // BC
     i_m, i_c = tl.program_id(0) // columns, tl.program_id(0) % columns
@@ -158,7 +170,8 @@ def fold(
     class_h, class_w = (H + SH - 1) // SH, (W + SW - 1) // SW
     o_n, o_a, o_b, m_x = _class_pixels(i_m, tl.arange(0, BM), N, class_h, class_w, BM)
     m_x = m_x & (o_a * SH + i_h < H) & (o_b * SW + i_w < W)
-    # the output pixel on the same spot; a tap adds a constant. Relative to the tile's first, so that a row costs 32 bits
+    # the output pixel on the same spot; a tap adds a constant. Relative to the tile's first, so that a row
+    # costs 32 bits
     n_first, a_first, b_first, exists = _class_pixels(i_m, 0, N, class_h, class_w, BM)
     first_p = tl.minimum((n_first * OH + a_first) * OW + b_first, N * OH * OW - 1)
     o_rel = ((o_n * OH + o_a) * OW + o_b - first_p).to(tl.int32)
@@ -176,14 +189,25 @@ def fold(
             o_k = tap * CP + o_known
             if DIRECT:
                 for r in range(0, R, BR):
-                    b_z = tl.load(z_ptr + first_p * R + o_p[:, None] * R + (r + o_r)[None, :], mask=m_p[:, None], other=0)
+                    b_z = tl.load(
+                        z_ptr + first_p * R + o_p[:, None] * R + (r + o_r)[None, :],
+                        mask=m_p[:, None],
+                        other=0,
+                    )
                     p_a = a_ptr + ((r + o_r) * K)[:, None] + o_k[None, :]
-                    b_acc = _per_unit(b_z, gs_ptr + first_p + o_p, m_p, p_a, b_acc, PP, units, R * K, PRECISION)
+                    b_acc = _per_unit(
+                        b_z, gs_ptr + first_p + o_p, m_p, p_a, b_acc, PP, units, R * K, PRECISION
+                    )
             for e in range(0, columns_e, BE):
-                b_e = tl.load(e_ptr + first_p * s_e + o_p[:, None] * s_e + (e + o_e)[None, :], mask=m_p[:, None], other=0)
+                b_e = tl.load(
+                    e_ptr + first_p * s_e + o_p[:, None] * s_e + (e + o_e)[None, :],
+                    mask=m_p[:, None],
+                    other=0,
+                )
                 b_rows = tl.load(rows_ptr + ((e + o_e) * K)[:, None] + o_k[None, :])
                 b_acc = dot(b_e, b_rows, b_acc, PRECISION)
-    # found anew, not carried through the loop in the layout of the store: 64 registers (a range that looks different keeps it so)
+    # found anew, not carried through the loop in the layout of the store: 64 registers (a range that looks
+    # different keeps it so)
     o_n, o_a, o_b, m_x = _class_pixels(i_m, tl.arange(BM, 2 * BM) - BM, N, class_h, class_w, BM)
     o_h, o_w = o_a * SH + i_h, o_b * SW + i_w
     m_x = m_x & (o_h < H) & (o_w < W)

@@ -1,8 +1,13 @@
-"""Gradients of the parameters: sums over all pixels of (something of the pixel) x (its patch), split over pixels, added in fixed order.
+"""Gradients of the parameters: sums over all pixels of (something of the pixel) x (its patch), split over
+pixels, added in fixed order.
 
-dA_o   = sum_p gs_o z u^T + (sum_p t_o z z^T) A_o + (sum_p t_o z) b_o^T      rows (o, k) made in registers: the Khatri-Rao product gs (x) z
+dA_o
+    = sum_p gs_o z u^T + (sum_p t_o z z^T) A_o + (sum_p t_o z) b_o^T
+        rows (o, k) made in registers: the Khatri-Rao product gs (x) z
 db_o   = sum_p gs_o u^T + (sum_p t_o z)^T A_o + (sum_p t_o) b_o^T            rows as they are
-dB     = sum_p dz x^T                                                        the same: both are columns of [dz | gs]
+dB
+    = sum_p dz x^T
+        the same: both are columns of [dz | gs]
 """
 
 import triton
@@ -13,16 +18,43 @@ from coda_kernels._tiles import dot, narrow, times, widen, window_offsets
 
 @triton.jit
 def _outer_sum(
-    i, first, count, image_ptr, starts_ptr, rows_ptr, scale_ptr, out_ptr, totals_ptr, PP, s_rows, rows, units, WP, width, CP:
-    tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, R: tl.constexpr, SCALED: tl.constexpr,
-    PIXELS_FIRST: tl.constexpr, WINDOWS: tl.constexpr, PRECISION: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    i,
+    first,
+    count,
+    image_ptr,
+    starts_ptr,
+    rows_ptr,
+    scale_ptr,
+    out_ptr,
+    totals_ptr,
+    PP,
+    s_rows,
+    rows,
+    units,
+    WP,
+    width,
+    CP: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    R: tl.constexpr,
+    SCALED: tl.constexpr,
+    PIXELS_FIRST: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BO: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
     BP: tl.constexpr,
-):  # fmt: skip
-    """``sum_p row_p (x) image_p`` over ``count`` pixels from ``first`` on: tile ``i``, of BO BR rows and BN of ``width`` columns.
+):
+    """``sum_p row_p (x) image_p`` over ``count`` pixels from ``first`` on: tile ``i``, of BO BR rows and BN
+    of ``width`` columns.
 
-    SCALED: row (o, k) is ``scale_o z_k``, BO units with BR of their R ranks; else BO = 1 and BR rows, and the rows' own sums too where they
-    do not come pixels first. WINDOWS: image_p is the window that begins at starts_p, else R numbers. This loop runs over pixels, so that
-    finding their windows would be its overhead: hence the table of starts.
+    SCALED: row (o, k) is ``scale_o z_k``, BO units with BR of their R ranks; else BO = 1 and BR rows, and the
+    rows' own sums too where they do not come pixels first. WINDOWS: image_p is the window that begins at
+    starts_p, else R numbers. This loop runs over pixels, so that finding their windows would be its overhead:
+    hence the table of starts.
     """
     columns = (width + BN - 1) // BN
     i_rows, i_n = i // columns, i % columns
@@ -31,7 +63,12 @@ def _outer_sum(
     o_r = (i_rows % ranks if SCALED else i_rows) * BR + tl.arange(0, BR)
     o_j, o_p = i_n * BN + tl.arange(0, BN), tl.arange(0, BP)
     if PIXELS_FIRST:
-        p_rows = rows_ptr + first * s_rows + (o_p * s_rows)[None, :] + (o_r if SCALED else tl.where(o_r < rows, o_r, 0))[:, None]
+        p_rows = (
+            rows_ptr
+            + first * s_rows
+            + (o_p * s_rows)[None, :]
+            + (o_r if SCALED else tl.where(o_r < rows, o_r, 0))[:, None]
+        )
     else:
         p_rows = rows_ptr + first + (tl.where(o_r < rows, o_r, 0) * s_rows)[:, None] + o_p[None, :]
     if SCALED:
@@ -57,8 +94,13 @@ def _outer_sum(
             p_scale += BP
         elif not PIXELS_FIRST:
             b_totals += tl.sum(widen(b_rows), 1)
-        # what is made in registers comes second: first, it would go to the tensor cores from there, which ptxas serialises
-        b_acc = dot(tl.trans(b_u), tl.trans(b_rows), b_acc, PRECISION) if SCALED else dot(b_rows, b_u, b_acc, PRECISION)
+        # what is made in registers comes second: first, it would go to the tensor cores from there, which
+        # ptxas serialises
+        b_acc = (
+            dot(tl.trans(b_u), tl.trans(b_rows), b_acc, PRECISION)
+            if SCALED
+            else dot(b_rows, b_u, b_acc, PRECISION)
+        )
         p_rows += BP * s_rows if PIXELS_FIRST else BP
     if SCALED:
         m_row = tl.reshape(tl.broadcast_to((o_o < units)[:, None], (BO, BR)), (BO * BR,))
@@ -67,7 +109,11 @@ def _outer_sum(
         m_row, o_row = o_r < rows, o_r
     if SCALED:
         b_acc = tl.trans(b_acc)
-    tl.store(out_ptr + o_row.to(tl.int64)[:, None] * width + o_j[None, :], b_acc, m_row[:, None] & (o_j < width)[None, :])
+    tl.store(
+        out_ptr + o_row.to(tl.int64)[:, None] * width + o_j[None, :],
+        b_acc,
+        m_row[:, None] & (o_j < width)[None, :],
+    )
     if not SCALED and not PIXELS_FIRST:  # whole blocks of 16, so that nothing is left unwritten
         tl.store(totals_ptr + o_r, b_totals, mask=o_r < tl.where(i_n == 0, (rows + 15) // 16 * 16, 0))
 
@@ -79,7 +125,9 @@ def parameter_sums(
     z_ptr,  # [PP, R]
     gs_ptr,  # [n, PP]
     t_ptr,  # [n, PP]
-    e_ptr,  # [PP, >= rows], stride s_e: rows of their own, dz, gs or both; zeros past the last pixel, like all rows here
+    # [PP, >= rows], stride s_e: rows of their own, dz, gs or both; zeros past the last pixel, like all rows
+    # here
+    e_ptr,
     weight_ptr,  # out [parts, n, R, K], float32: sum_p gs z u^T
     moments_ptr,  # out [parts, n, R, R], float32: sum_p t z z^T
     direct_ptr,  # out [parts, rows, K], float32: sum_p e u^T
@@ -118,29 +166,138 @@ def parameter_sums(
     lower: tl.constexpr = 64 if BR * BO > 64 else BR * BO  # rows of what is not scaled
     if i < weights:
         _outer_sum(
-            i, first, count, u_ptr, starts_ptr, z_ptr, gs_ptr, weight_ptr + shift, zeroth_ptr, PP, R, 0, units, WP, depth, CP,
-            KH, KW, DH, DW, R, True, True, True, PRECISION, BO, BR, BN, BP,
-        )  # fmt: skip
+            i,
+            first,
+            count,
+            u_ptr,
+            starts_ptr,
+            z_ptr,
+            gs_ptr,
+            weight_ptr + shift,
+            zeroth_ptr,
+            PP,
+            R,
+            0,
+            units,
+            WP,
+            depth,
+            CP,
+            KH,
+            KW,
+            DH,
+            DW,
+            R,
+            True,
+            True,
+            True,
+            PRECISION,
+            BO,
+            BR,
+            BN,
+            BP,
+        )
     elif i < weights + moments:
         _outer_sum(
-            i - weights, first, count, z_ptr, starts_ptr, z_ptr, t_ptr, moments_ptr + shift, zeroth_ptr, PP, R, 0, units, WP, R,
-            CP, KH, KW, DH, DW, R, True, True, False, PRECISION, BO, BR, narrower, BP,
-        )  # fmt: skip
+            i - weights,
+            first,
+            count,
+            z_ptr,
+            starts_ptr,
+            z_ptr,
+            t_ptr,
+            moments_ptr + shift,
+            zeroth_ptr,
+            PP,
+            R,
+            0,
+            units,
+            WP,
+            R,
+            CP,
+            KH,
+            KW,
+            DH,
+            DW,
+            R,
+            True,
+            True,
+            False,
+            PRECISION,
+            BO,
+            BR,
+            narrower,
+            BP,
+        )
     elif i < weights + moments + directs:
         _outer_sum(
-            i - weights - moments, first, count, u_ptr, starts_ptr, e_ptr, e_ptr, direct_ptr + shift, zeroth_ptr, PP, s_e, rows,
-            units, WP, depth, CP, KH, KW, DH, DW, R, False, True, True, PRECISION, 1, lower, BN if BN < 128 else 128, BP,
-        )  # fmt: skip
+            i - weights - moments,
+            first,
+            count,
+            u_ptr,
+            starts_ptr,
+            e_ptr,
+            e_ptr,
+            direct_ptr + shift,
+            zeroth_ptr,
+            PP,
+            s_e,
+            rows,
+            units,
+            WP,
+            depth,
+            CP,
+            KH,
+            KW,
+            DH,
+            DW,
+            R,
+            False,
+            True,
+            True,
+            PRECISION,
+            1,
+            lower,
+            BN if BN < 128 else 128,
+            BP,
+        )
     else:
         _outer_sum(
-            i - weights - moments - directs, first, count, z_ptr, starts_ptr, t_ptr, t_ptr, first_ptr + shift, zeroth_ptr +
-            shift, PP, PP, units, units, WP, R, CP, KH, KW, DH, DW, R, False, False, False, PRECISION, 1, lower, narrower, BP,
-        )  # fmt: skip
+            i - weights - moments - directs,
+            first,
+            count,
+            z_ptr,
+            starts_ptr,
+            t_ptr,
+            t_ptr,
+            first_ptr + shift,
+            zeroth_ptr + shift,
+            PP,
+            PP,
+            units,
+            units,
+            WP,
+            R,
+            CP,
+            KH,
+            KW,
+            DH,
+            DW,
+            R,
+            False,
+            False,
+            False,
+            PRECISION,
+            1,
+            lower,
+            narrower,
+            BP,
+        )
 
 
 @triton.jit(do_not_specialize=["weights", "parts", "reduce_parts", "rank", "C", "CP", "TAPS"])
 def finish(
-    weight_sum_ptr,  # [parts, n, R, K], float32, and so on: what `parameter_sums` leaves, t and with it its sums times scale
+    # [parts, n, R, K], float32, and so on: what `parameter_sums` leaves, t and with it its sums times scale
+    weight_sum_ptr,
     moments_ptr,  # [parts, n, R, R]
     direct_ptr,  # [parts, n, K]
     first_ptr,  # [parts, n, R]
@@ -192,7 +349,13 @@ def finish(
                     o_h = (r + o_r)[:, None] * R + (j + o_r)[None, :]
                     for part in range(parts):
                         b_h += tl.load(moments_ptr + (part * s_part + i_o * (R * R)) + o_h)
-                    b_a = widen(tl.load(weight_ptr + i_a + (j + o_r)[:, None] * K + o_k[None, :], mask=m_k[None, :], other=0))
+                    b_a = widen(
+                        tl.load(
+                            weight_ptr + i_a + (j + o_r)[:, None] * K + o_k[None, :],
+                            mask=m_k[None, :],
+                            other=0,
+                        )
+                    )
                     b_acc = dot(b_h, b_a, b_acc, PRECISION)
                 if HAS_BIAS:
                     b_first = tl.zeros((BR,), tl.float32)
@@ -202,9 +365,17 @@ def finish(
                 b_acc *= inverse
                 o_sum = (r + o_r)[:, None] * K + o_k[None, :]
                 for part in range(parts):
-                    b_acc += tl.load(weight_sum_ptr + (part * s_part + i_a) + o_sum, mask=m_k[None, :], other=0)
-                p_out = d_weight_ptr + (i_o * rank + r) * (C * TAPS) + o_r[:, None] * (C * TAPS) + o_out[None, :]
-                tl.store(p_out, narrow(b_acc, d_weight_ptr.dtype.element_ty), m_out[None, :] & (r + o_r < rank)[:, None])
+                    b_acc += tl.load(
+                        weight_sum_ptr + (part * s_part + i_a) + o_sum, mask=m_k[None, :], other=0
+                    )
+                p_out = (
+                    d_weight_ptr + (i_o * rank + r) * (C * TAPS) + o_r[:, None] * (C * TAPS) + o_out[None, :]
+                )
+                tl.store(
+                    p_out,
+                    narrow(b_acc, d_weight_ptr.dtype.element_ty),
+                    m_out[None, :] & (r + o_r < rank)[:, None],
+                )
         if BIAS:
             zeroth = 0.0
             for part in range(parts):
@@ -214,7 +385,11 @@ def finish(
                 b_first = tl.zeros((BR,), tl.float32)
                 for part in range(parts):
                     b_first += tl.load(first_ptr + (part * s_part + i_o * R + r) + o_r)
-                b_a = widen(tl.load(weight_ptr + i_a + (r + o_r)[:, None] * K + o_k[None, :], mask=m_k[None, :], other=0))
+                b_a = widen(
+                    tl.load(
+                        weight_ptr + i_a + (r + o_r)[:, None] * K + o_k[None, :], mask=m_k[None, :], other=0
+                    )
+                )
                 b_sum += tl.sum(b_first[:, None] * b_a, 0)
             b_sum *= inverse
             for part in range(parts):
@@ -226,7 +401,15 @@ def finish(
         tap, o_c = o_k // CP, o_k % CP
         b_reduce = tl.zeros((BR, BK), tl.float32)
         for part in range(reduce_parts):
-            b_reduce += tl.load(reduce_sum_ptr + part * s_reduce + o_row[:, None] * K + o_k[None, :], mask=(o_k < K)[None, :], other=0)
+            b_reduce += tl.load(
+                reduce_sum_ptr + part * s_reduce + o_row[:, None] * K + o_k[None, :],
+                mask=(o_k < K)[None, :],
+                other=0,
+            )
         m_rows = (o_row < rank)[:, None] & ((o_c < C) & (tap < TAPS))[None, :]
-        p_reduce = d_reduce_ptr + o_row[:, None] * (C * TAPS) + (tap * C + o_c if LAST else o_c * TAPS + tap)[None, :]
+        p_reduce = (
+            d_reduce_ptr
+            + o_row[:, None] * (C * TAPS)
+            + (tap * C + o_c if LAST else o_c * TAPS + tap)[None, :]
+        )
         tl.store(p_reduce, narrow(b_reduce, d_reduce_ptr.dtype.element_ty), m_rows)

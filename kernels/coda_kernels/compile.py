@@ -1,6 +1,8 @@
-"""What would be launched, without launching it; and compiling it ahead, in several processes, also for a GPU that is not here.
+"""What would be launched, without launching it; and compiling it ahead, in several processes, also for a GPU
+that is not here.
 
-with recording(Device(90, 132)) as launches:      on this thread, launchers only note what they would launch: tensors may be "meta"
+with recording(Device(90, 132)) as launches:
+    on this thread, launchers only note what they would launch: tensors may be "meta"
     ...
 compile_launches(launches, arch=90, workers=16)   into Triton's cache, where the first real launch finds it
 """
@@ -20,13 +22,16 @@ from collections.abc import Callable, Iterable, Iterator
 
 from coda_kernels.config import Device
 
-_recording: contextvars.ContextVar[tuple[Device, list[Launch]] | None] = contextvars.ContextVar("coda_kernels_recording", default=None)
+_recording: contextvars.ContextVar[tuple[Device, list[Launch]] | None] = contextvars.ContextVar(
+    "coda_kernels_recording", default=None
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A launch: ``kernel`` as "module.name", its grid, arguments in order (numbers, or pointers as ("bfloat16", whether 16 bytes divide
-    them)), and constants and options by name. ``bytes``: of all its tensors, each once.
+    """A launch: ``kernel`` as "module.name", its grid, arguments in order (numbers, or pointers as
+    ("bfloat16", whether 16 bytes divide them)), and constants and options by name. ``bytes``: of all its
+    tensors, each once.
     """
 
     kernel: str
@@ -39,11 +44,21 @@ class Launch:
     def make(cls, kernel, grid, arguments, options) -> Launch:
         tensors = [a for a in arguments if hasattr(a, "untyped_storage")]
         noted = tuple(_pointer(a) if hasattr(a, "untyped_storage") else a for a in arguments)
-        sizes = {(t.untyped_storage()._cdata, t.storage_offset()): t.numel() * t.element_size() for t in tensors}
-        return cls(f"{kernel.fn.__module__}.{kernel.fn.__name__}", tuple(grid), noted, tuple(options.items()), sum(sizes.values()))
+        sizes = {
+            (t.untyped_storage()._cdata, t.storage_offset()): t.numel() * t.element_size() for t in tensors
+        }
+        return cls(
+            f"{kernel.fn.__module__}.{kernel.fn.__name__}",
+            tuple(grid),
+            noted,
+            tuple(options.items()),
+            sum(sizes.values()),
+        )
 
     def specialised(self, arch: int | str):
-        """The kernel with arguments that Triton compiles it for exactly as for the launch: (function, arguments, options)."""
+        """The kernel with arguments that Triton compiles it for exactly as for the launch: (function,
+        arguments, options).
+        """
         import torch
         from triton.runtime.jit import MockTensor
 
@@ -59,7 +74,9 @@ class Launch:
         return getattr(importlib.import_module(module), name), arguments, dict(self.options)
 
     def compile(self, arch: int | str):
-        """Triton's CompiledKernel for a compute capability as 90, or for AMD's "gfx942"; kept in Triton's cache. Needs no GPU."""
+        """Triton's CompiledKernel for a compute capability as 90, or for AMD's "gfx942"; kept in Triton's
+        cache. Needs no GPU.
+        """
         from triton.runtime import driver
 
         driver.set_active(_Absent(arch))
@@ -85,17 +102,27 @@ class _Absent:
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("hip", self.arch, 64) if isinstance(self.arch, str) else GPUTarget("cuda", self.arch, 32)
+        return (
+            GPUTarget("hip", self.arch, 64)
+            if isinstance(self.arch, str)
+            else GPUTarget("cuda", self.arch, 32)
+        )
 
 
 def _pointer(tensor):
-    aligned = tensor.storage_offset() * tensor.element_size() % 16 == 0 if tensor.device.type == "meta" else tensor.data_ptr() % 16 == 0
+    aligned = (
+        tensor.storage_offset() * tensor.element_size() % 16 == 0
+        if tensor.device.type == "meta"
+        else tensor.data_ptr() % 16 == 0
+    )
     return str(tensor.dtype).removeprefix("torch."), aligned
 
 
 @contextlib.contextmanager
 def recording(device: Device) -> Iterator[list[Launch]]:
-    """Within it, on this thread, launches for ``device`` are noted in the list that it gives, and nothing is computed."""
+    """Within it, on this thread, launches for ``device`` are noted in the list that it gives, and nothing
+    is computed.
+    """
     launches: list[Launch] = []
     token = _recording.set((device, launches))
     try:
@@ -133,7 +160,8 @@ def specialisation(each: Launch, arch: int | str) -> tuple:
     driver.set_active(_Absent(arch))
     try:
         function, arguments, options = each.specialised(arch)
-        if not hasattr(function, "device_caches"):  # Triton's interpreter, which does not compile: all that is not the grid
+        # Triton's interpreter, which does not compile: all that is not the grid
+        if not hasattr(function, "device_caches"):
             return each.kernel, each.arguments, each.options
         binder = function.device_caches[arch][-1]
         _, specialisation, rest = binder(*arguments, **options, debug=False)
@@ -143,11 +171,16 @@ def specialisation(each: Launch, arch: int | str) -> tuple:
 
 
 def compile_launches(
-    launches: Iterable[Launch], arch: int | str, workers: int | None = None, progress: Callable[[int, int], None] = lambda done, of: None
+    launches: Iterable[Launch],
+    arch: int | str,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> int:
-    """Compile every kernel that ``launches`` need, in ``workers`` processes (None: one for each processor); how many there were.
+    """Compile every kernel that ``launches`` need, in ``workers`` processes (None: one for each processor);
+    how many there were.
 
-    ``progress`` is called with how many are done, and of how many. RuntimeError: what the compiler said, of all that it refused.
+    ``progress`` is called with how many are done, and of how many. RuntimeError: what the compiler said, of
+    all that it refused.
     """
     pending = distinct(launches, arch)
     count, done, failures, lock = len(pending), 0, [], threading.Lock()
@@ -158,7 +191,9 @@ def compile_launches(
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         environment.pop("TRITON_INTERPRET", None)
         command = [sys.executable, "-m", "coda_kernels.compile", json.dumps(arch)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
             while True:
                 with lock:
                     if not pending:
@@ -185,7 +220,9 @@ def compile_launches(
     for thread in threads:
         thread.join()
     if failures or pending:
-        raise RuntimeError(f"compile: {len(failures) + len(pending)} of {count} kernels failed: {'; '.join(failures)}")
+        raise RuntimeError(
+            f"compile: {len(failures) + len(pending)} of {count} kernels failed: {'; '.join(failures)}"
+        )
     return count
 
 
@@ -194,7 +231,9 @@ def _tuples(value):
 
 
 def main() -> None:
-    """A worker: launches as lines of JSON on standard input, "ok" or what went wrong for each on standard output."""
+    """A worker: launches as lines of JSON on standard input, "ok" or what went wrong for each on standard
+    output.
+    """
     arch, out = json.loads(sys.argv[1]), sys.stdout
     sys.stdout = sys.stderr  # whatever a compiler prints
     for line in sys.stdin:

@@ -1,7 +1,11 @@
-"""F(x, u): y_po = s(|w_po|^2) <w_po, u_p> with w_po = A_o z_p + b_o, in one pass; two exact forms, neither of which stores w.
+"""F(x, u): y_po = s(|w_po|^2) <w_po, u_p> with w_po = A_o z_p + b_o, in one pass; two exact forms, neither of
+which stores w.
 
-contracted   <w, u> = sum_k z_k (A_ok . u) + b_o . u      |w|^2 = |L_o^T z + shift_o|^2 + rest_o     r small against d
-generated    w = A_o z + b_o, a tile of d at a time in registers: <w, u> += w u, |w|^2 += w w        r >= 128 or d <= 64
+contracted
+    <w, u> = sum_k z_k (A_ok . u) + b_o . u      |w|^2 = |L_o^T z + shift_o|^2 + rest_o     r small against d
+generated
+    w = A_o z + b_o, a tile of d at a time in registers: <w, u> += w u, |w|^2 += w w
+        r >= 128 or d <= 64
 """
 
 import triton
@@ -12,7 +16,9 @@ from coda_kernels._tiles import dot, landed, narrow, pixel_tile, scaled, widen, 
 
 @triton.jit
 def _inverse_power_of_two(b_x):
-    """1 / 2^floor(log2 x) for x >= 0, a scale that rounds nothing; from 2^-100 to 2^40, so that its square times a norm is finite."""
+    """1 / 2^floor(log2 x) for x >= 0, a scale that rounds nothing; from 2^-100 to 2^40, so that its square
+    times a norm is finite.
+    """
     b_x = tl.clamp(b_x, 2.0**-40, 2.0**100)
     return ((254 << 23) - (b_x.to(tl.int32, bitcast=True) & (255 << 23))).to(tl.float32, bitcast=True)
 
@@ -36,8 +42,8 @@ def _finish(
     EPS: tl.constexpr,
 ):
     """Scale, and store y as [P, n] and what backward needs as [n, P]."""
-    # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes. A vector may be longer by ``flushed`` than it seems:
-    # squares below the least number are 0
+    # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes. A vector may be longer
+    # by ``flushed`` than it seems: squares below the least number are 0
     flushed = tl.sqrt(depth * 1.1754944e-38)
     b_bound = (tl.sqrt(b_square) + flushed) * (tl.sqrt(tl.load(length_ptr + o_p)) + flushed)[:, None]
     b_dot = tl.clamp(b_dot, -b_bound, b_bound, propagate_nan=tl.PropagateNan.ALL)
@@ -54,7 +60,8 @@ def _finish(
 @triton.jit(do_not_specialize=["P", "OH", "OW", "HP", "WP", "SH", "SW", "keep"])
 def contracted(
     u_ptr,  # canvas [N, HP, WP, CP]
-    a_ptr,  # [n', R, K], n' = n rounded up to whole blocks, as for everything of a unit that is read by blocks
+    # [n', R, K], n' = n rounded up to whole blocks, as for everything of a unit that is read by blocks
+    a_ptr,
     z_ptr,  # [PP, R]
     beta_ptr,  # [PP, NB], float32, NB = n' or 0
     length_ptr,  # [PP]: |u_p|^2
@@ -76,7 +83,8 @@ def contracted(
     units: tl.int32,
     keep: tl.int32,  # what is stored for backward: 0 nothing, 1 |w|^2, 2 <w, u> too
     NB: tl.int32,  # n', or 0 without a bias
-    depth: tl.int32,  # K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
+    # K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
+    depth: tl.int32,
     ranks: tl.int32,
     CP: tl.constexpr,
     KH: tl.constexpr,
@@ -96,7 +104,8 @@ def contracted(
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Implicit GEMM [pixels, d] x [d, n R]; its tile is contracted with z in registers, then the norm reuses the same registers.
+    """Implicit GEMM [pixels, d] x [d, n R]; its tile is contracted with z in registers, then the norm reuses
+    the same registers.
 
     NORM_ONLY leaves the product out: |w|^2 is all that the adjoint map needs.
     """
@@ -119,18 +128,21 @@ def contracted(
         m_c = m_p[:, None] & (i_j + o_j < units * R)[None, :]
         p_c = contraction_ptr + o_p[:, None] * (units * R) + (i_j + o_j)[None, :]
         tl.store(p_c, narrow(b_acc, contraction_ptr.dtype.element_ty), m_c)
-    # <w, u> is reduced before the norm is begun: one accumulator alive at a time (the other order spilled 592 bytes)
+    # <w, u> is reduced before the norm is begun: one accumulator alive at a time (the other order spilled 592
+    # bytes)
     b_z = tl.load(z_ptr + o_p[:, None] * R + o_r[None, :])
     b_wide = widen(b_z)
     b_dot = tl.sum(tl.reshape(b_acc, (BM, BO, R)) * b_wide[:, None, :], 2)
     if HAS_BIAS and not NORM_ONLY:
         b_dot += tl.load(beta_ptr + o_p[:, None] * NB + o_o[None, :])
-    # |L^T z + shift|^2 + rest in units of the largest entries of z and of L: 16-bit z is exact in float16, and L loses less than z did
+    # |L^T z + shift|^2 + rest in units of the largest entries of z and of L: 16-bit z is
+    # exact in float16, and L loses less than z did
     b_inverse = _inverse_power_of_two(tl.max(tl.abs(b_wide), 1))
     o_b = tl.arange(0, BR)
     p_l = factor_ptr + i_j * R + (o_j * R)[None, :] + o_b[:, None]
     p_z = z_ptr + o_p[:, None] * R + o_b[None, :]
-    b_v = b_inverse[:, None] * tl.load(shift_ptr + i_j + o_j)[None, :]  # zeros without a bias; starting from a constant spills
+    # zeros without a bias; starting from a constant spills
+    b_v = b_inverse[:, None] * tl.load(shift_ptr + i_j + o_j)[None, :]
     for k in range(0, ranks, BR):  # z again, a piece at a time: all of L at once took 40 registers
         b_l = tl.load(p_l + k)
         b_unit = widen(tl.load(p_z + k)) * b_inverse[:, None]
@@ -140,8 +152,22 @@ def contracted(
     if HAS_BIAS:
         b_square += tl.load(rest_ptr + o_o)[None, :]
     _finish(
-        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, units, keep, depth, SQUASH, EPS,
-    )  # fmt: skip
+        b_dot,
+        b_square,
+        length_ptr,
+        y_ptr,
+        dot_ptr,
+        square_ptr,
+        o_p,
+        m_p,
+        o_o,
+        P,
+        units,
+        keep,
+        depth,
+        SQUASH,
+        EPS,
+    )
 
 
 @triton.jit(do_not_specialize=["P", "OH", "OW", "HP", "WP", "SH", "SW", "keep"])
@@ -181,7 +207,9 @@ def generated(
     BD: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """GEMM [pixels, R] x [R, BD of d] a unit: a tile of w, multiplied by u and by itself where it stands. z stays put if BR = R."""
+    """GEMM [pixels, R] x [R, BD of d] a unit: a tile of w, multiplied by u and by itself where it stands.
+    z stays put if BR = R.
+    """
     blocks = (units + BO - 1) // BO
     i_m, i_n = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     first, o_all, o_p = pixel_tile(i_m, P, BM)
@@ -200,7 +228,9 @@ def generated(
             b_w = dot(b_z, tl.load(p_a[None, :] + (o_r * K)[:, None] + k), b_w, PRECISION)
         else:
             for r in range(0, ranks, BR):
-                b_w = dot(tl.load(p_z + r), tl.load(p_a[None, :] + ((r + o_r) * K)[:, None] + k), b_w, PRECISION)
+                b_w = dot(
+                    tl.load(p_z + r), tl.load(p_a[None, :] + ((r + o_r) * K)[:, None] + k), b_w, PRECISION
+                )
         if HAS_BIAS:
             b_w += widen(tl.load(b_ptr + o_unit * K + o_j % BD + k))[None, :]
         o_k = k + tl.arange(0, BD)
@@ -210,5 +240,19 @@ def generated(
         b_square += tl.sum(b_w * b_w, 2)
     o_o = i_n * BO + tl.arange(0, BO)
     _finish(
-        b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, units, keep, depth, SQUASH, EPS,
-    )  # fmt: skip
+        b_dot,
+        b_square,
+        length_ptr,
+        y_ptr,
+        dot_ptr,
+        square_ptr,
+        o_p,
+        m_p,
+        o_o,
+        P,
+        units,
+        keep,
+        depth,
+        SQUASH,
+        EPS,
+    )

@@ -1,4 +1,6 @@
-"""The benchmark as it is used: ``pytest bench/ --benchmark``, the tables, the GPU report rehearsed on a CPU."""
+"""The benchmark as it is used: ``pytest bench/ --benchmark``, the tables, the GPU report rehearsed on a
+CPU.
+"""
 
 import json
 import os
@@ -22,11 +24,18 @@ CPU = ["--device", "cpu"]
 def start(*arguments, **environment):
     command = [sys.executable, *map(str, arguments)]
     pipe = subprocess.PIPE
-    own = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}  # who runs this test is not who runs that
+    # who runs this test is not who runs that
+    own = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     return subprocess.Popen(
-        command, cwd=ROOT, env={**own, "PYTHONPATH": PATH, **environment}, stdout=pipe, stderr=pipe, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background of a shell do not hear Ctrl-C
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env={**own, "PYTHONPATH": PATH, **environment},
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        # tests in the background of a shell do not hear Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def run(*arguments, **environment):
@@ -47,9 +56,20 @@ def verdict(tmp_path):
 
 
 def test_benchmark(tmp_path, verdict):
-    """Rows of all providers of the group, the tables, pytest-benchmark's own with the same medians, and the guard."""
+    """Rows of all providers of the group, the tables, pytest-benchmark's own with the same medians, and
+    the guard.
+    """
     saved = tmp_path / "saved.json"
-    options = ["--benchmark", "--rows", tmp_path, "--seconds", "0.05", "--verdict", verdict, f"--benchmark-json={saved}"]
+    options = [
+        "--benchmark",
+        "--rows",
+        tmp_path,
+        "--seconds",
+        "0.05",
+        "--verdict",
+        verdict,
+        f"--benchmark-json={saved}",
+    ]
     status, text = bench(*options, "--all", "-k", "S9 and forward and not backward")
     assert status == 0, text
     rows = {row["provider"]: row for row in results.read(next(tmp_path.glob("*.jsonl")))}
@@ -77,7 +97,16 @@ def test_benchmark(tmp_path, verdict):
 def test_no_speedup_where_tests_fail(tmp_path, verdict):
     Verdict(passes=1, failures=("tests/test_golden.py::test_layer",)).write(verdict)
     status, text = bench(
-        "--benchmark", "--rows", tmp_path, "--seconds", "0.05", "--verdict", verdict, "--all", "-k", "S9 and forward and not backward"
+        "--benchmark",
+        "--rows",
+        tmp_path,
+        "--seconds",
+        "0.05",
+        "--verdict",
+        verdict,
+        "--all",
+        "-k",
+        "S9 and forward and not backward",
     )
     assert status == 0, text
     assert "1 FAILED: tests/test_golden.py::test_layer" in text
@@ -98,7 +127,9 @@ def test_no_speedup_where_tests_fail(tmp_path, verdict):
     ],
 )  # fmt: skip
 def test_bad_options(tmp_path, options, message):
-    status, text = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/bench_layers.py", "--rows", tmp_path, *options)
+    status, text = run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/bench_layers.py", "--rows", tmp_path, *options
+    )
     assert status != 0
     assert message in text
     assert not list(tmp_path.glob("*.jsonl"))
@@ -109,16 +140,28 @@ def test_tables_check():
     assert (status, text.strip()) == (0, "all tables and plots show the rows of bench/results")
 
 
-# -- the GPU report -------------------------------------------------------------------------------------------------------------------
+# -- the GPU report
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_report_cut_off(tmp_path):
-    """Killed, and its benchmark with it, once the layers have their first rows: what the first stage found is there, the group is whole,
-    and of the rest there is nothing.
+    """Killed, and its benchmark with it, once the layers have their first rows: what the first stage found is
+    there, the group is whole, and of the rest there is nothing.
     """
     process = start(
-        "bench/gpu_report.py", *CPU, "--quick", "--output", tmp_path, "--minutes", "9", "--jobs", "1", "--stages", "tests", "layers"
+        "bench/gpu_report.py",
+        *CPU,
+        "--quick",
+        "--output",
+        tmp_path,
+        "--minutes",
+        "9",
+        "--jobs",
+        "1",
+        "--stages",
+        "tests",
+        "layers",
     )
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("*.jsonl")) and time.monotonic() < deadline:
@@ -139,7 +182,18 @@ def test_report_cut_off(tmp_path):
 @pytest.mark.slow
 def test_interrupted_report_leaves_no_process(tmp_path):
     """Ctrl-C: what it had started, in sessions of their own, goes with it."""
-    process = start("bench/gpu_report.py", *CPU, "--output", tmp_path, "--minutes", "4", "--jobs", "2", "--stages", "tests")
+    process = start(
+        "bench/gpu_report.py",
+        *CPU,
+        "--output",
+        tmp_path,
+        "--minutes",
+        "4",
+        "--jobs",
+        "2",
+        "--stages",
+        "tests",
+    )
     children, deadline = [], time.monotonic() + 120
     while len(children) < 2 and time.monotonic() < deadline:  # a collecting process first, then one a job
         time.sleep(0.05)
@@ -155,7 +209,18 @@ def test_interrupted_report_leaves_no_process(tmp_path):
 def test_report_fails_in_time(tmp_path):
     """No time: every stage says so, nothing hangs, and the exit status is not that of success."""
     begin = time.monotonic()
-    status, text = run("bench/gpu_report.py", *CPU, "--quick", "--output", tmp_path, "--minutes", "0.01", "--stages", "layers", "networks")
+    status, text = run(
+        "bench/gpu_report.py",
+        *CPU,
+        "--quick",
+        "--output",
+        tmp_path,
+        "--minutes",
+        "0.01",
+        "--stages",
+        "layers",
+        "networks",
+    )
     assert status == 1, text
     assert text.count("no time left") >= 2
     assert time.monotonic() - begin < 60
@@ -166,7 +231,11 @@ def test_report_fails_in_time(tmp_path):
     [
         (["--minutes", "0"], "--minutes: expected a positive number, got 0.0"),
         (["--stages", "dance"], "invalid choice: 'dance'"),
-        pytest.param([], "needs a CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+        pytest.param(
+            [],
+            "needs a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_report_refuses(tmp_path, options, message):
@@ -177,7 +246,9 @@ def test_report_refuses(tmp_path, options, message):
 
 
 def test_stages_share_the_time(monkeypatch, tmp_path):
-    """A stage that is done early leaves its time to the others; one that raises is a failure and not the end."""
+    """A stage that is done early leaves its time to the others; one that raises is a failure and not the
+    end.
+    """
     clock = [0.0]
     monkeypatch.setattr(gpu_report.time, "monotonic", lambda: clock[0])
     limits = {}
@@ -203,16 +274,22 @@ def test_stages_share_the_time(monkeypatch, tmp_path):
             return Verdict()
 
     found = gpu_report.run(Stages(), {"tests": 0.4, "layers": 0.3, "networks": 0.3})
-    assert limits == {"tests": pytest.approx(40), "layers": pytest.approx(52.5), "networks": pytest.approx(100)}
+    assert limits == {
+        "tests": pytest.approx(40),
+        "layers": pytest.approx(52.5),
+        "networks": pytest.approx(100),
+    }
     assert found["layers"].failures == ("RuntimeError: lost the device",)
 
 
 def test_doubt_after_the_fact(monkeypatch, tmp_path):
-    """Rows of this call lose their speed-ups if tests that ran after them failed; older ones and those of peers stay."""
+    """Rows of this call lose their speed-ups if tests that ran after them failed; older ones and those of
+    peers stay.
+    """
     monkeypatch.setattr(results, "device_name", lambda device: "a GPU")
     environment = {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "commit": "c", "date": "d"}
     common = {"op": "S1", "dtype": "bfloat16", "shape": {}, **environment}
-    row = lambda mode, provider, speedup: common | {  # noqa: E731
+    row = lambda mode, provider, speedup: common | {
         "mode": mode, "provider": provider, "speedup": speedup, "verified": True if speedup else None,
     }  # fmt: skip
     old = [row("forward", "coda_fast", {"x": [1, 2, 3]})]
@@ -229,10 +306,13 @@ def test_doubt_after_the_fact(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tests", "configurations", "tree", "marked"), [(1, 1, "", True), (1, 0, "", False), (0, 1, "", False), (1, 1, "another", False)]
+    ("tests", "configurations", "tree", "marked"),
+    [(1, 1, "", True), (1, 0, "", False), (0, 1, "", False), (1, 1, "another", False)],
 )
 def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations, tree, marked):
-    """sm_XX.json says "verified" only if all tests of one tree have passed, with what was skipped, and keeps the tiles of the table."""
+    """sm_XX.json says "verified" only if all tests of one tree have passed, with what was skipped, and
+    keeps the tiles of the table.
+    """
     monkeypatch.setattr(results, "device_name", lambda device: "a GPU")
     environment = {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "python": "3", "date": "d"}
     monkeypatch.setattr(results, "environment", lambda device: environment)
@@ -241,7 +321,9 @@ def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations,
     report = gpu_report.Report(tmp_path, tmp_path, "cuda", 0.0)
     Verdict(passes=1, unfinished=1 - tests).write(tmp_path / "tests.json", **report.stamp)
     Verdict(passes=configurations).write(tmp_path / "configurations.json", **report.stamp)
-    Verdict(passes=1, skipped=2).write(tmp_path / "large.json", **(report.stamp | {"tree": tree or "this tree"}))
+    Verdict(passes=1, skipped=2).write(
+        tmp_path / "large.json", **(report.stamp | {"tree": tree or "this tree"})
+    )
     path = report.propose_table()
     assert (path is not None) == marked
     if marked:
@@ -250,4 +332,11 @@ def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations,
         assert mark.pop("skipped") == {"large.json": 2}
         assert mark.pop("tiles") == {"first": 1, "fallbacks": 0}
         assert mark.pop("warps_and_stages") == 0
-        assert mark == {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "date": "d", "tree": "this tree"}
+        assert mark == {
+            "device": "a GPU",
+            "driver": "9",
+            "torch": "2",
+            "triton": "3",
+            "date": "d",
+            "tree": "this tree",
+        }

@@ -1,4 +1,6 @@
-"""The two runs on a GPU, rehearsed to the end on a CPU from a bare tree, and their parts: stages, training, packing, gathering."""
+"""The two runs on a GPU, rehearsed to the end on a CPU from a bare tree, and their parts: stages,
+training, packing, gathering.
+"""
 
 import importlib.metadata
 import io
@@ -23,7 +25,8 @@ from coda_kernels import config
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 # What a machine with a GPU had (docs/gpu.md), and what it lacked although some of that asks for it
-THERE = ("torch", "torchvision", "triton", "lightning", "timm", "safetensors", "tensorboard", "numpy", "pytest", "pytest-benchmark",
+THERE = ("torch", "torchvision", "triton", "lightning", "timm", "safetensors", "tensorboard", "numpy",
+         "pytest", "pytest-benchmark",
          "hypothesis", "matplotlib", "pillow", "click", "coda-fast")  # fmt: skip
 ABSENT = ("captum", "pydantic", "tqdm", "webdataset")
 
@@ -35,8 +38,12 @@ from importlib.machinery import PathFinder
 BLOCKED, DISTRIBUTIONS = {blocked!r}, {distributions!r}
 find, found = PathFinder.find_spec, importlib.metadata.distributions
 hidden = lambda name: name.partition(".")[0] in BLOCKED
-PathFinder.find_spec = classmethod(lambda cls, name, path=None, target=None: None if hidden(name) else find(name, path, target))
-importlib.metadata.distributions = lambda **options: [d for d in found(**options) if d.name not in DISTRIBUTIONS]
+PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None: None if hidden(name) else find(name, path, target)
+)
+importlib.metadata.distributions = lambda **options: [
+    d for d in found(**options) if d.name not in DISTRIBUTIONS
+]
 """
 
 
@@ -62,22 +69,32 @@ def hide(folder):
         waiting += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     modules = importlib.metadata.packages_distributions().items()
     blocked = {module for module, owners in modules if not known & {canonical(owner) for owner in owners}}
-    distributions = {d.name for d in importlib.metadata.distributions() if d.name and canonical(d.name) not in known}
+    distributions = {
+        d.name for d in importlib.metadata.distributions() if d.name and canonical(d.name) not in known
+    }
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SITE.format(blocked=blocked, distributions=distributions))
     return folder
 
 
 def test_both_runs_rehearsed_from_a_bare_tree(tmp_path):
-    """With nothing but the tracked files and the packages that such a machine has: every stage comes to its end, nothing has failed, and
-    the results are few small files. Not marked slow: the oldest versions are those of such a machine.
+    """With nothing but the tracked files and the packages that such a machine has: every stage comes to its
+    end, nothing has failed, and the results are few small files. Not marked slow: the oldest versions are
+    those of such a machine.
     """
     tree, site = tmp_path / "tree", hide(tmp_path / "site")
     gather.copy_tree(tree)
     own = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "CODA_FAST_"))}
-    own |= {"PYTHONPATH": str(site), "CODA_FAST_COMMIT": "rehearsed", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    own |= {
+        "PYTHONPATH": str(site),
+        "CODA_FAST_COMMIT": "rehearsed",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+    }
     lacking = f"import importlib.util as u; print([u.find_spec(name) for name in {ABSENT}])"
-    seen = subprocess.run([sys.executable, "-c", lacking], env=own, capture_output=True, text=True, check=True).stdout
+    seen = subprocess.run(
+        [sys.executable, "-c", lacking], env=own, capture_output=True, text=True, check=True
+    ).stdout
     assert seen.strip() == "[None, None, None, None]"
     made_images(tmp_path / "images.npz")
     commands = {
@@ -99,7 +116,8 @@ def test_both_runs_rehearsed_from_a_bare_tree(tmp_path):
     smoke = json.loads((tmp_path / "smoke" / "smoke.json").read_text())
     assert smoke["of"]["commit"] == "rehearsed"
     assert set(gpu_smoke.GROUPS) < set(smoke["verdicts"])
-    assert {verdict["result"] for verdict in smoke["verdicts"].values()} == {"pass", "none"}  # on the CPU, as it was asked for
+    # on the CPU, as it was asked for
+    assert {verdict["result"] for verdict in smoke["verdicts"].values()} == {"pass", "none"}
     assert "\npass  golden values: 1 passed\n" in texts["smoke"]
     with tarfile.open(tmp_path / "results" / "report.tar.gz") as archive:
         names = set(archive.getnames())
@@ -107,7 +125,11 @@ def test_both_runs_rehearsed_from_a_bare_tree(tmp_path):
     assert any(name.endswith(".jsonl") and "logs" not in name for name in names)
     assert Verdict.load(tmp_path / "report" / "tests.json").passed
     rows = results.read(next((tmp_path / "report").glob("*.jsonl")))
-    assert {(r["op"], r["mode"]) for r in rows} >= {("S9", "forward"), ("S9", "forward + backward"), ("coda_s_cifar10", "inference")}
+    assert {(r["op"], r["mode"]) for r in rows} >= {
+        ("S9", "forward"),
+        ("S9", "forward + backward"),
+        ("coda_s_cifar10", "inference"),
+    }
     assert any(r["provider"] == providers.ALGEBRAIC + providers.COMPILED for r in rows)
     assert "| S9 " in texts["report"]
     if not torch.cuda.is_available():  # the report says so instead of passing
@@ -117,23 +139,32 @@ def test_both_runs_rehearsed_from_a_bare_tree(tmp_path):
         assert not configurations.passed
     training = json.loads((tmp_path / "report" / "training.json").read_text())
     assert training["data"] == "CIFAR-10 (JPEG)"
-    assert not [value for value in training["judged"].values() if isinstance(value, dict) and "missing" in value]
+    assert not [
+        value for value in training["judged"].values() if isinstance(value, dict) and "missing" in value
+    ]
     assert load(tmp_path / "results" / fast_training.WEIGHTS).layers[0].weight.dtype == torch.float16
     assert not list((tmp_path / "report").glob("sm_*.json"))
 
 
-# -- the first run --------------------------------------------------------------------------------------------------------------------
+# -- the first run
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_smoke_covers_every_kernel():
-    """The checks of gpu_smoke launch every kernel that there is, in every dtype: by the rules that decide what a layer launches."""
+    """The checks of gpu_smoke launch every kernel that there is, in every dtype: by the rules that decide
+    what a layer launches.
+    """
     import smoke_checks
     from test_gpu import kernels_of, shape_of
 
     for dtype in smoke_checks.DTYPES:
         launched = set()
         for case, options in smoke_checks.CASES.values():
-            launched |= {kernel for kernel in kernels_of(shape_of(case, dtype)) if options or not kernel.endswith("_kept")}
+            launched |= {
+                kernel
+                for kernel in kernels_of(shape_of(case, dtype))
+                if options or not kernel.endswith("_kept")
+            }
         assert launched == set(config._SIZES)
 
 
@@ -147,9 +178,14 @@ def test_smoke_finds_its_tests():
 
 
 def test_smoke_tells_what_failed(tmp_path, capsys, monkeypatch):
-    """A verdict a line, the lines of the error, and an exit status of failure; what did not come to its end is not passed."""
+    """A verdict a line, the lines of the error, and an exit status of failure; what did not come to its
+    end is not passed.
+    """
     smoke = gpu_smoke.Smoke(tmp_path, "cpu", time.monotonic() + 60)
-    error = "E       AssertionError: C 64, n 64, r 64, k 3, stride 1, 8 x 8, batch 4, bfloat16: result 1: error; worst at (0, 1, 2, 3)"
+    error = (
+        "E       AssertionError: C 64, n 64, r 64, k 3, stride 1, 8 x 8, batch 4, bfloat16: result 1: "
+        "error; worst at (0, 1, 2, 3)"
+    )
     name = "tests/kernels/smoke_checks.py::test_kernels[S7-bfloat16]"
     other = "tests/kernels/test_gpu.py::test_same_bits_twice[1]"
     monkeypatch.setattr(verify, "collect", lambda *a, **k: [name, other])
@@ -187,11 +223,16 @@ def test_warming_tells_what_failed(monkeypatch):
     assert seen[1] == ((16, 3, 32, 32), torch.float32, 16)
 
 
-# -- the second run -------------------------------------------------------------------------------------------------------------------
+# -- the second run
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_first_tiles():
-    tests = [f"t::test_shipped_tile[{key} {tile}]" for key in ("fold C6 16bit", "fold C6 32bit") for tile in ("BM128 w8 s3", "BM64 w4 s2")]
+    tests = [
+        f"t::test_shipped_tile[{key} {tile}]"
+        for key in ("fold C6 16bit", "fold C6 32bit")
+        for tile in ("BM128 w8 s3", "BM64 w4 s2")
+    ]
     assert gpu_report.first_tiles(tests) == (tests[::2], tests[1::2])
 
 
@@ -214,7 +255,9 @@ def report(monkeypatch, tmp_path):
 
 
 def test_what_had_no_time_is_run_later(report, monkeypatch):
-    """later.json names it; a call with --later adds it to the verdict, and only then is the device marked, with what was run on it."""
+    """later.json names it; a call with --later adds it to the verdict, and only then is the device marked,
+    with what was run on it.
+    """
     monkeypatch.setattr(verify, "shards", lambda tests, *a: Verdict(passes=1, unfinished=len(tests) - 1))
     monkeypatch.setattr(verify, "outcomes", lambda folder: {"a": {"outcome": "passed"}})
     report._shards("tests", ["a", "b", "c"], 0.0)
@@ -267,7 +310,8 @@ def test_packed(tmp_path):
     assert log.endswith(b"end")
 
 
-# -- gathering ------------------------------------------------------------------------------------------------------------------------
+# -- gathering
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_gathered(tmp_path):
@@ -279,8 +323,13 @@ def test_gathered(tmp_path):
     assert sorted(path.name for path in output.iterdir()) == ["gathered", "images.npz", "run.sh", "tree"]
     assert (output / "tree" / "bench" / "gpu_report.py").exists()
     assert not (output / "tree" / ".git").exists()
-    for arguments, message in (([], "expected smoke or report"), (["dance", str(tmp_path / "r")], "got dance")):
-        done = subprocess.run(["bash", str(output / "run.sh"), *arguments], capture_output=True, text=True, check=False)
+    for arguments, message in (
+        ([], "expected smoke or report"),
+        (["dance", str(tmp_path / "r")], "got dance"),
+    ):
+        done = subprocess.run(
+            ["bash", str(output / "run.sh"), *arguments], capture_output=True, text=True, check=False
+        )
         assert done.returncode
         assert message in done.stderr
     assert gather.main([*command, "--limit", "0.5"]) == 1
@@ -294,7 +343,8 @@ def test_gathering_replaces_only_its_own(tmp_path, capsys):
     assert (tmp_path / "precious").exists()
 
 
-# -- the training ---------------------------------------------------------------------------------------------------------------------
+# -- the training
+# ------------------------------------------------------------------------------------------------------------
 
 
 def made_images(path, count=40):
@@ -326,7 +376,9 @@ def test_decoded(tmp_path):
     assert (images[3].permute(1, 2, 0).numpy() == arrays["test_lossless_rgb"][0]).all()
     assert int((images[12].int() - 70).abs().max()) <= 2
     (tmp_path / "broken.npz").write_bytes(b"no")
-    with pytest.raises(fast_training.TrainingProblem, match=r"broken.npz: expected an .npz file with train_jpeg"):
+    with pytest.raises(
+        fast_training.TrainingProblem, match=r"broken.npz: expected an .npz file with train_jpeg"
+    ):
         fast_training.read(tmp_path / "broken.npz", "train")
 
 
@@ -335,7 +387,9 @@ def trainer(count=40, **options):
     images = (20 * labels + 30)[:, None, None, None].expand_as(images).to(torch.uint8).contiguous()
     recipe = fast_training.recipe_of()
     recipe["model"]["temperature"] = 10
-    return fast_training.Trainer(recipe, images, labels, "cpu", batch=20, **fast_training.TINY, **options), recipe
+    return fast_training.Trainer(
+        recipe, images, labels, "cpu", batch=20, **fast_training.TINY, **options
+    ), recipe
 
 
 def test_steps_learn():
@@ -347,7 +401,10 @@ def test_steps_learn():
         losses.append(float(found.sums[0]) / 20)
         found.sums.zero_()
     assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:3])
-    apart = [float((a - p.detach()).norm() / p.detach().norm()) for a, p in zip(found.ema, found.parameters, strict=True)]
+    apart = [
+        float((a - p.detach()).norm() / p.detach().norm())
+        for a, p in zip(found.ema, found.parameters, strict=True)
+    ]
     assert 0 < max(apart) < 0.5
 
 
@@ -396,8 +453,10 @@ def test_training_ends_in_time():
     found, recipe = trainer()
     test = (found.images[:10], found.labels[:10])
     begin, kept = time.monotonic(), []
-    keep = lambda trainer, row: kept.append(row)  # noqa: E731
-    row = fast_training.train(found, recipe, begin + 4, steps=None, test=test, keep=keep, every=1.0, say=lambda text: None)
+    keep = lambda trainer, row: kept.append(row)
+    row = fast_training.train(
+        found, recipe, begin + 4, steps=None, test=test, keep=keep, every=1.0, say=lambda text: None
+    )
     assert time.monotonic() - begin < 30
     assert kept
     assert row["steps"] == found.done == row["history"][-1]["step"]
@@ -410,7 +469,11 @@ def test_training_ends_in_time():
         (["--minutes", "0"], "--minutes: expected a positive number, got 0.0"),
         (["--device", "cpu"], "--data: expected the file of the images, got none"),
         (["--device", "cpu", "--data", "nowhere.npz"], "--data: no such file: nowhere.npz"),
-        pytest.param([], "needs a CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+        pytest.param(
+            [],
+            "needs a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_training_refuses(tmp_path, capsys, options, message):
@@ -434,5 +497,7 @@ def test_runs_refuse(tool, tmp_path, capsys):
 def test_report_refuses_another_file_for_later(tmp_path, capsys):
     (tmp_path / "later.json").write_text("[]")
     with pytest.raises(SystemExit):
-        gpu_report.main(["--later", str(tmp_path / "later.json"), "--device", "cpu", "--output", str(tmp_path / "out")])
+        gpu_report.main(
+            ["--later", str(tmp_path / "later.json"), "--device", "cpu", "--output", str(tmp_path / "out")]
+        )
     assert "expected a later.json of this report" in capsys.readouterr().err

@@ -15,14 +15,26 @@ from coda_fast.functional import dau_conv2d
 
 CPU = torch.device("cpu")
 SMALL = cases.Layer("X1", 3, 4, 5, 3, 2, 6, 2)
-ENVIRONMENT = {"device": "a machine", "driver": None, "torch": "2", "triton": "3", "python": "3", "threads": 2, "commit": "c", "date": "d"}
+ENVIRONMENT = {
+    "device": "a machine",
+    "driver": None,
+    "torch": "2",
+    "triton": "3",
+    "python": "3",
+    "threads": 2,
+    "commit": "c",
+    "date": "d",
+}
 
 
-# -- peers ----------------------------------------------------------------------------------------------------------------------------
+# -- peers
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("peer", providers.PEERS)
-@pytest.mark.parametrize("name", [name for name in LAYERS if Golden(name).meta["bias"] and Golden(name).meta["norm"] == "squash"])
+@pytest.mark.parametrize(
+    "name", [name for name in LAYERS if Golden(name).meta["bias"] and Golden(name).meta["norm"] == "squash"]
+)
 def test_peers_compute_the_published_layer(name, peer):
     """Output and all gradients of the published implementation."""
     golden = Golden(name)
@@ -30,7 +42,9 @@ def test_peers_compute_the_published_layer(name, peer):
     tensors = [t.requires_grad_() for t in (golden["input"], *golden.layer("param"))]
     y = function(*tensors, meta["s"], meta["p"])
     grads = torch.autograd.grad(y, tensors, golden["grad_output"])
-    for found, expected in zip((y, *grads), (golden["output"], golden["grad/x"], *golden.layer("grad")), strict=True):
+    for found, expected in zip(
+        (y, *grads), (golden["output"], golden["grad/x"], *golden.layer("grad")), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
@@ -39,7 +53,9 @@ def test_peers_explain(peer):
     """The gradient in explanation mode is that of the layer in explanation mode."""
     x, B, A, b, upstream = (t.detach().double() for t in providers.layer_inputs(SMALL, torch.float32, CPU)[0])
     x.requires_grad_()
-    expected = torch.autograd.grad(dau_conv2d(x, B, A, b, 2, 1, detach=True, backend="reference"), [x], upstream)[0]
+    expected = torch.autograd.grad(
+        dau_conv2d(x, B, A, b, 2, 1, detach=True, backend="reference"), [x], upstream
+    )[0]
     found = torch.autograd.grad(providers.PEERS[peer](x, B, A, b, 2, 1, True), [x], upstream)[0]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -58,9 +74,14 @@ def test_truth_in_pieces(mode):
 
 def test_providers_share_their_inputs():
     names = providers.names(SMALL, cases.TRAINING, CPU)
-    sets = [providers.setup(name, SMALL, cases.TRAINING, torch.float32, CPU)[0] for name in names if name != providers.PRODUCT]
+    sets = [
+        providers.setup(name, SMALL, cases.TRAINING, torch.float32, CPU)[0]
+        for name in names
+        if name != providers.PRODUCT
+    ]
     assert len(sets) == 3
-    sets.append(providers.layer_inputs.__wrapped__(SMALL, torch.float32, CPU))  # made anew: the same numbers in every run
+    # made anew: the same numbers in every run
+    sets.append(providers.layer_inputs.__wrapped__(SMALL, torch.float32, CPU))
     for other in sets[1:]:
         for a, b in zip(sets[0], other, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -68,23 +89,38 @@ def test_providers_share_their_inputs():
 
 
 def test_the_preset_of_a_gpu():
-    """S-CoDA at batch 256, L-CoDA at 64, at 16 on a small device; every provider has a name there and none twice."""
+    """S-CoDA at batch 256, L-CoDA at 64, at 16 on a small device; every provider has a name there and none
+    twice.
+    """
     large, small = cases.preset("gpu", int(80e9)), cases.preset("gpu", int(40e9))
-    assert [(n.name, n.batch) for n in large.networks] == [("coda_s_cifar10", 256), ("coda_l_imagenet100", 64)]
+    assert [(n.name, n.batch) for n in large.networks] == [
+        ("coda_s_cifar10", 256),
+        ("coda_l_imagenet100", 64),
+    ]
     assert [n.batch for n in small.networks] == [256, 16]
     assert {c.batch for c in large.layers if c.name.startswith("L")} == {64}
     gpu = torch.device("cuda")
-    for case in (large.layers[0], large.layers[5], large.networks[0]):  # the first is computed in the generated form
+    # the first is computed in the generated form
+    for case in (large.layers[0], large.layers[5], large.networks[0]):
         for mode in cases.LAYER_MODES if isinstance(case, cases.Layer) else cases.NETWORK_MODES:
             names = providers.names(case, mode, gpu, large.compiled_in(case, mode))
             assert len(set(names)) == len(names)
-            assert {"algebraic compiled", "materialising compiled", "coda_fast compiled", "coda_fast factored"} <= set(names)
-            assert ("coda_fast save_contraction" in names) == (mode in (cases.TRAINING, cases.STEP) and case != large.layers[0])
+            assert {
+                "algebraic compiled",
+                "materialising compiled",
+                "coda_fast compiled",
+                "coda_fast factored",
+            } <= set(names)
+            assert ("coda_fast save_contraction" in names) == (
+                mode in (cases.TRAINING, cases.STEP) and case != large.layers[0]
+            )
 
 
 @pytest.mark.parametrize("name", [*providers.PEERS, providers.CODA])
 def test_providers_compile_whole(name):
-    """In one graph, forward and backward, as max-autotune on a GPU needs it; with the values of the eager function."""
+    """In one graph, forward and backward, as max-autotune on a GPU needs it; with the values of the eager
+    function.
+    """
     inputs, eager = providers.setup(name, SMALL, cases.TRAINING, torch.float32, CPU)
     function = {**providers.PEERS, **providers.OURS}[name]
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -104,7 +140,8 @@ def test_published_layers():
     assert (s7.depth, s7.pixels, l1.depth, l1.pixels) == (576, 16384, 294, 409600)
 
 
-# -- measuring ------------------------------------------------------------------------------------------------------------------------
+# -- measuring
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_in_turn():
@@ -176,7 +213,8 @@ def test_a_wrong_variant_hides_its_own_speedup_only():
     rows = {row["provider"]: row for row in lab.rows(SMALL, cases.TRAINING, found)}
     assert rows[providers.CODA]["speedup"][providers.MATERIALISING] == [2.0, 2.0, 2.0]
     assert rows[providers.FACTORED]["speedup"] is None
-    assert laboratory.wrong({providers.CODA: Measurement([1.0], [1.0], 1, 0.5)}) == {}  # nothing to compare with
+    # nothing to compare with
+    assert laboratory.wrong({providers.CODA: Measurement([1.0], [1.0], 1, 0.5)}) == {}
 
 
 @pytest.mark.parametrize("mode", cases.NETWORK_MODES)
@@ -189,7 +227,9 @@ def test_networks_are_compared_with_float64(mode, monkeypatch):
     assert 0 < found[providers.CODA].error < 1e-4
     assert not laboratory.wrong(found, 4.0)
     monkeypatch.setitem(providers.OURS, providers.CODA, lambda *a, **k: 1.001 * providers.coda_fast(*a, **k))
-    broken = laboratory.Laboratory(CPU, "float32", 0.0, (1, 1)).measure(case, mode, [providers.MATERIALISING, providers.CODA])
+    broken = laboratory.Laboratory(CPU, "float32", 0.0, (1, 1)).measure(
+        case, mode, [providers.MATERIALISING, providers.CODA]
+    )
     assert list(laboratory.wrong(broken, 4.0)) == [providers.CODA]
 
 
@@ -215,7 +255,8 @@ def test_the_ceiling_is_the_slower_of_two(monkeypatch, bound):
     row = lab.rows(SMALL, cases.FORWARD, found)[0]
     assert (row["bound"], row["ceiling"]) == (bound, {providers.PRODUCT: 0.25, providers.COPY: 0.5}[bound])
     row = lab.copy_row()
-    assert 2e-3 * row["shape"]["bytes"] / row["p50_us"] == pytest.approx(least / copy * 1e-3, rel=1e-3)  # GB/s
+    # GB/s
+    assert 2e-3 * row["shape"]["bytes"] / row["p50_us"] == pytest.approx(least / copy * 1e-3, rel=1e-3)
     assert all(field in row for field in results.FIELDS)
 
 
@@ -255,11 +296,14 @@ def test_error():
     assert measure.error([torch.ones(4), torch.tensor([2.0, 2.0, float("nan"), 2.0])], truth) == float("inf")
 
 
-# -- rows -----------------------------------------------------------------------------------------------------------------------------
+# -- rows
+# ------------------------------------------------------------------------------------------------------------
 
 
 def fake(verified=True, error=1e-7):
-    """A laboratory with one measured group: coda_fast takes half the time of the formula and a third more than the product."""
+    """A laboratory with one measured group: coda_fast takes half the time of the formula and a third more
+    than the product.
+    """
     lab = laboratory.Laboratory(CPU, "float32", 0.0, verified=lambda: verified)
     lab._copy = Measurement([1e-3], [1e-3])  # as good as no time
     found = {
@@ -333,13 +377,23 @@ def test_path_of_a_device():
     assert results.path_of("NVIDIA H100 80GB HBM3", results.FOLDER).name == "nvidia-h100-80gb-hbm3.jsonl"
 
 
-# -- guard ----------------------------------------------------------------------------------------------------------------------------
+# -- guard
+# ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("now", "slower"), [([1.0, 1.1, 1.2], True), ([1.2, 1.3, 1.6], False), ([2.0, 2.1, 2.2], False)])
+@pytest.mark.parametrize(
+    ("now", "slower"), [([1.0, 1.1, 1.2], True), ([1.2, 1.3, 1.6], False), ([2.0, 2.1, 2.2], False)]
+)
 def test_guard(now, slower):
     def row(speedup):
-        return {"op": "S1", "mode": "forward", "dtype": "float32", "shape": {}, "provider": providers.CODA, "speedup": speedup}
+        return {
+            "op": "S1",
+            "mode": "forward",
+            "dtype": "float32",
+            "shape": {},
+            "provider": providers.CODA,
+            "speedup": speedup,
+        }
 
     stored = [row({providers.ALGEBRAIC: [1.5, 1.6, 1.7]})]
     found = guard.compare([row({providers.ALGEBRAIC: now, "algebraic compiled": [9, 9, 9]})], stored)
@@ -349,7 +403,8 @@ def test_guard(now, slower):
     assert "no stored ratios" in guard.report(stored, [])
 
 
-# -- tables ---------------------------------------------------------------------------------------------------------------------------
+# -- tables
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_documents_show_the_stored_rows():
@@ -366,7 +421,10 @@ def test_stale_documents_are_found(monkeypatch, tmp_path):
 def test_tables_do_not_mix():
     """Rows of two dtypes and of two batches stand in tables of their own; the copy is in the footer."""
     narrow = [dict(row, dtype="bfloat16") for row in fake()]
-    large = [dict(row, shape={**row["shape"], "batch": 64}, p50_us=row["p50_us"] and 10 * row["p50_us"]) for row in fake()]
+    large = [
+        dict(row, shape={**row["shape"], "batch": 64}, p50_us=row["p50_us"] and 10 * row["p50_us"])
+        for row in fake()
+    ]
     copy = dict(fake()[0], op=providers.COPY, mode=providers.COPY, shape={"bytes": 1_000_000}, p50_us=2.0)
     found = tables.variants([*fake(), *narrow, *large, copy])
     kinds = [{(row["dtype"], row["shape"]["batch"]) for row in rows} for rows in found]
@@ -377,7 +435,10 @@ def test_tables_do_not_mix():
 
 
 def test_nothing_measured_has_a_footer():
-    rows = [dict(row, p20_us=None, p50_us=None, p80_us=None, speedup=None, missing="out of memory") for row in fake()]
+    rows = [
+        dict(row, p20_us=None, p50_us=None, p80_us=None, speedup=None, missing="out of memory")
+        for row in fake()
+    ]
     assert "no memory" in tables.everything(rows)
 
 
@@ -389,7 +450,10 @@ def test_sum_counts_layers_of_one_shape():
 
 
 def test_block():
-    assert tables.block("a <!-- x: begin -->old<!-- x: end --> b", "x", "new") == "a <!-- x: begin -->\nnew\n<!-- x: end --> b"
+    assert (
+        tables.block("a <!-- x: begin -->old<!-- x: end --> b", "x", "new")
+        == "a <!-- x: begin -->\nnew\n<!-- x: end --> b"
+    )
     with pytest.raises(ValueError, match="expected <!-- x: begin -->"):
         tables.block("nothing", "x", "new")
 
@@ -401,7 +465,13 @@ def test_plot_knows_its_rows(tmp_path):
             case = dataclasses.replace(SMALL, axis=axis, **{axis: getattr(SMALL, axis) * factor})
             for provider in plots.STYLE:
                 numbers = {"p20_us": 1.0, "p50_us": 2.0 * factor, "p80_us": 3.0 * factor, "peak_bytes": 1000}
-                common = {"op": f"scaling {axis}", "provider": provider, "mode": cases.TRAINING, "dtype": "float32", "shape": case.shape}
+                common = {
+                    "op": f"scaling {axis}",
+                    "provider": provider,
+                    "mode": cases.TRAINING,
+                    "dtype": "float32",
+                    "shape": case.shape,
+                }
                 rows.append(common | numbers | ENVIRONMENT)
     path = plots.scaling(rows, tmp_path / "scaling.png")
     assert plots.shows(path, rows)

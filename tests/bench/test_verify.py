@@ -8,9 +8,17 @@ from bench import verify
 from bench.verify import Verdict
 
 PASSING = "def test_a():\n    pass\n\ndef test_b():\n    pass\n"
-MIXED = "import pytest\n\ndef test_a():\n    assert 0\n\ndef test_b():\n    pass\n\ndef test_c():\n    pytest.skip('no')\n"
-CRASHING = "import os\n\ndef test_a():\n    pass\n\ndef test_b():\n    os._exit(9)\n\ndef test_c():\n    pass\n"
-HANGING = "import time\n\ndef test_a():\n    pass\n\ndef test_b():\n    time.sleep(600)\n\ndef test_c():\n    pass\n"
+MIXED = (
+    "import pytest\n\ndef test_a():\n    assert 0\n\ndef test_b():\n    pass\n\ndef test_c():\n    "
+    "pytest.skip('no')\n"
+)
+CRASHING = (
+    "import os\n\ndef test_a():\n    pass\n\ndef test_b():\n    os._exit(9)\n\ndef test_c():\n    pass\n"
+)
+HANGING = (
+    "import time\n\ndef test_a():\n    pass\n\ndef test_b():\n    time.sleep(600)\n\ndef test_c():\n    "
+    "pass\n"
+)
 
 
 @pytest.fixture
@@ -38,14 +46,18 @@ def test_failing(file):
 
 
 def test_what_had_no_time_is_unfinished(file):
-    verdict = verify.run(file("import pytest\n\ndef test_a():\n    pytest.skip('no time left')\n\ndef test_b():\n    pass\n"))
+    verdict = verify.run(
+        file("import pytest\n\ndef test_a():\n    pytest.skip('no time left')\n\ndef test_b():\n    pass\n")
+    )
     assert verdict == Verdict(passes=1, unfinished=1)
     assert verdict.good
     assert not verdict.passed
 
 
 def test_a_shard_that_breaks_off_has_failed(file, tmp_path):
-    verdict = verify.shards(verify.collect(file(CRASHING), root=tmp_path), 1, time.monotonic() + 60, tmp_path / "logs", tmp_path)
+    verdict = verify.shards(
+        verify.collect(file(CRASHING), root=tmp_path), 1, time.monotonic() + 60, tmp_path / "logs", tmp_path
+    )
     assert (verdict.passes, verdict.unfinished, verdict.failures) == (1, 2, ("shard0 ended with status 9",))
 
 
@@ -89,5 +101,7 @@ def test_verdict_on_disk(tmp_path):
     path = tmp_path / "verdict.json"
     verdict.write(path, commit="c", device="d")
     assert Verdict.load(path) == Verdict.load(path, commit="c") == verdict
-    with pytest.raises(ValueError, match="expected a verdict about {'commit': 'other'}, got one about {'commit': 'c'}"):
+    with pytest.raises(
+        ValueError, match="expected a verdict about {'commit': 'other'}, got one about {'commit': 'c'}"
+    ):
         Verdict.load(path, commit="other")

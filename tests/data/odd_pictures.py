@@ -1,4 +1,6 @@
-"""Pictures as people have them: turned by EXIF in all eight ways, of every depth and colour, transparent, tiny, long, damaged."""
+"""Pictures as people have them: turned by EXIF in all eight ways, of every depth and colour, transparent,
+tiny, long, damaged.
+"""
 
 import io
 
@@ -6,8 +8,14 @@ import numpy as np
 from PIL import Image
 
 UPRIGHT = np.zeros((24, 40, 3), np.uint8)  # a picture whose corners tell where it was turned
-UPRIGHT[:12, :20], UPRIGHT[:12, 20:], UPRIGHT[12:, :20], UPRIGHT[12:, 20:] = (200, 40, 40), (40, 200, 40), (40, 40, 200), (220, 220, 60)
-# how the rows of a file are turned that says so: written out here, by EXIF's definition of where row 0 and column 0 are seen
+UPRIGHT[:12, :20], UPRIGHT[:12, 20:], UPRIGHT[12:, :20], UPRIGHT[12:, 20:] = (
+    (200, 40, 40),
+    (40, 200, 40),
+    (40, 40, 200),
+    (220, 220, 60),
+)
+# how the rows of a file are turned that says so: written out here, by EXIF's definition of where row 0 and
+# column 0 are seen
 STORED = {
     1: lambda p: p,  # row 0 at the top, column 0 at the left
     2: lambda p: p[:, ::-1],  # top, right
@@ -27,7 +35,9 @@ def file_of(image, format="PNG", **options):
 
 
 def turned(orientation, format="JPEG", tag=None, pixels=UPRIGHT):
-    """The bytes of a picture that is ``pixels`` when it is seen as its EXIF says; ``tag``: what is written instead."""
+    """The bytes of a picture that is ``pixels`` when it is seen as its EXIF says; ``tag``: what is written
+    instead.
+    """
     exif = Image.Exif()
     exif[0x0112] = orientation if tag is None else tag
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](pixels)))
@@ -62,9 +72,15 @@ def odd_files(seed=0):
         "palette.png": file_of(palette),
         "palette_clear.png": file_of(palette, transparency=3),
         "one_bit.png": file_of(Image.fromarray(grey).convert("1")),
-        "moving.gif": file_of(palette, "GIF", save_all=True, append_images=[Image.fromarray(noise(50, 70)).quantize(16)]),
+        "moving.gif": file_of(
+            palette, "GIF", save_all=True, append_images=[Image.fromarray(noise(50, 70)).quantize(16)]
+        ),
         "moving.webp": file_of(
-            Image.fromarray(colour), "WEBP", save_all=True, append_images=[Image.fromarray(noise(50, 70))], lossless=True
+            Image.fromarray(colour),
+            "WEBP",
+            save_all=True,
+            append_images=[Image.fromarray(noise(50, 70))],
+            lossless=True,
         ),
         "speck.png": file_of(Image.fromarray(noise(1, 1))),
         "strip.png": file_of(Image.fromarray(noise(3, 900))),

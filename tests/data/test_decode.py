@@ -30,7 +30,13 @@ def pixels(source, channels=3, **options):
 def test_paths_bytes_and_pictures_are_read_alike(tmp_path):
     path = _save(tmp_path / "a.png", COLOUR)
     with Image.open(path) as lazy:
-        found = [pixels(path), pixels(str(path)), pixels(path.read_bytes()), pixels(Image.fromarray(COLOUR)), pixels(lazy)]
+        found = [
+            pixels(path),
+            pixels(str(path)),
+            pixels(path.read_bytes()),
+            pixels(Image.fromarray(COLOUR)),
+            pixels(lazy),
+        ]
     assert all(np.array_equal(each, COLOUR) and each.dtype == np.uint8 for each in found)
 
 
@@ -52,19 +58,21 @@ def test_modes(tmp_path, mode):
 
 
 def test_colours_by_what_they_are():
-    assert pixels(file_of(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))[4, 4].tolist() == pytest.approx(
-        [255, 0, 0], abs=3
-    )
+    assert pixels(file_of(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))[
+        4, 4
+    ].tolist() == pytest.approx([255, 0, 0], abs=3)
     palette, other = Image.new("P", (4, 4), 1), Image.new("P", (4, 4), 0)
     for each in (palette, other):
         each.putpalette([255, 0, 0, 0, 200, 0])
     assert pixels(file_of(palette, "PNG"))[0, 0].tolist() == [0, 200, 0]
-    assert pixels(file_of(palette, "GIF", save_all=True, append_images=[other]))[0, 0].tolist() == [0, 200, 0]  # the first picture
+    # the first picture
+    assert pixels(file_of(palette, "GIF", save_all=True, append_images=[other]))[0, 0].tolist() == [0, 200, 0]
     assert pixels(file_of(palette, "PNG", save_all=True, append_images=[other]))[0, 0].tolist() == [0, 200, 0]
     assert pixels(file_of(Image.new("1", (4, 4), 1), "PNG"))[0, 0].tolist() == [255] * 3
 
 
-# -- transparency: on white -----------------------------------------------------------------------------------------------------------
+# -- transparency: on white
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [0, 1, 128, 255])
@@ -72,7 +80,9 @@ def test_transparency_is_flattened_on_white(alpha):
     wanted = [round(255 + (c - 255) * alpha / 255) for c in (10, 100, 250)]
     found = pixels(file_of(Image.new("RGBA", (4, 4), (10, 100, 250, alpha)), "PNG"))
     assert found[2, 2].tolist() == pytest.approx(wanted, abs=1)
-    assert pixels(file_of(Image.new("LA", (4, 4), (10, alpha)), "PNG"), 1)[2, 2] == pytest.approx(wanted[0], abs=1)
+    assert pixels(file_of(Image.new("LA", (4, 4), (10, alpha)), "PNG"), 1)[2, 2] == pytest.approx(
+        wanted[0], abs=1
+    )
 
 
 def test_one_clear_colour():
@@ -95,12 +105,16 @@ def test_palettes_with_alpha_of_their_own():
 
 
 def test_colours_under_full_transparency_do_not_matter():
-    both = [pixels(file_of(Image.new("RGBA", (4, 4), (*colour, 0)), "PNG")) for colour in ((255, 0, 0), (0, 0, 255))]
+    both = [
+        pixels(file_of(Image.new("RGBA", (4, 4), (*colour, 0)), "PNG"))
+        for colour in ((255, 0, 0), (0, 0, 255))
+    ]
     assert np.array_equal(*both)
     assert both[0].min() == 255
 
 
-# -- depth ----------------------------------------------------------------------------------------------------------------------------
+# -- depth
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -133,20 +147,24 @@ def test_floating_point_from_0_to_1():
     assert np.array_equal(pixels(file_of(Image.fromarray(values), "TIFF"), 1), np.arange(256).reshape(16, 16))
 
 
-# -- orientation ----------------------------------------------------------------------------------------------------------------------
+# -- orientation
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
 def test_upright(orientation, format):
-    """A picture whose corners tell them apart, stored turned or mirrored as its EXIF says, is read as it should be seen."""
+    """A picture whose corners tell them apart, stored turned or mirrored as its EXIF says, is read as it
+    should be seen.
+    """
     found = pixels(turned(orientation, format)).astype(int)
     assert found.shape == UPRIGHT.shape
     assert abs(found - UPRIGHT).mean() < (4 if format == "JPEG" else 0.01)
     once = decode(turned(orientation, format))
     assert np.array_equal(pixels(once), pixels(decode(once)))  # what is upright is not turned again
     with Image.open(io.BytesIO(turned(orientation, format))) as lazy:
-        assert np.array_equal(pixels(lazy), pixels(lazy.convert("RGB")))  # what is not upright yet, is, whoever converts it before
+        # what is not upright yet, is, whoever converts it before
+        assert np.array_equal(pixels(lazy), pixels(lazy.convert("RGB")))
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12", b"Exif\0\0nothing at all", b""])
@@ -174,7 +192,8 @@ def test_orientation_beside_damage_in_other_tags():
     assert abs(pixels(buffer.getvalue()).astype(int) - UPRIGHT).mean() < 4
 
 
-# -- what cannot be read --------------------------------------------------------------------------------------------------------------
+# -- what cannot be read
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _nan(path):
@@ -198,7 +217,12 @@ def _truncated(path):
         ("a.png", _truncated, 3, "a.png: damaged or truncated image"),
         ("a.jpg", _truncated, 3, "a.jpg: damaged or truncated image"),
         ("a.tif", _nan, 1, "a.tif: 1 pixels are NaN or infinite"),
-        ("a.tif", lambda p: _save(p, np.full((2, 2), 200, np.float32)), 1, r"expected floating-point pixels in \[0, 1\], got 200"),
+        (
+            "a.tif",
+            lambda p: _save(p, np.full((2, 2), 200, np.float32)),
+            1,
+            r"expected floating-point pixels in \[0, 1\], got 200",
+        ),
         ("a.tif", lambda p: _save(p, np.full((2, 2), 70_000, np.int32)), 1, "at most 16 bits"),
         ("a.png", lambda p: _save(p, COLOUR), 4, "the model expects 4"),
     ],
@@ -233,7 +257,9 @@ def test_too_many_pixels_whatever_pillow_allows(tmp_path, monkeypatch):
     data[18:26] = (30_000).to_bytes(4, "little") * 2
     path.write_bytes(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(ImageError, match="a.bmp: too large: expected 1 to 89,478,485 pixels, got 30000 x 30000"):
+    with pytest.raises(
+        ImageError, match="a.bmp: too large: expected 1 to 89,478,485 pixels, got 30000 x 30000"
+    ):
         decode(path)
 
 
@@ -246,7 +272,9 @@ def test_programs_are_no_images(tmp_path):
 
 
 def test_a_jpeg_is_decoded_smaller_only_where_that_is_asked():
-    """As training does for random crops; evaluation reads every pixel, so that a file and what is made of it elsewhere are the same."""
+    """As training does for random crops; evaluation reads every pixel, so that a file and what is made of
+    it elsewhere are the same.
+    """
     data = file_of(Image.new("RGB", (800, 600), (9, 99, 199)), "JPEG", quality=95)
     assert decode(data).size == (800, 600)
     assert decode(data, least=300).size == (400, 300)
@@ -255,7 +283,9 @@ def test_a_jpeg_is_decoded_smaller_only_where_that_is_asked():
 
 
 def test_threads_leave_warnings_as_they_were():
-    """Decoding hides Pillow's warnings; many threads at once must not hide them for ever, nor those of others."""
+    """Decoding hides Pillow's warnings; many threads at once must not hide them for ever, nor those of
+    others.
+    """
     import threading
     import warnings
 

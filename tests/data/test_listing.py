@@ -12,9 +12,23 @@ from coda_fast.data.listing import class_folders, evenly, labelled_pictures, pic
 def tree(tmp_path):
     """Pictures at several depths, beside what is none."""
     files = [
-        "cat/a.png", "cat/B.JPG", "cat/deep/er/c.webp", "dog/._a.png", "dog/a.png", "dog/notes.txt", "dog/.cache/a.png", "dog/.DS_Store",
-        ".hidden/a.png", "._cat/a.png", "dog/b.gif", "dog/c.JPEG", "dog/d.tiff", "dog/e.ppm", "dog/f.mp4", "loose.png",
-    ]  # fmt: skip
+        "cat/a.png",
+        "cat/B.JPG",
+        "cat/deep/er/c.webp",
+        "dog/._a.png",
+        "dog/a.png",
+        "dog/notes.txt",
+        "dog/.cache/a.png",
+        "dog/.DS_Store",
+        ".hidden/a.png",
+        "._cat/a.png",
+        "dog/b.gif",
+        "dog/c.JPEG",
+        "dog/d.tiff",
+        "dog/e.ppm",
+        "dog/f.mp4",
+        "loose.png",
+    ]
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -24,8 +38,16 @@ def tree(tmp_path):
 def test_pictures(tree):
     found = [path.relative_to(tree).as_posix() for path in pictures(tree)]
     assert found == [
-        "loose.png", "cat/B.JPG", "cat/a.png", "cat/deep/er/c.webp", "dog/a.png", "dog/b.gif", "dog/c.JPEG", "dog/d.tiff", "dog/e.ppm",
-    ]  # fmt: skip
+        "loose.png",
+        "cat/B.JPG",
+        "cat/a.png",
+        "cat/deep/er/c.webp",
+        "dog/a.png",
+        "dog/b.gif",
+        "dog/c.JPEG",
+        "dog/d.tiff",
+        "dog/e.ppm",
+    ]
 
 
 def test_classes(tree):
@@ -56,7 +78,10 @@ def test_annotations(tree):
     """Tiny-ImageNet's form, for whoever asks."""
     (tree / "val_annotations.txt").write_text("x.JPEG\tdog\t0\t0\n\ny.JPEG\tcat\t1\nz.JPEG\tdog\n")
     images = str(tree / "images")
-    assert labelled_pictures(tree) == {"cat": [f"{images}/y.JPEG"], "dog": [f"{images}/x.JPEG", f"{images}/z.JPEG"]}
+    assert labelled_pictures(tree) == {
+        "cat": [f"{images}/y.JPEG"],
+        "dog": [f"{images}/x.JPEG", f"{images}/z.JPEG"],
+    }
     for line in ("x.JPEG", "../x.JPEG\tdog", "\tdog", "..\tdog", "/etc/passwd\tdog"):
         (tree / "val_annotations.txt").write_text(line)
         with pytest.raises(DataError, match="val_annotations.txt: expected the name of a file in images/"):

@@ -1,4 +1,6 @@
-"""What becomes of a picture on its way into a network: what torchvision makes of it, and the same in every form that it comes in."""
+"""What becomes of a picture on its way into a network: what torchvision makes of it, and the same in every
+form that it comes in.
+"""
 
 import json
 
@@ -46,20 +48,30 @@ def test_interpolations(interpolation):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", SIZES)
 def test_all_forms_of_a_picture_give_the_same(size, channels, tmp_path):
-    """A path, bytes, Pillow, an array, bytes in a tensor: to the bit; floating point: to the rounding of bytes, twice."""
+    """A path, bytes, Pillow, an array, bytes in a tensor: to the bit; floating point: to the rounding of
+    bytes, twice.
+    """
     image, transform = picture(*size), Preprocessing(channels, 36, 32)
     image.save(tmp_path / "a.png")
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     wanted = transform(image)
     assert (wanted.dtype, wanted.shape) == (torch.float32, (channels, 32, 32))
-    for form in (tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes(), np.array(image), pixels):
+    for form in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        (tmp_path / "a.png").read_bytes(),
+        np.array(image),
+        pixels,
+    ):
         assert torch.equal(transform(form), wanted)
     floating = transform(pixels.double() / 255)
     assert floating.dtype == torch.float64
     assert float((floating - wanted).abs().max()) < 2.1 / 255
     assert transform(pixels.expand(2, 5, *pixels.shape)).shape == (2, 5, channels, 32, 32)
     assert torch.equal(transform(pixels.expand(2, *pixels.shape))[1], wanted)
-    assert transform(pixels[None][:0] / 255).shape == transform(pixels[None][:0]).shape == (0, channels, 32, 32)
+    assert (
+        transform(pixels[None][:0] / 255).shape == transform(pixels[None][:0]).shape == (0, channels, 32, 32)
+    )
 
 
 def test_grey_for_colour_and_colour_for_grey():
@@ -88,33 +100,46 @@ def test_a_picture_as_it_is():
     assert p.at(100, crop=False) == Preprocessing(3, 100)
 
 
-# -- where the crop lies --------------------------------------------------------------------------------------------------------------
+# -- where the crop lies
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [*SIZES[:6], (900, 31), (31, 2000)])
 @pytest.mark.parametrize(("resize", "crop"), [(64, 64), (80, 64), (64, 10)])
 def test_the_box_is_what_the_network_sees(size, resize, crop):
-    """Two ramps tell where each pixel of the crop comes from: its first and last centres lie half a pixel of the crop inside the box."""
+    """Two ramps tell where each pixel of the crop comes from: its first and last centres lie half a pixel
+    of the crop inside the box.
+    """
     width, height = size
-    across = np.broadcast_to(np.linspace(0, 1, width, dtype=np.float32) if width > 1 else np.zeros(1, np.float32), (height, width))
+    across = np.broadcast_to(
+        np.linspace(0, 1, width, dtype=np.float32) if width > 1 else np.zeros(1, np.float32), (height, width)
+    )
     down = np.broadcast_to(
-        (np.linspace(0, 1, height, dtype=np.float32) if height > 1 else np.zeros(1, np.float32))[:, None], (height, width)
+        (np.linspace(0, 1, height, dtype=np.float32) if height > 1 else np.zeros(1, np.float32))[:, None],
+        (height, width),
     )
     transform = Preprocessing(3, resize, crop)
     ramps = transform(torch.from_numpy(np.stack([across, down, down])))
     left, top, right, bottom = transform.box(width, height)
     assert right - left == pytest.approx(bottom - top, rel=0.05)
-    for start, end, length, values in ((left, right, width, ramps[0].mean(0)), (top, bottom, height, ramps[1].mean(1))):
+    for start, end, length, values in (
+        (left, right, width, ramps[0].mean(0)),
+        (top, bottom, height, ramps[1].mean(1)),
+    ):
         pixel = (end - start) / crop
         middle = values[crop // 2 - 1 : crop // 2 + 1].mean() * (length - 1) + 0.5
         assert float(middle) == pytest.approx((start + end) / 2, abs=0.02 * length)
         if start > 2 * pixel and end < length - 2 * pixel:  # away from the edges, which antialiasing bends
             ends = values[[0, -1]] * (length - 1) + 0.5
-            assert ends.tolist() == pytest.approx([start + pixel / 2, end - pixel / 2], abs=max(0.02 * length, pixel / 2))
+            assert ends.tolist() == pytest.approx(
+                [start + pixel / 2, end - pixel / 2], abs=max(0.02 * length, pixel / 2)
+            )
 
 
 def test_strips():
-    """Of what is very long only the middle is looked at, at once; a whole strip is not enlarged without bound."""
+    """Of what is very long only the middle is looked at, at once; a whole strip is not enlarged without
+    bound.
+    """
     strip = np.zeros((2, 40_000, 3), np.uint8)
     strip[:, 19_999:20_001] = 255
     found = Preprocessing(3, 256, 240).pixels(strip)
@@ -125,7 +150,11 @@ def test_strips():
     with pytest.raises(ImageError, match=message):
         Preprocessing(1, 8).pixels(np.zeros((1, 257), np.uint8), "strip")
     assert Preprocessing(1, 5).pixels(np.zeros((10, 20_000), np.uint8)).shape == (1, 5, 10_000)
-    with pytest.raises(ImageError, match="100 x 100 pixels scaled to 10000: too large: expected 1 to 89,478,485 pixels, got 10000 x 10000"):
+    with pytest.raises(
+        ImageError,
+        match="100 x 100 pixels scaled to 10000: too large: expected 1 to 89,478,485 pixels, got "
+        "10000 x 10000",
+    ):
         Preprocessing(1, 10_000).pixels(np.zeros((100, 100), np.uint8))
 
 
@@ -140,7 +169,8 @@ def test_odd_files_give_images_of_one_size():
     assert {image.shape for image in found.values()} == {(3, 32, 32)}
 
 
-# -- bad values -----------------------------------------------------------------------------------------------------------------------
+# -- bad values
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,8 +180,14 @@ def test_odd_files_give_images_of_one_size():
         (dict(resize=2**70), "preprocessing.resize: expected a positive int, at most 65536"),
         (dict(crop=True), "preprocessing.crop: expected a positive int"),
         (dict(resize=10, crop=11), "preprocessing.crop: expected at most resize, 10 pixels, got 11"),
-        (dict(interpolation="random"), "preprocessing.interpolation: expected one of bilinear, .* got 'random'"),
-        (dict(value_range=[-1, 1]), r"preprocessing.value_range: expected \[0, 1\], which a CoDA-Net encodes as \[x, 1 - x\]"),
+        (
+            dict(interpolation="random"),
+            "preprocessing.interpolation: expected one of bilinear, .* got 'random'",
+        ),
+        (
+            dict(value_range=[-1, 1]),
+            r"preprocessing.value_range: expected \[0, 1\], which a CoDA-Net encodes as \[x, 1 - x\]",
+        ),
         (dict(size=3), "preprocessing: expected crop, interpolation, resize, value_range, got size"),
     ],
 )
@@ -164,9 +200,17 @@ def test_values_that_cannot_be(options, message):
     ("given", "error", "message"),
     [
         (3, TypeError, "picture: expected a path, bytes, a picture of Pillow, an array or a tensor, got int"),
-        (np.zeros((3, 4)), TypeError, r"expected an array \[H, W\] or \[H, W, C\] of uint8, got float64 \[3, 4\]"),
+        (
+            np.zeros((3, 4)),
+            TypeError,
+            r"expected an array \[H, W\] or \[H, W, C\] of uint8, got float64 \[3, 4\]",
+        ),
         (np.zeros((3, 4, 2), np.uint8), TypeError, r"of uint8, got uint8 \[3, 4, 2\]"),
-        (torch.zeros(3, 4), TypeError, r"expected a tensor \[..., C, H, W\], uint8 or floating point, got torch.float32 \[3, 4\]"),
+        (
+            torch.zeros(3, 4),
+            TypeError,
+            r"expected a tensor \[..., C, H, W\], uint8 or floating point, got torch.float32 \[3, 4\]",
+        ),
         (torch.zeros(3, 4, 4, dtype=torch.int64), TypeError, "got torch.int64"),
         (torch.zeros(4, 8, 8), ImageError, r"a picture has 1 or 3 channels, got a tensor \[..., 4, 8, 8\]"),
         ("nowhere.png", ImageError, "nowhere.png: no such file"),
@@ -177,18 +221,28 @@ def test_what_is_no_picture(given, error, message):
         Preprocessing(3, 8, 8)(given)
 
 
-# -- a part of the model --------------------------------------------------------------------------------------------------------------
+# -- a part of the model
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_it_is_part_of_the_model(tmp_path):
-    model = coda_fast.create_model("coda_xs_digits", preprocessing=dict(resize=12, crop=10, interpolation="bicubic"))
+    model = coda_fast.create_model(
+        "coda_xs_digits", preprocessing=dict(resize=12, crop=10, interpolation="bicubic")
+    )
     assert model.transform == Preprocessing(1, 12, 10, "bicubic")
     assert model(model.transform(picture(30, 20))[None]).shape == (1, 10)
     coda_fast.save(model, tmp_path / "a.safetensors")
     found = coda_fast.load(tmp_path / "a.safetensors")
     assert found.transform == model.transform
-    assert found.config()["preprocessing"] == {"resize": 12, "crop": 10, "interpolation": "bicubic", "value_range": [0.0, 1.0]}
-    assert coda_fast.load(tmp_path / "a.safetensors", preprocessing=dict(crop=5)).transform == Preprocessing(1, 5, 5)
+    assert found.config()["preprocessing"] == {
+        "resize": 12,
+        "crop": 10,
+        "interpolation": "bicubic",
+        "value_range": [0.0, 1.0],
+    }
+    assert coda_fast.load(tmp_path / "a.safetensors", preprocessing=dict(crop=5)).transform == Preprocessing(
+        1, 5, 5
+    )
     assert coda_fast.load(tmp_path / "a.safetensors", image_size=20).transform == Preprocessing(1, 20, 20)
     model.transform = Preprocessing(1, 9, 9)  # of another's choice
     coda_fast.save(model, tmp_path / "b.safetensors")
@@ -202,7 +256,7 @@ def test_it_is_part_of_the_model(tmp_path):
 
 
 def test_named_models_say_what_their_pictures_go_through():
-    transform = lambda name, **options: coda_fast.create_model(name, device="meta", **options).transform  # noqa: E731
+    transform = lambda name, **options: coda_fast.create_model(name, device="meta", **options).transform
     assert transform("coda_l_imagenet100") == Preprocessing(3, 256, 240)
     assert transform("coda_l_imagenet100", image_size=64) == Preprocessing(3, 64, 64)
     assert transform("coda_s_cifar10", image_channels=1) == Preprocessing(1, 32, 32)
@@ -220,11 +274,18 @@ def test_named_models_say_what_their_pictures_go_through():
     ],
 )
 def test_files_from_before(tmp_path, metadata, wanted):
-    """A file that says nothing of preprocessing means what the recipe of its training says, or else the size of its network."""
+    """A file that says nothing of preprocessing means what the recipe of its training says, or else the
+    size of its network.
+    """
     from safetensors.torch import save_file
 
     model = coda_fast.create_model("coda_xs_digits")
     config = {key: value for key, value in model.config().items() if key != "preprocessing"}
-    header = {"format": "coda_fast.CoDANet", "coda_fast_version": "0", "config": json.dumps(config), "metadata": json.dumps(metadata)}
+    header = {
+        "format": "coda_fast.CoDANet",
+        "coda_fast_version": "0",
+        "config": json.dumps(config),
+        "metadata": json.dumps(metadata),
+    }
     save_file(model.state_dict(), tmp_path / "old.safetensors", header)
     assert coda_fast.load(tmp_path / "old.safetensors").transform == wanted

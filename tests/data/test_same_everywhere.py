@@ -1,4 +1,6 @@
-"""A network sees the same pixels in training, evaluation, a plain loop, timm and an exported file: on pictures as people have them."""
+"""A network sees the same pixels in training, evaluation, a plain loop, timm and an exported file: on
+pictures as people have them.
+"""
 
 import csv
 import json
@@ -19,21 +21,45 @@ from coda_fast.train.recipes import load_recipe
 
 pytest.importorskip("lightning", reason="pip install 'coda-fast[train]'")
 NET = (
-    "model.name=coda_s_cifar10", "model.ranks=[4, 4]", "model.kernel_sizes=[3, 3]", "model.strides=[2, 1]", "model.temperature=20",
-    "data.kind=folder", "data.resize=20", "data.size=16", "data.workers=0", "batch_size=8", "log.maps=0", "log.tensorboard=false",
-    "accelerator=cpu", "schedule.kind=constant",
-)  # fmt: skip
+    "model.name=coda_s_cifar10",
+    "model.ranks=[4, 4]",
+    "model.kernel_sizes=[3, 3]",
+    "model.strides=[2, 1]",
+    "model.temperature=20",
+    "data.kind=folder",
+    "data.resize=20",
+    "data.size=16",
+    "data.workers=0",
+    "batch_size=8",
+    "log.maps=0",
+    "log.tensorboard=false",
+    "accelerator=cpu",
+    "schedule.kind=constant",
+)
 CLASSES = ("ant", "bee", "cat")
 
 
 def trained(folder, output, *overrides, classes=3):
-    recipe = load_recipe("digits-s", [*NET, f"model.out_channels=[4, {classes}]", f"data.path={folder}", *overrides])
+    recipe = load_recipe(
+        "digits-s", [*NET, f"model.out_channels=[4, {classes}]", f"data.path={folder}", *overrides]
+    )
     return train.run(recipe, output, progress=False)
 
 
 def evaluated(checkpoint, data, output, *options):
     """results.json and the rows of results.csv of ``coda-fast evaluate --metric accuracy``."""
-    arguments = ["evaluate", "--checkpoint", checkpoint, "--data", data, "--metric", "accuracy", "--output", output, *options]
+    arguments = [
+        "evaluate",
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        data,
+        "--metric",
+        "accuracy",
+        "--output",
+        output,
+        *options,
+    ]
     done = CliRunner().invoke(cli, list(map(str, arguments)))
     assert done.exit_code == 0, done.output
     with open(output / "results.csv", newline="") as file:
@@ -80,10 +106,21 @@ def test_the_accuracy_of_a_checkpoint_is_one_number(run, tmp_path):
     assert len({int(logits.argmax()) for _, logits in each.values()}) > 1
     assert row["val_accuracy"] == right / readable
     for workers in (0, 2):
-        document, rows = evaluated(folder / "run" / "model.safetensors", folder / "val", tmp_path / str(workers), "--workers", workers)
+        document, rows = evaluated(
+            folder / "run" / "model.safetensors",
+            folder / "val",
+            tmp_path / str(workers),
+            "--workers",
+            workers,
+        )
         assert document["accuracy"] == {"top1": right / readable, "top5": 1.0, "images": readable}
         assert document["skipped"] == len(CLASSES) * 2 * 2
-        assert document["preprocessing"] == {"resize": 20, "crop": 16, "interpolation": "bilinear", "value_range": [0.0, 1.0]}
+        assert document["preprocessing"] == {
+            "resize": 20,
+            "crop": 16,
+            "interpolation": "bilinear",
+            "value_range": [0.0, 1.0],
+        }
         found = {line["picture"]: int(line["predicted"]) for line in rows}
         assert found == {path: int(logits.argmax()) for path, (_, logits) in each.items()}
 
@@ -104,9 +141,12 @@ def test_training_saw_what_the_transform_makes(run):
         assert torch.equal(model.transform(name), image / 255), name
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves it to the collector to close files
+# timm leaves it to the collector to close files
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_in_timm(run, tmp_path):
-    """Its data set with ``model.transform`` sees every picture so; its own pipeline, by the model's configuration, every plain one."""
+    """Its data set with ``model.transform`` sees every picture so; its own pipeline, by the model's
+    configuration, every plain one.
+    """
     pytest.importorskip("timm", reason="pip install 'coda-fast[timm]'")
     import timm.data
     from timm.data.readers import img_extensions
@@ -115,7 +155,8 @@ def test_in_timm(run, tmp_path):
     from coda_fast import timm_models
 
     model, folder, row = run
-    for path in (folder / "val").rglob("[!.]*.*"):  # timm names a class after the folder that a file lies in, and stops at damage
+    # timm names a class after the folder that a file lies in, and stops at damage
+    for path in (folder / "val").rglob("[!.]*.*"):
         if not path.name.startswith("broken"):
             name = path.relative_to(folder / "val").parts[0]
             (tmp_path / "val" / name).mkdir(parents=True, exist_ok=True)
@@ -125,7 +166,9 @@ def test_in_timm(run, tmp_path):
     before = img_extensions.get_img_extensions(as_set=False)
     try:
         img_extensions.add_img_extensions([".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm"])
-        data = timm.data.create_dataset("", root=str(tmp_path / "val"), input_img_mode=None, transform=net.transform)
+        data = timm.data.create_dataset(
+            "", root=str(tmp_path / "val"), input_img_mode=None, transform=net.transform
+        )
     finally:
         img_extensions.set_img_extensions(before)
     meter = AverageMeter()
@@ -136,7 +179,16 @@ def test_in_timm(run, tmp_path):
     assert meter.avg == pytest.approx(100 * row["val_accuracy"], rel=1e-9)
     cfg = timm_models._data_cfg(net.transform)
     own = timm.data.create_transform(**timm.data.resolve_data_config({}, pretrained_cfg=cfg))
-    for name in ("plain.jpg", "progressive.jpg", "large.jpg", "cmyk.jpg", "grey.jpg", "small.ppm", "speck.png", "one_bit.png"):
+    for name in (
+        "plain.jpg",
+        "progressive.jpg",
+        "large.jpg",
+        "cmyk.jpg",
+        "grey.jpg",
+        "small.ppm",
+        "speck.png",
+        "one_bit.png",
+    ):
         path = folder / "val" / "bee" / name
         assert torch.equal(own(Image.open(path).convert("RGB")), net.transform(path)), name
 
@@ -158,7 +210,8 @@ def test_exported(run, tmp_path):
     assert right / row["val_images"] == row["val_accuracy"]
 
 
-# -- what was seen to go wrong on folders of people -----------------------------------------------------------------------------------
+# -- what was seen to go wrong on folders of people
+# -----------------------------------------------------------------------------------
 
 
 def set_of(root, files):
@@ -178,10 +231,14 @@ def accuracies(root, output, *overrides):
 
 
 def test_pictures_of_one_size_are_of_one_size_in_training_and_validation(tmp_path):
-    """Where a recipe says nothing of sizes: other sizes to validate with would be other pixels than the network's."""
+    """Where a recipe says nothing of sizes: other sizes to validate with would be other pixels than the
+    network's.
+    """
 
     def coloured(side):
-        return {name: [(file_of(Image.new("RGB", (side, side), name)), "png")] * 8 for name in ("blue", "red")}
+        return {
+            name: [(file_of(Image.new("RGB", (side, side), name)), "png")] * 8 for name in ("blue", "red")
+        }
 
     root = set_of(tmp_path / "set", coloured(20))
     options = ("data.size=null", "data.resize=null")
@@ -197,11 +254,22 @@ def test_pictures_of_one_size_are_of_one_size_in_training_and_validation(tmp_pat
 def test_classes_that_are_told_apart_by_orientation(tmp_path):
     """By EXIF or by their pixels: the network learns them, and it is the same network, bit for bit."""
     pictures = {"up": UPRIGHT, "down": UPRIGHT[::-1, ::-1]}
-    by_exif = {name: [(turned(1 + i, "PNG", pixels=p), "png") for i in range(8)] for name, p in pictures.items()}
-    by_pixels = {name: [(file_of(Image.fromarray(np.ascontiguousarray(p))), "png") for _ in range(8)] for name, p in pictures.items()}
+    by_exif = {
+        name: [(turned(1 + i, "PNG", pixels=p), "png") for i in range(8)] for name, p in pictures.items()
+    }
+    by_pixels = {
+        name: [(file_of(Image.fromarray(np.ascontiguousarray(p))), "png") for _ in range(8)]
+        for name, p in pictures.items()
+    }
     for name, files in (("exif", by_exif), ("pixels", by_pixels)):
-        assert accuracies(set_of(tmp_path / name, files), tmp_path / f"run_{name}", "data.resize=16") == (1.0, 1.0)
-    first, second = (coda_fast.load(tmp_path / f"run_{name}" / "model.safetensors").state_dict() for name in ("exif", "pixels"))
+        assert accuracies(set_of(tmp_path / name, files), tmp_path / f"run_{name}", "data.resize=16") == (
+            1.0,
+            1.0,
+        )
+    first, second = (
+        coda_fast.load(tmp_path / f"run_{name}" / "model.safetensors").state_dict()
+        for name in ("exif", "pixels")
+    )
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -216,7 +284,9 @@ def test_what_lies_under_transparency_tells_nothing(tmp_path):
 
 
 def test_hidden_files_and_folders_in_folders(tmp_path):
-    """macOS's files are no corrupt images, and a limit counts pictures; what lies deeper is read in training and in evaluation."""
+    """macOS's files are no corrupt images, and a limit counts pictures; what lies deeper is read in
+    training and in evaluation.
+    """
     red, blue = ((file_of(Image.new("RGB", (20, 20), colour)), "png") for colour in ("red", "blue"))
     root = set_of(tmp_path / "set", {"blue": [blue] * 8, "red": [red] * 8})
     for path in list(root.rglob("*.png")):
@@ -228,7 +298,9 @@ def test_hidden_files_and_folders_in_folders(tmp_path):
     assert (row["unreadable"], row["val_images"]) == (0, 32)
     document, rows = evaluated(tmp_path / "run" / "model.safetensors", root / "val", tmp_path / "all")
     assert (document["accuracy"]["images"], document["skipped"]) == (32, 0)
-    document, rows = evaluated(tmp_path / "run" / "model.safetensors", root / "val", tmp_path / "six", "--limit", 6)
+    document, rows = evaluated(
+        tmp_path / "run" / "model.safetensors", root / "val", tmp_path / "six", "--limit", 6
+    )
     assert [int(line["class"]) for line in rows] == [0, 0, 0, 1, 1, 1]
 
 
@@ -239,9 +311,13 @@ def test_a_run_that_began_by_other_rules_does_not_go_on(tmp_path):
     train.run(recipe, tmp_path / "run", progress=False)
     (path,) = (tmp_path / "run" / "checkpoints").glob("epoch*.pt")
     state = torch.load(path, weights_only=True)
-    state["data"] = {key: value for key, value in state["data"].items() if not key.endswith("rules")}  # as it was written before
+    # as it was written before
+    state["data"] = {key: value for key, value in state["data"].items() if not key.endswith("rules")}
     shutil.rmtree(path.parent)
     path.parent.mkdir()
     torch.save(state, path)
-    with pytest.raises(train.TrainingError, match=r"began with pictures that were decoded by other rules \(version 1, now 2: "):
+    with pytest.raises(
+        train.TrainingError,
+        match=r"began with pictures that were decoded by other rules \(version 1, now 2: ",
+    ):
         train.run(recipe.model_copy(update={"epochs": 2}), tmp_path / "run", "auto", progress=False)

@@ -30,7 +30,9 @@ def run(checkpoint, output, *options):
 
 
 def test_localisation(checkpoint, tmp_path):
-    """The network's own maps find the digits better than the gradient does; the second run only reads what is there."""
+    """The network's own maps find the digits better than the gradient does; the second run only reads what
+    is there.
+    """
     options = ("--methods", "Ours, Grad", "--side", 2, "--grids", 30)
     done = run(checkpoint, tmp_path, *options)
     assert done.exit_code == 0, done.output
@@ -63,9 +65,18 @@ def test_removal(checkpoint, tmp_path):
     [
         (("--methods", "Magic"), "method: expected one of Ours, Occ5"),
         (("--metric", "beauty"), "'beauty' is not one of 'localisation', 'removal'"),
-        (("--data", "nowhere"), "data: expected 'digits', an .npz file or a folder of classes, got 'nowhere'"),
-        (("--set", "Occ5.size=3"), "--set: expected METHOD.NAME=NUMBER with a method among Ours, got 'Occ5.size=3'"),
-        (("--methods", "Occ5", "--set", "Occ5.edge=3"), "Occ5: expected settings among size, stride, batch_size, got edge"),
+        (
+            ("--data", "nowhere"),
+            "data: expected 'digits', an .npz file or a folder of classes, got 'nowhere'",
+        ),
+        (
+            ("--set", "Occ5.size=3"),
+            "--set: expected METHOD.NAME=NUMBER with a method among Ours, got 'Occ5.size=3'",
+        ),
+        (
+            ("--methods", "Occ5", "--set", "Occ5.edge=3"),
+            "Occ5: expected settings among size, stride, batch_size, got edge",
+        ),
         (("--side", 4), "a grid needs confident, correctly classified images of at least 16 classes, got 10"),
     ],
 )
@@ -76,16 +87,35 @@ def test_bad_input(checkpoint, tmp_path, options, message):
 
 
 def test_settings_and_twins(checkpoint, tmp_path):
-    """IxG and DeepLIFT are one method on a CoDA-Net, and not shown as two; settings of methods are stored with the result."""
-    options = ["--metric", "removal", "--limit", 3, "--points", 5, "--order", "most", "--fraction", 1, "--insert"]
+    """IxG and DeepLIFT are one method on a CoDA-Net, and not shown as two; settings of methods are stored
+    with the result.
+    """
+    options = [
+        "--metric",
+        "removal",
+        "--limit",
+        3,
+        "--points",
+        5,
+        "--order",
+        "most",
+        "--fraction",
+        1,
+        "--insert",
+    ]
     done = run(checkpoint, tmp_path, *options, "--methods", "IxG,DeepLIFT,Occ5", "--set", "Occ5.size=3")
     assert done.exit_code == 0, done.output
     assert "DeepLIFT is left out: on a CoDA-Net it is IxG, to rounding" in done.output
     document = json.loads((tmp_path / "results.json").read_text())
     assert list(document["methods"]) == ["IxG", "Occ5"]
     assert document["methods"]["Occ5"]["settings"]["size"] == 3
-    assert (document["settings"]["insert"], document["settings"]["fraction"], document["skipped"]) == (True, 1, 0)
-    assert document["methods"]["IxG"]["start"] < document["methods"]["IxG"]["end"]  # from nothing to the whole image
+    assert (document["settings"]["insert"], document["settings"]["fraction"], document["skipped"]) == (
+        True,
+        1,
+        0,
+    )
+    # from nothing to the whole image
+    assert document["methods"]["IxG"]["start"] < document["methods"]["IxG"]["end"]
 
 
 def test_a_folder_of_another_evaluation(checkpoint, tmp_path):

@@ -8,7 +8,10 @@ import torch
 import coda_fast
 from coda_fast.evaluation import completeness_error
 
-IMAGES, TARGETS = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 9, 1, 1])
+IMAGES, TARGETS = (
+    torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([0, 3, 9, 1, 1]),
+)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
@@ -21,7 +24,9 @@ def test_rounding_only(dtype, bound):
 
 
 def test_what_is_missing_is_found(monkeypatch):
-    """A map without its largest contribution is incomplete by just that, over |logit| and the terms that are left."""
+    """A map without its largest contribution is incomplete by just that, over |logit| and the terms that
+    are left.
+    """
     model = coda_fast.create_model("coda_xs_digits", dtype=torch.float64, temperature=1.0)
     explain, taken = type(model).explain, []
 
@@ -31,12 +36,18 @@ def test_what_is_missing_is_found(monkeypatch):
         taken.append(flat.abs().max(2))
         value = flat.gather(2, taken[-1].indices[..., None])
         flat.scatter_(2, taken[-1].indices[..., None], 0.0)
-        return dataclasses.replace(found, contributions=flat.view_as(found.contributions), completeness_error=value[..., 0].abs())
+        return dataclasses.replace(
+            found, contributions=flat.view_as(found.contributions), completeness_error=value[..., 0].abs()
+        )
 
     monkeypatch.setattr(type(model), "explain", broken)
     error = completeness_error(model, IMAGES.double(), TARGETS)
     whole = explain(model, IMAGES.double(), TARGETS)
-    terms = whole.contributions.abs().flatten(2).sum(2) - taken[0].values + whole.logits.gather(1, TARGETS[:, None]).abs()
+    terms = (
+        whole.contributions.abs().flatten(2).sum(2)
+        - taken[0].values
+        + whole.logits.gather(1, TARGETS[:, None]).abs()
+    )
     torch.testing.assert_close(error, (taken[0].values / terms)[:, 0])
 
 

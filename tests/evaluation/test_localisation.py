@@ -55,9 +55,15 @@ def test_summary():
     scores = torch.tensor([[0.0, 1.0], [0.25, 0.75]])
     summary = type(run(where_it_is))(scores, scores, scores).summary()
     assert summary == {
-        "mean": 0.5, "q25": 0.1875, "median": 0.5, "q75": 0.8125, "std": pytest.approx(0.3953, abs=1e-4), "above_half": 0.5, "grids": 2,
+        "mean": 0.5,
+        "q25": 0.1875,
+        "median": 0.5,
+        "q75": 0.8125,
+        "std": pytest.approx(0.3953, abs=1e-4),
+        "above_half": 0.5,
+        "grids": 2,
         "chance": 0.5,
-    }  # fmt: skip
+    }
 
 
 def test_all_classes_of_a_grid_in_one_call():
@@ -95,7 +101,9 @@ def test_confident_images():
 
 
 def test_plain_draw():
-    """Distinct classes, every image once at most, the surest of a class first, as many grids as there can be."""
+    """Distinct classes, every image once at most, the surest of a class first, as many grids as there can
+    be.
+    """
     images, labels, logits = data(per_class=6)
     confident = confident_images(logits, labels)
     grids = draw_grids(confident, 4, 500)
@@ -110,7 +118,9 @@ def test_plain_draw():
 
 
 def test_published_draw():
-    """Written out as the protocol is told: a list in blocks, then grids from it with one image too many skipped."""
+    """Written out as the protocol is told: a list in blocks, then grids from it with one image too many
+    skipped.
+    """
     images, labels, logits = data(per_class=7)
     confident = confident_images(logits, labels)
     n = 4
@@ -142,7 +152,9 @@ def test_published_draw():
 
 
 def test_own_maps_of_a_network():
-    """Without an attribution, the contribution maps; the scores are those of the maps one grid and one class at a time."""
+    """Without an attribution, the contribution maps; the scores are those of the maps one grid and one
+    class at a time.
+    """
     torch.manual_seed(0)
     model = create_model("coda_xs_digits", num_classes=5).double()
     images, labels = torch.rand(20, 1, 8, 8, dtype=torch.float64), torch.arange(5).repeat(4)
@@ -165,20 +177,46 @@ def test_own_maps_of_a_network():
         (dict(grids=2.5), ValueError, "grids: expected a positive integer, got 2.5"),
         (dict(side=3), ValueError, "of at least 9 classes, got 6 (classes 0, 1, 2, 3, 4, 5)"),
         (dict(logits=torch.zeros(3, CLASSES)), ValueError, "logits: expected [24, classes], got [3, 6]"),
-        (dict(labels=torch.zeros(3, dtype=torch.long)), ValueError, "labels: expected one class for each of 24 images, got shape [3]"),
+        (
+            dict(labels=torch.zeros(3, dtype=torch.long)),
+            ValueError,
+            "labels: expected one class for each of 24 images, got shape [3]",
+        ),
         (dict(labels=torch.zeros(24)), TypeError, "labels: expected integers, got torch.float32"),
-        (dict(images=torch.zeros(24, 5, 5)), ValueError, "images: expected [N, C, H, W], got shape [24, 5, 5]"),
+        (
+            dict(images=torch.zeros(24, 5, 5)),
+            ValueError,
+            "images: expected [N, C, H, W], got shape [24, 5, 5]",
+        ),
         (dict(attribution=None), ValueError, "attribution: expected a function for a Identity"),
-        (dict(attribution=3), TypeError, "attribution: expected a function (images, targets) -> maps, got int"),
-        (dict(attribution=lambda x, c: x), ValueError, "attribution: expected maps of shape [5, 4, 10, 10], got [5, 3, 10, 10]"),
-        (dict(attribution=lambda x, c: where_it_is(x, c) / 0), ValueError, "attribution: expected finite maps, got NaN or infinity"),
+        (
+            dict(attribution=3),
+            TypeError,
+            "attribution: expected a function (images, targets) -> maps, got int",
+        ),
+        (
+            dict(attribution=lambda x, c: x),
+            ValueError,
+            "attribution: expected maps of shape [5, 4, 10, 10], got [5, 3, 10, 10]",
+        ),
+        (
+            dict(attribution=lambda x, c: where_it_is(x, c) / 0),
+            ValueError,
+            "attribution: expected finite maps, got NaN or infinity",
+        ),
     ],
 )
 def test_bad_input(change, error, message):
     images, labels, logits = data()
     options = dict(images=images, labels=labels, attribution=where_it_is, side=2, logits=logits) | change
     with pytest.raises(error) as caught:
-        localisation(torch.nn.Identity(), options.pop("images"), options.pop("labels"), options.pop("attribution"), **options)
+        localisation(
+            torch.nn.Identity(),
+            options.pop("images"),
+            options.pop("labels"),
+            options.pop("attribution"),
+            **options,
+        )
     assert message in str(caught.value)
 
 

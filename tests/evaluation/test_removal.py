@@ -19,13 +19,17 @@ class Linear(nn.Module):
 def test_linear_model():
     """Pixels of 1 to 4 ranked by their value: what is left after each removal is known."""
     image = torch.tensor([[3.0, 1.0], [4.0, 2.0]]).view(1, 1, 2, 2) / 10
-    value = lambda images, classes: images  # noqa: E731
+    value = lambda images, classes: images
     left = {"least": [1.0, 0.9, 0.7, 0.4, 0.0], "most": [1.0, 0.6, 0.3, 0.1, 0.0]}
     for order, sums in left.items():
         found = pixel_removal(Linear(), image, torch.tensor([0]), value, order=order, fraction=1, points=5)
         assert found.fractions.tolist() == [0, 0.25, 0.5, 0.75, 1]
-        torch.testing.assert_close(found.probabilities[0], torch.tensor(sums, dtype=torch.float64).sigmoid(), rtol=1e-6, atol=1e-6)
-        inserted = pixel_removal(Linear(), image, torch.tensor([0]), value, order=order, fraction=1, points=5, insert=True)
+        torch.testing.assert_close(
+            found.probabilities[0], torch.tensor(sums, dtype=torch.float64).sigmoid(), rtol=1e-6, atol=1e-6
+        )
+        inserted = pixel_removal(
+            Linear(), image, torch.tensor([0]), value, order=order, fraction=1, points=5, insert=True
+        )
         expected = (1 - torch.tensor(sums, dtype=torch.float64)).sigmoid()
         torch.testing.assert_close(inserted.probabilities[0], expected, rtol=1e-6, atol=1e-6)
 
@@ -52,11 +56,15 @@ def test_batched_is_one_by_one(order, batch_size):
             encoded[:, :, ranking[: 2 * k]] = 0
             with torch.no_grad():
                 logits = model.head(model.run_layers(encoded.view(1, 2, 8, 8)))
-            assert float(found.probabilities[i, k]) == pytest.approx(float(logits[0, targets[i]].sigmoid()), rel=1e-9)
+            assert float(found.probabilities[i, k]) == pytest.approx(
+                float(logits[0, targets[i]].sigmoid()), rel=1e-9
+            )
 
 
 def _network(norm="squash"):
-    """Every kind of window: strides, paddings that are not symmetric, dilation, a kernel of even size, no padding."""
+    """Every kind of window: strides, paddings that are not symmetric, dilation, a kernel of even size, no
+    padding.
+    """
     torch.manual_seed(1)
     return CoDANet(
         [4, 5, 6, 4, 3],
@@ -74,10 +82,18 @@ def _network(norm="squash"):
 @pytest.mark.parametrize("norm", ["squash", "l2"])
 def test_what_does_not_change_is_not_computed_again(norm, insert, monkeypatch):
     """The curves of masks that are computed whole, from fewer outputs of the layers."""
-    model, images, targets = _network(norm), torch.rand(5, 3, 16, 14, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
+    model, images, targets = (
+        _network(norm),
+        torch.rand(5, 3, 16, 14, dtype=torch.float64),
+        torch.tensor([0, 2, 1, 1, 0]),
+    )
     updated, whole = [], removal._update
-    monkeypatch.setattr(removal, "_update", lambda layer, x, y, where: updated.append(where.float().mean()) or whole(layer, x, y, where))
-    find = lambda: pixel_removal(model, images, targets, points=40, insert=insert, batch_size=2).probabilities  # noqa: E731
+    monkeypatch.setattr(
+        removal,
+        "_update",
+        lambda layer, x, y, where: updated.append(where.float().mean()) or whole(layer, x, y, where),
+    )
+    find = lambda: pixel_removal(model, images, targets, points=40, insert=insert, batch_size=2).probabilities
     found = find()
     assert len(updated) > 39
     assert torch.stack(updated).mean() <= removal.WHOLE
@@ -87,7 +103,9 @@ def test_what_does_not_change_is_not_computed_again(norm, insert, monkeypatch):
         torch.testing.assert_close(found, find(), rtol=1e-11, atol=1e-12)
     assert len(updated) == count
     reached = removal._reached
-    monkeypatch.setattr(removal, "_reached", lambda layer, changed: reached(layer, changed) & (torch.rand(()) < 0.9))
+    monkeypatch.setattr(
+        removal, "_reached", lambda layer, changed: reached(layer, changed) & (torch.rand(()) < 0.9)
+    )
     with pytest.raises(AssertionError, match="not close"):  # an output that should have changed
         torch.testing.assert_close(find(), found, rtol=1e-11, atol=1e-12)
 
@@ -106,10 +124,20 @@ def test_layers_that_are_watched_are_called(monkeypatch):
 
 
 def test_ties_go_in_order():
-    """Equal pixels: the first in the image goes first, so that the same map gives the same curve everywhere."""
+    """Equal pixels: the first in the image goes first, so that the same map gives the same curve
+    everywhere.
+    """
     image = torch.tensor([0.1, 0.2, 0.4, 0.8]).view(1, 1, 2, 2)
     for order in ("least", "most"):
-        found = pixel_removal(Linear(), image, torch.tensor([0]), lambda x, c: torch.zeros_like(x), order=order, fraction=1, points=5)
+        found = pixel_removal(
+            Linear(),
+            image,
+            torch.tensor([0]),
+            lambda x, c: torch.zeros_like(x),
+            order=order,
+            fraction=1,
+            points=5,
+        )
         expected = torch.tensor([1.5, 1.4, 1.2, 0.8, 0.0], dtype=torch.float64).sigmoid()
         torch.testing.assert_close(found.probabilities[0], expected, rtol=1e-6, atol=1e-6)
 
@@ -134,14 +162,24 @@ def test_no_images():
         (dict(fraction=0.01), ValueError, "expected at least two points and one pixel, got 129 and 0 of 16"),
         (dict(points=1), ValueError, "expected at least two points and one pixel, got 1 and 4 of 16"),
         (dict(batch_size=0), ValueError, "batch_size: expected a positive integer, got 0"),
-        (dict(targets=torch.zeros(3, dtype=torch.long)), ValueError, "targets: expected one class for each of 2 images, got shape [3]"),
-        (dict(attribution=lambda x, c: x[:, 0]), ValueError, "attribution: expected maps of shape [2, 1, 4, 4], got [2, 4, 4]"),
+        (
+            dict(targets=torch.zeros(3, dtype=torch.long)),
+            ValueError,
+            "targets: expected one class for each of 2 images, got shape [3]",
+        ),
+        (
+            dict(attribution=lambda x, c: x[:, 0]),
+            ValueError,
+            "attribution: expected maps of shape [2, 1, 4, 4], got [2, 4, 4]",
+        ),
     ],
 )
 def test_bad_input(change, error, message):
     options = dict(targets=torch.zeros(2, dtype=torch.long), attribution=lambda x, c: x) | change
     with pytest.raises(error) as caught:
-        pixel_removal(Linear(), torch.rand(2, 1, 4, 4), options.pop("targets"), options.pop("attribution"), **options)
+        pixel_removal(
+            Linear(), torch.rand(2, 1, 4, 4), options.pop("targets"), options.pop("attribution"), **options
+        )
     assert message in str(caught.value)
 
 
@@ -174,7 +212,11 @@ def test_a_model_in_training_mode_is_evaluated_and_left_as_it_was():
     model, images = Normalised(), torch.rand(3, 1, 4, 4)
     model.drop.eval()
     before = model.norm.running_mean.clone()
-    found = pixel_removal(model, images, torch.zeros(3, dtype=torch.long), lambda x, c: x, points=3, batch_size=2)
+    found = pixel_removal(
+        model, images, torch.zeros(3, dtype=torch.long), lambda x, c: x, points=3, batch_size=2
+    )
     assert torch.equal(model.norm.running_mean, before)
     assert (model.training, model.norm.training, model.drop.training) == (True, True, False)
-    torch.testing.assert_close(found.probabilities[:, 0], images.double().sum((1, 2, 3)).sigmoid(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.probabilities[:, 0], images.double().sum((1, 2, 3)).sigmoid(), rtol=1e-4, atol=1e-5
+    )

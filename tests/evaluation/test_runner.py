@@ -21,7 +21,9 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def model():
-    """Made sure of its classes by a head that looks at the mean brightness; the maps are the network's own."""
+    """Made sure of its classes by a head that looks at the mean brightness; the maps are the network's
+    own.
+    """
     torch.manual_seed(0)
     return create_model("coda_xs_digits", num_classes=5).eval()
 
@@ -57,7 +59,9 @@ def numbers(found):
 
 @pytest.mark.parametrize("metric", runner.METRICS)
 def test_interrupted(evaluation, model, metric):
-    """It goes on with the first piece that is missing, and the numbers are those of a run in one go and of the function itself."""
+    """It goes on with the first piece that is missing, and the numbers are those of a run in one go and of
+    the function itself.
+    """
     first = evaluation(metric)
     total = len(first.work().split(SETTINGS[metric].piece))
     with pytest.raises(KeyboardInterrupt):
@@ -127,7 +131,10 @@ def test_other_settings_of_a_method_are_measured_anew(evaluation, model):
 
 def test_a_folder_holds_one_evaluation(evaluation, model):
     evaluation("removal", checkpoint="a").measure("Ours", None, {})
-    with pytest.raises(ValueError, match=r"output: .*out holds another evaluation \(other checkpoint\); choose another folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"output: .*out holds another evaluation \(other checkpoint\); choose another folder",
+    ):
         evaluation("removal", checkpoint="b").measure("Ours", None, {})
     with pytest.raises(ValueError, match=r"\(other settings\)"):
         evaluation("localisation", checkpoint="a").measure("Ours", None, {})
@@ -136,7 +143,7 @@ def test_a_folder_holds_one_evaluation(evaluation, model):
 @pytest.mark.parametrize("metric", runner.METRICS)
 def test_results(evaluation, metric):
     e = evaluation(metric, checkpoint="abc")
-    uniform = lambda images, targets: torch.ones(len(images), targets.shape[1], *images.shape[2:])  # noqa: E731
+    uniform = lambda images, targets: torch.ones(len(images), targets.shape[1], *images.shape[2:])
     found = {"Ours": e.measure("Ours", None, {}), "flat": e.measure("flat", uniform, {"n": 1})}
     paths = e.write(found, {"Ours": {}, "flat": {"n": 1}})
     assert [p.name for p in paths] == ["results.json", "results.csv", f"{metric}.png", f"{metric}.svg"]
@@ -147,7 +154,10 @@ def test_results(evaluation, metric):
     rows = list(csv.reader(paths[1].open()))
     for name, result in found.items():
         mine = [row for row in rows if row[0] == name]
-        written = torch.tensor([[float(x) for x in row[-1 if metric == "localisation" else 2 :]] for row in mine], dtype=torch.float64)
+        written = torch.tensor(
+            [[float(x) for x in row[-1 if metric == "localisation" else 2 :]] for row in mine],
+            dtype=torch.float64,
+        )
         torch.testing.assert_close(written.flatten(), numbers(result).flatten(), rtol=1e-8, atol=1e-9)
         assert document["methods"][name]["mean"] == pytest.approx(runner.summary(result)["mean"])
     if metric == "localisation":
@@ -159,14 +169,16 @@ def test_results(evaluation, metric):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(dict(metric="x"), "metric: expected one of"), (dict(piece=0), "piece: expected a positive")]
+    ("change", "message"),
+    [(dict(metric="x"), "metric: expected one of"), (dict(piece=0), "piece: expected a positive")],
 )
 def test_bad_settings(change, message):
     with pytest.raises(ValueError, match=message):
         Settings(**change)
 
 
-# -- data -----------------------------------------------------------------------------------------------------------------------------
+# -- data
+# ------------------------------------------------------------------------------------------------------------
 
 
 def folder_of_classes(path, sizes=((8, 8),) * 3, classes=("cat", "dog")):
@@ -202,7 +214,11 @@ def test_survey(tmp_path, model):
         logits = model(images)
     assert found.predictions.tolist() == logits.argmax(1).tolist()
     torch.testing.assert_close(found.own, logits.gather(1, labels[:, None])[:, 0])
-    assert found.accuracy() == {"top1": float((logits.argmax(1) == labels).double().mean()), "top5": 1.0, "images": 6}
+    assert found.accuracy() == {
+        "top1": float((logits.argmax(1) == labels).double().mean()),
+        "top5": 1.0,
+        "images": 6,
+    }
     assert found.images.shape == (6, 1, 8, 8)
     index = torch.tensor([[5, 0], [2, 2]])
     assert torch.equal(found.images[index], images[index])
@@ -219,10 +235,14 @@ def test_folders_that_are_only_partly_classes(tmp_path):
     """A guess would give wrong numbers without a word."""
     named = create_model("coda_xs_digits", num_classes=3, class_names=["dog", "owl", "cat"])
     folder_of_classes(tmp_path / "d", classes=("cat", "wolf"))
-    with pytest.raises(ValueError, match="expected folders named after classes of the model, in .* others are not: wolf"):
+    with pytest.raises(
+        ValueError, match="expected folders named after classes of the model, in .* others are not: wolf"
+    ):
         data.load(tmp_path / "d", named)
     folder_of_classes(tmp_path / "e", classes=("n01", "n02"))
-    with pytest.raises(ValueError, match="the model has 3 classes, .* has 2 folders, none of them named after a class"):
+    with pytest.raises(
+        ValueError, match="the model has 3 classes, .* has 2 folders, none of them named after a class"
+    ):
         data.load(tmp_path / "e", named)
     folder_of_classes(tmp_path / "f", classes=("n01", "n02", "n03"))
     found = data.load(tmp_path / "f", named)
@@ -239,7 +259,8 @@ def test_corrupt_files_are_skipped_and_named(tmp_path, model):
     assert labels.tolist() == [0, 0, 1, 1, 1]
     assert found.skipped == {str(path / "cat" / "1.png"): "not an image that Pillow can read"}
     torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([0, 2, 10, 11, 12]) / 255)
-    assert torch.equal(found.images[torch.tensor([1, 2])], images[1:3])  # those that could be read are counted
+    # those that could be read are counted
+    assert torch.equal(found.images[torch.tensor([1, 2])], images[1:3])
     assert read(path, model, limit=6)[2].labels.tolist() == labels.tolist()
 
 
@@ -249,23 +270,32 @@ def test_a_set_that_cannot_be_read(tmp_path, model):
         (path / "cat" / f"{i}.png").write_bytes(b"no image")
     found = data.load(path, model)
     for function in (lambda: data.survey(model, found), lambda: data.first_size(found)):
-        with pytest.raises(ValueError, match=r"data: no readable image among 3: .*cat.[02].png: not an image"):
+        with pytest.raises(
+            ValueError, match=r"data: no readable image among 3: .*cat.[02].png: not an image"
+        ):
             function()
 
 
 def test_sizes(tmp_path, model):
-    """By default all pictures get the size that the network was trained on; as they are, they must have one."""
+    """By default all pictures get the size that the network was trained on; as they are, they must have
+    one.
+    """
     path = folder_of_classes(tmp_path / "d", sizes=((8, 8), (8, 12)))
     assert read(path, model)[0].shape == (4, 1, 8, 8)
     with pytest.raises(
-        ValueError, match=r"expected images of one size, or a size to crop them to .*--size.*, got 8 x 12, 8 x 8|8 x 8, 8 x 12"
+        ValueError,
+        match=r"expected images of one size, or a size to crop them to .*--size.*, "
+        r"got 8 x 12, 8 x 8|8 x 8, 8 x 12",
     ):
         read(path, model, preprocessing=model.transform.at(0))
     assert read(path, model, preprocessing=model.transform.at(6))[0].shape == (4, 1, 6, 6)
     assert data.first_size(data.load(path, model, preprocessing=model.transform.at(6))) == (6, 6)
 
 
-@pytest.mark.parametrize(("limit", "wanted"), [(1, [0]), (2, [0, 1]), (4, [0, 0, 1, 2]), (5, [0, 0, 1, 1, 2]), (6, [0, 0, 1, 1, 2, 2])])
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [(1, [0]), (2, [0, 1]), (4, [0, 0, 1, 2]), (5, [0, 0, 1, 1, 2]), (6, [0, 0, 1, 1, 2, 2])],
+)
 def test_a_limit_is_shared_by_all_classes(tmp_path, model, limit, wanted):
     found = data.load(folder_of_classes(tmp_path / "d", classes=("a", "b", "c")), model, limit=limit)
     assert [label for _, label in found.source.files] == wanted
@@ -300,7 +330,8 @@ def test_memory_does_not_grow_with_the_set(tmp_path, model):
         survey.images[torch.arange(4)]
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0] + 160 * 2000, peaks  # names and numbers of each; its pixels are 16,384 bytes
+    # names and numbers of each; its pixels are 16,384 bytes
+    assert peaks[1] < 1.5 * peaks[0] + 160 * 2000, peaks
 
 
 def test_npz(tmp_path, model):
@@ -310,7 +341,13 @@ def test_npz(tmp_path, model):
     torch.testing.assert_close(found[0][:, 0], torch.from_numpy(images[:3]).float() / 255)
     assert found[1].tolist() == [0, 1, 2]
     assert read(tmp_path / "a.npz", model, preprocessing=model.transform.at(3))[0].shape == (4, 1, 3, 3)
-    np.savez(tmp_path / "b.npz", train_images=images[:0], train_labels=labels[:0], test_images=images, test_labels=labels)
+    np.savez(
+        tmp_path / "b.npz",
+        train_images=images[:0],
+        train_labels=labels[:0],
+        test_images=images,
+        test_labels=labels,
+    )
     assert read(tmp_path / "b.npz", model, limit=3)[2].digest == found[2].digest  # what training reads
 
 
@@ -335,7 +372,11 @@ def test_npz_of_jpegs(tmp_path):
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "JPEG", quality=95)
         parts.append(np.frombuffer(buffer.getvalue(), np.uint8))
-    arrays = dict(test_jpeg=np.concatenate(parts), test_offset=np.cumsum([0, *map(len, parts)]), test_label=np.array([0, 1, 1]))
+    arrays = dict(
+        test_jpeg=np.concatenate(parts),
+        test_offset=np.cumsum([0, *map(len, parts)]),
+        test_label=np.array([0, 1, 1]),
+    )
     arrays |= dict(test_lossless_idx=np.array([2]), test_lossless_rgb=np.full((1, 8, 8, 3), 121, np.uint8))
     np.savez(tmp_path / "c.npz", **arrays)
     network = create_model("coda_s_cifar10", rank=1, image_size=8)
@@ -358,7 +399,8 @@ def test_npz_of_jpegs(tmp_path):
 def test_digits():
     images, _, _ = read("digits", create_model("coda_xs_digits"), limit=30)
     assert images.shape == (30, 1, 8, 8)
-    assert float((images * 16 - (images * 16).round()).abs().max()) < 0.5 * 16 / 255 + 1e-6  # 17 levels, in bytes
+    # 17 levels, in bytes
+    assert float((images * 16 - (images * 16).round()).abs().max()) < 0.5 * 16 / 255 + 1e-6
 
 
 def test_bad_data(tmp_path, model):

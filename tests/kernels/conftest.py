@@ -1,4 +1,6 @@
-"""The interpreter multiplies small matrices with NumPy, whose threads cost more there than they give: four times the time on 2 cores."""
+"""The interpreter multiplies small matrices with NumPy, whose threads cost more there than they give: four
+times the time on 2 cores.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    if torch.cuda.is_available():  # no interpreter; the tests must run there with pytest alone (bench/gpu_report.py)
+    # no interpreter; the tests must run there with pytest alone (bench/gpu_report.py)
+    if torch.cuda.is_available():
         yield
         return
     try:

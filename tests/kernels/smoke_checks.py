@@ -1,7 +1,8 @@
-"""For the first minutes on a GPU (bench/gpu_smoke.py): every kernel in every dtype once, and what has been miscompiled elsewhere.
+"""For the first minutes on a GPU (bench/gpu_smoke.py): every kernel in every dtype once, and what has been
+miscompiled elsewhere.
 
-No part of the ordinary tests, which cover it and more; here each name says its shape, so that a failure can be read without this file.
-The three miscompilations: docstring of tests/kernels/test_gpu.py.
+No part of the ordinary tests, which cover it and more; here each name says its shape, so that a failure can
+be read without this file. The three miscompilations: docstring of tests/kernels/test_gpu.py.
 """
 
 from unittest import mock
@@ -13,7 +14,8 @@ from support_kernels import DEVICE, L_LAYERS, S_LAYERS, compare, grads_of, layer
 from coda_fast.functional import dau_conv2d
 from coda_kernels.layer import Layer
 
-# Which together launch every kernel (tests/bench/test_gpu_runs.py): stem, strides of 2, the widest of S-CoDA, head, ranks in several pieces
+# Which together launch every kernel (tests/bench/test_gpu_runs.py): stem, strides of 2, the widest of S-CoDA,
+# head, ranks in several pieces
 CASES = {
     **{f"S{i}": (S_LAYERS[j], {}) for i, j in ((1, 0), (3, 2), (7, 5), (9, 6))},
     **{f"L{i}": (L_LAYERS[j], {}) for i, j in ((4, 2), (7, 4))},
@@ -36,11 +38,16 @@ def name_of(value):
 
 def say(case, dtype, size, batch):
     channels, units, rank, kernel, stride = case
-    return f"C {channels}, n {units}, r {rank}, k {kernel}, stride {stride}, {size[0]} x {size[1]}, batch {batch}, {name_of(dtype)}"
+    return (
+        f"C {channels}, n {units}, r {rank}, k {kernel}, stride {stride}, {size[0]} x {size[1]}, batch "
+        f"{batch}, {name_of(dtype)}"
+    )
 
 
 def checked(case, dtype, size, batch, tensors=None, **options):
-    """Output, gradients and explanation against float64; what differs is told with its shape and its worst coordinate."""
+    """Output, gradients and explanation against float64; what differs is told with its shape and its worst
+    coordinate.
+    """
     channels, units, rank, kernel, stride = case
     tensors = tensors or layer_tensors(channels, units, rank, kernel, size, batch=batch, dtype=dtype)
     geometry = dict(stride=stride, padding=(kernel - 1) // 2)
@@ -48,7 +55,9 @@ def checked(case, dtype, size, batch, tensors=None, **options):
         compare(tensors, **geometry, **options)
         compare([tensors[0], *(t.detach() for t in tensors[1:])], **geometry, detach=True)
     except AssertionError as error:
-        raise AssertionError(f"{say(case, dtype, size, batch)}: {error} (results: {', '.join(NAMES)})") from None
+        raise AssertionError(
+            f"{say(case, dtype, size, batch)}: {error} (results: {', '.join(NAMES)})"
+        ) from None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -69,13 +78,16 @@ def test_kernels(name, dtype, record_property):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("name", ["S1", "S3", "S7", "L4"])
 def test_no_masked_address_is_read(name, dtype):
-    """Images that are mostly border, between images of NaN: what is read beyond a border and not masked is no number."""
+    """Images that are mostly border, between images of NaN: what is read beyond a border and not masked is
+    no number.
+    """
     case = few_units(CASES[name][0])
     channels, units, rank, kernel, _ = case
     tensors = layer_tensors(channels, units, rank, kernel, (3, 3), batch=BATCH, dtype=dtype)
     around = torch.full((BATCH + 2, 3, 3, channels), float("nan"), device=DEVICE, dtype=dtype)
     around[1:-1] = tensors[0].detach().permute(0, 2, 3, 1)
-    tensors[0] = around[1:-1].permute(0, 3, 1, 2).requires_grad_()  # channels last, in place: no copy of its own
+    # channels last, in place: no copy of its own
+    tensors[0] = around[1:-1].permute(0, 3, 1, 2).requires_grad_()
     checked(case, dtype, (3, 3), BATCH, tensors)
 
 
@@ -92,6 +104,11 @@ def test_operands_in_registers_do_not_race(name):
     for i, again in enumerate(runs[1:], 2):
         for result, (a, b) in enumerate(zip(runs[0], again, strict=True)):
             different = (a != b).nonzero()
-            found = f"run {i} of {say(case, torch.bfloat16, size, batch)}: {len(different)} of {a.numel()} numbers of {NAMES[result]}"
-            assert not len(different), f"{found} are others than in the first, the first at {tuple(different[0].tolist())}"
+            found = (
+                f"run {i} of {say(case, torch.bfloat16, size, batch)}: {len(different)} of {a.numel()} "
+                f"numbers of {NAMES[result]}"
+            )
+            assert not len(different), (
+                f"{found} are others than in the first, the first at {tuple(different[0].tolist())}"
+            )
     checked(case, torch.bfloat16, size, min(batch, 8))

@@ -5,7 +5,8 @@ from support import errors, random_layer, scale_held
 
 from coda_fast.functional import dau_conv2d
 
-# The device of every test here: a GPU where there is one, else Triton's interpreter on the CPU (tests/conftest.py asks for it)
+# The device of every test here: a GPU where there is one, else Triton's interpreter on the CPU
+# (tests/conftest.py asks for it)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Distinct layers of the published networks: C, n, r, k, stride
@@ -29,28 +30,38 @@ L_LAYERS = [
 
 
 def few_units(layer):
-    """Under the interpreter, L-CoDA's layers with at most 20 of their units, which all go the same way; all of them on a GPU."""
+    """Under the interpreter, L-CoDA's layers with at most 20 of their units, which all go the same way;
+    all of them on a GPU.
+    """
     channels, units, *rest = layer
     return (channels, units if DEVICE.type == "cuda" else min(units, 20), *rest)
 
 
 def assert_as_accurate(actual, eager, truth, terms=None, more=()):
-    """The one tolerance: lists of results beside those of eager torch in the same dtype, both against float64. The RMS error of each
-    result, and the largest error anywhere in them (one number's error is a draw of luck), is at most twice eager's, plus one rounding.
+    """The one tolerance: lists of results beside those of eager torch in the same dtype, both against
+    float64. The RMS error of each result, and the largest error anywhere in them (one number's error is a
+    draw of luck), is at most twice eager's, plus one rounding.
 
-    ``terms``: for each result, what it is a sum of, where that may cancel (see ``errors``). ``more``: further pairs (eager, truth), for
-    inputs next to these: in a result of few numbers eager's error is a draw of luck too and may be nearly nothing, so the worst counts.
+    ``terms``: for each result, what it is a sum of, where that may cancel (see ``errors``). ``more``: further
+    pairs (eager, truth), for inputs next to these: in a result of few numbers eager's error is a draw of luck
+    too and may be nearly nothing, so the worst counts.
     """
     rounding = torch.finfo(actual[0].dtype).eps
     terms = terms or [()] * len(truth)
-    ours, *theirs = ([errors(*r) for r in zip(*pair, terms, strict=True)] for pair in ((actual, truth), (eager, truth), *more))
+    ours, *theirs = (
+        [errors(*r) for r in zip(*pair, terms, strict=True)]
+        for pair in ((actual, truth), (eager, truth), *more)
+    )
     largest = 2 * max(top for found in theirs for top, _ in found) + rounding
     for i, (top, rms) in enumerate(ours):
         allowed = 2 * max(found[i][1] for found in theirs) + rounding
         if top > largest or rms > allowed:
             difference = (actual[i].double().cpu() - truth[i].double().cpu()).abs()
             worst = tuple(map(int, torch.unravel_index(difference.argmax(), difference.shape)))
-            raise AssertionError(f"result {i}: error max {top:.2e}, rms {rms:.2e}; allowed {largest:.2e}, {allowed:.2e}; worst at {worst}")
+            raise AssertionError(
+                f"result {i}: error max {top:.2e}, rms {rms:.2e}; allowed {largest:.2e}, {allowed:.2e}; "
+                f"worst at {worst}"
+            )
 
 
 def layer_tensors(channels, units, rank, kernel, size, batch=1, bias=True, dtype=torch.float32):
@@ -69,30 +80,46 @@ def grads_of(function, tensors, grad):
 
 
 def neighbours(tensors, number):
-    """The same tensors ``number`` times, every number of them off by the error of one rounding: the same problem, its roundings redrawn."""
-    generator = torch.Generator().manual_seed(31415926)  # not a seed that a test has: what it adds is independent of what is there
+    """The same tensors ``number`` times, every number of them off by the error of one rounding: the same
+    problem, its roundings redrawn.
+    """
+    # not a seed that a test has: what it adds is independent of what is there
+    generator = torch.Generator().manual_seed(31415926)
 
     def moved(t):
-        factor = 1 + torch.finfo(t.dtype).eps / 2 * torch.randn(t.shape, generator=generator, dtype=torch.float64)
+        factor = 1 + torch.finfo(t.dtype).eps / 2 * torch.randn(
+            t.shape, generator=generator, dtype=torch.float64
+        )
         return (t.detach().double() * factor.to(t.device)).to(t.dtype).requires_grad_(t.requires_grad)
 
     return [[None if t is None else moved(t) for t in tensors] for _ in range(number)]
 
 
 def compare(tensors, function=dau_conv2d, **options):
-    """Output and gradients of the fused kernels beside eager torch in the same dtype and the definition in float64."""
+    """Output and gradients of the fused kernels beside eager torch in the same dtype and the definition in
+    float64.
+    """
     dtype = tensors[0].dtype
 
     def results(backend, tensors):
-        return grads_of(lambda *t: function(*t, **options, backend=backend), tensors, grad.to(tensors[0].dtype))
+        return grads_of(
+            lambda *t: function(*t, **options, backend=backend), tensors, grad.to(tensors[0].dtype)
+        )
 
     def expected(tensors):
-        """Eager torch, the truth, and the two parts of the truth: the direct one, and that which comes from the norm."""
+        """Eager torch, the truth, and the two parts of the truth: the direct one, and that which comes
+        from the norm.
+        """
         exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
         truth = results("reference", exact)
         with scale_held():
             direct = results("reference", exact)
-        return results("reference", tensors), truth, direct, [a - b for a, b in zip(truth, direct, strict=True)]
+        return (
+            results("reference", tensors),
+            truth,
+            direct,
+            [a - b for a, b in zip(truth, direct, strict=True)],
+        )
 
     with torch.no_grad():
         shape = function(*tensors, **options, backend="reference").shape
@@ -100,10 +127,15 @@ def compare(tensors, function=dau_conv2d, **options):
     ours = results("triton", tensors)
     assert all(result.dtype == dtype for result in ours)
     here, near = expected(tensors), [expected(t) for t in neighbours(tensors, 4)]
-    # What may cancel: the two parts, and the terms of each part, whose size is what one rounding of the inputs does to it
+    # What may cancel: the two parts, and the terms of each part, whose size is what one rounding of the
+    # inputs does to it
     terms = [
         [part[i] for part in here[2:]]
-        + [(there[i] - part[i]) / torch.finfo(dtype).eps for n in near for there, part in zip(n[2:], here[2:], strict=True)]
+        + [
+            (there[i] - part[i]) / torch.finfo(dtype).eps
+            for n in near
+            for there, part in zip(n[2:], here[2:], strict=True)
+        ]
         for i in range(len(ours))
     ]
     assert_as_accurate(ours, *here[:2], terms, [n[:2] for n in near])

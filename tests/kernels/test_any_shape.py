@@ -1,4 +1,6 @@
-"""The fused kernels against the definition in float64, at shapes that nobody chose (test_layer.py does without hypothesis)."""
+"""The fused kernels against the definition in float64, at shapes that nobody chose (test_layer.py does
+without hypothesis).
+"""
 
 import torch
 from hypothesis import assume, given, settings
@@ -11,18 +13,30 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape(data):
-    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    draw = lambda low, high: data.draw(st.integers(low, high))
     torch.manual_seed(draw(0, 2**32 - 1))  # the example's own, so that it is the same whenever it runs
     kernel, stride, dilation = (draw(1, 3), draw(1, 3)), (draw(1, 3), draw(1, 2)), (draw(1, 2), draw(1, 2))
     padding = (draw(0, 2), draw(0, 2))
-    size = [max(1, d * (k - 1) + 1 - 2 * p) + draw(0, 4) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    size = [
+        max(1, d * (k - 1) + 1 - 2 * p) + draw(0, 4)
+        for k, d, p in zip(kernel, dilation, padding, strict=True)
+    ]
     channels, units, rank = draw(1, 20), draw(1, 20), draw(1, 40)
     norm = data.draw(st.sampled_from(["squash", "l2"]))
-    assume(norm == "squash" or channels * kernel[0] * kernel[1] > 1)  # one number over its length is a sign: eager makes no error
+    # one number over its length is a sign: eager makes no error
+    assume(norm == "squash" or channels * kernel[0] * kernel[1] > 1)
     tensors = layer_tensors(
-        channels, units, rank, kernel, size, batch=draw(1, 3), bias=data.draw(st.booleans()), dtype=data.draw(st.sampled_from(DTYPES))
+        channels,
+        units,
+        rank,
+        kernel,
+        size,
+        batch=draw(1, 3),
+        bias=data.draw(st.booleans()),
+        dtype=data.draw(st.sampled_from(DTYPES)),
     )
-    # Under "l2" the kernels' gradients have a factor 1 / |w|^2, which must fit into float16; eager torch's have 1 / |w|
+    # Under "l2" the kernels' gradients have a factor 1 / |w|^2, which must fit into float16; eager torch's
+    # have 1 / |w|
     eps = 3e-2 if tensors[0].dtype == torch.float16 else 1e-6
     compare(tensors, stride=stride, padding=padding, dilation=dilation, norm=norm, eps=eps)
 
@@ -30,7 +44,9 @@ def test_any_shape(data):
 def test_an_example_is_the_same_whenever_it_runs(monkeypatch):
     """Nothing that ran before it, another test or another example, has a part in its numbers."""
     seen = []
-    monkeypatch.setitem(globals(), "compare", lambda tensors, **options: seen.append([*tensors, torch.get_rng_state()]))
+    monkeypatch.setitem(
+        globals(), "compare", lambda tensors, **options: seen.append([*tensors, torch.get_rng_state()])
+    )
     for left_by_others in (1, 2):
         torch.manual_seed(left_by_others)
         test_any_shape()

@@ -1,4 +1,6 @@
-"""Every kernel compiled for GPUs that are not here: no spills, no local memory, tensor cores in use, within the device (bench/aot.py)."""
+"""Every kernel compiled for GPUs that are not here: no spills, no local memory, tensor cores in use,
+within the device (bench/aot.py).
+"""
 
 import dataclasses
 import json
@@ -25,7 +27,9 @@ print(json.dumps(dataclasses.asdict(aot.compile_launch(launch, layer))))
 
 def python(*arguments):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=1500)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=1500
+    )
 
 
 def report(kernel, layer="S7", **blocks):
@@ -37,13 +41,22 @@ def report(kernel, layer="S7", **blocks):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90", "100", "gfx942"])
 def test_the_kernels_compile_well(arch):
-    """A layer of each form, forward, backward and explanation, for each architecture. `make aot` takes all layers."""
+    """A layer of each form, forward, backward and explanation, for each architecture. `make aot` takes all
+    layers.
+    """
     done = python(ROOT / "bench" / "aot.py", "--layers", "S7", "L7", "--arch", arch, "--dtype", "bfloat16")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert {line.split()[2] for line in lines[:-1]} == {
-        "contracted", "generated", "fold", "grad_z", "parameter_sums", "finish", "prepare", "prepare_backward",
-    }  # fmt: skip
+        "contracted",
+        "generated",
+        "fold",
+        "grad_z",
+        "parameter_sums",
+        "finish",
+        "prepare",
+        "prepare_backward",
+    }
     assert lines[-1] == "0 faults"
 
 
@@ -64,7 +77,9 @@ def test_the_forward_loop():
 
 @pytest.mark.parametrize("kernel", ["grad_z", "fold", "contracted"])
 def test_operands_in_registers_are_not_overwritten(kernel):
-    """No register that a wgmma under way reads as its first operand is written, by the code itself: a loop gone through twice."""
+    """No register that a wgmma under way reads as its first operand is written, by the code itself: a loop
+    gone through twice.
+    """
     found = report(kernel)
     assert "HGMMA" in found["mma"]
     assert found["overwritten"] == 0
@@ -86,7 +101,9 @@ def test_missing_tensor_cores_are_found(monkeypatch):
         os.environ["TRITON_INTERPRET"] = interpret
     from coda_kernels import config
 
-    good = aot.Report("fold", "S7", "bfloat16", 90, 4, 3, "", 200, 0, 0, 1000, 2, "6xHGMMA.64x64x16.F32.BF16", 0.6, "")
+    good = aot.Report(
+        "fold", "S7", "bfloat16", 90, 4, 3, "", 200, 0, 0, 1000, 2, "6xHGMMA.64x64x16.F32.BF16", 0.6, ""
+    )
     assert list(aot._faults(good, config)) == []
     faults = {
         "no tensor-core": dataclasses.replace(good, mma=""),
@@ -101,11 +118,18 @@ def test_missing_tensor_cores_are_found(monkeypatch):
 
 @pytest.mark.parametrize(("left", "expected"), [(1, ["MOV R20, R1 ", "LDS.64 R23, [R1] "]), (0, [])])
 def test_overwritten_operands_are_found(left, expected, monkeypatch):
-    """The next turn of a loop writes what the second product of the last one may still read, unless it has waited for it."""
+    """The next turn of a loop writes what the second product of the last one may still read, unless it has
+    waited for it.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import aot
 
-    lines = [(".L_x_1", "", ""), ("", "MOV", " R20, R1 "), ("", "LDS.64", " R23, [R1] "), ("", "MOV", " R10, R1 ")]
+    lines = [
+        (".L_x_1", "", ""),
+        ("", "MOV", " R20, R1 "),
+        ("", "LDS.64", " R23, [R1] "),
+        ("", "MOV", " R10, R1 "),
+    ]
     for operand in ("R10", "R20"):
         lines += [("", "HGMMA.64x64x16.F32.BF16", f" R56, {operand}, gdesc[UR4], R56, gsb0 ")]
         lines += [("", "WARPGROUP.DEPBAR.LE", f" gsb0, 0x{left} ")]

@@ -1,8 +1,9 @@
 """Nothing is read or written beside what is allocated, and nothing that nobody wrote has a part in a result.
 
-Every tensor that the launchers allocate and every tensor that they are given lies between red zones: bytes 0xFF, NaN in every floating
-dtype and -1 in the table of starts. Results must have the bits that they have without, and the zones be as they were. A load that a mask
-holds back is not seen, here or on a GPU; nor are alignment, the width of an index in hardware, and what runs at once.
+Every tensor that the launchers allocate and every tensor that they are given lies between red zones: bytes
+0xFF, NaN in every floating dtype and -1 in the table of starts. Results must have the bits that they have
+without, and the zones be as they were. A load that a mask holds back is not seen, here or on a GPU; nor are
+alignment, the width of an index in hardware, and what runs at once.
 """
 
 import functools
@@ -19,18 +20,153 @@ from coda_kernels import config, layer
 from coda_kernels.compile import recording
 
 ZONE = 1 << 15  # bytes on either side, a multiple of every alignment
-KEYS = ("channels", "units", "rank", "kernel", "size", "batch", "stride", "padding", "dilation", "bias", "dtype", "norm", "keep", "form")
+KEYS = (
+    "channels",
+    "units",
+    "rank",
+    "kernel",
+    "size",
+    "batch",
+    "stride",
+    "padding",
+    "dilation",
+    "bias",
+    "dtype",
+    "norm",
+    "keep",
+    "form",
+)
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 CASES = {
-    "one of each": (1, 1, 1, (1, 1), (1, 1), 1, (1, 1), (0, 0), (1, 1), False, f32, "squash", "products", "sliced"),
-    "one pixel, all padding": (3, 2, 5, (3, 3), (1, 1), 2, (2, 2), (1, 1), (1, 1), True, f16, "squash", "products", "contiguous"),
-    "odd everything": (9, 5, 7, (3, 2), (7, 6), 2, (2, 3), (0, 2), (2, 1), True, bf16, "squash", "products", "sliced"),
-    "a unit past a block": (6, 17, 17, (3, 1), (3, 3), 1, (1, 1), (1, 0), (1, 1), True, f16, "l2", "contraction", "last"),
-    "the image is the canvas": (8, 16, 16, (1, 1), (5, 3), 3, (1, 1), (0, 0), (1, 1), True, bf16, "squash", "products", "last"),
-    "patch past a block": (33, 3, 20, (2, 1), (5, 4), 1, (3, 1), (1, 0), (1, 2), False, f32, "l2", "contraction", "sliced last"),
-    "generated": (7, 2, 130, (2, 1), (3, 2), 2, (2, 1), (1, 1), (1, 1), True, f16, "squash", "products", "sliced last"),
-    "stride past the image": (4, 3, 2, (1, 2), (3, 5), 2, (7, 6), (0, 1), (1, 1), True, f32, "squash", "products", "expanded"),
-}  # fmt: skip
+    "one of each": (
+        1,
+        1,
+        1,
+        (1, 1),
+        (1, 1),
+        1,
+        (1, 1),
+        (0, 0),
+        (1, 1),
+        False,
+        f32,
+        "squash",
+        "products",
+        "sliced",
+    ),
+    "one pixel, all padding": (
+        3,
+        2,
+        5,
+        (3, 3),
+        (1, 1),
+        2,
+        (2, 2),
+        (1, 1),
+        (1, 1),
+        True,
+        f16,
+        "squash",
+        "products",
+        "contiguous",
+    ),
+    "odd everything": (
+        9,
+        5,
+        7,
+        (3, 2),
+        (7, 6),
+        2,
+        (2, 3),
+        (0, 2),
+        (2, 1),
+        True,
+        bf16,
+        "squash",
+        "products",
+        "sliced",
+    ),
+    "a unit past a block": (
+        6,
+        17,
+        17,
+        (3, 1),
+        (3, 3),
+        1,
+        (1, 1),
+        (1, 0),
+        (1, 1),
+        True,
+        f16,
+        "l2",
+        "contraction",
+        "last",
+    ),
+    "the image is the canvas": (
+        8,
+        16,
+        16,
+        (1, 1),
+        (5, 3),
+        3,
+        (1, 1),
+        (0, 0),
+        (1, 1),
+        True,
+        bf16,
+        "squash",
+        "products",
+        "last",
+    ),
+    "patch past a block": (
+        33,
+        3,
+        20,
+        (2, 1),
+        (5, 4),
+        1,
+        (3, 1),
+        (1, 0),
+        (1, 2),
+        False,
+        f32,
+        "l2",
+        "contraction",
+        "sliced last",
+    ),
+    "generated": (
+        7,
+        2,
+        130,
+        (2, 1),
+        (3, 2),
+        2,
+        (2, 1),
+        (1, 1),
+        (1, 1),
+        True,
+        f16,
+        "squash",
+        "products",
+        "sliced last",
+    ),
+    "stride past the image": (
+        4,
+        3,
+        2,
+        (1, 2),
+        (3, 5),
+        2,
+        (7, 6),
+        (0, 1),
+        (1, 1),
+        True,
+        f32,
+        "squash",
+        "products",
+        "expanded",
+    ),
+}
 
 
 class Zones:
@@ -42,7 +178,9 @@ class Zones:
     def place(self, shape, strides, dtype, fill=0xFF):
         """A tensor of that shape and those strides, all bytes ``fill``."""
         size = torch.empty(0, dtype=dtype).element_size()
-        extent = size * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) if all(shape) else 0
+        extent = (
+            size * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) if all(shape) else 0
+        )
         inside = -(-extent // 16) * 16
         memory = torch.zeros(2 * ZONE + inside, dtype=torch.uint8, device=DEVICE).fill_(0xFF)
         memory[ZONE : ZONE + extent] = fill
@@ -51,10 +189,14 @@ class Zones:
 
     def copy(self, tensor, strides=None):
         """The same numbers between zones, and NaN in the gaps that the strides leave."""
-        return refilled(self.place(tensor.shape, tensor.stride() if strides is None else strides, tensor.dtype), tensor)
+        return refilled(
+            self.place(tensor.shape, tensor.stride() if strides is None else strides, tensor.dtype), tensor
+        )
 
     def untouched(self):
-        return all((memory[:ZONE] == 0xFF).all() and (memory[end:] == 0xFF).all() for memory, end in self.found)
+        return all(
+            (memory[:ZONE] == 0xFF).all() and (memory[end:] == 0xFF).all() for memory, end in self.found
+        )
 
 
 def refilled(placed, tensor):
@@ -67,7 +209,9 @@ def plainly(tensor, strides=None):
     """The same numbers in those strides, between whatever there is, zeros in the gaps."""
     strides = tensor.stride() if strides is None else strides
     extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
-    return refilled(torch.zeros(extent, dtype=tensor.dtype, device=DEVICE).as_strided(tensor.shape, strides), tensor)
+    return refilled(
+        torch.zeros(extent, dtype=tensor.dtype, device=DEVICE).as_strided(tensor.shape, strides), tensor
+    )
 
 
 class Allocator:
@@ -104,7 +248,9 @@ def allocate_between(zones, monkeypatch):
 
 
 def image_strides(form, channels, height, width):
-    """Strides of a batch of images: as they often are, or with gaps, none of which is a multiple of anything."""
+    """Strides of a batch of images: as they often are, or with gaps, none of which is a multiple of
+    anything.
+    """
     if form == "expanded":
         return (0, height * width, width, 1)
     if form == "last":
@@ -127,13 +273,17 @@ def passes(case, place, applied=False):
     geometry = Geometry.make(c["kernel"], c["stride"], c["padding"], c["dilation"])
     if "last" in c["form"]:
         parameters = [p if p is None else p.movedim(-3, -1).contiguous().movedim(-1, -3) for p in parameters]
-    new = lambda *shape: torch.randn(*shape, dtype=torch.float64).to(DEVICE, c["dtype"])  # noqa: E731
+    new = lambda *shape: torch.randn(*shape, dtype=torch.float64).to(DEVICE, c["dtype"])
     shape = (c["batch"], c["channels"], *c["size"])
     strides = image_strides(c["form"], *shape[1:])
     x, u = ((new(*shape) if strides[0] else new(1, *shape[1:]).expand(shape)) for _ in range(2))
     out = geometry.output_size(*c["size"])
     grad, upstream = (new(c["batch"], c["units"], *out) for _ in range(2))
-    x, u, grad = place(x, strides), place(u, strides) if applied else None, place(grad, image_strides("sliced", c["units"], *out))
+    x, u, grad = (
+        place(x, strides),
+        place(u, strides) if applied else None,
+        place(grad, image_strides("sliced", c["units"], *out)),
+    )
     upstream, parameters = place(upstream), [p if p is None else place(p) for p in parameters]
     given = [t for t in (x, u, grad, upstream, *parameters) if t is not None]
     before = [t.clone() for t in given]
@@ -143,7 +293,9 @@ def passes(case, place, applied=False):
     for needs in ((True,) * 5, (False, True, True, False, True)):
         found += backend.align_backward(grad, x, u, *parameters, *kept, *rest, False, needs)
     found += backend.align_backward(grad, x, u, *parameters, *kept[:-1], None, *rest, False, (True,) * 5)
-    found += backend.align_backward(grad, x, u, *parameters, *kept, *rest, True, (True, True, False, False, False))
+    found += backend.align_backward(
+        grad, x, u, *parameters, *kept, *rest, True, (True, True, False, False, False)
+    )
     found.append(backend.adjoint(x, upstream, *parameters, *rest))
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), "an argument was written to"
     return [t for t in found if t is not None]
@@ -169,7 +321,9 @@ def only(index, monkeypatch):
 
 
 @pytest.mark.parametrize("tile", [0, -1], ids=["first", "last"])
-@pytest.mark.parametrize("name", [name if i < 3 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(CASES)])
+@pytest.mark.parametrize(
+    "name", [name if i < 3 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(CASES)]
+)
 def test_red_zones(name, tile, monkeypatch):
     only(tile, monkeypatch)
     check(CASES[name], monkeypatch, applied=name in ("odd everything", "patch past a block"))
@@ -195,20 +349,25 @@ def test_the_zones_see_a_step_aside(monkeypatch):
 
 
 def test_the_least_of_least_lengths():
-    """1 / eps is infinity (times 0 NaN) for an eps that is not normal, in float64, which Triton takes for constants below 2^-126: no matter
-    where w is not 0, and the pixels of the padding have no w.
+    """1 / eps is infinity (times 0 NaN) for an eps that is not normal, in float64, which Triton takes for
+    constants below 2^-126: no matter where w is not 0, and the pixels of the padding have no w.
     """
-    x, *parameters = (t.to(DEVICE, f32) for t in (torch.randn(1, 3, 3, 3, dtype=torch.float64), *random_layer(3, 2, 4)))
+    x, *parameters = (
+        t.to(DEVICE, f32) for t in (torch.randn(1, 3, 3, 3, dtype=torch.float64), *random_layer(3, 2, 4))
+    )
     for p in parameters:
         p.requires_grad_()
     y = dau_conv2d(x, *parameters, norm="l2", eps=1e-310, backend="triton")
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), parameters))
 
 
-# -- grids and sizes, of launches that are only noted -----------------------------------------------------------------------------------
+# -- grids and sizes, of launches that are only noted
+# -----------------------------------------------------------------------------------
 
 
-def noted(channels, units, rank, kernel, size, batch=1, stride=(1, 1), padding=(0, 0), dilation=(1, 1), dtype=bf16):
+def noted(
+    channels, units, rank, kernel, size, batch=1, stride=(1, 1), padding=(0, 0), dilation=(1, 1), dtype=bf16
+):
     """Launches of forward, backward and explanation on an H100."""
     new = functools.partial(torch.empty, device="meta", dtype=dtype)
     parameters = [new(*shape, channels, *kernel) for shape in ((rank,), (units, rank), (units,))]
@@ -244,9 +403,15 @@ def test_grids(options):
     ("options", "what"),
     [
         (dict(channels=8, units=4, rank=5, kernel=(1, 1), size=(1, 1 << 28)), "a window"),
-        (dict(channels=4096, units=4, rank=5, kernel=(3, 3), size=(64, 10_000), dilation=(30, 1)), "a window"),
+        (
+            dict(channels=4096, units=4, rank=5, kernel=(3, 3), size=(64, 10_000), dilation=(30, 1)),
+            "a window",
+        ),
         (dict(channels=1, units=4, rank=5, kernel=(1, 1), size=(1 << 16, 1 << 15)), "an image"),
-        (dict(channels=8, units=1000, rank=5, kernel=(3, 1), size=(10_000, 10_000), dilation=(300, 1)), "the reach of a tile"),
+        (
+            dict(channels=8, units=1000, rank=5, kernel=(3, 1), size=(10_000, 10_000), dilation=(300, 1)),
+            "the reach of a tile",
+        ),
     ],
     ids=str,
 )
@@ -262,15 +427,28 @@ def test_published_sizes_and_far_larger_are_not_refused():
     assert noted(64, 64, 64, (7, 7), (8192, 8192), padding=(3, 3), stride=(3, 3))
 
 
-@pytest.mark.parametrize("case", [(3, 6, 20, 8, 16), (9, 3, 256, 128, 64), (4, 3, 512, 256, 64), (9, 17, 16, 64, 16)], ids=str)
+@pytest.mark.parametrize(
+    "case", [(3, 6, 20, 8, 16), (9, 3, 256, 128, 64), (4, 3, 512, 256, 64), (9, 17, 16, 64, 16)], ids=str
+)
 def test_no_program_is_idle(case, monkeypatch):
-    """The last program of each job of `parameter_sums` writes something that no other does: host and kernel count them alike."""
+    """The last program of each job of `parameter_sums` writes something that no other does: host and
+    kernel count them alike.
+    """
     channels, units, rank, columns, ranks = case
     tile = config.Tile.make(4, 1, BO=2, BR=ranks, BN=columns, BP=64)
-    made = layer.Layer((1, 1), *sums_parameters(channels, units, rank), layer.Window((3, 3), (1, 1), (1, 1), (1, 1, 1, 1)), "squash", 1e-6)
+    made = layer.Layer(
+        (1, 1),
+        *sums_parameters(channels, units, rank),
+        layer.Window((3, 3), (1, 1), (1, 1), (1, 1, 1, 1)),
+        "squash",
+        1e-6,
+    )
     s = made.shape
     z, gs = torch.ones(64, s.R, device=DEVICE), torch.ones(units, 64, device=DEVICE)
-    canvas, starts = torch.ones(1, 3, 3, s.CP, device=DEVICE), torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    canvas, starts = (
+        torch.ones(1, 3, 3, s.CP, device=DEVICE),
+        torch.zeros(64, dtype=torch.int64, device=DEVICE),
+    )
     e = torch.ones(64, s.R + s.padded_units, device=DEVICE)
     monkeypatch.setattr(config, "candidates", lambda *args: (tile,))
     assert all(part.isfinite().all() for part in made.sums(canvas, starts, z, gs, gs, e))

@@ -31,8 +31,15 @@ def test_the_form_that_wins(layer):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_layer_has_tiles_that_fit(data):
-    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
-    layer = Shape(draw(1, 300), draw(1, 1000), draw(1, 600), (draw(1, 7), draw(1, 7)), bias=data.draw(st.booleans()), bits=draw(1, 2) * 16)
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    layer = Shape(
+        draw(1, 300),
+        draw(1, 1000),
+        draw(1, 600),
+        (draw(1, 7), draw(1, 7)),
+        bias=data.draw(st.booleans()),
+        bits=draw(1, 2) * 16,
+    )
     device = Device(data.draw(st.sampled_from(ARCHITECTURES)), draw(1, 200))
     assert layer.R >= max(16, layer.rank)
     assert layer.CP >= layer.channels
@@ -57,7 +64,9 @@ def test_any_layer_has_tiles_that_fit(data):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_pure(kernel):
-    """Equal arguments, equal answers; nothing of the batch can enter, since there is nothing to pass it by."""
+    """Equal arguments, equal answers; nothing of the batch can enter, since there is nothing to pass it
+    by.
+    """
     layer, device = shape(64, 64, 64, 3), Device(90, 132)
     assert candidates(kernel, layer, device) == candidates(kernel, Shape(64, 64, 64, (3, 3)), Device(90, 132))
     assert hash(candidates(kernel, layer, device))
@@ -80,20 +89,26 @@ def test_splits_depend_on_shape_and_processors_only():
 def test_a_measured_row_comes_first(tmp_path, monkeypatch):
     layer = shape(64, 64, 64, 3)
     wanted = candidates("contracted", layer, Device(90))
-    row = dict(key=config.row_key("contracted", layer), blocks=dict(BM=64, BO=2, BK=32, BR=32), warps=4, stages=4)
+    row = dict(
+        key=config.row_key("contracted", layer), blocks=dict(BM=64, BO=2, BK=32, BR=32), warps=4, stages=4
+    )
     (tmp_path / "sm_90.json").write_text(json.dumps({"device": "test", "tiles": [row]}))
     monkeypatch.setenv("CODA_FAST_TABLES", str(tmp_path))
     config._read_table.cache_clear()
     try:
         tiles = candidates("contracted", layer, Device(90))
         assert tiles == (Tile.make(4, 4, BM=64, BO=2, BK=32, BR=32), *wanted)
-        assert candidates("contracted", shape(64, 64, 64, 3, bits=32), Device(90))[0] != tiles[0], "another dtype"
+        assert candidates("contracted", shape(64, 64, 64, 3, bits=32), Device(90))[0] != tiles[0], (
+            "another dtype"
+        )
         assert candidates("fold", layer, Device(90))[0].stages == 3, "no row: the heuristic"
         assert candidates("contracted", layer, Device(80))[0] != tiles[0], "another device"
         row["blocks"]["BK"] = 128  # a patch has 576 numbers: half a block would be read past its end
         (tmp_path / "sm_90.json").write_text(json.dumps({"tiles": [row]}))
         config._read_table.cache_clear()
-        with pytest.raises(ValueError, match=r"table row 'contracted C64 n64 .*expected blocks within .*BK.*got Tile"):
+        with pytest.raises(
+            ValueError, match=r"table row 'contracted C64 n64 .*expected blocks within .*BK.*got Tile"
+        ):
             candidates("contracted", layer, Device(90))
     finally:
         config._read_table.cache_clear()
@@ -115,7 +130,9 @@ def test_verified_only_by_a_table(tmp_path, monkeypatch):
 
 
 def test_the_next_smaller_tile_is_taken_with_one_warning(monkeypatch):
-    """A device that refuses a tile gets the next one; the refused one is not tried again, and it is said once."""
+    """A device that refuses a tile gets the next one; the refused one is not tried again, and it is said
+    once.
+    """
     import triton
 
     from coda_kernels import forward, layer

@@ -1,12 +1,16 @@
-"""What Triton's interpreter cannot show of the kernels: compiled code, sizes past 2^31, streams, graphs, memory, a second device.
+"""What Triton's interpreter cannot show of the kernels: compiled code, sizes past 2^31, streams, graphs,
+memory, a second device.
 
-tests/kernels/test_layer.py runs on the GPU too, where there is one; here is only the rest. Three patterns of these kernels have been
-miscompiled by some Triton or ptxas, elsewhere and silently, so that every shipped configuration is run and compared:
+tests/kernels/test_layer.py runs on the GPU too, where there is one; here is only the rest. Three patterns of
+these kernels have been miscompiled by some Triton or ptxas, elsewhere and silently, so that every shipped
+configuration is run and compared:
 
- -  8 warps in a loop over flattened taps: wrong results, https://github.com/pytorch/pytorch/issues/173068 and pull/177823
- -  wgmma with an operand from registers: a read-after-write hazard up to Triton 3.6, https://github.com/triton-lang/triton/issues/9433,
-    mended by pull/9514 and pull/8964
- -  masked asynchronous copies at image borders: the masked address is dereferenced, https://github.com/pytorch/pytorch/pull/187222
+ -  8 warps in a loop over flattened taps: wrong results, https://github.com/pytorch/pytorch/issues/173068 and
+   pull/177823
+ -  wgmma with an operand from registers: a read-after-write hazard up to Triton 3.6,
+    https://github.com/triton-lang/triton/issues/9433, mended by pull/9514 and pull/8964
+ -  masked asynchronous copies at image borders: the masked address is dereferenced,
+   https://github.com/pytorch/pytorch/pull/187222
 """
 
 import contextlib
@@ -52,10 +56,15 @@ def same_bits(found, expected):
 
 
 def step_of(tensors, grad, **options):
-    """A function that makes a training step and an explanation: [y, gradients of all tensors, explanation]."""
+    """A function that makes a training step and an explanation: [y, gradients of all tensors,
+    explanation].
+    """
 
     def step():
-        return [*grads_of(lambda *t: fused(*t, **options), tensors, grad), *explanation(tensors, grad, **options)]
+        return [
+            *grads_of(lambda *t: fused(*t, **options), tensors, grad),
+            *explanation(tensors, grad, **options),
+        ]
 
     return step
 
@@ -64,20 +73,31 @@ def explanation(tensors, grad, **options):
     return torch.autograd.grad(fused(*tensors, **options, detach=True), tensors[0], grad)
 
 
-# -- more than 2^31 elements ------------------------------------------------------------------------------------------------------------
+# -- more than 2^31 elements
+# ------------------------------------------------------------------------------------------------------------
 
 
 def check_large(case, size, batch, images, gib, **options):
-    """``batch`` images beside only some of them: forward, all gradients, explanation, with an upstream gradient that is zero but there.
+    """``batch`` images beside only some of them: forward, all gradients, explanation, with an upstream
+    gradient that is zero but there.
 
-    Both sums have the same terms that are not zero, so that they differ by float32's order of summation and one rounding.
+    Both sums have the same terms that are not zero, so that they differ by float32's order of summation and
+    one rounding.
     """
     if DEVICE.type == "cuda" and (free := torch.cuda.mem_get_info()[0] / 2**30) < gib:
         pytest.skip(f"needs {gib} GiB of free GPU memory, there are {free:.0f}")
     channels, units, rank, kernel = case
     images = sorted({min(max(0, i), batch - 1) for i in images})
-    parameters = [t.to(DEVICE, torch.bfloat16).requires_grad_() for t in random_layer(channels, units, rank, (kernel, kernel))]
-    x = torch.empty(batch, *size, channels, dtype=torch.bfloat16, device=DEVICE).normal_().permute(0, 3, 1, 2).requires_grad_()
+    parameters = [
+        t.to(DEVICE, torch.bfloat16).requires_grad_()
+        for t in random_layer(channels, units, rank, (kernel, kernel))
+    ]
+    x = (
+        torch.empty(batch, *size, channels, dtype=torch.bfloat16, device=DEVICE)
+        .normal_()
+        .permute(0, 3, 1, 2)
+        .requires_grad_()
+    )
     few = x.detach()[images].contiguous(memory_format=torch.channels_last).requires_grad_()
     for detach in (False, True):
         y_few = fused(few, *parameters, **options, detach=detach)
@@ -102,7 +122,9 @@ def around(*positions):
 
 @pytest.mark.slow
 def test_input_and_canvas_beyond_the_limit():
-    """x with 4100 x 8 x 256 x 256 elements, its canvas with a border more, the stride keeping the output small."""
+    """x with 4100 x 8 x 256 x 256 elements, its canvas with a border more, the stride keeping the output
+    small.
+    """
     images = around(LIMIT // (8 * 256**2), LIMIT // (8 * 258**2))
     check_large((8, 4, 5, 3), (256, 256), 4100, images, gib=24, stride=4, padding=1)
 
@@ -125,12 +147,17 @@ def test_contraction_beyond_the_limit():
     check_large((8, 16, 64, 3), (32, 32), 2052, images, gib=20, padding=1, save_contraction=True)
 
 
-# -- the same bits ----------------------------------------------------------------------------------------------------------------------
+# -- the same bits
+# ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("channels", "units", "rank", "size", "batch"), [(64, 64, 64, 8, 64), (64, 64, 256, 20, 4)])
+@pytest.mark.parametrize(
+    ("channels", "units", "rank", "size", "batch"), [(64, 64, 64, 8, 64), (64, 64, 256, 20, 4)]
+)
 def test_same_bits_twice(channels, units, rank, size, batch, monkeypatch):
-    """Output, all gradients and explanation at real sizes, with sums split among programs; twice, and on two streams at once."""
+    """Output, all gradients and explanation at real sizes, with sums split among programs; twice, and on
+    two streams at once.
+    """
     splits, parts = config.splits, []
     monkeypatch.setattr(config, "splits", lambda *args: parts.append(splits(*args)) or parts[-1])
     tensors = layer_tensors(channels, units, rank, 3, (size, size), batch=batch, dtype=torch.bfloat16)
@@ -147,7 +174,8 @@ def test_same_bits_twice(channels, units, rank, size, batch, monkeypatch):
     assert all(same_bits(results, first) for results in found)
 
 
-# -- CUDA graphs ------------------------------------------------------------------------------------------------------------------------
+# -- CUDA graphs
+# ------------------------------------------------------------------------------------------------------------
 
 
 def captured(step):
@@ -198,7 +226,14 @@ def test_graph_of_a_layer(part, rank):
 
 def small_network():
     """Both forms, a stride, and a head of 1 x 1."""
-    net = CoDANet([16, 32, 10], ranks=[16, 32, 32], kernel_sizes=[3, 3, 1], strides=[1, 2, 1], temperature=10, backend="triton")
+    net = CoDANet(
+        [16, 32, 10],
+        ranks=[16, 32, 32],
+        kernel_sizes=[3, 3, 1],
+        strides=[1, 2, 1],
+        temperature=10,
+        backend="triton",
+    )
     return net.to(DEVICE)
 
 
@@ -214,7 +249,7 @@ def small_inputs():
 
 def test_graph_of_a_network():
     net, (images, grad) = small_network(), small_inputs()
-    step = lambda: network_step(net, images, grad)  # noqa: E731
+    step = lambda: network_step(net, images, grad)
     replay = captured(step)
     for changed in ([images, grad], list(net.parameters())):
         refill(changed)
@@ -237,16 +272,20 @@ def test_graphed_callable():
                     parameter -= 0.1 * gradient
 
 
-# -- every configuration ----------------------------------------------------------------------------------------------------------------
+# -- every configuration
+# ------------------------------------------------------------------------------------------------------------
 
-# One layer of each kind: stem, contracted with a stride, contracted, head; generated with ranks in one piece, and in several
+# One layer of each kind: stem, contracted with a stride, contracted, head; generated with ranks in one piece,
+# and in several
 GRID_LAYERS = [S_LAYERS[0], S_LAYERS[2], S_LAYERS[5], S_LAYERS[6], L_LAYERS[2], L_LAYERS[4]]
 FLOAT32_LAYERS = [S_LAYERS[0], S_LAYERS[2], S_LAYERS[5], L_LAYERS[4]]
 
 
 def shape_of(case, dtype):
     channels, units, rank, kernel, stride = case
-    return config.Shape(channels, units, rank, (kernel, kernel), (stride, stride), bits=torch.finfo(dtype).bits)
+    return config.Shape(
+        channels, units, rank, (kernel, kernel), (stride, stride), bits=torch.finfo(dtype).bits
+    )
 
 
 def kernels_of(shape):
@@ -256,14 +295,20 @@ def kernels_of(shape):
 
 
 def cases():
-    """(layer, dtype, kernel, tile): all tiles that the package may use on this device (on a machine without: an H100)."""
+    """(layer, dtype, kernel, tile): all tiles that the package may use on this device (on a machine
+    without: an H100).
+    """
     device = layer.device_of(DEVICE)
-    dtyped = [(case, torch.bfloat16) for case in dict.fromkeys(S_LAYERS + L_LAYERS)] + [(case, torch.float32) for case in FLOAT32_LAYERS]
+    dtyped = [(case, torch.bfloat16) for case in dict.fromkeys(S_LAYERS + L_LAYERS)] + [
+        (case, torch.float32) for case in FLOAT32_LAYERS
+    ]
     for case, dtype in dtyped:
         shape = shape_of(case, dtype)
         for kernel in kernels_of(shape):
             for tile in config.candidates(kernel, shape, device):
-                yield pytest.param(case, dtype, kernel, tile, id=f"{config.row_key(kernel, shape)} {tile_id(tile)}")
+                yield pytest.param(
+                    case, dtype, kernel, tile, id=f"{config.row_key(kernel, shape)} {tile_id(tile)}"
+                )
 
 
 def grid_cases():
@@ -280,7 +325,9 @@ def tile_id(tile):
 
 @contextlib.contextmanager
 def forced(monkeypatch, kernel, tile):
-    """Only this tile for this kernel, which must be launched; a tile that the device cannot hold skips the test."""
+    """Only this tile for this kernel, which must be launched; a tile that the device cannot hold skips the
+    test.
+    """
     candidates, used = config.candidates, []
 
     def only(name, shape, device):
@@ -297,7 +344,9 @@ def forced(monkeypatch, kernel, tile):
 
 
 def compare_layer(case, dtype, kernel=None, size=(12, 12)):
-    """Forward, gradients and explanation of two images against the definition in float64, in the way that launches ``kernel``."""
+    """Forward, gradients and explanation of two images against the definition in float64, in the way that
+    launches ``kernel``.
+    """
     channels, units, rank, side, stride = case
     tensors = layer_tensors(channels, units, rank, side, size, batch=2, dtype=dtype)
     options = dict(stride=stride, padding=(side - 1) // 2)
@@ -321,7 +370,8 @@ def test_warps_and_stages(case, kernel, warps, stages, monkeypatch):
         compare_layer(case, torch.bfloat16, kernel)
 
 
-# -- precision of float32 ---------------------------------------------------------------------------------------------------------------
+# -- precision of float32
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -332,10 +382,14 @@ def _matmul_precision():
 
 
 @pytest.mark.usefixtures("_matmul_precision")
-@pytest.mark.skipif(torch.version.hip is not None, reason="AMD computes float32 as it is under either setting")
+@pytest.mark.skipif(
+    torch.version.hip is not None, reason="AMD computes float32 as it is under either setting"
+)
 @pytest.mark.parametrize("case", [S_LAYERS[0], S7, L_LAYERS[3]], ids=str)
 def test_float32_follows_the_setting(case):
-    """torch.set_float32_matmul_precision: "highest" is as good as float32, "high" as TF32, and it is followed."""
+    """torch.set_float32_matmul_precision: "highest" is as good as float32, "high" as TF32, and it is
+    followed.
+    """
     channels, units, rank, kernel, _ = case
     tensors = layer_tensors(channels, units, rank, kernel, (12, 12), batch=2)
     exact = [t.detach().double().requires_grad_() for t in tensors]
@@ -352,12 +406,15 @@ def test_float32_follows_the_setting(case):
         assert errors(fine, truth[i])[1] < errors(coarse, truth[i])[1] / 10
 
 
-# -- the compiler -----------------------------------------------------------------------------------------------------------------------
+# -- the compiler
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_network(mode):
-    """torch.compile into one graph, several steps with new values and parameters: what eager mode computes, within rounding."""
+    """torch.compile into one graph, several steps with new values and parameters: what eager mode
+    computes, within rounding.
+    """
     torch._dynamo.reset()
     net, (images, grad) = small_network(), small_inputs()
     compiled = torch.compile(net, fullgraph=True, mode=mode)
@@ -372,7 +429,8 @@ def test_compiled_network(mode):
         torch._dynamo.reset()
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------------------------
+# -- memory
+# ------------------------------------------------------------------------------------------------------------
 
 
 def peak_bytes(batch):
@@ -389,8 +447,9 @@ def peak_bytes(batch):
 
 
 def test_peak_memory():
-    """Of [P, n, d], the weights that each patch makes, there is never a twentieth: a batch of 1024 needs less in all, and each image of
-    any batch. (A small batch also pays for partial sums of the size of the parameters, 47 MB here, which do not grow with it.)
+    """Of [P, n, d], the weights that each patch makes, there is never a twentieth: a batch of 1024 needs less
+    in all, and each image of any batch. (A small batch also pays for partial sums of the size of the
+    parameters, 47 MB here, which do not grow with it.)
     """
     channels, units, _, kernel, _ = S7
     weights = 2 * 8 * 8 * units * channels * kernel**2  # bytes an image
@@ -400,7 +459,8 @@ def test_peak_memory():
     assert small < 64 * weights / 4
 
 
-# -- another device ---------------------------------------------------------------------------------------------------------------------
+# -- another device
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -416,10 +476,14 @@ def test_second_device(rank):
         assert torch.cuda.current_device() == 0
     assert all(t.device == torch.device("cuda:1") for t in found)
     alike = torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1)
-    assert all(torch.equal(a.cpu(), b.cpu()) if alike else max(errors(a, b)) < 1e-5 for a, b in zip(found, expected, strict=True))
+    assert all(
+        torch.equal(a.cpu(), b.cpu()) if alike else max(errors(a, b)) < 1e-5
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
-# -- compute-sanitizer ------------------------------------------------------------------------------------------------------------------
+# -- compute-sanitizer
+# ------------------------------------------------------------------------------------------------------------
 
 SANITISED = """
 import torch
@@ -435,7 +499,10 @@ for dtype in (torch.bfloat16, torch.float32):
     ):
         x = torch.randn(2, channels, *size, device=device, dtype=dtype)
         shapes = (rank,), (units, rank), (units,)
-        tensors = [x, *(torch.randn(*shape, channels, *kernel, device=device, dtype=dtype) for shape in shapes)]
+        tensors = [
+        torch.randn(*shape, channels, *kernel, device=device, dtype=dtype) for shape in shapes
+    ]
+    tensors = [x, *tensors]
         tensors = [t.requires_grad_() for t in tensors]
         for keep in (False, True):
             dau_conv2d(*tensors, **options, backend="triton", save_contraction=keep).sum().backward()
@@ -452,5 +519,11 @@ def test_sanitizer(tool):
     command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "1"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run([*command, sys.executable, "-c", SANITISED], env=environment, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(
+        [*command, sys.executable, "-c", SANITISED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -1,4 +1,6 @@
-"""Where the kernels read and write, beyond 2^31: the index arithmetic itself, in a kernel of one program, against Python's integers."""
+"""Where the kernels read and write, beyond 2^31: the index arithmetic itself, in a kernel of one program,
+against Python's integers.
+"""
 
 import pytest
 import torch
@@ -29,7 +31,9 @@ def _starts(
 
 
 @pytest.mark.parametrize("size", [(32, 32), (7, 5), (1, 1), (6000, 5000)], ids=str)
-@pytest.mark.parametrize("tile", ["first", "across an image", "beyond 2^31 entries", "beyond 2^31 pixels", "last"])
+@pytest.mark.parametrize(
+    "tile", ["first", "across an image", "beyond 2^31 entries", "beyond 2^31 pixels", "last"]
+)
 def test_window_starts(size, tile):
     stride, channels, block = 2, 8, 64
     rows, columns = size
@@ -46,30 +50,48 @@ def test_window_starts(size, tile):
     }[tile]
     index = min(pixel, pixels - 1) // block
     out, all_pixels = (torch.empty(block, dtype=torch.int64, device=DEVICE) for _ in range(2))
-    _starts[(1,)](out, all_pixels, index, pixels, rows, columns, height, width, CP=channels, S=stride, BP=block)
+    _starts[(1,)](
+        out, all_pixels, index, pixels, rows, columns, height, width, CP=channels, S=stride, BP=block
+    )
     expected = []
     for p in range(index * block, (index + 1) * block):
         image, rest = divmod(min(p, pixels - 1), per_image)
-        expected.append(((image * height + rest // columns * stride) * width + rest % columns * stride) * channels)
+        expected.append(
+            ((image * height + rest // columns * stride) * width + rest % columns * stride) * channels
+        )
     assert out.tolist() == expected
     assert all_pixels.tolist() == list(range(index * block, (index + 1) * block))
 
 
 @triton.jit
-def _offsets(out_ptr, WP, CP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, N: tl.constexpr):
+def _offsets(
+    out_ptr,
+    WP,
+    CP: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    N: tl.constexpr,
+):
     o_k = tl.arange(0, N)
     tl.store(out_ptr + o_k, window_offsets(o_k, WP, CP, KH, KW, DH, DW))
 
 
-@pytest.mark.parametrize(("kernel", "dilation", "channels"), [((3, 2), (1, 1), 8), ((2, 3), (2, 3), 24), ((1, 1), (1, 1), 16)])
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "channels"), [((3, 2), (1, 1), 8), ((2, 3), (2, 3), 24), ((1, 1), (1, 1), 16)]
+)
 def test_window_offsets(kernel, dilation, channels):
     width, count = 37, 256
     out = torch.empty(count, dtype=torch.int32, device=DEVICE)
-    _offsets[(1,)](out, width, CP=channels, KH=kernel[0], KW=kernel[1], DH=dilation[0], DW=dilation[1], N=count)
+    _offsets[(1,)](
+        out, width, CP=channels, KH=kernel[0], KW=kernel[1], DH=dilation[0], DW=dilation[1], N=count
+    )
     for k, found in enumerate(out.tolist()):
         tap, c = divmod(k, channels)
         inside = tap < kernel[0] * kernel[1]
-        i, j = divmod(tap, kernel[1]) if inside else (0, 0)  # past the window: its first tap, where no load can fail
+        # past the window: its first tap, where no load can fail
+        i, j = divmod(tap, kernel[1]) if inside else (0, 0)
         assert found == (i * dilation[0] * width + j * dilation[1]) * channels + c
 
 
@@ -83,15 +105,36 @@ def _round(x_ptr, y_ptr, back_ptr, N: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_rounding_is_torchs(dtype):
-    """To nearest even and back, exactly, subnormal numbers and infinities too: what the interpreter does by hand is what a GPU does."""
-    special = torch.tensor([0.0, -0.0, 1e-45, 1e-40, 6e-8, 1.0, 1 + 2**-8, 1 + 3 * 2**-8, 65504, float("inf"), float("-inf"), float("nan")])
-    x = torch.cat((special, torch.randn(2048 - len(special)) * 2.0 ** torch.randint(-20, 14, (2048 - len(special),))))
+    """To nearest even and back, exactly, subnormal numbers and infinities too: what the interpreter does
+    by hand is what a GPU does.
+    """
+    special = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1e-45,
+            1e-40,
+            6e-8,
+            1.0,
+            1 + 2**-8,
+            1 + 3 * 2**-8,
+            65504,
+            float("inf"),
+            float("-inf"),
+            float("nan"),
+        ]
+    )
+    x = torch.cat(
+        (special, torch.randn(2048 - len(special)) * 2.0 ** torch.randint(-20, 14, (2048 - len(special),)))
+    )
     x = x.clamp(-65504, 65504) if dtype == torch.float16 else x
     x = x.to(DEVICE)
     y, back = torch.empty(2048, dtype=dtype, device=DEVICE), torch.empty(2048, device=DEVICE)
     _round[(1,)](x, y, back, N=2048)
     expected = x.to(dtype)
-    normal = (expected == 0) | (expected.float().abs() >= torch.finfo(dtype).smallest_normal) | expected.isnan()
+    normal = (
+        (expected == 0) | (expected.float().abs() >= torch.finfo(dtype).smallest_normal) | expected.isnan()
+    )
     if dtype == torch.float16:  # NumPy keeps subnormal float16 and so does a GPU
         normal = torch.ones_like(normal)
     assert torch.equal(y[normal].nan_to_num(7), expected[normal].nan_to_num(7))

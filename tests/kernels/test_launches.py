@@ -18,14 +18,16 @@ from coda_kernels.config import Device
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 H100 = Device(90, 132)
 SIZES = {"coda_s_cifar10": (256, 3, 32, 32), "coda_l_imagenet100": (64, 3, 240, 240)}
-# Distinct compilations of each pass: Triton's own rules, which its interpreter has not, in a process of their own
+# Distinct compilations of each pass: Triton's own rules, which its interpreter has not, in a process of their
+# own
 COUNT = """
 import json, sys, torch, coda_fast
 from coda_fast.compile import record_launches
 from coda_kernels.compile import distinct
 name, shape = sys.argv[1], json.loads(sys.argv[2])
 form = torch.channels_last
-found = record_launches(coda_fast.create_model(name).to(memory_format=form), shape, torch.bfloat16, memory_format=form)
+model = coda_fast.create_model(name).to(memory_format=form)
+found = record_launches(model, shape, torch.bfloat16, memory_format=form)
 found["all"] = sum(found.values(), [])
 print(json.dumps({key: len(distinct(launches, 90)) for key, launches in found.items()}))
 """
@@ -33,14 +35,18 @@ print(json.dumps({key: len(distinct(launches, 90)) for key, launches in found.it
 
 def without_interpreter(*arguments, **variables):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | variables
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_launches(name):
-    """Two a layer forward and five backward, but the fold of the first; an explanation has two backward. Half of what it once was."""
+    """Two a layer forward and five backward, but the fold of the first; an explanation has two backward.
+    Half of what it once was.
+    """
     found = record_launches(coda_fast.create_model(name), SIZES[name], torch.bfloat16, device=H100)
     layers = 9
     assert {key: len(launches) for key, launches in found.items()} == {
@@ -109,7 +115,10 @@ def test_another_model_and_its_weights_are_left_alone():
     net = coda_fast.CoDANet([8, 4], ranks=[4, 4], kernel_sizes=[3, 1], strides=[1, 1], temperature=1)
     before = {name: (t.data_ptr(), t.clone()) for name, t in net.state_dict().items()}
     record_launches(net, (1, 3, 8, 8), device=H100)
-    assert all(t.data_ptr() == before[name][0] and torch.equal(t, before[name][1]) for name, t in net.state_dict().items())
+    assert all(
+        t.data_ptr() == before[name][0] and torch.equal(t, before[name][1])
+        for name, t in net.state_dict().items()
+    )
     assert next(net.parameters()).device.type == "cpu"
     assert all(p.grad is None for p in net.parameters())
     assert next(net.parameters()).dtype == torch.float32
@@ -121,7 +130,9 @@ def test_bad_input():
         compile_kernels(torch.nn.Linear(2, 2), (1, 3, 8, 8), arch=90)
     with pytest.raises(ValueError, match=r"four positive integers .*got \(3, 8, 8\)"):
         compile_kernels(net, (3, 8, 8), arch=90)
-    with pytest.raises(ValueError, match="passes: expected some of inference, training, explanation, got step"):
+    with pytest.raises(
+        ValueError, match="passes: expected some of inference, training, explanation, got step"
+    ):
         compile_kernels(net, (1, 3, 8, 8), arch=90, passes=["step"])
     with pytest.raises(ValueError, match="arch: expected one of 80, .*, gfx942, got 70"):
         compile_kernels(net, (1, 3, 8, 8), arch=70)
@@ -130,16 +141,23 @@ def test_bad_input():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_is_named():
     with pytest.raises(coda_fast.BackendUnavailable, match="no GPU here; name one with arch"):
-        compile_kernels(coda_fast.CoDANet([8, 4], ranks=[4, 4], kernel_sizes=[3, 1], strides=[1, 1], temperature=1), (1, 3, 8, 8))
+        compile_kernels(
+            coda_fast.CoDANet([8, 4], ranks=[4, 4], kernel_sizes=[3, 1], strides=[1, 1], temperature=1),
+            (1, 3, 8, 8),
+        )
 
 
 def test_compiled_ahead_for_a_gpu_that_is_not_here(tmp_path):
-    """In two processes into Triton's cache; a second time all of it is found there, and nothing new is written."""
+    """In two processes into Triton's cache; a second time all of it is found there, and nothing new is
+    written.
+    """
     net = """
 import sys, torch, coda_fast
 net = coda_fast.CoDANet([8, 4], ranks=[4, 4], kernel_sizes=[3, 1], strides=[1, 1], temperature=1)
 seen = []
-count = coda_fast.compile_kernels(net, (2, 3, 8, 8), torch.bfloat16, arch=80, workers=2, progress=lambda *a: seen.append(a))
+count = coda_fast.compile_kernels(
+        net, (2, 3, 8, 8), torch.bfloat16, arch=80, workers=2, progress=lambda *a: seen.append(a)
+    )
 assert seen[0] == (0, count) and seen[-1] == (count, count) and len(seen) == count + 1
 print(count)
 """
@@ -152,10 +170,15 @@ print(count)
 
 
 def test_keys_do_not_depend_on_what_came_before():
-    """Kernels asked for in two orders have one key each: else a process would not find what another one compiled."""
+    """Kernels asked for in two orders have one key each: else a process would not find what another one
+    compiled.
+    """
     code = """
 import importlib, sys
-names = "forward.generated forward.contracted prepare.prepare prepare.prepare_backward backward_input.grad_z".split()
+names = (
+    "forward.generated", "forward.contracted", "prepare.prepare", "prepare.prepare_backward",
+    "backward_input.grad_z",
+)
 names += "backward_input.fold backward_weight.parameter_sums backward_weight.finish".split()
 importlib.import_module("coda_kernels.layer")
 found = {}
@@ -194,7 +217,9 @@ def test_for_a_batch_that_is_at_hand(form, monkeypatch):
 
     net = coda_fast.CoDANet([8, 4], ranks=[4, 4], kernel_sizes=[3, 1], strides=[1, 1], temperature=1)
     images, asked = torch.rand(2, 3, 8, 8).to(memory_format=form), []
-    monkeypatch.setattr(compile, "compile_kernels", lambda *args, **options: asked.append((*args, options)) or 5)
+    monkeypatch.setattr(
+        compile, "compile_kernels", lambda *args, **options: asked.append((*args, options)) or 5
+    )
     assert compile.compile_for(net, images, torch.bfloat16) == 0
     assert asked == []
     monkeypatch.setattr(backends, "_auto", lambda device: "triton")

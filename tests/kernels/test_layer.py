@@ -1,11 +1,23 @@
-"""The fused kernels against the definition in float64: on a GPU where there is one, else under Triton's interpreter."""
+"""The fused kernels against the definition in float64: on a GPU where there is one, else under Triton's
+interpreter.
+"""
 
 import math
 
 import pytest
 import torch
 from support import random_layer
-from support_kernels import DEVICE, L_LAYERS, S_LAYERS, assert_as_accurate, compare, errors, few_units, grads_of, layer_tensors
+from support_kernels import (
+    DEVICE,
+    L_LAYERS,
+    S_LAYERS,
+    assert_as_accurate,
+    compare,
+    errors,
+    few_units,
+    grads_of,
+    layer_tensors,
+)
 
 from coda_fast import create_model
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
@@ -18,7 +30,11 @@ ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def run(layer, dtype, size):
     channels, units, rank, kernel, stride = layer
-    compare(layer_tensors(channels, units, rank, kernel, size, dtype=dtype), stride=stride, padding=(kernel - 1) // 2)
+    compare(
+        layer_tensors(channels, units, rank, kernel, size, dtype=dtype),
+        stride=stride,
+        padding=(kernel - 1) // 2,
+    )
 
 
 @pytest.mark.parametrize("layer", S_LAYERS, ids=str)
@@ -49,7 +65,12 @@ def test_explanations(layer):
 
 @pytest.mark.parametrize(
     ("norm", "bias", "dtype"),
-    [("squash", True, torch.bfloat16), ("squash", False, torch.float32), ("l2", True, torch.float16), ("l2", False, torch.bfloat16)],
+    [
+        ("squash", True, torch.bfloat16),
+        ("squash", False, torch.float32),
+        ("l2", True, torch.float16),
+        ("l2", False, torch.bfloat16),
+    ],
 )
 @pytest.mark.parametrize(
     "options",
@@ -68,7 +89,11 @@ def test_explanations(layer):
 )
 def test_geometry(options, bias, norm, dtype):
     options = dict(options)
-    compare(layer_tensors(9, 5, 7, options.pop("kernel"), (9, 11), batch=2, bias=bias, dtype=dtype), norm=norm, **options)
+    compare(
+        layer_tensors(9, 5, 7, options.pop("kernel"), (9, 11), batch=2, bias=bias, dtype=dtype),
+        norm=norm,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -111,7 +136,9 @@ def test_explanations_train(rank):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kernel", [3, 1])
 def test_smallest_tiles(kernel, dtype, monkeypatch):
-    """The last resort of every kernel. A tile of 32 pixels may lie wholly in the padding of pixels to 64: it must read nothing else."""
+    """The last resort of every kernel. A tile of 32 pixels may lie wholly in the padding of pixels to 64:
+    it must read nothing else.
+    """
     candidates = config.candidates
     monkeypatch.setattr(config, "candidates", lambda *args: candidates(*args)[-1:])
     compare(layer_tensors(9, 5, 20, kernel, (4, 4), batch=2, dtype=dtype), padding=kernel // 2)
@@ -119,16 +146,22 @@ def test_smallest_tiles(kernel, dtype, monkeypatch):
 
 @pytest.mark.parametrize("rank", [5, 128])
 def test_strides(rank):
-    """Sliced, expanded and channels_last inputs, transposed and expanded upstream gradients: the bits of the contiguous ones."""
+    """Sliced, expanded and channels_last inputs, transposed and expanded upstream gradients: the bits of
+    the contiguous ones.
+    """
     base = torch.randn(4, 18, 6, 7).to(DEVICE)
     parameters = [t.to(DEVICE).requires_grad_() for t in random_layer(9, 4, rank, dtype=torch.float32)]
-    run = lambda x: dau_conv2d(x, *parameters, padding=1, backend="triton")  # noqa: E731
+    run = lambda x: dau_conv2d(x, *parameters, padding=1, backend="triton")
     plain = base[::2, ::2].contiguous().requires_grad_()
     transposed = torch.randn(4, 2, 7, 6).to(DEVICE).permute(1, 0, 3, 2)
     expanded = torch.randn(2, 1, 6, 1).to(DEVICE).expand(2, 4, 6, 7)
     for grad in (transposed, expanded):
         truth = grads_of(lambda x, *_: run(x), [plain, *parameters], grad.contiguous())
-        for x in (base[::2, ::2].detach(), plain.detach().to(memory_format=torch.channels_last), plain.detach()):
+        for x in (
+            base[::2, ::2].detach(),
+            plain.detach().to(memory_format=torch.channels_last),
+            plain.detach(),
+        ):
             results = grads_of(lambda x, *_: run(x), [x.requires_grad_(), *parameters], grad)
             assert all(torch.equal(a, b) for a, b in zip(results, truth, strict=True))
     last = plain.detach().to(memory_format=torch.channels_last).requires_grad_()
@@ -138,29 +171,37 @@ def test_strides(rank):
     assert run(plain).is_contiguous()
     same = torch.randn(1, 9, 6, 7).to(DEVICE).expand(3, -1, -1, -1)
     assert torch.equal(run(same), run(same.contiguous()))
-    unaligned = torch.randn(2 * 9 * 42 + 1).to(DEVICE)[1:].view(2, 6, 7, 9).permute(0, 3, 1, 2)  # channels_last, 4 bytes off
+    # channels_last, 4 bytes off
+    unaligned = torch.randn(2 * 9 * 42 + 1).to(DEVICE)[1:].view(2, 6, 7, 9).permute(0, 3, 1, 2)
     assert torch.equal(run(unaligned), run(unaligned.contiguous()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rank", "kernel"), [(5, 3), (128, 3), (5, 1)])
 def test_parameters_channels_last(rank, kernel, dtype):
-    """Read as they lie, with the bits of contiguous ones; their gradients come in their layout. One of another layout: all are copied."""
+    """Read as they lie, with the bits of contiguous ones; their gradients come in their layout. One of
+    another layout: all are copied.
+    """
     tensors = layer_tensors(9, 4, rank, kernel, (5, 4), batch=2, dtype=dtype)
     grad = torch.randn(2, 4, 5, 4).to(DEVICE, dtype)
-    run = lambda *t: dau_conv2d(*t, padding=kernel // 2, backend="triton")  # noqa: E731
-    last = [tensors[0], *(p.detach().movedim(-3, -1).contiguous().movedim(-1, -3).requires_grad_() for p in tensors[1:])]
+    run = lambda *t: dau_conv2d(*t, padding=kernel // 2, backend="triton")
+    last = [
+        tensors[0],
+        *(p.detach().movedim(-3, -1).contiguous().movedim(-1, -3).requires_grad_() for p in tensors[1:]),
+    ]
     expected = grads_of(run, tensors, grad)
     for mixed in (last, [*last[:2], tensors[2], last[3]]):
         found = grads_of(run, mixed, grad)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        assert mixed is not last or all(g.stride() == p.stride() for g, p in zip(found[2:], last[1:], strict=True))
+        assert mixed is not last or all(
+            g.stride() == p.stride() for g, p in zip(found[2:], last[1:], strict=True)
+        )
 
 
 def test_batches():
     """Images do not see each other; a batch of none gives empty results and zero gradients."""
     x, *parameters = layer_tensors(9, 4, 5, 3, (5, 4), batch=3)
-    run = lambda x: dau_conv2d(x, *parameters, padding=1, backend="triton")  # noqa: E731
+    run = lambda x: dau_conv2d(x, *parameters, padding=1, backend="triton")
     y = run(x)
     assert all(errors(y[i : i + 1], run(x[i : i + 1]))[0] < 1e-6 for i in range(3))
     none = x[:0].detach().requires_grad_()
@@ -176,7 +217,7 @@ def test_frozen_tensors(frozen):
     """Whatever needs no gradient gets none, and the others are unchanged, bit for bit."""
     tensors = layer_tensors(9, 4, 5, 3, (5, 4))
     grad = torch.randn(1, 4, 5, 4).to(DEVICE)
-    run = lambda *t: dau_conv2d(*t, padding=1, backend="triton")  # noqa: E731
+    run = lambda *t: dau_conv2d(*t, padding=1, backend="triton")
     full = grads_of(run, tensors, grad)
     if frozen < 4:
         tensors[frozen] = tensors[frozen].detach()
@@ -202,8 +243,9 @@ def test_saved_contraction_is_kept_where_there_is_one():
 
 @pytest.mark.parametrize(("reduction", "generation"), [(1e-3, 1e3), (1e3, 1e-3), (1, 300)])
 def test_float16_far_from_one(reduction, generation):
-    """Weights of any size: t and the Gram matrices are scaled against each other, or they would leave the range of float16 (NaN, or 10 to
-    35 times eager's error). What is left is four roundings where eager torch has one or two.
+    """Weights of any size: t and the Gram matrices are scaled against each other, or they would leave the
+    range of float16 (NaN, or 10 to 35 times eager's error). What is left is four roundings where eager torch
+    has one or two.
     """
     tensors = layer_tensors(32, 3, 6, 3, (5, 5), dtype=torch.float16)
     with torch.no_grad():
@@ -228,12 +270,13 @@ def test_huge_pixels_and_no_weight():
 def test_same_bits_twice():
     tensors = layer_tensors(9, 4, 20, 3, (9, 9), batch=2)
     grad = torch.randn(2, 4, 9, 9).to(DEVICE)
-    run = lambda *t: dau_conv2d(*t, padding=1, backend="triton")  # noqa: E731
+    run = lambda *t: dau_conv2d(*t, padding=1, backend="triton")
     first, second = grads_of(run, tensors, grad), grads_of(run, tensors, grad)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# -- limits ---------------------------------------------------------------------------------------------------------------------------
+# -- limits
+# ------------------------------------------------------------------------------------------------------------
 
 
 @ALL_DTYPES
@@ -241,7 +284,9 @@ def test_same_bits_twice():
 @pytest.mark.parametrize("rank", [5, 128])
 @pytest.mark.parametrize("zero", ["input", "weight and bias", "one patch, no bias"])
 def test_zeros(zero, rank, norm, dtype):
-    """w = 0: the output is 0 and so are the gradients under "squash"; under "l2" they are finite. Never NaN."""
+    """w = 0: the output is 0 and so are the gradients under "squash"; under "l2" they are finite. Never
+    NaN.
+    """
     x, reduction, weight, bias = layer_tensors(9, 4, rank, 3, (5, 5), dtype=dtype)
     with torch.no_grad():
         if zero == "input":
@@ -253,8 +298,11 @@ def test_zeros(zero, rank, norm, dtype):
             x[0, :, :3, :3] = 0
             bias = None
     grad = torch.randn(1, 4, 3, 3).to(DEVICE, dtype)
-    eps = 1e-2 if dtype == torch.float16 else 1e-6  # under "l2" gradients at w = 0 are of size 1 / eps, which must fit
-    y, *grads = grads_of(lambda *t: dau_conv2d(*t, norm=norm, eps=eps, backend="triton"), [x, reduction, weight, bias], grad)
+    # under "l2" gradients at w = 0 are of size 1 / eps, which must fit
+    eps = 1e-2 if dtype == torch.float16 else 1e-6
+    y, *grads = grads_of(
+        lambda *t: dau_conv2d(*t, norm=norm, eps=eps, backend="triton"), [x, reduction, weight, bias], grad
+    )
     assert torch.isfinite(y).all()
     assert all(torch.isfinite(g).all() for g in grads)
     assert ((y[0, :, 0, 0] if zero.startswith("one") else y) == 0).all()
@@ -265,7 +313,9 @@ def test_zeros(zero, rank, norm, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [16, 128])
 def test_cancellation(rank, dtype):
-    """b = -A z at one pixel: w nearly vanishes there. |y| <= |x| holds, and no norm is negative or worse than the direct formula's."""
+    """b = -A z at one pixel: w nearly vanishes there. |y| <= |x| holds, and no norm is negative or worse
+    than the direct formula's.
+    """
     x = torch.randn(1, 64, 5, 5, dtype=torch.float64)
     reduction, weight, _ = random_layer(64, 4, rank, scale=3.0)
     patch = x[0, :, :3, :3].flatten()
@@ -283,7 +333,9 @@ def test_cancellation(rank, dtype):
 
 
 def test_never_longer_than_the_patch():
-    """w parallel to x and nearly cancelled: |y| = |x| under "l2", where any rounding of <w, x> against |w| would show as more."""
+    """w parallel to x and nearly cancelled: |y| = |x| under "l2", where any rounding of <w, x> against |w|
+    would show as more.
+    """
     x = torch.randn(1, 64, 3, 3, dtype=torch.float64)
     reduction, _, _ = random_layer(64, 1, 16)
     z = reduction.flatten(1) @ x.flatten()
@@ -296,7 +348,8 @@ def test_never_longer_than_the_patch():
 
 @ALL_DTYPES
 def test_norm_of_the_contracted_form(dtype):
-    """|w|^2 itself, against float64: as good as the direct |A z + b|^2 in the same dtype, where it cancels too, and never negative.
+    """|w|^2 itself, against float64: as good as the direct |A z + b|^2 in the same dtype, where it cancels
+    too, and never negative.
 
     Both are draws of roundings: RMS over a thousand numbers, of which a quarter more would be seen.
     """
@@ -313,12 +366,13 @@ def test_norm_of_the_contracted_form(dtype):
     direct = (torch.einsum("ok...,pk->po...", wide[2], z) + wide[3]).flatten(2).square().sum(2).T  # [n, P]
     eager_z = torch.nn.functional.conv2d(*(t.cpu() for t in tensors[:2])).flatten(2)[0].T
     rows = torch.cat((tensors[2], tensors[3].unsqueeze(1)), 1).flatten(2).cpu()  # A~
-    eager = (torch.cat((eager_z, torch.ones_like(eager_z[:, :1])), 1) @ rows).double().square().sum(2)  # w in the dtype, as eager torch
+    # w in the dtype, as eager torch
+    eager = (torch.cat((eager_z, torch.ones_like(eager_z[:, :1])), 1) @ rows).double().square().sum(2)
     assert (square >= 0).all()
     others = slice(1, None)
-    rms = lambda found: float(((found - direct) / direct)[:, others].square().mean().sqrt())  # noqa: E731
+    rms = lambda found: float(((found - direct) / direct)[:, others].square().mean().sqrt())
     assert rms(square) <= 1.25 * rms(eager) + torch.finfo(torch.float32).eps
-    there = lambda found: float((found - direct)[:, 0].abs().max() / direct[:, 1].mean())  # where w cancels  # noqa: E731
+    there = lambda found: float((found - direct)[:, 0].abs().max() / direct[:, 1].mean())  # where w cancels
     assert there(square) <= 2 * there(eager) + 1e-6
 
 
@@ -326,7 +380,9 @@ def test_norm_of_the_contracted_form(dtype):
 @pytest.mark.parametrize("rank", [5, 128])
 def test_not_finite(rank, dtype):
     """NaN in a weight, NaN or infinity in a pixel: they reach what depends on them, and nothing else."""
-    x, reduction, weight, bias = (t.detach() for t in layer_tensors(9, 4, rank, 3, (6, 6), batch=2, dtype=dtype))
+    x, reduction, weight, bias = (
+        t.detach() for t in layer_tensors(9, 4, rank, 3, (6, 6), batch=2, dtype=dtype)
+    )
     broken = weight.clone()
     broken[1, 0, 0, 0, 0] = math.nan
     y = dau_conv2d(x, reduction, broken, bias, backend="triton")
@@ -347,10 +403,16 @@ def test_scales(factor):
     x, reduction, weight, _ = (t.detach() for t in layer_tensors(9, 4, 5, 3, (4, 4), dtype=torch.bfloat16))
     x, options = x * factor, dict(norm="l2", eps=1e-20)
     y = dau_conv2d(x, reduction, weight, None, **options, backend="triton")
-    assert errors(y, dau_conv2d(*(t.double() for t in (x, reduction, weight)), None, **options, backend="reference"))[0] < 1e-2
+    assert (
+        errors(
+            y, dau_conv2d(*(t.double() for t in (x, reduction, weight)), None, **options, backend="reference")
+        )[0]
+        < 1e-2
+    )
 
 
-# -- networks -------------------------------------------------------------------------------------------------------------------------
+# -- networks
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_network():
@@ -360,10 +422,13 @@ def test_network():
     twin.load_state_dict({k: v.double() for k, v in net.state_dict().items()})
     images = torch.rand(2, 1, 8, 8).to(DEVICE)
     assert errors(net(images), twin(images.double()))[0] < 1e-6
-    ours, truth = net.explain(images, target=[[1, 2], [3, 4]]), twin.explain(images.double(), target=[[1, 2], [3, 4]])
+    ours, truth = (
+        net.explain(images, target=[[1, 2], [3, 4]]),
+        twin.explain(images.double(), target=[[1, 2], [3, 4]]),
+    )
     assert errors(ours.contribution_map, truth.contribution_map)[0] < 1e-5
     assert float(ours.completeness_error.max()) < 1e-6
-    loss = lambda m, x: torch.nn.functional.cross_entropy(m(x), torch.tensor([3, 5], device=DEVICE))  # noqa: E731
+    loss = lambda m, x: torch.nn.functional.cross_entropy(m(x), torch.tensor([3, 5], device=DEVICE))
     found = torch.autograd.grad(loss(net, images), list(net.parameters()))
     expected = torch.autograd.grad(loss(twin, images.double()), list(twin.parameters()))
     assert all(errors(a, b)[0] < 1e-5 for a, b in zip(found, expected, strict=True))

@@ -1,4 +1,6 @@
-"""What a pass allocates, counted: the launchers run on meta tensors and only note their launches, at the sizes of a training run."""
+"""What a pass allocates, counted: the launchers run on meta tensors and only note their launches, at the
+sizes of a training run.
+"""
 
 import pytest
 import torch
@@ -24,11 +26,15 @@ class Allocations(TorchDispatchMode):
         self.live = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}  # views of what was there do not count
+        # views of what was there do not count
+        before = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
         self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in before | self.live.keys():
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (key := tensor.untyped_storage()._cdata) not in before | self.live.keys()
+            ):
                 self.live[key] = (StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes())
                 self.largest = max(self.largest, self.live[key][1])
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
@@ -40,7 +46,9 @@ def meta_layer(shape):
     channels, units, rank, kernel, stride = shape
     options = dict(device="meta", dtype=torch.bfloat16)
     image = torch.empty(BATCH, channels, SIZE, SIZE, **options).to(memory_format=torch.channels_last)
-    parameters = [torch.empty(*s, channels, kernel, kernel, **options) for s in ((rank,), (units, rank), (units,))]
+    parameters = [
+        torch.empty(*s, channels, kernel, kernel, **options) for s in ((rank,), (units, rank), (units,))
+    ]
     return image, parameters, (Geometry.make((kernel, kernel), stride, (kernel - 1) // 2), "squash", 1e-6)
 
 
@@ -70,7 +78,9 @@ def test_forward(shape):
     s, pixels, whole, padded, canvas, prepared = sizes(shape)
     found, _ = forward(shape)
     factor = 0 if s.generated else padded * (2 * s.R**2 + 4 * s.R + 8)
-    assert found.peak == 10 * pixels * s.units + canvas + whole * (2 * s.R + 4 * padded + 4) + prepared + factor
+    assert (
+        found.peak == 10 * pixels * s.units + canvas + whole * (2 * s.R + 4 * padded + 4) + prepared + factor
+    )
     assert found.largest < 2 * pixels * s.units * min(s.rank, s.channels * s.taps)
 
 
@@ -89,7 +99,14 @@ def test_backward(shape):
     gradients = 2 * sum(p.numel() for p in parameters)
     gram = 2 * s.units * s.R * (s.R + 1)
     assert found.peak == canvas + 2 * image.numel() + per_pixel + gram + 4 * parts * numbers + gradients
-    assert found.largest == max(canvas, 2 * whole * (s.R + padded), 2 * whole * s.R, 8 * whole, 2 * whole * s.units, 4 * parts * numbers)
+    assert found.largest == max(
+        canvas,
+        2 * whole * (s.R + padded),
+        2 * whole * s.R,
+        8 * whole,
+        2 * whole * s.units,
+        4 * parts * numbers,
+    )
 
 
 def test_the_contraction_is_the_only_large_tensor_and_only_on_demand():
@@ -103,7 +120,11 @@ def test_the_contraction_is_the_only_large_tensor_and_only_on_demand():
 
 @pytest.mark.parametrize("shape", [*S_LAYERS, *L_LAYERS], ids=str)
 def test_forward_against_the_dynamic_weight(shape):
-    """All that forward allocates, results included, against w alone, all in bfloat16: at most a tenth from 288 numbers a patch on."""
+    """All that forward allocates, results included, against w alone, all in bfloat16: at most a tenth from
+    288 numbers a patch on.
+    """
     s, pixels, *_ = sizes(shape)
     depth = s.channels * s.taps
-    assert forward(shape)[0].peak < 2 * pixels * s.units * depth / (10 if depth >= 288 else 2 if depth > 64 else 0.5)
+    assert forward(shape)[0].peak < 2 * pixels * s.units * depth / (
+        10 if depth >= 288 else 2 if depth > 64 else 0.5
+    )

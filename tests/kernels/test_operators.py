@@ -1,4 +1,6 @@
-"""The operators over the kernels: torch's own checks, compilation and export as with any backend, device guards aside (test_gpu.py)."""
+"""The operators over the kernels: torch's own checks, compilation and export as with any backend, device
+guards aside (test_gpu.py).
+"""
 
 import io
 
@@ -8,13 +10,18 @@ from support_kernels import DEVICE, errors, layer_tensors
 
 import coda_fast
 
-align, align_backward, adjoint = (getattr(torch.ops.coda_fast, name).default for name in ("align", "align_backward", "adjoint"))
+align, align_backward, adjoint = (
+    getattr(torch.ops.coda_fast, name).default for name in ("align", "align_backward", "adjoint")
+)
 WINDOW = ([2, 1], [1, 0, 1, 2], [1, 2])  # stride, padding (left, right, top, bottom), dilation
 PLAIN = ("squash", 1e-6)
 
 
 def case(layout, dtype, rank=5, bias=True):
-    tensors = [None if t is None else t.detach() for t in layer_tensors(9, 4, rank, (3, 2), (6, 7), batch=2, bias=bias, dtype=dtype)]
+    tensors = [
+        None if t is None else t.detach()
+        for t in layer_tensors(9, 4, rank, (3, 2), (6, 7), batch=2, bias=bias, dtype=dtype)
+    ]
     if layout == "channels_last":
         tensors[0] = tensors[0].to(memory_format=torch.channels_last)
     if layout == "sliced":
@@ -38,13 +45,21 @@ def test_opcheck(layout, dtype, rank, applied, detach, keep):
     u = torch.randn(2, 9, 6, 7).to(DEVICE, dtype) if applied else None
     torch.library.opcheck(align, (x, u, *parameters, *WINDOW, *PLAIN, detach, keep, "triton"))
     if keep != "nothing":
-        tensors = [None if t is None else t.detach() for t in (x, u, *parameters)]  # second derivatives are tests/test_ops.py's
+        # second derivatives are tests/test_ops.py's
+        tensors = [None if t is None else t.detach() for t in (x, u, *parameters)]
         output, *kept = align(*tensors, *WINDOW, *PLAIN, detach, keep, "triton")
         needs = [True, applied, *[not detach] * 3]
-        torch.library.opcheck(align_backward, (torch.randn_like(output), *tensors, *kept, *WINDOW, *PLAIN, detach, needs, "triton"))
+        torch.library.opcheck(
+            align_backward,
+            (torch.randn_like(output), *tensors, *kept, *WINDOW, *PLAIN, detach, needs, "triton"),
+        )
 
 
-@pytest.mark.parametrize(("layout", "dtype", "bias"), [("channels_last", torch.float32, True), ("sliced", torch.bfloat16, False)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "dtype", "bias"),
+    [("channels_last", torch.float32, True), ("sliced", torch.bfloat16, False)],
+    ids=str,
+)
 def test_opcheck_adjoint(layout, dtype, bias):
     x, *parameters = case(layout, dtype, bias=bias)
     value = torch.randn(2, 4, 4, 6).to(DEVICE, dtype).requires_grad_()
@@ -77,7 +92,9 @@ def test_compile_and_train():
 def test_export_and_load():
     net, images = small_net(), torch.rand(2, 1, 6, 6).to(DEVICE)
     with torch.no_grad():
-        program = torch.export.export(net, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+        program = torch.export.export(
+            net, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+        )
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         buffer.seek(0)
@@ -87,22 +104,36 @@ def test_export_and_load():
 
 
 def test_autocast():
-    """Under autocast everything is cast to its dtype first, as for a convolution; what is kept for backward stays float32."""
+    """Under autocast everything is cast to its dtype first, as for a convolution; what is kept for
+    backward stays float32.
+    """
     tensors = layer_tensors(9, 4, 5, 3, (5, 4))
     with torch.autocast(DEVICE.type, torch.bfloat16):
         y = coda_fast.functional.dau_conv2d(*tensors, padding=1, backend="triton")
-        kept = align(*[tensors[0], None, *tensors[1:]], [1, 1], [1] * 4, [1, 1], *PLAIN, False, "products", "triton")
+        kept = align(
+            *[tensors[0], None, *tensors[1:]], [1, 1], [1] * 4, [1, 1], *PLAIN, False, "products", "triton"
+        )
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, coda_fast.functional.dau_conv2d(*(t.bfloat16() for t in tensors), padding=1, backend="triton"))
+    assert torch.equal(
+        y, coda_fast.functional.dau_conv2d(*(t.bfloat16() for t in tensors), padding=1, backend="triton")
+    )
     assert [t.dtype for t in kept[:3]] == [torch.bfloat16, torch.float32, torch.float32]
     grads = torch.autograd.grad(y.float().square().sum(), tensors)
     assert all(g.dtype == torch.float32 for g in grads)
-    assert errors(y, coda_fast.functional.dau_conv2d(*(t.double() for t in tensors), padding=1, backend="reference"))[0] < 2e-2
+    assert (
+        errors(
+            y, coda_fast.functional.dau_conv2d(*(t.double() for t in tensors), padding=1, backend="reference")
+        )[0]
+        < 2e-2
+    )
 
 
 def test_refuses_other_dtypes():
     tensors = [t.detach().double() for t in layer_tensors(9, 4, 5, 3, (5, 4))]
-    with pytest.raises(TypeError, match=r'backend="triton": expected float32, bfloat16 or float16, got torch.float64'):
+    with pytest.raises(
+        TypeError, match=r'backend="triton": expected float32, bfloat16 or float16, got torch.float64'
+    ):
         align(tensors[0], None, *tensors[1:], *WINDOW, *PLAIN, False, "nothing", "triton")
-    y = coda_fast.functional.dau_conv2d(*tensors, backend="triton")  # the function takes the factored backend for float64
+    # the function takes the factored backend for float64
+    y = coda_fast.functional.dau_conv2d(*tensors, backend="triton")
     assert y.dtype == torch.float64

@@ -1,4 +1,6 @@
-"""The tolerance of the kernel tests against faults put in on purpose, also where a gradient cancels to nothing; no kernel runs."""
+"""The tolerance of the kernel tests against faults put in on purpose, also where a gradient cancels to
+nothing; no kernel runs.
+"""
 
 import pytest
 import support_kernels
@@ -11,7 +13,9 @@ from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 # Share of the terms by which a gradient is wrong: some tens of roundings, of 1e-7, 1e-3 and 8e-3
 SHARES = [(torch.float32, 1e-5), (torch.float32, 1e-2), (torch.float16, 3e-2), (torch.bfloat16, 2e-1)]
 # In the first the gradient of B is zero: the layer depends on the direction of z alone, which is a sign
-CASES = pytest.mark.parametrize(("rank", "norm", "bias"), [(1, "l2", False), (4, "l2", True), (4, "squash", False)])
+CASES = pytest.mark.parametrize(
+    ("rank", "norm", "bias"), [(1, "l2", False), (4, "l2", True), (4, "squash", False)]
+)
 WIDER = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -42,8 +46,8 @@ def exchanged(tensor):
 @pytest.mark.parametrize("dtype", WIDER, ids=str)
 def test_what_is_right_passes(dtype, rank, norm, bias):
     """A wider dtype inside, rounded once, and the backend that computes in another order."""
-    wide = lambda *t, **o: dau_conv2d(*(None if a is None else a.to(WIDER[dtype]) for a in t), **o).to(dtype)  # noqa: E731
-    factored = lambda *t, backend, **o: dau_conv2d(*t, backend="factored", **o)  # noqa: E731
+    wide = lambda *t, **o: dau_conv2d(*(None if a is None else a.to(WIDER[dtype]) for a in t), **o).to(dtype)
+    factored = lambda *t, backend, **o: dau_conv2d(*t, backend="factored", **o)
     for stand_in in (wide, factored):
         compare(layer(rank, bias, dtype), in_place_of_the_kernels(stand_in), norm=norm, padding=1)
 
@@ -52,7 +56,9 @@ def test_what_is_right_passes(dtype, rank, norm, bias):
 @pytest.mark.parametrize(("dtype", "share"), SHARES, ids=str)
 def test_part_of_the_terms_of_one_gradient_too_much(dtype, share, rank, norm, bias):
     def wrong(x, reduction, *parameters, **options):
-        direct = held(x.detach(), reduction, *(None if p is None else p.detach() for p in parameters), **options)
+        direct = held(
+            x.detach(), reduction, *(None if p is None else p.detach() for p in parameters), **options
+        )
         return dau_conv2d(x, reduction, *parameters, **options) + share * (direct - direct.detach())
 
     with pytest.raises(AssertionError, match="result 2: error"):
@@ -83,7 +89,11 @@ def test_a_fault_in_the_derivative_of_the_adjoint():
             return dau_conv2d_transpose(*tensors, **options)
 
     options = dict(padding=1, norm="l2")
-    compare([x, value, *parameters], in_place_of_the_kernels(dau_conv2d_transpose, dau_conv2d_transpose), **options)
+    compare(
+        [x, value, *parameters],
+        in_place_of_the_kernels(dau_conv2d_transpose, dau_conv2d_transpose),
+        **options,
+    )
     with pytest.raises(AssertionError, match="result [12]: error"):
         compare([x, value, *parameters], in_place_of_the_kernels(wrong, dau_conv2d_transpose), **options)
 
@@ -92,10 +102,17 @@ def test_a_fault_in_the_derivative_of_the_adjoint():
 def test_the_scale_is_that_of_the_truth_unless_it_cancels(rank, norm, bias, monkeypatch):
     """What ``compare`` takes for the terms does not widen the tolerance of an ordinary layer."""
     seen = []
-    monkeypatch.setattr(support_kernels, "assert_as_accurate", lambda ours, eager, truth, terms, more: seen.extend([truth, terms]))
+    monkeypatch.setattr(
+        support_kernels,
+        "assert_as_accurate",
+        lambda ours, eager, truth, terms, more: seen.extend([truth, terms]),
+    )
     compare(layer(rank, bias, torch.float32), in_place_of_the_kernels(dau_conv2d), norm=norm, padding=1)
     for truth, terms in zip(*seen, strict=True):
         wrong = truth + 0.01 * torch.randn_like(truth)
-        largest, rms = (plain / scaled for plain, scaled in zip(errors(wrong, truth), errors(wrong, truth, terms), strict=True))
+        largest, rms = (
+            plain / scaled
+            for plain, scaled in zip(errors(wrong, truth), errors(wrong, truth, terms), strict=True)
+        )
         assert 1 <= largest < 2
         assert 1 <= rms < 1.3

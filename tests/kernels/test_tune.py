@@ -16,7 +16,12 @@ SMALL = (9, 5, 7, 3, 2, 5, 2)  # C, n, r, k, stride, size, batch
 
 
 def shapes():
-    for channels, units, rank, kernel, stride in (*S_LAYERS, *L_LAYERS, (9, 5, 7, 3, 2), (64, 1000, 256, 1, 1)):
+    for channels, units, rank, kernel, stride in (
+        *S_LAYERS,
+        *L_LAYERS,
+        (9, 5, 7, 3, 2),
+        (64, 1000, 256, 1, 1),
+    ):
         for bits in (16, 32):
             yield Shape(channels, units, rank, (kernel, kernel), (stride, stride), bits=bits)
 
@@ -24,7 +29,9 @@ def shapes():
 @pytest.mark.parametrize("kernel", config._SIZES)
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_neighbours(kernel, device):
-    """The wanted tile first, all distinct, legal and fitting; each differs in warps, in stages, or in one or two blocks."""
+    """The wanted tile first, all distinct, legal and fitting; each differs in warps, in stages, or in one
+    or two blocks.
+    """
     for shape in shapes():
         if kernel == ("contracted" if shape.generated else "generated"):
             continue
@@ -39,20 +46,27 @@ def test_neighbours(kernel, device):
             assert tile.warps in (4, 8)
             assert tile.stages == wanted.stages or tile.stages in (2, 3, 4)
             changed = sum(a != b for a, b in zip(tile.blocks, wanted.blocks, strict=True))
-            assert changed + (tile.warps != wanted.warps) + (tile.stages != wanted.stages) <= 1 + (changed == 2)
+            assert changed + (tile.warps != wanted.warps) + (tile.stages != wanted.stages) <= 1 + (
+                changed == 2
+            )
 
 
 def test_blocks_that_would_read_past_the_end_are_illegal():
     shape, device = Shape(64, 64, 64, (3, 3)), Device(90)
     wanted = config.candidates("sums", shape, device)[0]
-    assert not tune.legal("sums", shape, device, Tile.make(8, 2, **dict(wanted.blocks, BP=128, BN=16)))  # 64 pixels a block
+    # 64 pixels a block
+    assert not tune.legal("sums", shape, device, Tile.make(8, 2, **dict(wanted.blocks, BP=128, BN=16)))
     wanted = config.candidates("contracted", shape, device)[0]
-    assert not tune.legal("contracted", shape, device, Tile.make(8, 2, **dict(wanted.blocks, BO=32, BM=16)))  # 16 units a block
-    assert not tune.legal("contracted", shape, device, Tile.make(8, 2, **dict(wanted.blocks, BK=128, BM=16)))  # 576 = 4.5 x 128
+    # 16 units a block
+    assert not tune.legal("contracted", shape, device, Tile.make(8, 2, **dict(wanted.blocks, BO=32, BM=16)))
+    # 576 = 4.5 x 128
+    assert not tune.legal("contracted", shape, device, Tile.make(8, 2, **dict(wanted.blocks, BK=128, BM=16)))
 
 
 def test_search_goes_where_it_is_faster():
-    """Downhill over several moves; what is infinite is no step, and an expired budget ends it with the best so far."""
+    """Downhill over several moves; what is infinite is no step, and an expired budget ends it with the
+    best so far.
+    """
     shape, device = Shape(64, 64, 64, (3, 3)), Device(90)
     job = tune.Job("fold", shape, device, config.candidates("fold", shape, device)[0])
     seen = []
@@ -75,7 +89,8 @@ def jobs():
 
 def test_record(jobs):
     """A training step launches every kernel but the other form; each launch writes something."""
-    assert set(jobs) == set(config._SIZES) - {"generated", "contracted_kept"}  # the latter only with save_contraction
+    # the latter only with save_contraction
+    assert set(jobs) == set(config._SIZES) - {"generated", "contracted_kept"}
     assert all(len(job.launches) == 1 for job in jobs.values())
     assert all(launch.outputs or launch.after for job in jobs.values() for launch in job.launches)
     for kernel, job in jobs.items():
@@ -86,7 +101,7 @@ def test_record(jobs):
 @pytest.mark.parametrize("kernel", ["contracted", "grad_z", "sums", "prepare_backward"])
 def test_neighbours_compute_the_same(jobs, kernel):
     job, timed = jobs[kernel], []
-    timer = lambda run: timed.append(run()) or float(100 - len(timed))  # noqa: E731
+    timer = lambda run: timed.append(run()) or float(100 - len(timed))
     lines = []
     row = tune.tune(job, timer, lines.append, expired=lambda: len(timed) >= 5)
     assert len(lines) == 1, lines
@@ -94,7 +109,9 @@ def test_neighbours_compute_the_same(jobs, kernel):
 
 
 def test_a_wrong_tile_is_left_out(jobs):
-    """One whose program writes too little, and one that computes otherwise: reported, infinite, and without a trace in the tensors."""
+    """One whose program writes too little, and one that computes otherwise: reported, infinite, and
+    without a trace in the tensors.
+    """
     job, lines = jobs["fold"], []
     (launch,) = job.launches
     (dx,), run = launch.outputs, launch.run
@@ -111,7 +128,9 @@ def test_a_wrong_tile_is_left_out(jobs):
 
 
 def test_rows_are_read_by_the_package(tmp_path, monkeypatch):
-    """What is written is what ``config`` reads: the measured tile comes first, those of the heuristic after it."""
+    """What is written is what ``config`` reads: the measured tile comes first, those of the heuristic
+    after it.
+    """
     monkeypatch.setenv("CODA_FAST_TABLES", str(tmp_path))
     shape, device = Shape(64, 64, 64, (3, 3)), Device(90, 132)
     config._read_table.cache_clear()
@@ -142,7 +161,11 @@ def test_without_a_device(tmp_path, capsys):
 @pytest.mark.parametrize("place", ["tables", "existing", "nowhere"])
 def test_output_is_a_new_file_elsewhere(place, tmp_path, capsys):
     (tmp_path / "existing").touch()
-    path = {"tables": config.TABLES / "sm_1.json", "existing": tmp_path / "existing", "nowhere": tmp_path / "no" / "where"}[place]
+    path = {
+        "tables": config.TABLES / "sm_1.json",
+        "existing": tmp_path / "existing",
+        "nowhere": tmp_path / "no" / "where",
+    }[place]
     with pytest.raises(SystemExit) as stop:
         tune.main(["--output", str(path)])
     assert stop.value.code == 2

@@ -1,4 +1,6 @@
-"""What the tests of training share: a tiny network on digits, runs in this process and in others, images that tell which they are."""
+"""What the tests of training share: a tiny network on digits, runs in this process and in others, images
+that tell which they are.
+"""
 
 import io
 import os
@@ -15,13 +17,27 @@ from coda_fast.train.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
-    "model.out_channels=[4, 10]", "model.ranks=[4, 4]", "model.kernel_sizes=[3, 3]", "model.strides=[2, 1]", "epochs=2", "log.maps=0",
-    "log.tensorboard=false", "log.every=4", "accelerator=cpu",
-)  # fmt: skip
+    "model.out_channels=[4, 10]",
+    "model.ranks=[4, 4]",
+    "model.kernel_sizes=[3, 3]",
+    "model.strides=[2, 1]",
+    "epochs=2",
+    "log.maps=0",
+    "log.tensorboard=false",
+    "log.every=4",
+    "accelerator=cpu",
+)
 NET = (
-    "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=folder", "data.resize=24", "data.size=16", "data.workers=0",
-    "batch_size=8", "epochs=1", "precision=float64",
-)  # fmt: skip
+    "model.name=coda_s_cifar10",
+    "model.out_channels=[4, 3]",
+    "data.kind=folder",
+    "data.resize=24",
+    "data.size=16",
+    "data.workers=0",
+    "batch_size=8",
+    "epochs=1",
+    "precision=float64",
+)
 ONE = Place(0, 1)
 
 
@@ -37,7 +53,13 @@ def run(output, *overrides, resume=None):
 def environment(**more):
     """Of a process that imports this tree."""
     path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels"))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **{k: str(v) for k, v in more.items()}}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+        **{k: str(v) for k, v in more.items()},
+    }
 
 
 _STUCK = """
@@ -52,16 +74,23 @@ builtins.open = stuck
 
 
 def stuck(folder, name):
-    """More of the environment of a process for which files called ``name`` are on storage that does not answer."""
+    """More of the environment of a process for which files called ``name`` are on storage that does not
+    answer.
+    """
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_STUCK)
     return {"PYTHONPATH": os.pathsep.join([str(folder), environment()["PYTHONPATH"]]), "CODA_STUCK": name}
 
 
 def command(output, *overrides, launcher=(), program=("-m", "coda_fast.train"), options=("--quiet",)):
-    """The command line of a run in a process of its own, or of several (``launcher``: options of torchrun)."""
+    """The command line of a run in a process of its own, or of several (``launcher``: options of
+    torchrun).
+    """
     start = ("-m", "torch.distributed.run", *launcher) if launcher else ()
-    return [sys.executable, *map(str, (*start, *program, "digits-s", *TINY, *overrides, "--output", output, *options))]
+    return [
+        sys.executable,
+        *map(str, (*start, *program, "digits-s", *TINY, *overrides, "--output", output, *options)),
+    ]
 
 
 def finished(arguments, code=0, **more):
@@ -107,7 +136,9 @@ def picture(value, size=(40, 30), mode="RGB"):
 
 
 def tree(root, counts, start=0, size=(40, 30)):
-    """root/CLASS/NUMBER.JPEG with as many images as ``counts`` says; each image of a brightness of its own, which tells it."""
+    """root/CLASS/NUMBER.JPEG with as many images as ``counts`` says; each image of a brightness of its
+    own, which tells it.
+    """
     value = start
     for name, count in counts.items():
         (root / name).mkdir(parents=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from support_train import end_of, losses, run
 
-# float32 (unit rounding 6e-8) after u updates of Adam: the curves of two backends may part by FLOOR * GROWTH ** u, relatively.
+# float32 (unit rounding 6e-8) after u updates of Adam: the curves of two backends may part by FLOOR * GROWTH
+# ** u, relatively.
 # Measured: 1e-7, one unit in the last place of the loss, over 84 updates.
 FLOOR, GROWTH = 1e-6, 1.03
 SMALL = ("log.every=1", "batch_size=16", "epochs=1")
@@ -61,15 +62,26 @@ def test_float64_keeps_backends_together_to_its_own_rounding(tmp_path):
     for backend in ("reference", "factored"):
         run(tmp_path / backend, f"model.backend={backend}", "precision=float64")
         ends.append(end_of(tmp_path / backend))
-    assert any(not torch.equal(tensor, ends[1]["model"][name]) for name, tensor in ends[0]["model"].items())  # they are two
+    # they are two
+    assert any(not torch.equal(tensor, ends[1]["model"][name]) for name, tensor in ends[0]["model"].items())
     for name, tensor in ends[0]["model"].items():
         torch.testing.assert_close(tensor, ends[1]["model"][name], rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow
 def test_bfloat16_trains_to_the_same_accuracy(tmp_path):
-    """Within 0.5 % of all 450 test images, two of them; both well above what a linear classifier gets (95 %)."""
-    options = ("model.out_channels=[8, 16, 10]", "model.ranks=[16, 32, 32]", "model.kernel_sizes=[3, 3, 3]", "model.strides=[1, 2, 1]")
-    found = [run(tmp_path / p, *options, "epochs=12", f"precision={p}")["val_accuracy"] for p in ("float32", "bfloat16")]
+    """Within 0.5 % of all 450 test images, two of them; both well above what a linear classifier gets (95
+    %).
+    """
+    options = (
+        "model.out_channels=[8, 16, 10]",
+        "model.ranks=[16, 32, 32]",
+        "model.kernel_sizes=[3, 3, 3]",
+        "model.strides=[1, 2, 1]",
+    )
+    found = [
+        run(tmp_path / p, *options, "epochs=12", f"precision={p}")["val_accuracy"]
+        for p in ("float32", "bfloat16")
+    ]
     assert min(found) > 0.96
     assert abs(found[0] - found[1]) <= 0.005

@@ -32,7 +32,8 @@ def spec(folder, **more):
     return Data(kind="folder", path=str(folder), **{"resize": 24, "size": 16, "workers": 0, **more})
 
 
-# -- augmentation ---------------------------------------------------------------------------------------------------------------------
+# -- augmentation
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_augmentation_against_plain_loops():
@@ -59,8 +60,13 @@ def test_processes_take_slices_of_one_batch(world):
     for step, batch in enumerate(whole):
         parts = [list(data.training(3, 1, 0, 12, Place(rank, world)))[step] for rank in range(world)]
         assert torch.equal(torch.cat([p.labels for p in parts]), batch.labels)
-        seen = [augment(p.images, wanted, torch.Generator().manual_seed(9), Place(r, world)) for r, p in enumerate(parts)]
-        assert torch.equal(torch.cat(seen), augment(batch.images, wanted, torch.Generator().manual_seed(9), ONE))
+        seen = [
+            augment(p.images, wanted, torch.Generator().manual_seed(9), Place(r, world))
+            for r, p in enumerate(parts)
+        ]
+        assert torch.equal(
+            torch.cat(seen), augment(batch.images, wanted, torch.Generator().manual_seed(9), ONE)
+        )
 
 
 def test_an_epoch_is_a_permutation_and_no_two_are_alike():
@@ -77,7 +83,9 @@ def test_an_epoch_is_a_permutation_and_no_two_are_alike():
 
 def test_to_float_divides_by_255():
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    assert torch.equal(to_float(images, torch.float64).flatten(), torch.arange(256, dtype=torch.float64) / 255)
+    assert torch.equal(
+        to_float(images, torch.float64).flatten(), torch.arange(256, dtype=torch.float64) / 255
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -93,7 +101,8 @@ def test_evaluation_sees_every_sample_once(world, folder):
         assert max(seen.values()) == 1
 
 
-# -- forms ----------------------------------------------------------------------------------------------------------------------------
+# -- forms
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_digits():
@@ -107,7 +116,13 @@ def test_digits():
 def test_npz_of_arrays(tmp_path, grey):
     shape = (7, 5, 6) if grey else (7, 5, 6, 3)
     images, labels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), np.arange(7)
-    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images[:3], test_labels=labels[:3])
+    np.savez(
+        tmp_path / "a.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:3],
+        test_labels=labels[:3],
+    )
     found = open_data(Data(kind="npz", path=str(tmp_path / "a.npz")), 1 if grey else 3)
     assert list(found.train.images.shape) == [7, 1 if grey else 3, 5, 6]
     assert (len(found.val), found.num_classes) == (3, 7)
@@ -117,7 +132,9 @@ def test_npz_of_arrays(tmp_path, grey):
 def test_npz_of_medmnist(tmp_path):
     """Labels [N, 1] uint8, a class for each image."""
     images, labels = np.zeros((7, 5, 6), np.uint8), np.arange(7, dtype=np.uint8)[:, None]
-    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    np.savez(
+        tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels
+    )
     found = open_data(Data(kind="npz", path=str(tmp_path / "a.npz")), 1)
     assert found.train.labels.tolist() == found.val.labels.tolist() == list(range(7))
 
@@ -152,7 +169,9 @@ def cifar(tmp_path):
         records[:, 0] %= 10
         records.tofile(tmp_path / name)
         everything.append(records)
-    (tmp_path / "batches.meta.txt").write_text("airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n")
+    (tmp_path / "batches.meta.txt").write_text(
+        "airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n"
+    )
     return tmp_path, everything
 
 
@@ -220,13 +239,16 @@ def test_decoding_leaves_the_global_generators_alone(folder):
 
 
 def test_crops_have_the_size_that_is_asked(tmp_path):
-    """A ramp from left to right tells where a crop was taken, and how wide it is: resize 20, crop 10: half of the shorter side."""
+    """A ramp from left to right tells where a crop was taken, and how wide it is: resize 20, crop 10: half
+    of the shorter side.
+    """
     ramp = np.broadcast_to(np.linspace(0, 240, 80, dtype=np.uint8)[None, :, None], (40, 80, 3))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
     preprocessing = Preprocessing(3, resize=20, crop=10)
     middle = preprocessing.pixels(tmp_path / "ramp.png")[0, 5].astype(float)
     assert middle.mean() == pytest.approx(120, abs=2)
-    assert middle[-1] - middle[0] == pytest.approx(240 / 80 * 20 * 0.9, abs=4)  # 20 source pixels, centres of the first and last tenth
+    # 20 source pixels, centres of the first and last tenth
+    assert middle[-1] - middle[0] == pytest.approx(240 / 80 * 20 * 0.9, abs=4)
     augmented = Augmentation(preprocessing)
     means = [augmented.pixels(tmp_path / "ramp.png", np.random.default_rng(i))[0].mean() for i in range(60)]
     assert 28 < min(means) < 55
@@ -265,10 +287,16 @@ def test_classes_of_validation_go_by_name(folder):
     (folder / "val" / ".hidden").mkdir()
     (folder / "train" / ".hidden").mkdir()
     found = open_data(spec(folder), 3)
-    assert (found.class_names, [label for _, label in found.val.files]) == (["ant", "bee", "cat"], [1] * 4 + [2] * 4)
+    assert (found.class_names, [label for _, label in found.val.files]) == (
+        ["ant", "bee", "cat"],
+        [1] * 4 + [2] * 4,
+    )
     assert open_data(spec(folder, classes=2), 3).val.files == found.val.files[:4]
     (folder / "val" / "cat").rename(folder / "val" / "Cat")
-    with pytest.raises(TrainingError, match=r"data.val_path: expected the classes of .*train in .*val, found others: \['Cat'\]"):
+    with pytest.raises(
+        TrainingError,
+        match=r"data.val_path: expected the classes of .*train in .*val, found others: \['Cat'\]",
+    ):
         open_data(spec(folder), 3)
 
 
@@ -277,13 +305,18 @@ def test_annotations_of_other_classes_or_torn(folder):
     with pytest.raises(TrainingError, match=r"found others: \['dog'\]"):
         open_data(spec(folder), 3)
     (folder / "val" / "val_annotations.txt").write_text("a.JPEG\tant\t0\nb.JPEG")
-    with pytest.raises(TrainingError, match="val_annotations.txt: expected the name of a file in images/, a tab and its class"):
+    with pytest.raises(
+        TrainingError,
+        match="val_annotations.txt: expected the name of a file in images/, a tab and its class",
+    ):
         open_data(spec(folder), 3)
 
 
 def test_a_class_without_images_is_refused(folder):
     (folder / "train" / "bat").mkdir()
-    with pytest.raises(TrainingError, match=r"expected images of every class in .*train, found none of \['bat'\]"):
+    with pytest.raises(
+        TrainingError, match=r"expected images of every class in .*train, found none of \['bat'\]"
+    ):
         open_data(spec(folder), 3)
 
 
@@ -295,7 +328,8 @@ def test_translation_is_a_share_of_the_side():
         assert (found > 64).sum() == 0.45 * width
 
 
-# -- damage ---------------------------------------------------------------------------------------------------------------------------
+# -- damage
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -322,16 +356,26 @@ def test_jpegs_are_read_no_smaller_than_crops_need(monkeypatch, scale, least):
     from PIL import JpegImagePlugin
 
     asked, draft = [], JpegImagePlugin.JpegImageFile.draft
-    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda self, mode, size: asked.append(size) or draft(self, mode, size))
+    monkeypatch.setattr(
+        JpegImagePlugin.JpegImageFile,
+        "draft",
+        lambda self, mode, size: asked.append(size) or draft(self, mode, size),
+    )
     Augmentation(Preprocessing(3, 24, 16), scale).pixels(picture(120, (400, 300)), np.random.default_rng(0))
     assert asked == [(least, least)]
-    Preprocessing(3, 24, 16).pixels(picture(120, (400, 300)))  # to validate with, all of it is decoded, as elsewhere
+    # to validate with, all of it is decoded, as elsewhere
+    Preprocessing(3, 24, 16).pixels(picture(120, (400, 300)))
     assert asked == [(least, least)]
 
 
 def test_more_processes_than_images_to_validate_with():
     few = Arrays(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
-    assert [sum(len(batch.labels) for batch in few.evaluation(4, Place(rank, 4))) for rank in range(4)] == [1, 1, 0, 0]
+    assert [sum(len(batch.labels) for batch in few.evaluation(4, Place(rank, 4))) for rank in range(4)] == [
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_corrupt_images_are_skipped_counted_and_named(folder, tmp_path, capsys):
@@ -348,7 +392,9 @@ def test_corrupt_images_are_skipped_counted_and_named(folder, tmp_path, capsys):
 
 
 def test_an_image_that_cannot_be_read_weighs_nothing(folder, tmp_path, monkeypatch):
-    """What is minimised is the losses of the others over the size of the batch; what is reported, their mean."""
+    """What is minimised is the losses of the others over the size of the batch; what is reported, their
+    mean.
+    """
     damaged = folder / "train" / "bee" / "003.JPEG"
     damaged.write_bytes(b"")
     (batch,) = open_data(spec(folder), 3).train.training(0, 0, 0, 24, ONE)
@@ -359,10 +405,14 @@ def test_an_image_that_cannot_be_read_weighs_nothing(folder, tmp_path, monkeypat
 
     def noting(self, batch):
         logits = self.objective.model(batch.images.double() / 255)
-        losses = F.binary_cross_entropy_with_logits(logits, F.one_hot(batch.labels, 3).double(), reduction="none").mean(1)
+        losses = F.binary_cross_entropy_with_logits(
+            logits, F.one_hot(batch.labels, 3).double(), reduction="none"
+        ).mean(1)
         by_hand.append(losses[batch.valid].sum().detach())
         backward = self.fabric.backward
-        monkeypatch.setattr(self.fabric, "backward", lambda loss: stepped_by.append(loss.detach()) or backward(loss))
+        monkeypatch.setattr(
+            self.fabric, "backward", lambda loss: stepped_by.append(loss.detach()) or backward(loss)
+        )
         return step(self, batch)
 
     monkeypatch.setattr(engine.Run, "_step", noting)
@@ -381,8 +431,16 @@ def test_the_loss_that_is_reported_is_of_images_that_were_read(tmp_path):
         tree(root / "val", {"ant": 2, "bee": 2})
         for i in range(damaged):
             (root / "train" / ("ant", "bee")[i % 2] / f"z{i}.JPEG").write_bytes(b"torn")
-        options = (f"data.path={root}", "data.kind=folder", "optimizer.lr=1e-30", f"batch_size={8 + damaged}", "model.out_channels=[4, 2]")
-        found[name] = run(tmp_path / f"{name}_run", *NET, *options, "data.resize=16", "schedule.kind=constant")
+        options = (
+            f"data.path={root}",
+            "data.kind=folder",
+            "optimizer.lr=1e-30",
+            f"batch_size={8 + damaged}",
+            "model.out_channels=[4, 2]",
+        )
+        found[name] = run(
+            tmp_path / f"{name}_run", *NET, *options, "data.resize=16", "schedule.kind=constant"
+        )
     assert found["half"]["unreadable"] == 8
     assert found["half"]["train_loss"] == pytest.approx(found["whole"]["train_loss"], rel=1e-12)
 
@@ -390,7 +448,10 @@ def test_the_loss_that_is_reported_is_of_images_that_were_read(tmp_path):
 def test_too_many_corrupt_images_stop_the_run(folder, tmp_path):
     for i in range(3):
         (folder / "train" / "ant" / f"00{i}.JPEG").write_bytes(b"")
-    message = r"at most 2 images that cannot be read \(data.max_corrupt\), got 3: .*00\d.JPEG.*; no checkpoint was written before"
+    message = (
+        r"at most 2 images that cannot be read \(data.max_corrupt\), got 3: .*00\d.JPEG.*; "
+        r"no checkpoint was written before"
+    )
     with pytest.raises(TrainingError, match=message):
         run(tmp_path / "out", *NET, f"data.path={folder}", "data.max_corrupt=2", "log.every=1")
 
@@ -400,7 +461,10 @@ def test_too_many_corrupt_images_stop_the_run(folder, tmp_path):
     [
         (lambda p: None, "found no folder .*train"),
         (lambda p: (p / "train" / "a").mkdir(parents=True), "found no folder .*val"),
-        (lambda p: [(p / s / "a").mkdir(parents=True) for s in ("train", "val")], "found no image in .*train"),
+        (
+            lambda p: [(p / s / "a").mkdir(parents=True) for s in ("train", "val")],
+            "found no image in .*train",
+        ),
         (lambda p: [(p / s).mkdir() for s in ("train", "val")], "found no folder of a class in .*train"),
     ],
 )
@@ -416,7 +480,10 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
     (tmp_path / "set" / "train2" / "b").rename(tmp_path / "set" / "train" / "b")
     tree(tmp_path / "set" / "val", {"a": 1, "b": 1})
     source = open_data(Data(kind="folder", path=str(tmp_path / "set"), workers=0), 3)
-    message = r"data: expected images of one size, or a size to crop them to \(data.size in a recipe, --size\), got 20 x 20, 30 x 40"
+    message = (
+        r"data: expected images of one size, or a size to crop them to \(data.size in a recipe, --size\), "
+        r"got 20 x 20, 30 x 40"
+    )
     for workers in (0, 2):
         source.train.workers = workers
         with pytest.raises(DataError, match=message) as caught:
@@ -427,7 +494,9 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
 
 
 def test_in_memory_takes_no_random_crops(folder):
-    with pytest.raises(TrainingError, match=r"data.in_memory: expected false where data.resize is above data.size \(24, 16\)"):
+    with pytest.raises(
+        TrainingError, match=r"data.in_memory: expected false where data.resize is above data.size \(24, 16\)"
+    ):
         open_data(spec(folder, in_memory=True), 3)
     assert len(open_data(spec(folder, in_memory=True, resize=16), 3).train) == 24
     with pytest.raises(TrainingError, match="data.size: expected the side of the crop"):
@@ -452,8 +521,14 @@ def test_in_memory_with_a_batch_of_damage(tmp_path):
     ("arrays", "message"),
     [
         ({"x": np.zeros(3)}, "expected an .npz file with train_images .* got x"),
-        ({"train_images": np.zeros((3, 4, 4, 3)), "train_labels": np.zeros(3)}, r"got float64 \[3, 4, 4, 3\]"),
-        ({"train_images": np.zeros((3, 4, 4, 3), np.uint8), "train_labels": np.zeros(2)}, r"as many labels, got .* and \[2\]"),
+        (
+            {"train_images": np.zeros((3, 4, 4, 3)), "train_labels": np.zeros(3)},
+            r"got float64 \[3, 4, 4, 3\]",
+        ),
+        (
+            {"train_images": np.zeros((3, 4, 4, 3), np.uint8), "train_labels": np.zeros(2)},
+            r"as many labels, got .* and \[2\]",
+        ),
     ],
 )
 def test_npz_of_something_else(tmp_path, arrays, message):
@@ -465,12 +540,24 @@ def test_npz_of_something_else(tmp_path, arrays, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_labels": np.array([0.0, 1.7, 2.0])}, "expected labels of train that are integers from 0 on, got float64 from 0.0"),
-        ({"test_labels": np.array([0, -1, 2])}, "expected labels of test that are integers from 0 on, got int64 from -1"),
+        (
+            {"train_labels": np.array([0.0, 1.7, 2.0])},
+            "expected labels of train that are integers from 0 on, got float64 from 0.0",
+        ),
+        (
+            {"test_labels": np.array([0, -1, 2])},
+            "expected labels of test that are integers from 0 on, got int64 from -1",
+        ),
         ({"class_names": np.array(["a", "b"])}, "expected labels 0 to 1, got 0 to 2"),
-        ({"test_images": np.zeros((3, 4, 5, 3), np.uint8)}, r"images of one size, got \[4, 4\] to train with, \[4, 5\] to"),
+        (
+            {"test_images": np.zeros((3, 4, 5, 3), np.uint8)},
+            r"images of one size, got \[4, 4\] to train with, \[4, 5\] to",
+        ),
         ({"test_images": np.zeros((3, 4, 4, 2), np.uint8)}, "expected test_images of 1 or 3 channels, got 2"),
-        ({"test_images": np.zeros((0, 4, 4, 3), np.uint8), "test_labels": np.zeros(0, int)}, "expected labels of test .*, got none"),
+        (
+            {"test_images": np.zeros((0, 4, 4, 3), np.uint8), "test_labels": np.zeros(0, int)},
+            "expected labels of test .*, got none",
+        ),
     ],
 )
 def test_npz_that_does_not_fit(tmp_path, changes, message):
@@ -494,11 +581,14 @@ def test_npz_truncated(tmp_path):
         open_data(Data(kind="npz", path=str(tmp_path / "b.npz")), 3)
 
 
-# -- folders and files of bad will ----------------------------------------------------------------------------------------------------
+# -- folders and files of bad will
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_the_files_of_a_folder_are_those_of_torchvision_in_its_order(folder):
-    """But for hidden ones. A run goes on by the order; torchvision's own list goes through links that lead back, again and again."""
+    """But for hidden ones. A run goes on by the order; torchvision's own list goes through links that lead
+    back, again and again.
+    """
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     for path in ("deep/er/x.PNG", "deep/a.jpg", "._0.jpeg", "notes.txt", "B.webp", "deep.png"):
@@ -508,7 +598,9 @@ def test_the_files_of_a_folder_are_those_of_torchvision_in_its_order(folder):
     (folder / "elsewhere" / "y.png").touch()
     (folder / "train" / "cat" / "linked").symlink_to(folder / "elsewhere", target_is_directory=True)
     index = {"ant": 0, "bee": 1, "cat": 2}
-    expected = [entry for entry in make_dataset(str(folder / "train"), index, IMG_EXTENSIONS) if "._0" not in entry[0]]
+    expected = [
+        entry for entry in make_dataset(str(folder / "train"), index, IMG_EXTENSIONS) if "._0" not in entry[0]
+    ]
     assert open_data(spec(folder), 3).train.files == expected
     assert str(folder / "train" / "cat" / "linked" / "y.png") in [path for path, _ in expected]
 
@@ -526,10 +618,13 @@ def test_links_that_lead_back(folder):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_no_file_is_skipped_and_never_waited_for(folder, workers):
-    """A pipe would block a worker for ever, a device never ends, an image may be gone when its turn comes, or too large."""
+    """A pipe would block a worker for ever, a device never ends, an image may be gone when its turn comes,
+    or too large.
+    """
     source = open_data(spec(folder, workers=workers), 3)
     victims = {
-        name: folder / "train" / "bee" / f"00{i}.JPEG" for i, name in enumerate(("pipe", "device", "gone", "folder", "large", "program"))
+        name: folder / "train" / "bee" / f"00{i}.JPEG"
+        for i, name in enumerate(("pipe", "device", "gone", "folder", "large", "program"))
     }
     for path in victims.values():
         path.unlink()
@@ -600,9 +695,14 @@ def test_arrays_that_claim_more_than_there_is(tmp_path):
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
-        text = repr({"descr": "|u1", "fortran_order": False, "shape": (10**12, 32, 32, 3)}).encode().ljust(117) + b"\n"
+        text = (
+            repr({"descr": "|u1", "fortran_order": False, "shape": (10**12, 32, 32, 3)}).encode().ljust(117)
+            + b"\n"
+        )
         file.writestr("train_images.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
-    with pytest.raises(TrainingError, match="a.npz: not an .npz file .* claims 3072000000000128 bytes, the file holds 128"):
+    with pytest.raises(
+        TrainingError, match="a.npz: not an .npz file .* claims 3072000000000128 bytes, the file holds 128"
+    ):
         open_data(Data(kind="npz", path=str(tmp_path / "a.npz")), 3)
 
 

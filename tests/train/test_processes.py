@@ -1,4 +1,6 @@
-"""Several processes on this machine (gloo): the same curve as one, nothing counted twice, workers that die, two agents that meet."""
+"""Several processes on this machine (gloo): the same curve as one, nothing counted twice, workers that
+die, two agents that meet.
+"""
 
 import contextlib
 import os
@@ -15,7 +17,14 @@ from torch.distributed import TCPStore
 from coda_fast.train import TrainingError, processes
 
 pytestmark = pytest.mark.slow
-OPTIONS = ("precision=float64", "ema.decay=0.9", "data.flip=true", "data.pad=1", "checkpoint.every_steps=6", "checkpoint.keep=100")
+OPTIONS = (
+    "precision=float64",
+    "ema.decay=0.9",
+    "data.flip=true",
+    "data.pad=1",
+    "checkpoint.every_steps=6",
+    "checkpoint.keep=100",
+)
 BOUND = 1e-12  # float64: sums in another order, grown over 42 updates; measured 2e-15
 STANDALONE = ("--standalone", "--nproc-per-node=2")
 
@@ -70,7 +79,8 @@ import torch
 from coda_fast.cli import main
 
 plain = torch.nn.Module.compile
-torch.nn.Module.compile = lambda self: plain(self, backend="aot_eager")  # graphs are made, and run without inductor's minutes
+# graphs are made, and run without inductor's minutes
+torch.nn.Module.compile = lambda self: plain(self, backend="aot_eager")
 try:
     main(["train", *sys.argv[1:]])
 finally:
@@ -80,8 +90,17 @@ finally:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_what_the_large_recipes_ask_for(tmp_path, strategy):
-    """Their options beside each other, but for the compiler: the same first epoch as by one process, up to bfloat16."""
-    options = ("precision=bfloat16", "channels_last=true", "ema.decay=0.9", "ema.warmup=true", "optimizer.clip=1", "epochs=1")
+    """Their options beside each other, but for the compiler: the same first epoch as by one process, up to
+    bfloat16.
+    """
+    options = (
+        "precision=bfloat16",
+        "channels_last=true",
+        "ema.decay=0.9",
+        "ema.warmup=true",
+        "optimizer.clip=1",
+        "epochs=1",
+    )
     run(tmp_path / "one", *options)
     finished(command(tmp_path / "two", *options, f"strategy={strategy}", launcher=STANDALONE))
     rows = [end_of(tmp_path / name, 1)["history"][0] for name in ("one", "two")]
@@ -99,7 +118,9 @@ def test_a_compiled_network_of_two_processes(alone, tmp_path, strategy):
 
 
 def test_the_regulariser_draws_for_the_global_batch(tmp_path):
-    """Its random classes, its penalty and its gradients do not depend on the number of processes, under DDP and FSDP2."""
+    """Its random classes, its penalty and its gradients do not depend on the number of processes, under
+    DDP and FSDP2.
+    """
     options = ("precision=float64", "loss.matrix_weight=0.5", "epochs=1")
     run(tmp_path / "one", *options)
     finished(command(tmp_path / "two", *options, launcher=STANDALONE))
@@ -144,10 +165,18 @@ main(["train", *sys.argv[1:]])
 
 
 def test_a_worker_that_is_killed_is_restarted_and_nothing_is_lost(pair, tmp_path):
-    """SIGKILL in the middle of the second epoch; the agent starts both again; the weights are those of the undisturbed run, bit for bit."""
+    """SIGKILL in the middle of the second epoch; the agent starts both again; the weights are those of the
+    undisturbed run, bit for bit.
+    """
     (tmp_path / "dying.py").write_text(DYING)
     launcher = (*STANDALONE, "--max-restarts=1", "--monitor-interval=0.1")
-    arguments = command(tmp_path / "out", *OPTIONS, launcher=launcher, program=(tmp_path / "dying.py",), options=("--resume", "auto"))
+    arguments = command(
+        tmp_path / "out",
+        *OPTIONS,
+        launcher=launcher,
+        program=(tmp_path / "dying.py",),
+        options=("--resume", "auto"),
+    )
     printed = finished(arguments)
     assert "epoch_0001_step_0000009.pt: epoch 2, step 9" in printed  # update 30
     assert_same(end_of(pair), end_of(tmp_path / "out"))
@@ -155,19 +184,36 @@ def test_a_worker_that_is_killed_is_restarted_and_nothing_is_lost(pair, tmp_path
 
 
 def train_on_two_hosts(hosts, program, output, nodes="2"):
-    """An agent of torchrun on each of ``hosts`` (prefix of commands, address, environment); how they ended, what they printed."""
+    """An agent of torchrun on each of ``hosts`` (prefix of commands, address, environment); how they
+    ended, what they printed.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     agents = []
     for i, (prefix, address, more) in enumerate(hosts):
         launcher = (
-            f"--nnodes={nodes}", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0][1]}:{port}", "--rdzv-id=test",
-            f"--rdzv-conf=is_host={1 - i},last_call_timeout=8", f"--local-addr={address}", "--max-restarts=2", "--monitor-interval=0.1",
-        )  # fmt: skip
-        arguments = command(output, *OPTIONS, launcher=launcher, program=(program,), options=("--resume", "auto"))
+            f"--nnodes={nodes}",
+            "--nproc-per-node=1",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={hosts[0][1]}:{port}",
+            "--rdzv-id=test",
+            f"--rdzv-conf=is_host={1 - i},last_call_timeout=8",
+            f"--local-addr={address}",
+            "--max-restarts=2",
+            "--monitor-interval=0.1",
+        )
+        arguments = command(
+            output, *OPTIONS, launcher=launcher, program=(program,), options=("--resume", "auto")
+        )
         agents.append(
-            subprocess.Popen([*prefix, *arguments], env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                [*prefix, *arguments],
+                env=environment(**more),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         )
     try:
         printed = [agent.communicate(timeout=150)[0] for agent in agents]
@@ -178,7 +224,9 @@ def train_on_two_hosts(hosts, program, output, nodes="2"):
 
 
 def test_two_agents_train_together_and_a_worker_is_killed(pair, tmp_path):
-    """They meet on the loopback, and again after SIGKILL to the worker of one: each agent counts restarts for itself."""
+    """They meet on the loopback, and again after SIGKILL to the worker of one: each agent counts restarts
+    for itself.
+    """
     (tmp_path / "dying.py").write_text(DYING)
     codes, printed = train_on_two_hosts([((), "127.0.0.1", {})] * 2, tmp_path / "dying.py", tmp_path / "out")
     assert codes == [0, 0], printed[-4000:]
@@ -189,7 +237,9 @@ def test_two_agents_train_together_and_a_worker_is_killed(pair, tmp_path):
 
 @pytest.fixture
 def hosts():
-    """Two hosts, as (prefix of commands, address, environment) each: network namespaces with a cable from one to the other."""
+    """Two hosts, as (prefix of commands, address, environment) each: network namespaces with a cable from
+    one to the other.
+    """
     names = [f"coda-{os.getpid()}-{i}" for i in range(2)]
 
     def ip(*arguments, check=True):
@@ -198,12 +248,28 @@ def hosts():
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        ip(
+            "link",
+            "add",
+            "cable",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable",
+            "netns",
+            names[1],
+        )
         for i, name in enumerate(names):
             ip("-n", name, "address", "add", f"10.133.7.{i + 1}/24", "dev", "cable")
             for device in ("lo", "cable"):
                 ip("-n", name, "link", "set", device, "up")
-        yield [(("ip", "netns", "exec", name), f"10.133.7.{i + 1}", {"GLOO_SOCKET_IFNAME": "cable"}) for i, name in enumerate(names)]
+        yield [
+            (("ip", "netns", "exec", name), f"10.133.7.{i + 1}", {"GLOO_SOCKET_IFNAME": "cable"})
+            for i, name in enumerate(names)
+        ]
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"network namespaces need ip and its privileges: {error}")
     finally:
@@ -213,7 +279,9 @@ def hosts():
 
 
 def test_a_run_of_two_hosts_outlives_one(alone, tmp_path, hosts):
-    """Hosts with a network each; one is lost whole, agent and worker, in the second epoch; --nnodes=1:2 lets the other go on alone."""
+    """Hosts with a network each; one is lost whole, agent and worker, in the second epoch; --nnodes=1:2
+    lets the other go on alone.
+    """
     lost = DYING.replace("self.place.rank == 1", "'LOST' in os.environ").replace(
         "os.kill(os.getpid()", "os.kill(os.getppid(), 9), os.kill(os.getpid()"
     )
@@ -235,7 +303,9 @@ def test_workers_agree_on_an_attempt():
     def attempt(world, delays):
         def worker(rank):
             time.sleep(delays[rank])
-            return processes.agree_on_attempt(TCPStore("127.0.0.1", store.port, is_master=False), rank, world, patience=20)
+            return processes.agree_on_attempt(
+                TCPStore("127.0.0.1", store.port, is_master=False), rank, world, patience=20
+            )
 
         with ThreadPoolExecutor(world) as pool:
             found = set(pool.map(worker, range(world)))
@@ -252,7 +322,9 @@ def test_workers_agree_on_an_attempt():
 def test_half_an_attempt_is_no_attempt():
     """Who died before it agreed leaves the others waiting, until torchrun ends them, or their patience."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with pytest.raises(TrainingError, match="expected 2 workers to meet within 1 s, worker 0 has not met the others"):
+    with pytest.raises(
+        TrainingError, match="expected 2 workers to meet within 1 s, worker 0 has not met the others"
+    ):
         processes.agree_on_attempt(store, 0, 2, patience=1)
 
 
@@ -262,7 +334,9 @@ def test_a_signal_to_one_of_two_stops_both(pair, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
     newest = max((tmp_path / "out" / "checkpoints").glob("epoch*.pt"))
     assert newest.name == "epoch_0001_step_0000012.pt"  # the next metrics after update 32
-    finished(command(tmp_path / "out", *OPTIONS, launcher=STANDALONE, options=("--quiet", "--resume", "auto")))
+    finished(
+        command(tmp_path / "out", *OPTIONS, launcher=STANDALONE, options=("--quiet", "--resume", "auto"))
+    )
     assert_same(end_of(pair), end_of(tmp_path / "out"))
 
 
@@ -285,8 +359,13 @@ main(["train", *sys.argv[1:]])
 def test_other_images_on_another_host_are_refused(tmp_path):
     """They would be another number of steps, after which one process waits for the other."""
     (tmp_path / "other.py").write_text(OTHER)
-    printed = finished(command(tmp_path / "out", launcher=STANDALONE, program=(tmp_path / "other.py",)), code=1)
-    message = "data: expected the same images in every process, got train_images (process 0 1347, process 1 640), train_checksum"
+    printed = finished(
+        command(tmp_path / "out", launcher=STANDALONE, program=(tmp_path / "other.py",)), code=1
+    )
+    message = (
+        "data: expected the same images in every process, got train_images (process 0 1347, process 1 640), "
+        "train_checksum"
+    )
     assert printed.count(f"coda-fast: {message}") == 2
     assert not (tmp_path / "out").exists()
 
@@ -311,7 +390,9 @@ main(["train", *sys.argv[1:]])
 def test_who_fails_alone_says_why_and_the_others_no_more_than_that(tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     options = ("checkpoint.every_steps=4",)
-    printed = finished(command(tmp_path / "out", *options, program=(tmp_path / "failing.py",), launcher=STANDALONE), 1)
+    printed = finished(
+        command(tmp_path / "out", *options, program=(tmp_path / "failing.py",), launcher=STANDALONE), 1
+    )
     reason = "[Errno 5] Input/output error: 'the disk of rank 1'; the last good checkpoint is"
     assert f"coda-fast: {reason}" in printed
     summary = printed[printed.index("Root Cause") :]

@@ -19,7 +19,14 @@ def rates(recipe, steps=10):
 
 def test_every_recipe_names_a_model_and_says_what_it_is():
     found = list_recipes()
-    assert {"digits-s", "cifar10-s", "cifar10-s-fast", "tiny-imagenet-s", "imagenet100-l", "imagenet1k-l"} <= set(found)
+    assert {
+        "digits-s",
+        "cifar10-s",
+        "cifar10-s-fast",
+        "tiny-imagenet-s",
+        "imagenet100-l",
+        "imagenet1k-l",
+    } <= set(found)
     for name, about in found.items():
         recipe = load_recipe(name)
         assert recipe.name == name
@@ -49,7 +56,12 @@ def test_cifar10_is_as_published():
     for epoch, rate in enumerate(found):
         assert rate == pytest.approx(2.5e-4 / 1.5 ** (epoch // 30), rel=1e-12)
     optimizer = recipe.optimizer
-    assert (optimizer.name, optimizer.weight_decay, optimizer.betas, optimizer.clip) == ("adam", 0.0, [0.9, 0.999], None)
+    assert (optimizer.name, optimizer.weight_decay, optimizer.betas, optimizer.clip) == (
+        "adam",
+        0.0,
+        [0.9, 0.999],
+        None,
+    )
     assert (recipe.data.flip, recipe.data.pad) == (True, 4)
     model = coda_fast.create_model(recipe.model.name, **recipe.model.arguments())
     assert sum(p.numel() for p in model.parameters()) == 7_782_816
@@ -59,7 +71,9 @@ def test_cifar10_is_as_published():
 @pytest.mark.parametrize("temperature", [10, 50, 100, 500, 1000, 5000, 10000])
 @pytest.mark.parametrize(("rank", "millions"), [(4, 1.08), (8, 2.03), (16, 3.95), (144, 34.6)])
 def test_the_ablations_are_options(temperature, rank, millions):
-    recipe = load_recipe("cifar10-s", [f"model.temperature={temperature}", f"model.rank={rank}", "model.norm=l2"])
+    recipe = load_recipe(
+        "cifar10-s", [f"model.temperature={temperature}", f"model.rank={rank}", "model.norm=l2"]
+    )
     model = coda_fast.create_model(recipe.model.name, device="meta", **recipe.model.arguments())
     assert model.temperature == temperature
     assert model.layers[0].norm == "l2"
@@ -83,7 +97,10 @@ def test_imagenet100_is_as_published():
 
 @pytest.mark.parametrize(("rule", "expected"), [("none", 1e-3), ("linear", 4e-3), ("sqrt", 2e-3)])
 def test_the_rule_of_the_learning_rate(rule, expected):
-    recipe = load_recipe("digits-s", ["optimizer.lr=1e-3", f"optimizer.rule={rule}", "optimizer.reference_batch=16", "batch_size=64"])
+    recipe = load_recipe(
+        "digits-s",
+        ["optimizer.lr=1e-3", f"optimizer.rule={rule}", "optimizer.reference_batch=16", "batch_size=64"],
+    )
     assert recipe.learning_rate() == pytest.approx(expected)
 
 
@@ -99,8 +116,16 @@ def test_cosine_warms_up_and_ends_at_nothing():
 
 
 def test_overrides_are_typed(tmp_path):
-    recipe = load_recipe("digits-s", ["model.temperature=1e3", "ema.decay=0.5", "data.flip=true", "model.out_channels=[8, 10]", "seed=7"])
-    assert (recipe.model.temperature, recipe.ema.decay, recipe.data.flip, recipe.seed) == (1000.0, 0.5, True, 7)
+    recipe = load_recipe(
+        "digits-s",
+        ["model.temperature=1e3", "ema.decay=0.5", "data.flip=true", "model.out_channels=[8, 10]", "seed=7"],
+    )
+    assert (recipe.model.temperature, recipe.ema.decay, recipe.data.flip, recipe.seed) == (
+        1000.0,
+        0.5,
+        True,
+        7,
+    )
     assert recipe.model.out_channels == [8, 10]
     own = tmp_path / "own.yaml"
     own.write_text(recipe.to_yaml())
@@ -120,7 +145,10 @@ def test_overrides_are_typed(tmp_path):
         ("optimizer.lr=.nan", "optimizer.lr: expected .*got nan"),
         ("precision=float8", "precision: expected 'float32', 'bfloat16' or 'float64', got 'float8'"),
         ("schedule.kind=step", "schedule: expected every and divisor"),
-        ("schedule={kind: pieces, pieces: [[0, 5, 1, 1], [6, 5, 1, 1]]}", "expected one that begins at epoch 5, got 6"),
+        (
+            "schedule={kind: pieces, pieces: [[0, 5, 1, 1], [6, 5, 1, 1]]}",
+            "expected one that begins at epoch 5, got 6",
+        ),
         ("schedule={kind: pieces, pieces: [[0, 5, 1, 1]]}", "expected learning rates for 20 epochs, got 5"),
         ("optimizer.rule=sqrt", "optimizer.reference_batch: expected the batch"),
         ("data.resize=256", "data.size: expected a crop of at most data.resize"),
@@ -137,13 +165,29 @@ def test_what_a_recipe_refuses(override, message):
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        ("cifar10-s", "schedule.warmup=5", "schedule.warmup: expected schedule.kind=cosine beside it, without which it changes nothing"),
+        (
+            "cifar10-s",
+            "schedule.warmup=5",
+            "schedule.warmup: expected schedule.kind=cosine beside it, without which it changes nothing",
+        ),
         ("digits-s", "schedule.every=5", "schedule.every: expected schedule.kind=step beside it"),
-        ("digits-s", "data.val_path=/nowhere", "data.val_path: expected data.kind=folder or data.kind=webdataset beside it"),
+        (
+            "digits-s",
+            "data.val_path=/nowhere",
+            "data.val_path: expected data.kind=folder or data.kind=webdataset beside it",
+        ),
         ("digits-s", "data.in_memory=true", "data.in_memory: expected data.kind=folder beside it"),
-        ("digits-s", "loss.matrix_norm=l2", "loss.matrix_norm: expected loss.matrix_weight above 0 beside it"),
+        (
+            "digits-s",
+            "loss.matrix_norm=l2",
+            "loss.matrix_norm: expected loss.matrix_weight above 0 beside it",
+        ),
         ("digits-s", "ema.warmup=true", "ema.warmup: expected ema.decay above 0 beside it"),
-        ("imagenet100-l", "optimizer.lr=1e-5", "optimizer.lr: expected 0.00025, with which schedule.pieces begin, got 1e-05"),
+        (
+            "imagenet100-l",
+            "optimizer.lr=1e-5",
+            "optimizer.lr: expected 0.00025, with which schedule.pieces begin, got 1e-05",
+        ),
     ],
 )
 def test_a_change_that_changes_nothing_is_refused(name, override, message):
@@ -170,7 +214,9 @@ def test_what_a_recipe_leaves_unused_beside_a_change_is_no_error():
 
 
 def test_pieces_go_by_the_rule_too():
-    large = load_recipe("imagenet100-l", ["batch_size=1024", "optimizer.rule=sqrt", "optimizer.reference_batch=64"])
+    large = load_recipe(
+        "imagenet100-l", ["batch_size=1024", "optimizer.rule=sqrt", "optimizer.reference_batch=64"]
+    )
     assert rates(large) == pytest.approx([4 * rate for rate in rates(load_recipe("imagenet100-l"))])
 
 
@@ -182,7 +228,9 @@ def test_a_recipe_that_is_no_text(tmp_path):
 
 
 def test_an_unknown_recipe_names_those_there_are():
-    with pytest.raises(TrainingError, match=r"expected one of cifar10-s, .*digits-s.* or a .yaml file, got 'cifar'"):
+    with pytest.raises(
+        TrainingError, match=r"expected one of cifar10-s, .*digits-s.* or a .yaml file, got 'cifar'"
+    ):
         load_recipe("cifar")
     with pytest.raises(TrainingError, match="recipe: no such file: mine.yaml"):
         load_recipe("mine.yaml")
@@ -228,20 +276,36 @@ def test_a_recipe_of_bad_will(tmp_path, text, message):
 def test_aliases_of_a_modest_recipe_are_fine(tmp_path):
     own = tmp_path / "own.yaml"
     text = load_recipe("digits-s").to_yaml()
-    own.write_text("about: &same ours\n" + text.replace("name: digits-s", "name: *same").replace("about: scikit", "#"))
+    own.write_text(
+        "about: &same ours\n" + text.replace("name: digits-s", "name: *same").replace("about: scikit", "#")
+    )
     assert load_recipe(str(own)).name == "ours"
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        "epochs=1000000000000", "batch_size=1000000000039", "micro_batch=1000000000038", "evaluation.batch_size=1000000000000",
-        "model.rank=1000000000000", "model.image_size=1000000000000", "model.kernel_sizes=[1000000000000]", "data.workers=1000000000",
-        "data.pad=1000000000", "data.size=1000000000", "data.resize=1000000000", "data.classes=1000000000000", "data.shuffle=1000000000000",
-        "data.randaugment={n: 1000000000000}", "log.maps=1000000000", "devices=1000000000", "log.every=1000000000000",
-        f"model.out_channels={[1] * 257}", "loss.matrix_classes=1000000000000",
+        "epochs=1000000000000",
+        "batch_size=1000000000039",
+        "micro_batch=1000000000038",
+        "evaluation.batch_size=1000000000000",
+        "model.rank=1000000000000",
+        "model.image_size=1000000000000",
+        "model.kernel_sizes=[1000000000000]",
+        "data.workers=1000000000",
+        "data.pad=1000000000",
+        "data.size=1000000000",
+        "data.resize=1000000000",
+        "data.classes=1000000000000",
+        "data.shuffle=1000000000000",
+        "data.randaugment={n: 1000000000000}",
+        "log.maps=1000000000",
+        "devices=1000000000",
+        "log.every=1000000000000",
+        f"model.out_channels={[1] * 257}",
+        "loss.matrix_classes=1000000000000",
     ],
-)  # fmt: skip
+)
 def test_numbers_that_nobody_can_mean(change):
     """By key, before anything is made of them."""
     key, _, value = change.partition("=")

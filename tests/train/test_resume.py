@@ -1,4 +1,6 @@
-"""Runs that stop and go on: exactly, by signals, from the right checkpoint, in a folder of their own; the best epoch."""
+"""Runs that stop and go on: exactly, by signals, from the right checkpoint, in a folder of their own; the
+best epoch.
+"""
 
 import errno
 import os
@@ -69,7 +71,9 @@ def test_going_on_in_the_middle_of_an_epoch_is_exact(tmp_path, interrupt, monkey
     assert_same(whole, broken)
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
     for row, other in zip(whole["history"], broken["history"], strict=True):
-        assert {k: v for k, v in row.items() if k != "images_per_second"} == {k: v for k, v in other.items() if k != "images_per_second"}
+        assert {k: v for k, v in row.items() if k != "images_per_second"} == {
+            k: v for k, v in other.items() if k != "images_per_second"
+        }
     for name in ("numpy", "python"):
         assert whole["rng"][0][name] == broken["rng"][0][name]
     assert torch.equal(whole["rng"][0]["torch"], broken["rng"][0]["torch"])
@@ -112,14 +116,19 @@ def test_fewer_epochs_than_were_run_are_refused(tmp_path, interrupt):
     interrupt(27)
     with pytest.raises(Interrupted):
         run(tmp_path, *options)
-    with pytest.raises(TrainingError, match="epoch_0001_step_0000004.pt: epochs: expected at least 2, where the run stands, got 1"):
+    with pytest.raises(
+        TrainingError,
+        match="epoch_0001_step_0000004.pt: epochs: expected at least 2, where the run stands, got 1",
+    ):
         run(tmp_path, *options, "epochs=1", resume="auto")
 
 
 def test_a_folder_with_a_run_is_not_written_over(tmp_path):
     run(tmp_path, "epochs=1")
     before = (tmp_path / "metrics.csv").read_bytes()
-    with pytest.raises(TrainingError, match="holds a run already, up to epoch_0001_step_0000000.pt; --resume auto"):
+    with pytest.raises(
+        TrainingError, match="holds a run already, up to epoch_0001_step_0000000.pt; --resume auto"
+    ):
         run(tmp_path, "epochs=1")
     assert (tmp_path / "metrics.csv").read_bytes() == before
 
@@ -133,7 +142,10 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path):
         (b"notes of mine\n", "not a readable checkpoint"),
         ({"state_dict": {}}, "expected a checkpoint of coda-fast train, got a file with 'state_dict'"),
         ([1, 2], "expected a checkpoint of coda-fast train, got list"),
-        ({"format": "coda_fast.train", "version": "9"}, "a checkpoint of coda-fast train 9 without bad, best, data"),
+        (
+            {"format": "coda_fast.train", "version": "9"},
+            "a checkpoint of coda-fast train 9 without bad, best, data",
+        ),
         (print, "not a readable checkpoint"),  # a function: nothing is unpickled freely
     ],
 )
@@ -149,11 +161,14 @@ def test_a_foreign_checkpoint(tmp_path, content, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("name", "every", "stands_at"), [("SIGTERM", 4, 8), ("SIGUSR1", 4, 8), ("SIGTERM", 1000, 21)])
+@pytest.mark.parametrize(
+    ("name", "every", "stands_at"), [("SIGTERM", 4, 8), ("SIGUSR1", 4, 8), ("SIGTERM", 1000, 21)]
+)
 def test_a_signal_saves_and_stops(tmp_path, monkeypatch, name, every, stands_at):
     """At the next metrics after update 26; where that is the end of the epoch, before the evaluation."""
     options = (f"log.every={every}", "ema.decay=0.9")
-    monkeypatch.setattr(engine, "HEARTBEAT", 1e9)  # metrics by the count of steps alone, not also by the clock of a busy machine
+    # metrics by the count of steps alone, not also by the clock of a busy machine
+    monkeypatch.setattr(engine, "HEARTBEAT", 1e9)
     run(tmp_path / "whole", *options)
     step = engine.Run._step
 
@@ -178,7 +193,9 @@ def assert_goes_on(tmp_path, options):
     whole, stopped = end_of(tmp_path / "whole"), end_of(tmp_path / "stopped")
     assert_same(whole, stopped)
     for row, other in zip(whole["history"], stopped["history"], strict=True):
-        assert {k: v for k, v in row.items() if k != "images_per_second"} == {k: v for k, v in other.items() if k != "images_per_second"}
+        assert {k: v for k, v in row.items() if k != "images_per_second"} == {
+            k: v for k, v in other.items() if k != "images_per_second"
+        }
 
 
 def test_ctrl_c_names_what_is_kept(tmp_path, monkeypatch, capsys):
@@ -192,7 +209,10 @@ def test_ctrl_c_names_what_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine.Run, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.run(recipe(), tmp_path)
-    assert f"interrupted; the last good checkpoint is {tmp_path / 'checkpoints' / 'epoch_0001_step_0000000.pt'}" in capsys.readouterr().err
+    assert (
+        f"interrupted; the last good checkpoint is {tmp_path / 'checkpoints' / 'epoch_0001_step_0000000.pt'}"
+        in capsys.readouterr().err
+    )
 
 
 def test_slow_steps_are_interrupted_soon(tmp_path, monkeypatch):
@@ -246,9 +266,14 @@ def test_a_checkpoint_before_an_evaluation_if_the_last_is_old(tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_real_signal_to_a_real_process(tmp_path):
     """Sent from outside, while it trains: exit code 75, and the run can go on."""
-    process = subprocess.Popen(command(tmp_path, "epochs=2000"), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(tmp_path, "epochs=2000"), env=environment(), stderr=subprocess.PIPE, text=True
+    )
     try:
-        while not (tmp_path / "steps.csv").exists() or len((tmp_path / "steps.csv").read_text().splitlines()) < 8:
+        while (
+            not (tmp_path / "steps.csv").exists()
+            or len((tmp_path / "steps.csv").read_text().splitlines()) < 8
+        ):
             assert process.poll() is None, process.stderr.read()
         process.send_signal(signal.SIGTERM)
         printed = process.stderr.readline()
@@ -278,7 +303,9 @@ def test_a_folder_with_nothing_but_the_best_is_not_written_over(falling, tmp_pat
     (tmp_path / "checkpoints").mkdir()
     kept = tmp_path / "checkpoints" / "best.pt"
     shutil.copy(falling / "best.pt", kept)
-    with pytest.raises(TrainingError, match="holds a run already, up to best.pt; --resume auto goes on with it"):
+    with pytest.raises(
+        TrainingError, match="holds a run already, up to best.pt; --resume auto goes on with it"
+    ):
         run(tmp_path, *FALLING)
     assert kept.read_bytes() == (falling / "best.pt").read_bytes()
 
@@ -303,7 +330,11 @@ def falling(tmp_path_factory):
     """A run of four epochs, all kept, of which the second is said to be the best."""
     output, evaluate = tmp_path_factory.mktemp("falling"), engine.Run.evaluate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Run, "evaluate", lambda self: evaluate(self) | {"val_accuracy": 0.9 - 0.1 * abs(self.epoch - 1)})
+        patch.setattr(
+            engine.Run,
+            "evaluate",
+            lambda self: evaluate(self) | {"val_accuracy": 0.9 - 0.1 * abs(self.epoch - 1)},
+        )
         run(output, *FALLING)
     return output / "checkpoints"
 
@@ -325,7 +356,9 @@ def test_a_best_of_what_came_later_is_not_lost_and_not_passed_by(falling, tmp_pa
     folder.mkdir(parents=True)
     for name in ("epoch_0001_step_0000000.pt", "best.pt"):
         shutil.copy(falling / name, folder)
-    with pytest.raises(TrainingError, match="holds checkpoints after epoch_0001_step_0000000.pt, up to best.pt"):
+    with pytest.raises(
+        TrainingError, match="holds checkpoints after epoch_0001_step_0000000.pt, up to best.pt"
+    ):
         run(tmp_path / "run", *FALLING, resume=str(folder / "epoch_0001_step_0000000.pt"))
     run(tmp_path / "run", *FALLING, resume="auto")
     rows = end_of(tmp_path / "run", 4)["history"]
@@ -366,7 +399,9 @@ def test_going_back_does_not_lose_what_came_later(tmp_path):
     run(tmp_path / "a", "checkpoint.keep=9")
     older = tmp_path / "a" / "checkpoints" / "epoch_0001_step_0000000.pt"
     before = sorted(p.name for p in older.parent.iterdir())
-    with pytest.raises(TrainingError, match="holds checkpoints after epoch_0001_step_0000000.pt, up to epoch_0002"):
+    with pytest.raises(
+        TrainingError, match="holds checkpoints after epoch_0001_step_0000000.pt, up to epoch_0002"
+    ):
         run(tmp_path / "a", "checkpoint.keep=9", resume=str(older))
     assert sorted(p.name for p in older.parent.iterdir()) == before
     run(tmp_path / "b", "checkpoint.keep=9", "epochs=1")
@@ -379,7 +414,9 @@ def test_nothing_that_can_be_read_is_no_new_beginning(tmp_path):
     run(tmp_path, "epochs=1")
     for path in (tmp_path / "checkpoints").glob("epoch*.pt"):
         path.write_bytes(b"torn")
-    with pytest.raises(TrainingError, match="none of the 1 checkpoints can be read; move them away to begin anew"):
+    with pytest.raises(
+        TrainingError, match="none of the 1 checkpoints can be read; move them away to begin anew"
+    ):
         run(tmp_path, "epochs=1", resume="auto")
 
 
@@ -440,7 +477,9 @@ def test_a_run_that_began_meanwhile_is_not_written_over(tmp_path, monkeypatch):
         return data(self)
 
     monkeypatch.setattr(engine.Run, "_model_and_data", slow)
-    with pytest.raises(TrainingError, match="holds a run that began meanwhile; --resume auto goes on with it"):
+    with pytest.raises(
+        TrainingError, match="holds a run that began meanwhile; --resume auto goes on with it"
+    ):
         run(tmp_path / "out", "epochs=1", resume="auto")
 
 
@@ -462,11 +501,16 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     """The second waits a little, for one that was just killed, and is refused; the first is not disturbed."""
     run(tmp_path / "alone", "epochs=1")
     step, second = engine.Run._step, []
-    impatient = "import sys; from coda_fast import cli; from coda_fast.train import state; state.PATIENCE = 0.5; cli.main(sys.argv[1:])"
+    impatient = (
+        "import sys; from coda_fast import cli; from coda_fast.train import state; state.PATIENCE = 0.5; "
+        "cli.main(sys.argv[1:])"
+    )
 
     def intruded(self, batch):
         if self.updates == 3 and not second:
-            arguments = command(tmp_path / "out", "epochs=1", program=("-c", impatient, "train"), options=("--resume", "auto"))
+            arguments = command(
+                tmp_path / "out", "epochs=1", program=("-c", impatient, "train"), options=("--resume", "auto")
+            )
             second.append(finished(arguments, code=2))
         return step(self, batch)
 
@@ -486,7 +530,13 @@ def test_other_data_is_another_run(tmp_path):
     options = ("data.kind=npz", "model.image_size=null", "batch_size=20", "schedule.kind=constant")
 
     def write(name, train_images, train_labels):
-        np.savez(tmp_path / name, train_images=train_images, train_labels=train_labels, test_images=images[:20], test_labels=labels[:20])
+        np.savez(
+            tmp_path / name,
+            train_images=train_images,
+            train_labels=train_labels,
+            test_images=images[:20],
+            test_labels=labels[:20],
+        )
         return f"data.path={tmp_path / name}"
 
     run(tmp_path / "out", *options, write("a.npz", images, labels), "epochs=1")
@@ -498,19 +548,42 @@ def test_other_data_is_another_run(tmp_path):
     for what, changed in others.items():
         with pytest.raises(TrainingError, match=f"had other data: {what}"):
             run(tmp_path / "out", *options, write("b.npz", *changed), "epochs=2", resume="auto")
-    assert run(tmp_path / "out", *options, write("e.npz", images, labels), "epochs=2", resume="auto")["epoch"] == 2
+    assert (
+        run(tmp_path / "out", *options, write("e.npz", images, labels), "epochs=2", resume="auto")["epoch"]
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("recipe", 3), ("data", []), ("world", "x"), ("epoch", -1), ("epoch", 1.5), ("step", None), ("updates", []), ("model", None),
-        ("ema", 3), ("optimizer", []), ("optimizer", {}), ("schedule", 1), ("schedule", {"step": 3}), ("rng", {}), ("history", 3),
-        ("history", [3]), ("best", "x"), ("bad", 3), ("seconds", "x"), ("sums", 3), ("model", {"x": torch.zeros(3)}), ("rng", []),
-        ("rng", [None]), ("rng", [{"torch": torch.zeros(3), "numpy": [], "python": [], "cuda": None}]),
+        ("recipe", 3),
+        ("data", []),
+        ("world", "x"),
+        ("epoch", -1),
+        ("epoch", 1.5),
+        ("step", None),
+        ("updates", []),
+        ("model", None),
+        ("ema", 3),
+        ("optimizer", []),
+        ("optimizer", {}),
+        ("schedule", 1),
+        ("schedule", {"step": 3}),
+        ("rng", {}),
+        ("history", 3),
+        ("history", [3]),
+        ("best", "x"),
+        ("bad", 3),
+        ("seconds", "x"),
+        ("sums", 3),
+        ("model", {"x": torch.zeros(3)}),
+        ("rng", []),
+        ("rng", [None]),
+        ("rng", [{"torch": torch.zeros(3), "numpy": [], "python": [], "cuda": None}]),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_checkpoint_of_bad_will(tmp_path, finished_run, key, value):
     """One line, whatever stands where; and nothing is written into the folder of the run."""
     state = torch.load(finished_run, weights_only=True) | {key: value}

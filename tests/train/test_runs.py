@@ -23,18 +23,24 @@ from coda_fast.train import state as train_state
 
 
 def test_a_run_leaves_what_it_promises(tmp_path):
-    row = run(tmp_path, "ema.decay=0.9", "log.maps=2", "log.tensorboard=true", "epochs=3", "checkpoint.keep=2")
+    row = run(
+        tmp_path, "ema.decay=0.9", "log.maps=2", "log.tensorboard=true", "epochs=3", "checkpoint.keep=2"
+    )
     assert row["epoch"] == 3
     assert row["updates"] == 3 * (1347 // 64)
     assert row["val_images"] == 450
     assert row["train_loss"] < losses(tmp_path)[4]
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert {"recipe.yaml", "metrics.csv", "steps.csv", "curve.png"} <= names
-    assert {n for n in names if n.endswith(".safetensors")} == {f"model{which}.safetensors" for which in ("", "_ema", "_best")}
+    assert {n for n in names if n.endswith(".safetensors")} == {
+        f"model{which}.safetensors" for which in ("", "_ema", "_best")
+    }
     assert {f"maps/epoch_000{i}.png" for i in (1, 2, 3)} <= names
     assert {n for n in names if n.startswith("checkpoints/")} == {
-        "checkpoints/best.pt", "checkpoints/epoch_0002_step_0000000.pt", "checkpoints/epoch_0003_step_0000000.pt"
-    }  # fmt: skip
+        "checkpoints/best.pt",
+        "checkpoints/epoch_0002_step_0000000.pt",
+        "checkpoints/epoch_0003_step_0000000.pt",
+    }
     with open(tmp_path / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(r["epoch"]) for r in rows] == [1, 2, 3]
@@ -43,7 +49,11 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 
     data = digits()
     best_row = max(rows, key=lambda r: float(r["ema_val_accuracy"]))
-    reported = {"model": row["val_accuracy"], "model_ema": row["ema_val_accuracy"], "model_best": float(best_row["ema_val_accuracy"])}
+    reported = {
+        "model": row["val_accuracy"],
+        "model_ema": row["ema_val_accuracy"],
+        "model_best": float(best_row["ema_val_accuracy"]),
+    }
     for name, accuracy in reported.items():
         model = coda_fast.load(tmp_path / f"{name}.safetensors")
         images = (data.test_images * 255).round() / 255
@@ -77,7 +87,9 @@ def test_the_moving_average_is_one(tmp_path, monkeypatch):
     average = seen[1]  # timm's copies at its first two calls
     for weight in seen[2:]:
         average = 0.75 * average + 0.25 * weight
-    torch.testing.assert_close(end_of(tmp_path, 1)["ema"]["model.layers.0.weight"], average, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        end_of(tmp_path, 1)["ema"]["model.layers.0.weight"], average, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_one_update_by_hand(tmp_path, monkeypatch):
@@ -95,7 +107,15 @@ def test_one_update_by_hand(tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine.Run, "_step", noting)
     # micro-batches of 10 from 60: the mean over six equal parts is the mean over all
-    run(tmp_path, "epochs=1", "precision=float64", "batch_size=60", "micro_batch=10", "schedule.kind=constant", "optimizer.lr=0.01")
+    run(
+        tmp_path,
+        "epochs=1",
+        "precision=float64",
+        "batch_size=60",
+        "micro_batch=10",
+        "schedule.kind=constant",
+        "optimizer.lr=0.01",
+    )
     from coda_fast.demo import digits
 
     data = digits()
@@ -127,7 +147,10 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
         return step(self, batch)
 
     monkeypatch.setattr(engine.Run, "_step", poisoned)
-    message = r"got nan in epoch 2 between steps 8 and 12 .*not finite: \d+ of \d+ weights, first layers\.0\..* the last good .* is "
+    message = (
+        r"got nan in epoch 2 between steps 8 and 12 .*not finite: \d+ of \d+ weights, first layers\.0\..* "
+        r"the last good .* is "
+    )
     message += r".*epoch_0001_step_0000008.pt"
     with pytest.raises(TrainingError, match=message):
         run(tmp_path, "checkpoint.every_steps=29")
@@ -167,7 +190,10 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(engine.Run, "_step", poisoned)
-    with pytest.raises(TrainingError, match=r"expected finite numbers, got others in model.layers.1.bias; the last good .*epoch_0001"):
+    with pytest.raises(
+        TrainingError,
+        match=r"expected finite numbers, got others in model.layers.1.bias; the last good .*epoch_0001",
+    ):
         run(tmp_path)
     assert not (tmp_path / "checkpoints" / "epoch_0002_step_0000000.pt").exists()
 
@@ -175,10 +201,15 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("where", "name", "stands_at"),
     [
-        ("watch", "_open_steps", 1), ("watch", "step", 1), ("state", "link_best", 2), ("watch", "_write_metrics", 2), ("watch", "maps", 2),
-        ("plot", "save_figure", 2), ("checkpoints", "save", 2),
+        ("watch", "_open_steps", 1),
+        ("watch", "step", 1),
+        ("state", "link_best", 2),
+        ("watch", "_write_metrics", 2),
+        ("watch", "maps", 2),
+        ("plot", "save_figure", 2),
+        ("checkpoints", "save", 2),
     ],
-)  # fmt: skip
+)
 def test_a_full_disk_beside_the_checkpoints(tmp_path, monkeypatch, where, name, stands_at):
     """Curves, pictures, links: one line that names the last good checkpoint, from which the run goes on."""
     from coda_fast import plot
@@ -193,14 +224,19 @@ def test_a_full_disk_beside_the_checkpoints(tmp_path, monkeypatch, where, name, 
     owner = {"watch": watch.Watch, "plot": plot, "checkpoints": checkpoints, "state": state}[where]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, full)
-        with pytest.raises(TrainingError, match=rf"No space left on device; the last good .* is .*epoch_000{stands_at}_step_0000000.pt"):
+        with pytest.raises(
+            TrainingError,
+            match=rf"No space left on device; the last good .* is .*epoch_000{stands_at}_step_0000000.pt",
+        ):
             run(tmp_path, *options, resume="auto")
     assert run(tmp_path, *options, resume="auto")["epoch"] == 2
     assert (tmp_path / "curve.png").exists()
 
 
 def test_a_full_disk(tmp_path):
-    """Files may not grow over a size, which is how a full disk looks to the writer; the checkpoint of before stays, and is named."""
+    """Files may not grow over a size, which is how a full disk looks to the writer; the checkpoint of
+    before stays, and is named.
+    """
     run(tmp_path, "epochs=1", "schedule.kind=constant")
     kept = (tmp_path / "checkpoints" / "epoch_0001_step_0000000.pt").read_bytes()
     program = (
@@ -209,7 +245,9 @@ def test_a_full_disk(tmp_path):
         "from coda_fast.cli import main; main(['train', *sys.argv[1:]])"
     )
     options = ("--quiet", "--resume", "auto")
-    arguments = command(tmp_path, "epochs=2", "schedule.kind=constant", program=("-c", program), options=options)
+    arguments = command(
+        tmp_path, "epochs=2", "schedule.kind=constant", program=("-c", program), options=options
+    )
     printed = finished(arguments, code=2)
     assert "cannot write the checkpoint" in printed
     assert "File too large" in printed
@@ -234,17 +272,41 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         (("model.backend=fast",), "backend.*'fast'"),
         (("model.out_channels=[4, 9]",), "model.out_channels: expected 10 classes at the end"),
         (("model.ranks=[1]",), "ranks: expected 2 entries"),
-        (("optimizer.name=adamm",), r"optimizer.name: expected one of timm.optim.list_optimizers\(\) \(adam\w*, .*\), got 'adamm'"),
+        (
+            ("optimizer.name=adamm",),
+            r"optimizer.name: expected one of timm.optim.list_optimizers\(\) \(adam\w*, .*\), got 'adamm'",
+        ),
         (("data.kind=cifar10",), "data.path: expected where the images are, got none"),
         (("data.kind=npz", "data.path=/nowhere/x.npz"), "no such file or folder: /nowhere/x.npz"),
         (("model.name=coda_s_cifar10",), "the model takes 3 channels, the images have 1"),
-        (("optimizer.name=adafactorbv",), "optimizer.name: expected another one, 'adafactorbv' holds what torch cannot keep"),
-        (("optimizer.name=adahessian",), "optimizer.name: expected another one, 'adahessian' needs second derivatives"),
-        (("optimizer.name=sgd", "optimizer.betas=[0.9, 0.99]"), r"optimizer.betas: expected none for 'sgd', got \[0.9, 0.99\]"),
-        (("optimizer.name=adan", "optimizer.betas=[0.9, 0.99]"), r"optimizer.betas: expected as many as \(0.98, 0.92, 0.99\) for 'adan'"),
-        (("optimizer.betas=[0.9, 0.99, 0.9]",), r"optimizer.betas: expected as many as \(0.9, 0.999\) for 'adam'"),
-        (("schedule.warmup=1.999",), "schedule.warmup: expected less than the 42 steps of the run, got 42 of them"),
-        (("loss.matrix_weight=1", "loss.matrix_classes=11"), "loss.matrix_classes: expected at most the 10 classes, got 11"),
+        (
+            ("optimizer.name=adafactorbv",),
+            "optimizer.name: expected another one, 'adafactorbv' holds what torch cannot keep",
+        ),
+        (
+            ("optimizer.name=adahessian",),
+            "optimizer.name: expected another one, 'adahessian' needs second derivatives",
+        ),
+        (
+            ("optimizer.name=sgd", "optimizer.betas=[0.9, 0.99]"),
+            r"optimizer.betas: expected none for 'sgd', got \[0.9, 0.99\]",
+        ),
+        (
+            ("optimizer.name=adan", "optimizer.betas=[0.9, 0.99]"),
+            r"optimizer.betas: expected as many as \(0.98, 0.92, 0.99\) for 'adan'",
+        ),
+        (
+            ("optimizer.betas=[0.9, 0.99, 0.9]",),
+            r"optimizer.betas: expected as many as \(0.9, 0.999\) for 'adam'",
+        ),
+        (
+            ("schedule.warmup=1.999",),
+            "schedule.warmup: expected less than the 42 steps of the run, got 42 of them",
+        ),
+        (
+            ("loss.matrix_weight=1", "loss.matrix_classes=11"),
+            "loss.matrix_classes: expected at most the 10 classes, got 11",
+        ),
     ],
 )
 def test_what_cannot_start_says_so_and_writes_nothing(tmp_path, overrides, message):
@@ -255,7 +317,9 @@ def test_what_cannot_start_says_so_and_writes_nothing(tmp_path, overrides, messa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(tmp_path):
-    with pytest.raises(TrainingError, match="accelerator: expected a CUDA GPU for accelerator=cuda, found none"):
+    with pytest.raises(
+        TrainingError, match="accelerator: expected a CUDA GPU for accelerator=cuda, found none"
+    ):
         run(tmp_path / "out", "accelerator=cuda")
 
 
@@ -268,7 +332,9 @@ def test_betas_are_for_every_optimizer_that_has_them(tmp_path):
 @pytest.mark.parametrize("content", [b"a,b\n1,2\n", "gr\u00fcn".encode("latin-1")])
 def test_a_foreign_curve_is_not_written_over(tmp_path, content):
     (tmp_path / "steps.csv").write_bytes(content)
-    with pytest.raises(TrainingError, match="steps.csv: expected the steps of a run, found another file; move it away"):
+    with pytest.raises(
+        TrainingError, match="steps.csv: expected the steps of a run, found another file; move it away"
+    ):
         run(tmp_path)
     assert (tmp_path / "steps.csv").read_bytes() == content
 
@@ -280,7 +346,10 @@ def test_what_nccl_says_is_not_lost(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(engine.Run, "_step", failing)
-    with pytest.raises(TrainingError, match="processes: .*Last error: Duplicate GPU detected.*no checkpoint was written before"):
+    with pytest.raises(
+        TrainingError,
+        match="processes: .*Last error: Duplicate GPU detected.*no checkpoint was written before",
+    ):
         run(tmp_path)
 
 
@@ -318,12 +387,22 @@ def test_accuracy_of_rows_is_json(tmp_path):
 
 
 def test_training_loads_only_when_asked():
-    code = "import sys, coda_fast.cli; sys.exit(any(m in sys.modules for m in ('lightning', 'timm', 'pydantic', 'yaml', 'tensorboard')))"
+    code = (
+        "import sys, coda_fast.cli; sys.exit(any(m in sys.modules for m in ('lightning', 'timm', "
+        "'pydantic', 'yaml', 'tensorboard')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
 
 
 def test_a_recipe_runs_no_commands(tmp_path):
-    options = ("data.kind=webdataset", "data.val_path=x.tar", "data.classes=10", "data.train_samples=9", "data.size=8", "data.resize=8")
+    options = (
+        "data.kind=webdataset",
+        "data.val_path=x.tar",
+        "data.classes=10",
+        "data.train_samples=9",
+        "data.size=8",
+        "data.resize=8",
+    )
     with pytest.raises(TrainingError, match="a recipe must not run commands"):
         run(tmp_path / "out", *options, f"data.path=pipe:touch {tmp_path}/ran")
     assert not list(tmp_path.iterdir())
@@ -338,7 +417,13 @@ def test_validation_images_that_cannot_be_read_are_no_accuracy(tmp_path):
             for i in range(4):
                 path = tmp_path / "set" / split / name / f"{i}.png"
                 Image.new("L", (8, 8), 20 * i).save(path) if split == "train" else path.write_bytes(b"torn")
-    options = ("data.kind=folder", f"data.path={tmp_path / 'set'}", "data.workers=0", "batch_size=4", "model.out_channels=[4, 2]")
+    options = (
+        "data.kind=folder",
+        f"data.path={tmp_path / 'set'}",
+        "data.workers=0",
+        "batch_size=4",
+        "model.out_channels=[4, 2]",
+    )
     with pytest.raises(TrainingError, match="expected validation images, could read none of them"):
         run(tmp_path / "out", *options)
 
@@ -354,15 +439,23 @@ def test_small_micro_batches_are_said(tmp_path, capsys):
         (("model.rank=2000000000",), "model: .*expected"),
         (("model.ranks=[2000000000, 4]",), "model: .*: expected what fits into the .* GiB of this machine"),
         (("model.kernel_sizes=[2000000001, 3]",), "model: expected|model: .*kernel"),
-        (("model.out_channels=[2000000000, 10]",), "model: .*: expected what fits into the .* GiB of this machine"),
-        (("model.out_channels=[1000000, 10]", "model.ranks=[10000, 4]"), "model: .*expected what fits into the .* GiB of this machine"),
+        (
+            ("model.out_channels=[2000000000, 10]",),
+            "model: .*: expected what fits into the .* GiB of this machine",
+        ),
+        (
+            ("model.out_channels=[1000000, 10]", "model.ranks=[10000, 4]"),
+            "model: .*expected what fits into the .* GiB of this machine",
+        ),
         (("devices=1000",), "devices: expected at most .* processes on this machine's processors, got 1000"),
         (("data.kind=npz", "data.path=x.npz"), "data.path: no such file"),
     ],
     ids=str,
 )
 def test_what_this_machine_cannot_hold_is_refused_before_it_is_made(tmp_path, overrides, message):
-    kept = [change for change in TINY if not (change.startswith("model.ranks") and "model.rank=" in overrides[0])]
+    kept = [
+        change for change in TINY if not (change.startswith("model.ranks") and "model.rank=" in overrides[0])
+    ]
     with pytest.raises(TrainingError, match=message) as refused:
         train.run(load_recipe("digits-s", [*kept, *overrides]), tmp_path / "out", progress=False)
     assert "\n" not in str(refused.value)
@@ -372,7 +465,9 @@ def test_what_this_machine_cannot_hold_is_refused_before_it_is_made(tmp_path, ov
 def test_labels_that_make_a_model_too_large(tmp_path):
     """The largest label is the number of classes."""
     images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 2, 2**40])
-    np.savez(tmp_path / "d.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    np.savez(
+        tmp_path / "d.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels
+    )
     options = ("data.kind=npz", f"data.path={tmp_path / 'd.npz'}", "batch_size=2")
     with pytest.raises(TrainingError, match="model: .*expected"):
         train.run(load_recipe("digits-s", [*options, "accelerator=cpu"]), tmp_path / "out", progress=False)
@@ -388,7 +483,8 @@ def test_batches_that_this_machine_cannot_hold(tmp_path, monkeypatch):
     run(tmp_path / "out", "batch_size=1024", "micro_batch=64", "epochs=1")
 
 
-# -- a run and what it reads ----------------------------------------------------------------------------------------------------------
+# -- a run and what it reads
+# ----------------------------------------------------------------------------------------------------------
 
 
 def contents(folder):
@@ -403,7 +499,9 @@ def command_line(*arguments, capsys):
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "link.yaml"])
 def test_a_run_never_writes_over_its_recipe(tmp_path, capsys, name):
-    """Its folder gets a recipe.yaml with all values. Written over with itself it stays as it is; written over with changes it is lost."""
+    """Its folder gets a recipe.yaml with all values. Written over with itself it stays as it is; written
+    over with changes it is lost.
+    """
     (tmp_path / "recipe.yaml").write_text("# mine\n" + recipe("epochs=1").to_yaml())
     if name != "recipe.yaml":
         os.link(tmp_path / "recipe.yaml", tmp_path / name)
@@ -417,7 +515,12 @@ def test_a_run_never_writes_over_its_recipe(tmp_path, capsys, name):
     (tmp_path / "recipe.yaml").write_text(recipe("epochs=1").to_yaml())
     code, error = command_line(tmp_path / "recipe.yaml", "--output", tmp_path, "--quiet", capsys=capsys)
     assert code == 0, error
-    assert command_line(tmp_path / "recipe.yaml", "--output", tmp_path, "--quiet", "--resume", "auto", capsys=capsys)[0] == 0
+    assert (
+        command_line(
+            tmp_path / "recipe.yaml", "--output", tmp_path, "--quiet", "--resume", "auto", capsys=capsys
+        )[0]
+        == 0
+    )
 
 
 def test_a_run_never_goes_into_its_data(tmp_path):
@@ -427,9 +530,18 @@ def test_a_run_never_goes_into_its_data(tmp_path):
             Image.new("L", (8, 8), 99).save(tmp_path / "set" / split / label / "1.png")
     (tmp_path / "link").symlink_to(tmp_path / "set" / "train", target_is_directory=True)
     before = contents(tmp_path)
-    data = ("data.kind=folder", f"data.path={tmp_path / 'set'}", "data.workers=0", "batch_size=2", "model.out_channels=[4, 2]", "epochs=1")
+    data = (
+        "data.kind=folder",
+        f"data.path={tmp_path / 'set'}",
+        "data.workers=0",
+        "batch_size=2",
+        "model.out_channels=[4, 2]",
+        "epochs=1",
+    )
     for output in ("set/train", "set/train/run", "set/val/x/y", "link", "link/run", "set/train/../val"):
-        with pytest.raises(TrainingError, match="output: expected a folder outside of .*set/(train|val), which is read, got"):
+        with pytest.raises(
+            TrainingError, match="output: expected a folder outside of .*set/(train|val), which is read, got"
+        ):
             run(tmp_path / output, *data)
     assert contents(tmp_path) == before
     run(tmp_path / "set" / "run", *data)  # beside them it is in nobody's way
@@ -437,11 +549,22 @@ def test_a_run_never_goes_into_its_data(tmp_path):
 
 def test_a_run_never_writes_over_its_arrays(tmp_path):
     images, labels = np.zeros((4, 8, 8), np.uint8), np.arange(4)
-    np.savez(tmp_path / "d.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    np.savez(
+        tmp_path / "d.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels
+    )
     os.link(tmp_path / "d.npz", tmp_path / "metrics.csv")
     before = contents(tmp_path)
-    with pytest.raises(TrainingError, match="output: expected another file than those that are read, got .*metrics.csv, which is .*d.npz"):
-        run(tmp_path, "data.kind=npz", f"data.path={tmp_path / 'd.npz'}", "batch_size=2", "model.out_channels=[4, 4]")
+    with pytest.raises(
+        TrainingError,
+        match="output: expected another file than those that are read, got .*metrics.csv, which is .*d.npz",
+    ):
+        run(
+            tmp_path,
+            "data.kind=npz",
+            f"data.path={tmp_path / 'd.npz'}",
+            "batch_size=2",
+            "model.out_channels=[4, 4]",
+        )
     assert contents(tmp_path) == before
 
 
@@ -461,7 +584,8 @@ def test_a_recipe_does_not_choose_where_it_writes(tmp_path, capsys, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-# -- a full disk ----------------------------------------------------------------------------------------------------------------------
+# -- a full disk
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_run_goes_on_without_tensorboard(tmp_path, capsys, monkeypatch):

@@ -30,19 +30,31 @@ def pack(path, files):
 
 @pytest.fixture
 def shards(tmp_path):
-    """6 shards of 5 training images, 3 of 4, 1 and 2 for validation; the brightness of an image tells which it is."""
+    """6 shards of 5 training images, 3 of 4, 1 and 2 for validation; the brightness of an image tells
+    which it is.
+    """
     value = 0
     for kind, sizes in (("train", [5] * 6), ("val", [4, 1, 2])):
         for i, size in enumerate(sizes):
             for j in range(size):
-                files = {f"{i}{j}.jpg": picture(value % 256, (20, 20)), f"{i}{j}.cls": b"%d" % (value // 6 % 3)}
+                files = {
+                    f"{i}{j}.jpg": picture(value % 256, (20, 20)),
+                    f"{i}{j}.cls": b"%d" % (value // 6 % 3),
+                }
                 pack(tmp_path / f"{kind}-{i:03d}.tar", files)
                 value += 6
     pattern = str(tmp_path)
     return Data(
-        kind="webdataset", path=pattern + "/train-{000..005}.tar", val_path=pattern + "/val-{000..002}.tar", classes=3, resize=20, size=16,
-        workers=0, train_samples=30, shuffle=10,
-    )  # fmt: skip
+        kind="webdataset",
+        path=pattern + "/train-{000..005}.tar",
+        val_path=pattern + "/val-{000..002}.tar",
+        classes=3,
+        resize=20,
+        size=16,
+        workers=0,
+        train_samples=30,
+        shuffle=10,
+    )
 
 
 def values(batches):
@@ -102,7 +114,13 @@ def test_too_few_shards(shards):
 
 def test_too_few_shards_leave_no_folder(shards, tmp_path):
     pytest.importorskip("webdataset")
-    options = ("model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", "data.workers=7", "batch_size=4")
+    options = (
+        "model.name=coda_s_cifar10",
+        "model.out_channels=[4, 3]",
+        "data.kind=webdataset",
+        "data.workers=7",
+        "batch_size=4",
+    )
     given = ("path", "val_path", "classes", "size", "train_samples")
     with pytest.raises(TrainingError, match="a shard at least for each of 1 processes x 7 workers, got 6"):
         run(tmp_path / "out", *options, *(f"data.{key}={getattr(shards, key)}" for key in given))
@@ -112,23 +130,48 @@ def test_too_few_shards_leave_no_folder(shards, tmp_path):
 def test_a_run_on_shards_stops_and_goes_on(shards, tmp_path):
     pytest.importorskip("webdataset")
     options = (
-        "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", f"data.path={shards.path}",
-        f"data.val_path={shards.val_path}", "data.classes=3", "data.resize=20", "data.size=16", "data.workers=0", "data.train_samples=30",
-        "batch_size=5", "checkpoint.every_steps=4", "checkpoint.keep=9", "log.maps=2",
-    )  # fmt: skip
+        "model.name=coda_s_cifar10",
+        "model.out_channels=[4, 3]",
+        "data.kind=webdataset",
+        f"data.path={shards.path}",
+        f"data.val_path={shards.val_path}",
+        "data.classes=3",
+        "data.resize=20",
+        "data.size=16",
+        "data.workers=0",
+        "data.train_samples=30",
+        "batch_size=5",
+        "checkpoint.every_steps=4",
+        "checkpoint.keep=9",
+        "log.maps=2",
+    )
     row = run(tmp_path / "whole", *options)
     assert (row["val_images"], row["updates"]) == (7, 12)
     assert len(list((tmp_path / "whole" / "maps").iterdir())) == 2
-    run(tmp_path / "rest", *options, resume=str(tmp_path / "whole" / "checkpoints" / "epoch_0001_step_0000002.pt"))
+    run(
+        tmp_path / "rest",
+        *options,
+        resume=str(tmp_path / "whole" / "checkpoints" / "epoch_0001_step_0000002.pt"),
+    )
     assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "rest"))
 
 
 def test_other_workers_in_the_middle_of_an_epoch_of_shards_are_told_of(shards, tmp_path, capsys):
     options = (
-        "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", f"data.path={shards.path}",
-        f"data.val_path={shards.val_path}", "data.classes=3", "data.resize=20", "data.size=16", "data.train_samples=30", "batch_size=5",
-        "checkpoint.every_steps=4", "checkpoint.keep=9", "epochs=1",
-    )  # fmt: skip
+        "model.name=coda_s_cifar10",
+        "model.out_channels=[4, 3]",
+        "data.kind=webdataset",
+        f"data.path={shards.path}",
+        f"data.val_path={shards.val_path}",
+        "data.classes=3",
+        "data.resize=20",
+        "data.size=16",
+        "data.train_samples=30",
+        "batch_size=5",
+        "checkpoint.every_steps=4",
+        "checkpoint.keep=9",
+        "epochs=1",
+    )
     run(tmp_path / "whole", *options, "data.workers=0")
     middle = str(tmp_path / "whole" / "checkpoints" / "epoch_0000_step_0000004.pt")
     for workers, told in ((1, False), (2, True)):
@@ -139,12 +182,23 @@ def test_other_workers_in_the_middle_of_an_epoch_of_shards_are_told_of(shards, t
 
 @pytest.mark.slow
 def test_workers_end_with_a_run_on_shards_and_leave_nothing(shards, tmp_path):
-    """Whose stream is endless; and where the run ends with an error while a worker waits for a shard that does not answer."""
+    """Whose stream is endless; and where the run ends with an error while a worker waits for a shard that
+    does not answer.
+    """
     options = (
-        "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", f"data.val_path={shards.val_path}",
-        "data.classes=3", "data.resize=20", "data.size=16", "data.train_samples=30", "batch_size=5", "data.workers=2",
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="coda") as temporary:  # not in tmp_path: names of sockets are short
+        "model.name=coda_s_cifar10",
+        "model.out_channels=[4, 3]",
+        "data.kind=webdataset",
+        f"data.val_path={shards.val_path}",
+        "data.classes=3",
+        "data.resize=20",
+        "data.size=16",
+        "data.train_samples=30",
+        "batch_size=5",
+        "data.workers=2",
+    )
+    # not in tmp_path: names of sockets are short
+    with tempfile.TemporaryDirectory(prefix="coda") as temporary:
         finished(command(tmp_path / "out", *options, f"data.path={shards.path}"), TMPDIR=temporary)
         assert not list(Path(temporary).glob("pymp-*"))
     (tmp_path / "bad").mkdir()
@@ -157,7 +211,9 @@ def test_workers_end_with_a_run_on_shards_and_leave_nothing(shards, tmp_path):
 
 @pytest.fixture
 def damaged_shards(shards):
-    """Of the training shards 2 and 5 are torn; in the others, in the middle, what cannot be read, 6 of it, and what is no sample."""
+    """Of the training shards 2 and 5 are torn; in the others, in the middle, what cannot be read, 6 of it,
+    and what is no sample.
+    """
     paths = [Path(shards.path.replace("{000..005}", f"00{i}")) for i in range(6)]
     good = picture(250, (20, 20))
     for i, files in (
@@ -191,8 +247,12 @@ def test_samples_that_cannot_be_read_are_named_and_keep_their_place(damaged_shar
     changes = {"workers": workers} | ({"val_path": damaged_shards.path} if evaluation else {})
     found = open_data(damaged_shards.model_copy(update=changes), 3)
     batches = list(found.val.evaluation(5, ONE) if evaluation else found.train.training(0, 0, 0, 5, ONE))
-    if evaluation:  # 4 whole shards, 3 images added, the torn ones up to the last sample after which another began
-        assert sum(len(b.labels) if b.valid is None else int(b.valid.sum()) for b in batches) == 4 * 5 + 3 + 2 + 1
+    # 4 whole shards, 3 images added, the torn ones up to the last sample after which another began
+    if evaluation:
+        assert (
+            sum(len(b.labels) if b.valid is None else int(b.valid.sum()) for b in batches)
+            == 4 * 5 + 3 + 2 + 1
+        )
     else:
         batches += list(found.train.training(0, 1, 0, 5, ONE)) + list(found.train.training(0, 2, 0, 5, ONE))
         assert {len(b.labels) for b in batches} == {5}
@@ -228,12 +288,16 @@ def test_a_lane_without_a_sample_says_one_clear_line(shards, workers):
         path = Path(shards.path.replace("{000..005}", f"00{i}"))
         path.write_bytes(b"" if i % 2 else path.read_bytes()[:700])
     source = open_data(shards.model_copy(update={"workers": workers}), 3).train
-    with pytest.raises(DataError, match=r"no samples with an image and a class in \[.*tar: expected a whole tar file") as caught:
+    with pytest.raises(
+        DataError, match=r"no samples with an image and a class in \[.*tar: expected a whole tar file"
+    ) as caught:
         list(source.training(0, 0, 0, 5, ONE))
     assert "\n" not in str(caught.value)
     with tarfile.open(shards.val_path.replace("{000..002}", "003"), "w"):
         pass
-    source = open_data(shards.model_copy(update={"val_path": shards.val_path.replace("{000..002}", "003")}), 3).val
+    source = open_data(
+        shards.model_copy(update={"val_path": shards.val_path.replace("{000..002}", "003")}), 3
+    ).val
     with pytest.raises(DataError, match="no samples with an image and a class"):
         source.sample(4)
     assert list(source.evaluation(4, ONE)) == []
@@ -256,21 +320,38 @@ def test_names_that_are_not_text(shards):
 
 def test_torn_shards_count_against_max_corrupt(damaged_shards, tmp_path):
     options = (
-        "model.name=coda_s_cifar10", "model.out_channels=[4, 3]", "data.kind=webdataset", f"data.path={damaged_shards.path}",
-        f"data.val_path={damaged_shards.val_path}", "data.classes=3", "data.resize=20", "data.size=16", "data.workers=0",
-        "data.train_samples=40", "batch_size=5", "epochs=1",
-    )  # fmt: skip
+        "model.name=coda_s_cifar10",
+        "model.out_channels=[4, 3]",
+        "data.kind=webdataset",
+        f"data.path={damaged_shards.path}",
+        f"data.val_path={damaged_shards.val_path}",
+        "data.classes=3",
+        "data.resize=20",
+        "data.size=16",
+        "data.workers=0",
+        "data.train_samples=40",
+        "batch_size=5",
+        "epochs=1",
+    )
     assert run(tmp_path / "a", *options, "data.max_corrupt=8")["unreadable"] > 5
-    with pytest.raises(TrainingError, match=r"at most 1 images that cannot be read \(data.max_corrupt\), got"):
+    with pytest.raises(
+        TrainingError, match=r"at most 1 images that cannot be read \(data.max_corrupt\), got"
+    ):
         run(tmp_path / "b", *options, "data.max_corrupt=1")
 
 
-# -- shards of bad will ---------------------------------------------------------------------------------------------------------------
+# -- shards of bad will
+# ------------------------------------------------------------------------------------------------------------
 
 
 def entry(name, content=b"", kind=tarfile.REGTYPE, size=None, link="", pax=None):
     made = tarfile.TarInfo(name)
-    made.type, made.size, made.linkname, made.pax_headers = kind, len(content) if size is None else size, link, pax or {}
+    made.type, made.size, made.linkname, made.pax_headers = (
+        kind,
+        len(content) if size is None else size,
+        link,
+        pax or {},
+    )
     return made, content
 
 
@@ -283,16 +364,22 @@ def shard_of(path, *entries, mode="w", format=tarfile.PAX_FORMAT):
 
 
 def sample(name, label=0, image=None):
-    return entry(f"{name}.jpg", picture(90, (20, 20)) if image is None else image), entry(f"{name}.cls", b"%d" % label)
+    return entry(f"{name}.jpg", picture(90, (20, 20)) if image is None else image), entry(
+        f"{name}.cls", b"%d" % label
+    )
 
 
 def read(path, classes=3):
-    """{name: label, or why it cannot be read} of a shard, and whether anything was written anywhere near it."""
+    """{name: label, or why it cannot be read} of a shard, and whether anything was written anywhere near
+    it.
+    """
     before = sorted(path.parent.rglob("*"))
     found = []
     for item in shards_module._shard(str(path), classes):
         _, _, valid, failures = decode_all([item], Preprocessing(3, 20, 16), None)
-        found.append((item.name.removeprefix(f"{path.name}:"), item.label if bool(valid.all()) else failures[0][1]))
+        found.append(
+            (item.name.removeprefix(f"{path.name}:"), item.label if bool(valid.all()) else failures[0][1])
+        )
     assert sorted(path.parent.rglob("*")) == before
     return found
 
@@ -305,32 +392,74 @@ GOOD = sample("good", 2)
     [
         (sample("../../up", 1), [("../../up", 1)]),  # a name, no place
         (sample("/etc/passwd", 1), [("/etc/passwd", 1)]),
-        ((entry("a.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd"), entry("a.cls", b"1")), [("a", "no image")]),
-        ((*sample("a", 1), entry("b.jpg", kind=tarfile.LNKTYPE, link="a.jpg"), entry("b.cls", b"1")), [("a", 1), ("b", "no image")]),
+        (
+            (entry("a.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd"), entry("a.cls", b"1")),
+            [("a", "no image")],
+        ),
+        (
+            (*sample("a", 1), entry("b.jpg", kind=tarfile.LNKTYPE, link="a.jpg"), entry("b.cls", b"1")),
+            [("a", 1), ("b", "no image")],
+        ),
         ((entry("a.jpg", kind=tarfile.CHRTYPE), entry("a.cls", b"1")), [("a", "no image")]),
         ((entry("a.jpg", kind=tarfile.BLKTYPE), entry("a.cls", kind=tarfile.FIFOTYPE)), []),
         ((entry("a.jpg", kind=tarfile.DIRTYPE), entry("a.cls", b"1")), [("a", "no image")]),
         ((entry("a.jpg", kind=b"Z"), entry("a.cls", b"1")), [("a", "no image")]),  # a kind that nobody knows
         ((*sample("a", 1), *sample("a", 0)), [("a", 1), ("a", 0)]),  # two samples of one name
-        ((GOOD[0], *GOOD), [("good", "cls: expected a class from 0 to 2, found none"), ("good", 2)]),  # two images, one class
+        # two images, one class
+        ((GOOD[0], *GOOD), [("good", "cls: expected a class from 0 to 2, found none"), ("good", 2)]),
         ((GOOD[0], GOOD[1], GOOD[1]), [("good", 2), ("good", "no image")]),
         ((entry("A.JPG", GOOD[0][1]), entry("A.CLS", b"1")), [("A", 1)]),
-        ((entry("A.jpg", GOOD[0][1]), entry("a.cls", b"1")), [("A", "cls: expected a class from 0 to 2, found none"), ("a", "no image")]),
+        (
+            (entry("A.jpg", GOOD[0][1]), entry("a.cls", b"1")),
+            [("A", "cls: expected a class from 0 to 2, found none"), ("a", "no image")],
+        ),
         ((GOOD[0], entry("good.png", b"torn"), GOOD[1]), [("good", 2)]),  # jpg goes first
         ((entry("a.jpg"), entry("a.cls", b"1")), [("a", "not an image")]),  # no byte
-        ((entry(""), entry("."), entry(".."), entry(".jpg", b"x"), entry("a/", b"x"), entry("noending", b"x")), []),
+        (
+            (
+                entry(""),
+                entry("."),
+                entry(".."),
+                entry(".jpg", b"x"),
+                entry("a/", b"x"),
+                entry("noending", b"x"),
+            ),
+            [],
+        ),
         (sample("\udcff\x1b[2J", 1), [("\\xff\x1b[2J", 1)]),
         (sample("n" * 3000 + "/x", 1), [("n" * 3000 + "/x", 1)]),
-        ((entry("a.jpg", GOOD[0][1], pax={"comment": "\x00" * 99, "GNU.sparse.major": "x", "path": "b.jpg"}), entry("b.cls", b"1")),
-         [("b", 1)]),
-        ((entry("inside.tar", b"ustar" * 500), entry("inside.tar.jpg", b"ustar" * 500), entry("inside.tar.cls", b"0")), []),
-        ((entry("a.cls", b"9" * 5000), entry("a.jpg", GOOD[0][1])), [("a", f"cls: expected a class from 0 to 2, got {'9' * 20!r}")]),
-        ((entry("a.cls", "\u0661".encode()), entry("a.jpg", GOOD[0][1])), [("a", 1)]),  # a digit of another script is a digit
+        (
+            (
+                entry(
+                    "a.jpg",
+                    GOOD[0][1],
+                    pax={"comment": "\x00" * 99, "GNU.sparse.major": "x", "path": "b.jpg"},
+                ),
+                entry("b.cls", b"1"),
+            ),
+            [("b", 1)],
+        ),
+        (
+            (
+                entry("inside.tar", b"ustar" * 500),
+                entry("inside.tar.jpg", b"ustar" * 500),
+                entry("inside.tar.cls", b"0"),
+            ),
+            [],
+        ),
+        (
+            (entry("a.cls", b"9" * 5000), entry("a.jpg", GOOD[0][1])),
+            [("a", f"cls: expected a class from 0 to 2, got {'9' * 20!r}")],
+        ),
+        # a digit of another script is a digit
+        ((entry("a.cls", "\u0661".encode()), entry("a.jpg", GOOD[0][1])), [("a", 1)]),
     ],
     ids=lambda value: value[0][0].name[:20] + value[0][0].type.decode() if isinstance(value, tuple) else "",
-)  # fmt: skip
+)
 def test_entries_of_bad_will(tmp_path, entries, expected):
-    """Whatever they are called and whatever they are: nothing is written, no link is followed, and what comes after them is read."""
+    """Whatever they are called and whatever they are: nothing is written, no link is followed, and what
+    comes after them is read.
+    """
     path = shard_of(tmp_path / "t.tar", *entries, *sample("last", 0))
     found = read(path)
     assert found[-1] == ("last", 0)
@@ -346,29 +475,47 @@ def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch, ending, mo
     monkeypatch.setattr(shards_module, "LARGEST", 2**21)
     size = min(most, 2**21) + 1
     other = entry("a.cls", b"1") if ending == "jpg" else GOOD[0]
-    path = shard_of(tmp_path / "t.tar", entry(f"a.{ending}", bytes(size)), (other[0], other[1]), *sample("last"), mode=mode)
+    path = shard_of(
+        tmp_path / "t.tar",
+        entry(f"a.{ending}", bytes(size)),
+        (other[0], other[1]),
+        *sample("last"),
+        mode=mode,
+    )
     reads = []
     plain = tarfile.ExFileObject.read
-    monkeypatch.setattr(tarfile.ExFileObject, "read", lambda self, *a: reads.append(plain(self, *a)) or reads[-1])
+    monkeypatch.setattr(
+        tarfile.ExFileObject, "read", lambda self, *a: reads.append(plain(self, *a)) or reads[-1]
+    )
     found = dict(read(path))
-    assert found["a"] == f"{ending}: expected a file of at most {size - 1} bytes without holes, got {size} bytes"
+    assert (
+        found["a"] == f"{ending}: expected a file of at most {size - 1} bytes without holes, got {size} bytes"
+    )
     assert found["last"] == 0
     assert max(map(len, reads)) < size
 
 
 def test_a_file_that_claims_more_than_there_is(tmp_path):
-    """Terabytes, by its header: the rest of the shard is lost, and named once; it is not asked for, block by block, for hours."""
+    """Terabytes, by its header: the rest of the shard is lost, and named once; it is not asked for, block
+    by block, for hours.
+    """
     path = shard_of(tmp_path / "t.tar", *sample("first", 1), *sample("torn", 1))
     whole = path.read_bytes().rstrip(b"\0")
     whole += bytes(-len(whole) % 512)
-    for name, samples in (("huge.jpg", ["first", "torn"]), ("huge.txt", ["first"])):  # the last may go on after what is no sample
+    # the last may go on after what is no sample
+    for name, samples in (("huge.jpg", ["first", "torn"]), ("huge.txt", ["first"])):
         made = tarfile.TarInfo(name)
         made.size = 10**13
         path.write_bytes(whole + made.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        assert read(path) == [*((key, 1) for key in samples), ("t.tar", "expected a whole tar file: unexpected end of data")]
+        assert read(path) == [
+            *((key, 1) for key in samples),
+            ("t.tar", "expected a whole tar file: unexpected end of data"),
+        ]
 
 
-@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+@pytest.mark.parametrize(
+    "kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK]
+)
 def test_names_and_attributes_that_are_too_large(tmp_path, kind):
     """tarfile would read all of them, at once."""
     import gzip
@@ -380,7 +527,10 @@ def test_names_and_attributes_that_are_too_large(tmp_path, kind):
         file.write(bytes(2**20))  # the rest need not be there
     ((name, reason),) = read(tmp_path / "t.tar")
     assert name == "t.tar"
-    assert reason == "expected a whole tar file: expected a name or attributes of at most 1048576 bytes, got 1073741824"
+    assert (
+        reason
+        == "expected a whole tar file: expected a name or attributes of at most 1048576 bytes, got 1073741824"
+    )
 
 
 @pytest.mark.parametrize("size", [10**12, 1000])
@@ -398,17 +548,29 @@ def test_files_with_holes(tmp_path, version, size):
         path = tmp_path / "t.tar"
         path.write_bytes(bytes(header) + rest)
     else:
-        pax = {"GNU.sparse.size": str(size), "GNU.sparse.map": "0,0"} if version == "0.1" else {
-            "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a.jpg", "GNU.sparse.realsize": str(size)}  # fmt: skip
+        pax = (
+            {"GNU.sparse.size": str(size), "GNU.sparse.map": "0,0"}
+            if version == "0.1"
+            else {
+                "GNU.sparse.major": "1",
+                "GNU.sparse.minor": "0",
+                "GNU.sparse.name": "a.jpg",
+                "GNU.sparse.realsize": str(size),
+            }
+        )
         content = b"" if version == "0.1" else b"1\n0\n0\n".ljust(512, b"\0")
-        path = shard_of(tmp_path / "t.tar", entry("a.jpg", content, pax=pax), entry("a.cls", b"1"), *sample("last"))
+        path = shard_of(
+            tmp_path / "t.tar", entry("a.jpg", content, pax=pax), entry("a.cls", b"1"), *sample("last")
+        )
     found = dict(read(path))
     assert found["a"] == f"jpg: expected a file of at most {2**28} bytes without holes, got {size} bytes"
     assert found["last"] == 0
 
 
 def test_headers_of_headers_of_headers(tmp_path):
-    """tarfile reads them within one another: beyond Python's depth, the rest of the shard is lost and named."""
+    """tarfile reads them within one another: beyond Python's depth, the rest of the shard is lost and
+    named.
+    """
     made = tarfile.TarInfo("x")
     made.type, made.size = tarfile.XHDTYPE, 12
     block = made.tobuf(tarfile.USTAR_FORMAT) + b"12 comment=\n".ljust(512, b"\0")
@@ -431,7 +593,14 @@ def test_shards_that_are_no_files(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["x-{0..999999999999}.tar", "x-{" + "0" * 25 + "..9}.tar", "{a,b}" * 25, "{a,{b,c}}" * 20, "{0..9}" * 7, "x{1..1000001}"],
+    [
+        "x-{0..999999999999}.tar",
+        "x-{" + "0" * 25 + "..9}.tar",
+        "{a,b}" * 25,
+        "{a,{b,c}}" * 20,
+        "{0..9}" * 7,
+        "x{1..1000001}",
+    ],
 )
 def test_patterns_of_more_shards_than_anyone_has(pattern):
     """What braces expand to is a list, which must not be made."""
@@ -443,7 +612,11 @@ def test_patterns_are_counted_as_they_expand():
     from braceexpand import braceexpand
 
     for pattern in ("x-{000..146}.tar", "{a,b}-{0..9}.tar", "x.tar", "{a,b,c}", "{{a,b},c}-{1..3}"):
-        assert len(list(braceexpand(pattern))) <= shards_module._count(pattern) <= 2 * len(list(braceexpand(pattern)))
+        assert (
+            len(list(braceexpand(pattern)))
+            <= shards_module._count(pattern)
+            <= 2 * len(list(braceexpand(pattern)))
+        )
 
 
 @pytest.mark.parametrize("scheme", ["pipe", "PIPE", "Pipe"])

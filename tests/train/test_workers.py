@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from support_train import NET, command, environment, stuck, tree
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux' /proc")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux' /proc"),
+]
 
 
 @pytest.fixture
@@ -17,16 +20,24 @@ def start(tmp_path):
     """start(*overrides): a run on a tree of images, in a process of its own."""
     tree(tmp_path / "set" / "train", {"ant": 20, "bee": 20, "cat": 20})
     for i in range(1000):  # long epochs: each has workers of its own
-        os.link(tmp_path / "set" / "train" / "ant" / "000.JPEG", tmp_path / "set" / "train" / "ant" / f"again{i}.JPEG")
+        os.link(
+            tmp_path / "set" / "train" / "ant" / "000.JPEG",
+            tmp_path / "set" / "train" / "ant" / f"again{i}.JPEG",
+        )
     tree(tmp_path / "set" / "val", {"ant": 2, "bee": 2, "cat": 2}, 100)
     started = []
 
     def run(*overrides, **more):
         options = (*NET, f"data.path={tmp_path / 'set'}", "data.workers=2", "model.ranks=[4, 4]", *overrides)
         process = subprocess.Popen(
-            command(tmp_path / "out", *options), env=environment(**more), stderr=subprocess.PIPE, text=True, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells let programs in the background ignore it
-        )  # fmt: skip
+            command(tmp_path / "out", *options),
+            env=environment(**more),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # shells let programs in the background ignore it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         started.append(process)
         return process
 
@@ -37,7 +48,9 @@ def start(tmp_path):
 
 
 def children(process):
-    return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [
+        int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
 
 
 def end_of(process, seconds=60):
@@ -66,7 +79,10 @@ def test_a_worker_that_is_killed_ends_the_run(start, tmp_path):
     os.kill(children(process)[-1], signal.SIGKILL)
     printed = end_of(process)
     assert process.returncode == 2, printed
-    assert "coda-fast: data: a process that reads images ended with code -9, perhaps for want of memory" in printed
+    assert (
+        "coda-fast: data: a process that reads images ended with code -9, perhaps for want of memory"
+        in printed
+    )
     assert "the last good checkpoint is" in printed
     assert "Traceback" not in printed
 
