@@ -100,6 +100,7 @@ def record(shape, dtype, arch, norm="squash"):
     import torch
 
     from coda_fast._geometry import Geometry
+    from coda_fast._spec import Gradients, Kept, Parameters, Spec
     from coda_fast.backends import triton
     from coda_kernels.compile import recording
     from coda_kernels.config import Device
@@ -110,16 +111,18 @@ def record(shape, dtype, arch, norm="squash"):
     new = lambda *s: torch.empty(*s, **options).to(memory_format=torch.channels_last)
     last = lambda *s: torch.empty(*s, kernel, kernel, channels, **options).movedim(-1, -3)
     image, output = new(batch, channels, size, size), new(batch, units, *geometry.output_size(size, size))
-    needs = (True, True, True, True, True)
+    spec, all_of_them = Spec(geometry, norm, 1e-6), Gradients(*[True] * 5)
     with recording(Device(arch, 132)) as launches:
         for bias in (last(units), None):
-            layer = (last(rank), last(units, rank), bias)
-            rest = (geometry, norm, 1e-6)
+            parameters = Parameters(last(rank), last(units, rank), bias)
+            backward = lambda applied, kept, detach=False, parameters=parameters: triton.align_backward(
+                output, image, applied, parameters, kept, spec, detach=detach, needs=all_of_them
+            )
             for applied, keep in ((None, "products"), (None, "contraction"), (image, "products")):
-                kept = triton.align(image, applied, *layer, *rest, keep)[1:]
-                triton.align_backward(output, image, applied, *layer, *kept, *rest, False, needs)
-            triton.align_backward(output, image, None, *layer, *kept, *rest, True, needs)  # explanation
-            triton.adjoint(image, output, *layer, *rest)
+                kept: Kept = triton.align(image, applied, parameters, spec, keep=keep)[1]
+                backward(applied, kept)
+            backward(None, kept, detach=True)  # explanation
+            triton.adjoint(image, output, parameters, spec)
     return [Launch(launch, dtype, arch) for launch in launches]
 
 

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 
 from bench import cases  # noqa: E402
 from coda_fast._geometry import Geometry  # noqa: E402
+from coda_fast._spec import Gradients, Parameters, Spec  # noqa: E402
 from coda_fast.backends import triton  # noqa: E402
 from coda_kernels.compile import recording  # noqa: E402
 from coda_kernels.config import Device  # noqa: E402
@@ -49,16 +50,18 @@ def recorded(layer: str) -> dict[str, list]:
         memory_format=torch.channels_last
     )
     window = (case.kernel, case.kernel, case.channels)
-    parameters = [
-        torch.empty(*s, *window, **options).movedim(-1, -3)
-        for s in ((case.rank,), (case.units, case.rank), (case.units,))
-    ]
-    rest = (geometry, "squash", 1e-6)
+    parameters = Parameters(
+        *(
+            torch.empty(*s, *window, **options).movedim(-1, -3)
+            for s in ((case.rank,), (case.units, case.rank), (case.units,))
+        )
+    )
+    spec = Spec(geometry, "squash", 1e-6)
     with recording(Device(90, 132)) as forward:
-        output, *kept = triton.align(image, None, *parameters, *rest, "products")
-    needs = (not layer.endswith("1"), False, True, True, True)
+        output, kept = triton.align(image, None, parameters, spec, keep="products")
+    needs = Gradients(not layer.endswith("1"), False, True, True, True)
     with recording(Device(90, 132)) as backward:
-        triton.align_backward(output, image, None, *parameters, *kept, *rest, False, needs)
+        triton.align_backward(output, image, None, parameters, kept, spec, detach=False, needs=needs)
     return {"forward": forward, "backward": backward}
 
 

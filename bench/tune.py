@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 
 from coda_kernels import config  # noqa: E402
-from coda_kernels.config import Tile  # noqa: E402
+from coda_kernels.config import KernelSpec, Tile  # noqa: E402
 
 DTYPES = ("bfloat16", "float16", "float32")
 WARPS, STAGES = (4, 8), (2, 3, 4)
@@ -47,12 +47,12 @@ LEAST_GAIN = 0.01
 
 
 def neighbours(
-    kernel: str, shape: config.Shape, device: config.Device, tile: Tile | None = None
+    spec: KernelSpec, shape: config.Shape, device: config.Device, tile: Tile | None = None
 ) -> tuple[Tile, ...]:
     """``tile`` (None: the wanted one), then the legal tiles one move away: a block halved or doubled, one
     halved for another doubled, other warps, other stages.
     """
-    tile = tile or config.candidates(kernel, shape, device)[0]
+    tile = tile or config.candidates(spec, shape, device)[0]
     blocks = dict(tile.blocks)
     moves = [{name: size * factor} for name, size in blocks.items() for factor in (0.5, 2)]
     moves += [{a: blocks[a] / 2, b: blocks[b] * 2} for a in blocks for b in blocks if a != b]
@@ -65,33 +65,18 @@ def neighbours(
         Tile.make(tile.warps, tile.stages, **{name: int(size) for name, size in (blocks | move).items()})
         for move in moves
     ]
-    return tuple(dict.fromkeys(t for t in found if t == tile or legal(kernel, shape, device, t)))
+    return tuple(dict.fromkeys(t for t in found if t == tile or legal(spec, shape, device, t)))
 
 
-def legal(kernel: str, shape: config.Shape, device: config.Device, tile: Tile) -> bool:
+def legal(spec: KernelSpec, shape: config.Shape, device: config.Device, tile: Tile) -> bool:
     """Whether the kernel computes the right thing with these blocks (it reads without masks) and the
     device can hold them.
     """
     return (
-        config.right(kernel, shape, tile)
-        and _accumulators(kernel, shape, tile) <= ACCUMULATORS * tile.warps * 32
-        and config.shared_bytes(kernel, shape, tile) <= device.shared_bytes
+        spec.right(shape, tile)
+        and spec.accumulators(shape, dict(tile.blocks)) <= ACCUMULATORS * tile.warps * 32
+        and spec.fits(shape, device, tile)
     )
-
-
-def _accumulators(kernel, s, t):
-    """Numbers in the accumulator of a program."""
-    if kernel in ("contracted", "contracted_kept"):
-        return t["BM"] * t["BO"] * s.R
-    names = {
-        "prepare": ("BM", "BN"),
-        "prepare_backward": ("BM", "BN"),
-        "generated": ("BM", "BO", "BD"),
-        "grad_z": ("BM", "BR"),
-        "fold": ("BM", "BC"),
-        "sums": ("BO", "BR", "BN"),
-    }[kernel]
-    return math.prod(t[name] for name in names)
 
 
 # -- what a kernel does in a training step
@@ -131,7 +116,7 @@ class Launch:
 class Job:
     """A kernel of a layer: the tile in use, and all its launches in one training step."""
 
-    kernel: str
+    spec: KernelSpec
     shape: config.Shape
     device: config.Device
     wanted: Tile
@@ -139,7 +124,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        return config.row_key(self.kernel, self.shape)
+        return self.spec.row_key(self.shape)
 
     def error(self, tile: Tile) -> str | None:
         return next(filter(None, (launch.error(tile) for launch in self.launches)), None)
@@ -164,19 +149,19 @@ def record(layer: tuple, dtype: str, device: str | torch.device) -> dict[str, Jo
     ]
     x = torch.randn(batch, channels, size, size, **options).to(memory_format=torch.channels_last)
     tensors = [t.requires_grad_() for t in (x, *parameters)]
-    jobs, original = {}, Layer._launch
+    jobs, original = {}, Layer.run
 
-    def launch_and_note(self, name, run):
+    def launch_and_note(self, spec, run):
         tensors, used = _tensors_of(run), []
         before = [t.clone() for t in tensors]
-        result = original(self, name, lambda tile: used.append(tile) or run(tile))
+        result = original(self, spec, lambda tile: used.append(tile) or run(tile))
         written = [i for i, tensor in enumerate(tensors) if not _same_bits(tensor, before[i])]
         after = [tensors[i].clone() for i in written] + ([] if result is None else [result.sum(0)])
-        job = jobs.setdefault(name, Job(name, self.shape, self.device, used[-1]))
+        job = jobs.setdefault(spec.name, Job(spec, self.shape, self.device, used[-1]))
         job.launches.append(Launch(run, [tensors[i] for i in written], [before[i] for i in written], after))
         return result
 
-    with mock.patch.object(Layer, "_launch", launch_and_note), unwritten_is_nan():
+    with mock.patch.object(Layer, "run", launch_and_note), unwritten_is_nan():
         y = dau_conv2d(*tensors, stride=stride, padding=(kernel - 1) // 2, backend="triton")
         torch.autograd.grad(y, tensors, torch.randn_like(y))
     return jobs
@@ -242,7 +227,7 @@ def search(
     """
     best, times = job.wanted, {job.wanted: measure(job.wanted)}
     while True:
-        for tile in neighbours(job.kernel, job.shape, job.device, best):
+        for tile in neighbours(job.spec, job.shape, job.device, best):
             if tile not in times and not expired():
                 times[tile] = measure(tile)
         fastest = min(times, key=times.get)
@@ -350,7 +335,7 @@ def _arguments(argv):
         help="a file that does not exist yet, outside the package's tables",
     )
     parser.add_argument("--layers", nargs="+", help="S1 to S9 and L1 to L9; default: all")
-    parser.add_argument("--kernels", nargs="+", choices=sorted(config._SIZES), help="default: all")
+    parser.add_argument("--kernels", nargs="+", choices=sorted(config.kernel_specs()), help="default: all")
     parser.add_argument(
         "--dtype",
         nargs="+",

@@ -56,12 +56,6 @@ class Geometry:
             )
         return (padded[0] - extent[0]) // self.stride[0] + 1, (padded[1] - extent[1]) // self.stride[1] + 1
 
-    def lists(self) -> tuple[list[int], list[int], list[int]]:
-        """Stride, padding and dilation as an operator takes them; the kernel is in the shape of the
-        weight.
-        """
-        return list(self.stride), list(self.padding), list(self.dilation)
-
 
 def pair(value: int | Sequence[int], name: str, least: int = 1) -> tuple[int, int]:
     """``value`` or ``(value, value)`` as two ints of at least ``least``."""

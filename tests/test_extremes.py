@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from support import assert_close
 
 from coda_fast._geometry import Geometry
+from coda_fast._spec import Spec
 from coda_fast.backends import factored, reference
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 
@@ -161,7 +162,7 @@ def make(seed, kind, dtype):
         x, reduce, weight, bias = (
             t if t is None else t.to(dtype).double() for t in (x, reduce, weight, bias)
         )
-        length = reference._length(reference._weight(x, reduce, weight, bias, geometry, "l2", 1.0)[0])
+        length = reference._length(reference._weight(x, (reduce, weight, bias), Spec(geometry, "l2", 1.0))[0])
         if not narrow and float(length.median()) > 1e-12:
             eps = float(length.median()) * draw.choice((1, 1.001, 0.999, 10, 0.1))
     elif kind == UPSTREAM:
@@ -240,7 +241,7 @@ class Sizes:
         size_a, size_b = weight.abs(), reduce.abs()
         size_z = reference._reduce(x.abs(), size_b, geometry)
         spread = reference._generate(size_z, size_a, None if bias is None else bias.abs())  # terms of w
-        w = reference._weight(x, reduce, weight, bias, geometry, norm, eps)[0]
+        w = reference._weight(x, (reduce, weight, bias), Spec(geometry, norm, eps))[0]
         flushed = reference._generate(torch.full_like(size_z, f), size_a) + f
         dw = p * spread + flushed
         z = reference._rows(reference._reduce(x, reduce, geometry)).abs()
@@ -664,8 +665,8 @@ def one_number(index, share):
     """The last one of one of the gradients (dx, du, dB, dA, db)."""
 
     def fault(original):
-        def wrong(*args):
-            gradients = original(*args)
+        def wrong(*args, **options):
+            gradients = original(*args, **options)
             if gradients[index] is not None:
                 gradients[index][(-1,) * gradients[index].dim()].mul_(1 + share)
             return gradients

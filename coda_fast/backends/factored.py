@@ -32,7 +32,7 @@ import threading
 
 import torch
 
-from coda_fast._geometry import Geometry
+from coda_fast._spec import Gradients, Kept, Parameters, Spec
 
 # Bytes of the largest intermediate of a chunk. CPU: docs/benchmark.md. Others: a guess.
 CHUNK_BYTES = {"cpu": 2 << 20, "other": 256 << 20}
@@ -56,110 +56,84 @@ FLUSHED = 1e-27
 
 
 def align(
-    input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float, keep: str
-):
-    """``F(x, u)``, with what ``keep`` leaves for the backward pass; ``applied=None`` is u = x."""
-    layer = _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps)
-    return layer.align(input, applied, keep)
+    input: torch.Tensor, applied: torch.Tensor | None, parameters: Parameters, spec: Spec, *, keep: str
+) -> tuple[torch.Tensor, Kept]:
+    """See ``coda_fast.backends.Backend``, like all that follow."""
+    return _Layer.make(input, parameters, spec).align(input, applied, keep)
 
 
 def align_backward(
-    grad,
-    input,
-    applied,
-    reduction_weight,
-    weight,
-    bias,
-    dot,
-    square,
-    contraction,
-    prepared,
-    geometry,
-    norm,
-    eps,
-    detach,
-    needs,
-):
-    """Gradients of ``F`` (dx, du, dB, dA, db), ``None`` where not needed; with ``detach`` the direct term
-    du alone, as dx where u = x.
-    """
-    layer = _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps)
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    applied: torch.Tensor | None,
+    parameters: Parameters,
+    kept: Kept,
+    spec: Spec,
+    *,
+    detach: bool,
+    needs: Gradients,
+) -> Gradients:
+    layer = _Layer.make(input, parameters, spec)
     if not detach:
-        return layer.align_backward(input, applied, grad, dot, square, contraction, needs)
-    direct = layer.adjoint(input, grad, input if applied is None else applied, square)
-    return (direct, None, None, None, None) if applied is None else (None, direct, None, None, None)
+        return layer.align_backward(grad, input, applied, kept, needs)
+    direct = layer.adjoint(input, grad, input if applied is None else applied, kept.square)
+    return Gradients(input=direct) if applied is None else Gradients(applied=direct)
 
 
-def adjoint(input, value, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
-    """``G(x, v)``."""
-    return _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps).adjoint(
-        input, value, input
-    )
+def adjoint(input: torch.Tensor, value: torch.Tensor, parameters: Parameters, spec: Spec) -> torch.Tensor:
+    return _Layer.make(input, parameters, spec).adjoint(input, value, input)
 
 
 def adjoints(
-    input,
-    values,
-    reduction_weight,
-    weight,
-    bias,
-    geometry: Geometry,
-    norm: str,
-    eps: float,
-    like=None,
-    square=None,
-):
-    """``G(x, v)`` of several v of one x: [K, N, n, OH, OW] -> [K, N, C, H, W], in dtype and format of
-    ``like`` (x).
-    """
-    layer = _Layer.make(input, reduction_weight, weight, bias, geometry, norm, eps)
-    return layer.adjoints(input, values, input if like is None else like, square)
+    values: torch.Tensor,
+    input: torch.Tensor,
+    applied: torch.Tensor | None,
+    parameters: Parameters,
+    kept: Kept,
+    spec: Spec,
+) -> torch.Tensor:
+    layer = _Layer.make(input, parameters, spec)
+    return layer.adjoints(input, values, input if applied is None else applied, kept.square)
 
 
-def kept_shapes(input, weight, bias, pixels, geometry: Geometry, keep: str):
-    """Shapes of what ``align`` keeps: <w, u>, |w|^2, the contraction A u (in float32 and float64 only);
-    prepared parameters it has none.
-    """
-    units, rank, *window = weight.shape
+def kept_shapes(input: torch.Tensor, parameters: Parameters, spec: Spec, *, keep: str) -> Kept:
+    units, rank, *window = parameters.weight.shape
+    height, width = spec.geometry.output_size(*input.shape[2:])
+    return _kept_shapes(units, rank, math.prod(window), input.shape[0] * height * width, input.dtype, keep)
+
+
+def gradients_like(parameters: Parameters) -> Parameters:
+    like = lambda p: None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format)
+    return Parameters(*map(like, parameters))
+
+
+def _kept_shapes(units, rank, depth, pixels, dtype, keep):
+    """The contraction A u is kept in float32 and float64 only; there are no prepared parameters."""
     columns = (units, pixels)
     contracted = (
-        keep == "contraction"
-        and input.dtype in (torch.float32, torch.float64)
-        and not _generated(rank, math.prod(window))
+        keep == "contraction" and dtype in (torch.float32, torch.float64) and not _generated(rank, depth)
     )
-    contraction = (units * rank, pixels) if contracted else (0,)
-    return (
-        columns if keep in ("products", "contraction") else (0,),
-        columns if keep != "nothing" else (0,),
-        contraction,
-        (0,),
+    return Kept(
+        dot=columns if keep in ("products", "contraction") else (0,),
+        square=columns if keep != "nothing" else (0,),
+        contraction=(units * rank, pixels) if contracted else (0,),
+        prepared=(0,),
     )
 
 
-def worth_keeping(input, reduction_weight, weight, bias, geometry: Geometry) -> bool:
+def worth_keeping(input: torch.Tensor, parameters: Parameters, spec: Spec) -> bool:
     """Whether ``save_contraction="auto"`` keeps the contraction of a layer."""
-    units, rank, *window = weight.shape
+    units, rank, *window = parameters.weight.shape
     depth = math.prod(window)
-    if (
-        input.device.type != "cpu"
-        or input.dtype not in (torch.float32, torch.float64)
-        or _generated(rank, depth)
-        or depth < KEPT_DEPTH
-    ):
+    wide = input.dtype in (torch.float32, torch.float64)
+    if input.device.type != "cpu" or not wide or _generated(rank, depth) or depth < KEPT_DEPTH:
         return False
-    height, width = geometry.output_size(*input.shape[2:])
+    height, width = spec.geometry.output_size(*input.shape[2:])
     return input.shape[0] * height * width * units * rank * input.element_size() <= KEPT_BYTES
 
 
 def _generated(rank, numbers):
     return numbers <= 2 * rank
-
-
-def gradients_like(*parameters):
-    """Tensors such as ``align_backward`` makes for the parameters."""
-    return [
-        None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters
-    ]
 
 
 # -- matrix products
@@ -249,48 +223,38 @@ class _Layer:
     reduce: torch.Tensor  # B, [r, d]
     generate: torch.Tensor  # A, [n, r, d]
     bias: torch.Tensor | None  # b, [n, d]
-    geometry: Geometry
-    norm: str
-    eps: float
+    spec: Spec
 
     @classmethod
-    def make(cls, input, reduction_weight, weight, bias, geometry, norm, eps):
+    def make(cls, input, parameters, spec):
         compute = torch.float64 if input.dtype == torch.float64 else torch.float32
-        bias = None if bias is None else bias.to(compute).flatten(1).contiguous()
+        reduce, weight, bias = parameters
         return cls(
-            reduction_weight.to(compute).flatten(1).contiguous(),
+            reduce.to(compute).flatten(1).contiguous(),
             weight.to(compute).flatten(2).contiguous(),
-            bias,
-            geometry,
-            norm,
-            eps,
+            None if bias is None else bias.to(compute).flatten(1).contiguous(),
+            spec,
         )
 
     # -- the three passes
     # -------------------------------------------------------------------------------------------------------
 
     def align(self, input, applied, keep):
-        """F(x, u) as [N, n, OH, OW]; <w, u>, |w|^2 [n, P] and the contraction [n r, P] where ``keep`` asks
-        for them.
-        """
+        """F(x, u) as [N, n, OH, OW], and what ``keep`` asks for."""
         windows = _Windows(input, self)
         applied_windows = windows if applied is None else _Windows(applied, self)
-        kept = kept_shapes(input, self.generate, self.bias, windows.pixels, self.geometry, keep)
+        shapes = _kept_shapes(*self.generate.shape, windows.pixels, input.dtype, keep)
         dot, square = (self.reduce.new_empty(len(self.generate), windows.pixels) for _ in range(2))
-        contraction = None if kept[2] == (0,) else self.reduce.new_empty(kept[2])
+        contraction = None
+        if shapes.contraction != (0,):
+            contraction = self.reduce.new_empty(shapes.contraction)
         if contraction is None and self._worth_generating(windows.pixels):
             self._generate(windows, applied_windows, dot, square)
         else:
             self._contract(windows, applied_windows, dot, square, contraction)
         output = windows.rows_to_image(self._scale(square).mul_(dot), input)
-        return (
-            output,
-            *(
-                t if shape != (0,) else None
-                for t, shape in zip((dot, square, contraction), kept, strict=False)
-            ),
-            None,
-        )
+        asked = (t if shape != (0,) else None for t, shape in zip((dot, square), shapes[:2], strict=True))
+        return output, Kept(*asked, contraction)
 
     def _generate(self, windows, applied_windows, dot, square):
         """<w, u> and |w|^2 [n, P] of weights that are made, a chunk at a time."""
@@ -322,13 +286,12 @@ class _Layer:
                 part += found[:n] if together else product(self.bias, u)
             norm.square(z, square[:, chunk.columns], u, part)
 
-    def align_backward(self, input, applied, grad, dot, square, contraction, needs):
-        """Gradients of F: (dx, du, dB, dA, db). With ``applied=None`` (u = x) du is part of dx and returned
+    def align_backward(self, grad, input, applied, kept, needs):
+        """Gradients of F. With ``applied=None`` (u = x) du is part of dx and returned
         there.
-
-        ``needs`` follows the inputs (input, applied, reduction_weight, weight, bias).
         """
         need_x, need_u, need_reduce, need_weight, need_bias = needs
+        contraction = kept.contraction
         shared = applied is None
         need_u = need_x if shared else need_u
         need_generate = need_weight or need_bias
@@ -336,7 +299,7 @@ class _Layer:
         applied_windows = windows if shared else _Windows(applied, self)
         n, r, d = self.generate.shape
         v = windows.image_to_rows(grad)
-        gs, t = self._grad_factors(v, dot, square)
+        gs, t = self._grad_factors(v, kept.dot, kept.square)
         dx = windows.new_canvas() if need_x else None
         du = dx if shared else applied_windows.new_canvas() if need_u else None
         form = (_Generated if self.generated else _Contracted)(
@@ -370,11 +333,11 @@ class _Layer:
         d_weight, d_bias = (
             form.parameters(d_heads[:n] if self.has_bias_rows else None) if need_generate else (None, None)
         )
-        gradients = (d_reduce, d_weight if need_weight else None, d_bias if need_bias else None)
-        return (
+        of_parameters = (d_reduce, d_weight if need_weight else None, d_bias if need_bias else None)
+        return Gradients(
             windows.canvas_to_image(dx, input) if need_x else None,
             applied_windows.canvas_to_image(du, applied) if need_u and not shared else None,
-            *(None if g is None else self._like_parameter(g, input) for g in gradients),
+            *(None if g is None else self._like_parameter(g, input) for g in of_parameters),
         )
 
     def adjoint(self, input, value, like, square=None):
@@ -472,7 +435,7 @@ class _Layer:
         """[..., d] -> [..., C, kh, kw], in the dtype of the input, and no view: automatic differentiation
         in forward mode refuses those.
         """
-        shape = (*gradient.shape[:-1], input.shape[1], *self.geometry.kernel)
+        shape = (*gradient.shape[:-1], input.shape[1], *self.spec.geometry.kernel)
         return torch.ops.aten._unsafe_view(gradient, shape).to(input.dtype)
 
     def _numbers(self):
@@ -524,21 +487,15 @@ class _Layer:
 
     def _scale(self, square):
         """s(q)."""
-        length = square.sqrt()
-        if self.norm == "squash":
-            return length.div_(square + 1)
-        # as "squash", not 1 / infinity
-        return length.clamp_min_(self.eps).reciprocal_().masked_fill_(square.isinf(), float("nan"))
+        return self.spec.scale(square.sqrt(), square)
 
     def _grad_factors(self, grad, dot, square):
         """gs = g s(q) and t = 2 g <w, u> s'(q), with their limits (0) at q = 0."""
         length = square.sqrt()
         flushed = _flushed(self.generate.shape[1] + 1, square.dtype)
         ratio = torch.where(length > 0, dot / length.clamp_min(flushed), 0)  # bounded by 2 |u|
-        gs = self._scale(square).mul_(grad)
-        if self.norm == "squash":
-            return gs, grad * ratio * ((1 - square) / (1 + square)) / (1 + square)
-        return gs, torch.where(length > self.eps, -grad * ratio / square, 0)
+        gs = self.spec.scale(length, square).mul_(grad)
+        return gs, self.spec.slope(grad * ratio, length, square)
 
 
 class _Contracted:
@@ -810,7 +767,7 @@ class _Windows:
     """The windows of an image batch as columns of a matrix, gathered and scattered a chunk at a time."""
 
     def __init__(self, image, layer: _Layer):
-        g = layer.geometry
+        g = layer.spec.geometry
         self.geometry, self.compute = g, layer.reduce.dtype
         self.batch, self.channels, height, width = image.shape
         self.out = g.output_size(height, width)

@@ -165,7 +165,7 @@ def test_smoke_covers_every_kernel():
                 for kernel in kernels_of(shape_of(case, dtype))
                 if options or not kernel.endswith("_kept")
             }
-        assert launched == set(config._SIZES)
+        assert launched == set(config.kernel_specs())
 
 
 def test_smoke_finds_its_tests():

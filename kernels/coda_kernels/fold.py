@@ -1,113 +1,20 @@
-"""Gradients that go back to the input: the gradient of z, and the fold G(x, v) with what z sends back.
+"""The gradient of the image, the transpose of taking its windows, G(x, v) with what z sends back:
 
-    dz_p = sum_o gs_o A_o^T u_p + t_o A_o^T w_po
-    dx   = fold(sum_o gs_o (A_o z + b_o) + B^T dz)           gs = g s(q), t = 2 g <w, u> s'(q): prepare.py
+    dx = fold(sum_o gs_o (A_o z + b_o) + B^T dz)           gs = g s(q): prepare_backward.py
 
-The scaled operand (z gs, u gs or z t) is made in registers and goes to the tensor cores from there.
+The scaled operand z gs is made in registers and goes to the tensor cores from there.
 """
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 
-from coda_kernels._tiles import dot, landed, narrow, pixel_tile, times, widen, window_offsets, window_starts
-
-
-@triton.jit
-def _per_unit(
-    b_image, p_scale, m_scale, p_matrix, b_acc, PP, units, s_unit: tl.constexpr, PRECISION: tl.constexpr
-):
-    """``acc + sum_o (image * scale_o) matrix_o``: one block of the image stays in registers, units in the
-    inner loop.
-
-    float32 sums the units apart: one long chain of additions loses twice as much as eager torch does.
-    """
-    b_before = b_acc
-    if b_image.dtype == tl.float32:
-        b_acc = tl.zeros_like(b_acc)
-    for _ in range(units):
-        b_scale = tl.load(p_scale) if m_scale is None else tl.load(p_scale, mask=m_scale, other=0)
-        b_acc = landed(dot(times(b_image, b_scale[:, None]), tl.load(p_matrix), b_acc, PRECISION))
-        p_scale += PP
-        p_matrix += s_unit
-    return b_before + b_acc if b_image.dtype == tl.float32 else b_acc
-
-
-@triton.jit(do_not_specialize=["P", "OH", "OW", "HP", "WP", "SH", "SW", "units"])
-def grad_z(
-    u_ptr,  # canvas [N, HP, WP, CP]
-    a_ptr,  # [n, R, K]
-    z_ptr,  # [PP, R]
-    gs_ptr,  # [n, PP]
-    t_ptr,  # [n, PP]
-    gram_ptr,  # [n, R, R]
-    cross_ptr,  # [n, R]: A_o b_o
-    contraction_ptr,  # [P, n R]: A_o^T u, where forward kept it
-    e_ptr,  # out: dz, with zeros past P, is the first R columns of [PP, s_e]
-    P: tl.int64,
-    PP: tl.int64,
-    OH: tl.int32,
-    OW: tl.int32,
-    HP: tl.int64,
-    WP: tl.int32,
-    SH: tl.int32,
-    SW: tl.int32,
-    s_e: tl.int32,
-    # n, K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
-    units: tl.int32,
-    depth: tl.int32,
-    ranks: tl.int32,
-    CP: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    KEPT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    BU: tl.constexpr,
-):
-    """``dz = sum_o gs_o A_o^T u + t_o (G_o z + A_o b_o)``, BR ranks a program; t comes scaled up, G and A
-    b scaled down.
-    """
-    tiles: tl.constexpr = R // BR
-    i_m, i_r = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    first, o_all, o_p = pixel_tile(i_m, P, BM)
-    o_r = i_r * BR + tl.arange(0, BR)
-    b_acc = tl.zeros((BM, BR), tl.float32)
-    if KEPT:
-        p_c = contraction_ptr + o_p[:, None] * (units * R) + o_r[None, :]
-        for o in range(units):
-            b_gs = widen(tl.load(gs_ptr + o * PP + o_p))
-            b_acc += b_gs[:, None] * widen(tl.load(p_c + o * R))
-    else:
-        p_row = u_ptr + window_starts(first, o_p, OH, OW, HP, WP, CP, SH, SW)
-        for k in range(0, depth, BK):
-            o_k = k + tl.arange(0, BK)
-            p_u = p_row[:, None] + window_offsets(o_k, WP, CP, KH, KW, DH, DW)[None, :]
-            p_a = a_ptr + (o_r * K)[None, :] + o_k[:, None]
-            b_acc = _per_unit(tl.load(p_u), gs_ptr + o_p, None, p_a, b_acc, PP, units, R * K, PRECISION)
-    for k in range(0, ranks, BU):
-        o_k = k + tl.arange(0, BU)
-        p_z = z_ptr + o_p[:, None] * R + o_k[None, :]
-        p_g = gram_ptr + (o_r * R)[None, :] + o_k[:, None]
-        b_acc = _per_unit(tl.load(p_z), t_ptr + o_p, None, p_g, b_acc, PP, units, R * R, PRECISION)
-    if HAS_BIAS:
-        for o in range(0, units, 16):
-            o_o = o + tl.arange(0, 16)
-            b_t = tl.load(t_ptr + o_p[:, None] + (tl.minimum(o_o, units - 1) * PP)[None, :])
-            b_h = tl.load(cross_ptr + (o_o * R)[:, None] + o_r[None, :], mask=(o_o < units)[:, None], other=0)
-            b_acc = dot(b_t, b_h, b_acc, PRECISION)
-    b_acc = tl.where((o_all < P)[:, None], b_acc, 0)
-    tl.store(
-        e_ptr + o_all[:, None] * s_e + o_r[None, :],
-        narrow(b_acc, e_ptr.dtype.element_ty),
-        (o_all < PP)[:, None],
-    )
+from coda_kernels._tiles import dot, dot_per_unit, narrow
+from coda_kernels.compile import launch
+from coda_kernels.config import ANY_SIZE, PIXELS, KernelSpec, power_of_two, rank_limits
+from coda_kernels.layer import Layer, as_image, cdiv
 
 
 @triton.jit
@@ -195,7 +102,7 @@ def fold(
                         other=0,
                     )
                     p_a = a_ptr + ((r + o_r) * K)[:, None] + o_k[None, :]
-                    b_acc = _per_unit(
+                    b_acc = dot_per_unit(
                         b_z, gs_ptr + first_p + o_p, m_p, p_a, b_acc, PP, units, R * K, PRECISION
                     )
             for e in range(0, columns_e, BE):
@@ -213,3 +120,95 @@ def fold(
     m_x = m_x & (o_h < H) & (o_w < W)
     p_dx = dx_ptr + (((o_n * H + o_h) * W + o_w) * C)[:, None] + o_c[None, :]
     tl.store(p_dx, narrow(b_acc, dx_ptr.dtype.element_ty), m_x[:, None] & (o_c < C)[None, :])
+
+
+def run(
+    layer: Layer,
+    *,
+    like: torch.Tensor,
+    z: torch.Tensor | None,
+    gs: torch.Tensor | None,
+    e: torch.Tensor,
+    rows: torch.Tensor,
+    memory_format: torch.memory_format,
+) -> torch.Tensor:
+    """An image like ``like``: the transposed convolution of ``e`` [P, E] with ``rows`` [E, K] and, with gs,
+    of gs (x) z with A.
+    """
+    s, (left, _, top, _) = layer.shape, layer.geometry.padding
+    batch, _, height, width = like.shape
+    dx = torch.empty(batch, height, width, s.channels, dtype=layer.dtype, device=layer.torch_device)
+    stride_h, stride_w = s.stride
+    pixels = batch * cdiv(height, stride_h) * cdiv(width, stride_w)
+
+    def with_tile(tile):
+        tiles = cdiv(pixels, tile["BM"]) * cdiv(s.CP, tile["BC"])
+        launch(
+            fold,
+            (tiles, min(stride_h, height), min(stride_w, width)),
+            a_ptr=layer.weight,
+            rows_ptr=rows,
+            z_ptr=layer.or_dummy(z),
+            gs_ptr=layer.or_dummy(gs),
+            e_ptr=e,
+            dx_ptr=dx,
+            N=batch,
+            H=height,
+            W=width,
+            OH=layer.out[0],
+            OW=layer.out[1],
+            PP=len(e),
+            units=s.units,
+            taps=s.taps,
+            columns_e=len(rows),
+            s_e=e.stride(0),
+            C=s.channels,
+            **layer.window(),
+            SH=stride_h,
+            SW=stride_w,
+            TOP=top,
+            LEFT=left,
+            K=s.K,
+            R=s.R,
+            DIRECT=gs is not None,
+            PRECISION=layer.precision,
+            **tile.options,
+        )
+
+    if dx.numel():
+        layer.run(SPEC, with_tile)
+    return as_image(dx, memory_format)
+
+
+def _channels(s):
+    return max(16, power_of_two(s.CP))
+
+
+def _limits(s):
+    columns = (16, 128, math.gcd(s.R, s.units_padded))
+    return dict(BM=PIXELS, BC=(16, _channels(s), ANY_SIZE), BR=rank_limits(s), BE=columns)
+
+
+def _shared_bytes(s, b, stages):
+    depth = max(b["BR"], b["BE"])
+    return (stages * depth * b["BC"] + b["BM"] * depth) * s.bits // 8
+
+
+SPEC = KernelSpec(
+    name="fold",
+    # pixels, most of BC, most of BR: with 64 ranks at once up to 57 spills
+    sizes=(
+        (128, 64, 32, 4, 3),
+        (128, 64, 32, 8, 3),
+        (64, 64, 32, 8, 2),
+        (64, 32, 32, 4, 2),
+        (32, 16, 16, 4, 1),
+    ),
+    blocks=lambda s, pixels, channels, ranks: dict(
+        BM=pixels, BC=min(channels, _channels(s)), BR=min(s.R, ranks), BE=16
+    ),
+    limits=_limits,
+    shared_bytes=_shared_bytes,
+    accumulators=lambda s, b: b["BM"] * b["BC"],
+    begin={"float32": 3, 80: 1, 100: 2},
+)
