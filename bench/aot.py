@@ -147,7 +147,7 @@ def compile_launch(launch: Launch, layers: str) -> Report:
         shared_bytes=compiled.metadata.shared,
         **found,
     )
-    # some launches of `prepare` fill a canvas or sum squares only
+    # some launches of `prepare` pad an image or sum squares only
     products = launch.kernel != "prepare" or constants["Z"] or constants["BETA"]
     return dataclasses.replace(report, faults=tuple(_faults(report, config, products)))
 

@@ -24,8 +24,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from coda_fast._geometry import format_of
 from coda_fast._spec import Adjoint, Align, AlignBackward, rebuild
-from coda_fast.backends.factored import format_of
 
 
 def align(call: Align) -> tuple[torch.Tensor, ...]:

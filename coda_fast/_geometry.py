@@ -8,6 +8,8 @@ import dataclasses
 import operator
 from collections.abc import Sequence
 
+import torch
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -77,3 +79,9 @@ def integer(value) -> int:
     if isinstance(value, bool):
         raise TypeError("expected an int, got a bool")
     return operator.index(value)
+
+
+def format_of(image: torch.Tensor) -> torch.memory_format:
+    """A convolution's rule: channels_last in, channels_last out; anything else gives a contiguous result."""
+    last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

@@ -37,6 +37,9 @@ from support import assert_close
 from coda_fast._geometry import Geometry
 from coda_fast._spec import Spec
 from coda_fast.backends import factored, reference
+from coda_fast.backends.factored import layer as factored_layer
+from coda_fast.backends.factored import matrices, windows
+from coda_fast.backends.factored import norm as factored_norm
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -420,7 +423,7 @@ def weights_made(generates):
     """Makes the factored backend go forward by w itself or by contraction and norm, whichever of the two
     it would choose.
     """
-    return mock.patch.object(factored._Layer, "_worth_generating", return_value=generates)
+    return mock.patch.object(factored_layer.Layer, "_worth_generating", return_value=generates)
 
 
 def as_on_a_gpu(monkeypatch):
@@ -428,9 +431,9 @@ def as_on_a_gpu(monkeypatch):
     would have to wait for them.
     """
     monkeypatch.setattr(
-        factored._Layer, "_norm", lambda self, scratch: factored._Triangle(self.generate, self.bias)
+        factored_layer.Layer, "_norm", lambda self, scratch: factored_norm.Triangle(self.generate, self.bias)
     )
-    monkeypatch.setattr(factored._Layer, "_worth_generating", lambda self, pixels: False)
+    monkeypatch.setattr(factored_layer.Layer, "_worth_generating", lambda self, pixels: False)
 
 
 @EVERY_KIND
@@ -630,7 +633,7 @@ def check_far_apart():
 
 def test_parameters_whose_squares_are_lost(monkeypatch):
     check_far_apart()
-    monkeypatch.setattr(factored, "FLUSHED", 0.0)
+    monkeypatch.setattr(factored_norm, "FLUSHED", 0.0)
     with pytest.raises(AssertionError, match="allowed"):
         check_far_apart()
 
@@ -693,10 +696,10 @@ def zero(original):
 
 
 FAULTS_WHERE_W_IS_MADE = {
-    "1e-4 of w": (factored._Layer, "_weights", a_little_more_of_w),
-    "1e-4 of z": (factored, "product", a_little_more),
+    "1e-4 of w": (factored_layer.Layer, "_weights", a_little_more_of_w),
+    "1e-4 of z": (matrices, "product", a_little_more),
     "weights of numbers below 1e-25 are 0": (
-        factored._Windows,
+        windows.Windows,
         "gather",
         lambda f: lambda *a: F.hardshrink(f(*a), 1e-25),
     ),
@@ -704,15 +707,11 @@ FAULTS_WHERE_W_IS_MADE = {
 
 
 FAULTS = {
-    "no term from the norm": (factored._Layer, "_grad_factors", no_norm_term),
-    "numbers below 1e-25 are 0": (
-        factored._Windows,
-        "gather",
-        lambda f: lambda *a: F.hardshrink(f(*a), 1e-25),
-    ),
-    "a norm that cancels": (factored, "CANCELLED", zero),
-    "1e-4 of |w|^2": (factored._Gram, "square", a_little_more),
-    "1e-4 of every product": (factored, "product", a_little_more),
+    "no term from the norm": (factored_layer.Layer, "_grad_factors", no_norm_term),
+    "numbers below 1e-25 are 0": (windows.Windows, "gather", lambda f: lambda *a: F.hardshrink(f(*a), 1e-25)),
+    "a norm that cancels": (factored_norm, "CANCELLED", zero),
+    "1e-4 of |w|^2": (factored_norm.Gram, "square", a_little_more),
+    "1e-4 of every product": (matrices, "product", a_little_more),
     "1e-4 of one number of dx": (factored, "align_backward", one_number(0, 1e-4)),
     "1e-4 of one number of dB": (factored, "align_backward", one_number(2, 1e-4)),
     "1e-4 of one number of dA": (factored, "align_backward", one_number(3, 1e-4)),
@@ -721,9 +720,9 @@ FAULTS = {
 
 
 FAULTS_ON_A_GPU = {
-    "Cauchy-Schwarz with squares that are 0": (factored, "_flushed", lambda f: lambda *a: 0.0),
-    "a jitter of the longest row": (factored, "norm_factor", jitter_of_the_longest_row),
-    "1e-4 of |w|^2, on a GPU": (factored._Triangle, "square", a_little_more),
+    "Cauchy-Schwarz with squares that are 0": (factored_norm, "flushed_length", lambda f: lambda *a: 0.0),
+    "a jitter of the longest row": (factored_norm, "norm_factor", jitter_of_the_longest_row),
+    "1e-4 of |w|^2, on a GPU": (factored_norm.Triangle, "square", a_little_more),
 }
 
 

@@ -20,6 +20,7 @@ import coda_fast
 from coda_fast._geometry import Geometry
 from coda_fast._spec import Parameters, Spec
 from coda_fast.backends import factored, reference
+from coda_fast.backends.factored import matrices, windows
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 
 align, align_backward, adjoint = (
@@ -154,8 +155,8 @@ def test_gradients_of_1x1_layers_have_the_strides_of_their_parameters(backend):
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 def test_several_gradients_in_explanation_mode(layout, dtype, bias, applied, norm, chunk, monkeypatch):
     """A layer's weights made once for all of them: the definition's adjoint of each."""
-    monkeypatch.setattr(factored, "CHUNK_PARAMETERS", 0)
-    monkeypatch.setitem(factored.CHUNK_BYTES, "cpu", chunk)
+    monkeypatch.setattr(windows, "CHUNK_PARAMETERS", 0)
+    monkeypatch.setitem(matrices.CHUNK_BYTES, "cpu", chunk)
     x, u, parameters = _case(layout, dtype, bias, applied)
     values = torch.randn(3, *OUTPUT).to(dtype)
     made = []

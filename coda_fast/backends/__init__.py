@@ -25,7 +25,7 @@ class Backend(Protocol):
     """A fused backend: a module with these functions, which compute, and check nothing.
 
     x is [N, C, H, W], ``applied`` is u of the same shape, None where it is x itself; ``parameters`` have the
-    dtype and device of x. F(x, u) is [N, n, OH, OW], in the memory format of x (``factored.format_of``).
+    dtype and device of x. F(x, u) is [N, n, OH, OW], in the memory format that ``_geometry.format_of`` gives.
     """
 
     def align(

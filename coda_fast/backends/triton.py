@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from coda_fast._geometry import format_of
 from coda_fast._spec import Gradients, Kept, Parameters, Spec
-from coda_fast.backends.factored import format_of
 
 if TYPE_CHECKING:
     from coda_kernels.layer import Layer

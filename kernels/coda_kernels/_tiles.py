@@ -1,10 +1,9 @@
-"""What the kernels share: where the window of an output pixel starts, where its entries lie, and products in
-the operands' dtype.
+"""What the kernels share: where the window of an output pixel starts, where its entries lie, products in the
+operands' dtype, and how results are stored.
 
-Names: i_ program index, o_ offsets, m_ mask, p_ pointers, b_ loaded block; upper case is a compile-time
-constant. Images are "paddings": zero-padded, channels last, channels rounded up to CP, so that no load needs
-a mask and a window is one constant pattern of offsets. Pixels are int64 (any tensor may pass 2^31 elements);
-offsets inside one window are int32.
+Images are padded (the glossary of symbols is in ``coda_kernels/__init__.py``), so that no load needs a mask
+and a window is one constant pattern of offsets. Pixels are int64 (any tensor may pass 2^31 elements); offsets
+inside one window are int32.
 """
 
 import triton

@@ -67,7 +67,7 @@ class Shape:
 
     @functools.cached_property
     def CP(self) -> int:
-        """Channels, rounded up to 8 so that a row of a canvas is whole 16-byte words."""
+        """Channels, rounded up to 8 so that a row of a padded image is whole 16-byte words."""
         return -(-self.channels // 8) * 8
 
     @functools.cached_property

@@ -103,7 +103,7 @@ CASES = {
         "contraction",
         "last",
     ),
-    "the image is the canvas": (
+    "the image needs no padding": (
         8,
         16,
         16,

@@ -121,8 +121,8 @@ def around(*positions):
 
 
 @pytest.mark.slow
-def test_input_and_canvas_beyond_the_limit():
-    """x with 4100 x 8 x 256 x 256 elements, its canvas with a border more, the stride keeping the output
+def test_input_and_padded_image_beyond_the_limit():
+    """x with 4100 x 8 x 256 x 256 elements, its padded copy a border more, the stride keeping the output
     small.
     """
     images = around(LIMIT // (8 * 256**2), LIMIT // (8 * 258**2))
