@@ -80,15 +80,15 @@ def dau_conv2d(
     >>> dau_conv2d(x, B, A, padding=1).shape
     torch.Size([2, 10, 8, 8])
     """
-    parameters = Parameters(reduction_weight, weight, bias)
-    spec = _check(input, parameters, stride, padding, dilation, norm, eps)
+    given = Parameters(reduction_weight, weight, bias)
+    spec = _check(input, given, stride, padding, dilation, norm, eps)
     check_save_contraction(save_contraction)
     kind = input.device.type
-    tensors = (input, *parameters)
-    input, *parameters = cast_as_convolution(kind, tensors) if autocasting(kind) else tensors
+    tensors = (input, *given)
+    input, *rest = cast_as_convolution(kind, tensors) if autocasting(kind) else tensors
     name = backends.choose(backend, input.device, input.dtype)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
-    parameters = Parameters(*parameters)
+    parameters = Parameters(*rest)
     with without_autocast(kind):
         if name != "reference":
             _flops.register_if_counting()
@@ -134,8 +134,8 @@ def dau_conv2d_transpose(
     >>> dau_conv2d_transpose(x, torch.randn(2, 10, 8, 8), B, A, padding=1).shape
     torch.Size([2, 6, 8, 8])
     """
-    parameters = Parameters(reduction_weight, weight, bias)
-    spec = _check(input, parameters, stride, padding, dilation, norm, eps)
+    given = Parameters(reduction_weight, weight, bias)
+    spec = _check(input, given, stride, padding, dilation, norm, eps)
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"value: expected a tensor, got {type(value).__name__}")
     expected = (*input.shape[:-3], weight.shape[0], *spec.geometry.output_size(*input.shape[-2:]))
@@ -146,11 +146,11 @@ def dau_conv2d_transpose(
     if value.device != input.device:
         raise ValueError(f"value: expected device {input.device}, that of the input, got {value.device}")
     kind = input.device.type
-    tensors = (input, value, *parameters)
-    input, value, *parameters = cast_as_convolution(kind, tensors) if autocasting(kind) else tensors
+    tensors = (input, value, *given)
+    input, value, *rest = cast_as_convolution(kind, tensors) if autocasting(kind) else tensors
     name = backends.choose(backend, input.device, input.dtype)
     batch, values = (input, value) if input.dim() == 4 else (input.unsqueeze(0), value.unsqueeze(0))
-    parameters = Parameters(*parameters)
+    parameters = Parameters(*rest)
     with without_autocast(kind):
         if name != "reference":
             _flops.register_if_counting()

@@ -179,4 +179,5 @@ def _triton_unavailable(kind: str) -> str | None:
 
 # Constants under torch.compile, which need not trace them: torch.compiler.assume_constant_result without
 # importing the compiler
-_triton_unavailable._dynamo_marked_constant = _auto._dynamo_marked_constant = True
+for _function in (_triton_unavailable, _auto):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010

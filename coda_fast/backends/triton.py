@@ -50,7 +50,7 @@ def align_backward(
     from coda_kernels import fold, grad_z, prepare, prepare_backward
 
     x, shared = input.detach(), applied is None
-    u = x if shared else applied.detach()
+    u = x if applied is None else applied.detach()
     if not kept.square.numel():  # an empty batch
         tensors = (x, None if shared else u, *parameters)
         return Gradients(

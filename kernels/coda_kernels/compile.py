@@ -182,7 +182,7 @@ def _settle_keys() -> None:
 
 def distinct(launches: Iterable[Launch], arch: int | str) -> list[Launch]:
     """One launch for each compilation that they need, in order."""
-    found = {}
+    found: dict[tuple, Launch] = {}
     for each in launches:
         found.setdefault(specialisation(each, arch), each)
     return list(found.values())

@@ -244,7 +244,9 @@ def allocate_between(zones, monkeypatch):
             return new_empty(tensor, *shape, dtype=dtype, device=device, **options)
         return allocator.empty(*shape, dtype=dtype or tensor.dtype)
 
-    monkeypatch.setattr(layer, "torch", allocator)
+    for module in (backend, *config.modules()):
+        if hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", allocator)
     monkeypatch.setattr(torch.Tensor, "new_empty", placed)
 
 

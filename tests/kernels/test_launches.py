@@ -97,19 +97,21 @@ def test_recording_is_of_one_thread_and_ends():
     seen = []
 
     class Kernel:
-        fn = type("k", (), {"__module__": "m"})
+        @staticmethod
+        def fn(x, n, BM: "tl.constexpr"):  # noqa: F821
+            pass
 
         def __getitem__(self, grid):
-            return lambda *a, **o: seen.append((grid, a, o))
+            return lambda **arguments: seen.append((grid, arguments))
 
     with recording(H100) as launches:
-        launch(Kernel(), (2,), torch.empty(3, dtype=torch.bfloat16), 7, BM=16)
-        thread = threading.Thread(target=launch, args=(Kernel(), (1,), 5))
+        launch(Kernel(), (2,), BM=16, n=7, x=torch.empty(3, dtype=torch.bfloat16))
+        thread = threading.Thread(target=launch, args=(Kernel(), (1,)), kwargs={"n": 5})
         thread.start()
         thread.join()
-    launch(Kernel(), (3,), 6)
-    assert launches == [Launch("m.k", (2,), (("bfloat16", True), 7), (("BM", 16),))]
-    assert seen == [((1,), (5,), {}), ((3,), (6,), {})]
+    launch(Kernel(), (3,), n=6)
+    assert launches == [Launch(f"{__name__}.fn", (2,), (("bfloat16", True), 7), (("BM", 16),))]
+    assert seen == [((1,), {"n": 5}), ((3,), {"n": 6})]
 
 
 def test_another_model_and_its_weights_are_left_alone():
