@@ -1,4 +1,8 @@
-"""WebDataset shards: tar files of images and classes, for many processes on many nodes."""
+"""WebDataset shards: tar files of images and classes, for many processes on many nodes.
+
+Python's ``tarfile`` reads them here, and not webdataset's iterator of tar files, because that takes a damaged
+header for the end of a shard, and reads entries of any size.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from coda_fast.data import workers
 from coda_fast.data.decode import RULES
 from coda_fast.data.errors import DataError
 from coda_fast.data.preprocessing import Preprocessing
-from coda_fast.data.sources import Batch, Item, batch_of, decode_all, order, seeded
+from coda_fast.data.sources import Batch, Item, Process, batch_of, decode_all, order, seeded
 from coda_fast.safety import open_file
 
 MOST_SHARDS = 10**6
@@ -92,29 +96,31 @@ class Shards:
         names = "\n".join(url.rpartition("/")[2] for url in self.urls)
         return {"shards": len(self.urls), "checksum": zlib.crc32(names.encode()), "rules": RULES}
 
-    def need_enough(self, place) -> None:
-        """DataError: a worker would be without a shard. The same in every process: none waits for others
-        that have ended.
+    def need_enough(self, process: Process) -> None:
+        """DataError: a worker of some process would be without a shard. Every process finds the same, so that
+        none waits for others that have ended.
         """
         workers = max(1, self.workers)
-        if len(self.urls) // place.world < workers:
+        if len(self.urls) // process.world_size < workers:
             raise DataError(
-                f"data: expected a shard at least for each of {place.world} processes x {workers} workers, "
-                f"got {len(self.urls)}; "
-                f"make smaller shards or lower data.workers"
+                f"data: expected a shard at least for each of {process.world_size} processes x {workers} "
+                f"workers, got {len(self.urls)}; make smaller shards or lower data.workers"
             )
 
-    def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
-        """As many steps as ``len`` says. A run that goes on in the middle reads over what it has seen."""
-        urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][place.rank :: place.world]
-        results = self._read(self._stream(urls, (seed, epoch, place.rank), start, batch_size // place.world))
+    def training(self, seed, epoch, start, batch_size, process) -> Iterator[Batch]:
+        """The ``len`` images of an epoch. A run that resumes in the middle of it skips those that it has
+        seen.
+        """
+        rank, world_size = process.rank, process.world_size
+        urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][rank::world_size]
+        results = self._read(self._stream(urls, (seed, epoch, rank), start, batch_size // world_size))
         with contextlib.closing(results):  # they are endless
             for _, decoded in zip(range(start, len(self) // batch_size), results, strict=False):
                 yield batch_of(decoded, self.device)
 
-    def evaluation(self, batch_size, place) -> Iterator[Batch]:
+    def evaluation(self, batch_size, process) -> Iterator[Batch]:
         """Every sample of every shard once, over all processes."""
-        urls = self.urls[place.rank :: place.world]
+        urls = self.urls[process.rank :: process.world_size]
         if urls:
             for decoded in self._read(self._stream(urls, None, 0, batch_size)):
                 yield batch_of(decoded, self.device)

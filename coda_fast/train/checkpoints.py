@@ -5,25 +5,24 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import pickle
-import random
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from coda_fast._version import __version__
 from coda_fast.checkpoints import atomic_path
+from coda_fast.models import CoDANet
+from coda_fast.train import random_state
 from coda_fast.train.errors import TrainingError
+from coda_fast.train.setup import Setup
+from coda_fast.train.state import State, score
 
 FORMAT = "coda_fast.train"
-PATIENCE = 100.0  # seconds; servers of NFS keep locks of a host that was lost for 90
-# what file systems without locks say
-_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _NAME = re.compile(r"epoch_(\d+)_step_(\d+)\.pt")
 _KEYS = {
     "recipe": dict,
@@ -45,28 +44,76 @@ _KEYS = {
 }
 
 
-def write(path: Path, state: dict, last_good: Path | None) -> None:
-    """Write, sync, rename, sync the folder. TrainingError (disk full ...) leaves everything as it was and
-    names the last good one.
-    """
+def save(setup: Setup, state: State, is_best: bool = False) -> None:
+    """Write where the run stands. All processes take part; rank zero writes."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model = get_model_state_dict(setup.objective, options=whole)
+    ema = get_model_state_dict(setup.ema.module, options=whole) if setup.ema is not None else None
+    optimizer = get_optimizer_state_dict(setup.objective, setup.optimizer.optimizer, options=whole)
+    random_states = setup.agreement.gather(random_state.get_state())
+
+    def write():
+        if broken := next((name for name, t in model.items() if not torch.isfinite(t).all()), None):
+            raise TrainingError(
+                f"weights: expected finite numbers, got others in {broken}; {state.last_good_in_words()}"
+            )
+        path = setup.checkpoints / f"epoch_{state.epoch:04d}_step_{state.step:07d}.pt"
+        content = {
+            "recipe": setup.recipe.model_dump(mode="json"),
+            "data": setup.facts,
+            "world": setup.process.world_size,
+            "epoch": state.epoch,
+            "step": state.step,
+            "updates": state.updates,
+            "model": model,
+            "ema": ema,
+            "optimizer": optimizer,
+            "schedule": setup.schedule.state_dict(),
+            "rng": random_states,
+            "history": state.history,
+            "best": state.best,
+            "sums": state.sums if state.step else None,
+            "seconds": state.seconds,
+            "bad": dict(state.unreadable),
+        }
+        _write(path, content, state)
+        state.last_good = path
+        if is_best:
+            link_best(path, setup.checkpoints / "best.pt")
+        prune(path, setup.recipe.checkpoint.keep)
+        load_whole_model(setup, ema or model)
+        return str(path)
+
+    state.last_good = Path(setup.agreement.on_rank_zero(write))
+    state.saved_at = time.monotonic()
+
+
+def _write(path, content, state):
+    """Write, sync, rename, sync the folder. Where that fails (a full disk), everything is as it was."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "version": __version__, **state}, file)
+            torch.save({"format": FORMAT, "version": __version__, **content}, file)
             file.flush()
             os.fsync(file.fileno())
-        sync_folder(path.parent)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer wraps what the system says
-        reason = next(
-            (str(e) for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)),
-            str(error).split("\n")[0],
-        )
-        raise TrainingError(f"cannot write the checkpoint {path}: {reason}; {named(last_good)}") from None
+        causes = (error, error.__cause__, error.__context__)
+        reason = next((str(e) for e in causes if isinstance(e, OSError)), str(error).split("\n")[0])
+        raise TrainingError(
+            f"cannot write the checkpoint {path}: {reason}; {state.last_good_in_words()}"
+        ) from None
 
 
-def sync_folder(folder: Path) -> None:
-    """So that a rename survives a loss of power."""
-    with contextlib.suppress(OSError):  # not every file system can
+def _sync_folder(folder):
+    """Make a rename survive a loss of power, on file systems that can."""
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -74,12 +121,12 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def named(last_good: Path | None) -> str:
-    return (
-        "no checkpoint was written before"
-        if last_good is None
-        else f"the last good checkpoint is {last_good}"
+def load_whole_model(setup: Setup, weights: dict) -> CoDANet:
+    """Rank zero's model that has all weights, with those of a checkpoint."""
+    setup.whole_model.load_state_dict(
+        {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     )
+    return setup.whole_model
 
 
 def read(path: str | os.PathLike) -> dict:
@@ -90,7 +137,7 @@ def read(path: str | os.PathLike) -> dict:
     if not path.is_file():
         raise TrainingError(f"{path}: expected a checkpoint file or 'auto', got a folder")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     # torch's own message advises to read it without weights_only, which could run any code
     except pickle.UnpicklingError:
         raise TrainingError(f"{path}: not a readable checkpoint (truncated, or of another program)") from None
@@ -99,23 +146,21 @@ def read(path: str | os.PathLike) -> dict:
         raise TrainingError(
             f"{path}: not a readable checkpoint (truncated, or of another program): {reason[:200]}"
         ) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise TrainingError(f"{path}: expected a checkpoint of coda-fast train, got {_what(state)}")
-    if missing := sorted(_KEYS.keys() - state.keys()):
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise TrainingError(f"{path}: expected a checkpoint of coda-fast train, got {_what(content)}")
+    if missing := sorted(_KEYS.keys() - content.keys()):
         raise TrainingError(
-            f"{path}: a checkpoint of coda-fast train {state.get('version')} without {', '.join(missing)}"
+            f"{path}: a checkpoint of coda-fast train {content.get('version')} without {', '.join(missing)}"
         )
-    if odd := [
-        key
-        for key, kind in _KEYS.items()
-        if not isinstance(state[key], kind) or (kind is int and state[key] < 0)
-    ]:
-        raise TrainingError(
-            f"{path}: not a readable checkpoint: {odd[0]} is a {type(state[odd[0]]).__name__} that cannot be"
-        )
-    if not all(isinstance(row, dict) for row in state["history"]):
+    for key, kind in _KEYS.items():
+        value = content[key]
+        if not isinstance(value, kind) or (kind is int and value < 0):
+            raise TrainingError(
+                f"{path}: not a readable checkpoint: {key} is a {type(value).__name__} that cannot be"
+            )
+    if not all(isinstance(row, dict) for row in content["history"]):
         raise TrainingError(f"{path}: not a readable checkpoint: history: expected rows")
-    return state
+    return content
 
 
 def listed(folder: Path) -> list[Path]:
@@ -126,7 +171,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def epoch_of(path: Path) -> int | None:
-    """How far a checkpoint of any name is; None: it cannot be read."""
+    """The epoch of a checkpoint of any name; None: it cannot be read."""
     try:
         return read(path)["epoch"]
     except TrainingError:
@@ -140,21 +185,21 @@ def position(path: Path) -> tuple[int, int]:
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest readable one; others are named to ``warn``. TrainingError where there are some and none can
-    be read: a run that silently began anew would write over them.
+    """The newest readable checkpoint and its content; ``warn`` is called with a message for each that cannot
+    be read. TrainingError where none of several can: a run that began anew would write over them.
     """
     there = listed(folder)
     best = Path(folder) / "best.pt"
     for path in [*there, *([best] if best.exists() else [])]:
         try:
-            state = read(path)
+            content = read(path)
         except TrainingError as error:
             warn(f"skipped {error}")
             continue
-        # later ones were taken away
-        if best.exists() and not best.samefile(path) and (epoch_of(best) or 0) > state["epoch"]:
+        # checkpoints after this one were removed, but not the best
+        if best.exists() and not best.samefile(path) and (epoch_of(best) or 0) > content["epoch"]:
             return best, read(best)
-        return path, state
+        return path, content
     if there:
         raise TrainingError(
             f"{folder}: none of the {len(there)} checkpoints can be read; move them away to begin anew"
@@ -162,12 +207,8 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | Non
     return None
 
 
-def path_for(folder: Path, epoch: int, step: int) -> Path:
-    return Path(folder) / f"epoch_{epoch:04d}_step_{step:07d}.pt"
-
-
 def link_best(path: Path, best: Path) -> None:
-    """``best`` becomes another name of ``path`` (a copy where the file system has no links)."""
+    """Make ``best`` a link to ``path``, or a copy of it where the file system has no links."""
     import shutil
 
     with atomic_path(best) as temporary:
@@ -178,40 +219,34 @@ def link_best(path: Path, best: Path) -> None:
             shutil.copyfile(path, temporary)
 
 
-@contextlib.contextmanager
-def locked(output: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the folder of a run. What was just killed may hold it for some time more: PATIENCE.
-
-    Raises:
-        TrainingError: another process trains there.
+def name_best(folder: Path, state: State) -> None:
+    """Link best.pt to the best epoch of this run. It is missing where a run ended between a checkpoint and
+    this link, or is resumed in another folder.
     """
-    from filelock import FileLock, Timeout
+    best = folder / "best.pt"
+    if state.best is None or read_best(best, state):
+        return
+    for path in (state.last_good, state.last_good.parent / "best.pt"):
+        if read_best(path, state):
+            folder.mkdir(parents=True, exist_ok=True)
+            link_best(path, best)
+            return
 
-    lock = FileLock(output / ".lock")
+
+def read_best(path: Path, state: State) -> dict | None:
+    """The checkpoint, if it is of the epoch with the best score of this run's history, else None."""
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"waiting up to {PATIENCE:.0f} s for the run that holds {output}")
-            lock.acquire(timeout=PATIENCE)
-    except Timeout:
-        raise TrainingError(
-            f"{output}: another process trains there; choose another folder (--output), or remove "
-            f"{lock.lock_file} if there is none"
-        ) from None
-    except (NotImplementedError, OSError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
-            raise
-        say(f"{output} cannot be locked: see to it that no other run writes there")
-    try:
-        yield True
-    finally:
-        lock.release()
+        found = read(path)
+    except TrainingError:
+        return None
+    first = next(i for i, row in enumerate(state.history) if score(row) == state.best)
+    return None if found["step"] or found["history"] != state.history[: first + 1] else found
 
 
 def prune(written: Path, keep: int) -> None:
-    """Only ``written`` and those before it, ``keep`` in all, stay (and ``best.pt``, and those after it, which
-    could not be read and are not counted); what an interrupted writer left goes.
+    """Delete checkpoints before ``written``, so that ``keep`` remain with it, and what an interrupted writer
+    left. ``best.pt`` stays, and so do later checkpoints: the run began before them, because they cannot be
+    read.
     """
     for path in [path for path in listed(written.parent) if position(path) <= position(written)][keep:]:
         path.unlink(missing_ok=True)
@@ -219,40 +254,7 @@ def prune(written: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def seed_all(seed: int) -> None:
-    """All global generators of this process."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def rng_state() -> dict:
-    """Of all global generators of this process, as plain values."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    version, numbers, next_gauss = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(gauss)],
-    }
-    state["python"] = [version, list(numbers), next_gauss]
-    state["cuda"] = (
-        torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    )
-    return state
-
-
-def set_rng_state(state: dict) -> None:
-    """What ``rng_state`` gave."""
-    torch.set_rng_state(state["torch"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), *rest))
-    version, numbers, next_gauss = state["python"]
-    random.setstate((version, tuple(numbers), next_gauss))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _what(state):
-    if isinstance(state, dict):
-        return f"a file with {', '.join(map(repr, list(state)[:4]))}"
-    return type(state).__name__
+def _what(content):
+    if isinstance(content, dict):
+        return f"a file with {', '.join(map(repr, list(content)[:4]))}"
+    return type(content).__name__

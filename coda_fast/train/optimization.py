@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from coda_fast.train.errors import TrainingError, need
-from coda_fast.train.recipes import Recipe
+from coda_fast.train.schema import Recipe
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
