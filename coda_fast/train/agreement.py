@@ -53,7 +53,7 @@ class Agreement:
         return float(self.sum(torch.tensor(float(flag), device=self.fabric.device))) > 0
 
     def gather(self, value: Any) -> list:
-        """The value of each process, in the order of ranks."""
+        """The value of each process, in the order of ranks; Fabric gathers nothing but tensors."""
         if self.process.world_size == 1:
             return [value]
         gathered = [None] * self.process.world_size

@@ -1,5 +1,5 @@
 """Checkpoints of a run: one file of torch.save each, written whole or not at all, read with
-``weights_only=True``.
+``weights_only=True``. Fabric's own would be torn by a full disk or a killed process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Optimisers and learning rates: those of recipes, on timm's."""
+"""Optimisers and schedules of the learning rate, timm's, by the recipe."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from coda_fast.train.schema import Recipe
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """One of timm's. TrainingError: an unknown one, settings that it does not have, or one that this loop
-    cannot run.
+    """timm's optimiser of this name.
+
+    Raises:
+        TrainingError: timm has none, it does not have these settings, or this loop cannot run it.
     """
     need("timm")
     from timm.optim import create_optimizer_v2, list_optimizers
@@ -58,7 +60,9 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> 
 
 
 def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
-    """A timm Scheduler of the recipe; ``steps``: optimiser steps of an epoch."""
+    """timm's scheduler for the recipe; ``steps``: optimiser steps of an epoch. TrainingError: the warm-up is
+    as long as the run.
+    """
     need("timm")
     from timm.scheduler import CosineLRScheduler, StepLRScheduler
     from timm.scheduler.scheduler import Scheduler
@@ -83,7 +87,7 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
         )
 
     class Pieces(Scheduler):
-        """Linear pieces of the learning rate; "constant" has none."""
+        """Linear pieces of the learning rate, which timm has no scheduler for; "constant" has none."""
 
         def _get_lr(self, t):
             for first, epochs, start, end in spec.pieces or ():

@@ -46,7 +46,7 @@ def _accelerator(recipe):
 
 
 def _devices_and_nodes(recipe, accelerator):
-    """Processes of each node, and nodes."""
+    """Processes of each node, and nodes: Fabric detects the launcher, but has to be told the same numbers."""
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
     environment = os.environ
@@ -110,7 +110,9 @@ def lost_connection(error: Exception) -> str | None:
 
 
 def report(error: Exception) -> None:
-    """Tell torchrun why this process ends, for its summary."""
+    """Tell torchrun why this process ends, for its summary. torch's decorator ``record`` would also report
+    the processes that only lost the connection to this one.
+    """
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler

@@ -1,4 +1,6 @@
-"""The global random generators of a process: torch's, NumPy's, Python's."""
+"""The global random generators of a process: torch's, NumPy's, Python's. Lightning's functions that collect
+and restore their states are private.
+"""
 
 from __future__ import annotations
 

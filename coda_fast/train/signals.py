@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Signals that ask a run to stop. Lightning has handlers of them in its Trainer, not in Fabric."""
 
 from __future__ import annotations
 
