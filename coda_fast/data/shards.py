@@ -107,7 +107,9 @@ class Shards:
                 f"workers, got {len(self.urls)}; make smaller shards or lower data.workers"
             )
 
-    def training(self, seed, epoch, start, batch_size, process) -> Iterator[Batch]:
+    def training(
+        self, seed: int, epoch: int, start: int, batch_size: int, process: Process
+    ) -> Iterator[Batch]:
         """The ``len`` images of an epoch. A run that resumes in the middle of it skips those that it has
         seen.
         """
@@ -118,7 +120,7 @@ class Shards:
             for _, decoded in zip(range(start, len(self) // batch_size), results, strict=False):
                 yield batch_of(decoded, self.device)
 
-    def evaluation(self, batch_size, process) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int, process: Process) -> Iterator[Batch]:
         """Every sample of every shard once, over all processes."""
         urls = self.urls[process.rank :: process.world_size]
         if urls:
@@ -198,14 +200,14 @@ def _nothing_in(urls, problem=""):
 
 
 class _Entry(tarfile.TarInfo):
-    """Of a tar file that ends where it says so: tarfile takes a header that is damaged or missing, after
-    the first, for the end.
+    """The header of an entry, for which damage is an error. tarfile alone takes a header that is damaged or
+    missing, after the first, for the end of the file.
     """
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
         found = super().frombuf(buf, encoding, errors)
-        if found.type in _SAYINGS and found.size > LARGEST_TEXT:  # tarfile would read all of it
+        if found.type in _TEXT_TYPES and found.size > LARGEST_TEXT:  # tarfile would read all of it
             raise tarfile.ReadError(
                 f"expected a name or attributes of at most {LARGEST_TEXT} bytes, got {found.size}"
             )
@@ -222,8 +224,8 @@ class _Entry(tarfile.TarInfo):
 
 
 class _Ending:
-    """A stream that insists that it has ended: to pass over an entry of terabytes, tarfile would ask it
-    again and again.
+    """A stream that raises an error when it is read again and again after its end, as tarfile does to skip an
+    entry that claims terabytes.
     """
 
     def __init__(self, stream):
@@ -238,7 +240,7 @@ class _Ending:
 
 
 def _shard(url, classes):
-    """The items of a tar file; if it cannot be read to its end, the last stands for what is lost."""
+    """The items of a tar file. If it cannot be read to its end, the last item stands for what is lost."""
     from webdataset.gopen import gopen
 
     name = url.rpartition("/")[2]
@@ -256,7 +258,7 @@ def _shard(url, classes):
 
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
-_SAYINGS = (
+_TEXT_TYPES = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
@@ -266,8 +268,8 @@ _SAYINGS = (
 
 
 def _samples(tar):
-    """(key, {extension: content, or in words why there is none}) of files that follow one another and are
-    named alike: images, classes.
+    """(key, {extension: content, or in words why there is none}) of consecutive files of one name: an image
+    and its class.
     """
     from webdataset.tariterators import base_plus_ext
 
@@ -293,8 +295,8 @@ def _samples(tar):
 
 
 def _count(pattern):
-    """Of the shards that a pattern stands for, at most: what braces expand to is a list before it can be
-    counted.
+    """The most shards that a pattern can stand for. Its braces are not expanded, because the list may be too
+    long for the memory.
     """
     total, alternatives = 1, []
     for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):

@@ -206,12 +206,14 @@ class Folder:
             "rules": RULES,
         }
 
-    def training(self, seed, epoch, start, batch_size, process) -> Iterator[Batch]:
+    def training(
+        self, seed: int, epoch: int, start: int, batch_size: int, process: Process
+    ) -> Iterator[Batch]:
         """As ``Arrays.training``; what chance does to an image is drawn for (seed, epoch, image)."""
         randomness = None if self.augmentation is None else (seed, epoch)
         yield from self._batches(_plan(len(self), seed, epoch, start, batch_size, process), randomness)
 
-    def evaluation(self, batch_size, process: Process = Process()) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int, process: Process = Process()) -> Iterator[Batch]:
         """As ``Arrays.evaluation``."""
         yield from self._batches(_once(len(self), batch_size, process), None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
@@ -14,13 +14,16 @@ from coda_fast.data.sources import Process
 from coda_fast.train.errors import TrainingError
 from coda_fast.train.state import State
 
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
 HEARTBEAT = 2.0  # seconds between messages, about: a signal to stop does not wait for log.every slow steps
 
 
 class Agreement:
     """One process of a run, and how it agrees with the others. Every method is called by all processes."""
 
-    def __init__(self, fabric, state: State):
+    def __init__(self, fabric: Fabric, state: State):
         self.fabric, self.state = fabric, state
         self.process = Process(fabric.global_rank, fabric.world_size)
         self.is_rank_zero = fabric.is_global_zero

@@ -6,7 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from coda_fast.data import arrays, listing
 from coda_fast.data.digits import digits
@@ -42,7 +45,9 @@ class Source:
         return found
 
 
-def open_data(spec: Data, channels: int, device="cpu", progress=None) -> Source:
+def open_data(
+    spec: Data, channels: int, device: torch.device | str = "cpu", progress: Callable | None = None
+) -> Source:
     """The images of a recipe.
 
     Args:

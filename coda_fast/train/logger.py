@@ -13,13 +13,14 @@ import csv
 import functools
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from coda_fast import plot
 from coda_fast.checkpoints import atomic_path
+from coda_fast.models import CoDANet
 from coda_fast.safety import printable
 from coda_fast.train.errors import TrainingError, need
 from coda_fast.train.schema import Recipe
@@ -50,7 +51,7 @@ class Logger:
         )
 
     @contextlib.contextmanager
-    def open(self, updates: int, steps: int):
+    def open(self, updates: int, steps: int) -> Iterator[None]:
         """Files and bar for the length of the training; ``steps`` of an epoch, ``updates`` done."""
         if not self.is_rank_zero:
             yield
@@ -144,7 +145,9 @@ class Logger:
     def _map(self, epoch):
         return self.folder / "maps" / f"epoch_{epoch:04d}.png"
 
-    def maps(self, model, images: torch.Tensor, labels: torch.Tensor, epoch: int, updates: int) -> None:
+    def maps(
+        self, model: CoDANet, images: torch.Tensor, labels: torch.Tensor, epoch: int, updates: int
+    ) -> None:
         """Contribution maps of ``images`` for the two most likely classes, as they are after so many
         epochs.
         """

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -110,7 +111,7 @@ class Trainer:
             "unreadable": len(state.unreadable),
         }
 
-    def train_steps(self, batches):
+    def train_steps(self, batches: Iterator[Batch]) -> None:
         """Steps up to the end of the epoch, and the messages of the processes between them."""
         setup, state, recipe = self.setup, self.state, self.setup.recipe
         every, heartbeat, failures = recipe.checkpoint.every_steps, Heartbeat(), []
@@ -140,7 +141,7 @@ class Trainer:
                 if message.stop:
                     raise Stopped(state.last_good)
 
-    def exchange(self, sums, failures, is_last, heartbeat) -> Message:
+    def exchange(self, sums: torch.Tensor, failures: int, is_last: bool, heartbeat: Heartbeat) -> Message:
         """One sum over the processes of their metrics and of what they ask for."""
         is_zero = self.agreement.is_rank_zero
         asked = [
@@ -154,7 +155,7 @@ class Trainer:
         heartbeat.restart(message.waited)
         return message
 
-    def log(self, message, seconds):
+    def log(self, message: Message, seconds: float) -> None:
         """Add the metrics since the last row to the epoch, and write the row."""
         state = self.state
         steps = round(message.steps / self.setup.process.world_size)
@@ -175,7 +176,7 @@ class Trainer:
             row = state.epoch + 1, state.step, state.updates, loss, accuracy, self.rate, speed
             self.setup.logger.step(dict(zip(STEP_FIELDS, row, strict=True)))
 
-    def checkpoint_is_due(self, is_last) -> bool:
+    def checkpoint_is_due(self, is_last: bool) -> bool:
         """By the recipe's clock, and before an evaluation if the last checkpoint is a minute old."""
         minutes, passed = self.setup.recipe.checkpoint.every_minutes, time.monotonic() - self.state.saved_at
         return passed > 60 * minutes > 0 or (is_last and passed > 60 and self.evaluates())
@@ -216,7 +217,7 @@ class Trainer:
             setup.ema.update(setup.objective, state.updates)
         return torch.cat([sums, sums.new_ones(1)])
 
-    def compile_ahead(self, images):
+    def compile_ahead(self, images: torch.Tensor) -> None:
         """Once a host and run, compile the fused kernels of the network in parallel; the first step would
         compile one after the other.
         """

@@ -61,7 +61,9 @@ class Objective(nn.Module):
         targets = targets * (1 - self.smoothing) + self.smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
-    def draw_rows(self, labels: torch.Tensor, generator: torch.Generator, process: Process):
+    def draw_rows(
+        self, labels: torch.Tensor, generator: torch.Generator, process: Process
+    ) -> torch.Tensor | None:
         """The regulariser's classes [N, K] of this process' ``labels`` [N], None without a regulariser. They
         are drawn for the global batch, so that they do not depend on the number of processes.
         """

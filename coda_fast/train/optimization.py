@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from coda_fast.train.errors import TrainingError, need
 from coda_fast.train.schema import Recipe
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -59,7 +63,7 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> 
     return optimizer
 
 
-def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
+def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
     """timm's scheduler for the recipe; ``steps``: optimiser steps of an epoch. TrainingError: the warm-up is
     as long as the run.
     """
@@ -99,7 +103,7 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
     return Pieces(optimizer, "lr")
 
 
-def set_rate(schedule, epoch: int, updates: int) -> float:
+def set_rate(schedule: Scheduler, epoch: int, updates: int) -> float:
     """Set and return the learning rate of a step."""
     schedule.step(epoch)
     schedule.step_update(updates)

@@ -5,6 +5,7 @@ parameters, and what a process tells of the end of others.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,22 +13,28 @@ from coda_fast.train import rendezvous
 from coda_fast.train.errors import TrainingError, need
 from coda_fast.train.schema import Recipe
 
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from torch.distributed.device_mesh import DeviceMesh
 
-def make_fabric(recipe: Recipe):
+    from coda_fast.train.objective import Objective
+
+
+def make_fabric(recipe: Recipe) -> Fabric:
     """Lightning Fabric for the recipe, not yet launched. What torchrun or SLURM say of nodes and processes
     counts more than the recipe.
 
     Raises:
         TrainingError: devices that are not there.
     """
-    Fabric = need("lightning.fabric").Fabric
+    fabric = need("lightning.fabric")
     accelerator = _accelerator(recipe)
     devices, nodes = _devices_and_nodes(recipe, accelerator)
     world_size = devices * nodes
     if world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         rendezvous.join_attempt("nccl" if accelerator == "cuda" else "gloo")
     try:
-        return Fabric(
+        return fabric.Fabric(
             accelerator=accelerator,
             devices=devices,
             num_nodes=nodes,
@@ -79,7 +86,7 @@ def _strategy(name, world_size):
     return "auto"
 
 
-def shard(objective, device_mesh):
+def shard(objective: Objective, device_mesh: DeviceMesh) -> Objective:
     """FSDP2: a group of parameters for each layer; one for all with the matrix regulariser, which uses
     weights outside their layer.
     """
@@ -92,7 +99,7 @@ def shard(objective, device_mesh):
     return fully_shard(objective, mesh=mesh)
 
 
-def is_sharded(fabric) -> bool:
+def is_sharded(fabric: Fabric) -> bool:
     """Whether parameters are sharded, so that all processes must take part in a forward pass."""
     return type(fabric.strategy).__name__ == "ModelParallelStrategy"
 

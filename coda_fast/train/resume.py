@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on, and how a run that is set up becomes the one that stands there."""
+"""Which checkpoint a run is resumed from, and how a run that is set up is restored from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from coda_fast.train.state import State
 
 
 def find(folder: RunFolder, resume: str | None, agreement: Agreement) -> tuple[Path, dict] | None:
-    """The checkpoint to go on from and its content, the same for all processes. None: the run is a new one.
+    """The checkpoint to resume from and its content, the same for all processes. None: the run is a new one.
 
     Raises:
         TrainingError: there is none, it cannot be read, or the folder holds a run that would be lost.
@@ -78,7 +78,7 @@ def _refuse_other_model(folder):
 
 
 def restore(setup: Setup, state: State, path: Path, content: dict) -> None:
-    """Make the run that is set up the one that stands in a checkpoint.
+    """Restore weights, optimiser, schedule, position, history and random states from a checkpoint.
 
     Raises:
         TrainingError: it is of another recipe, other data, or another model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +21,10 @@ from coda_fast.train.logger import Logger
 from coda_fast.train.objective import Objective
 from coda_fast.train.optimization import make_optimizer, make_schedule
 from coda_fast.train.schema import Recipe
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
+    from timm.utils import ModelEmaV3
 
 # of the weights; bfloat16 is autocast
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
@@ -49,9 +54,9 @@ class Setup:
     micro_batch: int
     objective: Objective
     module: torch.nn.Module
-    ema: torch.nn.Module | None
+    ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
-    schedule: object
+    schedule: Scheduler
     whole_model: CoDANet | None
 
     @property
