@@ -1,9 +1,9 @@
-"""What is seen of a run: progress bar, CSV, TensorBoard, contribution maps as they form, and the summary at
-the end.
+"""What a run shows and writes beside its checkpoints: progress bar, messages, CSV files, TensorBoard,
+contribution maps, and the summary at the end.
 
 Files in the output folder: ``steps.csv`` (a row for each ``log.every`` steps), ``metrics.csv`` (a row an
-epoch), ``tensorboard/``, ``maps/epoch_0001.png``, ``curve.png``. A run that goes on cuts what its checkpoint
-does not know and appends.
+epoch), ``tensorboard/``, ``maps/epoch_0001.png``, ``curve.png``. A run that is resumed drops the rows that
+came after its checkpoint, and appends.
 """
 
 from __future__ import annotations
@@ -13,40 +13,47 @@ import csv
 import functools
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from coda_fast import plot
 from coda_fast.checkpoints import atomic_path
+from coda_fast.models import CoDANet
 from coda_fast.safety import printable
 from coda_fast.train.errors import TrainingError, need
-from coda_fast.train.recipes import Recipe
+from coda_fast.train.schema import Recipe
+from coda_fast.train.summary import curve, summary
 
 STEP_FIELDS = ("epoch", "step", "updates", "loss", "accuracy", "learning_rate", "images_per_second")
 
 
-class Watch:
-    """Of the first process; ``active=False``: the others', which shows and writes nothing."""
+class Logger:
+    """The logger of a process: rank zero writes the files and, with ``progress``, shows bar and messages; the
+    others do neither.
+    """
 
-    def __init__(self, recipe: Recipe, folder: Path, active: bool, main: bool):
-        self.recipe, self.folder, self.active, self.main = recipe, Path(folder), active, main
+    def __init__(self, recipe: Recipe, folder: Path, progress: bool, is_rank_zero: bool):
+        self.recipe, self.folder, self.is_rank_zero = recipe, folder, is_rank_zero
+        self.shows_progress = progress and is_rank_zero
         self.bar = self.board = self.steps_file = None
 
     def say(self, text: str) -> None:
         """A line beside the bar."""
-        if self.active:
+        if self.shows_progress:
             need("tqdm", "cli").tqdm.write(printable(text), file=sys.stderr)
 
     def reading(self, items: Iterable, label: str, total: int | None = None) -> Iterable:
         """A bar around what takes long before the first step."""
-        return need("tqdm", "cli").tqdm(items, desc=label, total=total, disable=not self.active, leave=False)
+        return need("tqdm", "cli").tqdm(
+            items, desc=label, total=total, disable=not self.shows_progress, leave=False
+        )
 
     @contextlib.contextmanager
-    def open(self, history: list[dict], updates: int, steps: int):
+    def open(self, updates: int, steps: int) -> Iterator[None]:
         """Files and bar for the length of the training; ``steps`` of an epoch, ``updates`` done."""
-        if not self.main:
+        if not self.is_rank_zero:
             yield
             return
         images, hook = self.recipe.batch_size, threading.excepthook
@@ -57,7 +64,7 @@ class Watch:
                 need("tensorboard")
                 from torch.utils.tensorboard import SummaryWriter
 
-                threading.excepthook = functools.partial(_of_threads, hook)
+                threading.excepthook = functools.partial(_pass_on, hook)
                 try:
                     self.board = SummaryWriter(self.folder / "tensorboard", purge_step=updates + 1)
                 except OSError as error:
@@ -68,7 +75,7 @@ class Watch:
                 initial=updates * images,
                 unit="img",
                 unit_scale=True,
-                disable=not self.active,
+                disable=not self.shows_progress,
                 smoothing=0.1,
             )
             yield
@@ -119,19 +126,28 @@ class Watch:
             "run goes on without it"
         )
 
-    def shows(self, epoch: int, maps: bool) -> bool:
-        """Whether the row of this epoch is there, and its maps where they should be."""
+    def maps_are_due(self, epoch: int) -> bool:
+        """Whether maps are drawn after so many epochs."""
+        log = self.recipe.log
+        return bool(log.maps) and (epoch % log.maps_every == 0 or epoch == self.recipe.epochs)
+
+    def shows(self, epoch: int) -> bool:
+        """Whether the row of this epoch is written, and its maps if they are due: a run may have ended
+        between the checkpoint of an epoch and these.
+        """
         try:
             with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
                 epochs = [row.get("epoch") for row in csv.DictReader(file)]
         except (OSError, ValueError):
             return False
-        return str(epoch) in epochs and (not maps or self._map(epoch).exists())
+        return str(epoch) in epochs and (not self.maps_are_due(epoch) or self._map(epoch).exists())
 
     def _map(self, epoch):
         return self.folder / "maps" / f"epoch_{epoch:04d}.png"
 
-    def maps(self, model, images: torch.Tensor, labels: torch.Tensor, epoch: int, updates: int) -> None:
+    def maps(
+        self, model: CoDANet, images: torch.Tensor, labels: torch.Tensor, epoch: int, updates: int
+    ) -> None:
         """Contribution maps of ``images`` for the two most likely classes, as they are after so many
         epochs.
         """
@@ -150,7 +166,7 @@ class Watch:
         plot.save_figure(curve(history, self.recipe), self.folder / "curve.png")
         if self.bar is not None:
             self.bar.close()
-        if self.active:
+        if self.shows_progress:
             print(summary(history))
             print("\n".join(map(str, [*written, self.folder / "curve.png", self.folder / "metrics.csv"])))
 
@@ -186,8 +202,8 @@ class Watch:
             writer.writerows({key: _short(value) for key, value in row.items()} for row in history)
 
 
-def _of_threads(hook, arguments):
-    """What ``hook`` does, but for TensorBoard's thread, whose errors its next call raises."""
+def _pass_on(hook, arguments):
+    """Call ``hook`` for the errors of all threads but TensorBoard's, whose errors its next call raises."""
     if not type(arguments.thread).__module__.startswith("tensorboard."):
         hook(arguments)
 
@@ -197,57 +213,6 @@ _ACCURACIES = {
     "val_accuracy": "validation",
     "ema_val_accuracy": "moving average",
 }
-
-
-def curve(history: list[dict], recipe: Recipe):
-    """Loss and accuracy against epochs."""
-    figure = plot.new_figure(width=9, height=3.4)
-    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for prefix, label in (
-            ("train", "training"),
-            ("val", "validation"),
-            ("ema_val", "validation, moving average"),
-        ):
-            rows = [row for row in history if f"{prefix}_{what}" in row]
-            if rows:
-                x, y = [row["epoch"] for row in rows], [row[f"{prefix}_{what}"] for row in rows]
-                axes.plot(x, y, label=label, marker="o" if len(x) < 30 else None, markersize=3)
-        axes.set(xlabel="epoch", ylabel="binary cross-entropy" if what == "loss" else "accuracy")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    own = recipe.model.out_channels  # a network of its own layers is not the one that it is named after
-    network = recipe.model.name if own is None else f"layers of {', '.join(map(str, own))} channels"
-    title, families = plot.drawable(f"{recipe.name}: {network}, batch {recipe.batch_size}")
-    figure.suptitle(title, fontsize=10, fontfamily=families, parse_math=False)  # a name may hold dollars
-    return figure
-
-
-def summary(history: list[dict]) -> str:
-    """The best and the last epoch, as a table."""
-    scored = [row for row in history if "val_accuracy" in row]
-    best = max(scored, key=lambda row: row.get("ema_val_accuracy", row["val_accuracy"]), default=history[-1])
-    columns = (
-        "epoch",
-        "train_loss",
-        "train_accuracy",
-        "val_loss",
-        "val_accuracy",
-        "val_top5",
-        "ema_val_accuracy",
-        "images_per_second",
-    )
-    columns = [key for key in columns if key in history[-1]]
-    cells = [["", *(key.replace("_", " ").replace(" per ", "/") for key in columns)]]
-    for label, row in (("best", best), ("last", history[-1])):
-        values = [row.get(key, "") for key in columns]
-        cells.append(
-            [label, *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)]
-        )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells
-    )
 
 
 def _short(value):
