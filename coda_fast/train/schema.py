@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from coda_fast.data.preprocessing import INTERPOLATIONS
+from coda_fast.functional import NORMS
 from coda_fast.train.errors import need
 
 need("pydantic")
@@ -34,7 +35,7 @@ class Model(_Section):
     name: str
     temperature: Rate | None = None
     rank: Positive | None = None
-    norm: Literal["squash", "l2"] | None = None
+    norm: Literal[NORMS] | None = None  # type: ignore[valid-type]
     logit_bias: float | None = None
     backend: str | None = None
     out_channels: Layers | None = None
@@ -69,7 +70,8 @@ class Data(_Section):
     pad: Annotated[int, Field(ge=0, le=256)] = 0  # random crop of the padded image, as for CIFAR
     resize: Side | None = None  # shorter side, before the crop
     size: Side | None = None  # side of the square crop; null: images are of one size already
-    interpolation: Literal[INTERPOLATIONS] = "bilinear"  # of Pillow, antialiased
+    # of Pillow, antialiased
+    interpolation: Literal[INTERPOLATIONS] = "bilinear"  # type: ignore[valid-type]
     # share of the area that a random crop takes (Inception); null: ``size`` of ``resize``
     scale: tuple[Share, float] | None = None
     randaugment: RandAugment | None = None
