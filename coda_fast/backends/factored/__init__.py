@@ -1,26 +1,27 @@
-"""The DAU layer by library matrix products over small chunks of patches, on any device: its dynamic weight is
-never there as a whole.
+"""The DAU layer by library matrix products over small chunks of patches, on any device. The dynamic weight of
+all pixels is never in memory at once.
 
-``w = A z + b`` is affine in ``z = B x``, so with ``z~ = [z; 1]`` and ``A~ = [A b]`` (design: the factored
-form)
+The weight ``w = A z + b`` is affine in ``z = B x``. With ``z~ = [z; 1]`` and ``A~ = [A b]``,
 
     <w_o, u> = sum_k z_k (A_ok . u) + b_o . u      one matrix product with n r rows, contracted with z
-    |w_o|^2  = z~^T (A~_o A~_o^T) z~
-        a quadratic form: one product of the Gram matrices with the numbers z_k z_l
+    |w_o|^2  = z~^T (A~_o A~_o^T) z~               a quadratic form: Gram matrices times the numbers z_k z_l
 
-and no ``w`` is needed, but for the few pixels and units where it nearly cancels (``_Gram``). That pays for
-many pixels of many numbers: the Gram matrices are made once for all pixels, and the weights have d numbers
-where the contraction has r. Elsewhere ``w`` itself is made, in the forward pass by ``_worth_generating``, in
-the backward pass where d <= 2 r. Patches are gathered chunk by chunk so that every intermediate stays in
-cache. For the backward pass the output, two numbers per unit and pixel (<w, u> and |w|^2) and, if there is
-memory for it, the contraction A u are kept; the rest is computed again:
+so ``w`` itself is needed only for the few pixels and units where it nearly cancels (``norm.Gram``). This
+*contracted* form pays where there are many pixels and d is large against r, because the Gram matrices are
+made once for all pixels and the contraction has r numbers where w has d. Elsewhere w is *generated*: in the
+forward pass where ``Layer._worth_generating`` says so, in the backward pass where d <= 2 r. Patches are
+gathered a chunk at a time, so that every intermediate stays in cache.
 
-    du = gs (x) z~ . A~,
-        dA~ = (gs (x) z~)^T u + (sum_p t z~ z~^T) A~,   dz = sum_o gs_o A_o u + t_o A_o A~_o^T z~
-    gs = g s(q),   t = 2 g <w, u> s'(q)
+Forward keeps <w, u> and |w|^2, two numbers for every unit and pixel, and the contraction A u if there is
+memory for it. The backward pass computes the rest again:
 
-Inside, pixels are columns, and a patch is laid out (C, kh, kw), as the parameters are: they are used where
-they lie.
+    gs  = g s(q),   t = 2 g <w, u> s'(q)                     g: upstream gradient, q = |w|^2
+    du  = (gs (x) z~) A~
+    dA~ = (gs (x) z~)^T u + (sum_p t z~ z~^T) A~
+    dz  = sum_o gs_o A_o u + t_o A_o A~_o^T z~
+
+Pixels are columns of matrices. A patch is laid out (C, kh, kw), as the parameters are, so that they need no
+copy.
 """
 
 from __future__ import annotations

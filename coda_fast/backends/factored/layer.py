@@ -34,7 +34,6 @@ class Layer:
         )
 
     # -- the three passes
-    # -------------------------------------------------------------------------------------------------------
 
     def align(self, input, applied, keep):
         """F(x, u) as [N, n, OH, OW], and what ``keep`` asks for."""
@@ -193,7 +192,6 @@ class Layer:
         return torch.stack([windows.crop(padded, like) for padded in sums])
 
     # -- their pieces
-    # --------------------------------------------------------------------------------------------------------
 
     @property
     def generated(self) -> bool:
@@ -203,13 +201,14 @@ class Layer:
         return generates(*self.generate.shape[1:])
 
     def _worth_generating(self, pixels) -> bool:
-        """Whether making the weights costs less than the contraction and the norm. Each takes a product of r
-        d multiplications a unit and pixel. Besides, with w there are d numbers to be written, measured,
-        multiplied and added up. Without, there are r of them, and the norm's r^2 / 2 multiplications by what
-        is made once a pixel for all units (r^2 / 2 numbers) and once a unit for all pixels (r^2 d / 2
-        multiplications). The factors are hundredths of a nanosecond, of two threads of a Zen 4
-        (docs/benchmark.md); that of r holds that the contraction is written to new memory. Where d <= 2 r the
-        answer is always yes, as ``generated`` says.
+        """Whether generating w is cheaper than the contracted form.
+
+        Both take a product of r d multiplications for every unit and pixel. The generated form then handles d
+        numbers of w. The contracted form handles r numbers of the contraction, and for the norm r^2 / 2
+        multiplications, by numbers that cost r^2 / 2 once for every pixel and r^2 d / 2 once for every unit.
+        The factors below are hundredths of a nanosecond, measured with two threads of a Zen 4
+        (docs/benchmark.md); that of r includes that the contraction is written to new memory. Where d <= 2 r
+        the answer is always yes, as in ``generated``.
         """
         n, r, d = self.generate.shape
         if self.generate.device.type != "cpu":
@@ -217,33 +216,33 @@ class Layer:
         return pixels == 0 or 30 * d < 70 * r + r * r * (1 + 17 / n + 2 * d / pixels)
 
     def _generated_chunks(self):
-        """What ``Windows.chunks`` wants to know where ``_weights`` follows: chunks of twice the bytes,
-        though not of the parameters'.
+        """The arguments of ``Windows.chunks`` for the generated form: chunks of twice the bytes, with no more
+        of the parameters.
         """
         n, r, d = self.generate.shape
         return max(1, min(n, matrices.units_at_once()) * d // 2), n * r * d // 2
 
     @property
     def has_bias_rows(self) -> bool:
-        """Whether b is a factor of its own, beside A: it is part of w where that is made."""
+        """Whether b multiplies u apart from A; where w is generated, b is part of it."""
         return self.bias is not None and not self.generated
 
     def _like_parameter(self, gradient, input):
-        """[..., d] -> [..., C, kh, kw], in the dtype of the input, and no view: automatic differentiation
-        in forward mode refuses those.
+        """[..., d] -> [..., C, kh, kw], in the dtype of the input. Not a view, which automatic
+        differentiation in forward mode refuses.
         """
         shape = (*gradient.shape[:-1], input.shape[1], *self.spec.geometry.kernel)
         return torch.ops.aten._unsafe_view(gradient, shape).to(input.dtype)
 
     def _numbers(self):
-        """Numbers a pixel of the largest intermediates; the norm's, which are read once, may be twice as
-        many.
+        """Numbers of the largest intermediate for every pixel. Those of the norm are read only once, and may
+        be twice as many.
         """
         n, r, d = self.generate.shape
         return n * d if self.generated else max(n * r, d, Gram.numbers(r) // 2)
 
     def _norm(self, scratch):
-        """Looking at numbers, as ``Gram`` does, is for a CPU: a GPU would have to wait for it."""
+        """``Gram`` looks at the numbers that it has computed, for which a GPU would have to wait."""
         if self.generate.device.type == "cpu":
             return Gram(self.generate, self.bias, scratch)
         return Triangle(self.generate, self.bias)
@@ -251,16 +250,8 @@ class Layer:
     def _weights(self, z, scratch):
         """w of rows z [p, r], a few units at a time: (which units, w [units, p, d])."""
         n, _, d = self.generate.shape
-        count = (
-            max(
-                1,
-                2
-                * matrices.chunk_bytes(z)
-                // (z.element_size() * d * max(1, len(z)))
-                // matrices.units_at_once(),
-            )
-            * matrices.units_at_once()
-        )
+        at_once, numbers = matrices.units_at_once(), d * max(1, len(z))
+        count = at_once * max(1, 2 * matrices.chunk_bytes(z) // (z.element_size() * numbers) // at_once)
         for first in range(0, n, count):
             units = slice(first, first + count)
             generate = self.generate[units]

@@ -13,13 +13,15 @@ from coda_fast.backends.factored import matrices
 if TYPE_CHECKING:
     from coda_fast.backends.factored.layer import Layer
 
-# ... but at least so many times the bytes of A, which every chunk reads; and twice as much where each adds to
-# the gradient of A
+# A chunk has at least so many times the bytes of A, which every chunk reads, whatever the budget is; and
+# twice as many where every chunk also adds to the gradient of A
 CHUNK_PARAMETERS = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
+    """Consecutive pixels: whole images, or lines of one."""
+
     images: slice
     lines: slice
     columns: slice  # of the [..., P] matrices
@@ -49,8 +51,8 @@ class Windows:
         )
 
     def chunks(self, numbers_per_pixel, parameters, factor=1):
-        """As few as the budget allows, of about one size: whole images where several fit, else lines of
-        one image.
+        """As few chunks as the budget allows, of about equal size: whole images where several fit, else lines
+        of one image.
         """
         size = self.padded.element_size()
         budget = (
@@ -88,11 +90,11 @@ class Windows:
         )[..., chunk.images, chunk.lines, :, :, :, :]
         patches = patches.view(windows.shape)
         taps = lambda t: [tap for row in t.unbind(-2) for tap in row.unbind(-1)]
-        # one after the other, on a GPU because no tap is dense: windows overlap
+        # windows overlap, so the taps are added one after the other (on a GPU too, as none of them is dense)
         torch._foreach_add_(taps(windows), taps(patches))
 
     def new_padded(self):
-        """Channels last: what is added to it comes pixel by pixel."""
+        """A padded image of zeros, channels last because gradients are added pixel by pixel."""
         batch, channels, height, width = self.padded.shape
         return self.padded.new_zeros(batch, height, width, channels)
 
@@ -113,6 +115,7 @@ class Windows:
         return image.transpose(0, 1).to(self.compute).reshape(image.shape[1], -1)
 
     def crop(self, padded, like):
+        """A padded image [N, H', W', C] as [N, C, H, W], in dtype and format of ``like``."""
         left, _, top, _ = self.geometry.padding
         image = padded[:, top : top + like.shape[2], left : left + like.shape[3]].permute(0, 3, 1, 2)
         return image.to(like.dtype).contiguous(memory_format=format_of(like))
