@@ -1,0 +1,59 @@
+"""Explanations over HTTP: ``python examples/serve.py --checkpoint coda_demo/coda_demo.safetensors``, then
+
+    curl --data-binary @digit.png http://127.0.0.1:8000
+
+gives JSON: the class, its probability and logit, the bias, and the map, whose sum with the bias is the logit.
+One network serves all threads: explanation mode belongs to a call, not to the module.
+"""
+
+import argparse
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import coda_fast
+from coda_fast.data import ImageError
+
+
+def explained(model: coda_fast.CoDANet, picture: bytes) -> dict:
+    """What is answered for the bytes of a picture file. ImageError: they are none."""
+    found = model.explain(model.transform(picture)[None])
+    target = int(found.target)
+    return {
+        "class": found.name(target),
+        "probability": float(found.logits[0, target].sigmoid()),
+        "logit": float(found.logits[0, target]),
+        "bias": found.logit_bias,
+        "contribution_map": found.contribution_map[0, 0].tolist(),  # [H, W], in logits
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--checkpoint", default="coda_demo/coda_demo.safetensors")
+    parser.add_argument("--port", type=int, default=8000)  # 0: any that is free
+    options = parser.parse_args()
+    model = coda_fast.load(options.checkpoint).eval()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            try:
+                if not 0 < length <= 32 << 20:
+                    raise ImageError(f"expected a picture of at most 32 MiB, got {length} bytes")
+                self.answer(200, explained(model, self.rfile.read(length)))
+            except ImageError as error:
+                self.answer(400, {"error": str(error)})
+
+        def answer(self, status: int, content: dict) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+    server = ThreadingHTTPServer(("127.0.0.1", options.port), Handler)
+    print(f"http://127.0.0.1:{server.server_port}", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
