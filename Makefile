@@ -23,7 +23,7 @@ PARALLEL     := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest test-torch lint format bench tables gpu-smoke gpu-report gpu-gather aot clean
+.PHONY: help demo test test-oldest test-torch lint format bench tables docs dist gpu-smoke gpu-report gpu-gather aot clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -59,8 +59,14 @@ format: $(READY) ## apply ruff's fixes and format
 bench: $(READY) ## measure everything beside its peers, keep the rows in bench/results (some minutes on a CPU)
 	$(VENV)/bin/python -m pytest bench/ --benchmark --rows bench/results $(BENCH_ARGS)
 
-tables: $(READY) ## all tables and plots of measured results in README.md and docs/, from bench/results
+tables: $(READY) ## all tables and plots of measured results in docs/, from bench/results
 	$(VENV)/bin/python bench/tables.py
+
+docs: $(READY) ## the documentation as a site in ./site: strict, links and anchors checked, nothing fetched
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --clean
+
+dist: $(READY) ## build wheel and sdist into ./dist, install the wheel away from the sources, run the example of the README there
+	tools/check_wheel.sh $(VENV)/bin/python
 
 gpu-smoke: ## on a CUDA GPU, with the Python at hand: does it compile, is it right, how fast, in 2.5 minutes (docs/gpu.md)
 	$(PYTHON) bench/gpu_smoke.py $(GPU_ARGS)
@@ -76,7 +82,7 @@ gpu-gather: ## into one folder (gpu_run) what both runs on a GPU need on a machi
 	$(PYTHON) bench/gather.py $(GPU_ARGS)
 
 clean: ## remove build products and caches; the environments and results stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find $(wildcard coda_fast kernels tests bench) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # $(call environment,FOLDER,REQUIREMENTS)

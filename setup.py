@@ -41,6 +41,13 @@ TRAIN = [
     "filelock",
 ]
 BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.5",
+    "mkdocstrings[python]>=0.29",
+    "mkdocs-click>=0.8",
+    "latex2mathml>=3.77",
+]
 TOOLS = [
     "pytest>=8.2",
     "pytest-benchmark",
@@ -53,7 +60,7 @@ TOOLS = [
 ]
 FONTS = ["matplotlib-fontja"]  # Japanese and many Chinese characters, for names of classes
 TEST = list(dict.fromkeys([*EVALUATION, *VIDEO, *TRAIN, *HUB, *ONNX, *FONTS, *TOOLS]))
-DEV = [*TEST, *BENCH, "ruff==0.17.6"]
+DEV = [*TEST, *BENCH, *DOCS, "ruff==0.17.6"]
 
 setup(
     name="coda-fast",
@@ -82,6 +89,7 @@ setup(
         "onnx": ONNX,
         "fonts": FONTS,
         "bench": BENCH,
+        "docs": [*CLI, *DOCS],
         "test": TEST,
         "dev": DEV,
     },

@@ -1,5 +1,5 @@
 """Errors of every backend against the values of the published implementation: ``python bench/golden.py``
-measures them and stores bench/results/golden.json; ``make tables`` puts them into README.md.
+measures them and stores bench/results/golden.json; ``make tables`` puts them into docs/numbers.md.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Every table and plot of measured results in README.md and docs/, from the rows in bench/results/ (``make
-tables``).
+"""Every table and plot of measured results in docs/, from the rows in bench/results/ (``make tables``).
 
 python bench/tables.py            write them
 python bench/tables.py --check    exit status 1 if what is written is not what the rows say
@@ -28,7 +27,7 @@ from bench import training as training_runs  # noqa: E402
 from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING  # noqa: E402
 from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, COPY, MATERIALISING, PRODUCT  # noqa: E402
 
-README, BENCHMARK, KERNELS = ROOT / "README.md", ROOT / "docs" / "benchmark.md", ROOT / "docs" / "kernels.md"
+NUMBERS, BENCHMARK, KERNELS = (ROOT / "docs" / f"{page}.md" for page in ("numbers", "benchmark", "kernels"))
 EVALUATION, TRAINING_PAGE = ROOT / "docs" / "evaluation.md", ROOT / "docs" / "training.md"
 MIB = 2**20
 ALGEBRAICS = (ALGEBRAIC, ALGEBRAIC + COMPILED, CHECKPOINTED, CHECKPOINTED + COMPILED)
@@ -69,9 +68,11 @@ def _everything(rows, copies):
         if found := _select(rows, mode, layers=True):
             parts += [
                 f"Layers, {mode}: milliseconds (median)",
+                "",
                 times(found),
                 "",
                 f"Layers, {mode}: coda_fast beside them",
+                "",
                 gains(found),
                 "",
             ]
@@ -133,7 +134,7 @@ def gains(rows: list[dict]) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """The short table of the README: forward + backward, a layer a row, then the training step of whole
+    """The short table of docs/numbers.md: forward + backward, a layer a row, then the training step of whole
     networks.
     """
     by = _by([r for r in rows if r["mode"] in (TRAINING, STEP)])
@@ -388,8 +389,8 @@ def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
         if any(r["op"].startswith("scaling") for r in rows):
             full += [f"![Scaling on {rows[0]['device']}]({plots.scaling_path(path).name})", ""]
     return {
-        README: block(
-            block(README.read_text(encoding="utf-8"), "bench", "\n".join(short).rstrip()),
+        NUMBERS: block(
+            block(NUMBERS.read_text(encoding="utf-8"), "bench", "\n".join(short).rstrip()),
             "golden",
             golden.table(),
         ),

@@ -202,6 +202,7 @@ def test_extras(metadata):
         "fonts",
         "video",
         "test",
+        "docs",
         "dev",
     }
     assert set(extras["cli"]) == {
@@ -234,6 +235,11 @@ def test_extras(metadata):
     }
     assert needed < set(extras["test"]) < set(extras["dev"])
     assert {"torchvision", "bcos", "pytest-benchmark"} < set(extras["bench"]) < set(extras["dev"])
+    assert (
+        {"mkdocs", "mkdocs-material", "mkdocstrings", "mkdocs-click"}
+        < set(extras["docs"])
+        < set(extras["dev"])
+    )
     assert extras["dev"]["ruff"].startswith("==")
 
 
