@@ -236,7 +236,7 @@ def test_extras(metadata):
     assert needed < set(extras["test"]) < set(extras["dev"])
     assert {"torchvision", "bcos", "pytest-benchmark"} < set(extras["bench"]) < set(extras["dev"])
     assert (
-        {"mkdocs", "mkdocs-material", "mkdocstrings", "mkdocs-click"}
+        {"mkdocs", "mkdocs-material", "mkdocstrings", "latex2mathml"}
         < set(extras["docs"])
         < set(extras["dev"])
     )

@@ -1,5 +1,5 @@
-"""Draws docs/how_it_works.png: what the norms do, and one prediction taken apart, from a small network that is
-trained on digits for the purpose (half a minute on a CPU).
+"""Draws docs/how_it_works.png: what the norms do, and one prediction taken apart, of a small network that it
+trains on digits (half a minute on a CPU).
 
     python tools/draw_how_it_works.py
 """

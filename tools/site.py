@@ -1,19 +1,30 @@
-"""A hook of the documentation site: formulas, written as on GitHub, become MathML in the page itself.
+"""What the documentation site needs besides Markdown; a hook of mkdocs (``make docs``).
 
-```math ... ``` is a formula of its own, $`...`$ one in a line. A browser shows MathML without a script, so the
-site loads nothing from elsewhere.
+Formulas, written as on GitHub (blocks of ``math``, and in a line between ``$`` and backticks), become MathML,
+which a browser shows without a script: the site loads nothing from elsewhere. The commands are described by
+click, which runs them.
 """
 
+import inspect
 import re
+from html import escape
 
+import click
 from latex2mathml.converter import convert
+
+from coda_fast.cli import cli
 
 _FORMULA = re.compile(r"^```math\n(?P<block>.*?)\n```$|\$`(?P<inline>[^`]+)`\$", re.MULTILINE | re.DOTALL)
 _PLACE = "FORMULA{}AT"
+_CODE = re.compile(r"<code>[^<]*</code>")
+_COMMANDS = "<!-- commands -->"
+_WIDE = ("numbers.md", "benchmark.md", "kernels.md")  # tables as wide as the page: no list of contents beside
 
 
 def on_page_markdown(markdown, page, **_):
-    """Formulas give way to words that no extension of Markdown touches."""
+    """Describe the commands, and let words that no extension of Markdown touches stand for formulas."""
+    if page.file.src_uri in _WIDE:
+        page.meta.setdefault("hide", ["toc"])
     page.formulas = []
 
     def replace(match):
@@ -22,11 +33,37 @@ def on_page_markdown(markdown, page, **_):
         place = _PLACE.format(len(page.formulas) - 1)
         return place if kind == "inline" else f"\n{place}\n"
 
-    return _FORMULA.sub(replace, markdown)
+    markdown = _FORMULA.sub(replace, markdown)
+    if _COMMANDS in markdown:
+        markdown = markdown.replace(_COMMANDS, "\n\n".join(map(_described, sorted(cli.commands))))
+    return markdown
 
 
 def on_page_content(html, page, **_):
-    """And come back as MathML."""
+    """Put the formulas where their words stand; a pipe in code in a table is a pipe, as on GitHub."""
+    html = _CODE.sub(lambda match: match[0].replace("\\|", "|"), html)
     for index, formula in enumerate(page.formulas):
         html = html.replace(_PLACE.format(index), formula)
     return html
+
+
+def _described(name):
+    """A command's section: how it is called, its help, and a table of its options."""
+    command = cli.commands[name]
+    context = click.Context(command, info_name=f"coda-fast {name}")
+    usage = " ".join(command.collect_usage_pieces(context))
+    options = [option for option in command.get_params(context) if isinstance(option, click.Option)]
+    rows = [
+        f"<tr><td><code>{escape(option)}</code></td><td>{escape(text)}</td></tr>"
+        for option, text in (option.get_help_record(context) for option in options)
+    ]
+    return "\n".join(
+        [
+            f"## {name}",
+            f"\n    coda-fast {name} {usage}\n",
+            inspect.cleandoc(command.help),
+            "\n<table>",
+            *rows,
+            "</table>",
+        ]
+    )

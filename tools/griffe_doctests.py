@@ -1,0 +1,17 @@
+"""Doctests of docstrings become blocks of code on the documentation site; an extension of Griffe."""
+
+import re
+
+import griffe
+
+_DOCTEST = re.compile(r"^>>> .*(?:\n(?!\s*$).*)*", re.MULTILINE)
+
+
+class Doctests(griffe.Extension):
+    """Fences around every doctest that begins at the margin."""
+
+    def on_object(self, *, obj, **_):
+        if obj.docstring is not None:
+            obj.docstring.value = _DOCTEST.sub(
+                lambda match: f"```pycon\n{match[0]}\n```", obj.docstring.value
+            )
