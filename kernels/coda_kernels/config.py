@@ -105,8 +105,8 @@ class Shape:
 
     @functools.cached_property
     def generated(self) -> bool:
-        """Whether the forward pass generates w in registers; else it contracts the product with z (design:
-        the two exact forms).
+        """Whether the forward pass generates w in registers; else it contracts the product with z
+        (docs/kernels.md: two exact forms).
         """
         return self.R >= 128 or self.channels * self.taps <= 64
 
