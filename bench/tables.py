@@ -1,35 +1,12 @@
-"""Every table and plot of measured results in README.md and docs/, from the rows in bench/results/ (``make
-tables``).
-
-python bench/tables.py            write them
-python bench/tables.py --check    exit status 1 if what is written is not what the rows say
+"""Tables of measured rows as Markdown: in the terminal at the end of a run, and in the documents
+(tools/documents.py).
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
+from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING
+from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, COPY, MATERIALISING, PRODUCT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
-
-from bench import (  # noqa: E402
-    aot_tables,
-    evaluate_digits,
-    evaluation_speed,
-    golden,
-    launches,
-    matrix_regulariser,
-    plots,
-    results,
-)
-from bench import training as training_runs  # noqa: E402
-from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING  # noqa: E402
-from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, COPY, MATERIALISING, PRODUCT  # noqa: E402
-
-README, BENCHMARK, KERNELS = ROOT / "README.md", ROOT / "docs" / "benchmark.md", ROOT / "docs" / "kernels.md"
-EVALUATION, TRAINING_PAGE = ROOT / "docs" / "evaluation.md", ROOT / "docs" / "training.md"
 MIB = 2**20
 ALGEBRAICS = (ALGEBRAIC, ALGEBRAIC + COMPILED, CHECKPOINTED, CHECKPOINTED + COMPILED)
 
@@ -344,118 +321,3 @@ def _markdown(table):
         for row in table
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-# -- documents
-# ------------------------------------------------------------------------------------------------------------
-
-
-def devices(folder: Path = results.FOLDER) -> list[tuple[Path, list[dict]]]:
-    """The files of rows, with what is in them; GPUs first."""
-    found = [(path, results.read(path)) for path in sorted(folder.glob("*.jsonl"))]
-    return sorted(
-        (pair for pair in found if pair[1]), key=lambda pair: (pair[1][0]["driver"] is None, pair[0].name)
-    )
-
-
-def block(text: str, name: str, content: str) -> str:
-    """``text`` with ``content`` between the markers of that name. ValueError if they are not there."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"expected {begin} and {end} once each")
-    return f"{text.partition(begin)[0]}{begin}\n{content}\n{end}{text.partition(end)[2]}"
-
-
-def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
-    """The text that each document should have."""
-    short, full = [], []
-    for path, rows in devices(folder):
-        for variant in variants(rows):
-            training = [
-                r for r in variant if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")
-            ]
-            # the published batch is 16; smaller ones are in docs/benchmark.md
-            if training and training[0]["shape"]["batch"] >= 16:
-                short += [
-                    f"**{rows[0]['device']}, {training[0]['dtype']}**",
-                    "",
-                    summary(training),
-                    "",
-                    footer(training),
-                    "",
-                ]
-        full += [f"## {rows[0]['device']}", "", everything(rows), ""]
-        if any(r["op"].startswith("scaling") for r in rows):
-            full += [f"![Scaling on {rows[0]['device']}]({plots.scaling_path(path).name})", ""]
-    return {
-        README: block(
-            block(README.read_text(encoding="utf-8"), "bench", "\n".join(short).rstrip()),
-            "golden",
-            golden.table(),
-        ),
-        BENCHMARK: block(BENCHMARK.read_text(encoding="utf-8"), "bench", "\n".join(full).rstrip()),
-        EVALUATION: _evaluation(),
-        TRAINING_PAGE: _training(),
-        KERNELS: block(
-            block(KERNELS.read_text(encoding="utf-8"), "aot", aot_tables.tables()),
-            "launches",
-            launches.tables(),
-        ),
-    }
-
-
-def _evaluation() -> str:
-    text = EVALUATION.read_text(encoding="utf-8")
-    for name, module in (
-        ("digits", evaluate_digits),
-        ("matrix", matrix_regulariser),
-        ("speed", evaluation_speed),
-    ):
-        text = block(text, name, module.table())
-    return text
-
-
-def _training() -> str:
-    text = block(TRAINING_PAGE.read_text(encoding="utf-8"), "training", training_runs.table())
-    return block(text, "run", training_runs.run_table())
-
-
-def stale() -> list[str]:
-    """Documents and plots that do not show what the rows say."""
-    found = [
-        str(path.relative_to(ROOT))
-        for path, text in documents().items()
-        if path.read_text(encoding="utf-8") != text
-    ]
-    for path, rows in devices():
-        if any(r["op"].startswith("scaling") for r in rows) and not plots.shows(
-            plots.scaling_path(path), rows
-        ):
-            found.append(str(plots.scaling_path(path).relative_to(ROOT)))
-    return found
-
-
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(argv)
-    if options.check:
-        found = stale()
-        print(
-            "\n".join(f"stale: {name}" for name in found)
-            or "all tables and plots show the rows of bench/results"
-        )
-        return int(bool(found))
-    for path, rows in devices():
-        if any(r["op"].startswith("scaling") for r in rows):
-            print(plots.scaling(rows, plots.scaling_path(path)))
-    for path, text in documents().items():
-        path.write_text(text, encoding="utf-8")
-        print(path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

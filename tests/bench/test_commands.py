@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_report, providers, results
+from bench import providers, results
 from bench.verify import Verdict
+from tools import gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -136,7 +137,7 @@ def test_bad_options(tmp_path, options, message):
 
 
 def test_tables_check():
-    status, text = run("bench/tables.py", "--check")
+    status, text = run("-m", "tools.documents", "--check")
     assert (status, text.strip()) == (0, "all tables and plots show the rows of bench/results")
 
 
@@ -150,7 +151,8 @@ def test_report_cut_off(tmp_path):
     there, the group is whole, and of the rest there is nothing.
     """
     process = start(
-        "bench/gpu_report.py",
+        "-m",
+        "tools.gpu_report",
         *CPU,
         "--quick",
         "--output",
@@ -183,7 +185,8 @@ def test_report_cut_off(tmp_path):
 def test_interrupted_report_leaves_no_process(tmp_path):
     """Ctrl-C: what it had started, in sessions of their own, goes with it."""
     process = start(
-        "bench/gpu_report.py",
+        "-m",
+        "tools.gpu_report",
         *CPU,
         "--output",
         tmp_path,
@@ -210,7 +213,8 @@ def test_report_fails_in_time(tmp_path):
     """No time: every stage says so, nothing hangs, and the exit status is not that of success."""
     begin = time.monotonic()
     status, text = run(
-        "bench/gpu_report.py",
+        "-m",
+        "tools.gpu_report",
         *CPU,
         "--quick",
         "--output",
@@ -239,7 +243,7 @@ def test_report_fails_in_time(tmp_path):
     ],
 )
 def test_report_refuses(tmp_path, options, message):
-    status, text = run("bench/gpu_report.py", "--output", tmp_path / "out", *options)
+    status, text = run("-m", "tools.gpu_report", "--output", tmp_path / "out", *options)
     assert status == 2
     assert message in text
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from support import LAYERS, Golden
 from bench import cases, guard, laboratory, measure, peers, plots, providers, results, tables
 from bench.measure import Measurement, Runner
 from coda_fast.functional import dau_conv2d
+from tools import documents
 
 CPU = torch.device("cpu")
 SMALL = cases.Layer("X1", 3, 4, 5, 3, 2, 6, 2)
@@ -409,12 +410,12 @@ def test_guard(now, slower):
 
 def test_documents_show_the_stored_rows():
     """``make tables`` was run after the last ``make bench``."""
-    assert tables.stale() == []
+    assert documents.stale() == []
 
 
 def test_stale_documents_are_found(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    found = tables.documents(tmp_path)
+    found = documents.documents(tmp_path)
     assert any(path.read_text(encoding="utf-8") != text for path, text in found.items())
 
 
@@ -451,11 +452,11 @@ def test_sum_counts_layers_of_one_shape():
 
 def test_block():
     assert (
-        tables.block("a <!-- x: begin -->old<!-- x: end --> b", "x", "new")
+        documents.block("a <!-- x: begin -->old<!-- x: end --> b", "x", "new")
         == "a <!-- x: begin -->\nnew\n<!-- x: end --> b"
     )
     with pytest.raises(ValueError, match="expected <!-- x: begin -->"):
-        tables.block("nothing", "x", "new")
+        documents.block("nothing", "x", "new")
 
 
 def test_plot_knows_its_rows(tmp_path):

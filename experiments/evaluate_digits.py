@@ -1,7 +1,7 @@
 """The paper's evaluation in small, on a CPU: networks that learn scikit-learn's digits at a low and a high
 temperature, every method of attribution, localisation and pixel removal (some minutes on two cores).
 
-    python bench/evaluate_digits.py
+    python -m experiments.evaluate_digits
         bench/results/evaluation_digits.json, docs/localisation-digits.png, docs/removal-digits.png
 
 DeepLIFT and GB are left out: on a CoDA-Net they are IxG and Grad (tests/test_baselines.py).
@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+import torch
 
-import torch  # noqa: E402
+from bench import results
+from coda_fast import baselines, create_model, demo
+from coda_fast.evaluation.runner import Evaluation, Settings, summary
 
-from bench import results  # noqa: E402
-from coda_fast import baselines, create_model, demo  # noqa: E402
-from coda_fast.evaluation.runner import Evaluation, Settings, summary  # noqa: E402
-
-RESULTS, DOCS = ROOT / "bench" / "results" / "evaluation_digits.json", ROOT / "docs"
+RESULTS, DOCS = results.FOLDER / "evaluation_digits.json", results.ROOT / "docs"
 TEMPERATURES, SEEDS, EPOCHS = (1.0, 40.0), (0, 1, 2), 30
 METHODS = [name for name in baselines.METHODS if name not in baselines.TWINS]
 # a digit is 8 x 8: the published windows of 5 and 9 pixels of 32 would cover it whole, so Occ5 and Occ9
