@@ -15,6 +15,8 @@ from bench import plots, results
 from bench.cases import STEP, TRAINING
 from bench.results import ROOT
 from bench.tables import everything, footer, summary, variants
+from coda_fast import baselines
+from coda_fast.baselines._registry import ENTRIES
 from experiments import evaluate_digits, evaluation_speed, golden, matrix_regulariser, training
 from tools import aot_tables, launches
 
@@ -59,11 +61,22 @@ def full_tables(folder: Path) -> str:
     return "\n".join(parts).rstrip()
 
 
+def methods() -> str:
+    """Of docs/evaluation.md: the registered attribution methods, with their published settings."""
+    lines = ["| method | what it is | settings |", "|---|---|---|"]
+    for name, method in ENTRIES.items():
+        settings = ", ".join(f"{key} {value:g}" for key, value in baselines.METHODS[name].items())
+        twin = f" On a CoDA-Net, to rounding, {baselines.TWINS[name]}." if name in baselines.TWINS else ""
+        lines.append(f"| `{name}` | {method.description}{twin} | {settings} |")
+    return "\n".join(lines)
+
+
 # {document: {name of a block: what makes its text}}; what is measured here takes the folder of the rows
 BLOCKS = {
     ROOT / "README.md": {"bench": short_tables, "golden": golden.table},
     ROOT / "docs" / "benchmark.md": {"bench": full_tables},
     ROOT / "docs" / "evaluation.md": {
+        "methods": methods,
         "digits": evaluate_digits.table,
         "matrix": matrix_regulariser.table,
         "speed": evaluation_speed.table,
