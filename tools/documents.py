@@ -13,8 +13,10 @@ from pathlib import Path
 
 from bench import plots, results
 from bench.cases import STEP, TRAINING
+from bench.peers import PEERS
 from bench.results import ROOT
 from bench.tables import everything, footer, summary, variants
+from bench.yardsticks import YARDSTICKS
 from coda_fast import baselines
 from coda_fast.baselines._registry import ENTRIES
 from experiments import evaluate_digits, evaluation_speed, golden, matrix_regulariser, training
@@ -71,10 +73,17 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def peers() -> str:
+    """Of docs/benchmark.md: the registered peers of a layer and of a network."""
+    found = {**PEERS, **YARDSTICKS}
+    lines = ["| peer | what it is |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {each.description} |" for name, each in found.items())])
+
+
 # {document: {name of a block: what makes its text}}; what is measured here takes the folder of the rows
 BLOCKS = {
     ROOT / "README.md": {"bench": short_tables, "golden": golden.table},
-    ROOT / "docs" / "benchmark.md": {"bench": full_tables},
+    ROOT / "docs" / "benchmark.md": {"peers": peers, "bench": full_tables},
     ROOT / "docs" / "evaluation.md": {
         "methods": methods,
         "digits": evaluate_digits.table,
