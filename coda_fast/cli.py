@@ -5,6 +5,7 @@ line, exit code 2, no file.
 from __future__ import annotations
 
 import collections
+import copy
 import hashlib
 import os
 import platform
@@ -103,6 +104,17 @@ def demo(output: Path, epochs: int, seed: int) -> None:
         f"figure      {result.figure}\ncheckpoint  {result.checkpoint}\nnumbers     {result.numbers_file}"
     )
     click.echo(f"explain your own image: coda-fast explain IMAGE --checkpoint {result.checkpoint}")
+
+
+class _Methods(click.Option):
+    """An option whose help ends with the names of all attribution methods that are registered."""
+
+    def get_help_record(self, context):
+        from coda_fast import baselines
+
+        named = copy.copy(self)
+        named.help = f"{self.help} Methods: {', '.join(baselines.METHODS)}."
+        return super(_Methods, named).get_help_record(context)
 
 
 def _seconds(context, parameter, text):
@@ -412,10 +424,7 @@ def _bar(items, label):
     show_default=True,
 )
 @click.option(
-    "--methods",
-    default="Ours",
-    show_default=True,
-    help="Names separated by commas (Ours,Grad,IxG,...), or 'all'.",
+    "--methods", cls=_Methods, default="Ours", show_default=True, help="Names separated by commas, or 'all'."
 )
 @click.option(
     "--output",
@@ -638,7 +647,8 @@ def _method_settings(changes, names):
 )
 @click.option(
     "--methods",
-    help="Methods beside the network's own maps (Grad,IxG,Occ5,...), or 'none'. Default: IxG,IntGrad,GCam "
+    cls=_Methods,
+    help="Names separated by commas, beside the network's own maps, or 'none'. Default: IxG,IntGrad,GCam "
     "where captum is installed.",
 )
 @click.option(

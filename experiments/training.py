@@ -1,9 +1,9 @@
 """What training costs and gives on this machine: decoding beside the network that consumes it, a step beside
 the peers, a real run.
 
-python bench/training.py
+python -m experiments.training
     bench/results/training.json: decoding and training steps, measured now (a minute)
-python bench/training.py --run FOLDER
+python -m experiments.training --run FOLDER
     bench/results/cifar10_xs.json and docs/cifar10_xs.png: a run of the recipe cifar10-xs
           [--localisation FOLDER]
               with what ``coda-fast evaluate --metric localisation --output FOLDER`` found for it
@@ -17,22 +17,18 @@ import functools
 import io
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+from bench import measure, peers, results
+from coda_fast import create_model
 
-from bench import measure, peers, results  # noqa: E402
-from coda_fast import create_model  # noqa: E402
-
-RESULTS, RUN = ROOT / "bench" / "results" / "training.json", ROOT / "bench" / "results" / "cifar10_xs.json"
-CURVE = ROOT / "docs" / "cifar10_xs.png"
+RESULTS, RUN = results.FOLDER / "training.json", results.FOLDER / "cifar10_xs.json"
+CURVE = results.ROOT / "docs" / "cifar10_xs.png"
 BATCH = 64
 PROVIDERS = {"coda_fast": None, "materialising": peers.materialising, "algebraic": peers.algebraic}
 

@@ -1,8 +1,8 @@
 """Propose rows of a configuration table for the GPU at hand: time the wanted tile of every kernel and layer,
 and its neighbours.
 
-    python bench/tune.py --output sm_90.json                                        both published networks
-    python bench/tune.py --output part.json --layers S7 L8 --kernels fold grad_z --dtype bfloat16
+    python -m tools.tune --output sm_90.json                                        both published networks
+    python -m tools.tune --output part.json --layers S7 L8 --kernels fold grad_z --dtype bfloat16
     --budget-seconds 600
 
 A kernel is timed in the launches that one training step of the layer makes, recorded from the step itself.
@@ -28,13 +28,11 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+import torch
 
-import torch  # noqa: E402
-
-from coda_kernels import config  # noqa: E402
-from coda_kernels.config import KernelSpec, Tile  # noqa: E402
+from bench.results import ROOT
+from coda_kernels import config
+from coda_kernels.config import KernelSpec, Tile
 
 DTYPES = ("bfloat16", "float16", "float32")
 WARPS, STAGES = (4, 8), (2, 3, 4)
@@ -363,7 +361,7 @@ def main(argv=None) -> int:
     if not torch.cuda.is_available():
         print("tune: needs a CUDA device, torch sees none", file=sys.stderr)
         return 2
-    from bench.aot import layers  # not before: it switches Triton's interpreter off
+    from tools.aot import layers  # not before: it switches Triton's interpreter off
 
     known = layers()
     if unknown := set(options.layers or ()) - set(known):

@@ -1,9 +1,9 @@
 """Train the recipe cifar10-s-fast within so many minutes on one GPU, then judge the result: accuracy,
 localisation, removal.
 
-    python bench/fast_training.py --data cifar10.npz --output FOLDER --minutes 3.5
+    python -m experiments.fast_training --data cifar10.npz --output FOLDER --minutes 3.5
         training.json and the weights
-    python bench/fast_training.py --device cpu --quick --output FOLDER
+    python -m experiments.fast_training --device cpu --quick --output FOLDER
         rehearses it, on made-up images
 
 The whole step (images drawn and augmented on the device, network, loss, gradient, optimiser, moving average)
@@ -25,16 +25,13 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import coda_fast  # noqa: E402
-from bench import measure, results  # noqa: E402
-from coda_fast import evaluation  # noqa: E402
+import coda_fast
+from bench import measure, results
+from coda_fast import evaluation
 
 # Of a rehearsal: the published network takes seconds a step on a CPU
 TINY = dict(out_channels=[8, 8, 10], ranks=[4, 4, 4], kernel_sizes=[3, 3, 1], strides=[2, 2, 1])
@@ -435,7 +432,9 @@ def recipe_of(name: str = "cifar10-s-fast") -> dict:
     """The recipe as plain values; what it says about epochs is for runs that are not measured in minutes."""
     import yaml
 
-    return yaml.safe_load((ROOT / "coda_fast" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(
+        (results.ROOT / "coda_fast" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    )
 
 
 def main(argv=None) -> int:

@@ -1,12 +1,11 @@
-"""The tables of docs/kernels.md from what bench/aot.py stored: what the compiler made of the kernels."""
+"""The tables of docs/kernels.md from what tools/aot.py stored: what the compiler made of the kernels."""
 
 from __future__ import annotations
 
 import collections
 import json
-from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from bench.results import FOLDER
 
 
 def tables() -> str:
@@ -14,7 +13,7 @@ def tables() -> str:
     a row.
     """
     parts = []
-    for path in sorted(RESULTS.glob("aot_triton*.json"), reverse=True):
+    for path in sorted(FOLDER.glob("aot_triton*.json"), reverse=True):
         found = json.loads(path.read_text(encoding="utf-8"))
         groups = collections.defaultdict(list)
         for row in found["rows"]:

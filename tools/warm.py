@@ -1,7 +1,7 @@
 """Fill Triton's cache in many processes at once, before what is timed or tested one by one: compiling is most
 of a first run's time.
 
-python bench/warm.py --networks coda_s_cifar10 --dtype bfloat16 --workers 16
+python -m tools.warm --networks coda_s_cifar10 --dtype bfloat16 --workers 16
 """
 
 from __future__ import annotations
@@ -10,15 +10,11 @@ import argparse
 import os
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+import torch
 
-import torch  # noqa: E402
-
-import coda_fast  # noqa: E402
-from coda_fast.compile import PASSES  # noqa: E402
+import coda_fast
+from coda_fast.compile import PASSES
 
 NETWORKS = ("coda_s_cifar10", "coda_l_imagenet100")
 BATCH = 16  # any: nothing is compiled anew for another

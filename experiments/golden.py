@@ -1,48 +1,46 @@
-"""Errors of every backend against the values of the published implementation: ``python bench/golden.py``
-measures them and stores bench/results/golden.json; ``make tables`` puts them into README.md.
+"""Errors of every backend against the values of the published implementation, as tests/test_golden.py finds
+them.
+
+python -m experiments.golden     bench/results/golden.json; "make tables" puts them into README.md
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-import os
-import sys
+import math
+import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "golden.json"
+import torch
+
+from bench import results, verify
+
+RESULTS = results.FOLDER / "golden.json"
 
 
 def measure() -> dict:
     """The worst of all compared tensors of each golden file, a backend and dtype a column."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # the fused kernels on the CPU
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
-    from support import LAYERS, Golden
-    from test_golden import CASES, layer_errors
-
-    from bench import results
-
-    rows = []
-    for name in LAYERS:
-        m = Golden(name).meta
+    with tempfile.TemporaryDirectory() as folder:
+        tests = verify.collect("tests/test_golden.py", "-k", "test_layer")
+        verify.shards(tests, 1, math.inf, Path(folder))
+        outcomes = verify.outcomes(Path(folder))
+    rows = {}
+    for test in tests:
+        found = outcomes[test]["properties"]
+        m = found["layer"]
         shape = f"{m['C']}, {m['n']}, {m['r']}, {m['k']}, {m['s']}, {m['p']}, {m['norm']}" + (
             "" if m["bias"] else ", no bias"
         )
-        errors = {
-            f"{b}, {str(d).removeprefix('torch.')}": float(f"{max(layer_errors(name, d, b).values()):.2g}")
-            for d, b in CASES
-        }
-        rows.append({"layer": shape, "errors": errors})
+        errors = rows.setdefault(shape, {"layer": shape, "errors": {}})["errors"]
+        errors[found["case"]] = float(f"{max(found['errors'].values()):.2g}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = {"torch": torch.__version__, "triton": results.environment(device)["triton"]}
     versions["device"] = results.device_name(device) + (
         ", triton under its interpreter" if device.type == "cpu" else ""
     )
-    return {**versions, "commit": results.commit(), "date": datetime.date.today().isoformat(), "rows": rows}
+    stamp = {"commit": results.commit(), "date": datetime.date.today().isoformat()}
+    return {**versions, **stamp, "rows": list(rows.values())}
 
 
 def table() -> str:

@@ -1,10 +1,10 @@
 """Compile every kernel in its shipped configuration for GPUs that need not be here, and report what the
 compiler made of it.
 
-    python bench/aot.py
+    python -m tools.aot
         all layers; bfloat16 everywhere, all dtypes on sm_90; bench/results/aot_triton<version>.json
-    python bench/aot.py --layers S7 --arch 90 --dtype bfloat16     a part, printed only
-    python bench/aot.py --table
+    python -m tools.aot --layers S7 --arch 90 --dtype bfloat16     a part, printed only
+    python -m tools.aot --table
         print the tables of the stored results ("make tables" puts them into docs/kernels.md)
 
 Nothing is simulated: launches are recorded from the launchers themselves (shapes, constants, alignment),
@@ -30,10 +30,8 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
-from bench import aot_tables, cases  # noqa: E402
+from bench import cases, results
+from tools import aot_tables
 
 ARCHITECTURES = (80, 90, 100, "gfx942")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -328,7 +326,7 @@ def sweep(wanted, dtypes, architectures, kernels=None, jobs=None, progress=lambd
     return sorted(reports, key=lambda r: (str(r.arch), r.dtype, r.kernel, r.layers, r.blocks))
 
 
-# -- the stored results (their tables: bench/aot_tables.py)
+# -- the stored results (their tables: tools/aot_tables.py)
 # ----------------------------------------------------------------------------
 
 
@@ -338,8 +336,8 @@ def store(reports):
     """
     import triton
 
-    path = aot_tables.RESULTS / f"aot_triton{'.'.join(map(str, triton_version()))}.json"
-    commit = _run("git", "-C", ROOT, "rev-parse", "--short", "HEAD").strip()
+    path = results.FOLDER / f"aot_triton{'.'.join(map(str, triton_version()))}.json"
+    commit = _run("git", "-C", results.ROOT, "rev-parse", "--short", "HEAD").strip()
     old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     done = {(r.arch, r.dtype) for r in reports}
     rows = [row for row in old if (row["arch"], row["dtype"]) not in done] + [

@@ -1,9 +1,9 @@
 """The first two and a half minutes on a GPU: does it compile, is it right, how far from the ceilings is it
 (``make gpu-smoke``).
 
-    python bench/gpu_smoke.py                          into bench/results/report/smoke
-    python bench/gpu_smoke.py --output FOLDER --minutes 2.5
-    python bench/gpu_smoke.py --device cpu --quick     rehearses it anywhere
+    python -m tools.gpu_smoke                          into bench/results/report/smoke
+    python -m tools.gpu_smoke --output FOLDER --minutes 2.5
+    python -m tools.gpu_smoke --device cpu --quick     rehearses it anywhere
 
 A line for each verdict, and what failed with its shape and its worst coordinate. Stages, each leaving its
 results in smoke.json as it ends:
@@ -33,12 +33,11 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+import torch
 
-import torch  # noqa: E402
-
-from bench import cases, fast_training, measure, providers, results, verify, warm  # noqa: E402
+from bench import cases, measure, providers, results, verify
+from experiments import fast_training
+from tools import warm
 
 CHECKS, GPU_TESTS = "tests/kernels/smoke_checks.py", "tests/kernels/test_gpu.py"
 FILES = ("tests/test_golden.py", CHECKS, GPU_TESTS)

@@ -1,7 +1,7 @@
 """What each layer launches, computes and moves, and how long an H100 needs for that at least: a model, for
 docs/kernels.md.
 
-    python bench/launches.py        prints the tables ("make tables" puts them into docs/kernels.md)
+    python -m tools.launches        prints the tables ("make tables" puts them into docs/kernels.md)
 
 Launches and bytes are recorded from the launchers (every tensor of a launch once: what a kernel reads twice
 comes from the cache at best).
@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import collections
 import functools
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+import torch
 
-import torch  # noqa: E402
-
-from bench import cases  # noqa: E402
-from coda_fast._geometry import Geometry  # noqa: E402
-from coda_fast._spec import Gradients, Parameters, Spec  # noqa: E402
-from coda_fast.backends import triton  # noqa: E402
-from coda_kernels.compile import recording  # noqa: E402
-from coda_kernels.config import Device  # noqa: E402
+from bench import cases
+from coda_fast._geometry import Geometry
+from coda_fast._spec import Gradients, Parameters, Spec
+from coda_fast.backends import triton
+from coda_kernels.compile import recording
+from coda_kernels.config import Device
 
 BATCH = {"S": 256, "L": 64}
 FLOPS, BANDWIDTH = 790e12, 3.0e12  # what an H100 sustains: cuBLAS in bfloat16, a copy

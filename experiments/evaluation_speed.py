@@ -1,25 +1,20 @@
 """Evaluation in batches beside one image and one class at a time, on the same device, in turns.
 
-python bench/evaluation_speed.py       bench/results/evaluation_speed.json
+python -m experiments.evaluation_speed       bench/results/evaluation_speed.json
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+import torch
 
-import torch  # noqa: E402
+from bench import measure, results
+from coda_fast import create_model
+from coda_fast.evaluation import pixel_removal
+from coda_fast.evaluation.localisation import canvases, cell_shares
 
-from bench import measure, results  # noqa: E402
-from coda_fast import create_model  # noqa: E402
-from coda_fast.evaluation import pixel_removal  # noqa: E402
-from coda_fast.evaluation.localisation import canvases, cell_shares  # noqa: E402
-
-RESULTS = ROOT / "bench" / "results" / "evaluation_speed.json"
+RESULTS = results.FOLDER / "evaluation_speed.json"
 
 
 def localisation_in_batches(model, grids, classes, side):

@@ -1,7 +1,7 @@
 """What a layer's forward and backward pass cost the host, without a GPU: everything but the driver's launch,
 which does nothing here.
 
-    python bench/host_time.py        microseconds a launch and a layer, eager and compiled
+    python -m tools.host_time        microseconds a launch and a layer, eager and compiled
 
 Tensors are on the CPU and small, so that what remains is Python, torch's dispatcher, autograd, allocations
 and Triton's own launcher up to the call of the driver. Medians; on a machine with a faster core all of it is
@@ -13,21 +13,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.compiler import CompiledKernel  # noqa: E402
-from triton.runtime import driver  # noqa: E402
+import torch
+import triton
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
-from bench import results  # noqa: E402
-from coda_fast import backends  # noqa: E402
-from coda_fast.nn import DAUConv2d  # noqa: E402
-from coda_kernels import compile as compiler  # noqa: E402
+from bench import results
+from coda_fast import backends
+from coda_fast.nn import DAUConv2d
+from coda_kernels import compile as compiler
 
 LAYERS = 9
 

@@ -1,25 +1,20 @@
 """Does the matrix regulariser make maps sparser? Networks that learn scikit-learn's digits under several
 weights (lambda).
 
-python bench/matrix_regulariser.py       bench/results/matrix_regulariser.json (some minutes on two cores)
+python -m experiments.matrix_regulariser     bench/results/matrix_regulariser.json (minutes on two cores)
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+import torch
 
-import torch  # noqa: E402
+from bench import results
+from coda_fast import create_model, demo
+from coda_fast.losses import DynamicMatrixLoss
 
-from bench import results  # noqa: E402
-from coda_fast import create_model, demo  # noqa: E402
-from coda_fast.losses import DynamicMatrixLoss  # noqa: E402
-
-RESULTS = ROOT / "bench" / "results" / "matrix_regulariser.json"
+RESULTS = results.FOLDER / "matrix_regulariser.json"
 WEIGHTS, SEEDS, EPOCHS, TEMPERATURE = (0.0, 2.0, 10.0), (0, 1, 2), 8, 40.0
 
 

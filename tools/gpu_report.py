@@ -1,12 +1,12 @@
 """Everything that the README may claim about a GPU, measured on one, in one command (``make gpu-report``),
 within nine minutes.
 
-    python bench/gpu_report.py
+    python -m tools.gpu_report
         rows into bench/results, the rest into bench/results/report
-    python bench/gpu_report.py --output FOLDER       all of it into FOLDER
-    python bench/gpu_report.py --data cifar10.npz --output FOLDER --pack RESULTS
+    python -m tools.gpu_report --output FOLDER       all of it into FOLDER
+    python -m tools.gpu_report --data cifar10.npz --output FOLDER --pack RESULTS
         with the training; results as two files
-    python bench/gpu_report.py --later FOLDER/later.json --output FOLDER
+    python -m tools.gpu_report --later FOLDER/later.json --output FOLDER
         the tests that had no time, in a second call
 
 Stages, in order, each leaving its results on disk as it goes, so that a run that is cut off loses only the
@@ -47,13 +47,12 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+import torch
 
-import torch  # noqa: E402
-
-from bench import fast_training, guard, results, tables, verify, warm  # noqa: E402
-from bench.verify import Verdict  # noqa: E402
+from bench import guard, results, tables, verify
+from bench.verify import Verdict
+from experiments import fast_training
+from tools import warm
 
 # Seconds of nine minutes; what a stage does not need is left to those after it
 STAGES = {
@@ -230,7 +229,8 @@ class Report:
         until = min(until, time.monotonic() + TRAINING)
         command = [
             sys.executable,
-            "bench/fast_training.py",
+            "-m",
+            "experiments.fast_training",
             "--output",
             str(self.output),
             "--device",
@@ -269,7 +269,8 @@ class Report:
             return Verdict()
         command = [
             sys.executable,
-            "bench/tune.py",
+            "-m",
+            "tools.tune",
             "--output",
             str(self.output / "tuned.json"),
             "--dtype",
@@ -360,7 +361,7 @@ class Report:
         with open(folder / f"{name}.txt", "w") as out:
             process = subprocess.Popen(
                 command,
-                cwd=ROOT,
+                cwd=results.ROOT,
                 env=environment,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -541,7 +542,7 @@ def main(argv=None) -> int:
         "--stages", nargs="+", choices=STAGES, help="default: all, the training only with --data"
     )
     parser.add_argument(
-        "--data", type=Path, help="the images to train with, an .npz file (bench/fast_training.py)"
+        "--data", type=Path, help="the images to train with, an .npz file (experiments/fast_training.py)"
     )
     parser.add_argument(
         "--pack", type=Path, help="folder for an archive of the results and the weights, two files"

@@ -1,8 +1,8 @@
 """Gather what the two runs on a GPU need into one folder, for a machine without a network, and check its size
 (docs/gpu.md).
 
-    python bench/gather.py --data cifar10.npz                     gpu_run/, which git ignores
-    python bench/gather.py --data cifar10.npz --no-wheels --output FOLDER
+    python -m tools.gather --data cifar10.npz                     gpu_run/, which git ignores
+    python -m tools.gather --data cifar10.npz --no-wheels --output FOLDER
     bash gpu_run/run.sh smoke RESULTS                             there; then the same with report
 
 The tree as it is tracked, with changes that are not committed; the file of the images; wheels for Python 3.12
@@ -19,10 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
-
-from bench import results  # noqa: E402
+from bench import results
 
 LIMIT = 64.0  # MiB
 # With what they need, and without: of captum that would be torch
@@ -41,22 +38,23 @@ which=${{1:?expected smoke or report}}
 results=$(mkdir -p "${{2:?expected a folder for the results}}" && cd "$2" && pwd)
 shift 2
 scratch=$(mktemp -d)
-export CODA_FAST_COMMIT={commit} PYTHONUNBUFFERED=1
+export CODA_FAST_COMMIT={commit} PYTHONUNBUFFERED=1 PYTHONPATH="kernels${{PYTHONPATH:+:$PYTHONPATH}}"
+python=${{PYTHON:-python3}}
 if test -n "${{WITH_WHEELS:-}}"; then
-    python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" \\
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" \\
         "$here"/wheels/*.whl
-    export PYTHONPATH="$scratch/site${{PYTHONPATH:+:$PYTHONPATH}}"
+    export PYTHONPATH="$scratch/site:$PYTHONPATH"
 fi
 cd "$here/tree"
 case $which in
-    smoke) python3 bench/gpu_smoke.py --output "$scratch/smoke" --pack "$results" "$@" ;;
-    report) python3 bench/gpu_report.py {data}--output "$scratch/report" --pack "$results" "$@" ;;
+    smoke) "$python" -m tools.gpu_smoke --output "$scratch/smoke" --pack "$results" "$@" ;;
+    report) "$python" -m tools.gpu_report {data}--output "$scratch/report" --pack "$results" "$@" ;;
     *) echo "run.sh: expected smoke or report, got $which" >&2; exit 2 ;;
 esac
 """
 
 
-def tracked(root: Path = ROOT) -> list[Path]:
+def tracked(root: Path = results.ROOT) -> list[Path]:
     """The files of the tree, relative to it. RuntimeError: no history here."""
     done = subprocess.run(
         ["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=False
@@ -66,7 +64,7 @@ def tracked(root: Path = ROOT) -> list[Path]:
     return [Path(name) for name in done.stdout.split("\0") if name and (root / name).is_file()]
 
 
-def copy_tree(target: Path, root: Path = ROOT) -> None:
+def copy_tree(target: Path, root: Path = results.ROOT) -> None:
     for name in tracked(root):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, target / name)
@@ -122,12 +120,12 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--data",
         type=Path,
-        help="the images to train with, an .npz file (bench/fast_training.py); none: no training",
+        help="the images to train with, an .npz file (experiments/fast_training.py); none: no training",
     )
     parser.add_argument(
         "--output",
         type=Path,
-        default=ROOT / "gpu_run",
+        default=results.ROOT / "gpu_run",
         help="folder, replaced if this program made it (gpu_run)",
     )
     parser.add_argument("--no-wheels", action="store_true", help="only what is here")
@@ -145,8 +143,8 @@ def main(argv=None) -> int:
     except (RuntimeError, OSError) as error:
         print(f"gather: {error}", file=sys.stderr)
         return 2
-    if ROOT in output.parents:  # it travels with the tree that it lies in
-        parts["the tree around it"] = sum((ROOT / name).stat().st_size for name in tracked())
+    if results.ROOT in output.parents:  # it travels with the tree that it lies in
+        parts["the tree around it"] = sum((results.ROOT / name).stat().st_size for name in tracked())
     total = sum(parts.values())
     if results.commit().endswith("-dirty"):
         print("gather: the tree has changes that are not committed; its results will say so", file=sys.stderr)
