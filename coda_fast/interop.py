@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from coda_fast._classes import one_each
-from coda_fast._wrappers import need_network
+from coda_fast.dynamic_linear import need_network
 from coda_fast.models import CoDANet
 
 try:  # nothing else of the package imports this module: who does not want captum does not pay for it

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from coda_fast import __version__, baselines, plot
-from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
 from coda_fast.data import listing
+from coda_fast.dynamic_linear import need_network
 from coda_fast.models import CoDANet
 from coda_fast.safety import batch_within, check_explainable, printable
 
