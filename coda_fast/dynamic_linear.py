@@ -21,6 +21,10 @@ from coda_fast._wrappers import plain_name, unwrap, whole
 from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, calls_replaced, explanation_mode
 
 
+class NoCut(ValueError):
+    """A DAU layer that does not cut a network: logits are not a sum of contributions of its input alone."""
+
+
 class DynamicLinear(nn.Module):
     """A classifier of images ``logits = sum_pixels(evidence(encoder(images))) / temperature + logit_bias``.
 
@@ -131,9 +135,8 @@ class DynamicLinear(nn.Module):
         evidence with respect to what enters is a row of the linear map between them. None: the encoded image.
 
         Raises:
-            ValueError: a layer that does not cut the network: evidence also comes by ways that do not lead
-                through its input, so that contributions of that input are not all. Or one that is called
-                several times, or never.
+            NoCut: a layer that does not cut the network: evidence also comes by ways that do not lead through
+                its input, whose contributions are then not all; or one that is not called once.
         """
         encoded = encoded.detach().requires_grad_()
         with torch.enable_grad(), explanation_mode(self):
@@ -151,13 +154,11 @@ class DynamicLinear(nn.Module):
                 evidence = self.evidence(encoded)
             name = self.find_layer(layer)[0]
             if len(entered) != 1:
-                raise ValueError(
-                    f"layer: expected one that is called once, got {name!r}: {len(entered)} calls"
-                )
+                raise NoCut(f"layer: expected one that is called once, got {name!r}: {len(entered)} calls")
             ones = torch.ones_like(evidence)
             if torch.autograd.grad(evidence, encoded, ones, retain_graph=True, allow_unused=True)[0] is None:
                 return entered[0], evidence
-            raise ValueError(
+            raise NoCut(
                 f"layer: expected one that all ways from the image to the logits lead through, got {name!r}, "
                 "which some lead around"
             )
@@ -167,7 +168,9 @@ class DynamicLinear(nn.Module):
         evidence, has the shape of the encoded image.
 
         Both are differentiable in parameters and image in full: ``pull_back`` also through the activations
-        that the weights of a layer are generated from, which explanation mode cuts off.
+        that the weights of a layer are generated from, which explanation mode cuts off. Costs ``evidence``
+        twice, the second time without its layers. A chain does better by ``DAUConv2d.adjoint``, and can be
+        exported then: see ``CoDANet``.
         """
         calls = []
 

@@ -24,7 +24,7 @@ from coda_fast._autocast import wide
 from coda_fast._geometry import pair
 from coda_fast._version import __version__
 from coda_fast.checkpoints import atomic_path
-from coda_fast.dynamic_linear import need_network
+from coda_fast.dynamic_linear import DynamicLinear, need_network
 from coda_fast.network import Network
 
 ONNX_LIMIT = 2**31 - 2**24  # bytes of weights: protobuf ends a file at 2 GiB, and the graph takes some
@@ -235,6 +235,11 @@ def _prepare(model, explain, size, device, any_size):
     calls one of any length}}.
     """
     explainer = Explainer(model)
+    if explain and type(model).linearise is DynamicLinear.linearise:
+        raise ValueError(
+            f"explain: expected a CoDANet, or a network that writes linearise without automatic "
+            f"differentiation, got {type(model).__name__}: export it without its explanation"
+        )
     sizes = _example_size(model) if size is None else pair(size, "size")
     _check_size(model, sizes)
     explainer = copy.deepcopy(explainer).float().eval().to(device)

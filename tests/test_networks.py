@@ -16,7 +16,8 @@ from branching import Branching
 from torch import nn
 
 import coda_fast
-from coda_fast import CheckpointError, DAUConv2d, checkpoints, evaluation, plot, registry
+from coda_fast import CheckpointError, DAUConv2d, checkpoints, evaluation, plot, registry, report
+from coda_fast.export import export_onnx
 from coda_fast.losses import DynamicMatrixLoss, matrix_penalty
 from coda_fast.safety import explanation_memory
 
@@ -368,10 +369,22 @@ def test_other_tools(net, images):
     assert evaluation.pixel_removal(net, images, labels, points=3).probabilities.shape == (3, 3)
     plot.explanation_figure(images, e := net.explain(images, layer="stem"), net.logit_bias)
     e.plot()
+    page = report.render(net, [image.float() for image in images[:1]], ["a"], methods=[])
+    assert "layer classes, 5 x 5" in page
+    assert "layer inner" not in page
     logits, maps = coda_fast.Explainer(net)(images, labels)
     e = net.explain(images, labels)
     assert torch.equal(logits, e.logits)
     assert torch.allclose(maps, e.contribution_map[:, 0], rtol=1e-12, atol=1e-15)
+
+
+def test_export_without_the_explanation(net, tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match="explain: expected a CoDANet, or a network that writes linearise"):
+        export_onnx(net, tmp_path / "net.onnx", explain=True)
+    assert not list(tmp_path.iterdir())
+    export_onnx(net, tmp_path / "net.onnx")
+    assert (tmp_path / "net.onnx").stat().st_size
 
 
 def test_sizes_of_pictures_are_optional(images):
