@@ -1,4 +1,4 @@
-"""What others put around a network, and the network inside."""
+"""What others put around a network, and how their names and tensors look through it."""
 
 from __future__ import annotations
 
@@ -58,40 +58,6 @@ def wrapped_by(model, kind: str) -> bool:
     return False
 
 
-def network_in(model):
-    """The CoDANet that ``model`` is or wraps, whose own rules (sigmoid, encoded pixels) then count; else
-    ``model`` as it is. A sharded one is gathered.
-
-    Raises:
-        ValueError: a module that holds a CoDANet as a part: by which rules it is to be judged cannot be
-            known.
-    """
-    from coda_fast.models import CoDANet
-
-    inner = unwrap(model)
-    if isinstance(inner, CoDANet):
-        return gathered(inner)
-    if isinstance(inner, nn.Module):
-        for name, module in inner.named_modules():
-            if isinstance(module, CoDANet):
-                raise ValueError(
-                    "model: expected a CoDANet, alone or in a wrapper that unwrap knows, or a model "
-                    "without one; got a "
-                    f"{type(inner).__name__} around the CoDANet {name!r}: give that"
-                )
-    return model
-
-
-def need_network(model, name: str = "model"):
-    """The CoDANet that ``model`` is or wraps; TypeError where there is none."""
-    from coda_fast.models import CoDANet
-
-    inner = unwrap(model)
-    if not isinstance(inner, CoDANet):
-        raise TypeError(f"{name}: expected a CoDANet, got {type(inner).__name__}")
-    return inner
-
-
 def plain_name(name: str) -> str:
     """The name of a parameter without what wrappers of parts of a network add to it."""
     return ".".join(part for part in name.split(".") if part not in _INSIDE.values())
@@ -102,20 +68,3 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     must call it.
     """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gathered(model):
-    """A CoDANet whose layers can be called one by one: ``model`` itself, or, where FSDP2 has its weights, a
-    copy with all of them, which every process must make. (FSDP2 lends a layer its weights in a forward pass
-    of the whole network alone.)
-    """
-    from coda_fast.models import CoDANet
-
-    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        return model
-    twin = CoDANet(**model.config(), device="meta")
-    state = {plain_name(name): whole(tensor.detach()) for name, tensor in model.state_dict().items()}
-    twin.load_state_dict(state, assign=True)
-    for layer, original in zip(twin.layers, model.layers, strict=True):
-        layer.backend = unwrap(original).backend
-    return twin.requires_grad_(False).train(model.training)

@@ -23,9 +23,9 @@ from coda_fast import _decompositions
 from coda_fast._autocast import wide
 from coda_fast._geometry import pair
 from coda_fast._version import __version__
-from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
-from coda_fast.models import CoDANet
+from coda_fast.dynamic_linear import DynamicLinear, need_network
+from coda_fast.network import Network
 
 ONNX_LIMIT = 2**31 - 2**24  # bytes of weights: protobuf ends a file at 2 GiB, and the graph takes some
 
@@ -64,7 +64,7 @@ class Explainer(nn.Module):
     torch.Size([2, 8, 8])
     """
 
-    def __init__(self, model: CoDANet):
+    def __init__(self, model: Network):
         super().__init__()
         model = need_network(model)
         model.config()  # networks of timm without a classifier refuse, and there is nothing to explain
@@ -74,17 +74,13 @@ class Explainer(nn.Module):
         model = self.model
         model.check_images(images)
         _check_target(target, images, model.num_classes)
-        activations = [model.encoder(images)]
-        for layer in model.layers:
-            activations.append(layer(activations[-1]))
-        last = activations.pop()
-        logits = model.head(last)
+        encoded = model.encoder(images)
+        evidence, pull_back = model.linearise(encoded)
         classes = torch.arange(model.num_classes, device=target.device)
-        chosen = (target.unsqueeze(1) == classes).to(last.dtype)
-        value = chosen[:, :, None, None].expand_as(last)  # the head sums over pixels
-        value = model.send_back(activations, value)
+        chosen = (target.unsqueeze(1) == classes).to(evidence.dtype)
+        value = pull_back(chosen[:, :, None, None].expand_as(evidence))  # the head sums over pixels
         # 1 / T last: 1e-5 has two digits in float16
-        return logits, (wide(value) * wide(activations[0])).sum(1) / model.temperature
+        return model.head(evidence), (wide(value) * wide(encoded)).sum(1) / model.temperature
 
 
 def _check_target(target, images, classes):
@@ -127,7 +123,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
 
 
 def export_onnx(
-    model: CoDANet,
+    model: Network,
     path: str | os.PathLike,
     *,
     explain: bool = False,
@@ -184,7 +180,7 @@ def export_onnx(
 
 
 def export_pt2(
-    model: CoDANet,
+    model: Network,
     path: str | os.PathLike,
     *,
     explain: bool = False,
@@ -239,10 +235,15 @@ def _prepare(model, explain, size, device, any_size):
     calls one of any length}}.
     """
     explainer = Explainer(model)
+    if explain and type(model).linearise is DynamicLinear.linearise:
+        raise ValueError(
+            f"explain: expected a CoDANet, or a network that writes linearise without automatic "
+            f"differentiation, got {type(model).__name__}: export it without its explanation"
+        )
     sizes = _example_size(model) if size is None else pair(size, "size")
     _check_size(model, sizes)
     explainer = copy.deepcopy(explainer).float().eval().to(device)
-    for layer in explainer.model.layers:
+    for layer in explainer.model.dau_layers().values():
         layer.backend = "auto"  # the operators, which have decompositions, whatever else the model runs on
     device = next(explainer.parameters()).device
     # 2: torch.export takes 0 and 1 for constants
@@ -274,12 +275,9 @@ def _example_size(model):
 
 
 def _check_size(model, size):
-    """The size behind the last layer; ValueError where a kernel does not fit."""
-    smallest = size
-    for layer in model.layers:
-        size = layer.geometry.output_size(*size)
-        smallest = tuple(map(min, smallest, size))
-    return smallest
+    """The smallest size behind a layer; ValueError where a kernel does not fit."""
+    sizes = [rows_columns for _, *rows_columns in model.layer_sizes(*size).values()]
+    return tuple(min(size[i], *(each[i] for each in sizes)) for i in (0, 1))
 
 
 def _metadata(model):

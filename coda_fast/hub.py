@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from coda_fast import checkpoints
-from coda_fast._wrappers import need_network
+from coda_fast.dynamic_linear import need_network
 from coda_fast.models import CoDANet
 
 try:
@@ -61,7 +61,7 @@ class HubCoDANet(
         """``model`` (a CoDANet, or a wrapper of one) with these methods; the two share their parameters.
         TypeError, ValueError: as ``coda_fast.save``.
         """
-        model = need_network(model)
+        model = need_network(model, kind=CoDANet)
         config, state = checkpoints.describe(model)
         twin = cls(**config, device="meta")
         twin.load_state_dict(state, assign=True)

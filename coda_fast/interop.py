@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from coda_fast._classes import one_each
-from coda_fast._wrappers import need_network
-from coda_fast.models import CoDANet
+from coda_fast.dynamic_linear import need_network
+from coda_fast.network import Network
 
 try:  # nothing else of the package imports this module: who does not want captum does not pay for it
     from captum.attr import Attribution as _Attribution
@@ -49,7 +49,7 @@ class CoDAAttribution(_Attribution):
     (torch.Size([2, 1, 8, 8]), True)
     """
 
-    def __init__(self, forward_func: CoDANet):
+    def __init__(self, forward_func: Network):
         self.forward_func = need_network(forward_func, "forward_func")
 
     @classmethod
@@ -106,7 +106,7 @@ class CoDAAttribution(_Attribution):
 
 
 def quantus_explain_func(
-    model: CoDANet, inputs: np.ndarray, targets: np.ndarray, device=None, **kwargs
+    model: Network, inputs: np.ndarray, targets: np.ndarray, device=None, **kwargs
 ) -> np.ndarray:
     """Contribution maps [N, 1, H, W] of images [N, C, H, W] for one class each, [N]: give it to a Quantus
     metric as ``explain_func``.

@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -150,6 +150,8 @@ class DAUConv2d(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not isinstance(input, torch.Tensor) and isinstance(input, torch.fx.Proxy):
             return self._trace(input)
+        if _THREAD.stand_in is not None:
+            return _call_stand_in(self, input)
         explaining = self.explaining
         if explaining and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             _refuse_reentrant_checkpoint()
@@ -298,6 +300,7 @@ class _Thread(threading.local):
         self.entered = ()  # scopes that compiled code entered, while it is in them
         # of the context variable, for compiled code of older releases: of this thread, whichever its tasks
         self.mirror = ()
+        self.stand_in = None  # what is called in place of DAU layers, see ``calls_replaced``
 
 
 _THREAD = _Thread()
@@ -370,6 +373,29 @@ def explanation_mode(module: nn.Module) -> Iterator[nn.Module]:
         yield module
     finally:
         _leave(scope)
+
+
+@contextlib.contextmanager
+def calls_replaced(stand_in: Callable[[DAUConv2d, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within it, and in this thread alone, ``stand_in(layer, input)`` is called in place of every DAU layer's
+    ``forward``, which ``stand_in`` may call in turn.
+
+    Tools that must know what a network does with its layers, whatever its ``forward`` is, need neither hooks,
+    which all threads would share, nor a copy. Nothing that belongs to another task may run within it.
+    """
+    before, _THREAD.stand_in = _THREAD.stand_in, stand_in
+    try:
+        yield
+    finally:
+        _THREAD.stand_in = before
+
+
+def _call_stand_in(layer, input):
+    stand_in, _THREAD.stand_in = _THREAD.stand_in, None
+    try:
+        return stand_in(layer, input)
+    finally:
+        _THREAD.stand_in = stand_in
 
 
 def _refuse_reentrant_checkpoint():

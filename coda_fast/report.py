@@ -5,6 +5,7 @@ methods of attribution.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,10 +16,10 @@ import numpy as np
 import torch
 
 from coda_fast import __version__, baselines, plot
-from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
 from coda_fast.data import listing
-from coda_fast.models import CoDANet
+from coda_fast.dynamic_linear import NoCut, need_network
+from coda_fast.network import Network
 from coda_fast.safety import batch_within, check_explainable, printable
 
 SHOWN = 160  # pixels of a picture's shorter side on the page; sharp squares, not blurred, when enlarged
@@ -102,7 +103,7 @@ class Picture(NamedTuple):
     view: plot.View | None = None
 
 
-def render(model: CoDANet, images: Sequence[torch.Tensor], names: Sequence[str], **options) -> str:
+def render(model: Network, images: Sequence[torch.Tensor], names: Sequence[str], **options) -> str:
     """The page of images [C, H, W] in [0, 1], of any sizes, with their captions, as one text; ``options``
     and errors as of ``stream``.
     """
@@ -115,7 +116,7 @@ def render(model: CoDANet, images: Sequence[torch.Tensor], names: Sequence[str],
 
 
 def stream(
-    model: CoDANet,
+    model: Network,
     pictures: Iterable[Picture],
     *,
     classes: int = 3,
@@ -239,9 +240,7 @@ def _item(model, picture, classes, attributions):
         for k, c in enumerate(top[0])
     ]
     best = top[:, :1]
-    layers = [
-        (i, model.explain(batch, best, layer=i).contribution_map[0, 0]) for i in range(1, len(model.layers))
-    ]
+    layers = _layer_maps(model, batch, best)
     others = [
         (method, _within(a, model, image).attribute(batch, best)[0, 0]) for method, a in attributions.items()
     ]
@@ -257,10 +256,22 @@ def _item(model, picture, classes, attributions):
         ],
         "methods": [_map(m, plot.symmetric_scale(m), method, view) for method, m in others],
         "layers": [
-            _map(m, plot.symmetric_scale(m), f"layer {i + 1}, {m.shape[1]} x {m.shape[0]}", view)
-            for i, m in layers
+            _map(m, plot.symmetric_scale(m), f"layer {name}, {m.shape[1]} x {m.shape[0]}", view)
+            for name, m in layers
         ],
     }
+
+
+def _layer_maps(model, batch, best):
+    """The maps [H, W] of the best class at all DAU layers but the first that cut the network, by name; in a
+    CoDANet by number, counted from 1.
+    """
+    found = []
+    for layer in list(model.dau_layers().values())[1:]:
+        with contextlib.suppress(NoCut):
+            e = model.explain(batch, best, layer=layer)
+            found.append((e.layer if isinstance(e.layer, str) else e.layer + 1, e.contribution_map[0, 0]))
+    return found
 
 
 def _within(attribution, model, image):

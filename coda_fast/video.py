@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from coda_fast import plot
-from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
 from coda_fast.data.errors import ImageError
+from coda_fast.dynamic_linear import need_network
 from coda_fast.safety import MOST_PIXELS, NotAFile, batch_within, check_explainable, open_file
 
 PERCENTILE = 99.75  # of absolute contributions over the video, as published

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from coda_fast._classes import as_classes
-from coda_fast._wrappers import network_in, unwrap
+from coda_fast._wrappers import unwrap
 from coda_fast.baselines._registry import ENTRIES, METHODS
+from coda_fast.dynamic_linear import network_in
 from coda_fast.evaluation._common import evaluated
 from coda_fast.models import CoDANet
 

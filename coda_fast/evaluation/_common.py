@@ -10,8 +10,7 @@ import torch
 
 from coda_fast._autocast import wide
 from coda_fast._classes import one_each
-from coda_fast._wrappers import network_in
-from coda_fast.models import CoDANet
+from coda_fast.dynamic_linear import DynamicLinear, network_in
 
 # images [N, C, H, W], classes [N, K] -> maps [N, K, H, W]: one map for each class, larger where the image
 # speaks for it
@@ -81,7 +80,7 @@ def log_odds(model, logits: torch.Tensor) -> torch.Tensor:
     """Of the probability of each class, in float32 at least: the logits of a CoDA-Net, which is trained with
     a sigmoid for each; else of their softmax.
     """
-    if isinstance(network_in(model), CoDANet) or not isinstance(model, torch.nn.Module):
+    if isinstance(network_in(model), DynamicLinear) or not isinstance(model, torch.nn.Module):
         return wide(logits)
     log_probability = logits.double().log_softmax(1)
     return (log_probability - torch.log(-torch.expm1(log_probability))).to(wide(logits).dtype)

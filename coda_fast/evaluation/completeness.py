@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from coda_fast._wrappers import network_in
+from coda_fast.dynamic_linear import DynamicLinear, network_in
 from coda_fast.evaluation import _common as common
-from coda_fast.models import CoDANet
 
 
 def completeness_error(
@@ -24,7 +23,7 @@ def completeness_error(
         ValueError, TypeError: a model without DAU layers; shapes that do not fit.
     """
     model = network_in(model)
-    if not isinstance(model, CoDANet):
+    if not isinstance(model, DynamicLinear):
         raise ValueError(f"model: expected one made of DAU layers, got a {type(model).__name__}")
     targets = common.labelled(images, targets, "targets")
     common.check_positive(batch_size=batch_size)

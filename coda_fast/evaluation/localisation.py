@@ -16,7 +16,7 @@ import torch
 
 from coda_fast._autocast import wide
 from coda_fast._classes import check_range, one_each
-from coda_fast._wrappers import network_in
+from coda_fast.dynamic_linear import network_in
 from coda_fast.evaluation import _common as common
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from coda_fast._classes import check_range
-from coda_fast._wrappers import network_in
+from coda_fast.dynamic_linear import DynamicLinear, network_in
 from coda_fast.evaluation import _common as common
 from coda_fast.functional import dau_conv2d
 from coda_fast.models import CoDANet
@@ -127,7 +127,7 @@ def _turns(maps, order):
 def _curves(model, images, classes, turns, counts, insert, batch_size):
     """[N, P]"""
     with torch.no_grad():
-        encoded = model.encoder(images) if isinstance(model, CoDANet) else images
+        encoded = model.encoder(images) if isinstance(model, DynamicLinear) else images
         found = []
         pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(counts))).to(images.device)
         for image, point in (pair.unbind(1) for pair in pairs.split(batch_size)):
@@ -223,4 +223,4 @@ def _update(layer, input, output, where):
 
 
 def _logits(model, encoded):
-    return model.head(model.run_layers(encoded, 0)) if isinstance(model, CoDANet) else model(encoded)
+    return model.head(model.evidence(encoded)) if isinstance(model, DynamicLinear) else model(encoded)

@@ -18,15 +18,14 @@ import torch
 
 from coda_fast import __version__
 from coda_fast._classes import one_each
-from coda_fast._wrappers import network_in
 from coda_fast.baselines import REVISION
 from coda_fast.checkpoints import atomic_path
+from coda_fast.dynamic_linear import DynamicLinear, network_in
 from coda_fast.evaluation import _common as common
 from coda_fast.evaluation.completeness import completeness_error
 from coda_fast.evaluation.data import Images, Survey
 from coda_fast.evaluation.localisation import Localisation, confident_images, draw_grids, score_grids
 from coda_fast.evaluation.removal import Removal, pixel_removal
-from coda_fast.models import CoDANet
 from coda_fast.safety import open_file
 
 METRICS = ("localisation", "removal")
@@ -199,7 +198,7 @@ class Evaluation:
 
     def _completeness(self, most: int = 256):
         """Of the first images that were evaluated and their own classes, if the model explains itself."""
-        if not isinstance(self.model, CoDANet):
+        if not isinstance(self.model, DynamicLinear):
             return {}
         used = self.work().flatten().unique()[:most]
         parts = used.split(self.settings.piece)  # no more images at once than anywhere else
