@@ -15,7 +15,7 @@ import torch
 
 from bench import providers, results
 from bench.verify import Verdict
-from tools import gpu_report
+from tools import gpu_mark, gpu_report, gpu_stages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -301,7 +301,7 @@ def test_doubt_after_the_fact(monkeypatch, tmp_path):
     }  # fmt: skip
     old = [row("forward", "coda_fast", {"x": [1, 2, 3]})]
     new = [row("explanation", "coda_fast", {"x": [1, 2, 3]}), row("explanation", "algebraic", None)]
-    report = gpu_report.Report(tmp_path, tmp_path, "cuda", 0.0)
+    report = gpu_stages.Report(tmp_path, tmp_path, "cuda", 0.0)
     results.replace(report.path, [*old, *new])
     report.doubt(old)
     found = {(r["mode"], r["provider"]): (r["speedup"], r["verified"]) for r in results.read(report.path)}
@@ -325,13 +325,13 @@ def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations,
     monkeypatch.setattr(results, "environment", lambda device: environment)
     monkeypatch.setattr(results, "tree", lambda: "this tree")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
-    report = gpu_report.Report(tmp_path, tmp_path, "cuda", 0.0)
+    report = gpu_stages.Report(tmp_path, tmp_path, "cuda", 0.0)
     Verdict(passes=1, unfinished=1 - tests).write(tmp_path / "tests.json", **report.stamp)
     Verdict(passes=configurations).write(tmp_path / "configurations.json", **report.stamp)
     Verdict(passes=1, skipped=2).write(
         tmp_path / "large.json", **(report.stamp | {"tree": tree or "this tree"})
     )
-    path = report.propose_table()
+    path = gpu_mark.propose_table(report)
     assert (path is not None) == marked
     if marked:
         mark = json.loads(path.read_text())["verified"]

@@ -22,7 +22,7 @@ from bench.verify import Verdict
 from coda_fast import load
 from coda_kernels import config
 from experiments import fast_training
-from tools import gather, gpu_report, gpu_smoke, warm
+from tools import gather, gpu_mark, gpu_report, gpu_smoke, gpu_stages, warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -115,7 +115,7 @@ def test_both_runs_rehearsed_from_a_bare_tree(tmp_path, monkeypatch):
         assert process.returncode == 0, texts[name]
     packed = list((tmp_path / "results").iterdir())
     assert {path.name for path in packed} == {"smoke.tar.gz", "report.tar.gz", fast_training.WEIGHTS}
-    assert max(path.stat().st_size for path in packed) < gpu_report.MOST
+    assert max(path.stat().st_size for path in packed) < gpu_stages.MOST
     smoke = json.loads((tmp_path / "smoke" / "smoke.json").read_text())
     assert smoke["of"]["commit"] == "rehearsed"
     assert set(gpu_smoke.GROUPS) < set(smoke["verdicts"])
@@ -236,13 +236,13 @@ def test_first_tiles():
         for key in ("fold C6 16bit", "fold C6 32bit")
         for tile in ("BM128 w8 s3", "BM64 w4 s2")
     ]
-    assert gpu_report.first_tiles(tests) == (tests[::2], tests[1::2])
+    assert gpu_stages.first_tiles(tests) == (tests[::2], tests[1::2])
 
 
 def test_first_tiles_of_the_package():
     """One for each kernel of each layer."""
-    names = [name for name in verify.collect(gpu_report.LARGE) if gpu_report.TILES in name]
-    first, others = gpu_report.first_tiles(names)
+    names = [name for name in verify.collect(gpu_stages.LARGE) if gpu_stages.TILES in name]
+    first, others = gpu_stages.first_tiles(names)
     assert len(first) + len(others) == len(names)
     assert len(first) < len(others)
 
@@ -254,7 +254,7 @@ def report(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "environment", lambda device: environment)
     monkeypatch.setattr(results, "tree", lambda: "this tree")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
-    return gpu_report.Report(tmp_path, tmp_path, "cuda", time.monotonic() + 60)
+    return gpu_stages.Report(tmp_path, tmp_path, "cuda", time.monotonic() + 60)
 
 
 def test_what_had_no_time_is_run_later(report, monkeypatch):
@@ -267,8 +267,8 @@ def test_what_had_no_time_is_run_later(report, monkeypatch):
     for name in ("configurations", "large"):
         Verdict(passes=2).write(report.output / f"{name}.json", **report.stamp)
     report._later("fallbacks", ["d"])
-    assert report.propose_table() is None
-    stored = json.loads((report.output / gpu_report.LATER).read_text())
+    assert gpu_mark.propose_table(report) is None
+    stored = json.loads((report.output / gpu_stages.LATER).read_text())
     assert stored == {"of": report.key, "tests": {"tests": ["b", "c"], "fallbacks": ["d"]}}
 
     monkeypatch.setattr(verify, "shards", lambda tests, *a: Verdict(passes=len(tests)))
@@ -276,16 +276,16 @@ def test_what_had_no_time_is_run_later(report, monkeypatch):
     found = report.later(time.monotonic() + 60, stored["tests"], report.output)
     assert found.passed
     assert Verdict.load(report.output / "tests.json") == Verdict(passes=3)
-    mark = json.loads(report.propose_table().read_text())["verified"]
+    mark = json.loads(gpu_mark.propose_table(report).read_text())["verified"]
     assert mark["tiles"] == {"first": 2, "fallbacks": 1}
 
 
 def test_a_fallback_that_fails_takes_the_mark(report):
-    for name in gpu_report.NEEDED:
+    for name in gpu_mark.NEEDED:
         Verdict(passes=1).write(report.output / name, **report.stamp)
-    assert report.propose_table() is not None
+    assert gpu_mark.propose_table(report) is not None
     Verdict(passes=3, failures=("x",)).write(report.output / "fallbacks.json", **report.stamp)
-    assert report.propose_table() is None
+    assert gpu_mark.propose_table(report) is None
 
 
 def test_training_is_not_longer_than_its_time(report, monkeypatch):
@@ -294,8 +294,8 @@ def test_training_is_not_longer_than_its_time(report, monkeypatch):
     monkeypatch.setattr(report, "_run", lambda name, command, until: commands.append((command, until)))
     report.train(time.monotonic() + 1000)
     command, until = commands[0]
-    assert until - time.monotonic() <= gpu_report.TRAINING
-    assert 60 * float(command[command.index("--minutes") + 1]) <= gpu_report.TRAINING
+    assert until - time.monotonic() <= gpu_stages.TRAINING
+    assert 60 * float(command[command.index("--minutes") + 1]) <= gpu_stages.TRAINING
 
 
 def test_packed(tmp_path):
