@@ -26,9 +26,8 @@ from coda_fast._version import __version__
 from coda_fast._wrappers import need_network
 from coda_fast.checkpoints import atomic_path
 
-ONNX_LIMIT = (
-    2**31 - 2**24
-)  # bytes of weights: protobuf limits a file to 2 GiB, and the graph takes some of it
+# bytes of weights: protobuf limits a file to 2 GiB, of which the graph takes some
+ONNX_LIMIT = 2**31 - 2**24
 
 
 class ExportError(RuntimeError):

@@ -13,7 +13,7 @@ import random
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +123,7 @@ class Shards:
 
     def training(
         self, seed: int, epoch: int, start: int, batch_size: int, process: Process
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The ``len(self)`` images of an epoch, from step ``start`` on: as many images as the earlier steps
         had are read and skipped.
         """
@@ -134,7 +134,7 @@ class Shards:
             for _, decoded in zip(range(start, len(self) // batch_size), results, strict=False):
                 yield batch_of(decoded, self.device)
 
-    def evaluation(self, batch_size: int, process: Process) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int, process: Process) -> Generator[Batch, None, None]:
         """Batches in which every sample of every shard comes once, over all processes."""
         urls = self.urls[process.rank :: process.world_size]
         if urls:
@@ -222,9 +222,8 @@ class _Entry(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf, encoding, errors):
         found = super().frombuf(buf, encoding, errors)
-        if (
-            found.type in _TEXT_TYPES and found.size > LARGEST_TEXT
-        ):  # tarfile would read all of it into memory
+        # tarfile would read all of it into memory
+        if found.type in _TEXT_TYPES and found.size > LARGEST_TEXT:
             raise tarfile.ReadError(
                 f"expected a name or attributes of at most {LARGEST_TEXT} bytes, got {found.size}"
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -186,14 +186,14 @@ class Arrays:
 
     def training(
         self, seed: int, epoch: int, start: int, batch_size: int, process: Process
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """This process' slice of every global batch of the epoch, from step ``start`` on. An incomplete last
         batch is left out.
         """
         for index in _plan(len(self), seed, epoch, start, batch_size, process):
             yield self.some(index)
 
-    def evaluation(self, batch_size: int, process: Process = Process()) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int, process: Process = Process()) -> Generator[Batch, None, None]:
         """Batches in which every image comes once, over all processes."""
         for index in _once(len(self), batch_size, process):
             yield self.some(index)
@@ -250,12 +250,12 @@ class Folder:
 
     def training(
         self, seed: int, epoch: int, start: int, batch_size: int, process: Process
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """As ``Arrays.training``; the augmentation of an image is drawn for (seed, epoch, image)."""
         randomness = None if self.augmentation is None else (seed, epoch)
         yield from self._batches(_plan(len(self), seed, epoch, start, batch_size, process), randomness)
 
-    def evaluation(self, batch_size: int, process: Process = Process()) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int, process: Process = Process()) -> Generator[Batch, None, None]:
         """As ``Arrays.evaluation``."""
         yield from self._batches(_once(len(self), batch_size, process), None)
 
