@@ -51,9 +51,10 @@ test-oldest: $(READY_OLDEST) ## the tests that are not slow, with the oldest sup
 test-torch: ## the same with the release TORCH=2.14 (or another), in .venv-torch-2.14; what CI runs in turn with the oldest: .ci/run
 	$(MAKE) test-oldest VENV_OLDEST=.venv-torch-$(TORCH) OLDEST="'torch==$(TORCH).*'"
 
-lint: $(READY) ## ruff check and ruff format --check
+lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
 
 format: $(READY) ## apply ruff's fixes and format
 	$(VENV)/bin/python -m ruff check --fix-only .
@@ -79,7 +80,7 @@ gpu-gather: ## into one folder (gpu_run) what both runs on a GPU need on a machi
 	$(PYTHON) -m tools.gather $(GPU_ARGS)
 
 clean: ## remove build products and caches; the environments and results stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find $(wildcard coda_fast kernels tests bench tools experiments) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # $(call environment,FOLDER,REQUIREMENTS)

@@ -1,13 +1,18 @@
-"""What others put around a network, and how their names and tensors look through it."""
+"""The wrappers that other libraries put around a network, and the network inside of them."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-# Class -> attribute that holds what is inside. By name, because importing all of them would take seconds:
-# torch.compile, data parallel, averages of weights (torch, timm), Lightning Fabric, activation checkpointing.
-# A wrapper that computes anything of its own is none.
+if TYPE_CHECKING:
+    pass
+
+# The class of a wrapper -> its attribute that holds the wrapped module: of torch.compile, data parallelism,
+# averages of weights (torch, timm), Lightning Fabric and activation checkpointing. Classes are known by name,
+# because importing all of them would take seconds. A module that computes anything of its own is no wrapper.
 _INSIDE = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
@@ -23,10 +28,12 @@ _LIBRARIES = ("torch", "timm", "lightning", "lightning_fabric")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network that wrappers hold: of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``,
-    averages of weights (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEma``, ``ModelEmaV2``,
-    ``ModelEmaV3``: the averaged network), Lightning Fabric and activation checkpointing, in any order and
-    depth. Anything else is returned as it is.
+    """The network inside of wrappers, in any order and depth; a module that is not wrapped is returned as it
+    is.
+
+    Wrappers are those of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, averages of
+    weights (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEma``, ``ModelEmaV2``, ``ModelEmaV3``: the
+    averaged network), Lightning Fabric and activation checkpointing.
 
     ``coda_fast.save``, explanations, losses and metrics unwrap what they are given; wrappers have no
     ``explain`` of their own:
@@ -42,15 +49,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _inside(model):
-    """The kind of wrapper that ``model`` is, and what it holds; None: it is none."""
+    """The class name of a wrapper and the module that it holds; None: ``model`` is no wrapper."""
     for kind in type(model).__mro__:
         if kind.__name__ in _INSIDE and kind.__module__.partition(".")[0] in _LIBRARIES:
             return kind.__name__, getattr(model, _INSIDE[kind.__name__])
     return None
 
 
-def wrapped_by(model, kind: str) -> bool:
-    """Whether a wrapper of this kind is around what ``unwrap`` finds."""
+def wrapped_by(model: nn.Module, kind: str) -> bool:
+    """Whether a wrapper of the class named ``kind`` is among those that ``unwrap`` takes away."""
     while (inner := _inside(model)) is not None:
         if inner[0] == kind:
             return True
@@ -59,12 +66,10 @@ def wrapped_by(model, kind: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter without what wrappers of parts of a network add to it."""
+    """The name of a parameter without the parts that wrappers of layers add to it."""
     return ".".join(part for part in name.split(".") if part not in _INSIDE.values())
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that is spread over processes (FSDP2's DTensor), gathered from them: every process
-    must call it.
-    """
+    """The whole of a tensor that is sharded over processes (FSDP2's DTensor). Every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -61,8 +61,8 @@ class DAUConv2d(nn.Module):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         rank: int = 32,
         norm: str = "squash",
@@ -234,27 +234,27 @@ class DAUConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, rank={self.rank}"
         )
-        plain = DAUConv2d.__init__.__kwdefaults__ | {"padding": (0, 0), "dilation": (1, 1)}
+        plain = {**(DAUConv2d.__init__.__kwdefaults__ or {}), "padding": (0, 0), "dilation": (1, 1)}
         for name in ("padding", "dilation", "norm", "eps", "backend", "save_contraction"):
             if getattr(self, name) != plain[name]:
                 text += f", {name}={getattr(self, name)!r}"
         return text + (", bias=False" if self.bias is None else "")
 
 
-def check_size(numbers: Iterable[int], device, dtype: torch.dtype | None) -> None:
+def check_size(numbers: Iterable[int], device: torch.device | str | None, dtype: torch.dtype | None) -> None:
     """ValueError where weights of so many numbers cannot be: more than a tensor can have, or than the
     machine can hold.
     """
     size = getattr(torch.get_default_dtype() if dtype is None else dtype, "itemsize", 4)
-    device = torch.get_default_device() if device is None else torch.device(device)
+    place = torch.get_default_device() if device is None else torch.device(device)
     numbers = list(numbers)
     if max(numbers) * size >= 2**63:
         raise ValueError(
             "weights: expected less than 2**63 bytes for a layer, got about "
             f"2**{(max(numbers) * size).bit_length() - 1}"
         )
-    if device.type != "meta" and sum(numbers) * size > 2**28:  # smaller ones are not worth the question
-        need_memory(f"weights of {sum(numbers):.1e} numbers", sum(numbers) * size, device)
+    if place.type != "meta" and sum(numbers) * size > 2**28:  # smaller ones are not worth the question
+        need_memory(f"weights of {sum(numbers):.1e} numbers", sum(numbers) * size, place)
 
 
 class AddInverse(nn.Module):

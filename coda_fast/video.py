@@ -1,5 +1,5 @@
-"""Explanations of videos and animated GIFs: each frame beside its contribution map, one colour scale for
-all.
+"""Explanations of videos and animated GIFs: each frame beside its contribution map, with one colour scale for
+all frames.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from coda_fast import plot
 from coda_fast.checkpoints import atomic_path
@@ -23,21 +24,21 @@ from coda_fast.dynamic_linear import need_network
 from coda_fast.safety import MOST_PIXELS, NotAFile, batch_within, check_explainable, open_file
 
 PERCENTILE = 99.75  # of absolute contributions over the video, as published
-SIDE = 256  # pixels of a panel's shorter side, at least
+SIDE = 256  # the least number of pixels of a panel's shorter side
 _ENDINGS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
-_BINS, _LOW, _HIGH = 36_000, -12.0, 6.0  # decades; a bin is 0.1 % wide
+_BINS, _LOW, _HIGH = 36_000, -12.0, 6.0  # of the histogram of contributions, in decades; a bin is 0.1 % wide
 
 
 class VideoError(ValueError):
-    """A file or an option that no video can be explained with; the message names the file, what was
-    expected and what was found.
+    """A file or an option with which no video can be explained; the message names the file, what was expected
+    and what was found.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedVideo:
-    """What ``explain_video`` wrote: number of frames, class, end of the colour scale and largest
-    completeness error (both in logits).
+    """What ``explain_video`` wrote: the number of frames, the class, the end of the colour scale and the
+    largest completeness error (both in logits).
     """
 
     frames: int
@@ -52,11 +53,11 @@ def is_video(path: str | os.PathLike) -> bool:
 
     try:
         with Image.open(path) as image:
-            # without counting the frames, of which there may be millions
+            # The frames are not counted, because there may be millions.
             return image.format == "GIF" and image.is_animated
     except UnidentifiedImageError:
         pass
-    except Exception:  # a damaged picture: whoever reads it says what is wrong
+    except Exception:  # a damaged picture: reading it will report the error
         return False
     try:
         with _open(path) as container:
@@ -65,12 +66,12 @@ def is_video(path: str | os.PathLike) -> bool:
         if Path(path).suffix.lower() in _ENDINGS:
             raise
         return False
-    except Exception:  # who reads it says what is wrong
+    except Exception:  # a damaged video: reading it will report the error
         return Path(path).suffix.lower() in _ENDINGS
 
 
 def explain_video(
-    model,
+    model: nn.Module,
     source: str | os.PathLike,
     target_path: str | os.PathLike,
     *,
@@ -86,59 +87,64 @@ def explain_video(
     """Write the frames of ``source`` as the network sees them (left) beside their contribution maps (right),
     without sound.
 
-    The file is decoded once for each thing to find (class, scale) and once to write, so memory does not grow
-    with its length. Frames are turned upright (rotation metadata); pixels that are not square are taken as
-    stored. They go through ``model.transform`` like pictures: where it crops, the clip shows whole frames,
-    faded but for what the network sees, and the maps where they belong.
+    The file is decoded once to find the class and once to find the scale, where they are not given, and once
+    to write, so that memory does not grow with its length. Frames are turned upright by their rotation
+    metadata; pixels that are not square are used as stored. They go through ``model.transform`` like
+    pictures. Where it crops, the result shows whole frames, faded outside of the crop, and the map over the
+    crop.
+
+    A file whose end is damaged gives a warning, and the frames before it are explained.
 
     Args:
-        target_path: its ending gives the format (.mp4, .gif ...); appears only when complete.
-        target: class; None: the one predicted for most frames.
-        start, end: seconds from the first frame; ``end`` is excluded.
+        model: a CoDANet, or a wrapper of one.
+        source: a file that PyAV can read.
+        target_path: its ending gives the format (.mp4, .gif ...); the file appears when it is complete.
+        target: the class to explain; None: the one predicted for most frames.
+        start: seconds after the first frame.
+        end: seconds after the first frame, not included; None: the end of the video.
         crop: x, y, width, height in pixels of the upright source.
-        size: whole frames, of so many pixels of the shorter side; 0: as they are; None: resized and cropped
-            as the model says.
-        scale: end of the colour scale in logits; None: the ``PERCENTILE`` of absolute contributions over the
-            video.
-        batch: frames explained at once, fewer where they are so large that the network would take more than a
-            GiB for them.
-        progress: called after each batch of each pass with its number of frames and the number of all passes
-            together (by what the container says of its length; None if it says nothing).
+        size: use whole frames, resized so that the shorter side has this many pixels (0: not resized); None:
+            resize and crop them as ``model.transform`` does.
+        scale: the end of the colour scale in logits; None: the ``PERCENTILE`` of absolute contributions over
+            the video.
+        batch: the number of frames explained at once; fewer where they would take more memory than
+            ``MEMORY_BUDGET`` of ``coda_fast.explain``.
+        progress: called after each batch of each pass with its number of frames and the number of frames of
+            all passes together, by the length in the container's header (None: it has none).
 
     Raises:
         VideoError: not a video, no frame in the range, a crop outside the frame, frames of several sizes, a
             class that does not exist, a scale or a time that is not a positive number, logits that are not
-            finite, frames that this machine cannot hold, a file that cannot be written (disk full ...).
-        ImportError: PyAV or matplotlib is missing. A damaged end is a warning: what could be decoded is
-            explained.
+            finite, frames that do not fit into memory, a file that cannot be written (disk full ...).
+        ImportError: PyAV or matplotlib is missing.
     """
     from PIL import Image
 
-    model = need_network(model)
-    if target is not None and not 0 <= target < model.num_classes:
-        raise VideoError(f"target: expected a class from 0 to {model.num_classes - 1}, got {target}")
+    network = need_network(model)
+    if target is not None and not 0 <= target < network.num_classes:
+        raise VideoError(f"target: expected a class from 0 to {network.num_classes - 1}, got {target}")
     if scale is not None and not 0 < scale < float("inf"):
         raise VideoError(f"scale: expected a positive number, got {scale}")
     if not 0 <= start < float("inf") or (end is not None and not start < end < float("inf")):
         raise VideoError(f"start, end: expected seconds with 0 <= start < end, got {start} and {end}")
-    preprocessing = model.transform.at(size, crop=False)
-    # 0.2 s is 1/5, not the binary fraction above it
-    start = Fraction(start).limit_denominator(10**6)
-    end = None if end is None else Fraction(end).limit_denominator(10**6)
-    parameter = next(model.parameters())
-    total = _count(source, start, end)
+    preprocessing = network.transform.at(size, crop=False)
+    # 0.2 s is meant as 1/5, not as the floating-point number above it
+    first = Fraction(start).limit_denominator(10**6)
+    last = None if end is None else Fraction(end).limit_denominator(10**6)
+    parameter = next(network.parameters())
+    total = _count(source, first, last)
     total = total and total * (1 + (target is None) + (scale is None))
 
     def batches():
         frames, together = [], None
-        for pixels, time in _frames(source, start, end, crop):
+        for pixels, time in _frames(source, first, last, crop):
             try:
                 image = preprocessing(pixels)
-            except ImageError as error:  # scaled, it would be too large
+            except ImageError as error:  # the resized frame would be too large
                 raise VideoError(f"{source}: {error}") from None
-            if together is None:  # frames are of one size
-                check_explainable(model, *image.shape[1:], str(source))
-                together = batch_within(model, *image.shape[1:], batch)
+            if together is None:  # the first frame; all have the same size
+                check_explainable(network, *image.shape[1:], str(source))
+                together = batch_within(network, *image.shape[1:], batch)
             frames.append((image, time, pixels if preprocessing.crop is not None else None))
             if len(frames) == together:
                 yield frames
@@ -155,37 +161,36 @@ def explain_video(
     def tensor(frames):
         return torch.stack([image for image, *_ in frames]).to(parameter)
 
-    votes = torch.zeros(model.num_classes, dtype=torch.long)
-    for frames in batches() if target is None else ():
-        with torch.no_grad():
-            votes += (
-                _finite(model(tensor(frames)), source).argmax(1).bincount(minlength=model.num_classes).cpu()
-            )
+    no_frame = (
+        f"{source}: no frame from {float(first):g} s to {'the end' if last is None else f'{float(last):g} s'}"
+    )
     if target is None:
+        votes = torch.zeros(network.num_classes, dtype=torch.long)
+        for frames in batches():
+            with torch.no_grad():
+                predicted = _finite(network(tensor(frames)), source).argmax(1)
+            votes += predicted.bincount(minlength=network.num_classes).cpu()
         if not votes.sum():
-            raise VideoError(
-                f"{source}: no frame from {float(start):g} s to "
-                f"{'the end' if end is None else f'{float(end):g} s'}"
-            )
+            raise VideoError(no_frame)
         target = int(votes.argmax())
     if scale is None:
         histogram = torch.zeros(_BINS, dtype=torch.float64)
         for frames in batches():
-            explanation = _explained(model, tensor(frames), target, source)
+            explanation = _explained(network, tensor(frames), target, source)
             maps = explanation.contribution_map.abs().double().cpu()
             histogram += torch.histc(maps.clamp(10**_LOW, 10**_HIGH * 0.999).log10(), _BINS, _LOW, _HIGH)
         index = int(torch.searchsorted(histogram.cumsum(0), histogram.sum() * PERCENTILE / 100))
-        # mostly nothing: the largest
+        # Where most contributions are zero, the percentile is in the lowest bin; the largest takes its place.
         index = index or int(histogram.argwhere().amax() if histogram.any() else 0)
         scale = 10 ** (_LOW + (min(index, _BINS - 1) + 1) * (_HIGH - _LOW) / _BINS) if index else 1.0
 
-    name = model.class_names[target] if model.class_names else f"class {target}"
+    name = network.class_names[target] if network.class_names else f"class {target}"
     count, worst = 0, 0.0
     with atomic_path(target_path) as temporary:
         writer = _Writer(temporary, _rate(source), target_path)
         try:
             for frames in batches():
-                explanation = _explained(model, tensor(frames), target, source)
+                explanation = _explained(network, tensor(frames), target, source)
                 sure = explanation.logits[:, target].sigmoid().tolist()
                 worst = max(worst, float(explanation.completeness_error.max()))
                 for (image, time, pixels), contribution, p in zip(
@@ -195,10 +200,7 @@ def explain_video(
                     writer.write(_picture(image, contribution, scale, name, plot.probability(p), view), time)
                 count += len(frames)
             if not count:
-                raise VideoError(
-                    f"{source}: no frame from {float(start):g} s to "
-                    f"{'the end' if end is None else f'{float(end):g} s'}"
-                )
+                raise VideoError(no_frame)
             writer.finish()
         finally:
             writer.close()
@@ -226,8 +228,8 @@ def _finite(logits, source):
     return logits
 
 
-# Of ffmpeg's formats those that are one file of pictures: playlists and scripts would have it open what else
-# they name, and any text is a terminal to it
+# The formats of ffmpeg that are one file of pictures. Others are not read: playlists and scripts make ffmpeg
+# open the files and addresses that they name, and it takes any text file for a recording of a terminal.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,flv,mpeg,mpegts,mpegvideo,m4v,ogg,asf,"
     "h264,hevc,vvc,h263,h261,av1,obu,ivf,nut,rm,mxf,"
@@ -236,9 +238,9 @@ _FORMATS = (
 
 
 def _open(source):
-    """A container of PyAV. FFmpegError: not a video, or of a format that is not one file."""
+    """A container of PyAV. FFmpegError: not a video, or of a format that is not read."""
     with open_file(source):
-        pass  # no pipe, which would block, and no device
+        pass  # raises for a pipe, which would block, and for a device
     return _av().open(os.fspath(source), options={"format_whitelist": _FORMATS})
 
 
@@ -248,7 +250,7 @@ def _rate(source):
 
 
 def _count(source, start, end):
-    """Frames in the range, by what the container says of its length; None if it says nothing."""
+    """The number of frames in the range by the container's header; None: it does not give its length."""
     av = _av()
     try:
         with open_file(source):
@@ -270,11 +272,11 @@ def _count(source, start, end):
             length = (length if end is None else min(length, end)) - start
             return round(length * stream.average_rate) if length > 0 and stream.average_rate else None
     except (av.FFmpegError, IndexError):
-        return None  # _frames says what is wrong
+        return None  # _frames reports the error
 
 
 def _upright(frame):
-    """[H, W, 3] uint8."""
+    """The pixels of a frame, turned upright, [H, W, 3] uint8."""
     return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
 
 
@@ -285,7 +287,7 @@ def _complete_gif(path):
 
 
 def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
-    """Frames [H, W, 3] in the range with their times from the first frame written."""
+    """Frames [H, W, 3] in the range, each with its time after the first of them."""
     av = _av()
     number, zero, first, sides = 0, None, None, None
     try:
@@ -324,7 +326,7 @@ def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
                     pixels = pixels[y : y + h, x : x + w]
                 first = time if first is None else first
                 yield np.ascontiguousarray(pixels), time - first
-            else:  # ffmpeg ends a file that was cut off without an error
+            else:  # ffmpeg reports no error at the end of a file that was cut off
                 if number < stream.frames or (container.format.name == "gif" and not _complete_gif(source)):
                     warnings.warn(
                         f"{source}: cut off after frame {number}; the readable part is explained",
@@ -338,7 +340,7 @@ def _frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
 
 @functools.lru_cache
 def _font(size, file=None):
-    """That of figures, which has most alphabets, or another one."""
+    """The font of figures, which has most alphabets, or that of ``file``."""
     import matplotlib
     from PIL import ImageFont
 
@@ -348,8 +350,8 @@ def _font(size, file=None):
 
 
 def _picture(image, contribution, scale, name, sure, view=None):
-    """[H, W, 3] uint8, even sides: frame and map; below them the class with its probability and the colour
-    scale.
+    """Frame and map side by side, below them the class with its probability and the colour scale: [H, W, 3]
+    uint8, with an even height and width.
     """
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
@@ -362,19 +364,19 @@ def _picture(image, contribution, scale, name, sure, view=None):
     factor = max(1, -(-SIDE // min(left.shape[:2]))) if view is None or not view.cropped else 1
     left, right = (panel.repeat(factor, 0).repeat(factor, 1) for panel in (left, right))
     height, width = left.shape[:2]
-    unit = max(1, width // SIDE)  # of everything below, so that it is legible beside large panels too
+    unit = max(1, width // SIDE)  # the text grows with the panels
     gap, strip = 8 * unit, 36 * unit
-    # 4:2:0 needs even sides
-    canvas = Image.new("RGB", (2 * width + gap, height + strip + height % 2), "white")
+    # Chroma subsampling (4:2:0) needs an even height and width.
+    picture = Image.new("RGB", (2 * width + gap, height + strip + height % 2), "white")
     start = width + gap  # of the map
-    canvas.paste(Image.fromarray(left), (0, 0))
-    canvas.paste(Image.fromarray(right), (start, 0))
-    draw = ImageDraw.Draw(canvas)
-    # the map's edge, which may be white
+    picture.paste(Image.fromarray(left), (0, 0))
+    picture.paste(Image.fromarray(right), (start, 0))
+    draw = ImageDraw.Draw(picture)
+    # a frame around the map, whose border may be white
     draw.line([(start - 1, 0), (start - 1, height), (start + width, height)], "#999999")
     draw.line([(0, height), (width - 1, height)], "#999999")
 
-    def caption(kept):  # in pieces, each with its font: Pillow draws with one at a time
+    def caption(kept):  # in pieces of one font each, because Pillow draws a text in one font
         text = f"{name}: {sure}" if kept == len(name) else f"{name[:kept].rstrip()}\u2026: {sure}"
         return [(piece, _font(14 * unit, file)) for piece, file in plot.pieces(text)]
 
@@ -388,7 +390,7 @@ def _picture(image, contribution, scale, name, sure, view=None):
         x += font.getlength(piece)
 
     bar = colours(np.linspace(0, 1, width - 2 * gap), bytes=True)[None, :, :3].repeat(8 * unit, 0)
-    canvas.paste(Image.fromarray(bar), (start + gap, height + 6 * unit))
+    picture.paste(Image.fromarray(bar), (start + gap, height + 6 * unit))
     draw.rectangle(
         (start + gap - 1, height + 6 * unit - 1, start + width - gap, height + 14 * unit), outline="#999999"
     )
@@ -396,17 +398,17 @@ def _picture(image, contribution, scale, name, sure, view=None):
     draw.text((start + gap, line), f"\u2212{scale:.2g}", "black", font, anchor="lm")
     draw.text((start + width // 2, line), "logit per pixel", "black", font, anchor="mm")
     draw.text((start + width - gap, line), f"+{scale:.2g}", "black", font, anchor="rm")
-    return np.asarray(canvas)
+    return np.asarray(picture)
 
 
 class _Writer:
-    """Frames with their times into a file; GIFs through a palette for each frame, so that no frame has to
-    wait for the last.
+    """Writes frames with their times into a video file. Each frame of a GIF gets a palette of its own, so
+    that it can be written before later frames are known.
     """
 
     def __init__(self, path, rate, name):
         self.av, self.rate, self.stream, self.graph, self.last = _av(), rate, None, None, -1
-        self.name = name  # of what the file will be
+        self.name = name  # of the file that the temporary one becomes, for messages
         self.gif = path.suffix.lower() == ".gif"
         self.base = Fraction(1, 100) if self.gif else Fraction(1, 90_000)
         try:
@@ -417,12 +419,12 @@ class _Writer:
             ) from None
 
     def write(self, pixels, time):
-        with self._said():
+        with self._errors_in_words():
             self._write(pixels, time)
 
     def _write(self, pixels, time):
         frame = self.av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        # times must grow, which above 100 Hz a GIF's do not
+        # Times must increase; rounded to the 1/100 s of a GIF, those of faster videos would not.
         self.last = max(round(time / self.base), self.last + 1)
         frame.pts, frame.time_base = self.last, self.base
         if self.stream is None:
@@ -463,8 +465,8 @@ class _Writer:
             self.container.mux(self.stream.encode(frame))
 
     def finish(self):
-        """What encoder and container still hold, and the end of the file: only then it is whole."""
-        with self._said():
+        """Write what encoder and container still hold, and the end of the file."""
+        with self._errors_in_words():
             if self.graph is not None:
                 self.graph.push(None)
                 self._drain()
@@ -472,14 +474,14 @@ class _Writer:
             self.container.close()
 
     def close(self):
-        """After an error, which what cannot be written now must not hide."""
+        """Close the file. An error of this does not hide the one that made the caller stop."""
         with contextlib.suppress(self.av.FFmpegError, OSError):
             self.container.close()
 
     @contextlib.contextmanager
-    def _said(self):
+    def _errors_in_words(self):
         try:
             yield
-        # a full disk, or pictures that the format has no room for
+        # a full disk, or frames larger than the format allows
         except (self.av.FFmpegError, OSError) as error:
             raise VideoError(f"{self.name}: cannot be written: {error.strerror or error}") from None

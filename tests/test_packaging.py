@@ -152,6 +152,7 @@ def test_the_wheel_holds_the_two_packages_whole_and_nothing_else(wheel, sources)
     recipes = {path.relative_to(sources).as_posix() for path in sources.glob("coda_fast/recipes/*.yaml")}
     assert "coda_fast/recipes/digits-s.yaml" in recipes
     assert {name for name in names if name.endswith(".yaml")} == recipes
+    assert {"coda_fast/py.typed", "coda_kernels/py.typed"} <= names
 
 
 def test_the_wheel_carries_the_licence(wheel, metadata):
@@ -235,6 +236,7 @@ def test_extras(metadata):
     assert needed < set(extras["test"]) < set(extras["dev"])
     assert {"torchvision", "bcos", "pytest-benchmark"} < set(extras["bench"]) < set(extras["dev"])
     assert extras["dev"]["ruff"].startswith("==")
+    assert extras["dev"]["mypy"].startswith("==")
 
 
 def test_the_installed_packages_are_the_ones_imported(imported, installed):

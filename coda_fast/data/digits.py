@@ -9,8 +9,10 @@ from coda_fast.data.sources import Arrays
 
 
 def digits(seed: int = 0) -> tuple[Arrays, Arrays, list[str]]:
-    """Images to train with, a quarter of them all to test with, and the names of the classes. ImportError:
-    scikit-learn is missing.
+    """Images for training, a quarter of all images for testing, and the names of the classes.
+
+    Raises:
+        ImportError: scikit-learn is missing.
     """
     try:
         from sklearn.datasets import load_digits
@@ -18,7 +20,7 @@ def digits(seed: int = 0) -> tuple[Arrays, Arrays, list[str]]:
     except ImportError:
         raise ImportError("the digits need scikit-learn: pip install 'coda-fast[cli]'") from None
     source = load_digits()
-    # of 17 levels
+    # values from 0 to 16
     images = torch.from_numpy(source.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(source.target).long()
     split = train_test_split(
