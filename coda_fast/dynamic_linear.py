@@ -265,9 +265,11 @@ torch.fx.wrap("_as_maps")
 # -- the network inside of what a user gives
 
 
-def need_network(model: nn.Module, name: str = "model", kind: type = DynamicLinear) -> DynamicLinear:
+def need_network(
+    model: nn.Module, name: str = "model", kind: type[DynamicLinear] = DynamicLinear
+) -> DynamicLinear:
     """The network that ``model`` is or wraps; TypeError where there is none of this kind."""
-    inner = unwrap(model)
+    inner: nn.Module = unwrap(model)
     if not isinstance(inner, kind):
         others = " (or another coda_fast.Network)" if kind is DynamicLinear else ""
         raise TypeError(f"{name}: expected a CoDANet, got {type(inner).__name__}{others}")

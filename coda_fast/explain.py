@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 import torch
 
@@ -92,7 +93,11 @@ def explain(
             f"leaves the range of {str(images.dtype).removeprefix('torch.')}, or weights are not finite"
         )
     return Explanation(
-        *found, index, images.detach(), model.logit_bias, None if names is None else tuple(names)
+        *found,
+        layer=index,
+        images=images.detach(),
+        logit_bias=model.logit_bias,
+        class_names=None if names is None else tuple(names),
     )
 
 
@@ -133,7 +138,8 @@ def _check_pixels(images) -> float:
 
 def _outside() -> int:
     """The ``stacklevel`` of a warning of the function that calls this: the first frame that is not ours."""
-    level, frame = 1, sys._getframe(1)
+    level = 1
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "coda_fast":
         level, frame = level + 1, frame.f_back
     return level

@@ -205,4 +205,5 @@ class DynamicMatrixLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The options of the loss."""
         return f"weight={self.weight}, classes={self.classes}, norm={self.norm!r}"

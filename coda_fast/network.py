@@ -73,7 +73,8 @@ class Network(DynamicLinear):
         self.class_names = None if class_names is None else _arguments.names(class_names, self._num_classes)
 
     @property
-    def num_classes(self) -> int:
+    def num_classes(self) -> int:  # type: ignore[override]
+        """How many logits there are."""
         return self._num_classes
 
     def config(self) -> dict:

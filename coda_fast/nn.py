@@ -138,6 +138,7 @@ class DAUConv2d(nn.Module):
 
     @property
     def geometry(self) -> Geometry:
+        """Kernel, stride, padding and dilation as backends take them."""
         return Geometry.make(self.kernel_size, self.stride, self.padding, self.dilation)
 
     @property
@@ -148,6 +149,7 @@ class DAUConv2d(nn.Module):
         return any(scope.open and self._number in scope.layers for scope in _scopes())
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Images [N, in_channels, H, W] or [in_channels, H, W] -> [N, out_channels, OH, OW]."""
         if not isinstance(input, torch.Tensor) and isinstance(input, torch.fx.Proxy):
             return self._trace(input)
         if _THREAD.stand_in is not None:
@@ -230,6 +232,7 @@ class DAUConv2d(nn.Module):
         return super()._apply(four_dimensional, recurse)
 
     def extra_repr(self) -> str:
+        """The arguments that differ from the defaults."""
         text = (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, rank={self.rank}"
@@ -265,6 +268,7 @@ class AddInverse(nn.Module):
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> [N, 2 C, H, W]."""
         return torch.cat((images, 1 - images), -3)
 
 
@@ -272,6 +276,7 @@ class SumPool2d(nn.Module):
     """Sum over the pixels, [N, C, H, W] -> [N, C]."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> [N, C]."""
         return input.sum((-2, -1))
 
 

@@ -31,7 +31,7 @@ class Attribution:
     model: nn.Module
     settings: dict
     layer: nn.Module | None = None
-    _function: Callable = None
+    _function: Callable = None  # type: ignore[assignment]
 
     def attribute(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Maps that say where ``images`` [N, C, H, W] speak for ``targets``: [N] -> [N, H, W], [N, K] -> [N,

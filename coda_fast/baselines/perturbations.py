@@ -90,8 +90,8 @@ def rise(method, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     count, (height, width) = targets.shape[1], images.shape[2:]
     maps = torch.zeros(len(images), count, height, width, dtype=torch.float64, device=images.device)
     with torch.no_grad():
-        for part in zip(*(numbers.split(s["batch_size"]) for numbers in drawn), strict=True):
-            masks = _rise_masks(part[0].to(images), *part[1:], height, width)
+        for cells, down, across in zip(*(numbers.split(s["batch_size"]) for numbers in drawn), strict=True):
+            masks = _rise_masks(cells.to(images), down, across, height, width)
             for i, image in enumerate(images):
                 logits = method.model(image * masks[:, None])
                 scores = (
@@ -144,7 +144,7 @@ def lime(method, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         from captum._utils.models.linear_model import SkLearnRidge
         from skimage.segmentation import quickshift
     except ImportError as error:
-        raise missing(error.name) from None
+        raise missing(str(error.name)) from None
     s, maps = method.settings, []
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), torch.no_grad():
         for image, classes in zip(images, targets, strict=True):
