@@ -92,8 +92,14 @@ def explain(
             f"{largest:.3g}, and |w|^2 or a sum "
             f"leaves the range of {str(images.dtype).removeprefix('torch.')}, or weights are not finite"
         )
+    logits, classes, weight, contributions, maps, error = found
     return Explanation(
-        *found,
+        logits=logits,
+        target=classes,
+        dynamic_weight=weight,
+        contributions=contributions,
+        contribution_map=maps,
+        completeness_error=error,
         layer=index,
         images=images.detach(),
         logit_bias=model.logit_bias,
