@@ -479,7 +479,9 @@ def test_a_registered_method_is_found_everywhere(toy, network, tmp_path):
     assert list(measured) == ["Toy", "Ours"]
     assert measured["Toy"]["settings"] == {"gain": 5, "batch_size": 3}
     for name in ("evaluate", "report"):
-        assert "DeepLIFT, Toy." in " ".join(CliRunner().invoke(cli, [name, "--help"]).output.split())
+        assert f"Methods: {', '.join(baselines.METHODS)}." in " ".join(
+            CliRunner().invoke(cli, [name, "--help"]).output.split()
+        )
 
     description = "How bright a pixel is, times ``gain``. On a CoDA-Net, to rounding, IxG."
     assert f"| `Toy` | {description} | gain 2, batch_size 3 |" in documents.methods().splitlines()

@@ -120,7 +120,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--data",
         type=Path,
-        help="the images to train with, an .npz file (experiments/fast_training.py); none: no training",
+        help="the images to train with, an .npz file (experiments/fast_training/); none: no training",
     )
     parser.add_argument(
         "--output",

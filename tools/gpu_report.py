@@ -96,7 +96,7 @@ def _arguments(argv):
         "--stages", nargs="+", choices=STAGES, help="default: all, the training only with --data"
     )
     parser.add_argument(
-        "--data", type=Path, help="the images to train with, an .npz file (experiments/fast_training.py)"
+        "--data", type=Path, help="the images to train with, an .npz file (experiments/fast_training/)"
     )
     parser.add_argument(
         "--pack", type=Path, help="folder for an archive of the results and the weights, two files"

@@ -178,15 +178,12 @@ class Report:
         return eager + self._bench("bench/bench_layers.py", until, f"forward_+_backward and {TO_BEAT}")
 
     def networks(self, until: float) -> Verdict:
+        """As ``layers``; the compiled peer beside a training step only."""
+        if self.quick:
+            return self._bench("bench/bench_networks.py", until, "inference and coda_fast")
         half = time.monotonic() + 0.5 * (until - time.monotonic())
-        eager = self._bench(
-            "bench/bench_networks.py", half, "inference and coda_fast" if self.quick else "not compiled"
-        )
-        return (
-            eager
-            if self.quick
-            else eager + self._bench("bench/bench_networks.py", until, f"training_step and {TO_BEAT}")
-        )
+        eager = self._bench("bench/bench_networks.py", half, "not compiled")
+        return eager + self._bench("bench/bench_networks.py", until, f"training_step and {TO_BEAT}")
 
     def train(self, until: float) -> Verdict:
         """A process of its own; what it finds out is in training.json as it goes."""
