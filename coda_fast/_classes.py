@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 
+def class_name(names, index: int) -> str:
+    """What a class is called: by ``names``, if there are any."""
+    return names[index] if names else f"class {index}"
+
+
 def as_classes(value, name: str) -> torch.Tensor:
     """``value`` as int64, what gather, scatter and one_hot want. TypeError: no tensor, or one of bools,
     floats or complex numbers.

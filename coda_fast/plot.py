@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from coda_fast.checkpoints import atomic_path
+from coda_fast._classes import class_name
+from coda_fast._files import atomic_path
 from coda_fast.data.preprocessing import middle
-from coda_fast.explain import Explanation
+from coda_fast.explanation import Explanation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -303,7 +304,7 @@ def explanation_figure(
         raise ValueError(f"labels: expected {count}, one for each image, got {len(labels)}")
 
     def name(number):
-        text = " ".join(str(class_names[number]).split()) if class_names else f"class {number}"
+        text = " ".join(str(class_name(class_names, number)).split())
         return _shortened(text, 20)  # or titles run into each other
 
     shape = images.shape[2:] if not views else views[0].picture.shape

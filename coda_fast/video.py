@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from coda_fast import plot
-from coda_fast.checkpoints import atomic_path
+from coda_fast._classes import class_name
+from coda_fast._files import atomic_path
 from coda_fast.data.errors import ImageError
 from coda_fast.dynamic_linear import need_network
 from coda_fast.safety import MOST_PIXELS, NotAFile, batch_within, check_explainable, open_file
@@ -179,7 +180,7 @@ def explain_video(
         index = index or int(histogram.argwhere().amax() if histogram.any() else 0)
         scale = 10 ** (_LOW + (min(index, _BINS - 1) + 1) * (_HIGH - _LOW) / _BINS) if index else 1.0
 
-    name = model.class_names[target] if model.class_names else f"class {target}"
+    name = class_name(model.class_names, target)
     count, worst = 0, 0.0
     with atomic_path(target_path) as temporary:
         writer = _Writer(temporary, _rate(source), target_path)
