@@ -18,6 +18,9 @@ OLDEST       := 'torch==2.11.*' 'numpy<2.4'
 VERSIONS     := import sys, numpy, torch; \
 	print("Python %d.%d.%d," % sys.version_info[:3], "torch", torch.__version__ + ",", "numpy", numpy.__version__)
 
+# a Python in which the package is not installed finds the kernels there
+UNINSTALLED  := PYTHONPATH=kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
+
 # a thread for each of JOBS processes: the interpreter of Triton has no use for more
 PARALLEL     := -n $(JOBS) --dist worksteal
 
@@ -60,24 +63,24 @@ bench: $(READY) ## measure everything beside its peers, keep the rows in bench/r
 	$(VENV)/bin/python -m pytest bench/ --benchmark --rows bench/results $(BENCH_ARGS)
 
 tables: $(READY) ## all tables and plots of measured results in README.md and docs/, from bench/results
-	$(VENV)/bin/python bench/tables.py
+	$(VENV)/bin/python -m tools.documents
 
 gpu-smoke: ## on a CUDA GPU, with the Python at hand: does it compile, is it right, how fast, in 2.5 minutes (docs/gpu.md)
-	$(PYTHON) bench/gpu_smoke.py $(GPU_ARGS)
+	$(UNINSTALLED) $(PYTHON) -m tools.gpu_smoke $(GPU_ARGS)
 
 gpu-report: ## likewise: tests, layers, networks, a training with GPU_ARGS="--data FILE", profile, tuner, in 9 minutes (docs/gpu.md)
-	$(PYTHON) bench/gpu_report.py $(GPU_ARGS)
+	$(UNINSTALLED) $(PYTHON) -m tools.gpu_report $(GPU_ARGS)
 
 aot: $(READY) ## compile all kernels for all architectures, without a GPU (20 to 40 minutes); the tables of docs/kernels.md
-	$(VENV)/bin/python bench/aot.py $(AOT_ARGS)
-	$(VENV)/bin/python bench/tables.py
+	$(VENV)/bin/python -m tools.aot $(AOT_ARGS)
+	$(VENV)/bin/python -m tools.documents
 
 gpu-gather: ## into one folder (gpu_run) what both runs on a GPU need on a machine without a network; GPU_ARGS="--data FILE"
-	$(PYTHON) bench/gather.py $(GPU_ARGS)
+	$(PYTHON) -m tools.gather $(GPU_ARGS)
 
 clean: ## remove build products and caches; the environments and results stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find $(wildcard coda_fast kernels tests bench) -type d -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard coda_fast kernels tests bench tools experiments) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # $(call environment,FOLDER,REQUIREMENTS)
 define environment

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from bench.peers import ALGEBRAIC, PEERS
+
 FORWARD, TRAINING, EXPLANATION = "forward", "forward + backward", "explanation"
 LAYER_MODES = (FORWARD, TRAINING, EXPLANATION)
 INFERENCE, STEP = "inference", "training step"
@@ -16,10 +18,6 @@ AXES = ("batch", "size", "rank", "channels")
 # more (dx, dA), if the n r numbers a pixel of the forward product were kept, and 3 if not
 # (save_contraction=False computes them again); an explanation 1 more (dx)
 PRODUCTS = {FORWARD: 1, TRAINING: 3, EXPLANATION: 2}
-
-# Providers worth compiling on a CPU, and all of them
-COMPILED = ("materialising", "algebraic")
-EVERYTHING = (*COMPILED, "algebraic checkpointed", "coda_fast")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +141,7 @@ def preset(name: str, memory_bytes: int = 0, batch: int | None = None, everythin
             tuple(small),
             (Network(NETWORKS["S"], 2, 8, NETWORK_MODES),),
             series,
-            {TRAINING: COMPILED},
+            {TRAINING: tuple(name for name, peer in PEERS.items() if not peer.recomputes)},
             "float32",
             "S9",
         )
@@ -152,7 +150,7 @@ def preset(name: str, memory_bytes: int = 0, batch: int | None = None, everythin
         sizes = dict(
             batch=(1, 2, 4, 8, 16), size=(8, 16, 32, 64), rank=(4, 16, 64, 256), channels=(4, 16, 32, 64)
         )
-        compiled = {TRAINING: ("algebraic",), STEP: ("algebraic",), INFERENCE: ("algebraic",)}
+        compiled = dict.fromkeys((TRAINING, STEP, INFERENCE), (ALGEBRAIC,))
         cases = tuple(distinct(layers({"S": batch or 16})))
         if batch:
             return Preset(cases, (Network(NETWORKS["S"], batch, 32),), (), compiled, "float32")
@@ -163,9 +161,8 @@ def preset(name: str, memory_bytes: int = 0, batch: int | None = None, everythin
             Network(NETWORKS["S"], 1, 32, (INFERENCE, EXPLANATION, EVERY_CLASS), **few),
         )
         if everything:
-            compiled = dict.fromkeys((TRAINING, INFERENCE, EXPLANATION), ("algebraic",)) | {
-                STEP: ("algebraic", "coda_fast")
-            }
+            compiled = dict.fromkeys((TRAINING, INFERENCE, EXPLANATION), (ALGEBRAIC,))
+            compiled[STEP] = (ALGEBRAIC, "coda_fast")
             return Preset(cases, networks, _series(base, **sizes), compiled, "float32")
         cases = tuple(dataclasses.replace(case, modes=(TRAINING,)) for case in cases)
         return Preset(cases, networks, (), compiled, "float32")
@@ -184,7 +181,7 @@ def preset(name: str, memory_bytes: int = 0, batch: int | None = None, everythin
             cases,
             networks,
             _series(base, **sizes),
-            dict.fromkeys((*LAYER_MODES, *NETWORK_MODES), EVERYTHING),
+            dict.fromkeys((*LAYER_MODES, *NETWORK_MODES), (*PEERS, "coda_fast")),
             "bfloat16",
         )
     raise ValueError(f"preset: expected smoke, cpu or gpu, got {name!r}")

@@ -19,34 +19,21 @@ Where a patch has fewer numbers than z~ has (d <= m), w itself is the smaller th
 from __future__ import annotations
 
 import functools
-import math
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from coda_fast.backends.factored import format_of
+from coda_fast._geometry import format_of
+from coda_fast._spec import Adjoint, Align, AlignBackward, rebuild
 
 
-def align(
-    input,
-    applied,
-    reduction_weight,
-    weight,
-    bias,
-    stride,
-    padding,
-    dilation,
-    norm,
-    eps,
-    detach,
-    keep,
-    backend,
-):
+def align(call: Align) -> tuple[torch.Tensor, ...]:
     """``torch.ops.coda_fast.align``. Of what it keeps there are <w, u> and |w|^2; without the rest a
     backward pass does as well.
     """
-    layer = _Layer(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
+    input, applied, keep = call.input, call.applied, call.keep
+    layer = _Layer(input, call.parameters, call.spec)
     u = layer.x if applied is None else applied.to(layer.compute)
     z = layer.reduce()
     if layer.generates:
@@ -70,44 +57,24 @@ def align(
     return output, kept_dot, kept_square, empty(input.dtype), empty(input.dtype)
 
 
-def align_backward(
-    grad,
-    input,
-    applied,
-    reduction_weight,
-    weight,
-    bias,
-    dot,
-    square,
-    contraction,
-    prepared,
-    stride,
-    padding,
-    dilation,
-    norm,
-    eps,
-    detach,
-    needs,
-    backend,
-):
+def align_backward(call: AlignBackward) -> tuple[torch.Tensor, ...]:
     """``torch.ops.coda_fast.align_backward`` of explanation mode, which is the adjoint; that of training
     stays the operator it is.
     """
-    if not detach:
+    if not call.detach:
         return NotImplemented
-    like = input if applied is None else applied
-    found = [input.new_empty(0) for _ in range(5)]
-    if needs[0 if applied is None else 1]:
-        direct = adjoint(
-            input, grad, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend
-        )
-        found[0 if applied is None else 1] = direct.contiguous(memory_format=format_of(like))
+    like, position = (call.input, 0) if call.applied is None else (call.applied, 1)
+    found = [call.input.new_empty(0) for _ in call.needs]
+    if call.needs[position]:
+        direct = adjoint(Adjoint(call.input, call.grad, call.parameters, call.spec, call.backend))
+        found[position] = direct.contiguous(memory_format=format_of(like))
     return tuple(found)
 
 
-def adjoint(input, value, reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend):
+def adjoint(call: Adjoint) -> torch.Tensor:
     """``torch.ops.coda_fast.adjoint``."""
-    layer = _Layer(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
+    input, value = call.input, call.value
+    layer = _Layer(input, call.parameters, call.spec)
     z = layer.reduce()
     if layer.generates:
         w = layer.weights(z)
@@ -155,8 +122,15 @@ def announced(fake):
 
 def table() -> dict:
     """{operator: its decomposition}."""
-    functions = {"align": align, "align_backward": align_backward, "adjoint": adjoint}
-    return {getattr(torch.ops.coda_fast, name).default: function for name, function in functions.items()}
+    return {
+        torch.ops.coda_fast.align.default: _on_call(Align, align),
+        torch.ops.coda_fast.align_backward.default: _on_call(AlignBackward, align_backward),
+        torch.ops.coda_fast.adjoint.default: _on_call(Adjoint, adjoint),
+    }
+
+
+def _on_call(kind, function):
+    return lambda *args: function(rebuild(kind, args))
 
 
 class _Layer:
@@ -164,10 +138,11 @@ class _Layer:
     kh kw numbers in a patch.
     """
 
-    def __init__(self, input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps):
+    def __init__(self, input, parameters, spec):
+        reduction_weight, weight, bias = parameters
         self.compute = torch.float64 if input.dtype == torch.float64 else torch.float32
-        self.x, self.norm, self.eps, self.padding = input.to(self.compute), norm, eps, padding
-        self.stride, self.dilation = list(stride), list(dilation)
+        self.x, self.spec, g = input.to(self.compute), spec, spec.geometry
+        self.padding, self.stride, self.dilation = list(g.padding), list(g.stride), list(g.dilation)
         filters = reduction_weight.to(self.compute)
         rows = weight.to(self.compute)
         self.one = None
@@ -202,11 +177,7 @@ class _Layer:
 
     def scale(self, square):
         """s(|w|^2)."""
-        length = square.sqrt()
-        if self.norm == "squash":
-            return length / (1 + square)
-        # as "squash", not 1 / infinity
-        return torch.where(square == math.inf, math.nan, 1 / length.clamp_min(self.eps))
+        return self.spec.scale(square.sqrt(), square)
 
     def flushed(self, terms):
         """How much shorter than it is a vector of so many numbers may seem: squares below the least number

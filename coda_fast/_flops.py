@@ -8,89 +8,64 @@ not depend on it.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
 import math
 import sys
 
 import torch
 
-from coda_fast._geometry import Geometry
+from coda_fast._spec import Adjoint, Align, AlignBackward, rebuild
 
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _parts(input, weight, stride, padding, dilation):
+def _parts(call):
     """(contraction, z, norm), from shapes."""
-    n, r, *window = weight
-    geometry = Geometry(tuple(window[1:]), tuple(stride), tuple(dilation), tuple(padding))
-    pixels, d = input[0] * math.prod(geometry.output_size(*input[2:])), math.prod(window)
+    n, r, *window = call.parameters.weight.shape
+    batch, _, *size = call.input.shape
+    pixels, d = batch * math.prod(call.spec.geometry.output_size(*size)), math.prod(window)
     return 2 * pixels * n * r * d, 2 * pixels * r * d, 2 * pixels * n * r * min(r, d)
 
 
-def _forward(input, applied_or_value, reduction_weight, weight, bias, stride, padding, dilation, *rest, **_):
-    return sum(_parts(input, weight, stride, padding, dilation))
+def _align(call: Align) -> int:
+    return sum(_parts(call))
 
 
-def _backward(
-    grad,
-    input,
-    applied,
-    reduction_weight,
-    weight,
-    bias,
-    dot,
-    square,
-    contraction,
-    prepared,
-    stride,
-    padding,
-    dilation,
-    norm,
-    eps,
-    detach,
-    needs,
-    *rest,
-    **_,
-):
-    main, reduce, gram = _parts(input, weight, stride, padding, dilation)
-    if detach:  # the direct term, with the norms of forward
+def _align_backward(call: AlignBackward) -> int:
+    main, reduce, gram = _parts(call)
+    if call.detach:  # the direct term, with the norms of forward
         return main + reduce
-    need_x, need_u, need_reduce, need_weight, need_bias = needs
-    direct = main * (need_x if applied is None else need_u)
-    dz = (main + gram) * (need_x or need_reduce) + reduce * (need_x + need_reduce)
-    generate = (main + gram) * (need_weight or need_bias)
-    return direct + dz + generate + reduce
+    needs = call.needs
+    direct = main * (needs.input if call.applied is None else needs.applied)
+    dz = (main + gram) * (needs.input or needs.reduction_weight)
+    of_reduce = reduce * (needs.input + needs.reduction_weight)
+    generate = (main + gram) * (needs.weight or needs.bias)
+    return direct + dz + of_reduce + generate + reduce
 
 
-def _register(register_flop_formula) -> None:
-    for name, formula in (("align", _forward), ("align_backward", _backward), ("adjoint", _forward)):
-        register_flop_formula(getattr(torch.ops.coda_fast, name))(formula)
+_FORMULAS = {
+    "align": (Align, _align),
+    "align_backward": (AlignBackward, _align_backward),
+    "adjoint": (Adjoint, _align),
+}
 
 
-class _AtImport(importlib.abc.MetaPathFinder):
-    """Registers when somebody imports the counter: it loads Triton (76 MiB), which a mere ``import
-    coda_fast`` must not.
+def register_if_counting() -> None:
+    """Make the formulas known to ``FlopCounterMode``, if anybody has imported it: that loads Triton (76 MiB),
+    which a mere call of a layer must not.
+
+    A counter copies the formulas that there are when it is made, so one that is counting now gets ours, too.
     """
-
-    def find_spec(self, name, path=None, target=None):
-        if name != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            _register(module.register_flop_formula)
-
-        spec.loader.exec_module = exec_module
-        return spec
+    if torch.compiler.is_compiling() or (counter := sys.modules.get(_COUNTER)) is None:
+        return
+    registry = getattr(counter, "flop_registry", None)  # None: another thread is importing it
+    if registry is None or torch.ops.coda_fast.align in registry:
+        return
+    ours = {getattr(torch.ops.coda_fast, name): _on_call(*formula) for name, formula in _FORMULAS.items()}
+    registry.update(ours)
+    for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+        if isinstance(mode, counter._FlopCounterMode):
+            mode.counter.flop_registry.update(ours)
 
 
-def register() -> None:
-    """Make the formulas known to ``FlopCounterMode``: now if the counter is loaded, else as soon as it is."""
-    if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER].register_flop_formula)
-    else:
-        sys.meta_path.insert(0, _AtImport())
+def _on_call(kind, formula):
+    return lambda *args, out_val=None: formula(rebuild(kind, args))

@@ -8,6 +8,8 @@ import dataclasses
 import operator
 from collections.abc import Sequence
 
+import torch
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -56,12 +58,6 @@ class Geometry:
             )
         return (padded[0] - extent[0]) // self.stride[0] + 1, (padded[1] - extent[1]) // self.stride[1] + 1
 
-    def lists(self) -> tuple[list[int], list[int], list[int]]:
-        """Stride, padding and dilation as an operator takes them; the kernel is in the shape of the
-        weight.
-        """
-        return list(self.stride), list(self.padding), list(self.dilation)
-
 
 def pair(value: int | Sequence[int], name: str, least: int = 1) -> tuple[int, int]:
     """``value`` or ``(value, value)`` as two ints of at least ``least``."""
@@ -83,3 +79,9 @@ def integer(value) -> int:
     if isinstance(value, bool):
         raise TypeError("expected an int, got a bool")
     return operator.index(value)
+
+
+def format_of(image: torch.Tensor) -> torch.memory_format:
+    """A convolution's rule: channels_last in, channels_last out; anything else gives a contiguous result."""
+    last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

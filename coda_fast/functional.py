@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import torch
 
-from coda_fast import backends, ops
+from coda_fast import _flops, _norms, backends, ops
 from coda_fast._autocast import autocasting, cast_as_convolution, without_autocast
 from coda_fast._geometry import Geometry
+from coda_fast._spec import Adjoint, Align, Parameters, Spec, flatten
 from coda_fast.backends import factored, reference
 
-NORMS = ("squash", "l2")
+NORMS = tuple(_norms.NORMS)
 EPS = 1e-6
 
 
@@ -79,23 +80,24 @@ def dau_conv2d(
     >>> dau_conv2d(x, B, A, padding=1).shape
     torch.Size([2, 10, 8, 8])
     """
-    geometry = _check(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
+    given = Parameters(reduction_weight, weight, bias)
+    spec = _check(input, given, stride, padding, dilation, norm, eps)
     check_save_contraction(save_contraction)
     kind = input.device.type
-    tensors = (input, reduction_weight, weight, bias)
-    input, *parameters = cast_as_convolution(kind, tensors) if autocasting(kind) else tensors
+    tensors = (input, *given)
+    input, *rest = cast_as_convolution(kind, tensors) if autocasting(kind) else tensors
     name = backends.choose(backend, input.device, input.dtype)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
+    parameters = Parameters(*rest)
     with without_autocast(kind):
         if name != "reference":
-            keep = _keep((batch, *parameters), detach, save_contraction, name, geometry)
-            output = ops.align(
-                batch, None, *parameters, *geometry.lists(), norm, float(eps), bool(detach), keep, name
-            )[0]
+            _flops.register_if_counting()
+            keep = _keep(batch, parameters, spec, detach, save_contraction, name)
+            output = ops.align(*flatten(Align(batch, None, parameters, spec, bool(detach), keep, name)))[0]
         elif detach:
-            output = _DynamicLinear.apply(batch, *parameters, geometry, norm, eps)
+            output = _DynamicLinear.apply(batch, *parameters, spec)
         else:
-            output = reference.align(batch, batch, *parameters, geometry, norm, eps)
+            output = reference.align(batch, batch, parameters, spec)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
@@ -132,10 +134,11 @@ def dau_conv2d_transpose(
     >>> dau_conv2d_transpose(x, torch.randn(2, 10, 8, 8), B, A, padding=1).shape
     torch.Size([2, 6, 8, 8])
     """
-    geometry = _check(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps)
+    given = Parameters(reduction_weight, weight, bias)
+    spec = _check(input, given, stride, padding, dilation, norm, eps)
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"value: expected a tensor, got {type(value).__name__}")
-    expected = (*input.shape[:-3], weight.shape[0], *geometry.output_size(*input.shape[-2:]))
+    expected = (*input.shape[:-3], weight.shape[0], *spec.geometry.output_size(*input.shape[-2:]))
     if value.shape != expected:
         raise ValueError(f"value: expected shape {list(expected)}, got {list(value.shape)}")
     if value.dtype != input.dtype and not autocasting(input.device.type):
@@ -143,15 +146,17 @@ def dau_conv2d_transpose(
     if value.device != input.device:
         raise ValueError(f"value: expected device {input.device}, that of the input, got {value.device}")
     kind = input.device.type
-    tensors = (input, value, reduction_weight, weight, bias)
-    input, value, *parameters = cast_as_convolution(kind, tensors) if autocasting(kind) else tensors
+    tensors = (input, value, *given)
+    input, value, *rest = cast_as_convolution(kind, tensors) if autocasting(kind) else tensors
     name = backends.choose(backend, input.device, input.dtype)
     batch, values = (input, value) if input.dim() == 4 else (input.unsqueeze(0), value.unsqueeze(0))
+    parameters = Parameters(*rest)
     with without_autocast(kind):
         if name != "reference":
-            output = ops.adjoint(batch, values, *parameters, *geometry.lists(), norm, float(eps), name)
+            _flops.register_if_counting()
+            output = ops.adjoint(*flatten(Adjoint(batch, values, parameters, spec, name)))
         else:
-            output = reference.adjoint(batch, values, *parameters, geometry, norm, eps)
+            output = reference.adjoint(batch, values, parameters, spec)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
@@ -163,14 +168,14 @@ class _DynamicLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, reduction_weight, weight, bias, geometry, norm, eps):
-        return reference.align(input, input, reduction_weight, weight, bias, geometry, norm, eps)
+    def forward(input, reduction_weight, weight, bias, spec):
+        return reference.align(input, input, Parameters(reduction_weight, weight, bias), spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:4])
         ctx.save_for_forward(*inputs[:4])
-        ctx.rest = inputs[4:]
+        ctx.spec = inputs[4]
 
     @staticmethod
     def backward(ctx, grad):
@@ -178,8 +183,8 @@ class _DynamicLinear(torch.autograd.Function):
         gradient = None
         if ctx.needs_input_grad[0]:
             with without_autocast(grad.device.type):
-                gradient = reference.adjoint(input, grad, *parameters, *ctx.rest)
-        return gradient, None, None, None, None, None, None
+                gradient = reference.adjoint(input, grad, Parameters(*parameters), ctx.spec)
+        return gradient, None, None, None, None
 
     @staticmethod
     def jvp(ctx, tangent, *_):
@@ -189,10 +194,11 @@ class _DynamicLinear(torch.autograd.Function):
         )
         # off here, which levels below would take for theirs
         with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
-            return None if tangent is None else reference.align(input, tangent, *parameters, *ctx.rest)
+            if tangent is not None:
+                return reference.align(input, tangent, Parameters(*parameters), ctx.spec)
 
 
-def _keep(tensors, detach, save_contraction, backend, geometry):
+def _keep(input, parameters, spec, detach, save_contraction, backend):
     """What forward leaves for a backward pass, if there can be one; in explanation mode only the input has a
     gradient.
 
@@ -207,7 +213,7 @@ def _keep(tensors, detach, save_contraction, backend, geometry):
         detach, save_contraction = False, save_contraction is True
     if torch.jit.is_tracing():  # it traces with gradients, checks without, and both must give one graph
         return "products"
-    wanted = tensors[:1] if detach else tensors
+    wanted = (input,) if detach else (input, *parameters)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)):
         return "nothing"
     if detach:
@@ -217,15 +223,16 @@ def _keep(tensors, detach, save_contraction, backend, geometry):
         save_contraction = (
             backend == "factored"
             and not torch.compiler.is_exporting()
-            and factored.worth_keeping(*tensors, geometry)
+            and factored.worth_keeping(input, parameters, spec)
         )
     return "contraction" if save_contraction else "products"
 
 
-def _check(input, reduction_weight, weight, bias, stride, padding, dilation, norm, eps) -> Geometry:
-    named = {"input": input, "reduction_weight": reduction_weight, "weight": weight}
-    if bias is not None:
-        named["bias"] = bias
+def _check(input, parameters, stride, padding, dilation, norm, eps) -> Spec:
+    reduction_weight, weight, bias = parameters
+    named = {"input": input, **parameters._asdict()}
+    if bias is None:
+        del named["bias"]
     for name, tensor in named.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -267,7 +274,7 @@ def _check(input, reduction_weight, weight, bias, stride, padding, dilation, nor
             )
     geometry = Geometry.make(tuple(kernel), stride, padding, dilation)
     geometry.output_size(*input.shape[-2:])
-    return geometry
+    return Spec(geometry, norm, float(eps))
 
 
 def check_save_contraction(value: bool | str) -> None:
@@ -278,7 +285,6 @@ def check_save_contraction(value: bool | str) -> None:
 
 def check_norm(norm: str, eps: float) -> None:
     """ValueError unless ``norm`` is known and ``eps`` a positive number."""
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    _norms.named(norm)
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps!r}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from coda_fast._autocast import wide
-from coda_fast._classes import as_classes, check_range, one_each
+from coda_fast._classes import as_classes, one_each
 from coda_fast._wrappers import wrapped_by
 from coda_fast.dynamic_linear import DynamicLinear, need_network
 
@@ -51,39 +51,60 @@ def matrix_penalty(
     """
     if norm not in PENALTIES:
         raise ValueError(f"norm: expected one of {', '.join(map(repr, PENALTIES))}, got {norm!r}")
-    model = _network(model)
+    model = _trained_network(model)
     model.check_images(images)
-    classes = _rows(classes, "classes", len(images))
-    if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < model.num_classes):
-        raise ValueError(
-            f"classes: expected 0 to {model.num_classes - 1}, got {int(classes.min())} to "
-            f"{int(classes.max())}"
-        )
+    classes = _checked_rows(classes, "classes", len(images), model.num_classes)
     return _penalty(model, *model.linearise(model.encoder(images)), classes, norm)
 
 
-def _network(model):
-    """The network inside of wrappers, which trains."""
+def random_rows(labels: torch.Tensor, scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The class of each image first, then those of the ``count - 1`` highest of its other ``scores``.
+
+    Args:
+        labels: [N], int64; scores: [N, classes], random numbers below 1.
+
+    Returns:
+        [N, count], on the device of the labels.
+    """
+    scores = scores.to(labels.device, non_blocking=True).scatter(1, labels[:, None], 2.0)
+    return scores.argsort(1, descending=True)[:, :count]
+
+
+def _trained_network(model):
+    """The CoDANet inside of wrappers; an error where its gradients would be wrong without notice."""
     given, model = model, need_network(model)
-    # its processes would train apart, without a word
     if torch.is_grad_enabled() and wrapped_by(given, "DistributedDataParallel"):
         raise TypeError(
             "model: expected a CoDANet, got DistributedDataParallel, which shares the gradients of its own "
-            "calls alone: wrap a module "
-            "that holds the network and calls the loss"
+            "calls alone: wrap a module that holds the network and calls the loss"
         )
-    # the numbers would be right and the gradients silently not
     if any(layer.explaining for layer in model.dau_layers().values()):
         raise ValueError("model: expected a network that trains, got one in explanation mode")
     return model
 
 
-def _rows(classes, name, count):
-    """[N, K] classes as int64."""
+def _checked_rows(classes, name, count, num_classes):
+    """[count, K] classes from 0 to ``num_classes - 1`` as int64."""
     classes = as_classes(classes, name)
     if classes.dim() != 2 or len(classes) != count or not classes.shape[1]:
         raise ValueError(f"{name}: expected [{count}, K] with K >= 1, got shape {list(classes.shape)}")
+    _check_range(classes, num_classes, name)
     return classes
+
+
+def _check_range(classes, count, name):
+    """ValueError unless all are from 0 to ``count - 1``. On CUDA a kernel asserts it and prints the message:
+    to read the numbers here, the program would wait for the device in every step.
+    """
+    if not classes.numel():
+        return
+    if classes.is_cuda:
+        inside = ((classes >= 0) & (classes < count)).all()
+        torch._assert_async(inside, f"{name}: expected 0 to {count - 1}, got others")
+        return
+    least, most = int(classes.min()), int(classes.max())
+    if least < 0 or most >= count:
+        raise ValueError(f"{name}: expected 0 to {count - 1}, got {least} to {most}")
 
 
 def _penalty(model, evidence, pull_back, classes, norm, valid=None):
@@ -145,36 +166,43 @@ class DynamicMatrixLoss(nn.Module):
         zeros). Classes may be of any integer dtype. The losses are in float32 at least, the logits as the
         network gives them. ValueError, TypeError: what does not fit, as in ``matrix_penalty``.
         """
-        model = _network(model)
+        logits, penalty = self.logits_and_penalty(model, images, labels, rows, valid)
+        targets = F.one_hot(labels.long().reshape(-1), logits.shape[1])
+        bce = F.binary_cross_entropy_with_logits(wide(logits), targets.to(wide(logits).dtype))
+        return MatrixLoss(bce + self.weight * penalty if self.weight else bce, bce, penalty, logits)
+
+    def logits_and_penalty(
+        self,
+        model: DynamicLinear,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        valid: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``forward`` gives without the cross-entropy, for a caller that computes another one."""
+        model = _trained_network(model)
         model.check_images(images)
         labels = one_each(labels, len(images), "labels")
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < model.num_classes):
-            raise ValueError(
-                f"labels: expected 0 to {model.num_classes - 1}, got {int(labels.min())} to "
-                f"{int(labels.max())}"
-            )
+        _check_range(labels, model.num_classes, "labels")
         if self.classes > model.num_classes:
             raise ValueError(
                 f"classes: expected at most {model.num_classes}, those of the model, got {self.classes}"
             )
         evidence, pull_back = model.linearise(model.encoder(images))
         logits = model.head(evidence)
-        bce = F.binary_cross_entropy_with_logits(
-            wide(logits), F.one_hot(labels, model.num_classes).to(wide(logits).dtype)
-        )
         if not self.weight:
-            return MatrixLoss(bce, bce, bce.new_zeros(()), logits)
-        rows = self.rows(labels, model.num_classes) if rows is None else _rows(rows, "rows", len(images))
-        if not rows.is_cuda:  # there one_hot does, without waiting for the device
-            check_range(rows, model.num_classes, "rows")
-        penalty = _penalty(model, evidence, pull_back, rows, self.norm, valid)
-        return MatrixLoss(bce + self.weight * penalty, bce, penalty, logits)
+            return logits, wide(logits).new_zeros(())
+        if rows is None:
+            rows = self.rows(labels, model.num_classes)
+        else:
+            rows = _checked_rows(rows, "rows", len(images), model.num_classes)
+        return logits, _penalty(model, evidence, pull_back, rows, self.norm, valid)
 
     def rows(self, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
         """The true class first, then distinct random others, [N, classes]."""
-        scores = torch.rand(len(labels), num_classes, generator=self.generator).to(labels.device)
-        scores.scatter_(1, labels[:, None], 2.0)  # above all random numbers
-        return scores.argsort(1, descending=True)[:, : self.classes]
+        return random_rows(
+            labels, torch.rand(len(labels), num_classes, generator=self.generator), self.classes
+        )
 
     def extra_repr(self) -> str:
         return f"weight={self.weight}, classes={self.classes}, norm={self.norm!r}"

@@ -241,14 +241,11 @@ def write(path: str | Path, page: str | Iterable[str]) -> None:
         file.writelines([page] if isinstance(page, str) else page)
 
 
-_PAIRS = [(method, twin) for twin, method in baselines.TWINS.items()]
-
-
 def _columns(methods):
     """{title: method}, in order, each once."""
-    columns = {}
+    columns, pairs = {}, [(method, twin) for twin, method in baselines.TWINS.items()]
     for method in methods:
-        pair = next((pair for pair in _PAIRS if set(pair) <= set(methods) and method in pair), (method,))
+        pair = next((pair for pair in pairs if set(pair) <= set(methods) and method in pair), (method,))
         columns[" = ".join(pair)] = pair[0]
     columns.pop("Ours", None)  # always there
     return columns

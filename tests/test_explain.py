@@ -226,7 +226,7 @@ def test_memory_budget_bounds_the_classes(monkeypatch):
     fixed, each = module._bytes_per_image(model, images)
     together, whole = [], factored.adjoints
     monkeypatch.setattr(
-        factored, "adjoints", lambda x, values, *rest: together.append(len(values)) or whole(x, values, *rest)
+        factored, "adjoints", lambda values, *rest: together.append(len(values)) or whole(values, *rest)
     )
     model.explain(images, [[0, 1, 2, 3, 4]], memory_budget=fixed + 2 * each)
     assert together == [2] * 3 + [2] * 3 + [1] * 3  # three layers

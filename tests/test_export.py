@@ -28,6 +28,7 @@ import coda_fast.data
 from coda_fast import _decompositions, cli, ops
 from coda_fast import export as exporter
 from coda_fast._geometry import Geometry
+from coda_fast._spec import Adjoint, Align, Kept, Parameters, Spec, flatten
 from coda_fast.backends import factored, reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +109,9 @@ WINDOWS = {
 }
 
 
+decomposed = {op._opname: function for op, function in _decompositions.table().items()}
+
+
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize("norm", ["squash", "l2"])
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
@@ -128,18 +132,18 @@ def test_decompositions_are_the_definition(channels, units, rank, kernel, bias, 
     layer = random_layer(channels, units, rank, kernel, bias=bias)
     stride, padding, dilation = window
     geometry = Geometry(kernel, tuple(stride), tuple(dilation), tuple(padding))
-    rest = (*window, norm, 1e-6)
-    found = _decompositions.align(x, u, *layer, *rest, False, "products", "factored")
-    truth = reference.align(x, x if u is None else u, *layer, geometry, norm, 1e-6)
+    spec, rest = Spec(geometry, norm, 1e-6), (*window, norm, 1e-6)
+    found = decomposed["align"](x, u, *layer, *rest, False, "products", "factored")
+    truth = reference.align(x, x if u is None else u, Parameters(*layer), spec)
     assert_close(found[0], truth, 1e-10)
     for ours, kept in zip(found, ops.align(x, u, *layer, *rest, False, "products", "factored"), strict=True):
         assert (ours.shape, ours.dtype, ours.stride()) == (kept.shape, kept.dtype, kept.stride())
         assert_close(ours, kept, 1e-10)
     value = torch.randn_like(truth)
-    transposed = _decompositions.adjoint(x, value, *layer, *rest, "factored")
-    assert_close(transposed, reference.adjoint(x, value, *layer, geometry, norm, 1e-6), 1e-10)
+    transposed = decomposed["adjoint"](x, value, *layer, *rest, "factored")
+    assert_close(transposed, reference.adjoint(x, value, Parameters(*layer), spec), 1e-10)
     needs = [not applied, applied, False, False, False]
-    backward = _decompositions.align_backward(value, x, u, *layer, *found[1:], *rest, True, needs, "factored")
+    backward = decomposed["align_backward"](value, x, u, *layer, *found[1:], *rest, True, needs, "factored")
     assert [t.numel() > 0 for t in backward] == needs
     assert torch.equal(backward[needs.index(True)], transposed)
 
@@ -150,18 +154,18 @@ def test_decompositions_in_lower_precision(dtype):
     x = torch.randn(2, 5, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)
     layer = [t.to(dtype) for t in random_layer(5, 4, 3, (3, 2))]
     rest = (*WINDOWS["odd"], "squash", 1e-6)
-    output, dot, square, *_ = _decompositions.align(x, None, *layer, *rest, False, "norm", "factored")
+    output, dot, square, *_ = decomposed["align"](x, None, *layer, *rest, False, "norm", "factored")
     value = torch.randn_like(output)
-    transposed = _decompositions.adjoint(x, value, *layer, *rest, "factored")
+    transposed = decomposed["adjoint"](x, value, *layer, *rest, "factored")
     assert (output.dtype, transposed.dtype, square.dtype, dot.numel()) == (dtype, dtype, torch.float32, 0)
     assert output.is_contiguous(memory_format=torch.channels_last)
     wide = [t.double() for t in (x, *layer)]
     bound = 2 * torch.finfo(dtype).eps
-    kept = _decompositions.align(wide[0], None, *wide[1:], *rest, False, "norm", "factored")
+    kept = decomposed["align"](wide[0], None, *wide[1:], *rest, False, "norm", "factored")
     assert_close(output, kept[0], bound)
     assert_close(square, kept[2], 1e-6)
     assert_close(
-        transposed, _decompositions.adjoint(wide[0], value.double(), *wide[1:], *rest, "factored"), bound
+        transposed, decomposed["adjoint"](wide[0], value.double(), *wide[1:], *rest, "factored"), bound
     )
 
 
@@ -175,7 +179,7 @@ def test_weights_that_nearly_cancel(norm):
     rest = ([1, 1], [0, 0, 0, 0], [1, 1], norm, 1e-6)
     opposite = -torch.einsum("nrchw,r->nchw", generate.double(), z)
     bias = (opposite + 1e-4 * torch.randn_like(opposite)).float()
-    output, _, square, *_ = _decompositions.align(
+    output, _, square, *_ = decomposed["align"](
         x, None, reduce, generate, bias, *rest, False, "norm", "factored"
     )
     wide = [t.double() for t in (x, reduce, generate, bias)]
@@ -183,10 +187,10 @@ def test_weights_that_nearly_cancel(norm):
     length = torch.linalg.vector_norm(opposite.flatten(1) - wide[3].flatten(1), dim=1)
     assert 1e-6 < float(length.max() / opposite.flatten(1).norm(dim=1).max()) < 1e-3
     assert_close(square.flatten(), length.square(), 1e-2)
-    truth = reference.align(wide[0], wide[0], *wide[1:], geometry, norm, 1e-6)
+    truth = reference.align(wide[0], wide[0], Parameters(*wide[1:]), Spec(geometry, norm, 1e-6))
     assert_close(output, truth, 1e-2)
     value = torch.ones_like(output)
-    transposed = _decompositions.adjoint(x, value, reduce, generate, bias, *rest, "factored")
+    transposed = decomposed["adjoint"](x, value, reduce, generate, bias, *rest, "factored")
     assert_close((transposed * x).sum(), output.sum(), 1e-2, terms=[output])
 
 
@@ -201,7 +205,7 @@ def test_weights_that_are_rounding(norm):
     x = torch.randn(1, 3, 1, 1)
     bias = -generate[:, 0] * F.conv2d(x, reduce)[0]
     rest = ([1, 1], [0, 0, 0, 0], [1, 1], norm, 1e-6)
-    output, _, square, *_ = _decompositions.align(
+    output, _, square, *_ = decomposed["align"](
         x, None, reduce, generate, bias, *rest, False, "norm", "factored"
     )
     assert (square >= 0).all()
@@ -216,16 +220,13 @@ def test_weights_that_are_rounding(norm):
 def decompositions_for_factored():
     """The operators compute by their decompositions; gradients then begin with what those have kept."""
 
-    def align(*tensors_and_rest):
-        *tensors, geometry, norm, eps, keep = tensors_and_rest
-        output, dot, square, *_ = _decompositions.align(
-            *tensors, *geometry.lists(), norm, eps, False, keep, "factored"
-        )
-        return output, *(kept if kept.numel() else None for kept in (dot, square)), None, None
+    def align(input, applied, parameters, spec, *, keep):
+        call = Align(input, applied, parameters, spec, False, keep, "factored")
+        output, dot, square, *_ = decomposed["align"](*flatten(call))
+        return output, Kept(*(kept if kept.numel() else None for kept in (dot, square)))
 
-    def adjoint(*tensors_and_rest):
-        *tensors, geometry, norm, eps = tensors_and_rest
-        return _decompositions.adjoint(*tensors, *geometry.lists(), norm, eps, "factored")
+    def adjoint(input, value, parameters, spec):
+        return decomposed["adjoint"](*flatten(Adjoint(input, value, parameters, spec, "factored")))
 
     with mock.patch.multiple(factored, align=align, adjoint=adjoint):
         yield

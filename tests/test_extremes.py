@@ -35,7 +35,11 @@ import torch.nn.functional as F
 from support import assert_close
 
 from coda_fast._geometry import Geometry
+from coda_fast._spec import Spec
 from coda_fast.backends import factored, reference
+from coda_fast.backends.factored import layer as factored_layer
+from coda_fast.backends.factored import matrices, windows
+from coda_fast.backends.factored import norm as factored_norm
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -161,7 +165,7 @@ def make(seed, kind, dtype):
         x, reduce, weight, bias = (
             t if t is None else t.to(dtype).double() for t in (x, reduce, weight, bias)
         )
-        length = reference._length(reference._weight(x, reduce, weight, bias, geometry, "l2", 1.0)[0])
+        length = reference._length(reference._weight(x, (reduce, weight, bias), Spec(geometry, "l2", 1.0))[0])
         if not narrow and float(length.median()) > 1e-12:
             eps = float(length.median()) * draw.choice((1, 1.001, 0.999, 10, 0.1))
     elif kind == UPSTREAM:
@@ -240,7 +244,7 @@ class Sizes:
         size_a, size_b = weight.abs(), reduce.abs()
         size_z = reference._reduce(x.abs(), size_b, geometry)
         spread = reference._generate(size_z, size_a, None if bias is None else bias.abs())  # terms of w
-        w = reference._weight(x, reduce, weight, bias, geometry, norm, eps)[0]
+        w = reference._weight(x, (reduce, weight, bias), Spec(geometry, norm, eps))[0]
         flushed = reference._generate(torch.full_like(size_z, f), size_a) + f
         dw = p * spread + flushed
         z = reference._rows(reference._reduce(x, reduce, geometry)).abs()
@@ -419,7 +423,7 @@ def weights_made(generates):
     """Makes the factored backend go forward by w itself or by contraction and norm, whichever of the two
     it would choose.
     """
-    return mock.patch.object(factored._Layer, "_worth_generating", return_value=generates)
+    return mock.patch.object(factored_layer.Layer, "_worth_generating", return_value=generates)
 
 
 def as_on_a_gpu(monkeypatch):
@@ -427,9 +431,9 @@ def as_on_a_gpu(monkeypatch):
     would have to wait for them.
     """
     monkeypatch.setattr(
-        factored._Layer, "_norm", lambda self, scratch: factored._Triangle(self.generate, self.bias)
+        factored_layer.Layer, "_norm", lambda self, scratch: factored_norm.Triangle(self.generate, self.bias)
     )
-    monkeypatch.setattr(factored._Layer, "_worth_generating", lambda self, pixels: False)
+    monkeypatch.setattr(factored_layer.Layer, "_worth_generating", lambda self, pixels: False)
 
 
 @EVERY_KIND
@@ -629,7 +633,7 @@ def check_far_apart():
 
 def test_parameters_whose_squares_are_lost(monkeypatch):
     check_far_apart()
-    monkeypatch.setattr(factored, "FLUSHED", 0.0)
+    monkeypatch.setattr(factored_norm, "FLUSHED", 0.0)
     with pytest.raises(AssertionError, match="allowed"):
         check_far_apart()
 
@@ -664,8 +668,8 @@ def one_number(index, share):
     """The last one of one of the gradients (dx, du, dB, dA, db)."""
 
     def fault(original):
-        def wrong(*args):
-            gradients = original(*args)
+        def wrong(*args, **options):
+            gradients = original(*args, **options)
             if gradients[index] is not None:
                 gradients[index][(-1,) * gradients[index].dim()].mul_(1 + share)
             return gradients
@@ -692,10 +696,10 @@ def zero(original):
 
 
 FAULTS_WHERE_W_IS_MADE = {
-    "1e-4 of w": (factored._Layer, "_weights", a_little_more_of_w),
-    "1e-4 of z": (factored, "product", a_little_more),
+    "1e-4 of w": (factored_layer.Layer, "_weights", a_little_more_of_w),
+    "1e-4 of z": (matrices, "product", a_little_more),
     "weights of numbers below 1e-25 are 0": (
-        factored._Windows,
+        windows.Windows,
         "gather",
         lambda f: lambda *a: F.hardshrink(f(*a), 1e-25),
     ),
@@ -703,15 +707,11 @@ FAULTS_WHERE_W_IS_MADE = {
 
 
 FAULTS = {
-    "no term from the norm": (factored._Layer, "_grad_factors", no_norm_term),
-    "numbers below 1e-25 are 0": (
-        factored._Windows,
-        "gather",
-        lambda f: lambda *a: F.hardshrink(f(*a), 1e-25),
-    ),
-    "a norm that cancels": (factored, "CANCELLED", zero),
-    "1e-4 of |w|^2": (factored._Gram, "square", a_little_more),
-    "1e-4 of every product": (factored, "product", a_little_more),
+    "no term from the norm": (factored_layer.Layer, "_grad_factors", no_norm_term),
+    "numbers below 1e-25 are 0": (windows.Windows, "gather", lambda f: lambda *a: F.hardshrink(f(*a), 1e-25)),
+    "a norm that cancels": (factored_norm, "CANCELLED", zero),
+    "1e-4 of |w|^2": (factored_norm.Gram, "square", a_little_more),
+    "1e-4 of every product": (matrices, "product", a_little_more),
     "1e-4 of one number of dx": (factored, "align_backward", one_number(0, 1e-4)),
     "1e-4 of one number of dB": (factored, "align_backward", one_number(2, 1e-4)),
     "1e-4 of one number of dA": (factored, "align_backward", one_number(3, 1e-4)),
@@ -720,9 +720,9 @@ FAULTS = {
 
 
 FAULTS_ON_A_GPU = {
-    "Cauchy-Schwarz with squares that are 0": (factored, "_flushed", lambda f: lambda *a: 0.0),
-    "a jitter of the longest row": (factored, "norm_factor", jitter_of_the_longest_row),
-    "1e-4 of |w|^2, on a GPU": (factored._Triangle, "square", a_little_more),
+    "Cauchy-Schwarz with squares that are 0": (factored_norm, "flushed_length", lambda f: lambda *a: 0.0),
+    "a jitter of the longest row": (factored_norm, "norm_factor", jitter_of_the_longest_row),
+    "1e-4 of |w|^2, on a GPU": (factored_norm.Triangle, "square", a_little_more),
 }
 
 

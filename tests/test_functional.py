@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from support import BACKENDS, assert_close, output_and_grads, random_layer, relative_error, scale_held
 
 from coda_fast.backends import factored
+from coda_fast.backends.factored import layer as factored_layer
+from coda_fast.backends.factored import matrices, windows
+from coda_fast.backends.factored import norm as factored_norm
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 
 NORMS = ("squash", "l2")
@@ -145,9 +148,9 @@ def test_any_shape(data):
     options = dict(stride=stride, padding=padding, dilation=dilation, norm=norm)
     keep, generates = data.draw(st.booleans()), data.draw(st.booleans())
     with (
-        mock.patch.dict(factored.CHUNK_BYTES, cpu=8 * draw(1, 2000)),
-        mock.patch.object(factored, "CHUNK_PARAMETERS", 0),
-        mock.patch.object(factored._Layer, "_worth_generating", return_value=generates),
+        mock.patch.dict(matrices.CHUNK_BYTES, cpu=8 * draw(1, 2000)),
+        mock.patch.object(windows, "CHUNK_PARAMETERS", 0),
+        mock.patch.object(factored_layer.Layer, "_worth_generating", return_value=generates),
     ):
         ours = output_and_grads(
             lambda *t: dau_conv2d(*t, **options, backend="factored", save_contraction=keep), tensors
@@ -396,7 +399,7 @@ def test_norm_factor():
             rows[0] = 0
             rows[1, 1] = rows[1, 0]  # linearly dependent
             v = torch.randn(m, 20, dtype=dtype)
-            ours = (factored.norm_factor(rows) @ v).norm(dim=1)
+            ours = (factored_norm.norm_factor(rows) @ v).norm(dim=1)
             assert_close(
                 ours, (rows.double().transpose(1, 2) @ v.double()).norm(dim=1), bound, f"{n, m, d}, {dtype}"
             )
@@ -422,8 +425,8 @@ def test_the_norm_with_products_in_bfloat16(bias, monkeypatch):
         w, terms = w + rows.double().unsqueeze(2), terms + rows.double().square().sum(1, keepdim=True)
     length = w.norm(dim=1)
     assert (length < 0.1 * terms.sqrt()).sum() >= 5
-    monkeypatch.setattr(factored, "product", lambda a, b: a.bfloat16().float() @ b.bfloat16().float())
-    found = factored._Gram(generate, rows, factored._Scratch()).square(z, torch.empty(5, 200))
+    monkeypatch.setattr(matrices, "product", lambda a, b: a.bfloat16().float() @ b.bfloat16().float())
+    found = factored_norm.Gram(generate, rows, matrices.Scratch()).square(z, torch.empty(5, 200))
     assert (found >= 0).all()
     assert ((found.double().sqrt() - length).abs() / terms.sqrt()).max() < 4 * 2**-8
 
@@ -460,9 +463,9 @@ def test_chunks_of_the_adjoint(channels, units, rank, given, monkeypatch):
     """No intermediate is much larger than the budget, whichever form it takes, with norms that are known
     and without.
     """
-    asked, call = [], factored._Scratch.__call__
+    asked, call = [], matrices.Scratch.__call__
     monkeypatch.setattr(
-        factored._Scratch,
+        matrices.Scratch,
         "__call__",
         lambda self, like, *shape: asked.append(math.prod(shape)) or call(self, like, *shape),
     )
@@ -475,7 +478,7 @@ def test_chunks_of_the_adjoint(channels, units, rank, given, monkeypatch):
     else:
         dau_conv2d_transpose(x, torch.randn(1, units, 64, 64), *parameters, backend="factored")
     assert asked
-    assert 4 * max(asked) <= 2.5 * factored.CHUNK_BYTES["cpu"]
+    assert 4 * max(asked) <= 2.5 * matrices.CHUNK_BYTES["cpu"]
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -483,7 +486,7 @@ def test_product(enabled, monkeypatch):
     """With and without oneDNN: of contiguous matrices and transposed views, of one row or column, of
     nothing.
     """
-    monkeypatch.setattr(factored, "SMALL_PRODUCT", -1)
+    monkeypatch.setattr(matrices, "SMALL_PRODUCT", -1)
     generator = torch.Generator().manual_seed(0)
     with torch.backends.mkldnn.flags(enabled=enabled):
         for n, k, p in [(5, 7, 9), (1, 7, 9), (5, 1, 9), (5, 7, 1), (1, 1, 1), (5, 7, 0), (0, 7, 5)]:
@@ -491,7 +494,7 @@ def test_product(enabled, monkeypatch):
                 a = torch.randn(n, k, generator=generator, dtype=torch.float64)
                 b = torch.randn(p, k, generator=generator, dtype=torch.float64)
                 for right in (b.t(), b.t().contiguous()):
-                    found = factored.product(a.to(dtype), right.to(dtype))
+                    found = matrices.product(a.to(dtype), right.to(dtype))
                     assert found.shape == (n, p)
                     assert_close(found, a @ b.t(), bound) if found.numel() else None
 
@@ -502,7 +505,7 @@ def test_what_a_thread_keeps():
     """
 
     def kept():
-        buffer = getattr(factored._Scratch.kept, "buffer", None)
+        buffer = getattr(matrices.Scratch.kept, "buffer", None)
         return 0 if buffer is None else buffer.nbytes
 
     def calls():
@@ -515,7 +518,7 @@ def test_what_a_thread_keeps():
             ]
             with torch.inference_mode():
                 inference = dau_conv2d(*tensors, backend="factored")
-            assert 0 < kept() <= factored.SCRATCH_BYTES
+            assert 0 < kept() <= matrices.SCRATCH_BYTES
             tensors, upstream = [t.requires_grad_() for t in tensors], torch.randn_like(inference)
             results = output_and_grads(lambda *t: dau_conv2d(*t, backend="factored"), tensors, upstream)
             truth = output_and_grads(lambda *t: dau_conv2d(*t, backend="reference"), tensors, upstream)
@@ -524,10 +527,10 @@ def test_what_a_thread_keeps():
             for ours, expected in zip(flat, [truth[0], truth[0], *truth[1]], strict=True):
                 assert_close(ours, expected, 1e-5)
         assert all(torch.equal(a, b) for flat, copies in done for a, b in zip(flat, copies, strict=True))
-        first, second = factored._Scratch(), factored._Scratch()  # one call within another
+        first, second = matrices.Scratch(), matrices.Scratch()  # one call within another
         assert first.buffer is not None
         assert second.buffer is None
-        second(torch.empty(0, dtype=torch.uint8), factored.SCRATCH_BYTES + 1)
+        second(torch.empty(0, dtype=torch.uint8), matrices.SCRATCH_BYTES + 1)
         del second
         assert kept() == 0
         del first
@@ -540,10 +543,10 @@ def test_what_a_thread_keeps():
 def test_product_where_torch_has_no_such_operator(monkeypatch):
     """Found out once, and then torch.mm."""
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: torch.zeros(2, 4), raising=False)
-    assert not factored._has_onednn_linear.__wrapped__()
-    monkeypatch.setattr(factored, "_has_onednn_linear", lambda: False)
-    monkeypatch.setattr(factored, "SMALL_PRODUCT", -1)
-    assert torch.equal(factored.product(torch.eye(3), torch.eye(3)), torch.eye(3))
+    assert not matrices._has_onednn_linear.__wrapped__()
+    monkeypatch.setattr(matrices, "_has_onednn_linear", lambda: False)
+    monkeypatch.setattr(matrices, "SMALL_PRODUCT", -1)
+    assert torch.equal(matrices.product(torch.eye(3), torch.eye(3)), torch.eye(3))
 
 
 # -- memory

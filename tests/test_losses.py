@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import coda_fast
 from coda_fast.losses import DynamicMatrixLoss, matrix_penalty
@@ -198,6 +199,18 @@ def test_autocast(dtype, temperature):
     for p in net.parameters():
         a, b = (torch.autograd.grad(scale * value, p, retain_graph=True)[0] for value in (found, exact))
         assert (a - b).norm() <= bound * b.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_value_is_read_from_a_gpu(backend):
+    """Fake CUDA tensors have no values. Reading one, for which a program waits for the device, raises."""
+    options = dict(out_channels=[3, 4], ranks=[3, 2], kernel_sizes=[3, 3], strides=[2, 1])
+    with FakeTensorMode():
+        net = coda_fast.CoDANet(**options, temperature=2.0, image_channels=1, backend=backend, device="cuda")
+        x, classes = torch.rand(2, 1, 5, 6, device="cuda"), torch.zeros(2, 2, dtype=torch.long, device="cuda")
+        found = DynamicMatrixLoss(0.5)(net, x, classes[:, 0])
+        assert found.total.device.type == matrix_penalty(net, x, classes).device.type == "cuda"
+        assert DynamicMatrixLoss(0.5)(net, x, classes[:, 0], classes, classes[:, 0] == 0).total.shape == ()
 
 
 def test_no_images():

@@ -17,8 +17,10 @@ from support import assert_close, random_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import coda_fast
-from coda_fast import ops
+from coda_fast._geometry import Geometry
+from coda_fast._spec import Parameters, Spec
 from coda_fast.backends import factored, reference
+from coda_fast.backends.factored import matrices, windows
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 
 align, align_backward, adjoint = (
@@ -153,24 +155,25 @@ def test_gradients_of_1x1_layers_have_the_strides_of_their_parameters(backend):
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 def test_several_gradients_in_explanation_mode(layout, dtype, bias, applied, norm, chunk, monkeypatch):
     """A layer's weights made once for all of them: the definition's adjoint of each."""
-    monkeypatch.setattr(factored, "CHUNK_PARAMETERS", 0)
-    monkeypatch.setitem(factored.CHUNK_BYTES, "cpu", chunk)
+    monkeypatch.setattr(windows, "CHUNK_PARAMETERS", 0)
+    monkeypatch.setitem(matrices.CHUNK_BYTES, "cpu", chunk)
     x, u, parameters = _case(layout, dtype, bias, applied)
     values = torch.randn(3, *OUTPUT).to(dtype)
     made = []
     adjoints = factored.adjoints
     monkeypatch.setattr(
-        factored, "adjoints", lambda x, values, *rest: made.append(len(values)) or adjoints(x, values, *rest)
+        factored, "adjoints", lambda values, *rest: made.append(len(values)) or adjoints(values, *rest)
     )
     y = align(x, u, *parameters, *WINDOW, norm, 1e-6, True, "norm", "factored")[0]
     leaf = u if applied else x
     found = torch.func.vmap(lambda v: torch.autograd.grad(y, leaf, v, retain_graph=True)[0])(values)
     assert made == [3]
     assert found.dtype == dtype
-    geometry = ops._geometry(parameters[1], *WINDOW)
-    exact = [None if t is None else t.detach().double() for t in (x, *parameters)]
+    stride, padding, dilation = map(tuple, WINDOW)
+    spec = Spec(Geometry(tuple(parameters[1].shape[3:]), stride, dilation, padding), norm, 1e-6)
+    exact, *others = (None if t is None else t.detach().double() for t in (x, *parameters))
     for k, value in enumerate(values):
-        expected = reference.adjoint(exact[0], value.double(), *exact[1:], geometry, norm, 1e-6)
+        expected = reference.adjoint(exact, value.double(), Parameters(*others), spec)
         rounding = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]
         assert_close(found[k].double(), expected, rounding)
 

@@ -84,7 +84,7 @@ def sources(tmp_path_factory):
     distribution may install.
     """
     folder = tmp_path_factory.mktemp("sources")
-    for name in ("coda_fast", "kernels", "tests", "bench"):
+    for name in ("coda_fast", "kernels", "tests", "bench", "tools", "experiments"):
         if (ROOT / name).exists():
             shutil.copytree(
                 ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "golden")

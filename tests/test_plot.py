@@ -15,7 +15,7 @@ from PIL import Image
 from coda_fast import CoDANet, create_model, plot
 from coda_fast.data import Preprocessing
 from coda_fast.train import load_recipe
-from coda_fast.train.watch import curve
+from coda_fast.train.summary import curve
 
 
 def test_symmetric_scale():

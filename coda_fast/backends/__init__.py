@@ -1,21 +1,91 @@
-"""Choice of the implementation. ``reference`` is two functions that automatic differentiation goes through:
+"""Choice of the implementation of the DAU layer.
 
-``align(input, applied, reduction_weight, weight, bias, geometry, norm, eps)``
-    F(x, u), the layer where u is x
-``adjoint(input, value, reduction_weight, weight, bias, geometry, norm, eps)``   G(x, v), its transpose in u
-
-The others are fused: ``align`` also takes ``keep`` and returns what the backward pass wants, and there are
-``align_backward`` and ``kept_shapes``. They know nothing of autograd; ``coda_fast.ops`` makes operators of
-them, ``backends/factored.py`` is the model.
+``reference`` is the definition: two functions, F(x, u) and its transpose G(x, v), that automatic
+differentiation goes through. ``factored`` and ``triton`` are fused: each is a module with the functions of
+``Backend``. They know nothing of autograd; ``coda_fast.ops`` makes operators of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from typing import Protocol
 
 import torch
 
-BACKENDS = ("reference", "factored", "triton")
+from coda_fast._spec import Gradients, Kept, Parameters, Spec
+
+FUSED = ("factored", "triton")
+BACKENDS = ("reference", *FUSED)
+# What forward leaves for the backward pass, each with all before it: nothing, |w|^2, <w, u>, A u
+KEEPS = ("nothing", "norm", "products", "contraction")
+
+
+class Backend(Protocol):
+    """A fused backend: a module with these functions, which compute, and check nothing.
+
+    x is [N, C, H, W], ``applied`` is u of the same shape, None where it is x itself; ``parameters`` have the
+    dtype and device of x. F(x, u) is [N, n, OH, OW], in the memory format that ``_geometry.format_of`` gives.
+    """
+
+    def align(
+        self,
+        input: torch.Tensor,
+        applied: torch.Tensor | None,
+        parameters: Parameters,
+        spec: Spec,
+        *,
+        keep: str,
+    ) -> tuple[torch.Tensor, Kept]:
+        """F(x, u), and what ``keep``, one of ``KEEPS``, asks for; None for the rest."""
+
+    def align_backward(
+        self,
+        grad: torch.Tensor,
+        input: torch.Tensor,
+        applied: torch.Tensor | None,
+        parameters: Parameters,
+        kept: Kept,
+        spec: Spec,
+        *,
+        detach: bool,
+        needs: Gradients,
+    ) -> Gradients:
+        """Gradients of <grad, F(x, u)>, None where ``needs`` is False; that in u is part of that in x where u
+        is x. With ``detach`` (explanation mode) the direct term G(x, grad) alone, in the place of u's
+        gradient, which is x's where u is x. ``kept``: what ``align`` has left; at least |w|^2.
+        """
+
+    def adjoint(
+        self, input: torch.Tensor, value: torch.Tensor, parameters: Parameters, spec: Spec
+    ) -> torch.Tensor:
+        """G(x, v), in shape, dtype and memory format of x."""
+
+    def adjoints(
+        self,
+        values: torch.Tensor,
+        input: torch.Tensor,
+        applied: torch.Tensor | None,
+        parameters: Parameters,
+        kept: Kept,
+        spec: Spec,
+    ) -> torch.Tensor:
+        """G(x, v_k) of K values [K, N, n, OH, OW] as [K, N, C, H, W], in dtype and format of u. ``kept``:
+        what ``align`` has left, if anything.
+        """
+
+    def kept_shapes(self, input: torch.Tensor, parameters: Parameters, spec: Spec, *, keep: str) -> Kept:
+        """Shapes of what ``align`` keeps; (0,) for what it does not."""
+
+    def gradients_like(self, parameters: Parameters) -> Parameters:
+        """Empty tensors such as ``align_backward`` makes for the gradients of parameters."""
+
+
+def fused(name: str) -> Backend:
+    """The fused backend of this name; ValueError if there is none."""
+    if name not in FUSED:
+        raise ValueError(f"backend: expected {' or '.join(map(repr, FUSED))}, got {name!r}")
+    return importlib.import_module(f"coda_fast.backends.{name}")
 
 
 class BackendUnavailable(RuntimeError):
@@ -109,4 +179,5 @@ def _triton_unavailable(kind: str) -> str | None:
 
 # Constants under torch.compile, which need not trace them: torch.compiler.assume_constant_result without
 # importing the compiler
-_triton_unavailable._dynamo_marked_constant = _auto._dynamo_marked_constant = True
+for _function in (_triton_unavailable, _auto):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010

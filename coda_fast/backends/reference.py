@@ -13,52 +13,51 @@ import math
 import torch
 import torch.nn.functional as F
 
-from coda_fast._geometry import Geometry
+from coda_fast import _norms
+from coda_fast._spec import Gradients, Parameters, Spec
 
 
-def align(input, applied, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
+def align(input: torch.Tensor, applied: torch.Tensor, parameters: Parameters, spec: Spec) -> torch.Tensor:
     """``F(x, u)[p, o] = s(|w|^2) <w[p, o], u_p>`` with ``w[p, o] = A_o B x_p + b_o``; the layer itself is
     ``F(x, x)``.
     """
-    w, scale = _weight(input, reduction_weight, weight, bias, geometry, norm, eps)
-    dot = (w * _patches(applied, geometry).unsqueeze(1)).sum(2)  # <w, u>, [N, n, P]
-    return (scale * dot).reshape(*dot.shape[:2], *geometry.output_size(*input.shape[2:]))
+    w, scale = _weight(input, parameters, spec)
+    dot = (w * _patches(applied, spec.geometry).unsqueeze(1)).sum(2)  # <w, u>, [N, n, P]
+    return (scale * dot).reshape(*dot.shape[:2], *spec.geometry.output_size(*input.shape[2:]))
 
 
-def adjoint(input, value, reduction_weight, weight, bias, geometry: Geometry, norm: str, eps: float):
+def adjoint(input: torch.Tensor, value: torch.Tensor, parameters: Parameters, spec: Spec) -> torch.Tensor:
     """``G(x, v) = fold(sum_o v[p, o] s(|w|^2) w[p, o])``, the adjoint of ``u -> F(x, u)``."""
-    w, scale = _weight(input, reduction_weight, weight, bias, geometry, norm, eps)
+    w, scale = _weight(input, parameters, spec)
     patches = ((scale * _rows(value)).unsqueeze(2) * w).sum(1)
-    return _fold(patches, input.shape, geometry)
+    return _fold(patches, input.shape, spec.geometry)
 
 
 def _in_float32(function):
     """Derivatives of lower precision are computed in float32: powers of |w| leave float16's range."""
 
-    def run(tensors, tangents, *rest):
+    def run(tensors, tangents, spec):
         dtype = tensors[0].dtype
         if dtype not in (torch.float16, torch.bfloat16):
-            return function(tensors, tangents, *rest)
-        found = function(
-            *([None if t is None else t.float() for t in many] for many in (tensors, tangents)), *rest
-        )
+            return function(tensors, tangents, spec)
+        wide = ([None if t is None else t.float() for t in many] for many in (tensors, tangents))
+        found = function(*wide, spec)
         if isinstance(found, torch.Tensor):
             return found.to(dtype)
-        return tuple(None if t is None else t.to(dtype) for t in found)
+        return type(found)(*(None if t is None else t.to(dtype) for t in found))
 
     return functools.wraps(function)(run)
 
 
 @_in_float32
-def align_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
+def align_jvp(tensors, tangents, spec: Spec) -> torch.Tensor:
     """Directional derivative of F at ``tensors`` = (x, u, B, A, b) along ``tangents`` (None: zero):
     ``s <w, u'> + s <w', u> + s' <w, u>``.
     """
     input, applied, *parameters = tensors
     of_input, of_applied, *of_parameters = tangents
-    w, scale, of_w, of_scale = _weight_jvp(
-        (input, *parameters), (of_input, *of_parameters), geometry, norm, eps
-    )
+    geometry = spec.geometry
+    w, scale, of_w, of_scale = _weight_jvp((input, *parameters), (of_input, *of_parameters), spec)
     patches = _patches(applied, geometry).unsqueeze(1)
     found = scale * (of_w * patches).sum(2) + of_scale * (w * patches).sum(2)
     if of_applied is not None:
@@ -67,13 +66,12 @@ def align_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
 
 
 @_in_float32
-def adjoint_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
+def adjoint_jvp(tensors, tangents, spec: Spec) -> torch.Tensor:
     """Directional derivative of G at ``tensors`` = (x, v, B, A, b) along ``tangents`` (None: zero)."""
     input, value, *parameters = tensors
     of_input, of_value, *of_parameters = tangents
-    w, scale, of_w, of_scale = _weight_jvp(
-        (input, *parameters), (of_input, *of_parameters), geometry, norm, eps
-    )
+    geometry = spec.geometry
+    w, scale, of_w, of_scale = _weight_jvp((input, *parameters), (of_input, *of_parameters), spec)
     value = _rows(value)
     factor = of_scale * value if of_value is None else of_scale * value + scale * _rows(of_value)
     patches = (factor.unsqueeze(2) * w + (scale * value).unsqueeze(2) * of_w).sum(1)
@@ -81,7 +79,7 @@ def adjoint_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
 
 
 @_in_float32
-def gradients_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
+def gradients_jvp(tensors, tangents, spec: Spec) -> Gradients:
     """Directional derivative of the gradients (dx, du, dB, dA, db) of ``L = <v, F(x, u)>`` at ``tensors`` =
     (v, x, u, B, A, b) along ``tangents``. With ``u = None`` (u = x) dx is the whole gradient of the image.
 
@@ -97,13 +95,10 @@ def gradients_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
     )
     pairs = ((of_v, v), (of_x, x), (of_u, u), (of_reduce, reduce), (of_weight, weight), (of_bias, bias))
     of_v, of_x, of_u, of_reduce, of_weight, of_bias = (zeros(*pair) for pair in pairs)
-    w, scale, of_w, of_scale = (
-        t if t.dim() == 4 else t.unsqueeze(2)
-        for t in _weight_jvp(
-            (x, reduce, weight, bias), (of_x, of_reduce, of_weight, of_bias), geometry, norm, eps
-        )
-    )
-    first, second = (t.unsqueeze(2) for t in _slopes(w, norm, eps))
+    geometry = spec.geometry
+    of_weights = _weight_jvp((x, reduce, weight, bias), (of_x, of_reduce, of_weight, of_bias), spec)
+    w, scale, of_w, of_scale = (t if t.dim() == 4 else t.unsqueeze(2) for t in of_weights)
+    first, second = (t.unsqueeze(2) for t in _slopes(w, spec))
     of_first = second * (w * of_w).sum(2, keepdim=True)
     z = _rows(_reduce(x, reduce, geometry))
     of_z = _rows(_reduce(of_x, reduce, geometry) + _reduce(x, of_reduce, geometry))
@@ -131,7 +126,7 @@ def gradients_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
         .view(len(reduce), *weight.shape[:1], *weight.shape[2:])
         .transpose(0, 1)
     )
-    return (
+    return Gradients(
         _fold(through_w + direct if shared else through_w, x.shape, geometry),
         None if shared else _fold(direct, u.shape, geometry),
         d_reduce.view(reduce.shape),
@@ -140,23 +135,19 @@ def gradients_jvp(tensors, tangents, geometry: Geometry, norm: str, eps: float):
     )
 
 
-def _weight(input, reduction_weight, weight, bias, geometry, norm, eps):
+def _weight(input, parameters, spec):
     """w, [N, n, d, P], and s(|w|^2), [N, n, P]."""
-    w = _generate(_reduce(input, reduction_weight, geometry), weight, bias)
+    reduction_weight, weight, bias = parameters
+    w = _generate(_reduce(input, reduction_weight, spec.geometry), weight, bias)
     length = _length(w)
-    # a w that is infinite gives NaN under both norms, not 1 / infinity
-    scale = (
-        length / (1 + length.square())
-        if norm == "squash"
-        else torch.where(length == math.inf, math.nan, 1 / length.clamp_min(eps))
-    )
-    return w, scale.to(w.dtype)
+    return w, spec.scale(length, length.square()).to(w.dtype)
 
 
-def _weight_jvp(tensors, tangents, geometry, norm, eps):
+def _weight_jvp(tensors, tangents, spec):
     """w and s(|w|^2), and their directional derivatives: ``s' = s1 <w, w'>``."""
     (input, reduce, weight, bias), (of_input, of_reduce, of_weight, of_bias) = tensors, tangents
-    w, scale = _weight(input, reduce, weight, bias, geometry, norm, eps)
+    geometry = spec.geometry
+    w, scale = _weight(input, (reduce, weight, bias), spec)
     of_w = torch.zeros_like(w)
     if of_input is not None:
         of_w = of_w + _generate(_reduce(of_input, reduce, geometry), weight)
@@ -166,23 +157,19 @@ def _weight_jvp(tensors, tangents, geometry, norm, eps):
         of_w = of_w + _generate(_reduce(input, reduce, geometry), of_weight)
     if of_bias is not None:
         of_w = of_w + of_bias.reshape(len(of_bias), -1, 1)
-    return w, scale, of_w, _slopes(w, norm, eps)[0] * (w * of_w).sum(2)
+    return w, scale, of_w, _slopes(w, spec)[0] * (w * of_w).sum(2)
 
 
-def _slopes(w, norm, eps):
+def _slopes(w, spec):
     """s1 and s2 with ``ds = s1 <w, dw>``, ``ds1 = s2 <w, dw>``; 0 at w = 0, where what they are multiplied
-    with vanishes faster, and where "l2" is cut off.
+    with vanishes faster, and where s is constant.
     """
-    length = _length(w)
-    inside = length > (0 if norm == "squash" else eps)
+    norm, length = _norms.named(spec.norm), _length(w)
+    inside = length > norm.flat_below(spec.eps)
     safe = torch.where(inside, length, 1)
-    if norm == "squash":
-        q = safe.square()
-        first = (1 - q) / (safe * (1 + q).square())
-        second = (3 * q.square() - 6 * q - 1) / (safe * q * (1 + q) ** 3)
-    else:
-        first, second = -1 / safe**3, 3 / safe**5
-    return tuple(torch.where(inside, t, 0).to(w.dtype) for t in (first, second))
+    square = safe.square()
+    slopes = norm.slope(1 / safe, safe, square, spec.eps), norm.curvature(safe, square, spec.eps)
+    return tuple(torch.where(inside, t, 0).to(w.dtype) for t in slopes)
 
 
 def _reduce(input, reduction_weight, geometry):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import click
@@ -21,6 +22,17 @@ SIZE = click.option(
     help="Whole pictures, their shorter side scaled to this many pixels; 0: as they are. Default: resized "
     "and cropped as in training.",
 )
+
+
+class Methods(click.Option):
+    """An option whose help ends with the names of all attribution methods that are registered."""
+
+    def get_help_record(self, context):
+        from coda_fast import baselines
+
+        named = copy.copy(self)
+        named.help = f"{self.help} Methods: {', '.join(baselines.METHODS)}."
+        return super(Methods, named).get_help_record(context)
 
 
 def bar(items, label):

@@ -26,9 +26,10 @@ from coda_fast.cli import _options
 )
 @click.option(
     "--methods",
+    cls=_options.Methods,
     default="Ours",
     show_default=True,
-    help="Names separated by commas (Ours,Grad,IxG,...), or 'all'.",
+    help="Names separated by commas, or 'all'.",
 )
 @click.option(
     "--output",

@@ -31,7 +31,8 @@ from coda_fast.cli import _options
 )
 @click.option(
     "--methods",
-    help="Methods beside the network's own maps (Grad,IxG,Occ5,...), or 'none'. Default: IxG,IntGrad,GCam "
+    cls=_options.Methods,
+    help="Names separated by commas, beside the network's own maps, or 'none'. Default: IxG,IntGrad,GCam "
     "where captum is installed.",
 )
 @click.option(

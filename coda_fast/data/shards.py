@@ -1,4 +1,8 @@
-"""WebDataset shards: tar files of images and classes, for many processes on many nodes."""
+"""WebDataset shards: tar files of images and classes, for many processes on many nodes.
+
+Python's ``tarfile`` reads them here, and not webdataset's iterator of tar files, because that takes a damaged
+header for the end of a shard, and reads entries of any size.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from coda_fast.data import workers
 from coda_fast.data.decode import RULES
 from coda_fast.data.errors import DataError
 from coda_fast.data.preprocessing import Preprocessing
-from coda_fast.data.sources import Batch, Item, batch_of, decode_all, order, seeded
+from coda_fast.data.sources import Batch, Item, Process, batch_of, decode_all, order, seeded
 from coda_fast.safety import open_file
 
 MOST_SHARDS = 10**6
@@ -92,29 +96,33 @@ class Shards:
         names = "\n".join(url.rpartition("/")[2] for url in self.urls)
         return {"shards": len(self.urls), "checksum": zlib.crc32(names.encode()), "rules": RULES}
 
-    def need_enough(self, place) -> None:
-        """DataError: a worker would be without a shard. The same in every process: none waits for others
-        that have ended.
+    def need_enough(self, process: Process) -> None:
+        """DataError: a worker of some process would be without a shard. Every process finds the same, so that
+        none waits for others that have ended.
         """
         workers = max(1, self.workers)
-        if len(self.urls) // place.world < workers:
+        if len(self.urls) // process.world_size < workers:
             raise DataError(
-                f"data: expected a shard at least for each of {place.world} processes x {workers} workers, "
-                f"got {len(self.urls)}; "
-                f"make smaller shards or lower data.workers"
+                f"data: expected a shard at least for each of {process.world_size} processes x {workers} "
+                f"workers, got {len(self.urls)}; make smaller shards or lower data.workers"
             )
 
-    def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
-        """As many steps as ``len`` says. A run that goes on in the middle reads over what it has seen."""
-        urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][place.rank :: place.world]
-        results = self._read(self._stream(urls, (seed, epoch, place.rank), start, batch_size // place.world))
+    def training(
+        self, seed: int, epoch: int, start: int, batch_size: int, process: Process
+    ) -> Iterator[Batch]:
+        """The ``len`` images of an epoch. A run that resumes in the middle of it skips those that it has
+        seen.
+        """
+        rank, world_size = process.rank, process.world_size
+        urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][rank::world_size]
+        results = self._read(self._stream(urls, (seed, epoch, rank), start, batch_size // world_size))
         with contextlib.closing(results):  # they are endless
             for _, decoded in zip(range(start, len(self) // batch_size), results, strict=False):
                 yield batch_of(decoded, self.device)
 
-    def evaluation(self, batch_size, place) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int, process: Process) -> Iterator[Batch]:
         """Every sample of every shard once, over all processes."""
-        urls = self.urls[place.rank :: place.world]
+        urls = self.urls[process.rank :: process.world_size]
         if urls:
             for decoded in self._read(self._stream(urls, None, 0, batch_size)):
                 yield batch_of(decoded, self.device)
@@ -192,14 +200,14 @@ def _nothing_in(urls, problem=""):
 
 
 class _Entry(tarfile.TarInfo):
-    """Of a tar file that ends where it says so: tarfile takes a header that is damaged or missing, after
-    the first, for the end.
+    """The header of an entry, for which damage is an error. tarfile alone takes a header that is damaged or
+    missing, after the first, for the end of the file.
     """
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
         found = super().frombuf(buf, encoding, errors)
-        if found.type in _SAYINGS and found.size > LARGEST_TEXT:  # tarfile would read all of it
+        if found.type in _TEXT_TYPES and found.size > LARGEST_TEXT:  # tarfile would read all of it
             raise tarfile.ReadError(
                 f"expected a name or attributes of at most {LARGEST_TEXT} bytes, got {found.size}"
             )
@@ -216,8 +224,8 @@ class _Entry(tarfile.TarInfo):
 
 
 class _Ending:
-    """A stream that insists that it has ended: to pass over an entry of terabytes, tarfile would ask it
-    again and again.
+    """A stream that raises an error when it is read again and again after its end, as tarfile does to skip an
+    entry that claims terabytes.
     """
 
     def __init__(self, stream):
@@ -232,7 +240,7 @@ class _Ending:
 
 
 def _shard(url, classes):
-    """The items of a tar file; if it cannot be read to its end, the last stands for what is lost."""
+    """The items of a tar file. If it cannot be read to its end, the last item stands for what is lost."""
     from webdataset.gopen import gopen
 
     name = url.rpartition("/")[2]
@@ -250,7 +258,7 @@ def _shard(url, classes):
 
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
-_SAYINGS = (
+_TEXT_TYPES = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
@@ -260,8 +268,8 @@ _SAYINGS = (
 
 
 def _samples(tar):
-    """(key, {extension: content, or in words why there is none}) of files that follow one another and are
-    named alike: images, classes.
+    """(key, {extension: content, or in words why there is none}) of consecutive files of one name: an image
+    and its class.
     """
     from webdataset.tariterators import base_plus_ext
 
@@ -287,8 +295,8 @@ def _samples(tar):
 
 
 def _count(pattern):
-    """Of the shards that a pattern stands for, at most: what braces expand to is a list before it can be
-    counted.
+    """The most shards that a pattern can stand for. Its braces are not expanded, because the list may be too
+    long for the memory.
     """
     total, alternatives = 1, []
     for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):

@@ -101,15 +101,15 @@ def batch_of(decoded, device) -> Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Which process of how many."""
+class Process:
+    """One of the processes that share the batches of a run, by its rank."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     def slice(self, count: int) -> slice:
         """Its part of ``count`` things, the same number for each process."""
-        share = count // self.world
+        share = count // self.world_size
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
@@ -148,16 +148,18 @@ class Arrays:
             {} if self.rules is None else {"rules": self.rules}
         )
 
-    def training(self, seed: int, epoch: int, start: int, batch_size: int, place: Place) -> Iterator[Batch]:
+    def training(
+        self, seed: int, epoch: int, start: int, batch_size: int, process: Process
+    ) -> Iterator[Batch]:
         """The process' slice of every global batch of the epoch, from step ``start`` on; the incomplete
         last batch is left out.
         """
-        for index in _plan(len(self), seed, epoch, start, batch_size, place):
+        for index in _plan(len(self), seed, epoch, start, batch_size, process):
             yield self.some(index)
 
-    def evaluation(self, batch_size: int, place: Place = Place()) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int, process: Process = Process()) -> Iterator[Batch]:
         """Every sample once, over all processes."""
-        for index in _once(len(self), batch_size, place):
+        for index in _once(len(self), batch_size, process):
             yield self.some(index)
 
     def sample(self, count: int) -> Batch:
@@ -204,14 +206,16 @@ class Folder:
             "rules": RULES,
         }
 
-    def training(self, seed, epoch, start, batch_size, place) -> Iterator[Batch]:
+    def training(
+        self, seed: int, epoch: int, start: int, batch_size: int, process: Process
+    ) -> Iterator[Batch]:
         """As ``Arrays.training``; what chance does to an image is drawn for (seed, epoch, image)."""
         randomness = None if self.augmentation is None else (seed, epoch)
-        yield from self._batches(_plan(len(self), seed, epoch, start, batch_size, place), randomness)
+        yield from self._batches(_plan(len(self), seed, epoch, start, batch_size, process), randomness)
 
-    def evaluation(self, batch_size, place: Place = Place()) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int, process: Process = Process()) -> Iterator[Batch]:
         """As ``Arrays.evaluation``."""
-        yield from self._batches(_once(len(self), batch_size, place), None)
+        yield from self._batches(_once(len(self), batch_size, process), None)
 
     def sample(self, count: int) -> Batch:
         """As ``Arrays.sample``."""
@@ -258,9 +262,9 @@ class Folder:
             yield batch_of(decoded, self.device)
 
 
-def _once(count, batch_size, place):
+def _once(count, batch_size, process):
     """The indices of a process' share of a set, a batch at a time."""
-    own = np.arange(place.rank, count, place.world)
+    own = np.arange(process.rank, count, process.world_size)
     return [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
 
 
@@ -268,10 +272,10 @@ def _spread(count, wanted):
     return np.linspace(0, count - 1, min(wanted, count)).astype(int)
 
 
-def _plan(count, seed, epoch, start, batch_size, place):
+def _plan(count, seed, epoch, start, batch_size, process):
     permutation = order(count, seed, epoch)
     for step in range(start, count // batch_size):
-        yield permutation[step * batch_size : (step + 1) * batch_size][place.slice(batch_size)]
+        yield permutation[step * batch_size : (step + 1) * batch_size][process.slice(batch_size)]
 
 
 class _Files(torch.utils.data.Dataset):

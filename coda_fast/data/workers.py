@@ -1,4 +1,8 @@
-"""Processes that read and decode images: torch's, which end when the program does."""
+"""Worker processes of torch's DataLoader that decode images, and end when the program does.
+
+Two private parts of torch's loader are used, ``_workers`` and ``_shutdown_workers``, because it has no public
+way to see which worker was killed, or to end one that hangs in a read.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,10 @@ PATIENCE = 2.0  # seconds that workers have to end
 
 
 def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator:
-    """What a torch loader of ``dataset`` gives, with its ``options``, by as many worker processes. However it
-    ends, they end with it: torch ends them by a signal that ours ignore (``_quiet``), so that the program
-    would for ever wait for one that waits itself, for a file, or for a lock of one that was killed.
+    """What a DataLoader of ``dataset`` gives, with its ``options``, by as many worker processes. However the
+    iteration ends, they end with it. torch alone would wait without a limit for a worker that hangs in a
+    read, or waits for a lock of one that was killed: it sends SIGTERM, which these workers ignore
+    (``_ignore_signals``).
 
     Raises:
         ChildProcessError: a worker was killed.
@@ -23,22 +28,21 @@ def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator
     loader = torch.utils.data.DataLoader(
         dataset,
         num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_quiet,
+        collate_fn=_unchanged,
+        worker_init_fn=_ignore_signals,
         prefetch_factor=4 if workers else None,
         **options,
     )
     results = iter(loader)
-    # of a loader with workers, which has no public name for them
-    children = list(getattr(results, "_workers", ()))
-    with _DeafToChildren():
+    children = list(getattr(results, "_workers", ()))  # a loader without workers has none
+    with _DefaultChildHandler():
         try:
             while True:
                 try:
                     decoded = next(results)
                 except StopIteration:
                     return
-                # an end of file, say, or torch's own error: depends on what the worker was at
+                # which error a killed worker leads to depends on what it was doing
                 except Exception:
                     _need_alive(children, patience=1.0)
                     raise
@@ -49,14 +53,14 @@ def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator
 
 
 def _end(results, children):
-    """As torch ends them, so that they leave nothing behind; who has not gone after PATIENCE (torch waits
-    longer) is killed.
+    """End the workers as torch does, so that they leave nothing behind, and kill those that have not ended
+    after PATIENCE; torch waits longer.
     """
-    impatience = threading.Timer(PATIENCE, lambda: [child.kill() for child in children])
-    impatience.daemon = True
-    impatience.start()
+    timer = threading.Timer(PATIENCE, lambda: [child.kill() for child in children])
+    timer.daemon = True
+    timer.start()
     results._shutdown_workers()
-    impatience.cancel()
+    timer.cancel()
 
 
 def _need_alive(children, patience):
@@ -74,34 +78,35 @@ def _need_alive(children, patience):
         time.sleep(0.05)
 
 
-class _DeafToChildren:
-    """For every worker that is killed torch raises an error in whatever the program is at then; its loader
-    sees it too, within 5 s. Deaf as long as anything is read: loaders need not end in the order in which they
-    began.
+class _DefaultChildHandler:
+    """The system's handling of SIGCHLD while anything is read. torch's handler raises an error for every
+    worker that is killed, in whatever the program does at that moment; the loader notices the death by itself
+    within 5 s. Readers are counted, because they need not end in the order in which they began.
     """
 
-    readers, handler = 0, None
+    readers, replaced = 0, None
 
     def __enter__(self):
-        self.main = threading.current_thread() is threading.main_thread()  # elsewhere Python has no handlers
-        if self.main:
-            if not _DeafToChildren.readers:
-                _DeafToChildren.handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _DeafToChildren.readers += 1
+        # Python sets handlers in the main thread alone
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
+        if self.in_main_thread:
+            if not _DefaultChildHandler.readers:
+                _DefaultChildHandler.replaced = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _DefaultChildHandler.readers += 1
 
     def __exit__(self, *error):
-        if self.main:
-            _DeafToChildren.readers -= 1
-            if not _DeafToChildren.readers and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGCHLD, _DeafToChildren.handler)
+        if self.in_main_thread:
+            _DefaultChildHandler.readers -= 1
+            if not _DefaultChildHandler.readers and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, _DefaultChildHandler.replaced)
 
 
-def _as_it_is(decoded):
+def _unchanged(decoded):
     return decoded
 
 
-def _quiet(_):
-    """The signals that tell a process group to end are for the process that trains, which needs its
+def _ignore_signals(_):
+    """In a worker: signals to the whole process group are for the process that trains, which needs its
     workers to finish the step.
     """
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

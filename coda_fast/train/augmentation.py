@@ -1,8 +1,8 @@
-"""What chance does to the pictures of a training step: crops and RandAugment as they are decoded, flips and
-padded crops on the device.
+"""Random augmentation of the pictures of a training step: crops and RandAugment as they are decoded, flips
+and padded crops on the device.
 
-A crop is cut and resized by Pillow in one go. RandAugment is timm's, which draws from the global generators:
-they are seeded for one picture and put back.
+Pillow cuts and resizes a crop in one operation. timm's RandAugment draws from the global generators, which
+are seeded for each picture and restored after it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch.nn.functional as F
 
 from coda_fast.data.decode import decode
 from coda_fast.data.preprocessing import Preprocessing, as_array
-from coda_fast.data.sources import Place
+from coda_fast.data.sources import Process
 from coda_fast.train.errors import need
-from coda_fast.train.recipes import Data
+from coda_fast.train.schema import Data
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """A picture to uint8 [C, H, W], by the generator of one picture: a random square of the size of the
-    network's crop, from all of the picture once it is resized, or (``scale``) a random share of its area, of
-    aspect 3/4 to 4/3; then RandAugment.
+    """Decodes a picture to uint8 [C, H, W] with random augmentation: a random square of the size of the
+    network's crop, from anywhere in the resized picture, or (``scale``) a random share of its area, of aspect
+    3/4 to 4/3; then RandAugment.
     """
 
     preprocessing: Preprocessing
@@ -60,8 +60,8 @@ class Augmentation:
         return max(2 * wanted.resize, math.ceil(smallest))
 
     def _part(self, width, height, generator):
-        """What becomes the crop, in pixels of the picture: left, top, right, bottom. (torchvision draws a
-        share of the area from torch's global generator, which would have to be put back, too.)
+        """The box that becomes the crop, in pixels of the picture: left, top, right, bottom. It is drawn
+        here, because torchvision would draw it from torch's global generator.
         """
         for _ in range(10 if self.scale is not None else 0):
             area, ratio = (
@@ -72,7 +72,6 @@ class Augmentation:
             if w <= width and h <= height:
                 left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
                 return left, top, left + w, top + h
-        # anywhere in it, not in its middle alone
         side = min(width, height) * self.preprocessing.crop / self.preprocessing.resize
         left, top = (
             place * (length - side)
@@ -83,7 +82,7 @@ class Augmentation:
 
 @contextlib.contextmanager
 def _seeded(generator):
-    """The global generators, which libraries draw from, by this one; then as they were."""
+    """Seed the global generators, which libraries draw from, by this one, and restore them."""
     before, seed = (random.getstate(), np.random.get_state()), int(generator.integers(2**32))
     random.seed(seed), np.random.seed(seed)
     try:
@@ -111,15 +110,17 @@ def _posterize(operation, image, bits, **options):
     return operation(image, max(1, bits), **options)
 
 
-def augment(images: torch.Tensor, spec: Data, generator: torch.Generator, place: Place) -> torch.Tensor:
-    """Flips and padded crops of uint8 images [N, C, H, W], on their device. Draws for the global batch, of
-    which these are a slice.
+def augment(images: torch.Tensor, spec: Data, generator: torch.Generator, process: Process) -> torch.Tensor:
+    """Flips and padded crops of uint8 images [N, C, H, W], on their device. The numbers are drawn for the
+    global batch, of which these images are the slice of this process.
     """
     local, height, width = len(images), *images.shape[2:]
-    total = local * place.world
-    mine = place.slice(total)
+    total = local * process.world_size
+    own = process.slice(total)
     if spec.pad:
-        offsets = torch.randint(2 * spec.pad + 1, (total, 2), generator=generator)[mine].to(images.device)
+        offsets = torch.randint(2 * spec.pad + 1, (total, 2), generator=generator)[own].to(
+            images.device, non_blocking=True
+        )
         padded = F.pad(images, [spec.pad] * 4)
         rows = offsets[:, :1] + torch.arange(height, device=images.device)  # [N, H]
         columns = offsets[:, 1:] + torch.arange(width, device=images.device)
@@ -128,6 +129,6 @@ def augment(images: torch.Tensor, spec: Data, generator: torch.Generator, place:
             n[:, None, None, None], c[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]
         ]
     if spec.flip:
-        flipped = (torch.rand(total, generator=generator) < 0.5)[mine].to(images.device)
+        flipped = (torch.rand(total, generator=generator) < 0.5)[own].to(images.device, non_blocking=True)
         images = torch.where(flipped[:, None, None, None], images.flip(3), images)
     return images

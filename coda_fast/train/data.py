@@ -6,7 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from coda_fast.data import arrays, listing
 from coda_fast.data.digits import digits
@@ -16,13 +19,13 @@ from coda_fast.data.shards import Shards
 from coda_fast.data.sources import Arrays, Folder
 from coda_fast.train.augmentation import Augmentation
 from coda_fast.train.errors import TrainingError, need
-from coda_fast.train.recipes import Data
+from coda_fast.train.schema import Data
 
 
 @dataclasses.dataclass
 class Source:
-    """Training and validation images, the names of the classes, how pictures become such images (``channels``
-    aside, it is the network's ``transform``), and what could not be read on the way.
+    """Training and validation images, the names of the classes, the preprocessing that makes such images of
+    pictures (it becomes the network's ``transform``), and what could not be read on the way.
     """
 
     train: Arrays | Folder | Shards
@@ -33,7 +36,7 @@ class Source:
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def facts(self) -> dict:
-        """What a run that goes on must find again: numbers of images and classes, a checksum of names and
+        """What a run that is resumed must find again: numbers of images and classes, a checksum of names and
         labels (and some pixels), and the rules by which files are decoded.
         """
         found = {"classes": self.num_classes, "class_names": self.class_names}
@@ -42,7 +45,9 @@ class Source:
         return found
 
 
-def open_data(spec: Data, channels: int, device="cpu", progress=None) -> Source:
+def open_data(
+    spec: Data, channels: int, device: torch.device | str = "cpu", progress: Callable | None = None
+) -> Source:
     """The images of a recipe.
 
     Args:
@@ -52,6 +57,25 @@ def open_data(spec: Data, channels: int, device="cpu", progress=None) -> Source:
     Raises:
         TrainingError: nothing there, an unknown layout, damaged files of numbers.
     """
+    _check_keys(spec)
+    readers = {
+        "digits": _digits,
+        "npz": _npz,
+        "cifar10": _cifar10,
+        "folder": _folder,
+        "webdataset": _webdataset,
+    }
+    try:
+        found = readers[spec.kind](spec, channels, device, progress)
+    except DataError as error:
+        raise TrainingError(str(error)) from None
+    if isinstance(found.train, Arrays):
+        _check_arrays(found, channels)
+    return found
+
+
+def _check_keys(spec):
+    """TrainingError where a key is missing, or one is given that this kind of data has no use for."""
     if spec.kind != "digits":
         if spec.path is None:
             raise TrainingError(
@@ -67,40 +91,27 @@ def open_data(spec: Data, channels: int, device="cpu", progress=None) -> Source:
                     f"data.{key}: expected none for data.kind={spec.kind}, whose images are decoded "
                     f"already, got {value}"
                 )
-    source = {
-        "digits": _digits,
-        "npz": _npz,
-        "cifar10": _cifar10,
-        "folder": _folder,
-        "webdataset": _webdataset,
-    }[spec.kind]
-    try:
-        found = source(spec, channels, device, progress)
-    except DataError as error:
-        raise TrainingError(str(error)) from None
+
+
+def _check_arrays(found, channels):
+    """TrainingError unless images in memory are such as a network with ``channels`` can train with."""
     for split in (found.train, found.val):
-        if isinstance(split, Arrays):
-            if split.images.shape[1] != channels:
-                raise TrainingError(
-                    f"data: the model takes {channels} channels, the images have {split.images.shape[1]}"
-                )
-            if not len(split):
-                raise TrainingError(
-                    "data: expected images to train with and to validate with, got none of one of them"
-                )
-            least, most = int(split.labels.min()), int(split.labels.max())
-            if not 0 <= least <= most < found.num_classes:
-                raise TrainingError(
-                    f"data: expected labels 0 to {found.num_classes - 1}, got {least} to {most}"
-                )
-    if isinstance(found.train, Arrays) and (train := found.train.images.shape[2:]) != (
-        val := found.val.images.shape[2:]
-    ):
+        if split.images.shape[1] != channels:
+            raise TrainingError(
+                f"data: the model takes {channels} channels, the images have {split.images.shape[1]}"
+            )
+        if not len(split):
+            raise TrainingError(
+                "data: expected images to train with and to validate with, got none of one of them"
+            )
+        least, most = int(split.labels.min()), int(split.labels.max())
+        if not 0 <= least <= most < found.num_classes:
+            raise TrainingError(f"data: expected labels 0 to {found.num_classes - 1}, got {least} to {most}")
+    train, val = (list(split.images.shape[2:]) for split in (found.train, found.val))
+    if train != val:
         raise TrainingError(
-            f"data: expected images of one size, got {list(train)} to train with, {list(val)} to validate "
-            "with"
+            f"data: expected images of one size, got {train} to train with, {val} to validate with"
         )
-    return found
 
 
 _EXPECTED = {
@@ -112,9 +123,7 @@ _EXPECTED = {
 
 
 def _whole(images, channels):
-    """How a picture becomes such as these, which lie in memory: square ones by size, others are taken as
-    they are.
-    """
+    """The preprocessing that gives pictures the size of these images, if they are square; else none."""
     height, width = images.shape[2:]
     return Preprocessing(channels, height, height) if height == width else Preprocessing(channels)
 
@@ -153,7 +162,7 @@ def _cifar10(spec, channels, device, progress):
 
 @contextlib.contextmanager
 def _of_the_path():
-    """Errors that begin with the key of a recipe that they are about."""
+    """Errors name the key of the recipe that they are about."""
     try:
         yield
     except DataError as error:
@@ -161,6 +170,20 @@ def _of_the_path():
 
 
 def _folder(spec, channels, device, progress):
+    names, *splits = _labelled_files(spec)
+    plain, augmentation = _decoders(spec, channels)
+    if spec.in_memory:
+        return _folder_in_memory(spec, channels, device, progress, names, splits, plain)
+    train = Folder(splits[0], plain, spec.workers, device, augmentation)
+    val = Folder(splits[1], plain, spec.workers, device)
+    if plain.crop is None and (image := _first_readable(train)) is not None:  # all must have its size
+        train.shape = val.shape = tuple(image.shape[1:])
+        plain = _whole(image, channels)
+    return Source(train, val, names, len(names), plain)
+
+
+def _labelled_files(spec):
+    """Names of the classes, and (file, class) of the pictures to train and to validate with."""
     root = Path(spec.path)
     train_root, val_root = root / "train", Path(spec.val_path) if spec.val_path else root / "val"
     for folder in (train_root, val_root):
@@ -170,46 +193,36 @@ def _folder(spec, channels, device, progress):
         train, val = listing.labelled_pictures(train_root), listing.labelled_pictures(val_root)
     except (OSError, DataError) as error:
         raise TrainingError(f"data.path: {root}: {error}") from None
-    names = list(train)
-    if not names:
+    if not train:
         raise TrainingError(
             f"data.path: expected {_EXPECTED['folder']}, found no folder of a class in {train_root}"
         )
-    if spec.classes is not None and len(names) < spec.classes:
+    if spec.classes is not None and len(train) < spec.classes:
         raise TrainingError(
-            f"data.classes: expected at least {spec.classes} folders in {train_root}, found {len(names)}"
+            f"data.classes: expected at least {spec.classes} folders in {train_root}, found {len(train)}"
         )
-    index = {name: i for i, name in enumerate(names[: spec.classes])}
+    names = list(train)[: spec.classes]
+    index = {name: i for i, name in enumerate(names)}
     splits = [
         [(path, index[name]) for name, paths in found.items() if name in index for path in paths]
         for found in (train, val)
     ]
-    for what, files in zip((train_root, val_root), splits, strict=True):
+    for folder, files in zip((train_root, val_root), splits, strict=True):
         if not files:
-            raise TrainingError(f"data.path: expected {_EXPECTED['folder']}, found no image in {what}")
-    if empty := sorted(set(range(len(index))) - {label for _, label in splits[0]}):
+            raise TrainingError(f"data.path: expected {_EXPECTED['folder']}, found no image in {folder}")
+    if empty := [name for name in names if not train[name]]:
         raise TrainingError(
-            f"data.path: expected images of every class in {train_root}, found none of "
-            f"{[names[i] for i in empty[:3]]}"
+            f"data.path: expected images of every class in {train_root}, found none of {empty[:3]}"
         )
     # other names, or another set: an accuracy of the rest would mislead
-    if unknown := sorted(set(val) - set(names)):
+    if unknown := sorted(set(val) - set(train)):
         raise TrainingError(
             f"data.val_path: expected the classes of {train_root} in {val_root}, found others: {unknown[:3]}"
         )
-    plain, augmentation = _decoders(spec, channels)
-    if not spec.in_memory:
-        folders = (
-            Folder(splits[0], plain, spec.workers, device, augmentation),
-            Folder(splits[1], plain, spec.workers, device),
-        )
-        seen = plain
-        # all files must have the size of the first
-        if plain.crop is None and (first := _first(folders[0])) is not None:
-            seen = _whole(first, channels)
-            for folder in folders:
-                folder.shape = tuple(first.shape[1:])
-        return Source(*folders, list(index), len(index), seen)
+    return names, *splits
+
+
+def _folder_in_memory(spec, channels, device, progress, names, splits, plain):
     if spec.randaugment or spec.scale:
         raise TrainingError(
             "data.in_memory: expected false beside data.scale and data.randaugment, which are part of "
@@ -218,26 +231,22 @@ def _folder(spec, channels, device, progress):
     if spec.resize and spec.resize > spec.size:
         raise TrainingError(
             f"data.in_memory: expected false where data.resize is above data.size ({spec.resize}, "
-            f"{spec.size}): random crops are part of "
-            f"decoding; got true"
+            f"{spec.size}): random crops are part of decoding; got true"
         )
     decoded, failures = [], []
     for name, files in zip(("train", "val"), splits, strict=True):
-        folder = Folder(files, plain, spec.workers, device)
-        wrap = (
-            None
-            if progress is None
-            else functools.partial(progress, label=f"reading {name}", total=-(-len(files) // 256))
-        )
-        found, failed = folder.in_memory(wrap)
+        shown = None
+        if progress is not None:
+            shown = functools.partial(progress, label=f"reading {name}", total=-(-len(files) // 256))
+        found, failed = Folder(files, plain, spec.workers, device).in_memory(shown)
         decoded.append(found)
         failures += failed
-    seen = plain if plain.crop is not None else _whole(decoded[0].images, channels)
-    return Source(*decoded, list(index), len(index), seen, failures)
+    plain = plain if plain.crop is not None else _whole(decoded[0].images, channels)
+    return Source(*decoded, names, len(names), plain, failures)
 
 
-def _first(folder):
-    """The first picture that can be read, [1, C, H, W]; None: not one of the first hundred."""
+def _first_readable(folder):
+    """The first picture that can be read, [1, C, H, W]; None: none of the first hundred."""
     batches = (folder.some([i]) for i in range(min(len(folder), 100)))
     return next((batch.images for batch in batches if batch.valid is None), None)
 

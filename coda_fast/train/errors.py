@@ -1,4 +1,4 @@
-"""How a run ends that does not reach its last epoch, and what its folder holds where it does."""
+"""How a run ends before its last epoch, and the names of the files that it leaves."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import signal
 
 STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-MODELS = ("model.safetensors", "model_ema.safetensors", "model_best.safetensors")
-FILES = ("recipe.yaml", *MODELS, "steps.csv", "metrics.csv", "curve.png")  # of a run, beside its folders
+MODELS = {"model": "model.safetensors", "ema": "model_ema.safetensors", "best": "model_best.safetensors"}
+# of a run, beside its folders
+FILES = ("recipe.yaml", *MODELS.values(), "steps.csv", "metrics.csv", "curve.png")
 
 
 class TrainingError(ValueError):

@@ -5,14 +5,17 @@ matrix.
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from coda_fast.losses import DynamicMatrixLoss
+from coda_fast._autocast import wide
+from coda_fast.data.sources import Process
+from coda_fast.losses import DynamicMatrixLoss, random_rows
 from coda_fast.models import CoDANet
-from coda_fast.train.recipes import Recipe
+from coda_fast.train.schema import Recipe
 
 
 class Objective(nn.Module):
@@ -20,43 +23,63 @@ class Objective(nn.Module):
 
     def __init__(self, model: CoDANet, recipe: Recipe):
         super().__init__()
-        self.model, self.autocast, self.smoothing = (
-            model,
-            recipe.precision == "bfloat16",
-            recipe.loss.label_smoothing,
-        )
         loss = recipe.loss
-        self.matrix = (
-            DynamicMatrixLoss(loss.matrix_weight, loss.matrix_classes, loss.matrix_norm)
-            if loss.matrix_weight
-            else None
-        )
+        self.model, self.smoothing = model, loss.label_smoothing
+        self.autocast = recipe.precision == "bfloat16"
+        self.matrix = None
+        if loss.matrix_weight:
+            self.matrix = DynamicMatrixLoss(loss.matrix_weight, loss.matrix_classes, loss.matrix_norm)
 
-    def forward(self, images, labels=None, rows=None, valid=None):
-        """images [N, C, H, W] in [0, 1] -> logits [N, classes]; with labels [N] (and the regulariser's rows
-        [N, K], and valid [N], images that count): (logits, loss of each image [N], penalty).
+    def forward(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        valid: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits [N, classes], the cross-entropy of each image [N], and the weighted penalty [] (in
+        training).
+
+        Args:
+            images: [N, C, H, W] in [0, 1]; labels: [N].
+            rows: the classes [N, K] of the regulariser; valid: [N], the images that it counts.
         """
-        with (
-            torch.autocast(images.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
-        ):
-            if labels is not None and self.matrix is not None and self.training:
-                found = self.matrix(self.model, images, labels, rows, valid)
-                return (
-                    found.logits,
-                    _bce(found.logits, labels, self.smoothing),
-                    self.matrix.weight * found.penalty,
-                )
-            logits = self.model(images)
-        if labels is None:
-            return logits
-        return logits, _bce(logits, labels, self.smoothing), logits.new_zeros(())
+        kind = images.device.type
+        with torch.autocast(kind, torch.bfloat16) if self.autocast else contextlib.nullcontext():
+            if self.matrix is not None and self.training:
+                logits, penalty = self.matrix.logits_and_penalty(self.model, images, labels, rows, valid)
+                penalty = self.matrix.weight * penalty
+            else:
+                logits = self.model(images)
+                penalty = logits.new_zeros(())
+        return logits, self._cross_entropy(logits, labels), penalty
 
+    def _cross_entropy(self, logits, labels):
+        """Of each image, mean over classes; smoothed, the target of each class moves towards 1/2."""
+        logits = wide(logits)
+        targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+        targets = targets * (1 - self.smoothing) + self.smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
-def _bce(logits, labels, smoothing=0.0):
-    """Binary cross-entropy of each image, mean over classes, on one-hot targets (smoothed: each class by
-    itself, towards 1/2).
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-    targets = targets * (1 - smoothing) + smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    def draw_rows(
+        self, labels: torch.Tensor, generator: torch.Generator, process: Process
+    ) -> torch.Tensor | None:
+        """The regulariser's classes [N, K] of this process' ``labels`` [N], None without a regulariser. They
+        are drawn for the global batch, so that they do not depend on the number of processes.
+        """
+        if self.matrix is None:
+            return None
+        total = len(labels) * process.world_size
+        scores = torch.rand(total, self.model.num_classes, generator=generator)[process.slice(total)]
+        return random_rows(labels, scores, self.matrix.classes)
+
+    def weights_in_words(self) -> str:
+        """Whether the weights are finite, and how large. Images are in [0, 1], so that nothing but large
+        weights lets |w|^2 overflow float32.
+        """
+        parameters = [(name, p.detach()) for name, p in self.model.named_parameters() if p.numel()]
+        sizes = {name: float(p.abs().max()) for name, p in parameters}
+        if broken := [name for name, size in sizes.items() if not math.isfinite(size)]:
+            return f"not finite: {len(broken)} of {len(sizes)} weights, first {broken[0]}"
+        largest = max(sizes, key=sizes.get)
+        return f"the largest weight is {sizes[largest]:.1e}, in {largest}"

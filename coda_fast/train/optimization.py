@@ -1,19 +1,25 @@
-"""Optimisers and learning rates: those of recipes, on timm's."""
+"""Optimisers and schedules of the learning rate, timm's, by the recipe."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from coda_fast.train.errors import TrainingError, need
-from coda_fast.train.recipes import Recipe
+from coda_fast.train.schema import Recipe
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """One of timm's. TrainingError: an unknown one, settings that it does not have, or one that this loop
-    cannot run.
+    """timm's optimiser of this name.
+
+    Raises:
+        TrainingError: timm has none, it does not have these settings, or this loop cannot run it.
     """
     need("timm")
     from timm.optim import create_optimizer_v2, list_optimizers
@@ -57,8 +63,10 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> 
     return optimizer
 
 
-def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
-    """A timm Scheduler of the recipe; ``steps``: optimiser steps of an epoch."""
+def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
+    """timm's scheduler for the recipe; ``steps``: optimiser steps of an epoch. TrainingError: the warm-up is
+    as long as the run.
+    """
     need("timm")
     from timm.scheduler import CosineLRScheduler, StepLRScheduler
     from timm.scheduler.scheduler import Scheduler
@@ -83,7 +91,7 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
         )
 
     class Pieces(Scheduler):
-        """Linear pieces of the learning rate; "constant" has none."""
+        """Linear pieces of the learning rate, which timm has no scheduler for; "constant" has none."""
 
         def _get_lr(self, t):
             for first, epochs, start, end in spec.pieces or ():
@@ -95,7 +103,7 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int):
     return Pieces(optimizer, "lr")
 
 
-def set_rate(schedule, epoch: int, updates: int) -> float:
+def set_rate(schedule: Scheduler, epoch: int, updates: int) -> float:
     """Set and return the learning rate of a step."""
     schedule.step(epoch)
     schedule.step_update(updates)

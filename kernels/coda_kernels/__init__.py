@@ -1,5 +1,35 @@
-"""Triton device code, launch configuration and launchers for coda_fast; imports nothing of coda_fast, and
-Triton only when it is used.
+"""Triton device code, launch configuration and launchers for coda_fast. Imports nothing of coda_fast,
+and Triton only when it is used.
+
+Every kernel has a file of its name, with its device code, its launcher ``run`` and, if it has a choice of
+tiles, its ``SPEC``; ``config`` chooses, ``layer`` packs parameters, ``compile`` records and compiles
+launches, and ``coda_fast.backends.triton`` calls the launchers in order.
+
+Symbols, here and in docs/kernels.md:
+
+    N, C, H, W       images in a batch, their channels, height and width; OH, OW of the output
+    P                output pixels, N OH OW; PP: rounded up to whole blocks of 64
+    n                units (output channels), numbered o; n': rounded up to whole blocks of 16
+    r                rank; R: rounded up to a power of two that tensor cores take
+    d                numbers in a window, C kh kw; K: as packed, kh kw CP and more up to whole steps
+    CP               channels, rounded up to 8
+    x, u             the image that weights are computed from, and the one they are applied to (x, in a layer)
+    x_p, u_p         their windows at output pixel p
+    B, A_o, b_o      reduction weight [r, d]; weight [r, d] and bias [d] of unit o
+    z_p              B x_p
+    w_po             A_o^T z_p + b_o, the dynamic weight; q = |w_po|^2
+    s(q)             the norm's scale: y_po = s(q) <w_po, u_p>
+    beta             <b_o, u_p>
+    g                the upstream gradient, dL/dy
+    gs, t            g s(q) and 2 g <w, u> s'(q)
+    dz, e            the gradient of z; its columns and those of gs as one matrix
+    padded image     the zero-padded, channels-last copy [N, HP, WP, CP] of an image, with no border to check
+    starts           where in it the window of each pixel begins
+    fold             the transpose of taking windows, as in ``torch.nn.functional.fold``
+    contraction      A_o u_p, all n r numbers of a pixel
+
+Prefixes in device code: i_ program index, o_ offsets, m_ mask, p_ pointers, b_ loaded block, s_ stride. Upper
+case is a compile-time constant.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""What the kernels share: where the window of an output pixel starts, where its entries lie, and products in
-the operands' dtype.
+"""What the kernels share: where the window of an output pixel starts, where its entries lie, products in the
+operands' dtype, and how results are stored.
 
-Names: i_ program index, o_ offsets, m_ mask, p_ pointers, b_ loaded block; upper case is a compile-time
-constant. Images are "canvases": zero-padded, channels last, channels rounded up to CP, so that no load needs
-a mask and a window is one constant pattern of offsets. Pixels are int64 (any tensor may pass 2^31 elements);
-offsets inside one window are int32.
+Images are padded (the glossary of symbols is in ``coda_kernels/__init__.py``), so that no load needs a mask
+and a window is one constant pattern of offsets. Pixels are int64 (any tensor may pass 2^31 elements); offsets
+inside one window are int32.
 """
 
 import triton
@@ -31,7 +30,8 @@ def pixel_tile(i_p, P, BP: tl.constexpr):
 
 @triton.jit
 def window_starts(first, o_p, OH, OW, HP, WP, CP: tl.constexpr, SH, SW):
-    """Offset in the canvas [N, HP, WP, CP] of the first entry of the window of every output pixel, int64.
+    """Offset in the padded image [N, HP, WP, CP] of the first entry of the window of every output pixel,
+    int64.
 
     ``first``: a pixel shortly before all of them, so that one wide division serves the tile.
     """
@@ -81,21 +81,6 @@ def times(b_x, b_y):
 
 
 @triton.jit
-def scaled(b_square, SQUASH: tl.constexpr, EPS: tl.constexpr):
-    """s(q): sqrt(q) / (1 + q), or 1 / max(sqrt(q), eps). NaN where q is infinite: w was too long for
-    float32.
-    """
-    b_length = tl.sqrt(b_square)
-    if SQUASH:
-        return b_length / (1 + b_square)
-    return tl.where(
-        b_square == float("inf"),
-        float("nan"),
-        1 / tl.maximum(b_length, EPS, propagate_nan=tl.PropagateNan.ALL),
-    )
-
-
-@triton.jit
 def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr):
     """``acc + x y`` with the accumulator's precision; PRECISION says how float32 operands are multiplied."""
     if INTERPRETED:
@@ -118,3 +103,44 @@ def landed(b_acc):
             "// landed", "=f,0", [b_acc], dtype=tl.float32, is_pure=True, pack=1
         )
     return b_acc
+
+
+@triton.jit
+def store_forward(
+    b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, units, keep, depth,
+    SCALE: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """Scale, and store y as [P, n] and what backward needs as [n, P]."""
+    # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes. A vector may be longer
+    # by ``flushed`` than it seems: squares below the least number are 0
+    flushed = tl.sqrt(depth * 1.1754944e-38)
+    b_bound = (tl.sqrt(b_square) + flushed) * (tl.sqrt(tl.load(length_ptr + o_p)) + flushed)[:, None]
+    b_dot = tl.clamp(b_dot, -b_bound, b_bound, propagate_nan=tl.PropagateNan.ALL)
+    m_y = m_p[:, None] & (o_o < units)[None, :]
+    b_y = SCALE(b_square, EPS) * b_dot
+    tl.store(y_ptr + o_p[:, None] * units + o_o[None, :], narrow(b_y, y_ptr.dtype.element_ty), m_y)
+    o_kept = o_p[:, None] + (o_o.to(tl.int64) * P)[None, :]
+    if keep > 1:
+        tl.store(dot_ptr + o_kept, b_dot, m_y)
+    if keep > 0:
+        tl.store(square_ptr + o_kept, b_square, m_y)
+
+
+@triton.jit
+def dot_per_unit(
+    b_image, p_scale, m_scale, p_matrix, b_acc, PP, units, s_unit: tl.constexpr, PRECISION: tl.constexpr
+):
+    """``acc + sum_o (image * scale_o) matrix_o``: one block of the image stays in registers, units in the
+    inner loop.
+
+    float32 sums the units apart: one long chain of additions loses twice as much as eager torch does.
+    """
+    b_before = b_acc
+    if b_image.dtype == tl.float32:
+        b_acc = tl.zeros_like(b_acc)
+    for _ in range(units):
+        b_scale = tl.load(p_scale) if m_scale is None else tl.load(p_scale, mask=m_scale, other=0)
+        b_acc = landed(dot(times(b_image, b_scale[:, None]), tl.load(p_matrix), b_acc, PRECISION))
+        p_scale += PP
+        p_matrix += s_unit
+    return b_before + b_acc if b_image.dtype == tl.float32 else b_acc

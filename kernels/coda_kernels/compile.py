@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -20,6 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
+from coda_kernels import config, interpreted
 from coda_kernels.config import Device
 
 _recording: contextvars.ContextVar[tuple[Device, list[Launch]] | None] = contextvars.ContextVar(
@@ -30,8 +33,8 @@ _recording: contextvars.ContextVar[tuple[Device, list[Launch]] | None] = context
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """A launch: ``kernel`` as "module.name", its grid, arguments in order (numbers, or pointers as
-    ("bfloat16", whether 16 bytes divide them)), and constants and options by name. ``bytes``: of all its
-    tensors, each once.
+    ("bfloat16", whether 16 bytes divide them)), and constants and options by name (functions as ("function",
+    "module.name")). ``bytes``: of all its tensors, each once.
     """
 
     kernel: str
@@ -41,17 +44,18 @@ class Launch:
     bytes: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
-    def make(cls, kernel, grid, arguments, options) -> Launch:
-        tensors = [a for a in arguments if hasattr(a, "untyped_storage")]
-        noted = tuple(_pointer(a) if hasattr(a, "untyped_storage") else a for a in arguments)
+    def make(cls, kernel, grid, named: dict) -> Launch:
+        runtime = _runtime_arguments(kernel)
+        tensors = [a for a in named.values() if hasattr(a, "untyped_storage")]
         sizes = {
             (t.untyped_storage()._cdata, t.storage_offset()): t.numel() * t.element_size() for t in tensors
         }
+        constants = {k: ("function", _name(v)) if hasattr(v, "fn") else v for k, v in named.items()}
         return cls(
-            f"{kernel.fn.__module__}.{kernel.fn.__name__}",
+            _name(kernel),
             tuple(grid),
-            noted,
-            tuple(options.items()),
+            tuple(_pointer(a) if hasattr(a, "untyped_storage") else a for a in map(named.get, runtime)),
+            tuple((k, v) for k, v in constants.items() if k not in runtime),
             sum(sizes.values()),
         )
 
@@ -62,8 +66,7 @@ class Launch:
         import torch
         from triton.runtime.jit import MockTensor
 
-        importlib.import_module("coda_kernels.layer")  # which settles the keys
-        module, _, name = self.kernel.rpartition(".")
+        _settle_keys()
         arguments = []
         for argument in self.arguments:
             if isinstance(argument, tuple):
@@ -71,7 +74,8 @@ class Launch:
                 argument = MockTensor(getattr(torch, dtype))
                 argument.data_ptr = (lambda: 0) if aligned else (lambda: 8)
             arguments.append(argument)
-        return getattr(importlib.import_module(module), name), arguments, dict(self.options)
+        options = {k: _function(v[1]) if isinstance(v, tuple) else v for k, v in self.options}
+        return _function(self.kernel), arguments, options
 
     def compile(self, arch: int | str):
         """Triton's CompiledKernel for a compute capability as 90, or for AMD's "gfx942"; kept in Triton's
@@ -85,6 +89,22 @@ class Launch:
             return function.warmup(*arguments, grid=self.grid, **options)
         finally:
             driver.set_active(None)  # found anew by whoever needs one
+
+
+@functools.cache
+def _runtime_arguments(kernel) -> tuple[str, ...]:
+    """Names of the arguments that are not constants, in order."""
+    parameters = inspect.signature(kernel.fn).parameters.values()
+    return tuple(p.name for p in parameters if "constexpr" not in str(p.annotation))
+
+
+def _name(function) -> str:
+    return f"{function.fn.__module__}.{function.fn.__name__}"
+
+
+def _function(name):
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module), function)
 
 
 class _Absent:
@@ -137,17 +157,32 @@ def recorded_device() -> Device | None:
     return found and found[0]
 
 
-def launch(kernel, grid, *arguments, **options) -> None:
-    """``kernel[grid](*arguments, **options)``, or a note of it."""
+def launch(kernel, grid, **arguments) -> None:
+    """``kernel[grid](**arguments)``, or a note of it."""
+    _settle_keys()
     if (found := _recording.get()) is None:
-        kernel[grid](*arguments, **options)
+        kernel[grid](**arguments)
     else:
-        found[1].append(Launch.make(kernel, grid, arguments, options))
+        found[1].append(Launch.make(kernel, grid, arguments))
+
+
+@functools.cache
+def _settle_keys() -> None:
+    """Triton 3.6's key of a compiled kernel depends on which functions had theirs before: asked for in one
+    order here, every process finds in the cache what another one has compiled ahead.
+    """
+    if not interpreted():
+        from triton.runtime import JITFunction
+
+        for module in config.modules():
+            for function in vars(module).values():
+                if isinstance(function, JITFunction):
+                    function.cache_key  # noqa: B018
 
 
 def distinct(launches: Iterable[Launch], arch: int | str) -> list[Launch]:
     """One launch for each compilation that they need, in order."""
-    found = {}
+    found: dict[tuple, Launch] = {}
     for each in launches:
         found.setdefault(specialisation(each, arch), each)
     return list(found.values())

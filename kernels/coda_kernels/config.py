@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
-import math
 import os
 import pathlib
+import pkgutil
+import types
+from collections.abc import Callable
 
 TABLES = pathlib.Path(__file__).parent / "tables"
 
@@ -64,7 +67,7 @@ class Shape:
 
     @functools.cached_property
     def CP(self) -> int:
-        """Channels, rounded up to 8 so that a row of a canvas is whole 16-byte words."""
+        """Channels, rounded up to 8 so that a row of a padded image is whole 16-byte words."""
         return -(-self.channels // 8) * 8
 
     @functools.cached_property
@@ -90,20 +93,20 @@ class Shape:
         return -(-self.taps * self.CP // self.block_k) * self.block_k
 
     @functools.cached_property
-    def padded_units(self) -> int:
+    def units_padded(self) -> int:
         """Units in whole blocks of the largest kind, so that the kernels read without masks."""
         return -(-self.units // 16) * 16
 
     @functools.cached_property
     def prepared(self) -> int:
         """Numbers in the packed parameters [n' R + R + n', K] and in the float32 scales [n] behind them."""
-        rows = self.padded_units * self.R + self.R + (self.padded_units if self.bias else 0)
+        rows = self.units_padded * self.R + self.R + (self.units_padded if self.bias else 0)
         return rows * self.K + self.units * 32 // self.bits
 
     @functools.cached_property
     def generated(self) -> bool:
-        """Whether the forward pass generates w in registers; else it contracts the product with z (design:
-        the two exact forms).
+        """Whether the forward pass generates w in registers; else it contracts the product with z
+        (docs/kernels.md: two exact forms).
         """
         return self.R >= 128 or self.channels * self.taps <= 64
 
@@ -135,98 +138,102 @@ class Tile:
         }
 
 
-def candidates(kernel: str, shape: Shape, device: Device) -> tuple[Tile, ...]:
-    """Tiles for ``kernel``, the wanted one first, each of the others needing less of the device; at least
-    one.
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelSpec:
+    """What configuration knows of one kernel. It stands beside the kernel, in its file."""
 
-    >>> candidates("contracted", Shape(64, 64, 64, (3, 3)), Device(90))[0]
+    name: str  # in keys of tables, and in warnings
+    # From the wanted size down to one that fits anywhere; warps and stages last. What decided the first ones:
+    # registers and tensor-core clocks of compiled code (bench/results/aot_*.json), to be replaced by rows
+    # measured on devices.
+    sizes: tuple[tuple[int, ...], ...]
+    # (shape, *size) -> the blocks of one of these sizes, cut to the layer
+    blocks: Callable[..., dict[str, int]]
+    # {block: (least, most, number it must divide)}, all powers of two: what the kernel, which reads whole
+    # blocks without masks, computes the right thing with
+    limits: Callable[[Shape], dict[str, tuple[int, int, int]]]
+    # (shape, blocks, stages) -> bytes of shared memory, modelled: the operands of its products, once for each
+    # pipeline stage. Ahead-of-time reports have the truth.
+    shared_bytes: Callable[[Shape, dict[str, int], int], int]
+    # (shape, blocks) -> numbers in the accumulator of a program
+    accumulators: Callable[[Shape, dict[str, int]], int]
+    # Where to begin in ``sizes``, by "float32" (operands take twice the room) and family of architectures
+    # (the first size spills on some)
+    begin: dict[str | int, int] = dataclasses.field(default_factory=dict)
+
+    def tiles(self, shape: Shape, device: Device) -> list[Tile]:
+        """The sizes for this layer and device, cut to the layer, the wanted one first."""
+        wide = self.begin.get("float32", 0) if shape.bits == 32 else 0
+        first = max(wide, self.begin.get(_family(device.arch), 0))
+        return [
+            Tile.make(warps, stages, **self.blocks(shape, *size))
+            for *size, warps, stages in self.sizes[first:]
+        ]
+
+    def right(self, shape: Shape, tile: Tile) -> bool:
+        """Whether the kernel computes the right thing with these blocks."""
+        limits, blocks = self.limits(shape), dict(tile.blocks)
+        return limits.keys() == blocks.keys() and all(
+            least <= blocks[name] <= most and multiple % blocks[name] == 0
+            for name, (least, most, multiple) in limits.items()
+        )
+
+    def fits(self, shape: Shape, device: Device, tile: Tile) -> bool:
+        """Whether the device has the shared memory that these blocks take, by the model."""
+        return self.shared_bytes(shape, dict(tile.blocks), max(1, tile.stages)) <= device.shared_bytes
+
+    def row_key(self, shape: Shape) -> str:
+        """The key of a table row: everything that decides a tile, and nothing that changes with the batch."""
+        s = shape
+        return (
+            f"{self.name} C{s.channels} n{s.units} r{s.rank} k{s.kernel[0]}x{s.kernel[1]} "
+            f"s{s.stride[0]}x{s.stride[1]} {s.bits}bit"
+        )
+
+
+@functools.cache
+def kernel_specs() -> dict[str, KernelSpec]:
+    """Every kernel that has a choice of tiles, by name, as the modules of this package define them.
+
+    >>> sorted(kernel_specs())
+    ['contracted', 'contracted_kept', 'fold', 'generated', 'grad_z', 'prepare', 'prepare_backward', 'sums']
+    """
+    found = [spec for module in modules() for spec in vars(module).values() if isinstance(spec, KernelSpec)]
+    return {spec.name: spec for spec in found}
+
+
+@functools.cache
+def modules() -> tuple[types.ModuleType, ...]:
+    """The modules of this package that hold kernels, in one order. They need Triton."""
+    found = [
+        importlib.import_module(f"{__package__}.{m.name}")
+        for m in pkgutil.iter_modules([str(pathlib.Path(__file__).parent)])
+    ]
+    return tuple(module for module in found if "triton" in vars(module) and module.__name__ != __name__)
+
+
+def candidates(spec: KernelSpec, shape: Shape, device: Device) -> tuple[Tile, ...]:
+    """Tiles for a kernel, the wanted one first, each of the others needing less of the device; at least one.
+
+    >>> from coda_kernels.contracted import SPEC
+    >>> candidates(SPEC, Shape(64, 64, 64, (3, 3)), Device(90))[0]
     Tile(blocks=(('BM', 128), ('BO', 4), ('BK', 64), ('BR', 32)), warps=8, stages=3)
     """
-    fitting, table = _fitting(kernel, shape, device), _table(device.arch)
-    measured = table.get(row_key(kernel, shape)) if table else None
+    fitting, table = _fitting(spec, shape, device), _table(device.arch)
+    measured = table.get(spec.row_key(shape)) if table else None
     if measured is None:
         return fitting
-    if not right(kernel, shape, measured):
+    if not spec.right(shape, measured):
         raise ValueError(
-            f"table row {row_key(kernel, shape)!r}: expected blocks within {_limits(kernel, shape)}, got "
-            f"{measured}"
+            f"table row {spec.row_key(shape)!r}: expected blocks within {spec.limits(shape)}, got {measured}"
         )
     return tuple(dict.fromkeys((measured, *fitting)))
 
 
 @functools.lru_cache(4096)  # of every launch: it must cost the host next to nothing
-def _fitting(kernel, shape, device):
-    wanted = _heuristic(kernel, shape, device)
-    return tuple(
-        dict.fromkeys(t for t in wanted if shared_bytes(kernel, shape, t) <= device.shared_bytes)
-    ) or (wanted[-1],)
-
-
-def right(kernel: str, shape: Shape, tile: Tile) -> bool:
-    """Whether the kernel computes the right thing with these blocks: it reads whole blocks, without masks."""
-    limits, blocks = _limits(kernel, shape), dict(tile.blocks)
-    return limits.keys() == blocks.keys() and all(
-        least <= blocks[name] <= most and multiple % blocks[name] == 0
-        for name, (least, most, multiple) in limits.items()
-    )
-
-
-def row_key(kernel: str, shape: Shape) -> str:
-    """The key of a table row: everything that decides a tile, and nothing that changes with the batch."""
-    s = shape
-    return (
-        f"{kernel} C{s.channels} n{s.units} r{s.rank} k{s.kernel[0]}x{s.kernel[1]} "
-        f"s{s.stride[0]}x{s.stride[1]} {s.bits}bit"
-    )
-
-
-def shared_bytes(kernel: str, shape: Shape, tile: Tile) -> int:
-    """Shared memory of a tile, modelled: the operands of its products, once for each pipeline stage. AOT
-    reports have the truth.
-    """
-    t, size = dict(tile.blocks), shape.bits // 8
-    stages = max(1, tile.stages)
-    if kernel in ("prepare", "prepare_backward"):
-        return stages * (t["BM"] + t["BN"]) * t["BK"] * size
-    if kernel in ("contracted", "contracted_kept"):
-        columns = t["BO"] * shape.R
-        return stages * max((t["BM"] + columns) * t["BK"], columns * t["BR"]) * size
-    if kernel == "generated":
-        columns, resident = t["BO"] * t["BD"], t["BR"] == shape.R
-        return (
-            t["BM"] * t["BR"] * (1 if resident else stages) + (t["BM"] * t["BD"] + columns * t["BR"]) * stages
-        ) * size
-    if kernel == "grad_z":
-        return (stages * t["BR"] * max(t["BK"], t["BU"]) + t["BM"] * max(t["BK"], t["BU"])) * size
-    if kernel == "fold":
-        return (stages * max(t["BR"], t["BE"]) * t["BC"] + t["BM"] * max(t["BR"], t["BE"])) * size
-    return stages * t["BP"] * (t["BN"] + t["BR"] + t["BO"]) * size
-
-
-def _limits(kernel: str, s: Shape) -> dict[str, tuple[int, int, int]]:
-    """{block: (least, most, number it must divide)}, all powers of two. What is padded to whole blocks limits
-    the blocks: units to 16, pixels to 64 (``layer.whole_blocks``), ranks to R, patches to K; a product of
-    tensor cores takes 16 at least.
-    """
-    any_size = 1 << 30
-    units = (1, power_of_two(s.units), 16)
-    pixels, depth, ranks = (16, 256, any_size), (16, 128, s.K), (16, 256, s.R)
-    summed, window = (16, 64, 64), (16, max(16, power_of_two(s.K)), any_size)
-    return {
-        "prepare": dict(BM=pixels, BN=(16, power_of_two(s.R + s.padded_units), any_size), BK=depth),
-        "prepare_backward": dict(BM=pixels, BN=(16, s.R, any_size), BK=depth),
-        "contracted": dict(BM=pixels, BO=units, BK=depth, BR=ranks),
-        "contracted_kept": dict(BM=pixels, BO=units, BK=depth, BR=ranks),
-        "generated": dict(BM=pixels, BO=units, BD=depth, BR=ranks),
-        "grad_z": dict(BM=pixels, BR=ranks, BK=depth, BU=ranks),
-        "fold": dict(
-            BM=pixels,
-            BC=(16, max(16, power_of_two(s.CP)), any_size),
-            BR=ranks,
-            BE=(16, 128, math.gcd(s.R, s.padded_units)),
-        ),
-        "sums": dict(BO=units, BR=ranks, BN=window, BP=summed),
-    }[kernel]
+def _fitting(spec, shape, device):
+    wanted = spec.tiles(shape, device)
+    return tuple(dict.fromkeys(t for t in wanted if spec.fits(shape, device, t))) or (wanted[-1],)
 
 
 @functools.lru_cache(4096)
@@ -246,69 +253,6 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-# From the wanted size down to one that fits anywhere; warps and stages last. What decided the first ones:
-# registers and tensor-core clocks of compiled code (bench/results/aot_*.json), to be replaced by rows
-# measured on devices.
-_SIZES = {
-    # BM, most of BN
-    "prepare": [(128, 128, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (32, 16, 4, 1)],
-    "prepare_backward": [(64, 128, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (32, 16, 4, 1)],
-    # BM, columns of the accumulator (BO R)
-    "contracted": [
-        (128, 256, 8, 3),
-        (128, 128, 8, 3),
-        (64, 128, 4, 2),
-        (64, 64, 4, 2),
-        (32, 32, 4, 1),
-        (16, 16, 4, 1),
-    ],
-    # BM, BO R; the stores of the contraction need registers
-    "contracted_kept": [(128, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
-    # BM, columns (BO BD), most of BR
-    "generated": [
-        (128, 128, 256, 8, 2),
-        (128, 64, 256, 8, 1),
-        (64, 64, 64, 4, 2),
-        (64, 64, 64, 4, 1),
-        (32, 16, 16, 4, 1),
-    ],
-    # BM, BR, most of BK and BU, the latter 32 at most: with 64 of both, Triton 3.8 makes wgmma that ptxas
-    # serialises
-    "grad_z": [(128, 64, 64, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)],
-    # BM, most of BC, most of BR: with 64 ranks at once up to 57 spills
-    "fold": [
-        (128, 64, 32, 4, 3),
-        (128, 64, 32, 8, 3),
-        (64, 64, 32, 8, 2),
-        (64, 32, 32, 4, 2),
-        (32, 16, 16, 4, 1),
-    ],
-    # rows (BO BR), BN, BP: 256 x 128 takes fewer registers, but Triton before 3.9 makes wgmma of it that
-    # ptxas serialises
-    "sums": [
-        (128, 256, 64, 8, 3),
-        (256, 128, 64, 8, 3),
-        (256, 64, 64, 8, 2),
-        (128, 64, 32, 4, 2),
-        (64, 64, 32, 4, 2),
-        (64, 32, 32, 4, 1),
-        (16, 16, 16, 4, 1),
-    ],
-}
-# Where to begin in these lists: float32 operands take twice the room, and the first size spills on some
-# architectures
-_BEGIN = {
-    "prepare": {"float32": 2, 80: 1},
-    "prepare_backward": {"float32": 2, 100: 1},
-    "contracted": {"float32": 2, 80: 1, 100: 1, "amd": 1},
-    "contracted_kept": {"float32": 2},
-    "generated": {"float32": 2},
-    "grad_z": {"float32": 1},
-    "fold": {"float32": 3, 80: 1, 100: 2},
-    "sums": {"float32": 5, 80: 2, 100: 2, "amd": 3},
-}
-
-
 def _family(arch):
     """Architectures whose kernels compile alike: 80 (mma.sync, the rest of NVIDIA's), 90 (wgmma), 100
     (tcgen05), "amd".
@@ -316,44 +260,24 @@ def _family(arch):
     return "amd" if isinstance(arch, str) else {90: 90, 100: 100, 103: 100}.get(arch, 80)
 
 
-def _heuristic(kernel: str, s: Shape, device: Device) -> list[Tile]:
-    if kernel not in _SIZES:
-        raise ValueError(f"kernel: expected one of {', '.join(_SIZES)}, got {kernel!r}")
-    begin = _BEGIN.get(kernel, {})
-    first = max(begin.get("float32", 0) if s.bits == 32 else 0, begin.get(_family(device.arch), 0))
-    return [_tile(kernel, s, *size) for size in _SIZES[kernel][first:]]
+# -- limits that several kernels have in common: what is padded to whole blocks limits the blocks. Units are
+# padded to 16, pixels to 64 (``layer.whole_blocks``), ranks to R, patches to K; a product of tensor cores
+# takes 16 at least.
+
+ANY_SIZE = 1 << 30
+PIXELS = (16, 256, ANY_SIZE)
 
 
-def _tile(kernel, s, *size):
-    """One entry of ``_SIZES`` cut to the layer."""
-    *size, warps, stages = size
-    units, width = power_of_two(s.units), max(16, power_of_two(s.K))
-    make = functools.partial(Tile.make, warps, stages)
-    if kernel in ("prepare", "prepare_backward"):
-        rows = s.R + (s.padded_units if s.bias and kernel == "prepare" else 0)
-        return make(
-            BM=size[0],
-            BN=min(size[1], max(16, power_of_two(rows))),
-            BK=s.block_k if s.bits == 16 else min(32, s.block_k),
-        )
-    if kernel in ("contracted", "contracted_kept"):
-        depth = s.block_k if s.bits == 16 else min(32, s.block_k)
-        return make(BM=size[0], BO=max(1, min(units, size[1] // s.R)), BK=depth, BR=min(s.R, 32))
-    if kernel == "generated":
-        depth = min(64, s.block_k, size[1])
-        return make(BM=size[0], BO=max(1, min(units, size[1] // depth)), BD=depth, BR=min(s.R, size[2]))
-    if kernel == "grad_z":
-        return make(
-            BM=size[0], BR=min(s.R, size[1]), BK=min(size[2], s.block_k), BU=min(s.R, size[2], 32, s.block_k)
-        )
-    if kernel == "fold":
-        return make(BM=size[0], BC=min(size[1], max(16, power_of_two(s.CP))), BR=min(s.R, size[2]), BE=16)
-    # columns past the window are wasted; fewer at a time need their rows made more often
-    columns = min(
-        (n for n in (256, 128, 64, 32, 16) if n <= min(size[1], width)), key=lambda n: -(-s.K // n) * (n + 64)
-    )
-    ranks, rows = min(s.R, 64, size[0]), size[0] * (2 if columns < min(size[1], width) else 1)
-    return make(BO=max(1, min(units, 16, rows // ranks)), BR=ranks, BN=columns, BP=size[2])
+def unit_limits(s: Shape) -> tuple[int, int, int]:
+    return 1, power_of_two(s.units), 16
+
+
+def depth_limits(s: Shape) -> tuple[int, int, int]:
+    return 16, 128, s.K
+
+
+def rank_limits(s: Shape) -> tuple[int, int, int]:
+    return 16, 256, s.R
 
 
 def verified(capability: tuple[int, int], hip: str | None = None) -> bool:

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import fast_training, gather, gpu_report, gpu_smoke, providers, results, verify, warm
+from bench import providers, results, verify
 from bench.verify import Verdict
 from coda_fast import load
 from coda_kernels import config
+from experiments import fast_training
+from tools import gather, gpu_report, gpu_smoke, warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -77,17 +79,22 @@ def hide(folder):
     return folder
 
 
-def test_both_runs_rehearsed_from_a_bare_tree(tmp_path):
-    """With nothing but the tracked files and the packages that such a machine has: every stage comes to its
-    end, nothing has failed, and the results are few small files. Not marked slow: the oldest versions are
-    those of such a machine.
+def test_both_runs_rehearsed_from_a_bare_tree(tmp_path, monkeypatch):
+    """With nothing but the folder that ``gather`` packs and the packages that such a machine has: every stage
+    comes to its end, nothing has failed, and the results are few small files. Not marked slow: the oldest
+    versions are those of such a machine.
     """
-    tree, site = tmp_path / "tree", hide(tmp_path / "site")
-    gather.copy_tree(tree)
+    gathered, site = tmp_path / "gathered", hide(tmp_path / "site")
+    made_images(tmp_path / "images.npz")
+    monkeypatch.setattr(results, "commit", lambda: "rehearsed")
+    assert (
+        gather.main(["--data", str(tmp_path / "images.npz"), "--no-wheels", "--output", str(gathered)]) == 0
+    )
     own = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "CODA_FAST_"))}
     own |= {
         "PYTHONPATH": str(site),
-        "CODA_FAST_COMMIT": "rehearsed",
+        "PYTHON": sys.executable,
+        "TMPDIR": str(tmp_path),
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
     }
@@ -96,17 +103,13 @@ def test_both_runs_rehearsed_from_a_bare_tree(tmp_path):
         [sys.executable, "-c", lacking], env=own, capture_output=True, text=True, check=True
     ).stdout
     assert seen.strip() == "[None, None, None, None]"
-    made_images(tmp_path / "images.npz")
-    commands = {
-        "smoke": ["bench/gpu_smoke.py"],
-        "report": ["bench/gpu_report.py", "--data", str(tmp_path / "images.npz")],
-    }
     running = {}
-    for name, command in commands.items():
-        folders = ["--output", str(tmp_path / name), "--pack", str(tmp_path / "results")]
-        options = ["--device", "cpu", "--quick", "--jobs", "1", "--minutes", "9", *folders]
+    for name in ("smoke", "report"):
+        command = ["bash", str(gathered / "run.sh"), name, str(tmp_path / "results")]
+        options = ["--device", "cpu", "--quick", "--jobs", "1", "--minutes", "9"]
+        options += ["--output", str(tmp_path / name)]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        running[name] = subprocess.Popen([sys.executable, *command, *options], cwd=tree, env=own, **pipe)
+        running[name] = subprocess.Popen([*command, *options], cwd=tmp_path, env=own, **pipe)
     texts = {name: process.communicate(timeout=600)[0] for name, process in running.items()}
     for name, process in running.items():
         assert process.returncode == 0, texts[name]
@@ -165,7 +168,7 @@ def test_smoke_covers_every_kernel():
                 for kernel in kernels_of(shape_of(case, dtype))
                 if options or not kernel.endswith("_kept")
             }
-        assert launched == set(config._SIZES)
+        assert launched == set(config.kernel_specs())
 
 
 def test_smoke_finds_its_tests():
@@ -321,7 +324,7 @@ def test_gathered(tmp_path):
     command = ["--data", str(data), "--no-wheels", "--output", str(output)]
     assert gather.main(command) == gather.main(command) == 0
     assert sorted(path.name for path in output.iterdir()) == ["gathered", "images.npz", "run.sh", "tree"]
-    assert (output / "tree" / "bench" / "gpu_report.py").exists()
+    assert (output / "tree" / "tools" / "gpu_report.py").exists()
     assert not (output / "tree" / ".git").exists()
     for arguments, message in (
         ([], "expected smoke or report"),

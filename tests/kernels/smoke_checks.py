@@ -1,4 +1,4 @@
-"""For the first minutes on a GPU (bench/gpu_smoke.py): every kernel in every dtype once, and what has been
+"""For the first minutes on a GPU (tools/gpu_smoke.py): every kernel in every dtype once, and what has been
 miscompiled elsewhere.
 
 No part of the ordinary tests, which cover it and more; here each name says its shape, so that a failure can
@@ -64,13 +64,13 @@ def checked(case, dtype, size, batch, tensors=None, **options):
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(name, dtype, record_property):
     case, options = CASES[name]
-    launched, launch = [], Layer._launch
+    launched, run = [], Layer.run
 
-    def noted(self, kernel, run):
-        launched.append(kernel)
-        return launch(self, kernel, run)
+    def noted(self, spec, with_tile):
+        launched.append(spec.name)
+        return run(self, spec, with_tile)
 
-    with mock.patch.object(Layer, "_launch", noted):
+    with mock.patch.object(Layer, "run", noted):
         checked(few_units(case), dtype, SIZE, BATCH, **options)
     record_property("launched", sorted(set(launched)))
 

@@ -14,9 +14,10 @@ from support import random_layer
 from support_kernels import DEVICE
 
 from coda_fast._geometry import Geometry
+from coda_fast._spec import Gradients, Parameters, Spec
 from coda_fast.backends import triton as backend
 from coda_fast.functional import dau_conv2d
-from coda_kernels import config, layer
+from coda_kernels import config, layer, parameter_sums
 from coda_kernels.compile import recording
 
 ZONE = 1 << 15  # bytes on either side, a multiple of every alignment
@@ -102,7 +103,7 @@ CASES = {
         "contraction",
         "last",
     ),
-    "the image is the canvas": (
+    "the image needs no padding": (
         8,
         16,
         16,
@@ -243,7 +244,9 @@ def allocate_between(zones, monkeypatch):
             return new_empty(tensor, *shape, dtype=dtype, device=device, **options)
         return allocator.empty(*shape, dtype=dtype or tensor.dtype)
 
-    monkeypatch.setattr(layer, "torch", allocator)
+    for module in (backend, *config.modules()):
+        if hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", allocator)
     monkeypatch.setattr(torch.Tensor, "new_empty", placed)
 
 
@@ -262,6 +265,9 @@ def image_strides(form, channels, height, width):
         column, row = 2, 2 * width + 1
         return (3 * channels * row * height, row * height + 3, row, column)
     return (channels * height * width, height * width, width, 1)
+
+
+EVERYTHING = Gradients(*[True] * 5)
 
 
 def passes(case, place, applied=False):
@@ -287,16 +293,15 @@ def passes(case, place, applied=False):
     upstream, parameters = place(upstream), [p if p is None else place(p) for p in parameters]
     given = [t for t in (x, u, grad, upstream, *parameters) if t is not None]
     before = [t.clone() for t in given]
-    rest = (geometry, c["norm"], 1e-2)
-    y, *kept = backend.align(x, u, *parameters, *rest, c["keep"])
+    parameters, spec = Parameters(*parameters), Spec(geometry, c["norm"], 1e-2)
+    y, kept = backend.align(x, u, parameters, spec, keep=c["keep"])
+    backward = functools.partial(backend.align_backward, grad, x, u, parameters)
     found = [y, *kept[:-1]]
-    for needs in ((True,) * 5, (False, True, True, False, True)):
-        found += backend.align_backward(grad, x, u, *parameters, *kept, *rest, False, needs)
-    found += backend.align_backward(grad, x, u, *parameters, *kept[:-1], None, *rest, False, (True,) * 5)
-    found += backend.align_backward(
-        grad, x, u, *parameters, *kept, *rest, True, (True, True, False, False, False)
-    )
-    found.append(backend.adjoint(x, upstream, *parameters, *rest))
+    for needs in (EVERYTHING, Gradients(False, True, True, False, True)):
+        found += backward(kept, spec, detach=False, needs=needs)
+    found += backward(kept._replace(prepared=None), spec, detach=False, needs=EVERYTHING)
+    found += backward(kept, spec, detach=True, needs=Gradients(True, True, False, False, False))
+    found.append(backend.adjoint(x, upstream, parameters, spec))
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), "an argument was written to"
     return [t for t in found if t is not None]
 
@@ -372,12 +377,12 @@ def noted(
     new = functools.partial(torch.empty, device="meta", dtype=dtype)
     parameters = [new(*shape, channels, *kernel) for shape in ((rank,), (units, rank), (units,))]
     geometry = Geometry.make(kernel, stride, padding, dilation)
-    rest = (geometry, "squash", 1e-6)
+    parameters, spec = Parameters(*parameters), Spec(geometry, "squash", 1e-6)
     with recording(config.Device(90, 132)) as launches:
         x = new(batch, channels, *size)
-        y, *kept = backend.align(x, None, *parameters, *rest, "products")
-        backend.align_backward(y, x, None, *parameters, *kept, *rest, False, (True,) * 5)
-        backend.align_backward(y, x, None, *parameters, *kept, *rest, True, (True,) * 5)
+        y, kept = backend.align(x, None, parameters, spec, keep="products")
+        for detach in (False, True):
+            backend.align_backward(y, x, None, parameters, kept, spec, detach=detach, needs=EVERYTHING)
     return launches
 
 
@@ -439,32 +444,30 @@ def test_no_program_is_idle(case, monkeypatch):
     made = layer.Layer(
         (1, 1),
         *sums_parameters(channels, units, rank),
-        layer.Window((3, 3), (1, 1), (1, 1), (1, 1, 1, 1)),
-        "squash",
-        1e-6,
+        geometry=Geometry((3, 3), (1, 1), (1, 1), (1, 1, 1, 1)),
+        norm="squash",
+        eps=1e-6,
     )
     s = made.shape
     z, gs = torch.ones(64, s.R, device=DEVICE), torch.ones(units, 64, device=DEVICE)
-    canvas, starts = (
-        torch.ones(1, 3, 3, s.CP, device=DEVICE),
-        torch.zeros(64, dtype=torch.int64, device=DEVICE),
-    )
-    e = torch.ones(64, s.R + s.padded_units, device=DEVICE)
+    padded = torch.ones(1, 3, 3, s.CP, device=DEVICE)
+    starts = torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    e = torch.ones(64, s.R + s.units_padded, device=DEVICE)
+    sums = lambda: parameter_sums.run(made, padded=padded, starts=starts, z=z, gs=gs, t=gs, e=e)
     monkeypatch.setattr(config, "candidates", lambda *args: (tile,))
-    assert all(part.isfinite().all() for part in made.sums(canvas, starts, z, gs, gs, e))
-    real = layer.launch
-    for job in range(4):  # weights, moments, directs, and the sums of t
+    assert all(part.isfinite().all() for part in sums())
+    real = parameter_sums.launch
+    # None: the sums of t
+    for job, count in enumerate(("weights", "moments", "directs", None)):
 
-        def one_less(kernel, grid, *arguments, job=job, **options):
-            counts = 12 if job < 3 else None
-            arguments = list(arguments)
-            if counts:
-                arguments[counts + job] -= 1
-            real(kernel, (grid[0] - 1, *grid[1:]), *arguments, **options)
+        def one_less(kernel, grid, *, count=count, **arguments):
+            if count:
+                arguments[count] -= 1
+            real(kernel, (grid[0] - 1, *grid[1:]), **arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(layer, "launch", one_less)
-            parts = made.sums(canvas, starts, z, gs, gs, e)
+            patch.setattr(parameter_sums, "launch", one_less)
+            parts = sums()
         outputs = (parts[3], parts[4]) if job == 3 else (parts[job],)
         assert not all(part.isfinite().all() for part in outputs), f"job {job}"
 

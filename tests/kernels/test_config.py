@@ -14,7 +14,8 @@ from coda_kernels import config
 from coda_kernels.config import Device, Shape, Tile, candidates
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, "gfx942", "gfx950", 75)
-KERNELS = tuple(config._SIZES)
+SPECS = config.kernel_specs()
+KERNELS = tuple(SPECS)
 
 
 def shape(channels, units, rank, kernel, stride=1, bits=16):
@@ -48,18 +49,18 @@ def test_any_layer_has_tiles_that_fit(data):
     assert layer.K % layer.block_k == 0
     other_form = ("contracted", "contracted_kept") if layer.generated else ("generated",)
     for kernel in set(KERNELS) - set(other_form):
-        tiles = candidates(kernel, layer, device)
+        tiles = candidates(SPECS[kernel], layer, device)
         assert tiles
         assert len(set(tiles)) == len(tiles)
         for tile in tiles:
             assert all(size & (size - 1) == 0 for _, size in tile.blocks), "arange needs powers of two"
             blocks = dict(tile.blocks)
-            assert config.right(kernel, layer, tile)
+            assert SPECS[kernel].right(layer, tile)
             assert layer.K % blocks.get("BK", 1) == 0
             assert layer.K % blocks.get("BD", 1) == 0
             assert 64 % blocks.get("BP", 1) == 0, "pixels are padded to 64"
             assert blocks.get("BO", 1) <= 16, "units are padded to 16"
-        assert all(config.shared_bytes(kernel, layer, tile) <= device.shared_bytes for tile in tiles)
+        assert all(SPECS[kernel].fits(layer, device, tile) for tile in tiles)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -68,15 +69,12 @@ def test_pure(kernel):
     by.
     """
     layer, device = shape(64, 64, 64, 3), Device(90, 132)
-    assert candidates(kernel, layer, device) == candidates(kernel, Shape(64, 64, 64, (3, 3)), Device(90, 132))
-    assert hash(candidates(kernel, layer, device))
+    assert candidates(SPECS[kernel], layer, device) == candidates(
+        SPECS[kernel], Shape(64, 64, 64, (3, 3)), Device(90, 132)
+    )
+    assert hash(candidates(SPECS[kernel], layer, device))
     with pytest.raises(AttributeError):
-        candidates(kernel, layer, device)[0].warps = 2
-
-
-def test_unknown_kernel():
-    with pytest.raises(ValueError, match="kernel: expected one of prepare, .* got 'conv'"):
-        candidates("conv", shape(8, 8, 8, 3), Device(90))
+        candidates(SPECS[kernel], layer, device)[0].warps = 2
 
 
 def test_splits_depend_on_shape_and_processors_only():
@@ -88,28 +86,28 @@ def test_splits_depend_on_shape_and_processors_only():
 
 def test_a_measured_row_comes_first(tmp_path, monkeypatch):
     layer = shape(64, 64, 64, 3)
-    wanted = candidates("contracted", layer, Device(90))
+    wanted = candidates(SPECS["contracted"], layer, Device(90))
     row = dict(
-        key=config.row_key("contracted", layer), blocks=dict(BM=64, BO=2, BK=32, BR=32), warps=4, stages=4
+        key=SPECS["contracted"].row_key(layer), blocks=dict(BM=64, BO=2, BK=32, BR=32), warps=4, stages=4
     )
     (tmp_path / "sm_90.json").write_text(json.dumps({"device": "test", "tiles": [row]}))
     monkeypatch.setenv("CODA_FAST_TABLES", str(tmp_path))
     config._read_table.cache_clear()
     try:
-        tiles = candidates("contracted", layer, Device(90))
+        tiles = candidates(SPECS["contracted"], layer, Device(90))
         assert tiles == (Tile.make(4, 4, BM=64, BO=2, BK=32, BR=32), *wanted)
-        assert candidates("contracted", shape(64, 64, 64, 3, bits=32), Device(90))[0] != tiles[0], (
+        assert candidates(SPECS["contracted"], shape(64, 64, 64, 3, bits=32), Device(90))[0] != tiles[0], (
             "another dtype"
         )
-        assert candidates("fold", layer, Device(90))[0].stages == 3, "no row: the heuristic"
-        assert candidates("contracted", layer, Device(80))[0] != tiles[0], "another device"
+        assert candidates(SPECS["fold"], layer, Device(90))[0].stages == 3, "no row: the heuristic"
+        assert candidates(SPECS["contracted"], layer, Device(80))[0] != tiles[0], "another device"
         row["blocks"]["BK"] = 128  # a patch has 576 numbers: half a block would be read past its end
         (tmp_path / "sm_90.json").write_text(json.dumps({"tiles": [row]}))
         config._read_table.cache_clear()
         with pytest.raises(
             ValueError, match=r"table row 'contracted C64 n64 .*expected blocks within .*BK.*got Tile"
         ):
-            candidates("contracted", layer, Device(90))
+            candidates(SPECS["contracted"], layer, Device(90))
     finally:
         config._read_table.cache_clear()
 
@@ -135,7 +133,8 @@ def test_the_next_smaller_tile_is_taken_with_one_warning(monkeypatch):
     """
     import triton
 
-    from coda_kernels import forward, layer
+    from coda_kernels import contracted as module
+    from coda_kernels import layer
 
     tried = []
 
@@ -149,8 +148,8 @@ def test_the_next_smaller_tile_is_taken_with_one_warning(monkeypatch):
 
             return launch
 
-    contracted = forward.contracted
-    monkeypatch.setattr(forward, "contracted", Picky())
+    contracted = module.contracted
+    monkeypatch.setattr(module, "contracted", Picky())
     monkeypatch.setattr(layer, "_first_fitting", {})
     tensors = [t.detach() for t in layer_tensors(16, 4, 5, 3, (4, 4))]
     tensors = [t.to(torch.bfloat16) for t in tensors]

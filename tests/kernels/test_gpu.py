@@ -121,8 +121,8 @@ def around(*positions):
 
 
 @pytest.mark.slow
-def test_input_and_canvas_beyond_the_limit():
-    """x with 4100 x 8 x 256 x 256 elements, its canvas with a border more, the stride keeping the output
+def test_input_and_padded_image_beyond_the_limit():
+    """x with 4100 x 8 x 256 x 256 elements, its padded copy a border more, the stride keeping the output
     small.
     """
     images = around(LIMIT // (8 * 256**2), LIMIT // (8 * 258**2))
@@ -277,6 +277,7 @@ def test_graphed_callable():
 
 # One layer of each kind: stem, contracted with a stride, contracted, head; generated with ranks in one piece,
 # and in several
+SPECS = config.kernel_specs()
 GRID_LAYERS = [S_LAYERS[0], S_LAYERS[2], S_LAYERS[5], S_LAYERS[6], L_LAYERS[2], L_LAYERS[4]]
 FLOAT32_LAYERS = [S_LAYERS[0], S_LAYERS[2], S_LAYERS[5], L_LAYERS[4]]
 
@@ -291,7 +292,7 @@ def shape_of(case, dtype):
 def kernels_of(shape):
     """Those that the layer launches."""
     left_out = ("contracted", "contracted_kept") if shape.generated else ("generated",)
-    return [kernel for kernel in config._SIZES if kernel not in left_out]
+    return [kernel for kernel in SPECS if kernel not in left_out]
 
 
 def cases():
@@ -305,9 +306,9 @@ def cases():
     for case, dtype in dtyped:
         shape = shape_of(case, dtype)
         for kernel in kernels_of(shape):
-            for tile in config.candidates(kernel, shape, device):
+            for tile in config.candidates(SPECS[kernel], shape, device):
                 yield pytest.param(
-                    case, dtype, kernel, tile, id=f"{config.row_key(kernel, shape)} {tile_id(tile)}"
+                    case, dtype, kernel, tile, id=f"{SPECS[kernel].row_key(shape)} {tile_id(tile)}"
                 )
 
 
@@ -316,7 +317,7 @@ def grid_cases():
     for case in GRID_LAYERS:
         shape = shape_of(case, torch.bfloat16)
         for kernel in kernels_of(shape):
-            yield pytest.param(case, kernel, id=config.row_key(kernel, shape))
+            yield pytest.param(case, kernel, id=SPECS[kernel].row_key(shape))
 
 
 def tile_id(tile):
@@ -330,8 +331,8 @@ def forced(monkeypatch, kernel, tile):
     """
     candidates, used = config.candidates, []
 
-    def only(name, shape, device):
-        return (used.append(tile) or tile,) if name == kernel else candidates(name, shape, device)
+    def only(spec, shape, device):
+        return (used.append(tile) or tile,) if spec.name == kernel else candidates(spec, shape, device)
 
     with monkeypatch.context() as patch:
         patch.setattr(config, "candidates", only)
@@ -365,7 +366,7 @@ def test_shipped_tile(case, dtype, kernel, tile, monkeypatch):
 @pytest.mark.parametrize(("case", "kernel"), list(grid_cases()))
 def test_warps_and_stages(case, kernel, warps, stages, monkeypatch):
     """The wanted blocks, however they are launched."""
-    wanted = config.candidates(kernel, shape_of(case, torch.bfloat16), layer.device_of(DEVICE))[0]
+    wanted = config.candidates(SPECS[kernel], shape_of(case, torch.bfloat16), layer.device_of(DEVICE))[0]
     with forced(monkeypatch, kernel, config.Tile(wanted.blocks, warps, stages)):
         compare_layer(case, torch.bfloat16, kernel)
 

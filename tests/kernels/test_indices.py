@@ -37,7 +37,7 @@ def _starts(
 def test_window_starts(size, tile):
     stride, channels, block = 2, 8, 64
     rows, columns = size
-    height, width = stride * rows + 3, stride * columns + 5  # of the canvas
+    height, width = stride * rows + 3, stride * columns + 5  # of the padded image
     per_image = rows * columns
     images = max(3, 2**31 // per_image + 2)
     pixels = images * per_image - 3

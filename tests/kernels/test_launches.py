@@ -68,6 +68,7 @@ def test_no_torch_operator_runs_a_kernel():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from coda_fast._geometry import Geometry
+    from coda_fast._spec import Gradients, Parameters, Spec
     from coda_fast.backends import triton
 
     ran = []
@@ -82,11 +83,11 @@ def test_no_torch_operator_runs_a_kernel():
 
     options = dict(device="meta", dtype=torch.bfloat16)
     image = torch.empty(256, 64, 8, 8, **options).to(memory_format=torch.channels_last)
-    parameters = [torch.empty(*s, 64, 3, 3, **options) for s in ((64,), (64, 64), (64,))]
-    rest = (Geometry.make((3, 3), 1, 1), "squash", 1e-6)
+    parameters = Parameters(*(torch.empty(*s, 64, 3, 3, **options) for s in ((64,), (64, 64), (64,))))
+    spec, needs = Spec(Geometry.make((3, 3), 1, 1), "squash", 1e-6), Gradients(*[True] * 5)
     with recording(H100), Note():
-        output, *kept = triton.align(image, None, *parameters, *rest, "products")
-        triton.align_backward(output, image, None, *parameters, *kept, *rest, False, (True,) * 5)
+        output, kept = triton.align(image, None, parameters, spec, keep="products")
+        triton.align_backward(output, image, None, parameters, kept, spec, detach=False, needs=needs)
     assert ran == []
 
 
@@ -96,19 +97,21 @@ def test_recording_is_of_one_thread_and_ends():
     seen = []
 
     class Kernel:
-        fn = type("k", (), {"__module__": "m"})
+        @staticmethod
+        def fn(x, n, BM: "tl.constexpr"):  # noqa: F821
+            pass
 
         def __getitem__(self, grid):
-            return lambda *a, **o: seen.append((grid, a, o))
+            return lambda **arguments: seen.append((grid, arguments))
 
     with recording(H100) as launches:
-        launch(Kernel(), (2,), torch.empty(3, dtype=torch.bfloat16), 7, BM=16)
-        thread = threading.Thread(target=launch, args=(Kernel(), (1,), 5))
+        launch(Kernel(), (2,), BM=16, n=7, x=torch.empty(3, dtype=torch.bfloat16))
+        thread = threading.Thread(target=launch, args=(Kernel(), (1,)), kwargs={"n": 5})
         thread.start()
         thread.join()
-    launch(Kernel(), (3,), 6)
-    assert launches == [Launch("m.k", (2,), (("bfloat16", True), 7), (("BM", 16),))]
-    assert seen == [((1,), (5,), {}), ((3,), (6,), {})]
+    launch(Kernel(), (3,), n=6)
+    assert launches == [Launch(f"{__name__}.fn", (2,), (("bfloat16", True), 7), (("BM", 16),))]
+    assert seen == [((1,), {"n": 5}), ((3,), {"n": 6})]
 
 
 def test_another_model_and_its_weights_are_left_alone():
@@ -175,16 +178,14 @@ def test_keys_do_not_depend_on_what_came_before():
     """
     code = """
 import importlib, sys
+from coda_kernels import compile
 names = (
-    "forward.generated", "forward.contracted", "prepare.prepare", "prepare.prepare_backward",
-    "backward_input.grad_z",
+    "generated", "contracted", "prepare", "prepare_backward", "grad_z", "fold", "parameter_sums", "finish",
 )
-names += "backward_input.fold backward_weight.parameter_sums backward_weight.finish".split()
-importlib.import_module("coda_kernels.layer")
+compile._settle_keys()
 found = {}
 for name in names[::int(sys.argv[1])]:
-    module, kernel = name.split(".")
-    found[name] = getattr(importlib.import_module("coda_kernels." + module), kernel).cache_key
+    found[name] = getattr(importlib.import_module("coda_kernels." + name), name).cache_key
 print(sorted(found.items()))
 """
     assert without_interpreter("-c", code, "1") == without_interpreter("-c", code, "-1")
@@ -206,7 +207,7 @@ except RuntimeError as error:
     print(error)
 """
     said = without_interpreter("-c", code)
-    assert said.startswith("compile: 1 of 2 kernels failed: coda_kernels.forward.generated: ")
+    assert said.startswith("compile: 1 of 2 kernels failed: coda_kernels.generated.generated: ")
     assert "CompilationError" in said
 
 

@@ -9,6 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coda_fast._geometry import Geometry
+from coda_fast._spec import Gradients, Parameters, Spec
 from coda_fast.backends import triton
 from coda_kernels import config
 from coda_kernels.compile import recording
@@ -42,44 +43,46 @@ class Allocations(TorchDispatchMode):
 
 
 def meta_layer(shape):
-    """(image, parameters, geometry and norm) as backends take them, on meta tensors."""
+    """(image, parameters, spec) as backends take them, on meta tensors."""
     channels, units, rank, kernel, stride = shape
     options = dict(device="meta", dtype=torch.bfloat16)
     image = torch.empty(BATCH, channels, SIZE, SIZE, **options).to(memory_format=torch.channels_last)
-    parameters = [
-        torch.empty(*s, channels, kernel, kernel, **options) for s in ((rank,), (units, rank), (units,))
-    ]
-    return image, parameters, (Geometry.make((kernel, kernel), stride, (kernel - 1) // 2), "squash", 1e-6)
+    parameters = Parameters(
+        *(torch.empty(*s, channels, kernel, kernel, **options) for s in ((rank,), (units, rank), (units,)))
+    )
+    geometry = Geometry.make((kernel, kernel), stride, (kernel - 1) // 2)
+    return image, parameters, Spec(geometry, "squash", 1e-6)
 
 
 def forward(shape, keep="products"):
     """(bytes allocated by a forward pass, results included, its results)."""
-    image, parameters, rest = meta_layer(shape)
+    image, parameters, spec = meta_layer(shape)
     with recording(H100), Allocations() as found:
-        results = triton.align(image, None, *parameters, *rest, keep)
+        results = triton.align(image, None, parameters, spec, keep=keep)
     return found, results
 
 
 def sizes(shape):
-    """The letters of docs/kernels.md, in numbers; bytes of the canvas and of the prepared parameters."""
+    """The letters of docs/kernels.md, in numbers; bytes of the padded image and the prepared parameters."""
     channels, units, rank, kernel, stride = shape
     s = config.Shape(channels, units, rank, (kernel, kernel), (stride, stride))
     out = (SIZE + 2 * ((kernel - 1) // 2) - kernel) // stride + 1
     pixels = BATCH * out * out
     size = SIZE + 2 * ((kernel - 1) // 2)
-    canvas = 2 * BATCH * size * size * s.CP if kernel > 1 or s.CP != channels else 0
-    prepared = 2 * (s.padded_units * s.R + s.R + s.padded_units) * s.K + 4 * units
-    return s, pixels, -(-pixels // 64) * 64, s.padded_units, canvas, prepared
+    padded_image = 2 * BATCH * size * size * s.CP if kernel > 1 or s.CP != channels else 0
+    prepared = 2 * (s.units_padded * s.R + s.R + s.units_padded) * s.K + 4 * units
+    return s, pixels, -(-pixels // 64) * 64, s.units_padded, padded_image, prepared
 
 
 @pytest.mark.parametrize("shape", [*S_LAYERS, *L_LAYERS], ids=str)
 def test_forward(shape):
     """The formula of docs/kernels.md, to the byte; nothing of size P n r or P n d."""
-    s, pixels, whole, padded, canvas, prepared = sizes(shape)
+    s, pixels, whole, padded, padded_image, prepared = sizes(shape)
     found, _ = forward(shape)
     factor = 0 if s.generated else padded * (2 * s.R**2 + 4 * s.R + 8)
     assert (
-        found.peak == 10 * pixels * s.units + canvas + whole * (2 * s.R + 4 * padded + 4) + prepared + factor
+        found.peak
+        == 10 * pixels * s.units + padded_image + whole * (2 * s.R + 4 * padded + 4) + prepared + factor
     )
     assert found.largest < 2 * pixels * s.units * min(s.rank, s.channels * s.taps)
 
@@ -87,20 +90,23 @@ def test_forward(shape):
 @pytest.mark.parametrize("shape", [*S_LAYERS, *L_LAYERS], ids=str)
 def test_backward(shape):
     """The formula of docs/kernels.md for a whole backward pass, results included, to the byte."""
-    s, pixels, whole, padded, canvas, _ = sizes(shape)
-    image, parameters, rest = meta_layer(shape)
-    output, *kept = forward(shape)[1]
+    s, pixels, whole, padded, padded_image, _ = sizes(shape)
+    image, parameters, spec = meta_layer(shape)
+    output, kept = forward(shape)[1]
     with recording(H100) as launches, Allocations() as found:
-        results = triton.align_backward(output, image, None, *parameters, *kept, *rest, False, (True,) * 5)
+        needs = Gradients(*[True] * 5)
+        results = triton.align_backward(
+            output, image, None, parameters, kept, spec, detach=False, needs=needs
+        )
     assert results[0].shape == image.shape
     per_pixel = whole * (2 * s.R + 4 * s.units + 2 * (s.R + padded) + 8)
     (parts,) = (launch.grid[1] for launch in launches if launch.kernel.endswith("parameter_sums"))
     numbers = s.units * s.R * (s.K + s.R + 1) + (s.R + s.units) * s.K + padded
     gradients = 2 * sum(p.numel() for p in parameters)
     gram = 2 * s.units * s.R * (s.R + 1)
-    assert found.peak == canvas + 2 * image.numel() + per_pixel + gram + 4 * parts * numbers + gradients
+    assert found.peak == padded_image + 2 * image.numel() + per_pixel + gram + 4 * parts * numbers + gradients
     assert found.largest == max(
-        canvas,
+        padded_image,
         2 * whole * (s.R + padded),
         2 * whole * s.R,
         8 * whole,
@@ -114,7 +120,7 @@ def test_the_contraction_is_the_only_large_tensor_and_only_on_demand():
     s, pixels, *_ = sizes(shape)
     plain, _ = forward(shape)
     saving, results = forward(shape, "contraction")
-    assert results[3].shape == (pixels, s.units * s.R)
+    assert results[1].contraction.shape == (pixels, s.units * s.R)
     assert saving.peak - plain.peak == 2 * pixels * s.units * s.R
 
 

@@ -1,4 +1,4 @@
-"""bench/tune.py without a GPU: which tiles it tries, that it tells right from wrong, and what it writes."""
+"""tools/tune.py without a GPU: which tiles it tries, that it tells right from wrong, and what it writes."""
 
 import dataclasses
 import math
@@ -7,10 +7,11 @@ import pytest
 import torch
 from support_kernels import DEVICE, L_LAYERS, S_LAYERS
 
-from bench import tune
 from coda_kernels import config
 from coda_kernels.config import Device, Shape, Tile
+from tools import tune
 
+SPECS = config.kernel_specs()
 DEVICES = [Device(arch, 132) for arch in (80, 89, 90, 100, "gfx942")]
 SMALL = (9, 5, 7, 3, 2, 5, 2)  # C, n, r, k, stride, size, batch
 
@@ -26,7 +27,7 @@ def shapes():
             yield Shape(channels, units, rank, (kernel, kernel), (stride, stride), bits=bits)
 
 
-@pytest.mark.parametrize("kernel", config._SIZES)
+@pytest.mark.parametrize("kernel", SPECS)
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_neighbours(kernel, device):
     """The wanted tile first, all distinct, legal and fitting; each differs in warps, in stages, or in one
@@ -35,13 +36,13 @@ def test_neighbours(kernel, device):
     for shape in shapes():
         if kernel == ("contracted" if shape.generated else "generated"):
             continue
-        wanted = config.candidates(kernel, shape, device)[0]
-        found = tune.neighbours(kernel, shape, device)
+        wanted = config.candidates(SPECS[kernel], shape, device)[0]
+        found = tune.neighbours(SPECS[kernel], shape, device)
         assert found[0] == wanted
         assert len(set(found)) == len(found) > 1
         for tile in found:
-            assert tune.legal(kernel, shape, device, tile), (shape, tile)
-            assert config.shared_bytes(kernel, shape, tile) <= device.shared_bytes
+            assert tune.legal(SPECS[kernel], shape, device, tile), (shape, tile)
+            assert SPECS[kernel].fits(shape, device, tile)
             assert all(size & (size - 1) == 0 for _, size in tile.blocks)
             assert tile.warps in (4, 8)
             assert tile.stages == wanted.stages or tile.stages in (2, 3, 4)
@@ -53,14 +54,18 @@ def test_neighbours(kernel, device):
 
 def test_blocks_that_would_read_past_the_end_are_illegal():
     shape, device = Shape(64, 64, 64, (3, 3)), Device(90)
-    wanted = config.candidates("sums", shape, device)[0]
+    wanted = config.candidates(SPECS["sums"], shape, device)[0]
     # 64 pixels a block
-    assert not tune.legal("sums", shape, device, Tile.make(8, 2, **dict(wanted.blocks, BP=128, BN=16)))
-    wanted = config.candidates("contracted", shape, device)[0]
+    assert not tune.legal(SPECS["sums"], shape, device, Tile.make(8, 2, **dict(wanted.blocks, BP=128, BN=16)))
+    wanted = config.candidates(SPECS["contracted"], shape, device)[0]
     # 16 units a block
-    assert not tune.legal("contracted", shape, device, Tile.make(8, 2, **dict(wanted.blocks, BO=32, BM=16)))
+    assert not tune.legal(
+        SPECS["contracted"], shape, device, Tile.make(8, 2, **dict(wanted.blocks, BO=32, BM=16))
+    )
     # 576 = 4.5 x 128
-    assert not tune.legal("contracted", shape, device, Tile.make(8, 2, **dict(wanted.blocks, BK=128, BM=16)))
+    assert not tune.legal(
+        SPECS["contracted"], shape, device, Tile.make(8, 2, **dict(wanted.blocks, BK=128, BM=16))
+    )
 
 
 def test_search_goes_where_it_is_faster():
@@ -68,7 +73,7 @@ def test_search_goes_where_it_is_faster():
     best so far.
     """
     shape, device = Shape(64, 64, 64, (3, 3)), Device(90)
-    job = tune.Job("fold", shape, device, config.candidates("fold", shape, device)[0])
+    job = tune.Job(SPECS["fold"], shape, device, config.candidates(SPECS["fold"], shape, device)[0])
     seen = []
 
     def measure(tile):
@@ -90,12 +95,12 @@ def jobs():
 def test_record(jobs):
     """A training step launches every kernel but the other form; each launch writes something."""
     # the latter only with save_contraction
-    assert set(jobs) == set(config._SIZES) - {"generated", "contracted_kept"}
+    assert set(jobs) == set(SPECS) - {"generated", "contracted_kept"}
     assert all(len(job.launches) == 1 for job in jobs.values())
     assert all(launch.outputs or launch.after for job in jobs.values() for launch in job.launches)
     for kernel, job in jobs.items():
-        assert job.wanted == config.candidates(kernel, job.shape, job.device)[0]
-        assert job.key == config.row_key(kernel, job.shape)
+        assert job.wanted == config.candidates(SPECS[kernel], job.shape, job.device)[0]
+        assert job.key == SPECS[kernel].row_key(job.shape)
 
 
 @pytest.mark.parametrize("kernel", ["contracted", "grad_z", "sums", "prepare_backward"])
@@ -134,15 +139,15 @@ def test_rows_are_read_by_the_package(tmp_path, monkeypatch):
     monkeypatch.setenv("CODA_FAST_TABLES", str(tmp_path))
     shape, device = Shape(64, 64, 64, (3, 3)), Device(90, 132)
     config._read_table.cache_clear()
-    before = config.candidates("fold", shape, device)
+    before = config.candidates(SPECS["fold"], shape, device)
     tile = Tile.make(8, 4, BM=64, BC=32, BR=16, BE=16)
-    table = tune.document([tune.row(config.row_key("fold", shape), tile, 12.345, 20.0)], "a GPU")
+    table = tune.document([tune.row(SPECS["fold"].row_key(shape), tile, 12.345, 20.0)], "a GPU")
     assert list(table) == ["device", "triton", "torch", "commit", "date", "tiles"]
     tune.write(tmp_path / "sm_90.json", table)
     config._read_table.cache_clear()
     try:
-        assert config.candidates("fold", shape, device) == (tile, *before)
-        assert config.candidates("fold", dataclasses.replace(shape, bits=32), device)[0] != tile
+        assert config.candidates(SPECS["fold"], shape, device) == (tile, *before)
+        assert config.candidates(SPECS["fold"], dataclasses.replace(shape, bits=32), device)[0] != tile
         assert [p.name for p in tmp_path.iterdir()] == ["sm_90.json"]
     finally:
         config._read_table.cache_clear()

@@ -1,5 +1,5 @@
-"""What the tests of training share: a tiny network on digits, runs in this process and in others, images
-that tell which they are.
+"""Helpers for the tests of training: a tiny network on digits, runs in this process and in others, and images
+that can be told apart by their brightness.
 """
 
 import io
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from coda_fast import train
-from coda_fast.data.sources import Place
+from coda_fast.data.sources import Process
 from coda_fast.train.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ NET = (
     "epochs=1",
     "precision=float64",
 )
-ONE = Place(0, 1)
+ONE = Process(0, 1)
 
 
 def recipe(*overrides, name="digits-s"):
@@ -46,12 +46,12 @@ def recipe(*overrides, name="digits-s"):
 
 
 def run(output, *overrides, resume=None):
-    """Train in this process; the last row of the history."""
+    """Train in this process, and return the last row of the history."""
     return train.run(recipe(*overrides), output, resume, progress=False)
 
 
 def environment(**more):
-    """Of a process that imports this tree."""
+    """The environment of a process that imports this source tree."""
     path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels"))
     return {
         **os.environ,
@@ -74,8 +74,8 @@ builtins.open = stuck
 
 
 def stuck(folder, name):
-    """More of the environment of a process for which files called ``name`` are on storage that does not
-    answer.
+    """Variables to add to the environment of a process, in which opening a file called ``name`` blocks, as on
+    storage that does not answer.
     """
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_STUCK)
@@ -94,19 +94,21 @@ def command(output, *overrides, launcher=(), program=("-m", "coda_fast.train"), 
 
 
 def finished(arguments, code=0, **more):
-    """Run it to its end; standard output and error. AssertionError: another exit code."""
+    """Run the command to its end, and return standard output and error. AssertionError: another exit code."""
     done = subprocess.run(arguments, env=environment(**more), capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
 
 def end_of(output, epoch=2, step=0):
-    """The checkpoint of a position."""
+    """The content of the checkpoint at a position."""
     return torch.load(output / "checkpoints" / f"epoch_{epoch:04d}_step_{step:07d}.pt", weights_only=True)
 
 
 def assert_same(a, b, bound=0.0):
-    """Weights, moving average and optimiser of two checkpoints; bound 0: bit for bit."""
+    """Assert that weights, moving average and optimiser of two checkpoints differ by at most ``bound``; 0
+    means bit for bit.
+    """
     for part in ("model", "ema"):
         assert (a[part] is None) == (b[part] is None)
         for name, tensor in (a[part] or {}).items():
@@ -121,7 +123,7 @@ def assert_same(a, b, bound=0.0):
 
 
 def losses(output):
-    """The curve: loss by update, as it was logged."""
+    """The loss at each update that was logged."""
     lines = (Path(output) / "steps.csv").read_text().splitlines()
     header = lines[0].split(",")
     rows = [dict(zip(header, line.split(","), strict=True)) for line in lines[1:]]
@@ -136,8 +138,8 @@ def picture(value, size=(40, 30), mode="RGB"):
 
 
 def tree(root, counts, start=0, size=(40, 30)):
-    """root/CLASS/NUMBER.JPEG with as many images as ``counts`` says; each image of a brightness of its
-    own, which tells it.
+    """Write root/CLASS/NUMBER.JPEG, as many images of each class as ``counts`` says. Each image has its own
+    brightness.
     """
     value = start
     for name, count in counts.items():

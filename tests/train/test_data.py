@@ -1,4 +1,6 @@
-"""Data in all its forms, made here; augmentation against plain loops; corrupt images; samples counted."""
+"""Every kind of data, made by the tests; augmentation against plain loops; corrupt images; the number of
+samples.
+"""
 
 import collections
 import os
@@ -14,8 +16,8 @@ from support_train import NET, ONE, picture, recipe, run, tree
 
 from coda_fast import train
 from coda_fast.data import DataError, Preprocessing
-from coda_fast.data.sources import Arrays, Item, Place, decode_all, to_float
-from coda_fast.train import TrainingError, augmentation, engine
+from coda_fast.data.sources import Arrays, Item, Process, decode_all, to_float
+from coda_fast.train import TrainingError, augmentation, loop, setup
 from coda_fast.train.augmentation import Augmentation, augment
 from coda_fast.train.data import open_data
 from coda_fast.train.recipes import Data
@@ -52,16 +54,16 @@ def test_augmentation_against_plain_loops():
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_processes_take_slices_of_one_batch(world):
-    """What the processes of a step see, one after the other, is what one process sees."""
+    """The slices of all processes of a step, put together, are the batch of a single process."""
     data = Arrays(torch.randint(256, (50, 1, 4, 4), dtype=torch.uint8), torch.arange(50))
     wanted = Data(kind="digits", pad=1, flip=True)
     whole = list(data.training(3, 1, 0, 12, ONE))
     assert len(whole) == 4
     for step, batch in enumerate(whole):
-        parts = [list(data.training(3, 1, 0, 12, Place(rank, world)))[step] for rank in range(world)]
+        parts = [list(data.training(3, 1, 0, 12, Process(rank, world)))[step] for rank in range(world)]
         assert torch.equal(torch.cat([p.labels for p in parts]), batch.labels)
         seen = [
-            augment(p.images, wanted, torch.Generator().manual_seed(9), Place(r, world))
+            augment(p.images, wanted, torch.Generator().manual_seed(9), Process(r, world))
             for r, p in enumerate(parts)
         ]
         assert torch.equal(
@@ -95,7 +97,7 @@ def test_evaluation_sees_every_sample_once(world, folder):
     for source, count in ((arrays, 50), (files, 11)):
         seen = collections.Counter()
         for rank in range(world):
-            for batch in source.evaluation(4, Place(rank, world)):
+            for batch in source.evaluation(4, Process(rank, world)):
                 seen.update(zip(batch.labels.tolist(), batch.images[:, 0, 0, 0].tolist(), strict=True))
         assert sum(seen.values()) == count
         assert max(seen.values()) == 1
@@ -221,7 +223,7 @@ def test_workers_and_processes_do_not_change_what_is_decoded(folder):
 
     def images(workers, rank=0, world=1, epoch=0):
         found = open_data(spec(folder, workers=workers, **wanted), 3).train
-        return torch.cat([b.images for b in found.training(7, epoch, 0, 8, Place(rank, world))])
+        return torch.cat([b.images for b in found.training(7, epoch, 0, 8, Process(rank, world))])
 
     whole = images(0)
     assert torch.equal(whole, images(2))
@@ -282,7 +284,7 @@ def test_the_first_classes_only(folder):
 
 
 def test_classes_of_validation_go_by_name(folder):
-    """Fewer of them are fine, whatever their place; others are refused."""
+    """Some classes may be missing in the validation images; unknown ones are refused."""
     shutil.rmtree(folder / "val" / "ant")
     (folder / "val" / ".hidden").mkdir()
     (folder / "train" / ".hidden").mkdir()
@@ -321,7 +323,7 @@ def test_a_class_without_images_is_refused(folder):
 
 
 def test_translation_is_a_share_of_the_side():
-    """All of RandAugment's strength: 45 % to either side, for images of any size."""
+    """At full strength RandAugment translates by 45 % to either side, for images of any size."""
     (shift,) = (op for op in augmentation._randaugment(2, 30, 3).ops if op.name == "TranslateXRel")
     for width in (20, 200):
         found = np.asarray(shift(Image.new("RGB", (width, 8))))[4, :, 0]
@@ -370,7 +372,7 @@ def test_jpegs_are_read_no_smaller_than_crops_need(monkeypatch, scale, least):
 
 def test_more_processes_than_images_to_validate_with():
     few = Arrays(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
-    assert [sum(len(batch.labels) for batch in few.evaluation(4, Place(rank, 4))) for rank in range(4)] == [
+    assert [sum(len(batch.labels) for batch in few.evaluation(4, Process(rank, 4))) for rank in range(4)] == [
         1,
         1,
         0,
@@ -392,8 +394,8 @@ def test_corrupt_images_are_skipped_counted_and_named(folder, tmp_path, capsys):
 
 
 def test_an_image_that_cannot_be_read_weighs_nothing(folder, tmp_path, monkeypatch):
-    """What is minimised is the losses of the others over the size of the batch; what is reported, their
-    mean.
+    """The loss that is minimised is the sum over the other images divided by the batch size; the one that is
+    reported is their mean.
     """
     damaged = folder / "train" / "bee" / "003.JPEG"
     damaged.write_bytes(b"")
@@ -401,10 +403,10 @@ def test_an_image_that_cannot_be_read_weighs_nothing(folder, tmp_path, monkeypat
     assert batch.valid.sum() == 23
     assert batch.labels[~batch.valid].tolist() == [1]
     assert batch.failures[0][0] == str(damaged)
-    step, by_hand, stepped_by = engine.Run._step, [], []
+    step, by_hand, stepped_by = loop.Trainer.step, [], []
 
     def noting(self, batch):
-        logits = self.objective.model(batch.images.double() / 255)
+        logits = self.setup.objective.model(batch.images.double() / 255)
         losses = F.binary_cross_entropy_with_logits(
             logits, F.one_hot(batch.labels, 3).double(), reduction="none"
         ).mean(1)
@@ -415,7 +417,7 @@ def test_an_image_that_cannot_be_read_weighs_nothing(folder, tmp_path, monkeypat
         )
         return step(self, batch)
 
-    monkeypatch.setattr(engine.Run, "_step", noting)
+    monkeypatch.setattr(loop.Trainer, "step", noting)
     row = run(tmp_path / "out", *NET, f"data.path={folder}", "batch_size=24")
     assert float(stepped_by[0]) == pytest.approx(float(by_hand[0]) / 24, rel=1e-12)
     assert row["train_loss"] == pytest.approx(float(by_hand[0]) / 23, rel=1e-12)
@@ -423,7 +425,9 @@ def test_an_image_that_cannot_be_read_weighs_nothing(folder, tmp_path, monkeypat
 
 
 def test_the_loss_that_is_reported_is_of_images_that_were_read(tmp_path):
-    """At a rate at which weights stay: half of the images damaged, and without them."""
+    """At a learning rate that moves no weight, a run with half of its images damaged reports the loss of one
+    without these.
+    """
     found = {}
     for name, damaged in (("whole", 0), ("half", 8)):
         root = tmp_path / name
@@ -586,8 +590,8 @@ def test_npz_truncated(tmp_path):
 
 
 def test_the_files_of_a_folder_are_those_of_torchvision_in_its_order(folder):
-    """But for hidden ones. A run goes on by the order; torchvision's own list goes through links that lead
-    back, again and again.
+    """Hidden files excepted. A resumed run depends on the order. torchvision's own list follows links that
+    lead back, again and again.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
@@ -606,7 +610,7 @@ def test_the_files_of_a_folder_are_those_of_torchvision_in_its_order(folder):
 
 
 def test_links_that_lead_back(folder):
-    """Two of them: each path is one of 2^40, which would be listed for ever."""
+    """With two such links there are 2^40 paths, more than can ever be listed."""
     count = len(open_data(spec(folder), 3).train.files)
     for name in ("again", "once_more"):
         (folder / "train" / "ant" / name).symlink_to(folder / "train" / "ant", target_is_directory=True)
@@ -618,8 +622,8 @@ def test_links_that_lead_back(folder):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_no_file_is_skipped_and_never_waited_for(folder, workers):
-    """A pipe would block a worker for ever, a device never ends, an image may be gone when its turn comes,
-    or too large.
+    """A pipe would block a worker without end, a device has no end, and an image may have vanished when its
+    turn comes, or be too large.
     """
     source = open_data(spec(folder, workers=workers), 3)
     victims = {
@@ -651,15 +655,15 @@ def test_what_is_no_file_is_skipped_and_never_waited_for(folder, workers):
 
 
 def test_a_run_skips_what_vanishes(folder, tmp_path, monkeypatch):
-    """Between listing and reading: counted, named, and the run goes on."""
-    opened = engine.open_data
+    """An image that vanishes between listing and reading is counted and named, and the run continues."""
+    opened = setup.open_data
 
     def and_gone(*arguments):
         source = opened(*arguments)
         (folder / "train" / "cat" / "003.JPEG").unlink()
         return source
 
-    monkeypatch.setattr(engine, "open_data", and_gone)
+    monkeypatch.setattr(setup, "open_data", and_gone)
     row = run(tmp_path / "out", *NET, f"data.path={folder}")
     assert row["unreadable"] == 1
 
@@ -691,7 +695,7 @@ def test_arrays_of_bad_will(tmp_path, changes, message):
 
 
 def test_arrays_that_claim_more_than_there_is(tmp_path):
-    """By the header of one of them: refused before anything is allocated."""
+    """The header of an array claims more than the file holds; it is refused before anything is allocated."""
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:

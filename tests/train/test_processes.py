@@ -1,5 +1,5 @@
-"""Several processes on this machine (gloo): the same curve as one, nothing counted twice, workers that
-die, two agents that meet.
+"""Several processes on this machine (gloo): they give the curve of one, count nothing twice, are restarted
+when one dies, and meet over two agents.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import pytest
 from support_train import assert_same, command, end_of, environment, finished, losses, run
 from torch.distributed import TCPStore
 
-from coda_fast.train import TrainingError, processes
+from coda_fast.train import TrainingError, rendezvous
 
 pytestmark = pytest.mark.slow
 OPTIONS = (
@@ -31,7 +31,7 @@ STANDALONE = ("--standalone", "--nproc-per-node=2")
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The run of one process that the others are compared with."""
+    """The run of a single process, with which the others are compared."""
     output = tmp_path_factory.mktemp("alone")
     run(output, *OPTIONS)
     return output
@@ -39,7 +39,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The same by two processes of torchrun, undisturbed."""
+    """The same run by two processes of torchrun, undisturbed."""
     output = tmp_path_factory.mktemp("pair")
     finished(command(output, *OPTIONS, launcher=STANDALONE))
     return output
@@ -90,7 +90,7 @@ finally:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_what_the_large_recipes_ask_for(tmp_path, strategy):
-    """Their options beside each other, but for the compiler: the same first epoch as by one process, up to
+    """All their options together, except the compiler: two processes give the first epoch of one, up to
     bfloat16.
     """
     options = (
@@ -130,7 +130,7 @@ def test_the_regulariser_draws_for_the_global_batch(tmp_path):
 
 
 def test_a_run_of_two_goes_on_alone(alone, pair, tmp_path):
-    """A checkpoint belongs to no number of processes: from the middle of an epoch of two, by one."""
+    """A checkpoint of two processes in the middle of an epoch can be resumed by one."""
     run(tmp_path, *OPTIONS, resume=str(pair / "checkpoints" / "epoch_0001_step_0000009.pt"))
     assert_same(end_of(alone), end_of(tmp_path), BOUND)
     assert_same_epochs(alone, tmp_path)
@@ -138,7 +138,9 @@ def test_a_run_of_two_goes_on_alone(alone, pair, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_go_on_in_the_middle_of_an_epoch(pair, tmp_path, strategy):
-    """From a checkpoint of two processes by two: bit for bit; sharded, up to the order of sums."""
+    """A checkpoint of two processes is resumed by two: bit for bit, or, where they are sharded, up to the
+    order of sums.
+    """
     start = ("--quiet", "--resume", str(pair / "checkpoints" / "epoch_0001_step_0000009.pt"))
     finished(command(tmp_path, *OPTIONS, f"strategy={strategy}", launcher=STANDALONE, options=start))
     assert_same(end_of(pair), end_of(tmp_path), BOUND if strategy == "fsdp2" else 0.0)
@@ -147,26 +149,26 @@ def test_two_go_on_in_the_middle_of_an_epoch(pair, tmp_path, strategy):
 DYING = """
 import os, pathlib, signal, sys
 from coda_fast.cli import main
-from coda_fast.train import engine
+from coda_fast.train import loop
 
 died = pathlib.Path(__file__).with_suffix(".died")  # once is enough, whichever rank it gets next
 
-step = engine.Run._step
+step = loop.Trainer.step
 
 def dying(self, batch):
-    if self.updates == 32 and self.place.rank == 1 and not died.exists():
+    if self.state.updates == 32 and self.setup.process.rank == 1 and not died.exists():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch)
 
-engine.Run._step = dying
+loop.Trainer.step = dying
 main(["train", *sys.argv[1:]])
 """
 
 
 def test_a_worker_that_is_killed_is_restarted_and_nothing_is_lost(pair, tmp_path):
-    """SIGKILL in the middle of the second epoch; the agent starts both again; the weights are those of the
-    undisturbed run, bit for bit.
+    """After SIGKILL in the middle of the second epoch the agent restarts both workers; the weights are those
+    of the undisturbed run, bit for bit.
     """
     (tmp_path / "dying.py").write_text(DYING)
     launcher = (*STANDALONE, "--max-restarts=1", "--monitor-interval=0.1")
@@ -184,8 +186,8 @@ def test_a_worker_that_is_killed_is_restarted_and_nothing_is_lost(pair, tmp_path
 
 
 def train_on_two_hosts(hosts, program, output, nodes="2"):
-    """An agent of torchrun on each of ``hosts`` (prefix of commands, address, environment); how they
-    ended, what they printed.
+    """Run an agent of torchrun on each of ``hosts`` (prefix of commands, address, environment), and return
+    their exit codes and what they printed.
     """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -224,8 +226,8 @@ def train_on_two_hosts(hosts, program, output, nodes="2"):
 
 
 def test_two_agents_train_together_and_a_worker_is_killed(pair, tmp_path):
-    """They meet on the loopback, and again after SIGKILL to the worker of one: each agent counts restarts
-    for itself.
+    """Two agents meet on the loopback interface, and again after SIGKILL to the worker of one. Each agent
+    counts restarts for itself.
     """
     (tmp_path / "dying.py").write_text(DYING)
     codes, printed = train_on_two_hosts([((), "127.0.0.1", {})] * 2, tmp_path / "dying.py", tmp_path / "out")
@@ -237,8 +239,8 @@ def test_two_agents_train_together_and_a_worker_is_killed(pair, tmp_path):
 
 @pytest.fixture
 def hosts():
-    """Two hosts, as (prefix of commands, address, environment) each: network namespaces with a cable from
-    one to the other.
+    """Two hosts, as (prefix of commands, address, environment) each: network namespaces that a virtual cable
+    connects.
     """
     names = [f"coda-{os.getpid()}-{i}" for i in range(2)]
 
@@ -279,10 +281,10 @@ def hosts():
 
 
 def test_a_run_of_two_hosts_outlives_one(alone, tmp_path, hosts):
-    """Hosts with a network each; one is lost whole, agent and worker, in the second epoch; --nnodes=1:2
-    lets the other go on alone.
+    """One of two hosts is lost in the second epoch, with its agent and its worker; --nnodes=1:2 lets the
+    other continue alone.
     """
-    lost = DYING.replace("self.place.rank == 1", "'LOST' in os.environ").replace(
+    lost = DYING.replace("self.setup.process.rank == 1", "'LOST' in os.environ").replace(
         "os.kill(os.getpid()", "os.kill(os.getppid(), 9), os.kill(os.getpid()"
     )
     (tmp_path / "lost.py").write_text(lost)
@@ -296,14 +298,16 @@ def test_a_run_of_two_hosts_outlives_one(alone, tmp_path, hosts):
 
 
 def test_workers_agree_on_an_attempt():
-    """Whoever comes first, whatever their dead predecessors left, and whether there were as many of them."""
+    """Workers agree in whichever order they come, whatever earlier attempts left in the store, and however
+    many workers those had.
+    """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     names = []
 
     def attempt(world, delays):
         def worker(rank):
             time.sleep(delays[rank])
-            return processes.agree_on_attempt(
+            return rendezvous.agree_on_attempt(
                 TCPStore("127.0.0.1", store.port, is_master=False), rank, world, patience=20
             )
 
@@ -320,12 +324,14 @@ def test_workers_agree_on_an_attempt():
 
 
 def test_half_an_attempt_is_no_attempt():
-    """Who died before it agreed leaves the others waiting, until torchrun ends them, or their patience."""
+    """Where a worker dies before it agrees, the others wait until torchrun ends them, or for as long as
+    ``patience``.
+    """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(
         TrainingError, match="expected 2 workers to meet within 1 s, worker 0 has not met the others"
     ):
-        processes.agree_on_attempt(store, 0, 2, patience=1)
+        rendezvous.agree_on_attempt(store, 0, 2, patience=1)
 
 
 def test_a_signal_to_one_of_two_stops_both(pair, tmp_path):
@@ -357,7 +363,9 @@ main(["train", *sys.argv[1:]])
 
 
 def test_other_images_on_another_host_are_refused(tmp_path):
-    """They would be another number of steps, after which one process waits for the other."""
+    """With another number of images a process would take another number of steps, and wait for the other
+    without end.
+    """
     (tmp_path / "other.py").write_text(OTHER)
     printed = finished(
         command(tmp_path / "out", launcher=STANDALONE, program=(tmp_path / "other.py",)), code=1
@@ -373,16 +381,16 @@ def test_other_images_on_another_host_are_refused(tmp_path):
 FAILING = """
 import sys
 from coda_fast.cli import main
-from coda_fast.train.engine import Run
+from coda_fast.train.loop import Trainer
 
-step = Run._step
+step = Trainer.step
 
 def failing(self, batch):
-    if self.updates == 9 and self.place.rank == 1:
+    if self.state.updates == 9 and self.setup.process.rank == 1:
         raise OSError(5, "Input/output error", "the disk of rank 1")
     return step(self, batch)
 
-Run._step = failing
+Trainer.step = failing
 main(["train", *sys.argv[1:]])
 """
 
@@ -408,7 +416,7 @@ def test_an_odd_share_is_refused(tmp_path):
 
 
 def test_lightning_starts_the_processes_of_one_machine(alone, tmp_path):
-    """devices=2 without torchrun: what a laptop with two GPUs does."""
+    """devices=2 without torchrun, as on a workstation with two GPUs."""
     finished(command(tmp_path, *OPTIONS, "devices=2"))
     assert end_of(tmp_path)["world"] == 2
     assert_same(end_of(alone), end_of(tmp_path), BOUND)

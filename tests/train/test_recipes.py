@@ -1,13 +1,13 @@
-"""Recipes: the published facts epoch by epoch, and what may be written into one."""
+"""Recipes: the published learning rates epoch by epoch, and which keys and values are accepted."""
 
 import pytest
 import torch
 
 import coda_fast
-from coda_fast.data.sources import Place
+from coda_fast.data.sources import Process
 from coda_fast.train import TrainingError, list_recipes, load_recipe
-from coda_fast.train.engine import _split
 from coda_fast.train.optimization import make_schedule, set_rate
+from coda_fast.train.setup import split_batch
 
 
 def rates(recipe, steps=10):
@@ -38,7 +38,7 @@ def test_every_recipe_names_a_model_and_says_what_it_is():
 def test_cifar10_is_as_published():
     recipe = load_recipe("cifar10-s")
     assert (recipe.epochs, recipe.batch_size, recipe.micro_batch) == (200, 16, 8)
-    assert _split(recipe, Place(0, 1)) == (16, 8)  # two of eight before each update
+    assert split_batch(recipe, Process(0, 1)) == (16, 8)  # two of eight before each update
     # 2.5e-4 * 1.5^-floor(epoch / 30), by hand at the edges and by the formula in between
     found = rates(recipe)
     by_hand = {
@@ -97,10 +97,10 @@ def test_imagenet100_is_as_published():
 
 @pytest.mark.parametrize(("rule", "expected"), [("none", 1e-3), ("linear", 4e-3), ("sqrt", 2e-3)])
 def test_the_rule_of_the_learning_rate(rule, expected):
-    recipe = load_recipe(
-        "digits-s",
-        ["optimizer.lr=1e-3", f"optimizer.rule={rule}", "optimizer.reference_batch=16", "batch_size=64"],
-    )
+    options = ["optimizer.lr=1e-3", f"optimizer.rule={rule}", "batch_size=64"]
+    if rule != "none":
+        options.append("optimizer.reference_batch=16")
+    recipe = load_recipe("digits-s", options)
     assert recipe.learning_rate() == pytest.approx(expected)
 
 
@@ -183,6 +183,14 @@ def test_what_a_recipe_refuses(override, message):
             "loss.matrix_norm: expected loss.matrix_weight above 0 beside it",
         ),
         ("digits-s", "ema.warmup=true", "ema.warmup: expected ema.decay above 0 beside it"),
+        ("cifar10-s", "data.workers=8", "data.workers: expected data.kind=folder or data.kind=webdataset"),
+        ("digits-s", "data.max_corrupt=1", "data.max_corrupt: expected data.kind=npz or data.kind=cifar10"),
+        ("tiny-imagenet-s", "data.interpolation=bicubic", "data.interpolation: expected data.size beside it"),
+        (
+            "cifar10-s",
+            "optimizer.reference_batch=16",
+            "optimizer.reference_batch: expected optimizer.rule=linear or optimizer.rule=sqrt beside it",
+        ),
         (
             "imagenet100-l",
             "optimizer.lr=1e-5",
@@ -193,6 +201,11 @@ def test_what_a_recipe_refuses(override, message):
 def test_a_change_that_changes_nothing_is_refused(name, override, message):
     with pytest.raises(TrainingError, match=message):
         load_recipe(name, [override])
+
+
+def test_the_interval_of_maps_is_refused_without_maps():
+    with pytest.raises(TrainingError, match="log.maps_every: expected log.maps above 0 beside it"):
+        load_recipe("digits-s", ["log.maps=0", "log.maps_every=5"])
 
 
 @pytest.mark.parametrize(
@@ -237,7 +250,7 @@ def test_an_unknown_recipe_names_those_there_are():
 
 
 def _laughs():
-    """Nine times nine times ... : a billion values in a few lines."""
+    """The "billion laughs": aliases that make a billion values of a few lines."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     return "\n".join(lines)
@@ -263,7 +276,7 @@ def _laughs():
     ids=lambda value: value[:30],
 )
 def test_a_recipe_of_bad_will(tmp_path, text, message):
-    """One line of modest length, nothing run, nothing that grows."""
+    """A malicious recipe is refused in one short line; no code of it runs, and nothing large is allocated."""
     own = tmp_path / "own.yaml"
     own.write_text(text)
     with pytest.raises(TrainingError, match=message) as refused:
@@ -307,7 +320,7 @@ def test_aliases_of_a_modest_recipe_are_fine(tmp_path):
     ],
 )
 def test_numbers_that_nobody_can_mean(change):
-    """By key, before anything is made of them."""
+    """Absurd numbers are refused by their key, before anything is allocated."""
     key, _, value = change.partition("=")
     with pytest.raises(TrainingError, match=f"{key.partition('[')[0]}.*: expected "):
         load_recipe("imagenet100-l", [change])

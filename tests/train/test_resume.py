@@ -1,5 +1,5 @@
-"""Runs that stop and go on: exactly, by signals, from the right checkpoint, in a folder of their own; the
-best epoch.
+"""Runs that stop and are resumed: exactly, after signals, from the right checkpoint, in a folder of their
+own; the best epoch.
 """
 
 import errno
@@ -16,27 +16,27 @@ from support_train import assert_same, command, end_of, environment, finished, l
 
 import coda_fast
 from coda_fast import checkpoints, train
-from coda_fast.train import STOPPED, TrainingError, engine
+from coda_fast.train import STOPPED, TrainingError, agreement, engine, evaluation, loop, objective
 from coda_fast.train.errors import Stopped
 
 
 class Interrupted(Exception):
-    """What a test throws into the middle of an epoch."""
+    """An exception that a test raises in the middle of an epoch."""
 
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """interrupt(update): the run dies before that update, as if its process were killed."""
+    """interrupt(update) makes a run end before that update, as if its process were killed."""
 
     def install(update):
-        step = engine.Run._step
+        step = loop.Trainer.step
 
         def dying(self, batch):
-            if self.updates == update:
+            if self.state.updates == update:
                 raise Interrupted
             return step(self, batch)
 
-        monkeypatch.setattr(engine.Run, "_step", dying)
+        monkeypatch.setattr(loop.Trainer, "step", dying)
 
     yield install
     monkeypatch.undo()
@@ -52,19 +52,19 @@ def interrupt(monkeypatch):
 )
 def test_going_on_in_the_middle_of_an_epoch_is_exact(tmp_path, interrupt, monkeypatch, options):
     options = (*options, "checkpoint.every_steps=10")
-    step = engine.Run._step
+    step = loop.Trainer.step
 
     def drawing(self, batch):
-        """A model that draws from the global generators, as dropout does."""
+        """A step that draws from the global generators, as dropout does."""
         torch.rand(1), np.random.rand(), random.random()
         return step(self, batch)
 
-    monkeypatch.setattr(engine.Run, "_step", drawing)
+    monkeypatch.setattr(loop.Trainer, "step", drawing)
     run(tmp_path / "whole", *options)
     interrupt(36)
     with pytest.raises(Interrupted):
         run(tmp_path / "broken", *options)
-    monkeypatch.setattr(engine.Run, "_step", drawing)
+    monkeypatch.setattr(loop.Trainer, "step", drawing)
     assert not (tmp_path / "broken" / "model.safetensors").exists()
     run(tmp_path / "broken", *options, resume="auto")
     whole, broken = end_of(tmp_path / "whole"), end_of(tmp_path / "broken")
@@ -111,7 +111,7 @@ def test_more_epochs_and_another_place_are_allowed_but_not_another_run(tmp_path)
 
 
 def test_fewer_epochs_than_were_run_are_refused(tmp_path, interrupt):
-    """Their row of the history would not be that of these weights."""
+    """The last row of the history would not be that of these weights."""
     options = ("schedule.kind=constant", "checkpoint.every_steps=5")
     interrupt(27)
     with pytest.raises(Interrupted):
@@ -165,19 +165,21 @@ def test_a_foreign_checkpoint(tmp_path, content, message):
     ("name", "every", "stands_at"), [("SIGTERM", 4, 8), ("SIGUSR1", 4, 8), ("SIGTERM", 1000, 21)]
 )
 def test_a_signal_saves_and_stops(tmp_path, monkeypatch, name, every, stands_at):
-    """At the next metrics after update 26; where that is the end of the epoch, before the evaluation."""
+    """A run stops at the next row of metrics after update 26; where that is the end of the epoch, before the
+    evaluation.
+    """
     options = (f"log.every={every}", "ema.decay=0.9")
     # metrics by the count of steps alone, not also by the clock of a busy machine
-    monkeypatch.setattr(engine, "HEARTBEAT", 1e9)
+    monkeypatch.setattr(agreement, "HEARTBEAT", 1e9)
     run(tmp_path / "whole", *options)
-    step = engine.Run._step
+    step = loop.Trainer.step
 
     def signalled(self, batch):
-        if self.updates == 26:
+        if self.state.updates == 26:
             os.kill(os.getpid(), getattr(signal, name))
         return step(self, batch)
 
-    monkeypatch.setattr(engine.Run, "_step", signalled)
+    monkeypatch.setattr(loop.Trainer, "step", signalled)
     before = signal.getsignal(getattr(signal, name))
     with pytest.raises(Stopped) as stop:
         run(tmp_path / "stopped", *options)
@@ -188,7 +190,7 @@ def test_a_signal_saves_and_stops(tmp_path, monkeypatch, name, every, stands_at)
 
 
 def assert_goes_on(tmp_path, options):
-    """The run that was stopped ends as the whole one."""
+    """Resume the run that was stopped; it ends with the weights and history of the whole one."""
     run(tmp_path / "stopped", *options, resume="auto")
     whole, stopped = end_of(tmp_path / "whole"), end_of(tmp_path / "stopped")
     assert_same(whole, stopped)
@@ -199,14 +201,14 @@ def assert_goes_on(tmp_path, options):
 
 
 def test_ctrl_c_names_what_is_kept(tmp_path, monkeypatch, capsys):
-    step = engine.Run._step
+    step = loop.Trainer.step
 
     def interrupted(self, batch):
-        if self.updates == 26:
+        if self.state.updates == 26:
             raise KeyboardInterrupt
         return step(self, batch)
 
-    monkeypatch.setattr(engine.Run, "_step", interrupted)
+    monkeypatch.setattr(loop.Trainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.run(recipe(), tmp_path)
     assert (
@@ -216,16 +218,16 @@ def test_ctrl_c_names_what_is_kept(tmp_path, monkeypatch, capsys):
 
 
 def test_slow_steps_are_interrupted_soon(tmp_path, monkeypatch):
-    """Not at the next row of the log, which may be minutes away."""
-    step = engine.Run._step
+    """A signal is heard after a slow step, not only at the next row of the log, which may be minutes away."""
+    step = loop.Trainer.step
 
     def slow(self, batch):
-        if self.updates == 5:
+        if self.state.updates == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch)
 
-    monkeypatch.setattr(engine.Run, "_step", slow)
-    monkeypatch.setattr(engine, "HEARTBEAT", 0.0)  # every step takes longer
+    monkeypatch.setattr(loop.Trainer, "step", slow)
+    monkeypatch.setattr(agreement, "HEARTBEAT", 0.0)  # every step takes longer
     with pytest.raises(Stopped) as stop:
         run(tmp_path, "log.every=1000")
     assert stop.value.checkpoint.name == "epoch_0000_step_0000006.pt"
@@ -233,10 +235,12 @@ def test_slow_steps_are_interrupted_soon(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("at", [2, 5])
 def test_a_signal_during_evaluation(tmp_path, monkeypatch, at):
-    """The epoch is kept, the evaluation is repeated; batch ``at`` of 4 in each of 2 evaluations."""
+    """The epoch is kept and its evaluation is repeated. The signal comes at batch ``at`` of the 8 in two
+    evaluations.
+    """
     options = ("evaluation.batch_size=120", "ema.decay=0.9")
     run(tmp_path / "whole", *options)
-    forward, seen = engine.Objective.forward, []
+    forward, seen = objective.Objective.forward, []
 
     def signalled(self, images, *more):
         if not self.training and len(images) in (120, 90):
@@ -245,7 +249,7 @@ def test_a_signal_during_evaluation(tmp_path, monkeypatch, at):
                 os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, images, *more)
 
-    monkeypatch.setattr(engine.Objective, "forward", signalled)
+    monkeypatch.setattr(objective.Objective, "forward", signalled)
     with pytest.raises(Stopped) as stop:
         run(tmp_path / "stopped", *options)
     assert len(seen) == 2 * at
@@ -256,7 +260,7 @@ def test_a_signal_during_evaluation(tmp_path, monkeypatch, at):
 
 def test_a_checkpoint_before_an_evaluation_if_the_last_is_old(tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 50))  # every look at the clock is 50 s later
-    monkeypatch.setattr(engine.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
     run(tmp_path, "checkpoint.keep=9", "log.every=1000")
     names = {p.name for p in (tmp_path / "checkpoints").glob("epoch*")}
     assert "epoch_0001_step_0000000.pt" in names
@@ -265,7 +269,7 @@ def test_a_checkpoint_before_an_evaluation_if_the_last_is_old(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_real_signal_to_a_real_process(tmp_path):
-    """Sent from outside, while it trains: exit code 75, and the run can go on."""
+    """A signal from outside while the process trains ends it with exit code 75, and leaves a checkpoint."""
     process = subprocess.Popen(
         command(tmp_path, "epochs=2000"), env=environment(), stderr=subprocess.PIPE, text=True
     )
@@ -291,7 +295,7 @@ def test_a_real_signal_to_a_real_process(tmp_path):
 def test_a_run_without_any_evaluation_ends_all_the_same(tmp_path):
     options = ("schedule.kind=constant", "evaluation.every=2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Run, "_show", lambda self: (_ for _ in ()).throw(Interrupted))
+        patch.setattr(loop.Trainer, "show", lambda self: (_ for _ in ()).throw(Interrupted))
         with pytest.raises(Interrupted):
             run(tmp_path, *options, "epochs=4")
     run(tmp_path, *options, "epochs=1", resume="auto")
@@ -327,20 +331,22 @@ FALLING = ("schedule.kind=constant", "checkpoint.keep=9", "epochs=4")
 
 @pytest.fixture(scope="module")
 def falling(tmp_path_factory):
-    """A run of four epochs, all kept, of which the second is said to be the best."""
-    output, evaluate = tmp_path_factory.mktemp("falling"), engine.Run.evaluate
+    """A run of four epochs, all kept, with accuracies that make the second the best."""
+    output, evaluate = tmp_path_factory.mktemp("falling"), evaluation.evaluate
+
+    def falling_from_the_second(setup, state, signals):
+        return evaluate(setup, state, signals) | {"val_accuracy": 0.9 - 0.1 * abs(state.epoch - 1)}
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            engine.Run,
-            "evaluate",
-            lambda self: evaluate(self) | {"val_accuracy": 0.9 - 0.1 * abs(self.epoch - 1)},
-        )
+        patch.setattr(evaluation, "evaluate", falling_from_the_second)
         run(output, *FALLING)
     return output / "checkpoints"
 
 
 def test_the_best_goes_along_into_another_folder(falling, tmp_path):
-    """Also where no later epoch is better; where it is in no checkpoint, none is made up."""
+    """best.pt comes along into another folder, also where no later epoch is better. Where no checkpoint holds
+    the best epoch, there is no best model.
+    """
     last = falling / "epoch_0004_step_0000000.pt"
     run(tmp_path / "along", *FALLING, resume=str(last))
     assert checkpoints.read_metadata(tmp_path / "along" / "model_best.safetensors")["epoch"] == 2
@@ -377,15 +383,17 @@ def test_a_torn_best_is_made_anew(tmp_path):
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_what_was_not_shown_before_the_end_is_shown_after_it(tmp_path, monkeypatch, epoch):
-    """Killed between the checkpoint of an epoch and its row and maps."""
+    """A run that is killed between the checkpoint of an epoch and its row and maps writes these when it is
+    resumed.
+    """
 
     def dying(self):
-        if self.epoch == epoch:
+        if self.state.epoch == epoch:
             raise Interrupted
         show(self)
 
-    show = engine.Run._show
-    monkeypatch.setattr(engine.Run, "_show", dying)
+    show = loop.Trainer.show
+    monkeypatch.setattr(loop.Trainer, "show", dying)
     with pytest.raises(Interrupted):
         run(tmp_path, "log.maps=1")
     monkeypatch.undo()
@@ -395,7 +403,7 @@ def test_what_was_not_shown_before_the_end_is_shown_after_it(tmp_path, monkeypat
 
 
 def test_going_back_does_not_lose_what_came_later(tmp_path):
-    """From an older checkpoint only into an empty folder; another run's folder is not mixed with."""
+    """An older checkpoint is resumed only in an empty folder, never in that of another run."""
     run(tmp_path / "a", "checkpoint.keep=9")
     older = tmp_path / "a" / "checkpoints" / "epoch_0001_step_0000000.pt"
     before = sorted(p.name for p in older.parent.iterdir())
@@ -421,7 +429,7 @@ def test_nothing_that_can_be_read_is_no_new_beginning(tmp_path):
 
 
 def test_the_best_goes_on_where_the_others_are_torn(tmp_path, capsys):
-    """keep=1: the best one is a file of its own once a later one is worse."""
+    """With keep=1, best.pt is a file of its own once a later epoch is worse."""
     options = ("epochs=3", "optimizer.lr=0.1", "schedule.kind=constant", "checkpoint.keep=1")
     run(tmp_path, *options)
     folder = tmp_path / "checkpoints"
@@ -434,19 +442,19 @@ def test_the_best_goes_on_where_the_others_are_torn(tmp_path, capsys):
 
 
 def test_what_a_run_writes_outlives_torn_checkpoints_of_later(tmp_path, monkeypatch):
-    """keep=1: the torn one has a later position and does not count."""
+    """With keep=1, a torn checkpoint of a later position does not count."""
     options = ("schedule.kind=constant", "checkpoint.keep=1")
     run(tmp_path, *options, "epochs=1")
     folder = tmp_path / "checkpoints"
     (folder / "epoch_0001_step_0000000.pt").rename(folder / "best.pt")
     (folder / "epoch_0002_step_0000000.pt").write_bytes(b"torn")
-    step = engine.Run._step
+    step = loop.Trainer.step
 
     def signalled(self, batch):
         os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch)
 
-    monkeypatch.setattr(engine.Run, "_step", signalled)
+    monkeypatch.setattr(loop.Trainer, "step", signalled)
     with pytest.raises(Stopped) as stop:
         run(tmp_path, *options, "epochs=2", resume="auto")
     assert torch.load(stop.value.checkpoint, weights_only=True)["step"] == 1
@@ -456,7 +464,7 @@ def test_what_a_run_writes_outlives_torn_checkpoints_of_later(tmp_path, monkeypa
 
 
 def test_the_best_is_named_after_a_death_before_that(tmp_path):
-    """Between the checkpoint and its other name."""
+    """A run that dies between a checkpoint and the link to it writes the link when it is resumed."""
     options = ("schedule.kind=constant",)
     run(tmp_path, *options, "epochs=1")
     folder = tmp_path / "checkpoints"
@@ -467,16 +475,16 @@ def test_the_best_is_named_after_a_death_before_that(tmp_path):
 
 
 def test_a_run_that_began_meanwhile_is_not_written_over(tmp_path, monkeypatch):
-    """Both found an empty folder; the second was slower, and comes when the first has ended."""
-    data, inside = engine.Run._model_and_data, []
+    """Both runs found an empty folder; the second was slower, and begins when the first has ended."""
+    set_up, inside = engine.set_up, []
 
-    def slow(self):
+    def slow(*arguments):
         if not inside:
             inside.append(True)
             run(tmp_path / "out", "epochs=1")
-        return data(self)
+        return set_up(*arguments)
 
-    monkeypatch.setattr(engine.Run, "_model_and_data", slow)
+    monkeypatch.setattr(engine, "set_up", slow)
     with pytest.raises(
         TrainingError, match="holds a run that began meanwhile; --resume auto goes on with it"
     ):
@@ -498,23 +506,25 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
-    """The second waits a little, for one that was just killed, and is refused; the first is not disturbed."""
+    """The second run waits a little, in case the first was just killed, and is refused. The first is not
+    disturbed.
+    """
     run(tmp_path / "alone", "epochs=1")
-    step, second = engine.Run._step, []
+    step, second = loop.Trainer.step, []
     impatient = (
-        "import sys; from coda_fast import cli; from coda_fast.train import state; state.PATIENCE = 0.5; "
-        "cli.main(sys.argv[1:])"
+        "import sys; from coda_fast import cli; from coda_fast.train import run_folder; "
+        "run_folder.PATIENCE = 0.5; cli.main(sys.argv[1:])"
     )
 
     def intruded(self, batch):
-        if self.updates == 3 and not second:
+        if self.state.updates == 3 and not second:
             arguments = command(
                 tmp_path / "out", "epochs=1", program=("-c", impatient, "train"), options=("--resume", "auto")
             )
             second.append(finished(arguments, code=2))
         return step(self, batch)
 
-    monkeypatch.setattr(engine.Run, "_step", intruded)
+    monkeypatch.setattr(loop.Trainer, "step", intruded)
     run(tmp_path / "out", "epochs=1")
     assert "another process trains there" in second[0]
     assert "waiting up to 0 s for the run that holds" in second[0]
@@ -524,7 +534,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
 
 
 def test_other_data_is_another_run(tmp_path):
-    """Fewer images, other labels, other classes; the same at another path is the same."""
+    """Fewer images, other labels or other pixels are another run; the same data at another path are not."""
     generator = np.random.default_rng(0)
     images, labels = generator.integers(0, 256, (200, 8, 8), dtype=np.uint8), np.arange(200) % 10
     options = ("data.kind=npz", "model.image_size=null", "batch_size=20", "schedule.kind=constant")
@@ -585,7 +595,9 @@ def test_other_data_is_another_run(tmp_path):
     ids=str,
 )
 def test_a_checkpoint_of_bad_will(tmp_path, finished_run, key, value):
-    """One line, whatever stands where; and nothing is written into the folder of the run."""
+    """A malformed checkpoint is refused in one line, whichever value is wrong, and nothing is written into
+    the folder.
+    """
     state = torch.load(finished_run, weights_only=True) | {key: value}
     torch.save(state, tmp_path / "c.pt")
     with pytest.raises(TrainingError) as refused:

@@ -1,4 +1,4 @@
-"""Runs in one process: the files they leave, the update by hand, and every message."""
+"""Runs in one process: their files, one update by hand, and their messages."""
 
 import csv
 import errno
@@ -18,8 +18,8 @@ from support_train import TINY, assert_same, command, end_of, environment, finis
 
 import coda_fast
 from coda_fast import checkpoints, cli, train
-from coda_fast.train import TrainingError, engine, list_recipes, load_recipe
-from coda_fast.train import state as train_state
+from coda_fast.train import TrainingError, list_recipes, load_recipe, loop
+from coda_fast.train import checkpoints as train_checkpoints
 
 
 def test_a_run_leaves_what_it_promises(tmp_path):
@@ -75,14 +75,14 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 
 def test_the_moving_average_is_one(tmp_path, monkeypatch):
     seen = []
-    step = engine.Run._step
+    step = loop.Trainer.step
 
     def noting(self, batch):
         found = step(self, batch)
-        seen.append(self.objective.model.layers[0].weight.detach().clone())
+        seen.append(self.setup.objective.model.layers[0].weight.detach().clone())
         return found
 
-    monkeypatch.setattr(engine.Run, "_step", noting)
+    monkeypatch.setattr(loop.Trainer, "step", noting)
     run(tmp_path, "ema.decay=0.75", "epochs=1", "precision=float64")
     average = seen[1]  # timm's copies at its first two calls
     for weight in seen[2:]:
@@ -95,17 +95,23 @@ def test_the_moving_average_is_one(tmp_path, monkeypatch):
 def test_one_update_by_hand(tmp_path, monkeypatch):
     """The first batch, its loss and Adam's first step, written out."""
     losses_seen, models = [], []
-    step = engine.Run._step
+    step = loop.Trainer.step
+
+    def weights(trainer):
+        parameters = trainer.setup.objective.model.named_parameters()
+        return {name: parameter.detach().clone() for name, parameter in parameters}
 
     def noting(self, batch):
         if not models:
-            models.append({name: p.detach().clone() for name, p in self.objective.model.named_parameters()})
+            models.append(
+                {name: p.detach().clone() for name, p in self.setup.objective.model.named_parameters()}
+            )
         found = step(self, batch)
         losses_seen.append(float(found[0] / found[2]))
-        models.append({name: p.detach().clone() for name, p in self.objective.model.named_parameters()})
+        models.append(weights(self))
         return found
 
-    monkeypatch.setattr(engine.Run, "_step", noting)
+    monkeypatch.setattr(loop.Trainer, "step", noting)
     # micro-batches of 10 from 60: the mean over six equal parts is the mean over all
     run(
         tmp_path,
@@ -137,16 +143,16 @@ def test_one_update_by_hand(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
-    """The last good checkpoint is named, intact, and older than the NaN."""
-    step = engine.Run._step
+    """The message names the last good checkpoint, which is intact and older than the NaN."""
+    step = loop.Trainer.step
 
     def poisoned(self, batch):
-        if self.updates == 30:
+        if self.state.updates == 30:
             with torch.no_grad():
-                self.objective.model.layers[0].weight.fill_(float("nan"))
+                self.setup.objective.model.layers[0].weight.fill_(float("nan"))
         return step(self, batch)
 
-    monkeypatch.setattr(engine.Run, "_step", poisoned)
+    monkeypatch.setattr(loop.Trainer, "step", poisoned)
     message = (
         r"got nan in epoch 2 between steps 8 and 12 .*not finite: \d+ of \d+ weights, first layers\.0\..* "
         r"the last good .* is "
@@ -159,11 +165,11 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_beside_weights_that_are(tmp_path, monkeypatch):
-    """Weights so large that |w|^2 leaves float32: the largest is named."""
-    step = engine.Run._step
+    """Where weights are so large that |w|^2 overflows float32, the message names the largest."""
+    step = loop.Trainer.step
 
     def poisoned(self, batch):
-        layers = self.objective.model.layers
+        layers = self.setup.objective.model.layers
         with torch.no_grad():
             layers[1].bias[0] = 1e25
         found = step(self, batch)
@@ -173,23 +179,23 @@ def test_a_loss_that_is_not_finite_beside_weights_that_are(tmp_path, monkeypatch
             layers[1].bias[0] = 1e25
         return found
 
-    monkeypatch.setattr(engine.Run, "_step", poisoned)
+    monkeypatch.setattr(loop.Trainer, "step", poisoned)
     with pytest.raises(TrainingError, match=r"got nan .*the largest weight is 1\.0e\+25, in layers\.1\.bias"):
         run(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
     """The update after the last loss that was seen can still spoil the weights."""
-    step = engine.Run._step
+    step = loop.Trainer.step
 
     def poisoned(self, batch):
         found = step(self, batch)
-        if self.updates == 41:
+        if self.state.updates == 41:
             with torch.no_grad():
-                self.objective.model.layers[1].bias[0, 0, 0, 0] = float("inf")
+                self.setup.objective.model.layers[1].bias[0, 0, 0, 0] = float("inf")
         return found
 
-    monkeypatch.setattr(engine.Run, "_step", poisoned)
+    monkeypatch.setattr(loop.Trainer, "step", poisoned)
     with pytest.raises(
         TrainingError,
         match=r"expected finite numbers, got others in model.layers.1.bias; the last good .*epoch_0001",
@@ -201,19 +207,21 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("where", "name", "stands_at"),
     [
-        ("watch", "_open_steps", 1),
-        ("watch", "step", 1),
-        ("state", "link_best", 2),
-        ("watch", "_write_metrics", 2),
-        ("watch", "maps", 2),
+        ("logger", "_open_steps", 1),
+        ("logger", "step", 1),
+        ("train", "link_best", 2),
+        ("logger", "_write_metrics", 2),
+        ("logger", "maps", 2),
         ("plot", "save_figure", 2),
         ("checkpoints", "save", 2),
     ],
 )
 def test_a_full_disk_beside_the_checkpoints(tmp_path, monkeypatch, where, name, stands_at):
-    """Curves, pictures, links: one line that names the last good checkpoint, from which the run goes on."""
+    """A full disk while curves, pictures or links are written ends the run with one line that names the last
+    good checkpoint, from which it can be resumed.
+    """
     from coda_fast import plot
-    from coda_fast.train import state, watch
+    from coda_fast.train.logger import Logger
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -221,7 +229,7 @@ def test_a_full_disk_beside_the_checkpoints(tmp_path, monkeypatch, where, name, 
     options = ("log.maps=1", "schedule.kind=constant")
     run(tmp_path, *options, "epochs=1")
     (tmp_path / "curve.png").unlink()
-    owner = {"watch": watch.Watch, "plot": plot, "checkpoints": checkpoints, "state": state}[where]
+    owner = {"logger": Logger, "plot": plot, "checkpoints": checkpoints, "train": train_checkpoints}[where]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, full)
         with pytest.raises(
@@ -234,8 +242,8 @@ def test_a_full_disk_beside_the_checkpoints(tmp_path, monkeypatch, where, name, 
 
 
 def test_a_full_disk(tmp_path):
-    """Files may not grow over a size, which is how a full disk looks to the writer; the checkpoint of
-    before stays, and is named.
+    """A limit on the size of files looks to the writer like a full disk. The previous checkpoint stays, and
+    is named.
     """
     run(tmp_path, "epochs=1", "schedule.kind=constant")
     kept = (tmp_path / "checkpoints" / "epoch_0001_step_0000000.pt").read_bytes()
@@ -345,7 +353,7 @@ def test_what_nccl_says_is_not_lost(tmp_path, monkeypatch):
             "NCCL error in: ProcessGroupNCCL.cpp:1, invalid usage\nLast error:\nDuplicate GPU detected"
         )
 
-    monkeypatch.setattr(engine.Run, "_step", failing)
+    monkeypatch.setattr(loop.Trainer, "step", failing)
     with pytest.raises(
         TrainingError,
         match="processes: .*Last error: Duplicate GPU detected.*no checkpoint was written before",
@@ -463,7 +471,7 @@ def test_what_this_machine_cannot_hold_is_refused_before_it_is_made(tmp_path, ov
 
 
 def test_labels_that_make_a_model_too_large(tmp_path):
-    """The largest label is the number of classes."""
+    """The largest label determines the number of classes."""
     images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 2, 2**40])
     np.savez(
         tmp_path / "d.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels
@@ -499,8 +507,8 @@ def command_line(*arguments, capsys):
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "link.yaml"])
 def test_a_run_never_writes_over_its_recipe(tmp_path, capsys, name):
-    """Its folder gets a recipe.yaml with all values. Written over with itself it stays as it is; written
-    over with changes it is lost.
+    """The folder of a run gets a recipe.yaml with all values. It may replace a recipe that is equal to it,
+    not one that would be lost.
     """
     (tmp_path / "recipe.yaml").write_text("# mine\n" + recipe("epochs=1").to_yaml())
     if name != "recipe.yaml":
@@ -589,7 +597,9 @@ def test_a_recipe_does_not_choose_where_it_writes(tmp_path, capsys, monkeypatch,
 
 
 def test_the_run_goes_on_without_tensorboard(tmp_path, capsys, monkeypatch):
-    """Whose thread finds the disk full: no traceback, one line, the same weights."""
+    """Where TensorBoard's thread finds the disk full, the run prints one line and no traceback, and ends with
+    the same weights.
+    """
     pytest.importorskip("tensorboard")
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -618,7 +628,9 @@ def test_the_run_goes_on_without_tensorboard(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("what", ["steps", "maps", "model.safetensors", "epoch_0002", "curve"])
 def test_a_full_disk_keeps_what_was_trained(tmp_path, monkeypatch, what):
-    """Wherever it fills, the last checkpoint is named and as it was, and no file is half-written."""
+    """Whichever file the disk has no room for, the last checkpoint is named and unchanged, and no file is
+    half-written.
+    """
     plain, good = checkpoints.os.replace, []
 
     def replace(source, target):
@@ -633,7 +645,7 @@ def test_a_full_disk_keeps_what_was_trained(tmp_path, monkeypatch, what):
         run(tmp_path, "log.maps=1", "checkpoint.keep=9")
     for path, content in good:
         assert path.read_bytes() == content
-        train_state.read(path)
+        train_checkpoints.read(path)
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".writing-")]
     assert len(good) == {"steps": 0, "maps": 1, "epoch_0002": 1, "model.safetensors": 2, "curve": 2}[what]
     monkeypatch.undo()

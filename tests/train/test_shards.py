@@ -1,4 +1,4 @@
-"""WebDataset shards: every sample once, exact positions, whatever in them cannot be read."""
+"""WebDataset shards: every sample once, exact resumption, and contents that cannot be read."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from support_train import ONE, assert_same, command, end_of, finished, picture, 
 from coda_fast import train
 from coda_fast.data import DataError, Preprocessing
 from coda_fast.data import shards as shards_module
-from coda_fast.data.sources import Place, decode_all
+from coda_fast.data.sources import Process, decode_all
 from coda_fast.train import TrainingError
 from coda_fast.train.data import open_data
 from coda_fast.train.recipes import Data
@@ -70,7 +70,7 @@ def test_shards_give_every_image_once_an_epoch(shards):
     assert seen != sorted(seen)
     assert seen != values(found.train.training(0, 1, 0, 5, ONE))
     for world in (1, 2, 4):
-        some = [values(found.val.evaluation(3, Place(rank, world))) for rank in range(world)]
+        some = [values(found.val.evaluation(3, Process(rank, world))) for rank in range(world)]
         assert sorted(round(v / 6) for part in some for v in part) == list(range(30, 37))
 
 
@@ -78,11 +78,11 @@ def test_shards_give_every_image_once_an_epoch(shards):
 def test_shards_go_on_in_the_middle(shards, workers):
     pytest.importorskip("webdataset")
     source = open_data(shards.model_copy(update={"workers": workers}), 3).train
-    for place in (ONE, Place(1, 2)):
-        whole = list(source.training(0, 0, 0, 6, place))
+    for process in (ONE, Process(1, 2)):
+        whole = list(source.training(0, 0, 0, 6, process))
         assert len(whole) == 5
         for start in (1, 2, 4):
-            rest = list(source.training(0, 0, start, 6, place))
+            rest = list(source.training(0, 0, start, 6, process))
             assert len(rest) == 5 - start
             for a, b in zip(whole[start:], rest, strict=True):
                 assert torch.equal(a.images, b.images)
@@ -109,7 +109,7 @@ def test_too_few_shards(shards):
     source = open_data(shards.model_copy(update={"workers": 2}), 3).train
     for rank in range(4):
         with pytest.raises(DataError, match="a shard at least for each of 4 processes x 2 workers, got 6"):
-            source.need_enough(Place(rank, 4))
+            source.need_enough(Process(rank, 4))
 
 
 def test_too_few_shards_leave_no_folder(shards, tmp_path):
@@ -182,8 +182,8 @@ def test_other_workers_in_the_middle_of_an_epoch_of_shards_are_told_of(shards, t
 
 @pytest.mark.slow
 def test_workers_end_with_a_run_on_shards_and_leave_nothing(shards, tmp_path):
-    """Whose stream is endless; and where the run ends with an error while a worker waits for a shard that
-    does not answer.
+    """Workers of an endless stream end with the run, also where it ends with an error while a worker waits
+    for a shard on storage that does not answer.
     """
     options = (
         "model.name=coda_s_cifar10",
@@ -211,8 +211,8 @@ def test_workers_end_with_a_run_on_shards_and_leave_nothing(shards, tmp_path):
 
 @pytest.fixture
 def damaged_shards(shards):
-    """Of the training shards 2 and 5 are torn; in the others, in the middle, what cannot be read, 6 of it,
-    and what is no sample.
+    """Training shards 2 and 5 are torn. The others hold 6 samples that cannot be read, and entries that are
+    no sample.
     """
     paths = [Path(shards.path.replace("{000..005}", f"00{i}")) for i in range(6)]
     good = picture(250, (20, 20))
@@ -268,7 +268,7 @@ def test_samples_that_cannot_be_read_are_named_and_keep_their_place(damaged_shar
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_shards_go_on_exactly_from_anywhere(damaged_shards, workers):
-    """45 steps of 3: each lane goes through its shards several times."""
+    """In 45 steps of 3 images each worker goes through its shards several times."""
     source = open_data(damaged_shards.model_copy(update={"workers": workers, "train_samples": 135}), 3).train
     whole = list(source.training(4, 1, 0, 3, ONE))
     assert sum(b.valid is not None for b in whole) > 10
@@ -356,7 +356,7 @@ def entry(name, content=b"", kind=tarfile.REGTYPE, size=None, link="", pax=None)
 
 
 def shard_of(path, *entries, mode="w", format=tarfile.PAX_FORMAT):
-    """A tar file of (header, content) as they are, whether or not they fit."""
+    """A tar file of these headers and contents, whether or not they fit each other."""
     with tarfile.open(path, mode, format=format) as tar:
         for made, content in entries:
             tar.addfile(made, io.BytesIO(content) if content else None)
@@ -370,8 +370,8 @@ def sample(name, label=0, image=None):
 
 
 def read(path, classes=3):
-    """{name: label, or why it cannot be read} of a shard, and whether anything was written anywhere near
-    it.
+    """The samples of a shard, as (name, label, or why it cannot be read); asserts that nothing was written
+    near it.
     """
     before = sorted(path.parent.rglob("*"))
     found = []
@@ -457,8 +457,8 @@ GOOD = sample("good", 2)
     ids=lambda value: value[0][0].name[:20] + value[0][0].type.decode() if isinstance(value, tuple) else "",
 )
 def test_entries_of_bad_will(tmp_path, entries, expected):
-    """Whatever they are called and whatever they are: nothing is written, no link is followed, and what
-    comes after them is read.
+    """Whatever the name and the kind of an entry, nothing is written, no link is followed, and the entries
+    after it are read.
     """
     path = shard_of(tmp_path / "t.tar", *entries, *sample("last", 0))
     found = read(path)
@@ -471,7 +471,7 @@ def test_entries_of_bad_will(tmp_path, entries, expected):
 @pytest.mark.parametrize(("ending", "most"), [("jpg", 2**28), ("cls", 2**20)])
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch, ending, most, mode):
-    """Also where they are a few bytes that a compressor made of many; and what follows is."""
+    """Also where compression makes them a few bytes. The entries after them are read."""
     monkeypatch.setattr(shards_module, "LARGEST", 2**21)
     size = min(most, 2**21) + 1
     other = entry("a.cls", b"1") if ending == "jpg" else GOOD[0]
@@ -496,8 +496,8 @@ def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch, ending, mo
 
 
 def test_a_file_that_claims_more_than_there_is(tmp_path):
-    """Terabytes, by its header: the rest of the shard is lost, and named once; it is not asked for, block
-    by block, for hours.
+    """A header claims terabytes. The rest of the shard is lost and named once, and is not searched block by
+    block for hours.
     """
     path = shard_of(tmp_path / "t.tar", *sample("first", 1), *sample("torn", 1))
     whole = path.read_bytes().rstrip(b"\0")
@@ -517,7 +517,7 @@ def test_a_file_that_claims_more_than_there_is(tmp_path):
     "kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK]
 )
 def test_names_and_attributes_that_are_too_large(tmp_path, kind):
-    """tarfile would read all of them, at once."""
+    """tarfile alone would read them whole into memory."""
     import gzip
 
     made = tarfile.TarInfo("x")
@@ -536,7 +536,7 @@ def test_names_and_attributes_that_are_too_large(tmp_path, kind):
 @pytest.mark.parametrize("size", [10**12, 1000])
 @pytest.mark.parametrize("version", ["old", "0.1", "1.0"])
 def test_files_with_holes(tmp_path, version, size):
-    """A few bytes that may stand for terabytes, which tarfile would make of them."""
+    """A sparse file of a few bytes may stand for terabytes, which tarfile alone would allocate."""
     if version == "old":
         made = tarfile.TarInfo("a.jpg")
         made.type = tarfile.GNUTYPE_SPARSE
@@ -568,8 +568,8 @@ def test_files_with_holes(tmp_path, version, size):
 
 
 def test_headers_of_headers_of_headers(tmp_path):
-    """tarfile reads them within one another: beyond Python's depth, the rest of the shard is lost and
-    named.
+    """tarfile reads nested headers recursively. Beyond Python's recursion limit the rest of the shard is lost
+    and named.
     """
     made = tarfile.TarInfo("x")
     made.type, made.size = tarfile.XHDTYPE, 12
@@ -603,7 +603,7 @@ def test_shards_that_are_no_files(tmp_path, kind):
     ],
 )
 def test_patterns_of_more_shards_than_anyone_has(pattern):
-    """What braces expand to is a list, which must not be made."""
+    """The pattern is refused before its braces are expanded to a list."""
     with pytest.raises(DataError, match="expected a pattern of at most 1000000 shards"):
         shards_module.Shards(pattern, None, 0, 3)
 

@@ -1,4 +1,4 @@
-"""Worker processes that decode, and end when the program does: killed, or stuck in a file."""
+"""Worker processes that decode end when the program does, whether one was killed or hangs in a read."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture
 def start(tmp_path):
-    """start(*overrides): a run on a tree of images, in a process of its own."""
+    """start(*overrides) starts a run on a tree of images in a process of its own."""
     tree(tmp_path / "set" / "train", {"ant": 20, "bee": 20, "cat": 20})
     for i in range(1000):  # long epochs: each has workers of its own
         os.link(
@@ -54,7 +54,7 @@ def children(process):
 
 
 def end_of(process, seconds=60):
-    """What it printed; where it does not end, with the stacks of its threads."""
+    """What the process printed. If it does not end, the test fails with the stacks of its threads."""
     try:
         return process.communicate(timeout=seconds)[1]
     except subprocess.TimeoutExpired:
@@ -73,7 +73,7 @@ def wait(condition, process, seconds=60):
 
 
 def test_a_worker_that_is_killed_ends_the_run(start, tmp_path):
-    """For want of memory, say. The other one may wait for a lock that the dead one held."""
+    """A worker may be killed for want of memory. The other one may wait for a lock that the dead one held."""
     process = start("checkpoint.every_steps=2")
     wait(lambda: list((tmp_path / "out" / "checkpoints").glob("epoch*.pt")), process)
     os.kill(children(process)[-1], signal.SIGKILL)
@@ -88,7 +88,7 @@ def test_a_worker_that_is_killed_ends_the_run(start, tmp_path):
 
 
 def test_ctrl_c_while_a_file_cannot_be_read(start, tmp_path):
-    """A worker that waits for storage does not keep the program from its end."""
+    """A worker that waits for storage does not keep the program from ending."""
     (tmp_path / "set" / "train" / "bee" / "zzz.jpg").touch()
     process = start(**stuck(tmp_path / "site", "zzz.jpg"))
     wait(lambda: len(children(process)) == 2, process)

@@ -1,0 +1,81 @@
+"""The norms of a DAU: functions s with which a dynamic weight w is scaled to ``s(|w|^2) w``, so that its
+length is bounded.
+
+A third one is a class here, an entry of ``NORMS``, and the same for the Triton kernels in
+``coda_kernels/norms.py``; every backend, check and derivative finds it from there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+
+
+class Norm(Protocol):
+    """A norm as functions of the length |w| and its square q. Autograd goes through them."""
+
+    def scale(self, length: torch.Tensor, square: torch.Tensor, eps: float) -> torch.Tensor:
+        """s(q). NaN where q is infinite: |w|^2 has left the range of the dtype."""
+
+    def slope(
+        self, factor: torch.Tensor, length: torch.Tensor, square: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """``factor * ds/d|w|``, which overflows nowhere if ``factor`` does not; any value at w = 0."""
+
+    def curvature(self, length: torch.Tensor, square: torch.Tensor, eps: float) -> torch.Tensor:
+        """``(d slope_1 / d|w|) / |w|`` with ``slope_1 = (ds/d|w|) / |w|``, for second derivatives, where
+        |w| > ``flat_below(eps)``.
+        """
+
+    def flat_below(self, eps: float) -> float:
+        """The length up to which s is constant, or has a slope that does not count because w = 0."""
+
+
+class Squash:
+    """``s(q) = sqrt(q) / (1 + q)``: the scaled weight is shorter than 1 (arXiv:2104.00032, eq. 3)."""
+
+    def scale(self, length, square, eps):
+        return length / (1 + square)
+
+    def slope(self, factor, length, square, eps):
+        # (1 + q)^2 would overflow where each quotient does not
+        return factor * ((1 - square) / (1 + square)) / (1 + square)
+
+    def curvature(self, length, square, eps):
+        return (3 * square.square() - 6 * square - 1) / (length * square * (1 + square) ** 3)
+
+    def flat_below(self, eps):
+        return 0.0
+
+
+class L2:
+    """``s(q) = 1 / max(sqrt(q), eps)``: the scaled weight has length 1 (arXiv:2104.00032, eq. 4)."""
+
+    def scale(self, length, square, eps):
+        # as Squash does, not 1 / infinity = 0
+        return torch.where(square == math.inf, math.nan, 1 / length.clamp_min(eps))
+
+    def slope(self, factor, length, square, eps):
+        return torch.where(length > eps, -factor / square, 0)
+
+    def curvature(self, length, square, eps):
+        return 3 / length**5
+
+    def flat_below(self, eps):
+        return eps
+
+
+NORMS: dict[str, Norm] = {"squash": Squash(), "l2": L2()}
+
+
+def named(name: str) -> Norm:
+    """The norm of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {name!r}")
+    return NORMS[name]

@@ -1,0 +1,140 @@
+"""A DAU layer without its tensors (``Spec``), its tensors by name, and the calls of the three operators.
+
+Operators have flat schemas. Everything else passes these tuples on as they are; ``flatten`` and ``rebuild``
+are the only places that know the order of a schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from coda_fast import _norms
+from coda_fast._geometry import Geometry
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a DAU layer is besides its parameters."""
+
+    geometry: Geometry
+    norm: str  # a name in ``coda_fast._norms.NORMS``
+    eps: float  # least length of w under "l2"
+
+    def scale(self, length: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """s(|w|^2), from |w| and its square."""
+        return _norms.named(self.norm).scale(length, square, self.eps)
+
+    def slope(self, factor: torch.Tensor, length: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """``factor ds/d|w|``, from |w| and its square."""
+        return _norms.named(self.norm).slope(factor, length, square, self.eps)
+
+    def flat(self) -> tuple:
+        """Stride, padding, dilation, norm and eps; the kernel is in the shape of the weight."""
+        g = self.geometry
+        return list(g.stride), list(g.padding), list(g.dilation), self.norm, self.eps
+
+
+class Parameters(NamedTuple):
+    """The parameters of a layer, as tensors or whatever belongs to each of them."""
+
+    reduction_weight: Any  # B, [r, C, kh, kw]
+    weight: Any  # A, [n, r, C, kh, kw]
+    bias: Any = None  # b, [n, C, kh, kw], or None
+
+
+class Kept(NamedTuple):
+    """What ``align`` keeps for its backward pass, None where it does not: tensors, or shapes, or dtypes."""
+
+    dot: Any = None  # <w, u>, [n, P]
+    square: Any = None  # |w|^2, [n, P]
+    contraction: Any = None  # A u of all pixels, laid out as the backend likes
+    prepared: Any = None  # the parameters, laid out as the backend likes
+
+
+class Gradients(NamedTuple):
+    """Gradients of ``F(x, u)``, or whether each is needed."""
+
+    input: Any = None  # in x
+    applied: Any = None  # in u
+    reduction_weight: Any = None
+    weight: Any = None
+    bias: Any = None
+
+
+class Align(NamedTuple):
+    """A call of ``torch.ops.coda_fast.align``: F(x, u)."""
+
+    input: torch.Tensor
+    applied: torch.Tensor | None  # u; None: u = x
+    parameters: Parameters
+    spec: Spec
+    detach: bool
+    keep: str
+    backend: str
+
+
+class AlignBackward(NamedTuple):
+    """A call of ``torch.ops.coda_fast.align_backward``: the gradients of F(x, u)."""
+
+    grad: torch.Tensor
+    input: torch.Tensor
+    applied: torch.Tensor | None
+    parameters: Parameters
+    kept: Kept
+    spec: Spec
+    detach: bool
+    needs: Gradients
+    backend: str
+
+
+class Adjoint(NamedTuple):
+    """A call of ``torch.ops.coda_fast.adjoint``: G(x, v)."""
+
+    input: torch.Tensor
+    value: torch.Tensor
+    parameters: Parameters
+    spec: Spec
+    backend: str
+
+
+Call = TypeVar("Call", Align, AlignBackward, Adjoint)
+
+
+def flatten(call: Align | AlignBackward | Adjoint) -> list:
+    """The arguments of the operator, in the order of its schema."""
+    flat: list = []
+    for value in call:
+        if isinstance(value, Spec):
+            flat += value.flat()
+        elif isinstance(value, Gradients):
+            flat.append(list(value))
+        elif isinstance(value, (Parameters, Kept)):
+            flat += value
+        else:
+            flat.append(value)
+    return flat
+
+
+def rebuild(kind: type[Call], arguments) -> Call:
+    """The call that ``flatten`` made ``arguments`` of."""
+    rest, found = iter(arguments), {}
+    take = lambda part: part(*itertools.islice(rest, len(part._fields)))
+    for name in kind._fields:
+        if name == "parameters":
+            found[name] = take(Parameters)
+        elif name == "kept":
+            found[name] = take(Kept)
+        elif name == "needs":
+            found[name] = Gradients(*next(rest))
+        elif name == "spec":
+            stride, padding, dilation, norm, eps = itertools.islice(rest, 5)
+            kernel = found["parameters"].weight.shape[3:]
+            geometry = Geometry(tuple(kernel), tuple(stride), tuple(dilation), tuple(padding))
+            found[name] = Spec(geometry, norm, eps)
+        else:
+            found[name] = next(rest)
+    return kind(**found)

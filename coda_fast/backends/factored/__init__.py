@@ -1,0 +1,102 @@
+"""The DAU layer by library matrix products over small chunks of patches, on any device. The dynamic weight of
+all pixels is never in memory at once.
+
+The weight ``w = A z + b`` is affine in ``z = B x``. With ``z~ = [z; 1]`` and ``A~ = [A b]``,
+
+    <w_o, u> = sum_k z_k (A_ok . u) + b_o . u      one matrix product with n r rows, contracted with z
+    |w_o|^2  = z~^T (A~_o A~_o^T) z~               a quadratic form: Gram matrices times the numbers z_k z_l
+
+so ``w`` itself is needed only for the few pixels and units where it nearly cancels (``norm.Gram``). This
+*contracted* form pays where there are many pixels and d is large against r, because the Gram matrices are
+made once for all pixels and the contraction has r numbers where w has d. Elsewhere w is *generated*: in the
+forward pass where ``Layer._worth_generating`` says so, in the backward pass where d <= 2 r. Patches are
+gathered a chunk at a time, so that every intermediate stays in cache.
+
+Forward keeps <w, u> and |w|^2, two numbers for every unit and pixel, and the contraction A u if there is
+memory for it. The backward pass computes the rest again:
+
+    gs  = g s(q),   t = 2 g <w, u> s'(q)                     g: upstream gradient, q = |w|^2
+    du  = (gs (x) z~) A~
+    dA~ = (gs (x) z~)^T u + (sum_p t z~ z~^T) A~
+    dz  = sum_o gs_o A_o u + t_o A_o A~_o^T z~
+
+Pixels are columns of matrices. A patch is laid out (C, kh, kw), as the parameters are, so that they need no
+copy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from coda_fast._spec import Gradients, Kept, Parameters, Spec
+from coda_fast.backends.factored.layer import Layer, generates, kept_shapes_of
+
+# save_contraction="auto" keeps a contraction of at most so many bytes, of patches of at least so many
+# numbers: each number of it saves as many multiplications, and costs to be written and read whatever they are
+KEPT_BYTES = 256 << 20
+KEPT_DEPTH = 256
+
+
+def align(
+    input: torch.Tensor, applied: torch.Tensor | None, parameters: Parameters, spec: Spec, *, keep: str
+) -> tuple[torch.Tensor, Kept]:
+    """See ``coda_fast.backends.Backend``, like all that follow."""
+    return Layer.make(input, parameters, spec).align(input, applied, keep)
+
+
+def align_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    applied: torch.Tensor | None,
+    parameters: Parameters,
+    kept: Kept,
+    spec: Spec,
+    *,
+    detach: bool,
+    needs: Gradients,
+) -> Gradients:
+    layer = Layer.make(input, parameters, spec)
+    if not detach:
+        return layer.align_backward(grad, input, applied, kept, needs)
+    direct = layer.adjoint(input, grad, input if applied is None else applied, kept.square)
+    return Gradients(input=direct) if applied is None else Gradients(applied=direct)
+
+
+def adjoint(input: torch.Tensor, value: torch.Tensor, parameters: Parameters, spec: Spec) -> torch.Tensor:
+    return Layer.make(input, parameters, spec).adjoint(input, value, input)
+
+
+def adjoints(
+    values: torch.Tensor,
+    input: torch.Tensor,
+    applied: torch.Tensor | None,
+    parameters: Parameters,
+    kept: Kept,
+    spec: Spec,
+) -> torch.Tensor:
+    layer = Layer.make(input, parameters, spec)
+    return layer.adjoints(input, values, input if applied is None else applied, kept.square)
+
+
+def kept_shapes(input: torch.Tensor, parameters: Parameters, spec: Spec, *, keep: str) -> Kept:
+    units, rank, *window = parameters.weight.shape
+    height, width = spec.geometry.output_size(*input.shape[2:])
+    return kept_shapes_of(units, rank, math.prod(window), input.shape[0] * height * width, input.dtype, keep)
+
+
+def gradients_like(parameters: Parameters) -> Parameters:
+    like = lambda p: None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format)
+    return Parameters(*map(like, parameters))
+
+
+def worth_keeping(input: torch.Tensor, parameters: Parameters, spec: Spec) -> bool:
+    """Whether ``save_contraction="auto"`` keeps the contraction of a layer."""
+    units, rank, *window = parameters.weight.shape
+    depth = math.prod(window)
+    wide = input.dtype in (torch.float32, torch.float64)
+    if input.device.type != "cpu" or not wide or generates(rank, depth) or depth < KEPT_DEPTH:
+        return False
+    height, width = spec.geometry.output_size(*input.shape[2:])
+    return input.shape[0] * height * width * units * rank * input.element_size() <= KEPT_BYTES

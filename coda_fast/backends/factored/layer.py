@@ -1,0 +1,311 @@
+"""The passes of a layer in factored form, over chunks of pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from coda_fast._spec import Gradients, Kept, Spec
+from coda_fast.backends.factored import matrices
+from coda_fast.backends.factored.backward import Contracted, Generated
+from coda_fast.backends.factored.norm import Gram, Triangle, flushed_length
+from coda_fast.backends.factored.windows import Windows
+
+
+@dataclasses.dataclass
+class Layer:
+    """A DAU layer as matrices. Shapes: p pixels of a chunk, d = C kh kw; ``columns`` are [*, p]."""
+
+    reduce: torch.Tensor  # B, [r, d]
+    generate: torch.Tensor  # A, [n, r, d]
+    bias: torch.Tensor | None  # b, [n, d]
+    spec: Spec
+
+    @classmethod
+    def make(cls, input, parameters, spec):
+        compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+        reduce, weight, bias = parameters
+        return cls(
+            reduce.to(compute).flatten(1).contiguous(),
+            weight.to(compute).flatten(2).contiguous(),
+            None if bias is None else bias.to(compute).flatten(1).contiguous(),
+            spec,
+        )
+
+    # -- the three passes
+
+    def align(self, input, applied, keep):
+        """F(x, u) as [N, n, OH, OW], and what ``keep`` asks for."""
+        windows = Windows(input, self)
+        applied_windows = windows if applied is None else Windows(applied, self)
+        shapes = kept_shapes_of(*self.generate.shape, windows.pixels, input.dtype, keep)
+        dot, square = (self.reduce.new_empty(len(self.generate), windows.pixels) for _ in range(2))
+        contraction = None
+        if shapes.contraction != (0,):
+            contraction = self.reduce.new_empty(shapes.contraction)
+        if contraction is None and self._worth_generating(windows.pixels):
+            self._generate(windows, applied_windows, dot, square)
+        else:
+            self._contract(windows, applied_windows, dot, square, contraction)
+        output = windows.rows_to_image(self._scale(square).mul_(dot), input)
+        asked = (t if shape != (0,) else None for t, shape in zip((dot, square), shapes[:2], strict=True))
+        return output, Kept(*asked, contraction)
+
+    def _generate(self, windows, applied_windows, dot, square):
+        """<w, u> and |w|^2 [n, P] of weights that are made, a chunk at a time."""
+        scratch = matrices.Scratch()
+        for chunk in windows.chunks(*self._generated_chunks()):
+            x = windows.gather(chunk).t().contiguous()
+            u = x if applied_windows is windows else applied_windows.gather(chunk).t().contiguous()
+            for units, w in self._weights(matrices.product(x, self.reduce.t()), scratch):
+                torch.linalg.vector_norm(w, dim=2, out=square[units, chunk.columns])
+                torch.sum(w.mul_(u), 2, out=dot[units, chunk.columns])
+        square.square_()
+
+    def _contract(self, windows, applied_windows, dot, square, contraction):
+        """<w, u> and |w|^2 [n, P] without w, and A u [n r, P] if there is a tensor for it."""
+        n, r, d = self.generate.shape
+        norm = self._norm(matrices.Scratch())
+        together = applied_windows is windows and self.bias is not None  # b u and B x in one product
+        heads = torch.cat((self.bias, self.reduce)) if together else self.reduce
+        for chunk in windows.chunks(self._numbers(), self.generate.numel()):
+            x = windows.gather(chunk)
+            u = x if applied_windows is windows else applied_windows.gather(chunk)
+            found = matrices.product(heads, x)
+            z, part = found[-r:], dot[:, chunk.columns]
+            products = matrices.product(self.generate.view(n * r, d), u)
+            if contraction is not None:
+                contraction[:, chunk.columns] = products
+            torch.sum(products.view(n, r, -1).mul_(z), 1, out=part)
+            if self.bias is not None:
+                part += found[:n] if together else matrices.product(self.bias, u)
+            norm.square(z, square[:, chunk.columns], u, part)
+
+    def align_backward(self, grad, input, applied, kept, needs):
+        """Gradients of F. With ``applied=None`` (u = x) du is part of dx and returned
+        there.
+        """
+        need_x, need_u, need_reduce, need_weight, need_bias = needs
+        contraction = kept.contraction
+        shared = applied is None
+        need_u = need_x if shared else need_u
+        need_generate = need_weight or need_bias
+        windows = Windows(input, self)
+        applied_windows = windows if shared else Windows(applied, self)
+        n, r, d = self.generate.shape
+        v = windows.image_to_rows(grad)
+        gs, t = self._grad_factors(v, kept.dot, kept.square)
+        dx = windows.new_padded() if need_x else None
+        du = dx if shared else applied_windows.new_padded() if need_u else None
+        form = (Generated if self.generated else Contracted)(
+            self, need_u, need_x or need_reduce, need_generate
+        )
+        # b and B: with one u for both, their few rows make one product
+        heads, d_heads = [self.bias] if self.has_bias_rows else [], None
+        heads = torch.cat([*heads, self.reduce]) if shared and form.need_z else heads[0] if heads else None
+        d_reduce = torch.zeros_like(self.reduce) if need_reduce and not shared else None
+        for chunk in windows.chunks(self._numbers(), self.generate.numel(), 1 + need_generate):
+            x = windows.gather(chunk)
+            u = x if shared else applied_windows.gather(chunk)
+            z, part = matrices.product(self.reduce, x), gs[:, chunk.columns].contiguous()
+            known = None if contraction is None else contraction.view(n, r, -1)[:, :, chunk.columns]
+            dz, patch = form.backward(u, z, v[:, chunk.columns], part, t[:, chunk.columns], known)
+            rows = [part] if self.has_bias_rows else []
+            rows += [dz] if shared and form.need_z else []
+            rows = torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None
+            if rows is not None and (need_generate or (need_reduce and shared)):
+                d_heads = matrices.add(d_heads, matrices.product(rows, u.t()))
+            if need_u:
+                patch = patch if rows is None else patch.addmm_(rows.t(), heads)
+                applied_windows.scatter_add(du, chunk, patch)
+            if need_reduce and not shared:
+                d_reduce.addmm_(dz, x.t())
+            if need_x and not shared:
+                windows.scatter_add(dx, chunk, dz.t() @ self.reduce)
+        if d_heads is None and heads is not None:  # no pixels, or nobody asked
+            d_heads = torch.zeros_like(heads)
+        d_reduce = d_heads[-r:].clone() if need_reduce and shared else d_reduce
+        d_weight, d_bias = (
+            form.parameters(d_heads[:n] if self.has_bias_rows else None) if need_generate else (None, None)
+        )
+        of_parameters = (d_reduce, d_weight if need_weight else None, d_bias if need_bias else None)
+        return Gradients(
+            windows.crop(dx, input) if need_x else None,
+            applied_windows.crop(du, applied) if need_u and not shared else None,
+            *(None if g is None else self._like_parameter(g, input) for g in of_parameters),
+        )
+
+    def adjoint(self, input, value, like, square=None):
+        """G(x, v) as [N, C, H, W], in dtype and format of ``like``; ``square`` saves the norms where they
+        are known.
+        """
+        windows = Windows(input, self)
+        padded = windows.new_padded()
+        v = windows.image_to_rows(value)
+        gs = None if square is None else self._scale(square).mul_(v)
+        _, r, d = self.generate.shape
+        generates = self._worth_generating(windows.pixels) if square is None else d <= r
+        scratch = matrices.Scratch()
+        norm = self._norm(scratch) if square is None and not generates else None
+        for chunk in windows.chunks(
+            *(self._generated_chunks() if generates else (self._numbers(), self.generate.numel()))
+        ):
+            x = windows.gather(chunk)
+            if generates:
+                patch = None
+                for units, w in self._weights(matrices.product(x.t().contiguous(), self.reduce.t()), scratch):
+                    scale = self._scale(torch.linalg.vector_norm(w, dim=2).square_()) if gs is None else None
+                    part = scale.mul_(v[units, chunk.columns]) if gs is None else gs[units, chunk.columns]
+                    patch = matrices.add(patch, w.mul_(part.unsqueeze(2)).sum(0))
+            else:
+                z = matrices.product(self.reduce, x)
+                scale = self._scale(norm.square(z, z.new_empty(len(v), z.shape[1]))) if gs is None else None
+                part = scale.mul_(v[:, chunk.columns]) if gs is None else gs[:, chunk.columns]
+                patch = self._direct(part, z, scratch)
+                patch = patch if self.bias is None else patch.addmm_(part.t(), self.bias)
+            windows.scatter_add(padded, chunk, patch)
+        return windows.crop(padded, like)
+
+    def adjoints(self, input, values, like, square=None):
+        """G(x, v_k) as [K, N, C, H, W]. Of more than one v the weights themselves are made, a chunk at a
+        time: n r d products a pixel for all of them and n d for each, where ``adjoint`` takes n r d for each.
+        """
+        if len(values) == 1:
+            return self.adjoint(input, values[0], like, square)[None]
+        n, _, d = self.generate.shape
+        windows = Windows(input, self)
+        sums = torch.stack([windows.new_padded() for _ in values])
+        v = torch.stack([windows.image_to_rows(value) for value in values])  # [K, n, P]
+        by_rank = self._by_rank()
+        for chunk in windows.chunks(max(n * d, len(values) * d), self.generate.numel()):
+            z = matrices.product(self.reduce, windows.gather(chunk))
+            w = self._weights_of_all(z, by_rank)
+            q = (
+                torch.linalg.vector_norm(w, dim=2).square_().t()
+                if square is None
+                else square[:, chunk.columns]
+            )
+            # else bmm copies pixel by pixel
+            gs = (self._scale(q) * v[:, :, chunk.columns]).permute(2, 0, 1).contiguous()
+            windows.scatter_add(sums, chunk, torch.bmm(gs, w).transpose(0, 1))
+        return torch.stack([windows.crop(padded, like) for padded in sums])
+
+    # -- their pieces
+
+    @property
+    def generated(self) -> bool:
+        """Whether the weights are made in the backward pass: there are n d of them a pixel, where the
+        contraction has n r numbers.
+        """
+        return generates(*self.generate.shape[1:])
+
+    def _worth_generating(self, pixels) -> bool:
+        """Whether generating w is cheaper than the contracted form.
+
+        Both take a product of r d multiplications for every unit and pixel. The generated form then handles d
+        numbers of w. The contracted form handles r numbers of the contraction, and for the norm r^2 / 2
+        multiplications, by numbers that cost r^2 / 2 once for every pixel and r^2 d / 2 once for every unit.
+        The factors below are hundredths of a nanosecond, measured with two threads of a Zen 4
+        (docs/benchmark.md); that of r includes that the contraction is written to new memory. Where d <= 2 r
+        the answer is always yes, as in ``generated``.
+        """
+        n, r, d = self.generate.shape
+        if self.generate.device.type != "cpu":
+            return generates(r, d)
+        return pixels == 0 or 30 * d < 70 * r + r * r * (1 + 17 / n + 2 * d / pixels)
+
+    def _generated_chunks(self):
+        """The arguments of ``Windows.chunks`` for the generated form: chunks of twice the bytes, with no more
+        of the parameters.
+        """
+        n, r, d = self.generate.shape
+        return max(1, min(n, matrices.units_at_once()) * d // 2), n * r * d // 2
+
+    @property
+    def has_bias_rows(self) -> bool:
+        """Whether b multiplies u apart from A; where w is generated, b is part of it."""
+        return self.bias is not None and not self.generated
+
+    def _like_parameter(self, gradient, input):
+        """[..., d] -> [..., C, kh, kw], in the dtype of the input. Not a view, which automatic
+        differentiation in forward mode refuses.
+        """
+        shape = (*gradient.shape[:-1], input.shape[1], *self.spec.geometry.kernel)
+        return torch.ops.aten._unsafe_view(gradient, shape).to(input.dtype)
+
+    def _numbers(self):
+        """Numbers of the largest intermediate for every pixel. Those of the norm are read only once, and may
+        be twice as many.
+        """
+        n, r, d = self.generate.shape
+        return n * d if self.generated else max(n * r, d, Gram.numbers(r) // 2)
+
+    def _norm(self, scratch):
+        """``Gram`` looks at the numbers that it has computed, for which a GPU would have to wait."""
+        if self.generate.device.type == "cpu":
+            return Gram(self.generate, self.bias, scratch)
+        return Triangle(self.generate, self.bias)
+
+    def _weights(self, z, scratch):
+        """w of rows z [p, r], a few units at a time: (which units, w [units, p, d])."""
+        n, _, d = self.generate.shape
+        at_once, numbers = matrices.units_at_once(), d * max(1, len(z))
+        count = at_once * max(1, 2 * matrices.chunk_bytes(z) // (z.element_size() * numbers) // at_once)
+        for first in range(0, n, count):
+            units = slice(first, first + count)
+            generate = self.generate[units]
+            w, z_of_each = scratch(z, len(generate), len(z), d), z.expand(len(generate), -1, -1)
+            if self.bias is None:
+                torch.bmm(z_of_each, generate, out=w)
+            else:
+                torch.baddbmm(self.bias[units].unsqueeze(1), z_of_each, generate, out=w)
+            yield units, w
+
+    def _by_rank(self):
+        """A as [r, n d]."""
+        return self.generate.transpose(0, 1).flatten(1)
+
+    def _weights_of_all(self, z, by_rank):
+        """w of columns z [r, p], of all units by pixel: [p, n, d]."""
+        n, _, d = self.generate.shape
+        w = matrices.product(z.t().contiguous(), by_rank).view(-1, n, d)
+        return w if self.bias is None else w.add_(self.bias)
+
+    def _direct(self, gs, z, scratch):
+        """sum_o gs_o A_o^T z as rows [p, d]."""
+        n, r, d = self.generate.shape
+        gs = gs.t().contiguous()
+        outer = torch.mul(gs.unsqueeze(2), z.t().contiguous().unsqueeze(1), out=scratch(z, len(gs), n, r))
+        return matrices.product(outer.view(-1, n * r), self.generate.view(n * r, d))
+
+    def _scale(self, square):
+        """s(q)."""
+        return self.spec.scale(square.sqrt(), square)
+
+    def _grad_factors(self, grad, dot, square):
+        """gs = g s(q) and t = 2 g <w, u> s'(q), with their limits (0) at q = 0."""
+        length = square.sqrt()
+        flushed = flushed_length(self.generate.shape[1] + 1, square.dtype)
+        ratio = torch.where(length > 0, dot / length.clamp_min(flushed), 0)  # bounded by 2 |u|
+        gs = self.spec.scale(length, square).mul_(grad)
+        return gs, self.spec.slope(grad * ratio, length, square)
+
+
+def generates(rank: int, depth: int) -> bool:
+    """Whether w has no more numbers than the contraction and the norm need: then it is made."""
+    return depth <= 2 * rank
+
+
+def kept_shapes_of(units, rank, depth, pixels, dtype, keep):
+    """The contraction A u is kept in float32 and float64 only; there are no prepared parameters."""
+    columns = (units, pixels)
+    contracted = (
+        keep == "contraction" and dtype in (torch.float32, torch.float64) and not generates(rank, depth)
+    )
+    return Kept(
+        dot=columns if keep in ("products", "contraction") else (0,),
+        square=columns if keep != "nothing" else (0,),
+        contraction=(units * rank, pixels) if contracted else (0,),
+        prepared=(0,),
+    )

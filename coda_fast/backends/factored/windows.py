@@ -1,0 +1,127 @@
+"""The windows of images as columns of matrices, a chunk at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+
+from coda_fast._geometry import format_of
+from coda_fast.backends.factored import matrices
+
+if TYPE_CHECKING:
+    from coda_fast.backends.factored.layer import Layer
+
+# A chunk has at least so many times the bytes of A, which every chunk reads, whatever the budget is; and
+# twice as many where every chunk also adds to the gradient of A
+CHUNK_PARAMETERS = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Consecutive pixels: whole images, or lines of one."""
+
+    images: slice
+    lines: slice
+    columns: slice  # of the [..., P] matrices
+
+
+class Windows:
+    """The windows of an image batch as columns of a matrix, gathered and scattered a chunk at a time."""
+
+    def __init__(self, image, layer: Layer):
+        g = layer.spec.geometry
+        self.geometry, self.compute = g, layer.reduce.dtype
+        self.batch, self.channels, height, width = image.shape
+        self.out = g.output_size(height, width)
+        self.pixels = self.batch * self.out[0] * self.out[1]
+        left, right, top, bottom = g.padding
+        padded_height, padded_width = height + top + bottom, width + left + right
+        if any(g.padding):  # one copy from any layout and dtype
+            self.padded = layer.reduce.new_zeros(self.batch, self.channels, padded_height, padded_width)
+            self.padded[:, :, top : top + height, left : left + width] = image
+        else:
+            self.padded = image.to(self.compute).contiguous()
+        plane = padded_height * padded_width
+        taps = (g.dilation[0] * padded_width, g.dilation[1])
+        steps = (self.channels * plane, g.stride[0] * padded_width, g.stride[1])
+        self.windows = self.padded.as_strided(
+            (self.channels, *g.kernel, self.batch, *self.out), (plane, *taps, *steps)
+        )
+
+    def chunks(self, numbers_per_pixel, parameters, factor=1):
+        """As few chunks as the budget allows, of about equal size: whole images where several fit, else lines
+        of one image.
+        """
+        size = self.padded.element_size()
+        budget = (
+            factor
+            * max(matrices.chunk_bytes(self.padded), CHUNK_PARAMETERS * parameters * size)
+            // (numbers_per_pixel * size)
+        )
+        height, width = self.out
+        images, lines = _even(self.batch, budget // (height * width)), _even(height, budget // width)
+        for i in range(0, self.batch, images):
+            stop = min(i + images, self.batch)
+            for h in range(0, height, lines):
+                end = min(h + lines, height)
+                first = (i * height + h) * width
+                count = (stop - i) * (end - h) * width
+                yield Chunk(slice(i, stop), slice(h, end), slice(first, first + count))
+
+    def gather(self, chunk):
+        """Patches as columns, [d, p]."""
+        part = self.windows[:, :, :, chunk.images, chunk.lines]
+        # reshape alone may give a view of overlapping rows
+        return part.reshape(-1, chunk.columns.stop - chunk.columns.start).contiguous()
+
+    def scatter_add(self, padded, chunk, patches):
+        """Adds patches [..., p, d] to a padded image [..., N, H, W, C], or to several."""
+        g, (*many, _, height, width, channels) = self.geometry, padded.shape
+        row = width * channels
+        steps, taps = (
+            (g.stride[0] * row, g.stride[1] * channels),
+            (g.dilation[0] * row, g.dilation[1] * channels),
+        )
+        windows = padded.as_strided(
+            (*many, self.batch, *self.out, channels, *g.kernel),
+            (*padded.stride()[:-4], height * row, *steps, 1, *taps),
+        )[..., chunk.images, chunk.lines, :, :, :, :]
+        patches = patches.view(windows.shape)
+        taps = lambda t: [tap for row in t.unbind(-2) for tap in row.unbind(-1)]
+        # windows overlap, so the taps are added one after the other (on a GPU too, as none of them is dense)
+        torch._foreach_add_(taps(windows), taps(patches))
+
+    def new_padded(self):
+        """A padded image of zeros, channels last because gradients are added pixel by pixel."""
+        batch, channels, height, width = self.padded.shape
+        return self.padded.new_zeros(batch, height, width, channels)
+
+    def rows_to_image(self, rows, like):
+        """[n, P] -> [N, n, OH, OW]"""
+        image = torch.empty(
+            self.batch,
+            len(rows),
+            *self.out,
+            dtype=like.dtype,
+            device=like.device,
+            memory_format=format_of(like),
+        )
+        return image.copy_(rows.view(len(rows), self.batch, *self.out).transpose(0, 1))
+
+    def image_to_rows(self, image):
+        """[N, n, OH, OW] -> [n, P]"""
+        return image.transpose(0, 1).to(self.compute).reshape(image.shape[1], -1)
+
+    def crop(self, padded, like):
+        """A padded image [N, H', W', C] as [N, C, H, W], in dtype and format of ``like``."""
+        left, _, top, _ = self.geometry.padding
+        image = padded[:, top : top + like.shape[2], left : left + like.shape[3]].permute(0, 3, 1, 2)
+        return image.to(like.dtype).contiguous(memory_format=format_of(like))
+
+
+def _even(count, most):
+    """The size of equal parts of ``count``, of at most ``most`` (1 at least)."""
+    parts = -(-count // max(1, min(count, most))) if count else 1
+    return max(1, -(-count // parts))

@@ -1,0 +1,87 @@
+"""What the processes of a run tell each other, over Lightning Fabric's process group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+from coda_fast.data.errors import DataError
+from coda_fast.data.sources import Process
+from coda_fast.train.errors import TrainingError
+from coda_fast.train.state import State
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+HEARTBEAT = 2.0  # seconds between messages, about: a signal to stop does not wait for log.every slow steps
+
+
+class Agreement:
+    """One process of a run, and how it agrees with the others. Every method is called by all processes."""
+
+    def __init__(self, fabric: Fabric, state: State):
+        self.fabric, self.state = fabric, state
+        self.process = Process(fabric.global_rank, fabric.world_size)
+        self.is_rank_zero = fabric.is_global_zero
+
+    def on_rank_zero(self, work: Callable[[], Any]) -> Any:
+        """Rank zero calls ``work``; its result, or its failure, is that of all processes.
+
+        Raises:
+            TrainingError: with the message of what ``work`` raised.
+        """
+        result = failure = None
+        if self.is_rank_zero:
+            try:
+                result = work()
+            except (TrainingError, DataError) as error:
+                failure = str(error)
+            except OSError as error:
+                failure = f"{error}; {self.state.last_good_in_words()}"
+        result, failure = self.fabric.broadcast((result, failure))
+        if failure is not None:
+            raise TrainingError(failure)
+        return result
+
+    def sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Each number, added over the processes."""
+        return self.fabric.all_reduce(numbers, reduce_op="sum")
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return float(self.sum(torch.tensor(float(flag), device=self.fabric.device))) > 0
+
+    def gather(self, value: Any) -> list:
+        """The value of each process, in the order of ranks; Fabric gathers nothing but tensors."""
+        if self.process.world_size == 1:
+            return [value]
+        gathered = [None] * self.process.world_size
+        distributed.all_gather_object(gathered, value)
+        return gathered
+
+
+class Heartbeat:
+    """Says after how many steps the processes exchange their next message: about HEARTBEAT seconds by the
+    clock of rank zero, in a number of steps that is the same for all of them.
+    """
+
+    def __init__(self):
+        self.interval, self.passed, self.last = 1, 0, time.perf_counter()
+
+    def is_due(self) -> bool:
+        """Count a step; whether a message is due after it."""
+        self.passed += 1
+        return self.passed >= self.interval
+
+    def waited(self) -> float:
+        """Seconds since the last message."""
+        return time.perf_counter() - self.last
+
+    def restart(self, waited: float) -> None:
+        """After a message that came ``waited`` seconds after the last one, as rank zero said."""
+        self.interval = max(1, int(HEARTBEAT * self.passed / max(waited, 1e-9)))
+        self.passed, self.last = 0, time.perf_counter()

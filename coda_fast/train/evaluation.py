@@ -1,0 +1,87 @@
+"""Loss and accuracy on the validation images, of the weights and of their moving average."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from coda_fast.data.sources import Batch, to_float
+from coda_fast.train import checkpoints
+from coda_fast.train.errors import Stopped, TrainingError
+from coda_fast.train.setup import Setup
+from coda_fast.train.signals import Signals
+from coda_fast.train.state import State
+from coda_fast.train.unreadable import note_unreadable
+
+
+@torch.no_grad()
+def evaluate(setup: Setup, state: State, signals: Signals) -> dict:
+    """A part of the row of an epoch: ``val_loss``, ``val_accuracy``, from 100 classes on ``val_top5``, the
+    same as ``ema_...``, and ``val_images``. Every image counts once, over all processes.
+
+    Raises:
+        Stopped: a signal asks for it; the evaluation is then repeated by the run that goes on.
+        TrainingError: no image can be read, or too many cannot.
+    """
+    setup.module.eval()
+    modules = {"": setup.objective}
+    if setup.ema is not None:
+        modules["ema_"] = setup.ema.module
+    batches = setup.source.val.evaluation(setup.recipe.evaluation.batch_size, setup.process)
+    with contextlib.closing(batches):
+        sums, failures = _sums(setup, state, signals, batches, list(modules.values()))
+    total = torch.cat([sums.flatten(), torch.tensor([float(len(failures))])])
+    total = setup.agreement.sum(total.to(setup.device, setup.sum_dtype))
+    if float(total[-1]):
+        note_unreadable(setup, state, failures)
+    row, sums = {}, total[:-1].reshape(sums.shape).tolist()
+    for prefix, (loss, first, five, count) in zip(modules, sums, strict=True):
+        if not count:
+            raise TrainingError(
+                f"data: expected validation images, could read none of them; {state.last_good_in_words()}"
+            )
+        row |= {f"{prefix}val_loss": loss / count, f"{prefix}val_accuracy": first / count}
+        if setup.source.num_classes >= 100:
+            row[f"{prefix}val_top5"] = five / count
+    return row | {"val_images": int(count)}
+
+
+def _sums(setup, state, signals, batches, modules):
+    """Of the images of this process, for each module: losses, correct, correct among five, images. And what
+    could not be read.
+    """
+    sums, failures = torch.zeros(len(modules), 4, dtype=torch.float64), []
+    while True:
+        batch = next(batches, None)
+        message = torch.tensor([float(batch is not None), float(signals.asked)], device=setup.device)
+        left, asked = setup.agreement.sum(message).tolist()
+        if asked:
+            checkpoints.save(setup, state)
+            raise Stopped(state.last_good)
+        if not left:
+            return sums, failures
+        if batch is None:  # the other processes have batches left
+            if not setup.is_sharded:
+                continue
+            batch = _no_images(setup)  # their forward passes need this one
+        batch = batch.to(setup.device)
+        failures += batch.failures
+        images = to_float(batch.images, setup.dtype, setup.recipe.channels_last)
+        for row, module in zip(sums, modules, strict=True):
+            logits, losses, _ = module(images, batch.labels)
+            row += _batch_sums(logits, losses, batch)
+
+
+def _batch_sums(logits, losses, batch):
+    readable = slice(None) if batch.valid is None else batch.valid
+    losses, labels = losses[readable].cpu().double(), batch.labels[readable]  # Apple's GPUs have no float64
+    top = (logits[readable].topk(min(5, logits.shape[1])).indices == labels[:, None]).cpu()
+    found = losses.sum(), top[:, :1].sum(), top.sum(), len(losses)
+    return torch.tensor([float(number) for number in found], dtype=torch.float64)
+
+
+def _no_images(setup):
+    side, channels = setup.recipe.data.size or 32, setup.objective.model.image_channels
+    images = torch.zeros(1, channels, side, side, dtype=torch.uint8)
+    return Batch(images, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))

@@ -1,0 +1,83 @@
+"""The folder of a run: it holds nothing that the run reads, and no other run writes there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from coda_fast import safety
+from coda_fast.checkpoints import atomic_path
+from coda_fast.train.errors import FILES, TrainingError
+from coda_fast.train.schema import Recipe
+
+PATIENCE = 100.0  # seconds; servers of NFS keep locks of a host that was lost for 90
+# what file systems without locks say
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+class RunFolder(contextlib.ExitStack):
+    """The folder, and its lock from ``lock`` on until the context ends. ``say``: called with messages."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        super().__init__()
+        self.path, self.checkpoints, self.say, self.is_locked = path, path / "checkpoints", say, False
+
+    def check(self, recipe: Recipe) -> None:
+        """TrainingError where the run would write into its data."""
+        data = recipe.data
+        read = [path for path in (data.path, data.val_path) if path is not None]
+        classes = []
+        if data.kind == "folder" and data.path is not None:
+            classes = [os.path.join(data.path, "train"), data.val_path or os.path.join(data.path, "val")]
+        try:
+            safety.check_output_folder(self.path, classes)
+            safety.check_outputs([self.path / name for name in FILES], read)
+        except ValueError as error:
+            raise TrainingError(str(error)) from None
+
+    def lock(self) -> None:
+        """Make the folder and lock it, once. A file is locked because the runs may be on different hosts that
+        share nothing else; where the file system has no locks, a message says so.
+
+        Raises:
+            TrainingError: the folder cannot be written to, or another process trains there.
+        """
+        if self.is_locked:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: expected a folder that can be written to (--output): {error.strerror}"
+            ) from None
+        self.is_locked = True
+
+    def _lock(self):
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / ".lock")
+        try:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:  # a run that was just killed may hold it for some time more
+                self.say(f"waiting up to {PATIENCE:.0f} s for the run that holds {self.path}")
+                lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise TrainingError(
+                f"{self.path}: another process trains there; choose another folder (--output), or remove "
+                f"{lock.lock_file} if there is none"
+            ) from None
+        except (NotImplementedError, OSError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+                raise
+            self.say(f"{self.path} cannot be locked: see to it that no other run writes there")
+        self.callback(lock.release)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """recipe.yaml, with all values."""
+        with atomic_path(self.path / "recipe.yaml") as temporary:
+            temporary.write_text(recipe.to_yaml(), encoding="utf-8")

@@ -1,0 +1,262 @@
+"""Set-up: what a run trains, made of its recipe, and checked before anything is written."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from coda_fast import safety
+from coda_fast.data.shards import Shards
+from coda_fast.data.sources import Arrays, Process, seeded
+from coda_fast.models import CoDANet, create_model
+from coda_fast.train import processes
+from coda_fast.train.agreement import Agreement
+from coda_fast.train.data import Source, open_data
+from coda_fast.train.errors import TrainingError, need
+from coda_fast.train.logger import Logger
+from coda_fast.train.objective import Objective
+from coda_fast.train.optimization import make_optimizer, make_schedule
+from coda_fast.train.schema import Recipe
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
+    from timm.utils import ModelEmaV3
+
+# of the weights; bfloat16 is autocast
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run trains, with what, and where it writes. None of it is replaced while it trains.
+
+    Attributes:
+        source: training and validation images; ``facts``: what tells them apart from others.
+        steps: optimiser steps of an epoch.
+        local_batch: images of a step in each process, computed ``micro_batch`` at a time.
+        objective: model and loss; ``module``: the same as Fabric wraps it for the processes.
+        ema: timm's moving average of the objective, if the recipe has one.
+        whole_model: of rank zero alone, all weights of the last checkpoint, for maps and files.
+    """
+
+    recipe: Recipe
+    output: Path
+    agreement: Agreement
+    logger: Logger
+    source: Source
+    facts: dict
+    steps: int
+    local_batch: int
+    micro_batch: int
+    objective: Objective
+    module: torch.nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    whole_model: CoDANet | None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    @property
+    def process(self) -> Process:
+        return self.agreement.process
+
+    @property
+    def device(self) -> torch.device:
+        return self.agreement.fabric.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.recipe.precision]
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of sums of metrics."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    @property
+    def is_sharded(self) -> bool:
+        return processes.is_sharded(self.agreement.fabric)
+
+
+def set_up(recipe: Recipe, output: Path, agreement: Agreement, logger: Logger) -> Setup:
+    """Model, images, optimiser and schedule of a recipe, on the device and shared over the processes. No file
+    is written.
+
+    Raises:
+        TrainingError: values of the recipe that do not fit each other, the data, or this machine.
+    """
+    fabric, process = agreement.fabric, agreement.process
+    local_batch, micro_batch = split_batch(recipe, process)
+    model, source = _model_and_source(recipe, fabric.device, logger, local_batch, micro_batch)
+    facts = source.facts()
+    _check_same_data(agreement.gather(facts))
+    if isinstance(source.train, Shards):
+        source.train.need_enough(process)
+    steps = len(source.train) // recipe.batch_size
+    if not steps:
+        raise TrainingError(
+            f"batch_size: expected at most {len(source.train)}, the training images, got {recipe.batch_size}"
+        )
+    if recipe.loss.matrix_weight and recipe.loss.matrix_classes > (most := source.num_classes):
+        raise TrainingError(
+            f"loss.matrix_classes: expected at most the {most} classes, got {recipe.loss.matrix_classes}"
+        )
+    logger.say(f"data: {_amounts(facts, source.num_classes)}")
+    if recipe.micro_batch and 2 * micro_batch < min(recipe.micro_batch, local_batch):
+        logger.say(
+            f"micro_batch: {recipe.micro_batch} does not divide the {local_batch} images of a process, "
+            f"{micro_batch} does"
+        )
+    objective, whole_model, ema = _objective(recipe, model, agreement)
+    if recipe.compile:
+        objective.compile()
+    module = fabric.setup_module(objective)
+    optimizer = make_optimizer(recipe, module.parameters())
+    schedule = make_schedule(recipe, optimizer, steps)
+    return Setup(
+        recipe=recipe,
+        output=output,
+        agreement=agreement,
+        logger=logger,
+        source=source,
+        facts=facts,
+        steps=steps,
+        local_batch=local_batch,
+        micro_batch=micro_batch,
+        objective=objective,
+        module=module,
+        ema=ema,
+        optimizer=fabric.setup_optimizers(optimizer),
+        schedule=schedule,
+        whole_model=whole_model,
+    )
+
+
+def split_batch(recipe: Recipe, process: Process) -> tuple[int, int]:
+    """Images of a step for each process, and of a micro-batch: the largest equal part that ``micro_batch``
+    allows.
+    """
+    if recipe.batch_size % process.world_size:
+        raise TrainingError(
+            f"batch_size: expected a multiple of {process.world_size}, the number of processes, got "
+            f"{recipe.batch_size}"
+        )
+    local = recipe.batch_size // process.world_size
+    most = min(local, recipe.micro_batch or local)
+    return local, next(size for size in range(most, 0, -1) if local % size == 0)
+
+
+def differences(before: dict, after: dict, first: str, second: str) -> str:
+    """What differs in facts about data, in words."""
+    return ", ".join(
+        f"{key} ({first} {before.get(key)!r}, {second} {after[key]!r})"
+        for key in after
+        if after[key] != before.get(key)
+    )
+
+
+def _check_same_data(gathered):
+    """TrainingError, in every process, unless all have the same images: with others they would take other
+    numbers of steps, and wait for each other without end.
+    """
+    for rank, facts in enumerate(gathered):
+        if changed := differences(gathered[0], facts, "process 0", f"process {rank}"):
+            raise TrainingError(f"data: expected the same images in every process, got {changed}")
+
+
+def _amounts(facts, num_classes):
+    """In words, as "1347 images to train with, 450 images to validate with, 10 classes"."""
+    uses, parts = {"train": "train", "val": "validate"}, []
+    for key, count in facts.items():
+        if key.endswith(("_images", "_shards")):
+            split, unit = key.split("_")
+            parts.append(f"{count} {unit} to {uses[split]} with")
+    return ", ".join([*parts, f"{num_classes} classes"])
+
+
+def _model_and_source(recipe, device, logger, local_batch, micro_batch):
+    probe = _create_model(recipe, {}, device="meta")  # nothing is allocated
+    source = open_data(recipe.data, probe.image_channels, device, logger.reading)
+    options = {
+        "class_names": source.class_names,
+        "dtype": DTYPES[recipe.precision],
+        "preprocessing": source.preprocessing,
+    }
+    if source.preprocessing.crop is not None:
+        options["image_size"] = source.preprocessing.crop
+    channels = recipe.model.out_channels
+    if channels is None:
+        options["num_classes"] = source.num_classes
+    elif (
+        channels[-1] != source.num_classes
+    ):  # in a network of its own layers the last of them are the classes
+        raise TrainingError(
+            f"model.out_channels: expected {source.num_classes} classes at the end, got {channels}"
+        )
+    _check_memory(
+        recipe, _create_model(recipe, options, device="meta"), source, device, local_batch, micro_batch
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded(recipe.seed))  # the same weights in every process
+        return _create_model(recipe, options), source
+
+
+def _create_model(recipe, options, **more):
+    try:
+        return create_model(recipe.model.name, **options | recipe.model.arguments(), **more)
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"model: {str(error).removeprefix('model: ')}") from None
+    # torch, of sizes that 64 bits do not hold
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise TrainingError(
+            f"model: expected layers that this machine can hold, got {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def _check_memory(recipe, model, source, device, local_batch, micro_batch):
+    """TrainingError where weights, images or activations of a step alone take more memory than there is."""
+    weights = sum(p.numel() for p in model.parameters()) * DTYPES[recipe.precision].itemsize
+    try:
+        safety.need_memory("model: weights, their gradients and a copy", 3 * weights, device)
+        in_memory = isinstance(source.train, Arrays)
+        height, width = source.train.images.shape[2:] if in_memory else (recipe.data.size or 1,) * 2
+        pixels = height * width * model.image_channels
+        if not in_memory:
+            batches = 1 + 4 * recipe.data.workers  # that the loader keeps ready
+            safety.need_memory("batch_size, data.workers, data.size: images", batches * local_batch * pixels)
+        activations = 0
+        if in_memory or recipe.data.size:
+            activations = sum(map(math.prod, model.layer_sizes(height, width).values()))
+        # of two bytes under autocast
+        needed = 2 * micro_batch * (activations + 2 * pixels)
+        safety.need_memory("batch_size, micro_batch: activations", needed, device)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+
+
+def _objective(recipe, model, agreement):
+    """The objective, rank zero's whole model, and the moving average, on the device."""
+    is_sharded = processes.is_sharded(agreement.fabric)
+    if recipe.channels_last and not is_sharded:  # FSDP2 takes contiguous weights only
+        model = model.to(memory_format=torch.channels_last)
+    objective = Objective(model.to(agreement.fabric.device), recipe)
+    whole_model = ema = None
+    if agreement.is_rank_zero:
+        whole_model = copy.deepcopy(objective.model).requires_grad_(False)
+    if recipe.ema.decay:
+        need("timm")
+        from timm.utils import ModelEmaV3
+
+        options = dict(decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, foreach=not is_sharded)
+        ema = ModelEmaV3(objective, **options)
+        if is_sharded:
+            processes.shard(ema.module, agreement.fabric.strategy.device_mesh)
+    return objective, whole_model, ema
