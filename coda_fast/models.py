@@ -15,6 +15,7 @@ from coda_fast._wrappers import unwrap
 from coda_fast.data.preprocessing import Preprocessing
 from coda_fast.dynamic_linear import DynamicLinear
 from coda_fast.functional import EPS
+from coda_fast.named_models import MODELS
 from coda_fast.network import LOGIT_BIAS, Network
 from coda_fast.nn import DAUConv2d, check_size, explanation_mode
 
@@ -269,96 +270,7 @@ class CoDANet(Network):
         return found
 
 
-# Published configurations (paper, appendix) and ours. "base": the rank that the override ``rank=`` replaces,
-# others in proportion.
-_S = dict(
-    out_channels=[16, 16, 32, 32, 32, 64, 64, 64],
-    kernel_sizes=[3] * 8 + [1],
-    strides=[1, 1, 2, 1, 1, 2, 1, 1, 1],
-)
-_IMAGENET = dict(image_size=240, preprocessing=dict(resize=256, crop=240))
-_L = dict(
-    out_channels=[16, 32, 32, 64, 64, 64, 64, 64],
-    kernel_sizes=[7] + [3] * 8,
-    strides=[3, 1, 1, 2, 1, 1, 2, 1, 1],
-)
-_MODELS = {
-    # name: (classes, layers, origin)
-    "coda_s_cifar10": (
-        10,
-        dict(_S, ranks=[32] * 2 + [64] * 7, temperature=1000.0, image_size=32),
-        "published",
-    ),
-    "coda_l_imagenet100": (
-        100,
-        dict(_L, ranks=[64] * 3 + [128] * 3 + [256] * 3, temperature=1e5, **_IMAGENET),
-        "published",
-    ),
-    "coda_xs_digits": (
-        10,
-        dict(
-            out_channels=[8, 16],
-            ranks=[16, 32, 32],
-            kernel_sizes=[3] * 3,
-            strides=[1, 2, 1],
-            temperature=40.0,
-            image_size=8,
-            image_channels=1,
-        ),
-        "coda_fast",
-    ),
-    "coda_xs_mnist": (
-        10,
-        dict(
-            out_channels=[8, 16, 32],
-            ranks=[16, 32, 32, 32],
-            kernel_sizes=[3] * 3 + [1],
-            strides=[2, 2, 1, 1],
-            temperature=50.0,
-            image_size=28,
-            image_channels=1,
-        ),
-        "coda_fast",
-    ),
-    "coda_m_tinyimagenet": (
-        200,
-        dict(
-            out_channels=[16, 32, 32, 64, 64, 64, 128, 128],
-            ranks=[32] * 2 + [64] * 4 + [128] * 3,
-            kernel_sizes=[3] * 8 + [1],
-            strides=[1, 1, 2, 1, 1, 2, 1, 1, 1],
-            temperature=5e3,
-            image_size=64,
-        ),
-        "coda_fast",
-    ),
-    "coda_l_imagenet1k": (
-        1000,
-        dict(
-            _L,
-            kernel_sizes=[7] + [3] * 7 + [1],
-            ranks=[64] * 3 + [128] * 3 + [256] * 3,
-            temperature=1e5,
-            **_IMAGENET,
-        ),
-        "coda_fast",
-    ),
-    "coda_xl_imagenet1k": (
-        1000,
-        dict(
-            out_channels=[32, 64, 64, 128, 128, 128, 128, 128],
-            ranks=[64] * 3 + [128] * 3 + [256] * 3,
-            kernel_sizes=[7] + [3] * 7 + [1],
-            strides=[3, 1, 1, 2, 1, 1, 2, 1, 1],
-            temperature=1e5,
-            **_IMAGENET,
-        ),
-        "coda_fast",
-    ),
-}
-
-
-for _name, (_classes, _config, _origin) in _MODELS.items():
+for _name, (_classes, _config, _origin) in MODELS.items():
     _config = dict(_config, out_channels=[*_config["out_channels"], _classes])
     registry.add(_name, CoDANet, _config, _origin)
 
