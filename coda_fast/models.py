@@ -80,35 +80,11 @@ class CoDANet(Network):
         device=None,
         dtype=None,
     ):
-        out_channels = [
-            _arguments.positive_integer(n, f"out_channels[{i}]")
-            for i, n in enumerate(_arguments.list_of(out_channels, "out_channels"))
-        ]
-        count = len(out_channels)
-        if not count:
-            raise ValueError("out_channels: expected at least one layer, got none")
-        ranks = [
-            _arguments.positive_integer(r, f"ranks[{i}]")
-            for i, r in enumerate(_arguments.list_of(ranks, "ranks", count))
-        ]
-        kernel_sizes = _arguments.pairs(kernel_sizes, "kernel_sizes", count)
-        strides = _arguments.pairs(strides, "strides", count)
-        dilations = [(1, 1)] * count if dilations is None else _arguments.pairs(dilations, "dilations", count)
-        if paddings is None:
-            paddings = [
-                tuple(d * (k - 1) // 2 for k, d in zip(*two, strict=True))
-                for two in zip(kernel_sizes, dilations, strict=True)
-            ]
-        paddings = _arguments.pairs(paddings, "paddings", count, least=0)
-        norm, eps, bias = (
-            _arguments.each(value, name, count)
-            for name, value in (("norm", norm), ("eps", eps), ("bias", bias))
+        layers = _layer_arguments(
+            out_channels, ranks, kernel_sizes, strides, paddings, dilations, norm=norm, eps=eps, bias=bias
         )
-        eps = [_arguments.number(value, "eps") for value in eps]
-        if wrong := [value for value in bias if not isinstance(value, bool | np.bool_)]:
-            raise ValueError(f"bias: expected True or False, got {wrong[0]!r}")
         super().__init__(
-            num_classes=out_channels[-1],
+            num_classes=layers[-1]["out_channels"],
             temperature=temperature,
             logit_bias=logit_bias,
             image_channels=image_channels,
@@ -116,31 +92,15 @@ class CoDANet(Network):
             preprocessing=preprocessing,
             class_names=class_names,
         )
-        widths = [2 * self.image_channels, *out_channels]
-        check_size(
-            (
-                widths[i] * math.prod(k) * (ranks[i] + widths[i + 1] * (ranks[i] + bool(bias[i])))
-                for i, k in enumerate(kernel_sizes)
-            ),
-            device,
-            dtype,
+        widths = [2 * self.image_channels, *(layer["out_channels"] for layer in layers)]
+        numbers = (
+            channels * math.prod(o["kernel_size"]) * (o["rank"] + o["out_channels"] * (o["rank"] + o["bias"]))
+            for channels, o in zip(widths, layers, strict=False)
         )
-        options = {"backend": backend, "save_contraction": save_contraction, "device": device, "dtype": dtype}
+        check_size(numbers, device, dtype)
+        common = {"backend": backend, "save_contraction": save_contraction, "device": device, "dtype": dtype}
         self.layers = nn.ModuleList(
-            DAUConv2d(
-                widths[i],
-                widths[i + 1],
-                kernel_sizes[i],
-                strides[i],
-                paddings[i],
-                dilations[i],
-                bias=bool(bias[i]),
-                rank=ranks[i],
-                norm=norm[i],
-                eps=eps[i],
-                **options,
-            )
-            for i in range(count)
+            DAUConv2d(channels, **layer, **common) for channels, layer in zip(widths, layers, strict=False)
         )
         self.pool = self._modules.pop("pool")  # last, as it is called
 
@@ -348,6 +308,52 @@ def register_model(name: str, network: type[Network], config: Mapping, origin: s
     if made.classifier is not None:
         made.find_layer(made.classifier)
     registry.add(name, network, config, origin)
+
+
+def _layer_arguments(
+    out_channels, ranks, kernel_sizes, strides, paddings, dilations, *, norm, eps, bias
+) -> list[dict]:
+    """The arguments of each ``DAUConv2d`` but for ``in_channels``, checked."""
+    out_channels = [
+        _arguments.positive_integer(n, f"out_channels[{i}]")
+        for i, n in enumerate(_arguments.list_of(out_channels, "out_channels"))
+    ]
+    count = len(out_channels)
+    if not count:
+        raise ValueError("out_channels: expected at least one layer, got none")
+    ranks = [
+        _arguments.positive_integer(r, f"ranks[{i}]")
+        for i, r in enumerate(_arguments.list_of(ranks, "ranks", count))
+    ]
+    kernel_sizes = _arguments.pairs(kernel_sizes, "kernel_sizes", count)
+    strides = _arguments.pairs(strides, "strides", count)
+    dilations = [(1, 1)] * count if dilations is None else _arguments.pairs(dilations, "dilations", count)
+    if paddings is None:
+        paddings = [
+            tuple(d * (k - 1) // 2 for k, d in zip(*two, strict=True))
+            for two in zip(kernel_sizes, dilations, strict=True)
+        ]
+    paddings = _arguments.pairs(paddings, "paddings", count, least=0)
+    norm, eps, bias = (
+        _arguments.each(value, name, count) for name, value in (("norm", norm), ("eps", eps), ("bias", bias))
+    )
+    eps = [_arguments.number(value, "eps") for value in eps]
+    if wrong := [value for value in bias if not isinstance(value, bool | np.bool_)]:
+        raise ValueError(f"bias: expected True or False, got {wrong[0]!r}")
+    return [
+        {
+            "out_channels": out_channels[i],
+            "kernel_size": kernel_sizes[i],
+            "stride": strides[i],
+            "padding": paddings[i],
+            "dilation": dilations[i],
+            "bias": bool(bias[i]),
+            "rank": ranks[i],
+            "norm": norm[i],
+            "eps": eps[i],
+        }
+        for i in range(count)
+    ]
 
 
 def _plain(value):

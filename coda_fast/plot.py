@@ -288,16 +288,8 @@ def explanation_figure(
         ValueError: images and explanation that do not belong together. ImportError: matplotlib is not
             installed.
     """
-    maps = list(explanation.contribution_map.shape)
-    encoded = explanation.layer == 0
-    if maps[0] != len(images) or (encoded and maps[2:] != list(images.shape[2:])):
-        raise ValueError(
-            f"explanation: expected maps of these images ({list(images.shape)}), got {maps}, layer "
-            f"{explanation.layer}"
-        )
-    count, classes = explanation.target.shape
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"labels: expected {count}, one for each image, got {len(labels)}")
+    _check_together(images, explanation, labels)
+    encoded, (count, classes) = explanation.layer == 0, explanation.target.shape
 
     def name(number):
         text = " ".join(str(class_name(class_names, number)).split())
@@ -341,6 +333,18 @@ def explanation_figure(
             figure, artist, axes, "logit, per pixel" if low else "contribution to the logit, per pixel"
         )
     return figure
+
+
+def _check_together(images, explanation, labels):
+    """ValueError unless explanation and labels are of these images."""
+    count, _, *size = explanation.contribution_map.shape
+    if count != len(images) or (explanation.layer == 0 and size != list(images.shape[2:])):
+        raise ValueError(
+            f"explanation: expected maps of these images ({list(images.shape)}), got "
+            f"{list(explanation.contribution_map.shape)}, layer {explanation.layer}"
+        )
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"labels: expected {count}, one for each image, got {len(labels)}")
 
 
 def _shortened(text, most):

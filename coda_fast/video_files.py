@@ -1,4 +1,4 @@
-"""Videos and animated GIFs as files: which are such, their frames with their times, and how they are written."""
+"""Videos and animated GIFs as files: which are such, their frames with their times, and how to write them."""
 
 from __future__ import annotations
 
