@@ -9,12 +9,12 @@ import numpy as np
 
 from coda_fast import fonts, plot
 
-SIDE = 256  # pixels of a panel's shorter side, at least
+SIDE = 256  # the least number of pixels of a panel's shorter side
 
 
 @functools.lru_cache
 def _font(size, file=None):
-    """That of figures, which has most alphabets, or another one."""
+    """The font of figures, which has most alphabets, or that of ``file``."""
     import matplotlib
     from PIL import ImageFont
 
@@ -24,8 +24,8 @@ def _font(size, file=None):
 
 
 def side_by_side(image, contribution, scale, name, sure, view=None):
-    """[H, W, 3] uint8, even sides: frame and map; below them the class with its probability and the colour
-    scale.
+    """Frame and map side by side, below them the class with its probability and the colour scale: [H, W, 3]
+    uint8, with an even height and width.
     """
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
@@ -38,19 +38,19 @@ def side_by_side(image, contribution, scale, name, sure, view=None):
     factor = max(1, -(-SIDE // min(left.shape[:2]))) if view is None or not view.cropped else 1
     left, right = (panel.repeat(factor, 0).repeat(factor, 1) for panel in (left, right))
     height, width = left.shape[:2]
-    unit = max(1, width // SIDE)  # of everything below, so that it is legible beside large panels too
+    unit = max(1, width // SIDE)  # the text grows with the panels
     gap, strip = 8 * unit, 36 * unit
-    # 4:2:0 needs even sides
-    canvas = Image.new("RGB", (2 * width + gap, height + strip + height % 2), "white")
+    # Chroma subsampling (4:2:0) needs an even height and width.
+    picture = Image.new("RGB", (2 * width + gap, height + strip + height % 2), "white")
     start = width + gap  # of the map
-    canvas.paste(Image.fromarray(left), (0, 0))
-    canvas.paste(Image.fromarray(right), (start, 0))
-    draw = ImageDraw.Draw(canvas)
-    # the map's edge, which may be white
+    picture.paste(Image.fromarray(left), (0, 0))
+    picture.paste(Image.fromarray(right), (start, 0))
+    draw = ImageDraw.Draw(picture)
+    # a frame around the map, whose border may be white
     draw.line([(start - 1, 0), (start - 1, height), (start + width, height)], "#999999")
     draw.line([(0, height), (width - 1, height)], "#999999")
 
-    def caption(kept):  # in pieces, each with its font: Pillow draws with one at a time
+    def caption(kept):  # in pieces of one font each, because Pillow draws a text in one font
         text = f"{name}: {sure}" if kept == len(name) else f"{name[:kept].rstrip()}\u2026: {sure}"
         return [(piece, _font(14 * unit, file)) for piece, file in fonts.pieces(text)]
 
@@ -64,7 +64,7 @@ def side_by_side(image, contribution, scale, name, sure, view=None):
         x += font.getlength(piece)
 
     bar = colours(np.linspace(0, 1, width - 2 * gap), bytes=True)[None, :, :3].repeat(8 * unit, 0)
-    canvas.paste(Image.fromarray(bar), (start + gap, height + 6 * unit))
+    picture.paste(Image.fromarray(bar), (start + gap, height + 6 * unit))
     draw.rectangle(
         (start + gap - 1, height + 6 * unit - 1, start + width - gap, height + 14 * unit), outline="#999999"
     )
@@ -72,4 +72,4 @@ def side_by_side(image, contribution, scale, name, sure, view=None):
     draw.text((start + gap, line), f"\u2212{scale:.2g}", "black", font, anchor="lm")
     draw.text((start + width // 2, line), "logit per pixel", "black", font, anchor="mm")
     draw.text((start + width - gap, line), f"+{scale:.2g}", "black", font, anchor="rm")
-    return np.asarray(canvas)
+    return np.asarray(picture)

@@ -1,5 +1,5 @@
-"""Explanations of videos and animated GIFs: each frame beside its contribution map, one colour scale for
-all.
+"""Explanations of videos and animated GIFs: each frame beside its contribution map, with one colour scale for
+all frames.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from coda_fast.video_files import VideoError, Writer, count_frames, frame_rate, 
 __all__ = ["PERCENTILE", "SIDE", "ExplainedVideo", "VideoError", "explain_video", "is_video"]
 
 PERCENTILE = 99.75  # of absolute contributions over the video, as published
-_BINS, _LOW, _HIGH = 36_000, -12.0, 6.0  # decades; a bin is 0.1 % wide
+_BINS, _LOW, _HIGH = 36_000, -12.0, 6.0  # of the histogram of contributions, in decades; a bin is 0.1 % wide
 
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedVideo:
-    """What ``explain_video`` wrote: number of frames, class, end of the colour scale and largest
-    completeness error (both in logits).
+    """What ``explain_video`` wrote: the number of frames, the class, the end of the colour scale and the
+    largest completeness error (both in logits).
     """
 
     frames: int
@@ -57,31 +57,36 @@ def explain_video(
     """Write the frames of ``source`` as the network sees them (left) beside their contribution maps (right),
     without sound.
 
-    The file is decoded once for each thing to find (class, scale) and once to write, so memory does not grow
-    with its length. Frames are turned upright (rotation metadata); pixels that are not square are taken as
-    stored. They go through ``model.transform`` like pictures: where it crops, the clip shows whole frames,
-    faded but for what the network sees, and the maps where they belong.
+    The file is decoded once to find the class and once to find the scale, where they are not given, and once
+    to write, so that memory does not grow with its length. Frames are turned upright by their rotation
+    metadata; pixels that are not square are used as stored. They go through ``model.transform`` like
+    pictures. Where it crops, the result shows whole frames, faded outside of the crop, and the map over the
+    crop.
+
+    A file whose end is damaged gives a warning, and the frames before it are explained.
 
     Args:
-        target_path: its ending gives the format (.mp4, .gif ...); appears only when complete.
-        target: class; None: the one predicted for most frames.
-        start, end: seconds from the first frame; ``end`` is excluded.
+        model: a CoDANet, or a wrapper of one.
+        source: a file that PyAV can read.
+        target_path: its ending gives the format (.mp4, .gif ...); the file appears when it is complete.
+        target: the class to explain; None: the one predicted for most frames.
+        start: seconds after the first frame.
+        end: seconds after the first frame, not included; None: the end of the video.
         crop: x, y, width, height in pixels of the upright source.
-        size: whole frames, of so many pixels of the shorter side; 0: as they are; None: resized and cropped
-            as the model says.
-        scale: end of the colour scale in logits; None: the ``PERCENTILE`` of absolute contributions over the
-            video.
-        batch: frames explained at once, fewer where they are so large that the network would take more than a
-            GiB for them.
-        progress: called after each batch of each pass with its number of frames and the number of all passes
-            together (by what the container says of its length; None if it says nothing).
+        size: use whole frames, resized so that the shorter side has this many pixels (0: not resized); None:
+            resize and crop them as ``model.transform`` does.
+        scale: the end of the colour scale in logits; None: the ``PERCENTILE`` of absolute contributions over
+            the video.
+        batch: the number of frames explained at once; fewer where they would take more memory than
+            ``MEMORY_BUDGET`` of ``coda_fast.explain``.
+        progress: called after each batch of each pass with its number of frames and the number of frames of
+            all passes together, by the length in the container's header (None: it has none).
 
     Raises:
         VideoError: not a video, no frame in the range, a crop outside the frame, frames of several sizes, a
             class that does not exist, a scale or a time that is not a positive number, logits that are not
-            finite, frames that this machine cannot hold, a file that cannot be written (disk full ...).
-        ImportError: PyAV or matplotlib is missing. A damaged end is a warning: what could be decoded is
-            explained.
+            finite, frames that do not fit into memory, a file that cannot be written (disk full ...).
+        ImportError: PyAV or matplotlib is missing.
     """
     model = need_network(model)
     if target is not None and not 0 <= target < model.num_classes:
@@ -91,13 +96,13 @@ def explain_video(
     if not 0 <= start < float("inf") or (end is not None and not start < end < float("inf")):
         raise VideoError(f"start, end: expected seconds with 0 <= start < end, got {start} and {end}")
     preprocessing = model.transform.at(size, crop=False)
-    # 0.2 s is 1/5, not the binary fraction above it
-    start = Fraction(start).limit_denominator(10**6)
-    end = None if end is None else Fraction(end).limit_denominator(10**6)
+    # 0.2 s is meant as 1/5, not as the floating-point number above it
+    first = Fraction(start).limit_denominator(10**6)
+    last = None if end is None else Fraction(end).limit_denominator(10**6)
     passes = 1 + (target is None) + (scale is None)
-    total = count_frames(source, start, end)
+    total = count_frames(source, first, last)
     report = (lambda frames: progress(frames, total and total * passes)) if progress else lambda frames: None
-    clip = _Clip(model, source, start, end, crop, preprocessing, batch, report)
+    clip = _Clip(model, source, first, last, crop, preprocessing, batch, report)
     target = _predicted(clip) if target is None else target
     scale = _scale(clip, target) if scale is None else scale
     with atomic_path(target_path) as temporary:
@@ -131,9 +136,9 @@ class _Clip:
         for pixels, time in read_frames(self.source, self.start, self.end, self.crop):
             try:
                 image = self.preprocessing(pixels)
-            except ImageError as error:  # scaled, it would be too large
+            except ImageError as error:  # the resized frame would be too large
                 raise VideoError(f"{self.source}: {error}") from None
-            if together is None:  # frames are of one size
+            if together is None:  # the first frame; all have the same size
                 check_explainable(self.model, *image.shape[1:], str(self.source))
                 together = batch_within(self.model, *image.shape[1:], self.batch)
             frames.append((image, time, pixels if self.preprocessing.crop is not None else None))
@@ -180,7 +185,7 @@ def _scale(clip, target):
         maps = clip.explained(frames, target).contribution_map.abs().double().cpu()
         histogram += torch.histc(maps.clamp(10**_LOW, 10**_HIGH * 0.999).log10(), _BINS, _LOW, _HIGH)
     index = int(torch.searchsorted(histogram.cumsum(0), histogram.sum() * PERCENTILE / 100))
-    # mostly nothing: the largest
+    # Where most contributions are zero, the percentile is in the lowest bin; the largest takes its place.
     index = index or int(histogram.argwhere().amax() if histogram.any() else 0)
     return 10 ** (_LOW + (min(index, _BINS - 1) + 1) * (_HIGH - _LOW) / _BINS) if index else 1.0
 

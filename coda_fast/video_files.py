@@ -17,8 +17,8 @@ _ENDINGS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 
 
 class VideoError(ValueError):
-    """A file or an option that no video can be explained with; the message names the file, what was
-    expected and what was found.
+    """A file or an option with which no video can be explained; the message names the file, what was expected
+    and what was found.
     """
 
 
@@ -28,11 +28,11 @@ def is_video(path: str | os.PathLike) -> bool:
 
     try:
         with Image.open(path) as image:
-            # without counting the frames, of which there may be millions
+            # The frames are not counted, because there may be millions.
             return image.format == "GIF" and image.is_animated
     except UnidentifiedImageError:
         pass
-    except Exception:  # a damaged picture: whoever reads it says what is wrong
+    except Exception:  # a damaged picture: reading it will report the error
         return False
     try:
         with _open(path) as container:
@@ -41,7 +41,7 @@ def is_video(path: str | os.PathLike) -> bool:
         if Path(path).suffix.lower() in _ENDINGS:
             raise
         return False
-    except Exception:  # who reads it says what is wrong
+    except Exception:  # a damaged video: reading it will report the error
         return Path(path).suffix.lower() in _ENDINGS
 
 
@@ -53,8 +53,8 @@ def _av():
     return av
 
 
-# Of ffmpeg's formats those that are one file of pictures: playlists and scripts would have it open what else
-# they name, and any text is a terminal to it
+# The formats of ffmpeg that are one file of pictures. Others are not read: playlists and scripts make ffmpeg
+# open the files and addresses that they name, and it takes any text file for a recording of a terminal.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,flv,mpeg,mpegts,mpegvideo,m4v,ogg,asf,"
     "h264,hevc,vvc,h263,h261,av1,obu,ivf,nut,rm,mxf,"
@@ -63,19 +63,20 @@ _FORMATS = (
 
 
 def _open(source):
-    """A container of PyAV. FFmpegError: not a video, or of a format that is not one file."""
+    """A container of PyAV. FFmpegError: not a video, or of a format that is not read."""
     with open_file(source):
-        pass  # no pipe, which would block, and no device
+        pass  # raises for a pipe, which would block, and for a device
     return _av().open(os.fspath(source), options={"format_whitelist": _FORMATS})
 
 
-def frame_rate(source):
+def frame_rate(source: str | os.PathLike) -> Fraction:
+    """Frames per second, 25 where the file does not say."""
     with _open(source) as container:
         return container.streams.video[0].average_rate or Fraction(25)
 
 
-def count_frames(source, start, end):
-    """Frames in the range, by what the container says of its length; None if it says nothing."""
+def count_frames(source: str | os.PathLike, start: Fraction, end: Fraction | None) -> int | None:
+    """The number of frames in the range by the container's header; None: it does not give its length."""
     av = _av()
     try:
         with open_file(source):
@@ -97,11 +98,11 @@ def count_frames(source, start, end):
             length = (length if end is None else min(length, end)) - start
             return round(length * stream.average_rate) if length > 0 and stream.average_rate else None
     except (av.FFmpegError, IndexError):
-        return None  # read_frames says what is wrong
+        return None  # read_frames reports the error
 
 
 def _upright(frame):
-    """[H, W, 3] uint8."""
+    """The pixels of a frame, turned upright, [H, W, 3] uint8."""
     return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
 
 
@@ -111,8 +112,10 @@ def _complete_gif(path):
         return file.read().rstrip(b"\0").endswith(b";")
 
 
-def read_frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction]]:
-    """Frames [H, W, 3] in the range with their times from the first frame written."""
+def read_frames(
+    source: str | os.PathLike, start: Fraction, end: Fraction | None, crop: tuple[int, int, int, int] | None
+) -> Iterator[tuple[np.ndarray, Fraction]]:
+    """Frames [H, W, 3] in the range, each with its time after the first of them."""
     av = _av()
     number, zero, first, sides = 0, None, None, None
     try:
@@ -151,7 +154,7 @@ def read_frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction
                     pixels = pixels[y : y + h, x : x + w]
                 first = time if first is None else first
                 yield np.ascontiguousarray(pixels), time - first
-            else:  # ffmpeg ends a file that was cut off without an error
+            else:  # ffmpeg reports no error at the end of a file that was cut off
                 if number < stream.frames or (container.format.name == "gif" and not _complete_gif(source)):
                     warnings.warn(
                         f"{source}: cut off after frame {number}; the readable part is explained",
@@ -164,13 +167,13 @@ def read_frames(source, start, end, crop) -> Iterator[tuple[np.ndarray, Fraction
 
 
 class Writer:
-    """Frames with their times into a file; GIFs through a palette for each frame, so that no frame has to
-    wait for the last.
+    """Writes frames with their times into a video file. Each frame of a GIF gets a palette of its own, so
+    that it can be written before later frames are known.
     """
 
-    def __init__(self, path, rate, name):
+    def __init__(self, path: Path, rate: Fraction, name: str | os.PathLike):
         self.av, self.rate, self.stream, self.graph, self.last = _av(), rate, None, None, -1
-        self.name = name  # of what the file will be
+        self.name = name  # of the file that the temporary one becomes, for messages
         self.gif = path.suffix.lower() == ".gif"
         self.base = Fraction(1, 100) if self.gif else Fraction(1, 90_000)
         try:
@@ -180,13 +183,14 @@ class Writer:
                 f"{path.suffix}: expected the ending of a video format, such as .mp4 or .gif"
             ) from None
 
-    def write(self, pixels, time):
-        with self._said():
+    def write(self, pixels: np.ndarray, time: Fraction) -> None:
+        """Write one frame, [H, W, 3] uint8, shown from ``time`` in seconds."""
+        with self._errors_in_words():
             self._write(pixels, time)
 
     def _write(self, pixels, time):
         frame = self.av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        # times must grow, which above 100 Hz a GIF's do not
+        # Times must increase; rounded to the 1/100 s of a GIF, those of faster videos would not.
         self.last = max(round(time / self.base), self.last + 1)
         frame.pts, frame.time_base = self.last, self.base
         if self.stream is None:
@@ -226,24 +230,24 @@ class Writer:
                 return
             self.container.mux(self.stream.encode(frame))
 
-    def finish(self):
-        """What encoder and container still hold, and the end of the file: only then it is whole."""
-        with self._said():
+    def finish(self) -> None:
+        """Write what encoder and container still hold, and the end of the file."""
+        with self._errors_in_words():
             if self.graph is not None:
                 self.graph.push(None)
                 self._drain()
             self.container.mux(self.stream.encode(None))
             self.container.close()
 
-    def close(self):
-        """After an error, which what cannot be written now must not hide."""
+    def close(self) -> None:
+        """Close the file. An error of this does not hide the one that made the caller stop."""
         with contextlib.suppress(self.av.FFmpegError, OSError):
             self.container.close()
 
     @contextlib.contextmanager
-    def _said(self):
+    def _errors_in_words(self):
         try:
             yield
-        # a full disk, or pictures that the format has no room for
+        # a full disk, or frames larger than the format allows
         except (self.av.FFmpegError, OSError) as error:
             raise VideoError(f"{self.name}: cannot be written: {error.strerror or error}") from None
