@@ -122,7 +122,6 @@ def command(
     with more methods, the same command goes on where it stopped: what is in the output folder is not measured
     again.
     """
-    from coda_fast.evaluation import data as source
     from coda_fast.evaluation import runner
 
     model = checkpoints.load(checkpoint, device=_options.usable_device(device)).eval()
@@ -136,28 +135,8 @@ def command(
     if settings is None and changes:
         raise click.UsageError(f"--set: expected a metric that measures methods, got {metric}")
     attributions = {} if settings is None else _attributions(model, methods, changes)
-    workers = (0 if next(model.parameters()).device.type == "cpu" else 4) if workers is None else workers
-    listed = source.load(
-        data,
-        model,
-        preprocessing=model.transform.at(size),
-        limit=limit,
-        workers=workers,
-        progress=_options.bar,
-    )
-    if listed.note:
-        click.echo(listed.note, err=True)
-    height, width = source.first_size(listed)
-    across, classes = (side, side**2) if metric == "localisation" else (1, 1)
-    safety.check_explainable(model, across * height, across * width, f"data: {data}", classes)
-    found = source.survey(
-        model,
-        listed,
-        batch_size=safety.batch_within(model, height, width, source.BATCH),
-        progress=_options.bar,
-    )
-    for path, reason in found.skipped.items():
-        click.echo(safety.printable(f"skipped {path}: {reason}"), err=True)
+    across = side if metric == "localisation" else 1
+    found, batch = _survey(model, data, across, size=size, limit=limit, workers=workers)
     accuracy = found.accuracy()
     description = {
         "checkpoint": _digest(checkpoint),
@@ -173,7 +152,6 @@ def command(
     if settings is None:
         paths = runner.write_accuracy(model, found, description, output)
     else:
-        batch = safety.batch_within(model, height, width, runner.Evaluation.batch_size)
         paths = _measure(model, found, attributions, settings, description, output, batch)
     five = f", {accuracy['top5']:.2%} among the first five classes" if model.num_classes >= 100 else ""
     click.echo(f"accuracy {accuracy['top1']:.2%}{five} of {accuracy['images']} images")
@@ -183,6 +161,30 @@ def command(
             "were skipped"
         )
     click.echo("\n".join(map(str, paths)))
+
+
+def _survey(model, data, across, *, size, limit, workers):
+    """The images with their predictions, and how many the network can take at once; methods will look at
+    grids of ``across`` x ``across`` of them.
+    """
+    from coda_fast.evaluation import data as source
+    from coda_fast.evaluation import runner
+
+    if workers is None:
+        workers = 0 if next(model.parameters()).device.type == "cpu" else 4
+    preprocessing = model.transform.at(size)
+    listed = source.load(
+        data, model, preprocessing=preprocessing, limit=limit, workers=workers, progress=_options.bar
+    )
+    if listed.note:
+        click.echo(listed.note, err=True)
+    height, width = source.first_size(listed)
+    safety.check_explainable(model, across * height, across * width, f"data: {data}", across**2)
+    batch = safety.batch_within(model, height, width, source.BATCH)
+    found = source.survey(model, listed, batch_size=batch, progress=_options.bar)
+    for path, reason in found.skipped.items():
+        click.echo(safety.printable(f"skipped {path}: {reason}"), err=True)
+    return found, safety.batch_within(model, height, width, runner.Evaluation.batch_size)
 
 
 def _attributions(model, methods, changes):
