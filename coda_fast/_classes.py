@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 
+def class_name(names: list[str] | tuple[str, ...] | None, index: int) -> str:
+    """What a class is called: by ``names``, if there are any."""
+    return names[index] if names else f"class {index}"
+
+
 def as_classes(value: torch.Tensor, name: str) -> torch.Tensor:
     """``value`` as int64, the dtype that gather, scatter and one_hot take.
 

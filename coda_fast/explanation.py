@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from coda_fast import _files
-from coda_fast._classes import as_classes, check_range
+from coda_fast._classes import as_classes, check_range, class_name
 from coda_fast._geometry import integer
 from coda_fast.safety import printable
 
@@ -112,7 +112,7 @@ class Explanation:
 
     def name(self, index: int) -> str:
         """Of a class."""
-        return self.class_names[index] if self.class_names else f"class {index}"
+        return class_name(self.class_names, index)
 
     def plot(self) -> Figure:
         """A figure: a row for each image with its maps and the proof that they are complete, see

@@ -21,9 +21,9 @@ from torch import nn
 
 from coda_fast import _decompositions
 from coda_fast._autocast import wide
+from coda_fast._files import atomic_path
 from coda_fast._geometry import pair
 from coda_fast._version import __version__
-from coda_fast.checkpoints import atomic_path
 from coda_fast.dynamic_linear import DynamicLinear, need_network
 
 # bytes of weights: protobuf limits a file to 2 GiB, of which the graph takes some

@@ -15,6 +15,7 @@ from coda_fast._wrappers import unwrap
 from coda_fast.data.preprocessing import Preprocessing
 from coda_fast.dynamic_linear import DynamicLinear
 from coda_fast.functional import EPS
+from coda_fast.named_models import MODELS
 from coda_fast.network import LOGIT_BIAS, Network
 from coda_fast.nn import DAUConv2d, check_size, explanation_mode
 
@@ -79,35 +80,11 @@ class CoDANet(Network):
         device=None,
         dtype=None,
     ):
-        out_channels = [
-            _arguments.positive_integer(n, f"out_channels[{i}]")
-            for i, n in enumerate(_arguments.list_of(out_channels, "out_channels"))
-        ]
-        count = len(out_channels)
-        if not count:
-            raise ValueError("out_channels: expected at least one layer, got none")
-        ranks = [
-            _arguments.positive_integer(r, f"ranks[{i}]")
-            for i, r in enumerate(_arguments.list_of(ranks, "ranks", count))
-        ]
-        kernel_sizes = _arguments.pairs(kernel_sizes, "kernel_sizes", count)
-        strides = _arguments.pairs(strides, "strides", count)
-        dilations = [(1, 1)] * count if dilations is None else _arguments.pairs(dilations, "dilations", count)
-        if paddings is None:
-            paddings = [
-                tuple(d * (k - 1) // 2 for k, d in zip(*two, strict=True))
-                for two in zip(kernel_sizes, dilations, strict=True)
-            ]
-        paddings = _arguments.pairs(paddings, "paddings", count, least=0)
-        norm, eps, bias = (
-            _arguments.each(value, name, count)
-            for name, value in (("norm", norm), ("eps", eps), ("bias", bias))
+        layers = _layer_arguments(
+            out_channels, ranks, kernel_sizes, strides, paddings, dilations, norm=norm, eps=eps, bias=bias
         )
-        eps = [_arguments.number(value, "eps") for value in eps]
-        if wrong := [value for value in bias if not isinstance(value, bool | np.bool_)]:
-            raise ValueError(f"bias: expected True or False, got {wrong[0]!r}")
         super().__init__(
-            num_classes=out_channels[-1],
+            num_classes=layers[-1]["out_channels"],
             temperature=temperature,
             logit_bias=logit_bias,
             image_channels=image_channels,
@@ -115,31 +92,15 @@ class CoDANet(Network):
             preprocessing=preprocessing,
             class_names=class_names,
         )
-        widths = [2 * self.image_channels, *out_channels]
-        check_size(
-            (
-                widths[i] * math.prod(k) * (ranks[i] + widths[i + 1] * (ranks[i] + bool(bias[i])))
-                for i, k in enumerate(kernel_sizes)
-            ),
-            device,
-            dtype,
+        widths = [2 * self.image_channels, *(layer["out_channels"] for layer in layers)]
+        numbers = (
+            channels * math.prod(o["kernel_size"]) * (o["rank"] + o["out_channels"] * (o["rank"] + o["bias"]))
+            for channels, o in zip(widths, layers, strict=False)
         )
-        options = {"backend": backend, "save_contraction": save_contraction, "device": device, "dtype": dtype}
+        check_size(numbers, device, dtype)
+        common = {"backend": backend, "save_contraction": save_contraction, "device": device, "dtype": dtype}
         self.layers = nn.ModuleList(
-            DAUConv2d(
-                widths[i],
-                widths[i + 1],
-                kernel_sizes[i],
-                strides[i],
-                paddings[i],
-                dilations[i],
-                bias=bool(bias[i]),
-                rank=ranks[i],
-                norm=norm[i],
-                eps=eps[i],
-                **options,
-            )
-            for i in range(count)
+            DAUConv2d(channels, **layer, **common) for channels, layer in zip(widths, layers, strict=False)
         )
         self.pool = self._modules.pop("pool")  # last, as it is called
 
@@ -269,96 +230,7 @@ class CoDANet(Network):
         return found
 
 
-# Published configurations (paper, appendix) and ours. "base": the rank that the override ``rank=`` replaces,
-# others in proportion.
-_S = dict(
-    out_channels=[16, 16, 32, 32, 32, 64, 64, 64],
-    kernel_sizes=[3] * 8 + [1],
-    strides=[1, 1, 2, 1, 1, 2, 1, 1, 1],
-)
-_IMAGENET = dict(image_size=240, preprocessing=dict(resize=256, crop=240))
-_L = dict(
-    out_channels=[16, 32, 32, 64, 64, 64, 64, 64],
-    kernel_sizes=[7] + [3] * 8,
-    strides=[3, 1, 1, 2, 1, 1, 2, 1, 1],
-)
-_MODELS = {
-    # name: (classes, layers, origin)
-    "coda_s_cifar10": (
-        10,
-        dict(_S, ranks=[32] * 2 + [64] * 7, temperature=1000.0, image_size=32),
-        "published",
-    ),
-    "coda_l_imagenet100": (
-        100,
-        dict(_L, ranks=[64] * 3 + [128] * 3 + [256] * 3, temperature=1e5, **_IMAGENET),
-        "published",
-    ),
-    "coda_xs_digits": (
-        10,
-        dict(
-            out_channels=[8, 16],
-            ranks=[16, 32, 32],
-            kernel_sizes=[3] * 3,
-            strides=[1, 2, 1],
-            temperature=40.0,
-            image_size=8,
-            image_channels=1,
-        ),
-        "coda_fast",
-    ),
-    "coda_xs_mnist": (
-        10,
-        dict(
-            out_channels=[8, 16, 32],
-            ranks=[16, 32, 32, 32],
-            kernel_sizes=[3] * 3 + [1],
-            strides=[2, 2, 1, 1],
-            temperature=50.0,
-            image_size=28,
-            image_channels=1,
-        ),
-        "coda_fast",
-    ),
-    "coda_m_tinyimagenet": (
-        200,
-        dict(
-            out_channels=[16, 32, 32, 64, 64, 64, 128, 128],
-            ranks=[32] * 2 + [64] * 4 + [128] * 3,
-            kernel_sizes=[3] * 8 + [1],
-            strides=[1, 1, 2, 1, 1, 2, 1, 1, 1],
-            temperature=5e3,
-            image_size=64,
-        ),
-        "coda_fast",
-    ),
-    "coda_l_imagenet1k": (
-        1000,
-        dict(
-            _L,
-            kernel_sizes=[7] + [3] * 7 + [1],
-            ranks=[64] * 3 + [128] * 3 + [256] * 3,
-            temperature=1e5,
-            **_IMAGENET,
-        ),
-        "coda_fast",
-    ),
-    "coda_xl_imagenet1k": (
-        1000,
-        dict(
-            out_channels=[32, 64, 64, 128, 128, 128, 128, 128],
-            ranks=[64] * 3 + [128] * 3 + [256] * 3,
-            kernel_sizes=[7] + [3] * 7 + [1],
-            strides=[3, 1, 1, 2, 1, 1, 2, 1, 1],
-            temperature=1e5,
-            **_IMAGENET,
-        ),
-        "coda_fast",
-    ),
-}
-
-
-for _name, (_classes, _config, _origin) in _MODELS.items():
+for _name, (_classes, _config, _origin) in MODELS.items():
     _config = dict(_config, out_channels=[*_config["out_channels"], _classes])
     registry.add(_name, CoDANet, _config, _origin)
 
@@ -436,6 +308,52 @@ def register_model(name: str, network: type[Network], config: Mapping, origin: s
     if made.classifier is not None:
         made.find_layer(made.classifier)
     registry.add(name, network, config, origin)
+
+
+def _layer_arguments(
+    out_channels, ranks, kernel_sizes, strides, paddings, dilations, *, norm, eps, bias
+) -> list[dict]:
+    """The arguments of each ``DAUConv2d`` but for ``in_channels``, checked."""
+    out_channels = [
+        _arguments.positive_integer(n, f"out_channels[{i}]")
+        for i, n in enumerate(_arguments.list_of(out_channels, "out_channels"))
+    ]
+    count = len(out_channels)
+    if not count:
+        raise ValueError("out_channels: expected at least one layer, got none")
+    ranks = [
+        _arguments.positive_integer(r, f"ranks[{i}]")
+        for i, r in enumerate(_arguments.list_of(ranks, "ranks", count))
+    ]
+    kernel_sizes = _arguments.pairs(kernel_sizes, "kernel_sizes", count)
+    strides = _arguments.pairs(strides, "strides", count)
+    dilations = [(1, 1)] * count if dilations is None else _arguments.pairs(dilations, "dilations", count)
+    if paddings is None:
+        paddings = [
+            tuple(d * (k - 1) // 2 for k, d in zip(*two, strict=True))
+            for two in zip(kernel_sizes, dilations, strict=True)
+        ]
+    paddings = _arguments.pairs(paddings, "paddings", count, least=0)
+    norm, eps, bias = (
+        _arguments.each(value, name, count) for name, value in (("norm", norm), ("eps", eps), ("bias", bias))
+    )
+    eps = [_arguments.number(value, "eps") for value in eps]
+    if wrong := [value for value in bias if not isinstance(value, bool | np.bool_)]:
+        raise ValueError(f"bias: expected True or False, got {wrong[0]!r}")
+    return [
+        {
+            "out_channels": out_channels[i],
+            "kernel_size": kernel_sizes[i],
+            "stride": strides[i],
+            "padding": paddings[i],
+            "dilation": dilations[i],
+            "bias": bool(bias[i]),
+            "rank": ranks[i],
+            "norm": norm[i],
+            "eps": eps[i],
+        }
+        for i in range(count)
+    ]
 
 
 def _plain(value):

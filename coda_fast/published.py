@@ -144,6 +144,34 @@ def _published_layers(state_dict):
     """One dict of tensors in our shapes for each layer, in order."""
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(f"state dict: expected names to tensors, got {type(state_dict).__name__}")
+    found, problems = _by_layer(state_dict)
+    if not found:
+        problems.append("no layers")
+    tensors = [tensor for layer in found.values() for tensor in layer.values()]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        problems.append("tensors of different dtypes")
+    # up to a layer whose number may be anything
+    problems += [f"no keys for layer {index}" for index in range(len(found)) if index not in found]
+    if not problems:
+        try:  # a tensor that is expanded takes nothing in a file
+            need_memory("weights", sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        except ValueError as error:
+            raise CheckpointError(f"state dict of the published implementation: {error}") from None
+    biased = any("bias" in layer for layer in found.values())
+    wanted = ("reduction_weight", "weight", "bias") if biased else ("reduction_weight", "weight")
+    layers, channels = [], None
+    for index in sorted(found):
+        problems += [f"missing key '{index}.{_PUBLISHED[k]}'" for k in wanted if k not in found[index]]
+        layer = _in_our_shapes(index, found[index], channels, problems)
+        channels = None if layer is None else len(layer["weight"])
+        layers.append(layer)
+    if problems:
+        raise CheckpointError("state dict of the published implementation: " + several(problems))
+    return layers
+
+
+def _by_layer(state_dict):
+    """{layer: {our name of a tensor: tensor}}, and what is wrong with the keys."""
     pattern = re.compile(
         r"(?P<prefix>(?:.*[^0-9])?)(?P<layer>[0-9]{1,9})\.(?P<key>"
         + "|".join(map(re.escape, _PUBLISHED.values()))
@@ -165,67 +193,41 @@ def _published_layers(state_dict):
             )
             problems.append(f"{key!r}: expected a floating-point tensor with something in it, got {what}")
             continue
-        if names[match["key"]] in found.get(int(match["layer"]), {}):
+        layer = found.setdefault(int(match["layer"]), {})
+        if names[match["key"]] in layer:
             problems.append(f"{key!r}: a second tensor for layer {int(match['layer'])}")
-            continue
-        found.setdefault(int(match["layer"]), {})[names[match["key"]]] = tensor
+        else:
+            layer[names[match["key"]]] = tensor
     if len(prefixes) > 1:
         problems.append(f"keys with different prefixes {some(sorted(prefixes))}")
-    if not found:
-        problems.append("no layers")
-    biased = any("bias" in tensors for tensors in found.values())
-    if len({tensor.dtype for tensors in found.values() for tensor in tensors.values()}) > 1:
-        problems.append("tensors of different dtypes")
-    # up to a layer whose number may be anything
-    gaps = [index for index in range(len(found)) if index not in found]
-    problems += [f"no keys for layer {index}" for index in gaps]
-    if not problems:
-        numbers = sum(
-            tensor.numel() * tensor.element_size()
-            for tensors in found.values()
-            for tensor in tensors.values()
+    return found, problems
+
+
+def _in_our_shapes(index, tensors, channels, problems):
+    """The tensors of a layer that takes so many channels (None: any); or None, and why in ``problems``."""
+    if "reduction_weight" not in tensors or "weight" not in tensors:
+        return None
+    reduction, weight, bias = tensors["reduction_weight"], tensors["weight"], tensors.get("bias")
+    d = reduction.shape[1:].numel()
+    if reduction.dim() != 4 or (channels is not None and reduction.shape[1] != channels):
+        problems.append(
+            f"'{index}.{_PUBLISHED['reduction_weight']}': expected [rank, {channels or 'C'}, kh, kw], "
+            f"got {list(reduction.shape)}"
         )
-        try:  # a tensor that is expanded takes nothing in a file
-            need_memory("weights", numbers)
-        except ValueError as error:
-            raise CheckpointError(f"state dict of the published implementation: {error}") from None
-    layers, channels = [], None
-    for index in sorted(found):
-        tensors = found[index]
-        wanted = ("reduction_weight", "weight", "bias") if biased else ("reduction_weight", "weight")
-        problems += [f"missing key '{index}.{_PUBLISHED[k]}'" for k in wanted if k not in tensors]
-        if "reduction_weight" not in tensors or "weight" not in tensors:
-            channels = None
-            continue
-        reduction, weight, bias = tensors["reduction_weight"], tensors["weight"], tensors.get("bias")
-        d = reduction.shape[1:].numel()
-        if reduction.dim() != 4 or (channels is not None and reduction.shape[1] != channels):
-            problems.append(
-                f"'{index}.{_PUBLISHED['reduction_weight']}': expected [rank, {channels or 'C'}, kh, kw], "
-                f"got {list(reduction.shape)}"
-            )
-            channels = None
-            continue
-        rank, units = len(reduction), (len(weight) if weight.dim() else 0) // d
-        if weight.shape != (units * d, rank, 1, 1) or units == 0:
-            problems.append(
-                f"'{index}.{_PUBLISHED['weight']}': expected [{d} * units, {rank}, 1, 1], got "
-                f"{list(weight.shape)}"
-            )
-            channels = None
-            continue
-        if bias is not None and bias.shape != (units * d,):
-            problems.append(f"'{index}.{_PUBLISHED['bias']}': expected [{units * d}], got {list(bias.shape)}")
-            bias = None
-        channels = units
-        window = reduction.shape[1:]
-        layers.append(
-            {
-                "reduction_weight": reduction,
-                "weight": weight.reshape(d, units, rank).permute(1, 2, 0).reshape(units, rank, *window),
-                "bias": None if bias is None else bias.reshape(d, units).t().reshape(units, *window),
-            }
+        return None
+    rank, units = len(reduction), (len(weight) if weight.dim() else 0) // d
+    if weight.shape != (units * d, rank, 1, 1) or units == 0:
+        problems.append(
+            f"'{index}.{_PUBLISHED['weight']}': expected [{d} * units, {rank}, 1, 1], got "
+            f"{list(weight.shape)}"
         )
-    if problems:
-        raise CheckpointError("state dict of the published implementation: " + several(problems))
-    return layers
+        return None
+    if bias is not None and bias.shape != (units * d,):
+        problems.append(f"'{index}.{_PUBLISHED['bias']}': expected [{units * d}], got {list(bias.shape)}")
+        bias = None
+    window = reduction.shape[1:]
+    return {
+        "reduction_weight": reduction,
+        "weight": weight.reshape(d, units, rank).permute(1, 2, 0).reshape(units, rank, *window),
+        "bias": None if bias is None else bias.reshape(d, units).t().reshape(units, *window),
+    }

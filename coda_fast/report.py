@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from coda_fast import __version__, baselines, plot
-from coda_fast.checkpoints import atomic_path
-from coda_fast.data import listing
+from coda_fast._classes import class_name
+from coda_fast._files import atomic_path
+from coda_fast.data import Preprocessing, decode, listing
 from coda_fast.dynamic_linear import NoCut, need_network
+from coda_fast.explain_files import as_network_sees
 from coda_fast.network import Network
 from coda_fast.safety import batch_within, check_explainable, printable
 
@@ -200,6 +202,39 @@ def find_images(paths: Iterable[Path], limit: int) -> tuple[list[tuple[Path, str
     return [entry for i, entry in enumerate(listed) if i in kept or not entry[2]], len(found)
 
 
+def read_pictures(
+    model: Network,
+    files: Iterable[tuple[Path, str, bool]],
+    preprocessing: Preprocessing,
+    classes: int,
+    skipped: list[str],
+) -> Iterator[Picture]:
+    """The pictures of ``find_images``, each read when it is asked for. What is wrong with one of a folder
+    goes into ``skipped``.
+
+    Raises:
+        ValueError: a picture that was named cannot be read, or none can.
+    """
+    count, shown = 0, 0
+    for path, name, in_folder in files:
+        count += 1
+        try:
+            image = as_network_sees(model, path, preprocessing, classes)
+            view = plot.View.of(decode(path), preprocessing)
+        except ValueError as error:
+            if not in_folder:
+                raise
+            skipped.append(str(error))
+            continue
+        shown += 1
+        yield Picture(name, image, view)
+    if not shown:
+        raise ValueError(
+            f"IMAGES: expected at least one image that can be read, got {count} files"
+            + "".join(f"; {reason}" for reason in skipped[:1])
+        )
+
+
 def write(path: str | Path, page: str | Iterable[str]) -> None:
     """The page, or its pieces, as a file, whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -227,10 +262,9 @@ def _item(model, picture, classes, attributions):
     top = logits.topk(classes).indices
     explained = model.explain(batch, top)
     maps, scale = explained.contribution_map[0], plot.symmetric_scale(explained.contribution_map)
-    label = lambda index: model.class_names[index] if model.class_names else f"class {index}"
     rows = [
         {
-            "name": label(int(c)),
+            "name": class_name(model.class_names, int(c)),
             "probability": plot.probability(float(logits[0, c].sigmoid()))
             .removeprefix("p ")
             .removeprefix("= "),

@@ -187,6 +187,21 @@ def check_output_folder(folder: str | os.PathLike, inputs: Iterable[str | os.Pat
             raise ValueError(f"output: expected a folder outside of {found}, which is read, got {folder}")
 
 
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """A folder for results, made with those above it. If the block fails, those made and empty go again."""
+    folder = Path(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        for place in made:
+            if place.exists() and not any(place.iterdir()):
+                place.rmdir()
+        raise
+
+
 def _identity(path):
     status = os.stat(path)
     return status.st_dev, status.st_ino

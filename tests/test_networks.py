@@ -16,7 +16,7 @@ from branching import Branching
 from torch import nn
 
 import coda_fast
-from coda_fast import CheckpointError, DAUConv2d, checkpoints, evaluation, plot, registry, report
+from coda_fast import CheckpointError, DAUConv2d, baselines, checkpoints, evaluation, plot, registry, report
 from coda_fast.export import export_onnx
 from coda_fast.losses import DynamicMatrixLoss, matrix_penalty
 from coda_fast.safety import explanation_memory
@@ -369,6 +369,9 @@ def test_other_tools(net, images):
     assert evaluation.pixel_removal(net, images, labels, points=3).probabilities.shape == (3, 3)
     plot.explanation_figure(images, e := net.explain(images, layer="stem"), net.logit_bias)
     e.plot()
+    maps = baselines.attribute("Ours", net, images, labels[:, None])
+    assert torch.equal(maps, net.explain(images, labels).contribution_map)
+    assert baselines.attribute("GCam", net, images, labels[:, None]).shape == (3, 1, 10, 10)
     page = report.render(net, [image.float() for image in images[:1]], ["a"], methods=[])
     assert "layer classes, 5 x 5" in page
     assert "layer inner" not in page

@@ -13,9 +13,8 @@ from torch import nn
 from coda_fast._classes import as_classes
 from coda_fast._wrappers import unwrap
 from coda_fast.baselines._registry import ENTRIES, METHODS
-from coda_fast.dynamic_linear import network_in
+from coda_fast.dynamic_linear import DynamicLinear, network_in
 from coda_fast.evaluation._common import evaluated
-from coda_fast.models import CoDANet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +116,6 @@ def _quiet(model) -> Iterator[None]:
 def _check_classes(model, images, targets):
     """ValueError for a class that the model does not have."""
     with torch.no_grad():
-        count = model.num_classes if isinstance(model, CoDANet) else model(images[:1]).shape[1]
+        count = model.num_classes if isinstance(model, DynamicLinear) else model(images[:1]).shape[1]
     if int(targets.max()) >= count:
         raise ValueError(f"targets: expected classes from 0 to {count - 1}, got {int(targets.max())}")

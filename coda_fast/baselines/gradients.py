@@ -12,6 +12,7 @@ from torch import nn
 
 from coda_fast.baselines._registry import Setting, baseline, captum
 from coda_fast.models import CoDANet
+from coda_fast.network import Network
 
 BATCH_SIZE = Setting(64, most=2**14)  # pairs of an image and a class at once
 
@@ -110,11 +111,11 @@ def _separate_activations(model):
 
 
 def _last_layer(model, x):
-    """A CoDA-Net's last layer, or the last convolution that a forward pass calls. ValueError if there is
-    none.
+    """The last layer of a CoDA-Net, what another ``Network`` calls its classifier, or the last convolution
+    that a forward pass calls. ValueError if there is none.
     """
-    if isinstance(model, CoDANet):
-        return model.layers[-1]
+    if isinstance(model, Network) and model.classifier:
+        return model.get_submodule(model.classifier)
     called = []
     hooks = [
         m.register_forward_hook(lambda module, *_: called.append(module))

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from coda_fast.baselines._registry import baseline
-from coda_fast.models import CoDANet
+from coda_fast.dynamic_linear import DynamicLinear
 
 
 def _dau_layers(model: nn.Module) -> None:
-    if not isinstance(model, CoDANet):  # other libraries' models have an ``explain`` too
+    if not isinstance(model, DynamicLinear):  # other libraries' models have an ``explain`` too
         raise ValueError(f"method: 'Ours' needs a model made of DAU layers, got a {type(model).__name__}")
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from coda_fast._autocast import wide
 from coda_fast.baselines._registry import Setting, baseline, captum, missing
-from coda_fast.models import CoDANet
+from coda_fast.dynamic_linear import DynamicLinear
 
 BATCH_SIZE = Setting(256, most=2**14)  # perturbed images at once
 SEED = Setting(0, least=0, most=2**32 - 1)
@@ -95,7 +95,9 @@ def rise(method, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             for i, image in enumerate(images):
                 logits = method.model(image * masks[:, None])
                 scores = (
-                    wide(logits).sigmoid() if isinstance(method.model, CoDANet) else wide(logits).softmax(1)
+                    wide(logits).sigmoid()
+                    if isinstance(method.model, DynamicLinear)
+                    else wide(logits).softmax(1)
                 )[:, targets[i]]
                 maps[i] += torch.einsum("mk,mhw->khw", scores.double(), masks.double())
     return (maps / (s["masks"] * s["p1"])).to(images.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from coda_fast.checkpoints import atomic_path
+from coda_fast._files import atomic_path
 from coda_fast.evaluation.localisation import Localisation
 from coda_fast.evaluation.removal import Removal
 

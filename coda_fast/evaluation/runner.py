@@ -19,8 +19,8 @@ from torch import nn
 
 from coda_fast import __version__
 from coda_fast._classes import one_each
+from coda_fast._files import atomic_path
 from coda_fast.baselines import REVISION
-from coda_fast.checkpoints import atomic_path
 from coda_fast.dynamic_linear import DynamicLinear, network_in
 from coda_fast.evaluation import _common as common
 from coda_fast.evaluation.completeness import completeness_error

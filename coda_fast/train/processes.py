@@ -96,7 +96,7 @@ def shard(objective: Objective, device_mesh: DeviceMesh) -> Objective:
 
     mesh = device_mesh["data_parallel"]
     if objective.matrix is None:
-        for layer in objective.model.layers:
+        for layer in objective.model.dau_layers().values():
             fully_shard(layer, mesh=mesh)
     return fully_shard(objective, mesh=mesh)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -247,9 +248,8 @@ def _check_memory(recipe, model, source, device, local_batch, micro_batch):
             batches = 1 + 4 * recipe.data.workers  # the loader reads ahead
             safety.need_memory("batch_size, data.workers, data.size: images", batches * local_batch * pixels)
         activations = 0
-        for layer in model.layers if in_memory or recipe.data.size else ():
-            height, width = layer.geometry.output_size(height, width)
-            activations += layer.out_channels * height * width
+        if in_memory or recipe.data.size:
+            activations = sum(map(math.prod, model.layer_sizes(height, width).values()))
         # two bytes each, as under autocast
         needed = 2 * micro_batch * (activations + 2 * pixels)
         safety.need_memory("batch_size, micro_batch: activations", needed, device)

@@ -1,0 +1,3 @@
+from coda_fast.cli import main
+
+main()
