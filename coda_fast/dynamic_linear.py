@@ -300,7 +300,9 @@ def network_in(model):
 
 def gathered(model: DynamicLinear) -> DynamicLinear:
     """A network whose layers can be called one by one: ``model`` itself, or, where FSDP2 has its weights, a
-    copy with all of them, which every process must make. (FSDP2 lends a layer its weights in a forward pass
+    copy with all of them, which every process must make.
+
+    (FSDP2 lends a layer its weights in a forward pass
     of the whole network alone.)
     """
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):

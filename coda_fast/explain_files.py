@@ -79,7 +79,8 @@ def as_network_sees(
             cannot hold.
     """
     tensor = preprocessing(path)
-    safety.check_explainable(model, *tensor.shape[1:], str(path), classes)
+    height, width = tensor.shape[1:]
+    safety.check_explainable(model, height, width, str(path), classes)
     return tensor
 
 

@@ -88,7 +88,8 @@ def _opened(path):
     return FT2Font(path)
 
 
-_FONTS = {}  # of characters that were looked for: the font, or None
+# of characters that were looked for: the font, or None
+_FONTS: dict[str, str | None] = {}
 
 
 def _fonts_with(characters):

@@ -106,10 +106,12 @@ class CoDANet(Network):
 
     @property
     def num_classes(self) -> int:
+        """Units of the last layer."""
         return self.layers[-1].out_channels
 
     @property
     def classifier(self) -> str:
+        """The name of the last layer."""
         return f"layers.{len(self.layers) - 1}"
 
     def config(self) -> dict:
@@ -162,6 +164,7 @@ class CoDANet(Network):
         return config
 
     def evidence(self, encoded: torch.Tensor) -> torch.Tensor:
+        """See ``DynamicLinear.evidence``."""
         return self.run_layers(encoded)
 
     def run_layers(self, activations: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -208,6 +211,7 @@ class CoDANet(Network):
     # what transposes it is a program that can be compiled and exported.
 
     def cut(self, encoded: torch.Tensor, layer: DAUConv2d | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``DynamicLinear.cut``."""
         index = self.find_layer(layer)[0]
         with torch.no_grad():
             entering = self.run_layers(encoded, 0, index)
@@ -216,6 +220,7 @@ class CoDANet(Network):
             return entering, self.run_layers(entering, index)
 
     def linearise(self, encoded: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """See ``DynamicLinear.linearise``; each layer goes back by its adjoint."""
         activations = [encoded]
         for layer in self.layers:
             activations.append(layer(activations[-1]))
@@ -223,6 +228,7 @@ class CoDANet(Network):
         return evidence, lambda value: self.send_back(activations, value)
 
     def layer_sizes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
+        """See ``Network.layer_sizes``; nothing is run."""
         found = {}
         for index, layer in enumerate(self.layers):
             height, width = layer.geometry.output_size(height, width)

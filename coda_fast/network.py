@@ -125,4 +125,5 @@ class Network(DynamicLinear):
         return explanation_mode(self)
 
     def extra_repr(self) -> str:
+        """Temperature and bias."""
         return f"temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"

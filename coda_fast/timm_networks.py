@@ -183,14 +183,17 @@ class TimmCoDANet(_Classifying, CoDANet):
 
     @property
     def num_classes(self) -> int:
+        """Units of the classifier; 0 without one."""
         return self.layers[-1].out_channels if len(self.layers) > self.depth else 0
 
     @property
     def num_features(self) -> int:
+        """Channels that enter the classifier."""
         return self.layers[self.depth - 1].out_channels if self.depth else 2 * self.image_channels
 
     @property
     def classifier(self) -> str:
+        """The name of the layer that gives the classes."""
         return f"layers.{self.depth}"
 
     def _set_features(self, depth):
@@ -225,6 +228,7 @@ class TimmCoDANet(_Classifying, CoDANet):
             self.layers.append(classifier.train(self.training))
 
     def run_layers(self, activations: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """What comes out of layers ``start`` to ``stop`` - 1."""
         for index in range(len(self.layers))[start:stop]:
             layer = self.layers[index]
             if index == self.depth:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -172,7 +173,9 @@ class Writer:
     """
 
     def __init__(self, path: Path, rate: Fraction, name: str | os.PathLike):
-        self.av, self.rate, self.stream, self.graph, self.last = _av(), rate, None, None, -1
+        self.av, self.rate, self.last = _av(), rate, -1
+        self.stream: Any = None
+        self.graph: Any = None
         self.name = name  # of the file that the temporary one becomes, for messages
         self.gif = path.suffix.lower() == ".gif"
         self.base = Fraction(1, 100) if self.gif else Fraction(1, 90_000)

@@ -75,8 +75,8 @@ def command(images, checkpoint, targets, output, size, device, start, end, crop,
     jobs = explain_files.plan(images, output, ending)
     videos = [job for job in jobs if job.video]
     pictures = [job for job in jobs if not job.video]
-    given = dict(start=start, end=end, crop=crop, scale=scale, format=ending)
-    given = [f"--{name}" for name, value in given.items() if value is not None]
+    options = dict(start=start, end=end, crop=crop, scale=scale, format=ending)
+    given = [f"--{name}" for name, value in options.items() if value is not None]
     if given and pictures:
         raise click.UsageError(
             f"{', '.join(given)}: expected videos only, got {pictures[0].source}, a picture or a file that "

@@ -62,7 +62,7 @@ def command(images, checkpoint, output, classes, methods, limit, size, device) -
     files, found = page.find_images(images, limit)
     if not files:
         raise click.UsageError("IMAGES: expected at least one image that can be read, got 0 files")
-    skipped = []
+    skipped: list[str] = []
     others = (
         None
         if methods is None
