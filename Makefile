@@ -18,6 +18,9 @@ OLDEST       := 'torch==2.11.*' 'numpy<2.4'
 VERSIONS     := import sys, numpy, torch; \
 	print("Python %d.%d.%d," % sys.version_info[:3], "torch", torch.__version__ + ",", "numpy", numpy.__version__)
 
+# a Python in which the package is not installed finds the kernels there
+UNINSTALLED  := PYTHONPATH=kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
+
 # a thread for each of JOBS processes: the interpreter of Triton has no use for more
 PARALLEL     := -n $(JOBS) --dist worksteal
 
@@ -48,9 +51,10 @@ test-oldest: $(READY_OLDEST) ## the tests that are not slow, with the oldest sup
 test-torch: ## the same with the release TORCH=2.14 (or another), in .venv-torch-2.14; what CI runs in turn with the oldest: .ci/run
 	$(MAKE) test-oldest VENV_OLDEST=.venv-torch-$(TORCH) OLDEST="'torch==$(TORCH).*'"
 
-lint: $(READY) ## ruff check and ruff format --check
+lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
 
 format: $(READY) ## apply ruff's fixes and format
 	$(VENV)/bin/python -m ruff check --fix-only .
@@ -60,7 +64,7 @@ bench: $(READY) ## measure everything beside its peers, keep the rows in bench/r
 	$(VENV)/bin/python -m pytest bench/ --benchmark --rows bench/results $(BENCH_ARGS)
 
 tables: $(READY) ## all tables and plots of measured results in docs/, from bench/results
-	$(VENV)/bin/python bench/tables.py
+	$(VENV)/bin/python -m tools.documents
 
 docs: $(READY) ## the documentation as a site in ./site: strict, links and anchors checked, nothing fetched
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --clean
@@ -69,21 +73,21 @@ dist: $(READY) ## build wheel and sdist into ./dist, install the wheel away from
 	tools/check_wheel.sh $(VENV)/bin/python
 
 gpu-smoke: ## on a CUDA GPU, with the Python at hand: does it compile, is it right, how fast, in 2.5 minutes (docs/gpu.md)
-	$(PYTHON) bench/gpu_smoke.py $(GPU_ARGS)
+	$(UNINSTALLED) $(PYTHON) -m tools.gpu_smoke $(GPU_ARGS)
 
 gpu-report: ## likewise: tests, layers, networks, a training with GPU_ARGS="--data FILE", profile, tuner, in 9 minutes (docs/gpu.md)
-	$(PYTHON) bench/gpu_report.py $(GPU_ARGS)
+	$(UNINSTALLED) $(PYTHON) -m tools.gpu_report $(GPU_ARGS)
 
 aot: $(READY) ## compile all kernels for all architectures, without a GPU (20 to 40 minutes); the tables of docs/kernels.md
-	$(VENV)/bin/python bench/aot.py $(AOT_ARGS)
-	$(VENV)/bin/python bench/tables.py
+	$(VENV)/bin/python -m tools.aot $(AOT_ARGS)
+	$(VENV)/bin/python -m tools.documents
 
 gpu-gather: ## into one folder (gpu_run) what both runs on a GPU need on a machine without a network; GPU_ARGS="--data FILE"
-	$(PYTHON) bench/gather.py $(GPU_ARGS)
+	$(PYTHON) -m tools.gather $(GPU_ARGS)
 
 clean: ## remove build products and caches; the environments and results stay
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find $(wildcard coda_fast kernels tests bench) -type d -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find $(wildcard coda_fast kernels tests bench tools experiments) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # $(call environment,FOLDER,REQUIREMENTS)
 define environment

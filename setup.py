@@ -60,7 +60,7 @@ TOOLS = [
 ]
 FONTS = ["matplotlib-fontja"]  # Japanese and many Chinese characters, for names of classes
 TEST = list(dict.fromkeys([*EVALUATION, *VIDEO, *TRAIN, *HUB, *ONNX, *FONTS, *TOOLS]))
-DEV = [*TEST, *BENCH, *DOCS, "ruff==0.17.6"]
+DEV = [*TEST, *BENCH, *DOCS, "ruff==0.17.6", "mypy==2.4.*"]
 
 setup(
     name="coda-fast",
@@ -76,7 +76,7 @@ setup(
         *find_packages("kernels", include=["coda_kernels", "coda_kernels.*"]),
     ],
     package_dir={"coda_kernels": "kernels/coda_kernels"},
-    package_data={"coda_fast": ["recipes/*.yaml"], "coda_kernels": ["tables/*.json"]},
+    package_data={"coda_fast": ["py.typed", "recipes/*.yaml"], "coda_kernels": ["py.typed", "tables/*.json"]},
     install_requires=["torch>=2.11", "numpy"],
     extras_require={
         "cli": CLI,
@@ -98,5 +98,6 @@ setup(
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

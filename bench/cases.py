@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from bench.peers import ALGEBRAIC, PEERS
+
 FORWARD, TRAINING, EXPLANATION = "forward", "forward + backward", "explanation"
 LAYER_MODES = (FORWARD, TRAINING, EXPLANATION)
 INFERENCE, STEP = "inference", "training step"
@@ -16,10 +18,6 @@ AXES = ("batch", "size", "rank", "channels")
 # more (dx, dA), if the n r numbers a pixel of the forward product were kept, and 3 if not
 # (save_contraction=False computes them again); an explanation 1 more (dx)
 PRODUCTS = {FORWARD: 1, TRAINING: 3, EXPLANATION: 2}
-
-# Providers worth compiling on a CPU, and all of them
-COMPILED = ("materialising", "algebraic")
-EVERYTHING = (*COMPILED, "algebraic checkpointed", "coda_fast")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,62 +130,65 @@ def preset(name: str, memory_bytes: int = 0, batch: int | None = None, everythin
     at batch 256, L-CoDA at 64, or 16 on a device with less than 60 GB.
     """
     if name == "smoke":
-        small = [
-            dataclasses.replace(case, size=8)
-            for case in distinct(layers({"S": 1}))
-            if case.name in ("S1", "S9")
-        ]
-        base = Layer("scaling", 8, 8, 8, 3, 1, 8, 1)
-        series = _series(base, batch=(1, 2), size=(8, 16), rank=(8, 16), channels=(8, 16))
-        return Preset(
-            tuple(small),
-            (Network(NETWORKS["S"], 2, 8, NETWORK_MODES),),
-            series,
-            {TRAINING: COMPILED},
-            "float32",
-            "S9",
-        )
+        return _smoke()
     if name == "cpu":
-        base = Layer("scaling", 16, 16, 16, 3, 1, 16, 2)
-        sizes = dict(
-            batch=(1, 2, 4, 8, 16), size=(8, 16, 32, 64), rank=(4, 16, 64, 256), channels=(4, 16, 32, 64)
-        )
-        compiled = {TRAINING: ("algebraic",), STEP: ("algebraic",), INFERENCE: ("algebraic",)}
-        cases = tuple(distinct(layers({"S": batch or 16})))
-        if batch:
-            return Preset(cases, (Network(NETWORKS["S"], batch, 32),), (), compiled, "float32")
-        few = dict(compiled=False)
-        networks = (
-            Network(NETWORKS["S"], 16, 32, every_peer=everything),
-            Network(NETWORKS["S"], 64, 32, (STEP, INFERENCE), **few),
-            Network(NETWORKS["S"], 1, 32, (INFERENCE, EXPLANATION, EVERY_CLASS), **few),
-        )
-        if everything:
-            compiled = dict.fromkeys((TRAINING, INFERENCE, EXPLANATION), ("algebraic",)) | {
-                STEP: ("algebraic", "coda_fast")
-            }
-            return Preset(cases, networks, _series(base, **sizes), compiled, "float32")
+        return _cpu(batch, everything)
+    if name == "gpu":
+        return _gpu(64 if memory_bytes >= 60e9 else 16)
+    raise ValueError(f"preset: expected smoke, cpu or gpu, got {name!r}")
+
+
+def _smoke():
+    small = [case for case in distinct(layers({"S": 1})) if case.name in ("S1", "S9")]
+    base = Layer("scaling", 8, 8, 8, 3, 1, 8, 1)
+    return Preset(
+        tuple(dataclasses.replace(case, size=8) for case in small),
+        (Network(NETWORKS["S"], 2, 8, NETWORK_MODES),),
+        _series(base, batch=(1, 2), size=(8, 16), rank=(8, 16), channels=(8, 16)),
+        {TRAINING: tuple(name for name, peer in PEERS.items() if not peer.recomputes)},
+        "float32",
+        "S9",
+    )
+
+
+def _cpu(batch, everything):
+    compiled = dict.fromkeys((TRAINING, STEP, INFERENCE), (ALGEBRAIC,))
+    cases = tuple(distinct(layers({"S": batch or 16})))
+    if batch:
+        return Preset(cases, (Network(NETWORKS["S"], batch, 32),), (), compiled, "float32")
+    few = dict(compiled=False)
+    networks = (
+        Network(NETWORKS["S"], 16, 32, every_peer=everything),
+        Network(NETWORKS["S"], 64, 32, (STEP, INFERENCE), **few),
+        Network(NETWORKS["S"], 1, 32, (INFERENCE, EXPLANATION, EVERY_CLASS), **few),
+    )
+    if not everything:
         cases = tuple(dataclasses.replace(case, modes=(TRAINING,)) for case in cases)
         return Preset(cases, networks, (), compiled, "float32")
-    if name == "gpu":
-        large = 64 if memory_bytes >= 60e9 else 16
-        base = Layer("scaling", 64, 64, 64, 3, 1, 32, 32)
-        sizes = dict(
-            batch=(1, 4, 16, 64, 256),
-            size=(8, 16, 32, 64, 128),
-            rank=(8, 32, 128, 256),
-            channels=(16, 32, 64, 128, 256),
-        )
-        networks = (Network(NETWORKS["S"], 256, 32), Network(NETWORKS["L"], large, 240))
-        cases = tuple(distinct(layers({"S": 256, "L": large})))
-        return Preset(
-            cases,
-            networks,
-            _series(base, **sizes),
-            dict.fromkeys((*LAYER_MODES, *NETWORK_MODES), EVERYTHING),
-            "bfloat16",
-        )
-    raise ValueError(f"preset: expected smoke, cpu or gpu, got {name!r}")
+    compiled = dict.fromkeys((TRAINING, INFERENCE, EXPLANATION), (ALGEBRAIC,))
+    compiled[STEP] = (ALGEBRAIC, "coda_fast")
+    base = Layer("scaling", 16, 16, 16, 3, 1, 16, 2)
+    sizes = dict(
+        batch=(1, 2, 4, 8, 16), size=(8, 16, 32, 64), rank=(4, 16, 64, 256), channels=(4, 16, 32, 64)
+    )
+    return Preset(cases, networks, _series(base, **sizes), compiled, "float32")
+
+
+def _gpu(large):
+    base = Layer("scaling", 64, 64, 64, 3, 1, 32, 32)
+    sizes = dict(
+        batch=(1, 4, 16, 64, 256),
+        size=(8, 16, 32, 64, 128),
+        rank=(8, 32, 128, 256),
+        channels=(16, 32, 64, 128, 256),
+    )
+    return Preset(
+        tuple(distinct(layers({"S": 256, "L": large}))),
+        (Network(NETWORKS["S"], 256, 32), Network(NETWORKS["L"], large, 240)),
+        _series(base, **sizes),
+        dict.fromkeys((*LAYER_MODES, *NETWORK_MODES), (*PEERS, "coda_fast")),
+        "bfloat16",
+    )
 
 
 def _series(base, **axes):

@@ -60,7 +60,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--verdict",
         type=Path,
-        help="result of the op's tests (bench/gpu_report.py); default: run some of them first",
+        help="result of the op's tests (tools/gpu_report.py); default: run some of them first",
     )
     group.addoption("--until", type=float, help="skip what has not begun by this time (seconds since 1970)")
 

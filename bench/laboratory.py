@@ -10,13 +10,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from bench import cases, measure, providers, results
+from bench import cases, layers, measure, providers, results
 from bench.measure import Measurement, Runner
 from bench.providers import COMPILED, COPY, OURS, PEERS, PRODUCT
 
 FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
-SPEEDUPS_ON = (*PEERS, *(name + COMPILED for name in PEERS), providers.FACTORED, *providers.YARDSTICKS)
 
 
 @dataclasses.dataclass
@@ -41,7 +40,7 @@ class Laboratory:
     def copy(self) -> Measurement:
         """The other ceiling: a copy within the device, of COPY_BYTES."""
         if self._copy is None:
-            runners = {COPY: Runner(*providers.copy(COPY_BYTES[self.device.type], self.device))}
+            runners = {COPY: Runner(*layers.copy(COPY_BYTES[self.device.type], self.device))}
             self._copy = measure.in_turn(runners, self.device, 0.5)[COPY]
             runners.clear()
             measure.empty(self.device)
@@ -232,7 +231,7 @@ class Laboratory:
     def _speedups(self, name, m, found):
         if name not in _ours(found) or not m.device_us:
             return None
-        peers = {p: found[p] for p in SPEEDUPS_ON if p in found and p != name and found[p].device_us}
+        peers = {p: found[p] for p in providers.compared() if p in found and p != name and found[p].device_us}
         return {p: [_short(value) for value in measure.ratios(peer, m)] for p, peer in peers.items()}
 
 

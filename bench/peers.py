@@ -3,19 +3,87 @@ differentiation.
 
 Both compute ``y = s(|w|^2) <w, x>`` from ``x [N, C, H, W]``, ``B [r, C, k, k]``, ``A [n, r, C, k, k]``, ``b
 [n, C, k, k]`` and return ``[N, n, OH, OW]``. With ``detach`` every ``s * w`` counts as a constant:
-explanation mode.
+explanation mode. A further peer is one function with the decorator ``peer`` in this file: tests,
+measurements, tables and plots find it from there.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+MATERIALISING, ALGEBRAIC, CHECKPOINTED = "materialising", "algebraic", "algebraic checkpointed"
+COMPILED = " compiled"  # after a provider's name: the same through torch.compile
+ARGUMENTS = {"x": None, "B": None, "A": None, "b": None, "stride": 1, "padding": 0, "detach": False}
 
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """An entry of the registry; its parts are the arguments of ``peer``."""
+
+    name: str
+    layer: Callable
+    description: str
+    family: str
+    slow: bool
+    recomputes: bool
+    style: tuple[str, str, str] | None
+
+
+PEERS: dict[str, Peer] = {}  # in the order of the tables
+
+
+def peer(
+    name: str,
+    *,
+    family: str,
+    slow: bool = False,
+    recomputes: bool = False,
+    style: tuple[str, str, str] | None = None,
+) -> Callable[[Callable], Callable]:
+    """Decorator that makes a function a peer. The first paragraph of its docstring describes it in the
+    documents.
+
+    Args:
+        name: what rows and tables call it; not taken yet.
+        family: what the tables call it together with its variants.
+        slow: takes seconds a call for a network on a CPU: only where all peers are asked for.
+        recomputes: measured where there is a backward pass only, and on a CPU only once for a network: it
+            takes longer and less memory.
+        style: colour, marker and label in the plots of how a layer grows; None: not in them.
+
+    Raises:
+        ValueError: a name that is taken or stands for something else, no docstring. TypeError: a function
+            with other arguments than ARGUMENTS.
+    """
+    if name in PEERS or name.startswith("coda_fast") or name.endswith(COMPILED):
+        raise ValueError(f"name: expected one that is not taken and not of ours or compiled, got {name!r}")
+
+    def register(layer):
+        empty = inspect.Parameter.empty
+        found = inspect.signature(layer).parameters.items()
+        if {key: None if p.default is empty else p.default for key, p in found} != ARGUMENTS:
+            raise TypeError(f"{name}: expected the arguments {ARGUMENTS}, got {inspect.signature(layer)}")
+        if not (layer.__doc__ or "").strip():
+            raise ValueError(f"{name}: expected a function with a docstring, got none")
+        description = " ".join(inspect.getdoc(layer).split("\n\n")[0].split())
+        PEERS[name] = Peer(name, layer, description, family, slow, recomputes, style)
+        return layer
+
+    return register
+
+
+# Colours that differ in lightness as well as in hue (Okabe and Ito)
+@peer(MATERIALISING, family="published", slow=True, style=("#D55E00", "s", "as published"))
 def materialising(x, B, A, b, stride=1, padding=0, detach=False):
-    """The formula as it is published: unfold, weights by a 1x1 convolution, product, sum, norm. Writes
-    ``w``, n d numbers a pixel.
+    """The formula as it is published: unfold, weights by a 1x1 convolution, product, sum, norm.
+
+    Writes ``w``, n d numbers a pixel.
     """
     (n, r), kernel = A.shape[:2], A.shape[3:]
     x = x.contiguous()  # as published: from channels last, w itself would have to be copied
@@ -30,11 +98,13 @@ def materialising(x, B, A, b, stride=1, padding=0, detach=False):
     return (scale * (w * patches).sum(2)).unflatten(2, z.shape[2:])
 
 
+@peer(ALGEBRAIC, family="algebraic", style=("#0072B2", "^", "algebraic"))
 def algebraic(x, B, A, b, stride=1, padding=0, detach=False):
-    """What a clever user writes: ``<w, x> = sum_k z_k (A_k . x) + b . x`` is one convolution with n (r + 1)
-    filters, the norm a quadratic form in ``[z; 1]`` with the Gram matrix of ``[A b]``, by one more
-    convolution. No ``w``, but n (r + 1) numbers a pixel, twice. The Gram matrix is the fastest way to the
-    norm and the least accurate one.
+    """What a clever user writes: one convolution with n (r + 1) filters, contracted with [z; 1]; the norm as
+    a quadratic form with the Gram matrix of [A b]: the fastest way to it, and the least accurate.
+
+    ``<w, x> = sum_k z_k (A_k . x) + b . x``; the quadratic form is one more convolution. No ``w``, but
+    n (r + 1) numbers a pixel, twice.
     """
     n, r = A.shape[:2]
     rows = torch.cat([A.flatten(2), b.reshape(n, 1, -1)], 1)
@@ -52,6 +122,7 @@ def algebraic(x, B, A, b, stride=1, padding=0, detach=False):
     return scale * ((y[:, :, :r] * z.unsqueeze(1)).sum(2) + y[:, :, r])
 
 
+@peer(CHECKPOINTED, family="algebraic", recomputes=True)
 def checkpointed(x, B, A, b, stride=1, padding=0, detach=False):
-    """``algebraic``, computed again in the backward pass: the memory-fair peer."""
+    """The algebraic one, recomputed in the backward pass: the peer that is fair in memory."""
     return checkpoint(algebraic, x, B, A, b, stride, padding, detach, use_reentrant=False)

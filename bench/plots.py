@@ -7,16 +7,17 @@ import json
 from pathlib import Path
 
 from bench.cases import AXES
-from bench.providers import ALGEBRAIC, CODA, MATERIALISING
+from bench.peers import PEERS
+from bench.providers import CODA
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-# Colours that differ in lightness as well as in hue (Okabe and Ito)
-STYLE = {
-    MATERIALISING: ("#D55E00", "s", "as published"),
-    ALGEBRAIC: ("#0072B2", "^", "algebraic"),
-    CODA: ("#000000", "o", "coda_fast"),
-}
 LABELS = {"batch": "batch", "size": "image size, pixels", "rank": "rank r", "channels": "channels C = n"}
+
+
+def styles() -> dict[str, tuple[str, str, str]]:
+    """{provider: (colour, marker, label)} of all that are drawn."""
+    peers = {name: peer.style for name, peer in PEERS.items() if peer.style}
+    return {**peers, CODA: ("#000000", "o", "coda_fast")}
 
 
 def scaling_path(rows_file: Path) -> Path:
@@ -34,7 +35,7 @@ def fingerprint(rows: list[dict]) -> str:
 
 def _scaling(rows):
     """Of one dtype, the first that was measured."""
-    found = [r for r in rows if r["op"].startswith("scaling") and r["provider"] in STYLE]
+    found = [r for r in rows if r["op"].startswith("scaling") and r["provider"] in styles()]
     return [r for r in found if r["dtype"] == found[0]["dtype"]]
 
 
@@ -64,7 +65,7 @@ def scaling(rows: list[dict], path: Path) -> Path:
         )
         for column, axis in enumerate(AXES):
             series = [r for r in found if r["op"] == f"scaling {axis}"]
-            for provider, (colour, marker, label) in STYLE.items():
+            for provider, (colour, marker, label) in styles().items():
                 points = sorted(
                     (r for r in series if r["provider"] == provider and r["p50_us"]),
                     key=lambda r: r["shape"][axis],

@@ -1,36 +1,15 @@
-"""Every table and plot of measured results in docs/, from the rows in bench/results/ (``make tables``).
-
-python bench/tables.py            write them
-python bench/tables.py --check    exit status 1 if what is written is not what the rows say
+"""Tables of measured rows as Markdown: in the terminal at the end of a run, and in the documents
+(tools/documents.py).
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
+from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING
+from bench.peers import ALGEBRAIC, COMPILED, MATERIALISING, PEERS
+from bench.providers import CODA, COPY, PRODUCT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
-
-from bench import (  # noqa: E402
-    aot_tables,
-    evaluate_digits,
-    evaluation_speed,
-    golden,
-    launches,
-    matrix_regulariser,
-    plots,
-    results,
-)
-from bench import training as training_runs  # noqa: E402
-from bench.cases import INFERENCE, LAYER_MODES, NETWORK_MODES, STEP, TRAINING  # noqa: E402
-from bench.providers import ALGEBRAIC, CHECKPOINTED, CODA, COMPILED, COPY, MATERIALISING, PRODUCT  # noqa: E402
-
-NUMBERS, BENCHMARK, KERNELS = (ROOT / "docs" / f"{page}.md" for page in ("numbers", "benchmark", "kernels"))
-EVALUATION, TRAINING_PAGE = ROOT / "docs" / "evaluation.md", ROOT / "docs" / "training.md"
 MIB = 2**20
-ALGEBRAICS = (ALGEBRAIC, ALGEBRAIC + COMPILED, CHECKPOINTED, CHECKPOINTED + COMPILED)
+PUBLISHED = (MATERIALISING, MATERIALISING + COMPILED)
 
 
 # -- one device
@@ -96,7 +75,7 @@ def times(rows: list[dict]) -> str:
 
 
 def gains(rows: list[dict]) -> str:
-    """Speed-up of coda_fast on the formula as published and on the fastest algebraic peer, memory, error,
+    """Speed-up of coda_fast on the formula as published and on the fastest other peer, memory, error,
     share of the ceiling.
     """
     by = _by(rows)
@@ -104,7 +83,7 @@ def gains(rows: list[dict]) -> str:
         [
             "layer",
             "speed-up on materialising",
-            "on the fastest algebraic",
+            f"on the fastest {families()}",
             "which",
             "% of ceiling",
             "ceiling",
@@ -120,11 +99,11 @@ def gains(rows: list[dict]) -> str:
         ours = by.get((op, CODA))
         if not ours:
             continue
-        peer = fastest(by, op, ALGEBRAICS)
+        peer = fastest(by, op, others())
         three = [by.get((op, p)) for p in (MATERIALISING, ALGEBRAIC, CODA)]
         share = "" if not ours["ceiling"] else f"{100 * ours['ceiling']:.0f}"
         which = _which(by, op, peer)
-        first = fastest(by, op, (MATERIALISING, MATERIALISING + COMPILED))
+        first = fastest(by, op, PUBLISHED)
         table.append(
             [op, _speedup(ours, first), _speedup(ours, peer), which, share, ours.get("bound") or ""]
             + [_mib(r) for r in three]
@@ -143,14 +122,14 @@ def summary(rows: list[dict]) -> str:
             "",
             "C, n, r, k, stride, size",
             "as published, ms",
-            "algebraic, ms",
+            f"{families()}, ms",
             "coda_fast, ms",
             "speed-up on published",
-            "on algebraic",
+            f"on {families()}",
             "which",
             "% of ceiling",
             "peak memory, MiB: as published",
-            "algebraic",
+            families(),
             "coda_fast",
         ]
     ]
@@ -160,10 +139,7 @@ def summary(rows: list[dict]) -> str:
         ours = by.get((op, CODA))
         if not ours:
             continue
-        first, second = (
-            fastest(by, op, (MATERIALISING, MATERIALISING + COMPILED)),
-            fastest(by, op, ALGEBRAICS),
-        )
+        first, second = (fastest(by, op, PUBLISHED), fastest(by, op, others()))
         three = [by.get((op, p)) for p in (first, second, CODA)]
         share = f"{100 * ours['ceiling']:.0f}" if ours["ceiling"] else ""
         label = op if "channels" in ours["shape"] else f"{op}, training step"
@@ -266,8 +242,18 @@ def _ordered(values):
     return list(dict.fromkeys(values))
 
 
+def others() -> list[str]:
+    """The peers that are not the formula as it is published, each also compiled."""
+    return [name + suffix for name in PEERS if name != MATERIALISING for suffix in ("", COMPILED)]
+
+
+def families() -> str:
+    """What they are."""
+    return " or ".join(_ordered(peer.family for name, peer in PEERS.items() if name != MATERIALISING))
+
+
 def _which(by, op, peer):
-    """The name of the fastest algebraic peer, and whether the one to beat on a GPU is missing."""
+    """The name of the fastest other peer, and whether the one to beat on a GPU is missing."""
     unknown = by[op, CODA]["driver"] and fastest(by, op, (ALGEBRAIC + COMPILED,)) is None
     return f"{peer} (compiled not measured)" if peer and unknown else peer or ""
 
@@ -345,118 +331,3 @@ def _markdown(table):
         for row in table
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-# -- documents
-# ------------------------------------------------------------------------------------------------------------
-
-
-def devices(folder: Path = results.FOLDER) -> list[tuple[Path, list[dict]]]:
-    """The files of rows, with what is in them; GPUs first."""
-    found = [(path, results.read(path)) for path in sorted(folder.glob("*.jsonl"))]
-    return sorted(
-        (pair for pair in found if pair[1]), key=lambda pair: (pair[1][0]["driver"] is None, pair[0].name)
-    )
-
-
-def block(text: str, name: str, content: str) -> str:
-    """``text`` with ``content`` between the markers of that name. ValueError if they are not there."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"expected {begin} and {end} once each")
-    return f"{text.partition(begin)[0]}{begin}\n{content}\n{end}{text.partition(end)[2]}"
-
-
-def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
-    """The text that each document should have."""
-    short, full = [], []
-    for path, rows in devices(folder):
-        for variant in variants(rows):
-            training = [
-                r for r in variant if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")
-            ]
-            # the published batch is 16; smaller ones are in docs/benchmark.md
-            if training and training[0]["shape"]["batch"] >= 16:
-                short += [
-                    f"**{rows[0]['device']}, {training[0]['dtype']}**",
-                    "",
-                    summary(training),
-                    "",
-                    footer(training),
-                    "",
-                ]
-        full += [f"## {rows[0]['device']}", "", everything(rows), ""]
-        if any(r["op"].startswith("scaling") for r in rows):
-            full += [f"![Scaling on {rows[0]['device']}]({plots.scaling_path(path).name})", ""]
-    return {
-        NUMBERS: block(
-            block(NUMBERS.read_text(encoding="utf-8"), "bench", "\n".join(short).rstrip()),
-            "golden",
-            golden.table(),
-        ),
-        BENCHMARK: block(BENCHMARK.read_text(encoding="utf-8"), "bench", "\n".join(full).rstrip()),
-        EVALUATION: _evaluation(),
-        TRAINING_PAGE: _training(),
-        KERNELS: block(
-            block(KERNELS.read_text(encoding="utf-8"), "aot", aot_tables.tables()),
-            "launches",
-            launches.tables(),
-        ),
-    }
-
-
-def _evaluation() -> str:
-    text = EVALUATION.read_text(encoding="utf-8")
-    for name, module in (
-        ("digits", evaluate_digits),
-        ("matrix", matrix_regulariser),
-        ("speed", evaluation_speed),
-    ):
-        text = block(text, name, module.table())
-    return text
-
-
-def _training() -> str:
-    text = block(TRAINING_PAGE.read_text(encoding="utf-8"), "training", training_runs.table())
-    return block(text, "run", training_runs.run_table())
-
-
-def stale() -> list[str]:
-    """Documents and plots that do not show what the rows say."""
-    found = [
-        str(path.relative_to(ROOT))
-        for path, text in documents().items()
-        if path.read_text(encoding="utf-8") != text
-    ]
-    for path, rows in devices():
-        if any(r["op"].startswith("scaling") for r in rows) and not plots.shows(
-            plots.scaling_path(path), rows
-        ):
-            found.append(str(plots.scaling_path(path).relative_to(ROOT)))
-    return found
-
-
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(argv)
-    if options.check:
-        found = stale()
-        print(
-            "\n".join(f"stale: {name}" for name in found)
-            or "all tables and plots show the rows of bench/results"
-        )
-        return int(bool(found))
-    for path, rows in devices():
-        if any(r["op"].startswith("scaling") for r in rows):
-            print(plots.scaling(rows, plots.scaling_path(path)))
-    for path, text in documents().items():
-        path.write_text(text, encoding="utf-8")
-        print(path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,9 +7,10 @@ from coda_fast.backends import BackendUnavailable, backend_info
 from coda_fast.checkpoints import CheckpointError, load, save
 from coda_fast.compile import compile_kernels
 from coda_fast.convert import Conversion, convert_conv2d
-from coda_fast.explain import Explanation
+from coda_fast.explanation import Explanation
 from coda_fast.export import Explainer
-from coda_fast.models import CoDANet, create_model, list_models
+from coda_fast.models import CoDANet, create_model, list_models, register_model
+from coda_fast.network import Network
 from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, explanation_mode
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "DAUConv2d",
     "Explainer",
     "Explanation",
+    "Network",
     "SumPool2d",
     "__version__",
     "backend_info",
@@ -32,6 +34,7 @@ __all__ = [
     "functional",
     "list_models",
     "load",
+    "register_model",
     "save",
     "unwrap",
 ]

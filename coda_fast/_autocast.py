@@ -1,8 +1,9 @@
-"""Autocast, on devices that have it and on those that do not ("meta")."""
+"""Autocast, on devices that have it and on the device "meta", which has none."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 
 import torch
 
@@ -19,15 +20,15 @@ def without_autocast(kind: str) -> contextlib.AbstractContextManager:
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in float32 at least: what is summed, squared or divided by T in float16 leaves its range,
-    in bfloat16 its digits.
+    """``tensor`` in float32 at least. Sums, squares and quotients by T overflow or underflow in float16, and
+    lose their digits in bfloat16.
     """
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def cast_as_convolution(kind: str, arguments) -> tuple:
-    """What autocast does to the inputs of a convolution: float32 and lower go to its dtype, float64 (and
-    what is no tensor) stays.
+def cast_as_convolution(kind: str, arguments: Iterable) -> tuple:
+    """The arguments as autocast gives them to a convolution: float32 and narrower tensors in its dtype,
+    float64 tensors and whatever is not a tensor unchanged.
     """
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

@@ -187,7 +187,6 @@ def differentiable(op: torch._ops.OpOverload):
     here, one at a time, so what a level needs is a node of automatic differentiation of this level alone, as
     torch.func itself makes for functions of the user.
     """
-
     kind, setup, backward, jvp = _DERIVATIVES[op._opname]
 
     def below(keyset, *args):

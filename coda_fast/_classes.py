@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 
 
-def as_classes(value, name: str) -> torch.Tensor:
-    """``value`` as int64, what gather, scatter and one_hot want. TypeError: no tensor, or one of bools,
-    floats or complex numbers.
+def class_name(names: list[str] | tuple[str, ...] | None, index: int) -> str:
+    """What a class is called: by ``names``, if there are any."""
+    return names[index] if names else f"class {index}"
+
+
+def as_classes(value: torch.Tensor, name: str) -> torch.Tensor:
+    """``value`` as int64, the dtype that gather, scatter and one_hot take.
+
+    Raises:
+        TypeError: ``value`` is not a tensor, or holds bools, floats or complex numbers.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -16,9 +23,12 @@ def as_classes(value, name: str) -> torch.Tensor:
     return value.long()
 
 
-def one_each(value, count: int, name: str) -> torch.Tensor:
-    """One class for each of ``count`` images, [N] int64, of [N] or [N, 1] (MedMNIST's form). TypeError,
-    ValueError: anything else.
+def one_each(value: torch.Tensor, count: int, name: str) -> torch.Tensor:
+    """One class for each of ``count`` images, [N] int64, from a tensor [N] or [N, 1] (as MedMNIST stores
+    labels).
+
+    Raises:
+        TypeError: ``value`` is not a tensor of integers. ValueError: it has another shape.
     """
     classes = as_classes(value, name)
     if classes.shape not in ((count,), (count, 1)):
@@ -29,7 +39,7 @@ def one_each(value, count: int, name: str) -> torch.Tensor:
 
 
 def check_range(classes: torch.Tensor, count: int, name: str) -> None:
-    """ValueError unless all are from 0 to ``count - 1``."""
+    """Raise a ValueError unless all ``classes`` are from 0 to ``count - 1``."""
     if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < count):
         raise ValueError(
             f"{name}: expected classes from 0 to {count - 1}, got {int(classes.min())} to "

@@ -21,7 +21,7 @@ class Conversion:
         module: the converted module: the one that was given, changed in place, unless that was itself a
             convolution.
         converted: names of the convolutions that are DAU layers now ("" is the module itself).
-        kept: names of those that are not, each with the reason.
+        kept: names of the convolutions that are not replaced, each with the reason.
     """
 
     module: nn.Module
@@ -49,29 +49,34 @@ def convert_conv2d(
     """Replace every ``nn.Conv2d`` of a module, in place, by a ``DAUConv2d`` of the same geometry, device,
     dtype and mode.
 
-    The new layers have fresh weights, frozen where those of the convolution were: a DAU layer computes its
-    weight from its input, so there is nothing that a convolution's weight could be carried over to, and its
-    bias adds to that weight instead of to the output. Make the optimiser afterwards; a layer has about
-    ``rank`` times the parameters. A convolution that is used in several places becomes one layer in all of
-    them. Shapes stay, so the model runs and trains; its explanation is exact only as far as it is dynamic
-    linear, that is, without activations, normalisation or biases between the layers (``coda_fast.CoDANet``
-    has none).
+    The new layers have fresh weights, frozen where those of the convolution are. A DAU layer computes its
+    weight from its input, so that no parameter of it corresponds to a convolution's weight, and its bias adds
+    to the computed weight, not to the output. Make the optimiser afterwards; a layer has about ``rank`` times
+    the parameters. A convolution that is used in several places becomes one layer in all of them. Shapes stay
+    the same, so the model runs and trains. Its explanation is exact only as far as it is dynamic linear, that
+    is, without activations, normalisation or biases between the layers (``coda_fast.CoDANet`` has none).
 
-    Kept, with the reason: convolutions with groups, other padding than zeros, hooks, a weight that others
-    have too, or a class of their own (parametrised, pruned, lazy, quantised ones are such); transposed ones
-    and those of one or three dimensions.
+    These are kept, and reported with the reason: convolutions with groups, with other padding than zeros,
+    with hooks, with a weight that they share with another module, or of a derived class (such as
+    parametrised, pruned, lazy or quantised ones); transposed convolutions, and those of one or three
+    dimensions.
 
     Args:
-        module: any module; a convolution itself comes back replaced as ``Conversion.module``.
-        rank, bias, norm, eps, backend, save_contraction: of the new layers, as for ``DAUConv2d``.
-        only: which to replace: names or patterns of names (``"layer4.*"``), or a function of name and
-            convolution; None: all. The others are not reported. One that is used in several places is
-            replaced in all if one of them is named.
+        module: any module; where it is a convolution itself, its replacement is ``Conversion.module``.
+        rank: of the new layers, as for ``DAUConv2d``.
+        only: which convolutions to replace: names or patterns of names (``"layer4.*"``), or a function of
+            name and convolution; None: all. The others are not reported. A convolution that is used in
+            several places is replaced in all of them if one is chosen.
+        bias: of the new layers, as for ``DAUConv2d``.
+        norm: of the new layers, as for ``DAUConv2d``.
+        eps: of the new layers, as for ``DAUConv2d``.
+        backend: of the new layers, as for ``DAUConv2d``.
+        save_contraction: of the new layers, as for ``DAUConv2d``.
 
     Raises:
-        ValueError: nothing is replaced, a name or pattern that no convolution has, options that a layer
-            refuses, weights that this machine cannot hold; nothing is changed then. TypeError: not a module,
-            names that are no strings.
+        ValueError: there is nothing to replace, no convolution has a given name or pattern, a layer refuses
+            the options, or the weights do not fit into memory; the module is then unchanged. TypeError:
+            ``module`` is not a module, or ``only`` holds something that is not a string.
 
     >>> from torch import nn
     >>> import coda_fast
@@ -107,14 +112,14 @@ def convert_conv2d(
     )
     different = {id(found[name]): found[name] for name in converted}
     for conv in different.values():
-        _layer(conv, options, device="meta")  # refuses options without allocating anything
+        _layer(conv, options, device="meta")  # raises for unusable options, and allocates nothing
     numbers = [
         conv.weight[0].numel() * (rank + conv.out_channels * (rank + bool(bias)))
         for conv in different.values()
     ]
     probe = next(iter(different.values())).weight
     check_size([sum(numbers)], probe.device, probe.dtype)
-    # all are made before the first is put in
+    # All layers are made before the first is put in its place: an error leaves the module unchanged.
     layers = {key: _layer(conv, options) for key, conv in different.items()}
     for name in converted:
         parent, _, last = name.rpartition(".")
@@ -124,7 +129,7 @@ def convert_conv2d(
 
 
 def _choice(only, found):
-    """The names among ``found`` that ``only`` means."""
+    """The names among ``found`` that ``only`` chooses."""
     if only is None:
         return set(found)
     if callable(only):
@@ -138,9 +143,9 @@ def _choice(only, found):
     return {name for names in chosen.values() for name in names}
 
 
-def _owners(module):
-    """The names of the modules that have each parameter, a module that is in several places once."""
-    owners = {}
+def _owners(module: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that have each parameter; one name for a module in several places."""
+    owners: dict[int, list[str]] = {}
     for name, child in module.named_modules():
         for parameter in child.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
@@ -148,7 +153,7 @@ def _owners(module):
 
 
 def _obstacle(conv, owners):
-    """Why a convolution must stay; empty if it need not."""
+    """Why a convolution must be kept; empty: it can be replaced."""
     if not isinstance(conv, nn.Conv2d):
         kind = (
             "transposed" if isinstance(conv, _ConvTransposeNd) else f"of {len(conv.kernel_size)} dimensions"

@@ -16,31 +16,24 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from coda_fast import checkpoints, plot
 from coda_fast._version import __version__
-from coda_fast.data import digits as source
-from coda_fast.data.sources import to_float
+from coda_fast.data.digits import Digits, digit_tensors
 from coda_fast.evaluation.localisation import canvases, confident_images, draw_grids, localisation
 from coda_fast.models import CoDANet, create_model
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Data, digits = Digits, digit_tensors  # as they were called when they were defined here
 MODEL = "coda_xs_digits"
 TEMPERATURES = (1.0, 40.0)
 GRID = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Images [N, C, H, W] in [0, 1] with labels [N]."""
-
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
-    class_names: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +60,7 @@ def run(
         ImportError: scikit-learn, matplotlib or safetensors is not installed. OSError: the folder cannot be
             written.
     """
-    folder, data = Path(folder), digits(seed)
+    folder, data = Path(folder), digit_tensors(seed)
     plot.new_figure(1, 1), checkpoints.require_safetensors()  # what is missing is said before the work
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
@@ -108,15 +101,8 @@ def run(
     return result
 
 
-def digits(seed: int = 0) -> Data:
-    """scikit-learn's digits, a quarter of them for testing."""
-    train, test, names = source.digits(seed)
-    images = (to_float(split.images, torch.float32) for split in (train, test))
-    return Data(next(images), train.labels, next(images), test.labels, names)
-
-
 def train(
-    model: CoDANet, data: Data, *, epochs: int, seed: int = 0, progress: Callable | None = None
+    model: CoDANet, data: Digits, *, epochs: int, seed: int = 0, progress: Callable | None = None
 ) -> None:
     """Adam on binary cross-entropy with a cosine schedule, batches of 64."""
     batch, generator = 64, torch.Generator().manual_seed(seed)
@@ -134,7 +120,7 @@ def train(
             schedule.step()
 
 
-def evaluate(model: CoDANet, data: Data, seed: int = 0) -> dict:
+def evaluate(model: CoDANet, data: Digits, seed: int = 0) -> dict:
     """Accuracy, the worst completeness error over all test images, and the localisation score."""
     explanation = model.explain(data.test_images)
     chosen = explanation.logits.gather(1, explanation.target)
@@ -151,7 +137,7 @@ def evaluate(model: CoDANet, data: Data, seed: int = 0) -> dict:
     }
 
 
-def localisation_score(model, data: Data, logits, seed: int) -> tuple[float | None, int]:
+def localisation_score(model, data: Digits, logits, seed: int) -> tuple[float | None, int]:
     """Mean score of the grid pointing game and the number of grids; None where fewer than four classes
     have confident images.
     """
@@ -168,7 +154,7 @@ def score_text(score: float | None) -> str:
     return "unknown" if score is None else f"{score:.3f}"
 
 
-def figure(models: list[CoDANet], data: Data, rows: list[dict], seed: int):
+def figure(models: list[CoDANet], data: Digits, rows: list[dict], seed: int) -> Figure:
     """Three test digits and one grid at both temperatures, each map with the proof that it is complete."""
     shown = torch.stack([torch.nonzero(data.test_labels == c).flatten()[0] for c in (3, 7, 0)])
     images = data.test_images[shown]
@@ -178,52 +164,21 @@ def figure(models: list[CoDANet], data: Data, rows: list[dict], seed: int):
         )
     )
     grid, classes = canvases(data.test_images[cells], GRID), data.test_labels[cells]
-    digits_explained = [m.explain(images, m(images).topk(2).indices) for m in models]
-    grid_explained = [m.explain(grid, classes) for m in models]
+    of_digits = [m.explain(images, m(images).topk(2).indices) for m in models]
+    of_grid = [m.explain(grid, classes) for m in models]
     # logits differ in size between the networks: one colour scale for each of them, over all its maps
     scales = [
         plot.symmetric_scale(torch.cat((d.contribution_map.flatten(), g.contribution_map.flatten())))
-        for d, g in zip(digits_explained, grid_explained, strict=True)
+        for d, g in zip(of_digits, of_grid, strict=True)
     ]
     page = plot.new_figure(width=11.5, height=2.55 * 5 + 1.0)
     axes = page.subplots(5, 5, squeeze=False)
-    artists = [None, None]
-    for i in range(3):
-        plot.show_image(axes[i, 0], images[i], f"scan of a {int(data.test_labels[shown[i]])}")
-        for column, which, k in ((1, 0, 0), (2, 1, 0), (3, 1, 1)):
-            model, explained = models[which], digits_explained[which]
-            target = int(explained.target[i, k])
-            why = "why" if k == 0 else "why not"
-            title = (
-                f"T = {model.temperature:g}: {why} {target}  "
-                f"({plot.probability(float(explained.logits[i, target].sigmoid()))})"
-            )
-            artists[which] = plot.show_map(
-                axes[i, column], explained.contribution_map[i, k], scales[which], title
-            )
-            axes[i, column].set_xlabel(plot.proof(explained, i, k, model.logit_bias), fontsize=7)
-        high = digits_explained[1]
-        title = f"T = {models[1].temperature:g}: its weight for {int(high.target[i, 0])}"
-        plot.show_weight(axes[i, 4], high.dynamic_weight[i, 0], high.contribution_map[i, 0], title)
-    size = data.test_images.shape[2]
-    for row, (model, explained, scale) in enumerate(
-        zip(models, grid_explained, scales, strict=True), start=3
-    ):
-        plot.show_image(axes[row, 0], grid[0], "four scans in one image")
-        for k in range(GRID**2):
-            title = f"T = {model.temperature:g}: where is the {int(classes[0, k])}?"
-            plot.show_map(axes[row, k + 1], explained.contribution_map[0, k], scale, title)
-            axes[row, k + 1].set_xlabel(plot.proof(explained, 0, k, model.logit_bias), fontsize=7)
-            for line in (axes[row, k + 1].axhline, axes[row, k + 1].axvline):
-                line(size - 0.5, color="0.5", linewidth=0.7)
+    artists = _draw_digits(axes[:3], models, of_digits, scales, data.test_labels[shown])
+    for row, model, explained, scale in zip(axes[3:], models, of_grid, scales, strict=True):
+        _draw_grid(row, model, explained, scale, data.test_images.shape[2])
     for artist, model, below in zip(artists, models, (axes[-1, :2], axes[-1, 2:]), strict=True):
-        plot.colour_bar(
-            page,
-            artist,
-            below,
-            f"contribution to the logit, per pixel, T = {model.temperature:g}",
-            location="bottom",
-        )
+        label = f"contribution to the logit, per pixel, T = {model.temperature:g}"
+        plot.colour_bar(page, artist, below, label, location="bottom")
     found = ";  ".join(
         f"T = {r['temperature']:g}: accuracy {r['accuracy']:.1%}, localisation "
         f"{score_text(r['localisation'])}"
@@ -233,3 +188,37 @@ def figure(models: list[CoDANet], data: Data, rows: list[dict], seed: int):
         f"{found}  (chance {1 / GRID**2:.2f}).  Red speaks for the class, blue against it.", fontsize=10
     )
     return page
+
+
+def _draw_digits(axes, models, explanations, scales, labels):
+    """A row for each digit: the image, why both networks decide so, why not otherwise, and a weight. The
+    artist of a map of each network.
+    """
+    artists = [None, None]
+    for i, row in enumerate(axes):
+        plot.show_image(row[0], explanations[0].images[i], f"scan of a {int(labels[i])}")
+        for column, which, k in ((1, 0, 0), (2, 1, 0), (3, 1, 1)):
+            model, explained = models[which], explanations[which]
+            target = int(explained.target[i, k])
+            why = "why" if k == 0 else "why not"
+            sure = plot.probability(float(explained.logits[i, target].sigmoid()))
+            title = f"T = {model.temperature:g}: {why} {target}  ({sure})"
+            artists[which] = plot.show_map(
+                row[column], explained.contribution_map[i, k], scales[which], title
+            )
+            row[column].set_xlabel(plot.proof(explained, i, k, model.logit_bias), fontsize=7)
+        high = explanations[1]
+        title = f"T = {models[1].temperature:g}: its weight for {int(high.target[i, 0])}"
+        plot.show_weight(row[4], high.dynamic_weight[i, 0], high.contribution_map[i, 0], title)
+    return artists
+
+
+def _draw_grid(axes, model, explained, scale, size):
+    """Four digits of ``size`` pixels in one image, and where the network sees each."""
+    plot.show_image(axes[0], explained.images[0], "four scans in one image")
+    for k, panel in enumerate(axes[1:]):
+        title = f"T = {model.temperature:g}: where is the {int(explained.target[0, k])}?"
+        plot.show_map(panel, explained.contribution_map[0, k], scale, title)
+        panel.set_xlabel(plot.proof(explained, 0, k, model.logit_bias), fontsize=7)
+        for line in (panel.axhline, panel.axvline):
+            line(size - 0.5, color="0.5", linewidth=0.7)

@@ -4,335 +4,32 @@ inputs).
 
 from __future__ import annotations
 
-import base64
-import dataclasses
-import html
-import json
 import math
-import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from types import FrameType
 
-import numpy as np
 import torch
 
 from coda_fast._autocast import wide
 from coda_fast._classes import as_classes, check_range
-from coda_fast._geometry import integer
-from coda_fast._wrappers import gathered, need_network, unwrap
-from coda_fast.nn import DAUConv2d, explanation_mode
-from coda_fast.safety import printable
+from coda_fast.dynamic_linear import DynamicLinear, gathered, need_network
+from coda_fast.explanation import Explanation
+from coda_fast.nn import DAUConv2d
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from coda_fast.models import CoDANet
+__all__ = ["MEMORY_BUDGET", "Explanation", "PixelRangeWarning", "explain"]
 
 MEMORY_BUDGET = 1 << 30
-_FORMAT = "coda_fast.Explanation"
-_SHOWN, _CLASSES = 4, 5  # images, and classes of each, in a notebook
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Explanation:
-    """Why a network gave its logits; N images, K explained classes each, all tensors on the images' device.
-
-    With ``layer=None`` (or 0), C = 6 for colour images: red, green, blue, then 1 - red, 1 - green, 1 - blue.
-    With ``layer=l`` C, H, W are those of the activations that enter layer l.
-
-    Attributes:
-        logits: [N, classes], in the dtype of the network; the rest is in float32 at least.
-        target: explained classes, [N, K].
-        dynamic_weight: ``[W(x)]_c / T``: the row of the global linear map that gives each logit, [N, K, C, H,
-            W].
-        contributions: ``dynamic_weight * activations``, in logits, [N, K, C, H, W].
-        contribution_map: contributions summed over channels, [N, K, H, W].
-        completeness_error: ``|sum of contributions + logit bias - logit|``, in logits, [N, K]: rounding,
-            below 1e-6 (float32), 1e-14 (float64) or 2e-2 (bfloat16) of the logit plus the sum of absolute
-            contributions.
-        layer: index of the DAU layer whose inputs are the terms of the decomposition; 0: the encoded image.
-        images: what was explained, [N, C, H, W]: the tensor that was given, without its graph.
-        logit_bias: the constant in every logit that no pixel contributes.
-        class_names: those of the network, or None.
-
-    ``len(e)`` is N; ``e[i]``, ``e[1:3]``, ``e[[0, 2]]`` and iteration give explanations of these images. In a
-    notebook it shows itself.
-
-    >>> import torch, coda_fast
-    >>> e = coda_fast.create_model("coda_xs_digits").explain(torch.rand(5, 1, 8, 8), target=[[3, 7]] * 5)
-    >>> e
-    Explanation(5 images, 2 classes each, maps 8 x 8, layer 0, float32 on cpu, ...)
-    >>> e[1:3].to(torch.float64)
-    Explanation(2 images, 2 classes each, maps 8 x 8, layer 0, float64 on cpu, ...)
-    """
-
-    logits: torch.Tensor
-    target: torch.Tensor
-    dynamic_weight: torch.Tensor
-    contributions: torch.Tensor
-    contribution_map: torch.Tensor
-    completeness_error: torch.Tensor
-    layer: int
-    images: torch.Tensor | None = None
-    logit_bias: float = 0.0
-    class_names: tuple[str, ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.target)
-
-    def __getitem__(self, index: int | slice | Sequence | torch.Tensor) -> Explanation:
-        """Of some of the images: an int gives a batch of one; a slice; several ints, or N bools, as a list,
-        an array or a tensor.
-
-        Raises:
-            IndexError: there is no such image. TypeError: anything else.
-        """
-        chosen = _chosen(index, len(self))
-        return self._each(lambda tensor: tensor[chosen])
-
-    def __iter__(self) -> Iterator[Explanation]:
-        return (self[i] for i in range(len(self)))
-
-    def __repr__(self) -> str:
-        n, k, height, width = self.contribution_map.shape
-        dtype, device = str(self.contribution_map.dtype).removeprefix("torch."), self.contribution_map.device
-        text = (
-            f"{_count(n, 'image')}, {_count(k, 'class', 'classes')} each, maps {height} x {width}, layer "
-            f"{self.layer}, {dtype} on {device}"
-        )
-        if self.completeness_error.numel() and device.type != "meta":
-            text += f", completeness error up to {float(self.completeness_error.max()):.1e} logits"
-        return f"Explanation({text})"
-
-    def to(self, *args, **kwargs) -> Explanation:
-        """On another device, or in another floating-point dtype: arguments as of ``torch.Tensor.to``;
-        classes stay integers.
-        """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating-point one, got {dtype}")
-
-        def move(tensor):
-            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking)
-
-        return self._each(move)
-
-    def name(self, index: int) -> str:
-        """Of a class."""
-        return self.class_names[index] if self.class_names else f"class {index}"
-
-    def plot(self) -> Figure:
-        """A figure: a row for each image with its maps and the proof that they are complete, see
-        ``coda_fast.plot.explanation_figure``.
-
-        Raises:
-            ValueError: an explanation without its images. ImportError: matplotlib is not installed.
-        """
-        from coda_fast import plot
-
-        if self.images is None:
-            raise ValueError(
-                "plot: expected an explanation with its images, got one without; see "
-                "coda_fast.plot.explanation_figure"
-            )
-        return plot.explanation_figure(self.images, self, self.logit_bias, self.class_names)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """All of it, images too, to a safetensors file that ``load`` reads; all or nothing. ImportError:
-        safetensors is not installed.
-        """
-        from coda_fast import checkpoints
-
-        safetensors = checkpoints.require_safetensors()
-        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        names = None if self.class_names is None else list(self.class_names)
-        facts = json.dumps({"layer": self.layer, "logit_bias": self.logit_bias, "class_names": names})
-        data = safetensors.torch.save(tensors, {"format": _FORMAT, "facts": facts})
-        with checkpoints.atomic_path(path) as temporary:
-            temporary.write_bytes(data)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> Explanation:
-        """What ``save`` wrote, bit for bit.
-
-        Raises:
-            FileNotFoundError: no such file. ValueError: not an explanation, no file at all (a folder, a pipe,
-                a device), or a damaged one.
-            OSError: it may not be read. ImportError: safetensors is not installed.
-        """
-        from coda_fast import checkpoints
-
-        with checkpoints.opened(path, device, "explanation") as file:
-            header = file.metadata() or {}
-            if (found := header.get("format")) != _FORMAT:
-                raise ValueError(
-                    f"{path}: expected an explanation (format {_FORMAT!r}), got format "
-                    f"{printable(repr(found))[:100]}"
-                )
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            try:  # before any tensor is read
-                facts = _facts(json.loads(header.get("facts", "")))
-                _check_shapes(shapes, facts)
-                explanation = cls(**{name: file.get_tensor(name) for name in shapes}, **facts)
-                explanation._check_values()
-            except Exception as error:  # safetensors and json raise what the damage leads them to
-                reason = " ".join(printable(error).split())[:300]
-                raise ValueError(
-                    f"{path}: expected an explanation that was saved, got a damaged one: {reason}"
-                ) from None
-        return explanation
-
-    def _check_values(self):
-        if self.target.dtype != torch.int64 or not all(
-            t.is_floating_point() for name, t in self._tensors().items() if name != "target"
-        ):
-            raise ValueError("expected integer classes and floating-point tensors")
-        if self.target.device.type != "meta":
-            check_range(self.target, self.logits.shape[1], "target")
-
-    def _tensors(self):
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-
-    def _each(self, function):
-        return dataclasses.replace(
-            self, **{name: function(tensor) for name, tensor in self._tensors().items()}
-        )
-
-    def _repr_html_(self) -> str:
-        """For notebooks: the first images with their maps, classes and completeness errors. Never raises:
-        what cannot be drawn is said.
-        """
-        words = f"<p><code>{html.escape(printable(repr(self)))}</code></p>"
-        if not len(self) or self.target.device.type == "meta":
-            return f"<div>{words}</div>"
-        shown, (count, classes) = self._first(_SHOWN, _CLASSES), self.target.shape
-        rows = "".join(
-            f"<tr><td>{i}</td><td>{html.escape(printable(e.name(int(c))))}</td>"
-            f"<td>{float(e.logits[0, c].sigmoid()):.3f}</td>"
-            f"<td>{float(e.logits[0, c]):.3f}</td><td>{float(e.completeness_error[0, k]):.1e}</td></tr>"
-            for i, e in enumerate(shown)
-            for k, c in enumerate(e.target[0])
-        )
-        head = "".join(
-            f"<th>{title}</th>" for title in ("image", "class", "probability", "logit", "completeness error")
-        )
-        more = [_count(count - _SHOWN, "more image")] * (count > _SHOWN)
-        more += [_count(classes - _CLASSES, "more class", "more classes") + " of each"] * (classes > _CLASSES)
-        words = f"<p>and {', '.join(more)}</p>{words}" if more else words
-        try:
-            from coda_fast import plot
-
-            picture = base64.b64encode(plot.render(shown.plot(), dpi=100)).decode()
-            drawn = f'<img alt="images and contribution maps" src="data:image/png;base64,{picture}">'
-        # a cell of a notebook that shows a result must not fail for want of its picture
-        except Exception as error:
-            drawn = f"<p>no figure: {html.escape(printable(error))}</p>"
-        return f"<div>{drawn}<table><tr>{head}</tr>{rows}</table>{words}</div>"
-
-    def _first(self, images: int, classes: int) -> Explanation:
-        """The first images, with the first classes of each."""
-        changed = {name: getattr(self, name)[:images, :classes] for name in _OF_CLASSES}
-        return dataclasses.replace(self[:images], **changed)
-
-
-_OF_CLASSES = ("target", "dynamic_weight", "contributions", "contribution_map", "completeness_error")
-
-
-def _chosen(index, count):
-    """What to index tensors of ``count`` images with so that one dimension stays for them."""
-    if isinstance(index, slice):
-        rows = range(count)[index]
-        return index if rows.step > 0 else list(rows)  # torch has no steps back
-    if not isinstance(index, torch.Tensor | np.ndarray | list | range):
-        try:
-            row = range(count)[integer(index)]  # its IndexError ends an iteration
-        except TypeError:
-            raise TypeError(
-                f"index: expected an int, a slice, or a list of ints or of {count} bools, got {index!r}"
-            ) from None
-        return slice(row, row + 1)
-    try:
-        rows = torch.as_tensor(list(index) if isinstance(index, range) else index, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"index: expected an int, a slice, or a list of ints or of {count} bools, got {index!r}"
-        ) from None
-    if rows.dtype == torch.bool and rows.dim():
-        if rows.shape != (count,):
-            raise IndexError(
-                f"index: expected {count} bools, one for each image, got shape {list(rows.shape)}"
-            )
-        return rows.nonzero()[:, 0].tolist()
-    if not rows.numel():
-        rows = rows.long()  # of an empty list, torch makes floats
-    rows = as_classes(rows, "index")
-    if rows.dim() > 1:
-        raise TypeError(f"index: expected one dimension, that of the images, got shape {list(rows.shape)}")
-    rows = rows.reshape(-1).tolist()
-    if wrong := [row for row in rows if not -count <= row < count]:
-        raise IndexError(f"index: expected images from {-count} to {count - 1}, got {wrong[0]}")
-    return rows
-
-
-def _count(number: int, one: str, several: str | None = None) -> str:
-    return f"{number} {one if number == 1 else several or one + 's'}"
-
-
-def _facts(facts):
-    """What is stored beside the tensors; ValueError where it is something else."""
-    if not isinstance(facts, dict) or set(facts) != {"layer", "logit_bias", "class_names"}:
-        raise ValueError(f"expected layer, logit_bias and class_names, got {str(facts)[:100]}")
-    layer, bias, names = facts["layer"], facts["logit_bias"], facts["class_names"]
-    if integer(layer) < 0 or not isinstance(bias, float):
-        raise ValueError(f"expected a layer and a bias, got {str((layer, bias))[:100]}")
-    if names is None:
-        return facts
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"expected names of classes, got {str(names)[:100]}")
-    return facts | {"class_names": tuple(names)}
-
-
-def _check_shapes(shapes, facts):
-    """ValueError unless these are the shapes of one explanation."""
-    names = {field.name for field in dataclasses.fields(Explanation)} - set(facts)
-    if odd := (set(shapes) | {"images"}) ^ names:
-        raise ValueError(
-            f"expected the tensors of an explanation, got others or none: {', '.join(sorted(odd))[:200]}"
-        )
-    weight, logits = shapes["dynamic_weight"], shapes["logits"]
-    if len(weight) != 5 or len(logits) != 2:
-        raise ValueError(
-            f"expected dynamic_weight [N, K, C, H, W] and logits [N, classes], got {list(weight)} and "
-            f"{list(logits)}"
-        )
-    n, k, _, height, width = weight
-    expected = {
-        "logits": (n, logits[1]),
-        "target": (n, k),
-        "contributions": weight,
-        "contribution_map": (n, k, height, width),
-        "completeness_error": (n, k),
-    }
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise ValueError(f"expected {name} of shape {list(shape)}, got {list(shapes[name])}")
-    images = shapes.get("images", (n, 0, 0, 0))
-    if len(images) != 4 or images[0] != n:
-        raise ValueError(f"expected images of shape [{n}, C, H, W], got {list(images)}")
-    if facts["class_names"] is not None and len(facts["class_names"]) != logits[1]:
-        raise ValueError(f"expected {logits[1]} names of classes, got {len(facts['class_names'])}")
 
 
 def explain(
-    model: CoDANet,
+    model: DynamicLinear,
     images: torch.Tensor,
     target: int | Sequence | torch.Tensor | None = None,
     *,
-    layer: int | DAUConv2d | None = None,
+    layer: int | str | DAUConv2d | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Explanation:
     """Decompose logits of ``model`` exactly into contributions; also available as ``model.explain``.
@@ -340,13 +37,13 @@ def explain(
     ``contribution_map = sum_channels [W_{0->L}(x)]_c * x`` (arXiv:2104.00032, eq. 11), with the 1/T included.
 
     Args:
-        model: a CoDANet, or a wrapper of one (``coda_fast.unwrap``). One sharded by FSDP2 is gathered: every
-            process must call this.
+        model: a CoDANet or another ``DynamicLinear``, or a wrapper of one (``coda_fast.unwrap``). One sharded
+            by FSDP2 is gathered: every process must call this.
         images: [N, C, H, W] in [0, 1], any size.
         target: None: the predicted class; an int: that class for every image; N classes: one for each image;
             [N, K] classes: several for each image.
-        layer: decompose in terms of what enters this DAU layer (its index or the module) instead of the
-            encoded image.
+        layer: decompose in terms of what enters this DAU layer instead of the encoded image: its index in a
+            CoDANet, its name in other networks, or the module.
         memory_budget: bytes that one chunk of images may take for activations and results; at least one image
             and class is taken.
 
@@ -355,7 +52,8 @@ def explain(
 
     Raises:
         ValueError, TypeError: images of the wrong shape or with NaN or infinite values, targets or layers
-            that do not exist, logits that are not finite.
+            that do not exist, a layer that some ways from image to logits lead around, logits that are not
+            finite.
 
     Warns once, by a ``PixelRangeWarning``, of images that leave [0, 1] by more than rounding.
 
@@ -368,8 +66,10 @@ def explain(
     model = need_network(model)
     model.check_images(images)
     largest = _check_pixels(images)
-    index = _layer_index(model, layer)
+    index, chosen = model.find_layer(layer)
     names, model = model.class_names, gathered(model)
+    if chosen is not None:
+        chosen = model.find_layer(index)[1]  # of the gathered one
     targets = None if target is None else _targets(target, len(images), model.num_classes, images.device)
     classes = 1 if targets is None else targets.shape[1]
     fixed, each = _bytes_per_image(model, images)
@@ -379,7 +79,9 @@ def explain(
     for start in range(0, max(1, len(images)), step):
         chunk = slice(start, start + step)
         parts.append(
-            _explain_chunk(model, images[chunk], None if targets is None else targets[chunk], index, together)
+            _explain_chunk(
+                model, images[chunk], None if targets is None else targets[chunk], chosen, together
+            )
         )
     found = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     finite = torch.isfinite(found[0]).all(1)
@@ -390,8 +92,18 @@ def explain(
             f"{largest:.3g}, and |w|^2 or a sum "
             f"leaves the range of {str(images.dtype).removeprefix('torch.')}, or weights are not finite"
         )
+    logits, classes, weight, contributions, maps, error = found
     return Explanation(
-        *found, index, images.detach(), model.logit_bias, None if names is None else tuple(names)
+        logits=logits,
+        target=classes,
+        dynamic_weight=weight,
+        contributions=contributions,
+        contribution_map=maps,
+        completeness_error=error,
+        layer=index,
+        images=images.detach(),
+        logit_bias=model.logit_bias,
+        class_names=None if names is None else tuple(names),
     )
 
 
@@ -432,19 +144,19 @@ def _check_pixels(images) -> float:
 
 def _outside() -> int:
     """The ``stacklevel`` of a warning of the function that calls this: the first frame that is not ours."""
-    level, frame = 1, sys._getframe(1)
+    level = 1
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "coda_fast":
         level, frame = level + 1, frame.f_back
     return level
 
 
-def _explain_chunk(model, images, targets, index, together):
+def _explain_chunk(model, images, targets, layer, together):
     # not inference tensors, whatever the caller's mode: they are differentiated
     with torch.inference_mode(False), torch.no_grad():
-        entering = model.run_layers(model.encoder(images.clone()), 0, index)
-    with torch.inference_mode(False), torch.enable_grad(), explanation_mode(model):
-        entering = entering.detach().requires_grad_()
-        evidence = model.run_layers(entering, index)
+        encoded = model.encoder(images.clone())
+    with torch.inference_mode(False), torch.enable_grad():
+        entering, evidence = model.cut(encoded, layer)
         logits = model.head(evidence.detach())
         targets = logits.argmax(1, keepdim=True) if targets is None else targets.clone()
         # many classes in one backward pass: the weights of a layer are the same for them
@@ -464,27 +176,6 @@ def _explain_chunk(model, images, targets, index, together):
     total = contributions.sum((2, 3, 4), dtype=torch.float64) + model.logit_bias
     error = (total - logits.gather(1, targets).double()).abs()
     return logits, targets, weight, contributions, contribution_map, error
-
-
-def _layer_index(model, layer):
-    count = len(model.layers)
-    layer = unwrap(layer)
-    if isinstance(layer, DAUConv2d):
-        for index, candidate in enumerate(model.layers):
-            if unwrap(candidate) is layer:
-                return index
-        raise ValueError("layer: expected a DAU layer of this model, got one of another")
-    if layer is None:
-        return 0
-    try:
-        layer = integer(layer)
-    except TypeError:
-        raise TypeError(
-            f"layer: expected an int, a DAUConv2d of the model or None, got {type(layer).__name__}"
-        ) from None
-    if not -count <= layer < count:
-        raise ValueError(f"layer: expected an index from {-count} to {count - 1}, got {layer}")
-    return layer % count
 
 
 def _targets(target, batch, classes, device):
@@ -516,9 +207,8 @@ def _bytes_per_image(model, images) -> tuple[int, int]:
     height, width = images.shape[2:]
     entering = 2 * images.shape[1] * height * width
     kept, results, largest = entering, 3 * entering, 0
-    for layer in model.layers:
-        height, width = layer.geometry.output_size(height, width)
-        leaving = layer.out_channels * height * width
+    for units, rows, columns in model.layer_sizes(height, width).values():
+        leaving = units * rows * columns
         kept, largest, entering = kept + 4 * leaving, max(largest, entering + leaving), leaving
     size = max(4, images.element_size())
     return kept * size, (results + 2 * largest) * size

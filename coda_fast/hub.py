@@ -1,5 +1,5 @@
-"""CoDA-Nets with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of huggingface_hub; folders
-work offline.
+"""CoDA-Nets with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of huggingface_hub. Local
+folders need no network connection.
 
 >>> import tempfile, coda_fast
 >>> from coda_fast.hub import HubCoDANet
@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from coda_fast import checkpoints
-from coda_fast._wrappers import need_network
+from coda_fast.dynamic_linear import need_network
 from coda_fast.models import CoDANet
 
 try:
@@ -43,25 +45,29 @@ class HubCoDANet(
     arguments of ``CoDANet`` that replace the stored ones.
 
     Args:
-        args, options: as for ``CoDANet``; ``dtype`` may be a name such as "float32".
+        *args: as for ``CoDANet``.
+        dtype: as for ``CoDANet``, or the name of a dtype such as "float32".
+        **options: as for ``CoDANet``.
 
     Raises:
-        ImportError: safetensors is not installed. CheckpointError: a folder without the configuration of a
-            CoDANet.
+        ValueError: a ``dtype`` that is not one, or as ``CoDANet``. ImportError: safetensors is not installed.
+        CheckpointError: a folder without the configuration of a CoDANet.
     """
 
-    def __init__(self, *args, dtype: torch.dtype | str | None = None, **options):
+    def __init__(self, *args: Any, dtype: torch.dtype | str | None = None, **options: Any):
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not (found is None and dtype is None) and not isinstance(found, torch.dtype):
             raise ValueError(f"dtype: expected a floating-point dtype, by name or not, got {dtype!r}")
         super().__init__(*args, dtype=found, **options)
 
     @classmethod
-    def from_model(cls, model: CoDANet) -> HubCoDANet:
+    def from_model(cls, model: nn.Module) -> HubCoDANet:
         """``model`` (a CoDANet, or a wrapper of one) with these methods; the two share their parameters.
-        TypeError, ValueError: as ``coda_fast.save``.
+
+        Raises:
+            TypeError, ValueError: as ``coda_fast.save``.
         """
-        model = need_network(model)
+        model = need_network(model, kind=CoDANet)
         config, state = checkpoints.describe(model)
         twin = cls(**config, device="meta")
         twin.load_state_dict(state, assign=True)
@@ -74,7 +80,7 @@ class HubCoDANet(
             temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options) -> HubCoDANet:
+    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> HubCoDANet:
         if "out_channels" not in options:
             raise checkpoints.CheckpointError(
                 f"{model_id}: expected a config.json with the arguments of CoDANet, got {sorted(options)}"

@@ -1,43 +1,47 @@
-"""A CoDA-Net's own explanations in the forms that other libraries call: captum's ``attribute`` and
+"""A CoDA-Net's own explanations behind the interfaces of other libraries: captum's ``attribute`` and
 Quantus' ``explain_func``.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from coda_fast._classes import one_each
-from coda_fast._wrappers import need_network
-from coda_fast.models import CoDANet
+from coda_fast.dynamic_linear import need_network
 
-try:  # nothing else of the package imports this module: who does not want captum does not pay for it
+try:  # no other module of the package imports this one, so that nobody else waits for captum
     from captum.attr import Attribution as _Attribution
 except ImportError:
     _Attribution = object
 
+_Function = TypeVar("_Function", bound=Callable)
 
-def _inside(function):
-    """Calls ``function``, no more: captum's NoiseTunnel calls what ``attribute.__wrapped__`` names, the
-    inside of captum's decorator.
+
+def _with_wrapped(function: _Function) -> _Function:
+    """A decorator that changes nothing but sets ``__wrapped__``: captum's NoiseTunnel expects the
+    decorator of captum's own methods and calls ``attribute.__wrapped__``.
     """
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    return call
+    return call  # type: ignore[return-value]
 
 
 class CoDAAttribution(_Attribution):
-    """The exact decomposition as a ``captum.attr.Attribution``; without captum a class of its own with the
-    same methods.
+    """The exact decomposition as a ``captum.attr.Attribution``; where captum is not installed, a class of its
+    own with the same methods.
 
-    The decomposition is of the encoded image ``[x, 1 - x]``; what a colour and its complement contribute is
-    added, so that attributions have the shape of the image and still sum to the logit less its constant bias,
-    exactly.
+    The network decomposes the encoded image ``[x, 1 - x]``. The contributions of a colour and its complement
+    are added, so that attributions have the shape of the image and still sum exactly to the logit minus its
+    constant bias.
 
     >>> import torch, coda_fast
     >>> model = coda_fast.create_model("coda_xs_digits")
@@ -49,37 +53,43 @@ class CoDAAttribution(_Attribution):
     (torch.Size([2, 1, 8, 8]), True)
     """
 
-    def __init__(self, forward_func: CoDANet):
+    def __init__(self, forward_func: nn.Module):
         self.forward_func = need_network(forward_func, "forward_func")
 
     @classmethod
     def get_name(cls) -> str:
-        return "CoDA"  # captum would space the capitals of the class
+        """The name of the method; captum's own would put spaces between the capitals of the class."""
+        return "CoDA"
 
     @property
     def multiplies_by_inputs(self) -> bool:
+        """Whether attributions are weights times inputs: they are."""
         return True
 
     def has_convergence_delta(self) -> bool:
+        """Whether ``attribute`` can return what the sum of attributions lacks: it can."""
         return True
 
-    @_inside
+    @_with_wrapped
     def attribute(
         self,
         inputs: torch.Tensor | tuple[torch.Tensor],
-        target=None,
+        target: int | Sequence[int] | torch.Tensor | None = None,
         additional_forward_args: None = None,
         return_convergence_delta: bool = False,
-    ):
-        """Attributions [N, C, H, W] of images [N, C, H, W] for ``target``: an int, N ints, one int alone, or
-        None for the predictions.
+    ) -> torch.Tensor | tuple:
+        """Attributions [N, C, H, W] of images [N, C, H, W] for one class each.
 
-        A tuple of one tensor gives a tuple of one. With ``return_convergence_delta`` also what the sum lacks
-        of logit less bias, [N]: rounding.
+        Args:
+            inputs: the images; a tuple of one tensor gives a tuple of one.
+            target: one class for all images, a class for each, or None for the predicted classes.
+            additional_forward_args: None, because a CoDA-Net takes nothing but images.
+            return_convergence_delta: whether to return also the sum of attributions minus (logit minus bias),
+                [N], which is nothing but rounding.
 
         Raises:
-            ValueError, TypeError: as ``explain``; several inputs, arguments beside the image, which a
-            CoDA-Net does not take, or several classes for an image, for which captum has no place.
+            ValueError, TypeError: as ``explain``; several inputs, further arguments, or several classes for
+                an image.
         """
         if additional_forward_args is not None:
             got = type(additional_forward_args).__name__
@@ -92,7 +102,7 @@ class CoDAAttribution(_Attribution):
                 raise ValueError(f"inputs: expected a tensor or a tuple of one, got {len(inputs)} inputs")
             (inputs,) = inputs
         if isinstance(target, torch.Tensor) and target.numel() == 1:
-            # captum leaves it as it is when it repeats the one image that it was for
+            # Where captum repeats a single image, it does not repeat the class of that image.
             target = target.reshape(())
         explained = self.forward_func.explain(inputs, target)
         if explained.target.shape[1] != 1:
@@ -106,30 +116,34 @@ class CoDAAttribution(_Attribution):
 
 
 def quantus_explain_func(
-    model: CoDANet, inputs: np.ndarray, targets: np.ndarray, device=None, **kwargs
+    model: nn.Module,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
 ) -> np.ndarray:
-    """Contribution maps [N, 1, H, W] of images [N, C, H, W] for one class each, [N]: give it to a Quantus
-    metric as ``explain_func``.
+    """Contribution maps [N, 1, H, W] of images [N, C, H, W] for one class each, [N]: the ``explain_func`` of
+    a Quantus metric.
 
-    ``device`` is where it is computed (None: where the model is); other keywords that Quantus passes are not
-    used.
+    The model is moved to ``device`` (None: it stays where it is). Quantus passes further keywords, which are
+    not used.
 
     >>> import numpy, coda_fast
     >>> model = coda_fast.create_model("coda_xs_digits")
     >>> quantus_explain_func(model, numpy.random.rand(2, 1, 8, 8), numpy.array([3, 7])).shape
     (2, 1, 8, 8)
     """
-    model = need_network(model)
-    parameter = next(model.parameters())
-    model = model if device is None else model.to(device)
+    network = need_network(model)
+    parameter = next(network.parameters())
+    network = network if device is None else network.to(device)
     images = torch.as_tensor(
-        np.asarray(inputs), dtype=parameter.dtype, device=next(model.parameters()).device
+        np.asarray(inputs), dtype=parameter.dtype, device=next(network.parameters()).device
     )
     classes = one_each(torch.as_tensor(np.asarray(targets)), len(images), "targets")
-    return model.explain(images, classes).contribution_map.detach().float().cpu().numpy()
+    return network.explain(images, classes).contribution_map.detach().float().cpu().numpy()
 
 
 def _in_colours(contributions):
-    """[N, 2 C, H, W] -> [N, C, H, W]."""
+    """Contributions of the encoded image, [N, 2 C, H, W], as those of the colours, [N, C, H, W]."""
     direct, inverse = contributions.chunk(2, 1)
     return direct + inverse

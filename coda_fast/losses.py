@@ -12,8 +12,8 @@ from torch import nn
 
 from coda_fast._autocast import wide
 from coda_fast._classes import as_classes, one_each
-from coda_fast._wrappers import need_network, wrapped_by
-from coda_fast.models import CoDANet
+from coda_fast._wrappers import wrapped_by
+from coda_fast.dynamic_linear import DynamicLinear, need_network
 
 PENALTIES = ("l1", "l2")
 
@@ -30,7 +30,7 @@ class MatrixLoss(NamedTuple):
 
 
 def matrix_penalty(
-    model: CoDANet, images: torch.Tensor, classes: torch.Tensor, norm: str = "l1"
+    model: DynamicLinear, images: torch.Tensor, classes: torch.Tensor, norm: str = "l1"
 ) -> torch.Tensor:
     """Mean over the entries of the rows ``[W_{0->L}(x)]_c`` of the global linear map of each image, 1/T
     included: of their absolute values ("l1") or squares ("l2").
@@ -41,8 +41,9 @@ def matrix_penalty(
     forward pass, and for each class an adjoint of every layer and the backward pass of that.
 
     Args:
-        model: a CoDANet, or a wrapper of one (``coda_fast.unwrap``); DistributedDataParallel has no part in
-            what its network is called for alone, and is refused where there are gradients to share.
+        model: a CoDANet or another ``DynamicLinear``, or a wrapper of one (``coda_fast.unwrap``);
+            DistributedDataParallel has no part in what its network is called for alone, and is refused where
+            there are gradients to share.
         images: [N, C, H, W]; classes: the rows of each image, [N, K], of any integer dtype.
 
     Raises:
@@ -53,7 +54,7 @@ def matrix_penalty(
     model = _trained_network(model)
     model.check_images(images)
     classes = _checked_rows(classes, "classes", len(images), model.num_classes)
-    return _penalty(model, _activations(model, images), classes, norm)
+    return _penalty(model, *model.linearise(model.encoder(images)), classes, norm)
 
 
 def random_rows(labels: torch.Tensor, scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -77,7 +78,7 @@ def _trained_network(model):
             "model: expected a CoDANet, got DistributedDataParallel, which shares the gradients of its own "
             "calls alone: wrap a module that holds the network and calls the loss"
         )
-    if any(layer.explaining for layer in model.layers):
+    if any(layer.explaining for layer in model.dau_layers().values()):
         raise ValueError("model: expected a network that trains, got one in explanation mode")
     return model
 
@@ -106,23 +107,14 @@ def _check_range(classes, count, name):
         raise ValueError(f"{name}: expected 0 to {count - 1}, got {least} to {most}")
 
 
-def _activations(model, images):
-    """What enters each layer, and what leaves the last one."""
-    found = [model.encoder(images)]
-    for layer in model.layers:
-        found.append(layer(found[-1]))
-    return found
-
-
-def _penalty(model, activations, classes, norm, valid=None):
+def _penalty(model, evidence, pull_back, classes, norm, valid=None):
     if not len(classes):
         return sum((p * 0).sum() for p in model.parameters())
-    total, wide = 0, torch.float64 if activations[0].dtype == torch.float64 else torch.float32
+    total, wide = 0, torch.float64 if evidence.dtype == torch.float64 else torch.float32
     for k in range(classes.shape[1]):
-        chosen = F.one_hot(classes[:, k], model.num_classes).to(activations[-1])
+        chosen = F.one_hot(classes[:, k], model.num_classes).to(evidence)
         chosen = chosen if valid is None else chosen * valid[:, None]
-        value = chosen[:, :, None, None].expand_as(activations[-1])  # the head sums over pixels
-        value = model.send_back(activations[:-1], value)
+        value = pull_back(chosen[:, :, None, None].expand_as(evidence))  # the head sums over pixels
         row = value.to(wide) / model.temperature  # last: 1 / T = 1e-5 has two digits in float16
         total = total + (row.abs() if norm == "l1" else row.square()).mean()
     return total / classes.shape[1]
@@ -163,7 +155,7 @@ class DynamicMatrixLoss(nn.Module):
 
     def forward(
         self,
-        model: CoDANet,
+        model: DynamicLinear,
         images: torch.Tensor,
         labels: torch.Tensor,
         rows: torch.Tensor | None = None,
@@ -181,7 +173,7 @@ class DynamicMatrixLoss(nn.Module):
 
     def logits_and_penalty(
         self,
-        model: CoDANet,
+        model: DynamicLinear,
         images: torch.Tensor,
         labels: torch.Tensor,
         rows: torch.Tensor | None = None,
@@ -196,15 +188,15 @@ class DynamicMatrixLoss(nn.Module):
             raise ValueError(
                 f"classes: expected at most {model.num_classes}, those of the model, got {self.classes}"
             )
-        activations = _activations(model, images)
-        logits = model.head(activations[-1])
+        evidence, pull_back = model.linearise(model.encoder(images))
+        logits = model.head(evidence)
         if not self.weight:
             return logits, wide(logits).new_zeros(())
         if rows is None:
             rows = self.rows(labels, model.num_classes)
         else:
             rows = _checked_rows(rows, "rows", len(images), model.num_classes)
-        return logits, _penalty(model, activations, rows, self.norm, valid)
+        return logits, _penalty(model, evidence, pull_back, rows, self.norm, valid)
 
     def rows(self, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
         """The true class first, then distinct random others, [N, classes]."""
@@ -213,4 +205,5 @@ class DynamicMatrixLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The options of the loss."""
         return f"weight={self.weight}, classes={self.classes}, norm={self.norm!r}"

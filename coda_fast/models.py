@@ -1,30 +1,26 @@
-"""CoDA-Nets: the network class and the named configurations."""
+"""CoDA-Nets: the network class, the named configurations, and how networks get their names."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from coda_fast._autocast import autocasting, wide
+from coda_fast import _arguments, registry
 from coda_fast._geometry import integer, pair
 from coda_fast._wrappers import unwrap
 from coda_fast.data.preprocessing import Preprocessing
-from coda_fast.explain import MEMORY_BUDGET, Explanation, explain
+from coda_fast.dynamic_linear import DynamicLinear
 from coda_fast.functional import EPS
-from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, check_size, explanation_mode
-
-LOGIT_BIAS = math.log(0.1 / 0.9)
-# pixels: of an image's side, of a kernel, stride, padding or dilation. A file that asks for more is damaged,
-# or hostile
-MOST = 1 << 16
-_FLOAT32 = torch.finfo(torch.float32)
+from coda_fast.named_models import MODELS
+from coda_fast.network import LOGIT_BIAS, Network
+from coda_fast.nn import DAUConv2d, check_size, explanation_mode
 
 
-class CoDANet(nn.Module):
+class CoDANet(Network):
     r"""Convolutional Dynamic Alignment Network: ``logits = sum_pixels(DAU_L(... DAU_1([x, 1 - x]))) / T +
     logit_bias``.
 
@@ -84,70 +80,39 @@ class CoDANet(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
-        out_channels = [
-            _integer(n, f"out_channels[{i}]") for i, n in enumerate(_list(out_channels, "out_channels"))
-        ]
-        count = len(out_channels)
-        if not count:
-            raise ValueError("out_channels: expected at least one layer, got none")
-        ranks = [_integer(r, f"ranks[{i}]") for i, r in enumerate(_list(ranks, "ranks", count))]
-        kernel_sizes, strides = _pairs(kernel_sizes, "kernel_sizes", count), _pairs(strides, "strides", count)
-        dilations = [(1, 1)] * count if dilations is None else _pairs(dilations, "dilations", count)
-        if paddings is None:
-            paddings = [
-                tuple(d * (k - 1) // 2 for k, d in zip(*two, strict=True))
-                for two in zip(kernel_sizes, dilations, strict=True)
-            ]
-        paddings = _pairs(paddings, "paddings", count, least=0)
-        temperature, logit_bias = _number(temperature, "temperature"), _number(logit_bias, "logit_bias")
-        if temperature < _FLOAT32.tiny:
-            least = f", at least {_FLOAT32.tiny:.1e}" * (temperature > 0)
-            raise ValueError(f"temperature: expected a positive number{least}, got {temperature:g}")
-        norm, eps, bias = (
-            _each(value, name, count) for name, value in (("norm", norm), ("eps", eps), ("bias", bias))
+        layers = _layer_arguments(
+            out_channels, ranks, kernel_sizes, strides, paddings, dilations, norm=norm, eps=eps, bias=bias
         )
-        eps = [_number(value, "eps") for value in eps]
-        if wrong := [value for value in bias if not isinstance(value, bool | np.bool_)]:
-            raise ValueError(f"bias: expected True or False, got {wrong[0]!r}")
-        image_channels = _integer(image_channels, "image_channels")
-        image_size = None if image_size is None else _integer(image_size, "image_size", MOST)
-        self.temperature, self.logit_bias = temperature, logit_bias
-        self.image_channels, self.image_size = image_channels, image_size
-        self.transform = Preprocessing.of(preprocessing, image_channels, image_size)
-        self.class_names = None if class_names is None else _names(class_names, out_channels[-1])
-        widths = [2 * image_channels, *out_channels]
-        check_size(
-            (
-                widths[i] * math.prod(k) * (ranks[i] + widths[i + 1] * (ranks[i] + bool(bias[i])))
-                for i, k in enumerate(kernel_sizes)
-            ),
-            device,
-            dtype,
+        super().__init__(
+            num_classes=layers[-1]["out_channels"],
+            temperature=temperature,
+            logit_bias=logit_bias,
+            image_channels=image_channels,
+            image_size=image_size,
+            preprocessing=preprocessing,
+            class_names=class_names,
         )
-        self.encoder = AddInverse()
-        options = {"backend": backend, "save_contraction": save_contraction, "device": device, "dtype": dtype}
+        widths = [2 * self.image_channels, *(layer["out_channels"] for layer in layers)]
+        numbers = (
+            channels * math.prod(o["kernel_size"]) * (o["rank"] + o["out_channels"] * (o["rank"] + o["bias"]))
+            for channels, o in zip(widths, layers, strict=False)
+        )
+        check_size(numbers, device, dtype)
+        common = {"backend": backend, "save_contraction": save_contraction, "device": device, "dtype": dtype}
         self.layers = nn.ModuleList(
-            DAUConv2d(
-                widths[i],
-                widths[i + 1],
-                kernel_sizes[i],
-                strides[i],
-                paddings[i],
-                dilations[i],
-                bias=bool(bias[i]),
-                rank=ranks[i],
-                norm=norm[i],
-                eps=eps[i],
-                **options,
-            )
-            for i in range(count)
+            DAUConv2d(channels, **layer, **common) for channels, layer in zip(widths, layers, strict=False)
         )
-        self.pool = SumPool2d()
+        self.pool = self._modules.pop("pool")  # last, as it is called
 
     @property
     def num_classes(self) -> int:
+        """Units of the last layer."""
         return self.layers[-1].out_channels
+
+    @property
+    def classifier(self) -> str:
+        """The name of the last layer."""
+        return f"layers.{len(self.layers) - 1}"
 
     def config(self) -> dict:
         """The constructor's arguments, as plain JSON values (device, dtype, backend and save_contraction left
@@ -165,15 +130,11 @@ class CoDANet(nn.Module):
         for index, layer in enumerate(layers):
             if not isinstance(layer, DAUConv2d):
                 raise ValueError(
-                    f"layers.{index}: expected a DAUConv2d, got a {type(layer).__name__}, which no "
+                    f"layers.{index}: expected DAUConv2d, got {type(layer).__name__}, which no "
                     "configuration describes"
                 )
-        if not isinstance(self.transform, Preprocessing) or self.transform.channels != self.image_channels:
-            raise ValueError(
-                f"transform: expected a Preprocessing of {self.image_channels} channels, got "
-                f"{str(self.transform)[:100]}, which no "
-                f"configuration describes"
-            )
+        common = super().config()
+        del common["num_classes"]  # the last of out_channels
         dilations = [_plain(layer.dilation) for layer in layers]
         return {
             "out_channels": [int(layer.out_channels) for layer in layers],
@@ -182,21 +143,29 @@ class CoDANet(nn.Module):
             "strides": [_plain(layer.stride) for layer in layers],
             "paddings": [_plain(layer.padding) for layer in layers],
             **({"dilations": dilations} if any(d != 1 for d in dilations) else {}),
-            "temperature": float(self.temperature),
-            "logit_bias": float(self.logit_bias),
+            "temperature": common.pop("temperature"),
+            "logit_bias": common.pop("logit_bias"),
             "norm": _one([layer.norm for layer in layers]),
             "eps": _one([float(layer.eps) for layer in layers]),
             "bias": _one([layer.bias is not None for layer in layers]),
-            "image_channels": self.image_channels,
-            "image_size": self.image_size,
-            "preprocessing": self.transform.config(),
-            "class_names": self.class_names,
+            **common,
         }
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits [N, classes] of images [N, image_channels, H, W] in [0, 1], unnormalised."""
-        self.check_images(images)
-        return self.head(self.run_layers(self.encoder(images)))
+    @classmethod
+    def adapted(cls, config: dict, num_classes: int | None = None, rank: int | None = None) -> dict:
+        """As in ``Network``; ``rank`` is that of the first layer, the others keep their proportion to it."""
+        config = dict(config)
+        if num_classes is not None:
+            config["out_channels"] = [*config["out_channels"][:-1], num_classes]
+        if rank is not None:
+            if rank < 1:
+                raise ValueError(f"rank: expected at least 1, got {rank!r}")
+            config["ranks"] = [max(1, rank * r // config["ranks"][0]) for r in config["ranks"]]
+        return config
+
+    def evidence(self, encoded: torch.Tensor) -> torch.Tensor:
+        """See ``DynamicLinear.evidence``."""
+        return self.run_layers(encoded)
 
     def run_layers(self, activations: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Layers ``start`` to ``stop`` (excluded; None: all the rest) applied to what enters layer
@@ -215,166 +184,82 @@ class CoDANet(nn.Module):
             value = layer.adjoint(entering, value.to(entering.dtype))
         return value
 
-    def head(self, activations: torch.Tensor) -> torch.Tensor:
-        """Class evidence maps [N, classes, H, W] -> logits [N, classes], summed and divided by T in float32
-        at least.
+    def find_layer(self, layer: int | DAUConv2d | None) -> tuple[int, DAUConv2d]:
+        """The index of a layer, given by its index or itself (None: the first), and the layer.
 
-        They have the dtype of the maps (sums of a network with a large T leave float16, logits do not), but
-        are float32 under autocast: beside the bias, bfloat16 would tell hardly any two logits apart.
+        Raises:
+            ValueError: no layer of this network. TypeError: neither an index nor a layer.
         """
-        logits = self.pool(wide(activations)) / self.temperature + self.logit_bias
-        return _as_maps(logits, activations)
+        count, layer = len(self.layers), unwrap(layer)
+        layers = [unwrap(candidate) for candidate in self.layers]
+        if isinstance(layer, DAUConv2d):
+            for index, candidate in enumerate(layers):
+                if candidate is layer:
+                    return index, layer
+            raise ValueError("layer: expected a DAU layer of this model, got one of another")
+        try:
+            index = 0 if layer is None else integer(layer)
+        except TypeError:
+            raise TypeError(
+                f"layer: expected an int, a DAUConv2d of the model or None, got {type(layer).__name__}"
+            ) from None
+        if not -count <= index < count:
+            raise ValueError(f"layer: expected an index from {-count} to {count - 1}, got {index}")
+        return index % count, layers[index]
 
-    def explain(
-        self,
-        images: torch.Tensor,
-        target: int | Sequence | torch.Tensor | None = None,
-        *,
-        layer: int | DAUConv2d | None = None,
-        memory_budget: int = MEMORY_BUDGET,
-    ) -> Explanation:
-        """Exact contributions of pixels to logits: see ``coda_fast.explain.explain``."""
-        return explain(self, images, target, layer=layer, memory_budget=memory_budget)
+    # A chain needs no record of what it calls: what comes before a layer is computed without a graph, and
+    # what transposes it is a program that can be compiled and exported.
 
-    def explanation_mode(self):
-        """Context in which gradients are rows of the global linear map: see
-        ``coda_fast.explanation_mode``.
-        """
-        return explanation_mode(self)
+    def cut(self, encoded: torch.Tensor, layer: DAUConv2d | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``DynamicLinear.cut``."""
+        index = self.find_layer(layer)[0]
+        with torch.no_grad():
+            entering = self.run_layers(encoded, 0, index)
+        entering = entering.detach().requires_grad_()
+        with torch.enable_grad(), explanation_mode(self):
+            return entering, self.run_layers(entering, index)
 
-    def check_images(self, images: torch.Tensor) -> None:
-        """TypeError or ValueError unless ``images`` is a floating-point [N, image_channels, H, W]."""
-        if isinstance(images, torch.fx.Proxy):
-            return  # traced: nothing is known of it
-        if not isinstance(images, torch.Tensor):
-            raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
-        if not images.dtype.is_floating_point:
-            raise TypeError(f"images: expected floating point in [0, 1], got {images.dtype}")
-        if images.dim() != 4 or images.shape[1] != self.image_channels:
-            raise ValueError(
-                f"images: expected [N, {self.image_channels}, H, W], got shape {list(images.shape)}"
-            )
+    def linearise(self, encoded: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """See ``DynamicLinear.linearise``; each layer goes back by its adjoint."""
+        activations = [encoded]
+        for layer in self.layers:
+            activations.append(layer(activations[-1]))
+        evidence = activations.pop()
+        return evidence, lambda value: self.send_back(activations, value)
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"
+    def layer_sizes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
+        """See ``Network.layer_sizes``; nothing is run."""
+        found = {}
+        for index, layer in enumerate(self.layers):
+            height, width = layer.geometry.output_size(height, width)
+            found[f"layers.{index}"] = layer.out_channels, height, width
+        return found
 
 
-def _as_maps(logits, maps):
-    return logits if autocasting(maps.device.type) else logits.to(maps.dtype)
-
-
-# What asks about a dtype is one call in a graph of torch.fx, where it is not known yet.
-torch.fx.wrap("wide")
-torch.fx.wrap("_as_maps")
-
-
-# Published configurations (paper, appendix) and ours. "base": the rank that the override ``rank=`` replaces,
-# others in proportion.
-_S = dict(
-    out_channels=[16, 16, 32, 32, 32, 64, 64, 64],
-    kernel_sizes=[3] * 8 + [1],
-    strides=[1, 1, 2, 1, 1, 2, 1, 1, 1],
-)
-_IMAGENET = dict(image_size=240, preprocessing=dict(resize=256, crop=240))
-_L = dict(
-    out_channels=[16, 32, 32, 64, 64, 64, 64, 64],
-    kernel_sizes=[7] + [3] * 8,
-    strides=[3, 1, 1, 2, 1, 1, 2, 1, 1],
-)
-_MODELS = {
-    # name: (classes, layers, origin)
-    "coda_s_cifar10": (
-        10,
-        dict(_S, ranks=[32] * 2 + [64] * 7, temperature=1000.0, image_size=32),
-        "published",
-    ),
-    "coda_l_imagenet100": (
-        100,
-        dict(_L, ranks=[64] * 3 + [128] * 3 + [256] * 3, temperature=1e5, **_IMAGENET),
-        "published",
-    ),
-    "coda_xs_digits": (
-        10,
-        dict(
-            out_channels=[8, 16],
-            ranks=[16, 32, 32],
-            kernel_sizes=[3] * 3,
-            strides=[1, 2, 1],
-            temperature=40.0,
-            image_size=8,
-            image_channels=1,
-        ),
-        "coda_fast",
-    ),
-    "coda_xs_mnist": (
-        10,
-        dict(
-            out_channels=[8, 16, 32],
-            ranks=[16, 32, 32, 32],
-            kernel_sizes=[3] * 3 + [1],
-            strides=[2, 2, 1, 1],
-            temperature=50.0,
-            image_size=28,
-            image_channels=1,
-        ),
-        "coda_fast",
-    ),
-    "coda_m_tinyimagenet": (
-        200,
-        dict(
-            out_channels=[16, 32, 32, 64, 64, 64, 128, 128],
-            ranks=[32] * 2 + [64] * 4 + [128] * 3,
-            kernel_sizes=[3] * 8 + [1],
-            strides=[1, 1, 2, 1, 1, 2, 1, 1, 1],
-            temperature=5e3,
-            image_size=64,
-        ),
-        "coda_fast",
-    ),
-    "coda_l_imagenet1k": (
-        1000,
-        dict(
-            _L,
-            kernel_sizes=[7] + [3] * 7 + [1],
-            ranks=[64] * 3 + [128] * 3 + [256] * 3,
-            temperature=1e5,
-            **_IMAGENET,
-        ),
-        "coda_fast",
-    ),
-    "coda_xl_imagenet1k": (
-        1000,
-        dict(
-            out_channels=[32, 64, 64, 128, 128, 128, 128, 128],
-            ranks=[64] * 3 + [128] * 3 + [256] * 3,
-            kernel_sizes=[7] + [3] * 7 + [1],
-            strides=[3, 1, 1, 2, 1, 1, 2, 1, 1],
-            temperature=1e5,
-            **_IMAGENET,
-        ),
-        "coda_fast",
-    ),
-}
+for _name, (_classes, _config, _origin) in MODELS.items():
+    _config = dict(_config, out_channels=[*_config["out_channels"], _classes])
+    registry.add(_name, CoDANet, _config, _origin)
 
 
 def list_models() -> dict[str, str]:
-    """Names that ``create_model`` knows, with their origin: "published" (the paper's) or "coda_fast"
-    (ours, not in the paper).
+    """Names that ``create_model`` knows, with their origin: "published" (the paper's), "coda_fast" (ours, not
+    in the paper), or what ``register_model`` was told.
     """
-    return {name: origin for name, (_, _, origin) in _MODELS.items()}
+    return {name: model.origin for name, model in registry.models().items()}
 
 
 def create_model(
     name: str, *, num_classes: int | None = None, rank: int | None = None, **overrides
-) -> CoDANet:
-    """A CoDANet by name, with fresh weights.
+) -> Network:
+    """A network by name, with fresh weights: a CoDANet, or what was registered by that name.
 
     Args:
         name: a key of ``list_models()``.
         num_classes: width of the last layer.
         rank: rank of the first layer; the others keep their proportion to it (the paper's rank ablation: 4,
             8, 16, 144 for ``coda_s_cifar10``).
-        overrides: any argument of ``CoDANet`` (``temperature=10`` is the paper's temperature ablation).
+        overrides: any argument of ``CoDANet`` (``temperature=10`` is the paper's temperature ablation), or of
+            the class that is registered.
 
     Raises:
         ValueError: unknown name or values that do not fit. TypeError: unknown override.
@@ -383,107 +268,98 @@ def create_model(
     >>> sum(p.numel() for p in coda_fast.create_model("coda_s_cifar10").parameters())
     7782816
     """
-    return CoDANet(**model_config(name, num_classes=num_classes, rank=rank, **overrides))
+    config = model_config(name, num_classes=num_classes, rank=rank, **overrides)
+    return registry.model(name).network(**config)
 
 
 def model_config(name: str, *, num_classes: int | None = None, rank: int | None = None, **overrides) -> dict:
-    """The arguments of ``CoDANet`` that ``create_model`` calls it with; same arguments, ValueError as
+    """The arguments that ``create_model`` calls the class of the network with; same arguments, ValueError as
     there.
     """
-    if name not in _MODELS:
-        raise ValueError(f"model: expected one of {', '.join(_MODELS)}, got {name!r}")
-    classes, layers, _ = _MODELS[name]
-    config = dict(
-        layers, out_channels=[*layers["out_channels"], classes if num_classes is None else num_classes]
-    )
-    if rank is not None:
-        if "ranks" in overrides:
-            raise ValueError("rank and ranks: expected one of them, got both")
-        if rank < 1:
-            raise ValueError(f"rank: expected at least 1, got {rank!r}")
-        config["ranks"] = [max(1, rank * r // config["ranks"][0]) for r in config["ranks"]]
+    model = registry.model(name)
+    if rank is not None and "ranks" in overrides:
+        raise ValueError("rank and ranks: expected one of them, got both")
+    config = model.network.adapted(model.config, num_classes, rank)
     if "image_size" in overrides:  # what is said of pictures is for the other size
         config.pop("preprocessing", None)
     return config | overrides
 
 
-def _number(value, name):
-    """``value`` as a finite float that float32 holds; numpy's numbers included."""
+def register_model(name: str, network: type[Network], config: Mapping, origin: str = "registered") -> None:
+    """Give a network a name that ``create_model``, ``list_models`` and timm know, and its class one that
+    files know: ``coda_fast.load`` makes a network of it. To be called where the class is imported.
+
+    Args:
+        name: of the model.
+        network: a subclass of ``coda_fast.network.Network``. Its own name stands in files.
+        config: its arguments, those without which it cannot be made at least.
+        origin: who it is from, for ``list_models``.
+
+    Raises:
+        ValueError: a name that another has; a network that its own ``config`` does not describe, or that
+            cannot be made on the meta device. TypeError: not such a class.
+    """
+    if not (isinstance(network, type) and issubclass(network, Network)):
+        raise TypeError(f"network: expected a subclass of coda_fast.network.Network, got {network!r}")
     try:
-        if isinstance(value, bool | str | bytes | bytearray):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected a number, got {value!r}") from None
-    except OverflowError:
-        number = math.inf
-    if not abs(number) <= _FLOAT32.max:
-        raise ValueError(f"{name}: expected a finite number, at most {_FLOAT32.max:.1e}, got {_short(value)}")
-    return number
+        made = network(**config, device="meta")
+        twin = network(**made.config(), device="meta")
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"network: expected {network.__name__}(**config) to be one, got {error}") from error
+    shapes = [{key: t.shape for key, t in each.state_dict().items()} for each in (made, twin)]
+    if shapes[0] != shapes[1] or made.config() != twin.config():
+        raise ValueError(f"network: expected a config that describes it, got one of another: {made.config()}")
+    if network.evidence is DynamicLinear.evidence or not made.dau_layers():
+        raise ValueError(f"network: expected evidence made of DAU layers, got none in {network.__name__}")
+    if made.classifier is not None:
+        made.find_layer(made.classifier)
+    registry.add(name, network, config, origin)
 
 
-def _integer(value, name, most=None):
-    try:
-        number = integer(value)
-    except TypeError:
-        number = 0
-    if number < 1 or number > (most or number):
-        raise ValueError(
-            f"{name}: expected a positive int{'' if most is None else f', at most {most}'}, got "
-            f"{_short(value)}"
-        )
-    return number
-
-
-def _short(value):
-    text = (
-        f"about 2**{value.bit_length() - 1}"
-        if isinstance(value, int) and value.bit_length() > 64
-        else repr(value)
+def _layer_arguments(
+    out_channels, ranks, kernel_sizes, strides, paddings, dilations, *, norm, eps, bias
+) -> list[dict]:
+    """The arguments of each ``DAUConv2d`` but for ``in_channels``, checked."""
+    out_channels = [
+        _arguments.positive_integer(n, f"out_channels[{i}]")
+        for i, n in enumerate(_arguments.list_of(out_channels, "out_channels"))
+    ]
+    count = len(out_channels)
+    if not count:
+        raise ValueError("out_channels: expected at least one layer, got none")
+    ranks = [
+        _arguments.positive_integer(r, f"ranks[{i}]")
+        for i, r in enumerate(_arguments.list_of(ranks, "ranks", count))
+    ]
+    kernel_sizes = _arguments.pairs(kernel_sizes, "kernel_sizes", count)
+    strides = _arguments.pairs(strides, "strides", count)
+    dilations = [(1, 1)] * count if dilations is None else _arguments.pairs(dilations, "dilations", count)
+    if paddings is None:
+        paddings = [
+            tuple(d * (k - 1) // 2 for k, d in zip(*two, strict=True))
+            for two in zip(kernel_sizes, dilations, strict=True)
+        ]
+    paddings = _arguments.pairs(paddings, "paddings", count, least=0)
+    norm, eps, bias = (
+        _arguments.each(value, name, count) for name, value in (("norm", norm), ("eps", eps), ("bias", bias))
     )
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def _list(values, name, count=None):
-    """``values`` as a list, of ``count`` entries."""
-    if isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
-        raise TypeError(f"{name}: expected a list with an entry for each layer, got {_short(values)}")
-    if count is not None and len(values) != count:
-        raise ValueError(f"{name}: expected {count} entries, as many as out_channels, got {len(values)}")
-    return list(values)
-
-
-def _each(value, name, count):
-    """One value for each layer, of a list or of one for all."""
-    return (
-        _list(value, name, count)
-        if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-        else [value] * count
-    )
-
-
-def _pairs(values, name, count, least=1):
-    """Two numbers for each layer, or what ``padding`` may be besides."""
-    found = []
-    for index, value in enumerate(_list(values, name, count)):
-        if not (isinstance(value, str) and name == "paddings"):
-            value = pair(value, f"{name}[{index}]", least)
-            if max(value) > MOST:
-                raise ValueError(f"{name}[{index}]: expected at most {MOST}, got {_short(max(value))}")
-        found.append(value)
-    return found
-
-
-def _names(values, count):
-    if (
-        isinstance(values, str | Mapping)
-        or not hasattr(values, "__len__")
-        or not all(isinstance(name, str) for name in values)
-    ):
-        raise ValueError(f"class_names: expected a list of strings, got {_short(values)}")
-    if len(values) != count:
-        raise ValueError(f"class_names: expected {count} names, one for each class, got {len(values)}")
-    return list(values)
+    eps = [_arguments.number(value, "eps") for value in eps]
+    if wrong := [value for value in bias if not isinstance(value, bool | np.bool_)]:
+        raise ValueError(f"bias: expected True or False, got {wrong[0]!r}")
+    return [
+        {
+            "out_channels": out_channels[i],
+            "kernel_size": kernel_sizes[i],
+            "stride": strides[i],
+            "padding": paddings[i],
+            "dilation": dilations[i],
+            "bias": bool(bias[i]),
+            "rank": ranks[i],
+            "norm": norm[i],
+            "eps": eps[i],
+        }
+        for i in range(count)
+    ]
 
 
 def _plain(value):

@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -61,8 +61,8 @@ class DAUConv2d(nn.Module):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         rank: int = 32,
         norm: str = "squash",
@@ -138,6 +138,7 @@ class DAUConv2d(nn.Module):
 
     @property
     def geometry(self) -> Geometry:
+        """Kernel, stride, padding and dilation as backends take them."""
         return Geometry.make(self.kernel_size, self.stride, self.padding, self.dilation)
 
     @property
@@ -148,8 +149,11 @@ class DAUConv2d(nn.Module):
         return any(scope.open and self._number in scope.layers for scope in _scopes())
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Images [N, in_channels, H, W] or [in_channels, H, W] -> [N, out_channels, OH, OW]."""
         if not isinstance(input, torch.Tensor) and isinstance(input, torch.fx.Proxy):
             return self._trace(input)
+        if _THREAD.stand_in is not None:
+            return _call_stand_in(self, input)
         explaining = self.explaining
         if explaining and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             _refuse_reentrant_checkpoint()
@@ -228,31 +232,32 @@ class DAUConv2d(nn.Module):
         return super()._apply(four_dimensional, recurse)
 
     def extra_repr(self) -> str:
+        """The arguments that differ from the defaults."""
         text = (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, rank={self.rank}"
         )
-        plain = DAUConv2d.__init__.__kwdefaults__ | {"padding": (0, 0), "dilation": (1, 1)}
+        plain = {**(DAUConv2d.__init__.__kwdefaults__ or {}), "padding": (0, 0), "dilation": (1, 1)}
         for name in ("padding", "dilation", "norm", "eps", "backend", "save_contraction"):
             if getattr(self, name) != plain[name]:
                 text += f", {name}={getattr(self, name)!r}"
         return text + (", bias=False" if self.bias is None else "")
 
 
-def check_size(numbers: Iterable[int], device, dtype: torch.dtype | None) -> None:
+def check_size(numbers: Iterable[int], device: torch.device | str | None, dtype: torch.dtype | None) -> None:
     """ValueError where weights of so many numbers cannot be: more than a tensor can have, or than the
     machine can hold.
     """
     size = getattr(torch.get_default_dtype() if dtype is None else dtype, "itemsize", 4)
-    device = torch.get_default_device() if device is None else torch.device(device)
+    place = torch.get_default_device() if device is None else torch.device(device)
     numbers = list(numbers)
     if max(numbers) * size >= 2**63:
         raise ValueError(
             "weights: expected less than 2**63 bytes for a layer, got about "
             f"2**{(max(numbers) * size).bit_length() - 1}"
         )
-    if device.type != "meta" and sum(numbers) * size > 2**28:  # smaller ones are not worth the question
-        need_memory(f"weights of {sum(numbers):.1e} numbers", sum(numbers) * size, device)
+    if place.type != "meta" and sum(numbers) * size > 2**28:  # smaller ones are not worth the question
+        need_memory(f"weights of {sum(numbers):.1e} numbers", sum(numbers) * size, place)
 
 
 class AddInverse(nn.Module):
@@ -263,6 +268,7 @@ class AddInverse(nn.Module):
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> [N, 2 C, H, W]."""
         return torch.cat((images, 1 - images), -3)
 
 
@@ -270,6 +276,7 @@ class SumPool2d(nn.Module):
     """Sum over the pixels, [N, C, H, W] -> [N, C]."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> [N, C]."""
         return input.sum((-2, -1))
 
 
@@ -298,6 +305,7 @@ class _Thread(threading.local):
         self.entered = ()  # scopes that compiled code entered, while it is in them
         # of the context variable, for compiled code of older releases: of this thread, whichever its tasks
         self.mirror = ()
+        self.stand_in = None  # what is called in place of DAU layers, see ``calls_replaced``
 
 
 _THREAD = _Thread()
@@ -370,6 +378,29 @@ def explanation_mode(module: nn.Module) -> Iterator[nn.Module]:
         yield module
     finally:
         _leave(scope)
+
+
+@contextlib.contextmanager
+def calls_replaced(stand_in: Callable[[DAUConv2d, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within it, and in this thread alone, ``stand_in(layer, input)`` is called in place of every DAU layer's
+    ``forward``, which ``stand_in`` may call in turn.
+
+    Tools that must know what a network does with its layers, whatever its ``forward`` is, need neither hooks,
+    which all threads would share, nor a copy. Nothing that belongs to another task may run within it.
+    """
+    before, _THREAD.stand_in = _THREAD.stand_in, stand_in
+    try:
+        yield
+    finally:
+        _THREAD.stand_in = before
+
+
+def _call_stand_in(layer, input):
+    stand_in, _THREAD.stand_in = _THREAD.stand_in, None
+    try:
+        return stand_in(layer, input)
+    finally:
+        _THREAD.stand_in = stand_in
 
 
 def _refuse_reentrant_checkpoint():

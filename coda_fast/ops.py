@@ -6,6 +6,10 @@
     align_backward(g, ..) its gradients; with ``detach`` (explanation mode) only the direct term G(x, g)
     adjoint(x, v)         G(x, v), the transpose of u -> F(x, u)
 
+``align`` is the DAU convolution as an operator: ``coda_fast.dau_conv2d`` is F(x, x), its ``detach`` is
+explanation mode. How a backend computes it (the *contracted* or the *generated* form) is the backend's
+choice.
+
 Each is differentiable to any order, in reverse and forward mode and under the transforms of ``torch.func``
 (``coda_fast._autograd``), has a fake kernel with true strides (torch.compile, torch.export) and a FLOP
 formula, and hands the work to ``coda_fast.backends.<backend>``. Registered one level below

@@ -5,6 +5,7 @@ methods of attribution.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 
 from coda_fast import __version__, baselines, plot
-from coda_fast._wrappers import need_network
-from coda_fast.checkpoints import atomic_path
-from coda_fast.data import listing
-from coda_fast.models import CoDANet
+from coda_fast._classes import class_name
+from coda_fast._files import atomic_path
+from coda_fast.data import Preprocessing, decode, listing
+from coda_fast.dynamic_linear import NoCut, need_network
+from coda_fast.explain_files import as_network_sees
+from coda_fast.network import Network
 from coda_fast.safety import batch_within, check_explainable, printable
 
 SHOWN = 160  # pixels of a picture's shorter side on the page; sharp squares, not blurred, when enlarged
@@ -102,7 +105,7 @@ class Picture(NamedTuple):
     view: plot.View | None = None
 
 
-def render(model: CoDANet, images: Sequence[torch.Tensor], names: Sequence[str], **options) -> str:
+def render(model: Network, images: Sequence[torch.Tensor], names: Sequence[str], **options) -> str:
     """The page of images [C, H, W] in [0, 1], of any sizes, with their captions, as one text; ``options``
     and errors as of ``stream``.
     """
@@ -115,7 +118,7 @@ def render(model: CoDANet, images: Sequence[torch.Tensor], names: Sequence[str],
 
 
 def stream(
-    model: CoDANet,
+    model: Network,
     pictures: Iterable[Picture],
     *,
     classes: int = 3,
@@ -199,20 +202,50 @@ def find_images(paths: Iterable[Path], limit: int) -> tuple[list[tuple[Path, str
     return [entry for i, entry in enumerate(listed) if i in kept or not entry[2]], len(found)
 
 
+def read_pictures(
+    model: Network,
+    files: Iterable[tuple[Path, str, bool]],
+    preprocessing: Preprocessing,
+    classes: int,
+    skipped: list[str],
+) -> Iterator[Picture]:
+    """The pictures of ``find_images``, each read when it is asked for. What is wrong with one of a folder
+    goes into ``skipped``.
+
+    Raises:
+        ValueError: a picture that was named cannot be read, or none can.
+    """
+    count, shown = 0, 0
+    for path, name, in_folder in files:
+        count += 1
+        try:
+            image = as_network_sees(model, path, preprocessing, classes)
+            view = plot.View.of(decode(path), preprocessing)
+        except ValueError as error:
+            if not in_folder:
+                raise
+            skipped.append(str(error))
+            continue
+        shown += 1
+        yield Picture(name, image, view)
+    if not shown:
+        raise ValueError(
+            f"IMAGES: expected at least one image that can be read, got {count} files"
+            + "".join(f"; {reason}" for reason in skipped[:1])
+        )
+
+
 def write(path: str | Path, page: str | Iterable[str]) -> None:
     """The page, or its pieces, as a file, whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines([page] if isinstance(page, str) else page)
 
 
-_PAIRS = [(method, twin) for twin, method in baselines.TWINS.items()]
-
-
 def _columns(methods):
     """{title: method}, in order, each once."""
-    columns = {}
+    columns, pairs = {}, [(method, twin) for twin, method in baselines.TWINS.items()]
     for method in methods:
-        pair = next((pair for pair in _PAIRS if set(pair) <= set(methods) and method in pair), (method,))
+        pair = next((pair for pair in pairs if set(pair) <= set(methods) and method in pair), (method,))
         columns[" = ".join(pair)] = pair[0]
     columns.pop("Ours", None)  # always there
     return columns
@@ -229,10 +262,9 @@ def _item(model, picture, classes, attributions):
     top = logits.topk(classes).indices
     explained = model.explain(batch, top)
     maps, scale = explained.contribution_map[0], plot.symmetric_scale(explained.contribution_map)
-    label = lambda index: model.class_names[index] if model.class_names else f"class {index}"
     rows = [
         {
-            "name": label(int(c)),
+            "name": class_name(model.class_names, int(c)),
             "probability": plot.probability(float(logits[0, c].sigmoid()))
             .removeprefix("p ")
             .removeprefix("= "),
@@ -242,9 +274,7 @@ def _item(model, picture, classes, attributions):
         for k, c in enumerate(top[0])
     ]
     best = top[:, :1]
-    layers = [
-        (i, model.explain(batch, best, layer=i).contribution_map[0, 0]) for i in range(1, len(model.layers))
-    ]
+    layers = _layer_maps(model, batch, best)
     others = [
         (method, _within(a, model, image).attribute(batch, best)[0, 0]) for method, a in attributions.items()
     ]
@@ -260,10 +290,22 @@ def _item(model, picture, classes, attributions):
         ],
         "methods": [_map(m, plot.symmetric_scale(m), method, view) for method, m in others],
         "layers": [
-            _map(m, plot.symmetric_scale(m), f"layer {i + 1}, {m.shape[1]} x {m.shape[0]}", view)
-            for i, m in layers
+            _map(m, plot.symmetric_scale(m), f"layer {name}, {m.shape[1]} x {m.shape[0]}", view)
+            for name, m in layers
         ],
     }
+
+
+def _layer_maps(model, batch, best):
+    """The maps [H, W] of the best class at all DAU layers but the first that cut the network, by name; in a
+    CoDANet by number, counted from 1.
+    """
+    found = []
+    for layer in list(model.dau_layers().values())[1:]:
+        with contextlib.suppress(NoCut):
+            e = model.explain(batch, best, layer=layer)
+            found.append((e.layer if isinstance(e.layer, str) else e.layer + 1, e.contribution_map[0, 0]))
+    return found
 
 
 def _within(attribution, model, image):

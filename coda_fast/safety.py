@@ -1,5 +1,5 @@
-"""What commands refuse before they do any work: outputs that are inputs, files that are none, sizes that
-this machine cannot hold.
+"""What commands refuse before they do any work: outputs that would replace inputs, paths that are not
+regular files, sizes that this machine cannot hold.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
 
-MOST_PIXELS = 89_478_485  # of an image: Pillow's own bound, a quarter of a GiB of colours at 24 bits
+if TYPE_CHECKING:
+    from coda_fast.models import CoDANet
+
+MOST_PIXELS = 89_478_485  # of an image; the bound of Pillow: a quarter of a GiB at 24 bits a pixel
 
 
 class NotAFile(ValueError):
@@ -28,14 +31,14 @@ class NotAFile(ValueError):
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """A regular file, open for reading. A pipe would block the program until somebody writes, a device may
-    never end: neither is opened.
+    """A regular file, open for reading. Nothing else is opened: a pipe would block the program until somebody
+    writes to it, and a device may never end.
 
     Raises:
-        NotAFile: it is something else. OSError: it is missing, or may not be read.
+        NotAFile: the path is not a regular file. OSError: it is missing, or may not be read.
     """
     _need_regular(path, os.stat(path).st_mode)
-    # between the two calls it may be replaced: a pipe that is opened so does not block
+    # The file may be replaced after the check. Opening a pipe in this way does not block.
     opener = lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
     file = open(path, "rb", opener=opener)  # noqa: SIM115
     try:
@@ -47,7 +50,7 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
 
 
 def kind_of(mode: int) -> str:
-    """What a mode of ``os.stat`` is, in words."""
+    """The kind of file that a mode of ``os.stat`` stands for, in words."""
     kinds = {
         stat.S_ISREG: "a file",
         stat.S_ISDIR: "a folder",
@@ -65,9 +68,9 @@ def _need_regular(path, mode):
 def walk(
     root: str | os.PathLike, onerror: Callable[[OSError], None] | None = None
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """``os.walk`` through links, in which a folder that links lead back to counts once."""
+    """``os.walk`` that follows links and visits every folder once, also where links form a circle."""
     seen = set()
-    for folder, below, names in os.walk(root, onerror=onerror, followlinks=True):
+    for folder, below, names in os.walk(os.fspath(root), onerror=onerror, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             below.clear()
@@ -82,8 +85,9 @@ def read_npz(
     """The arrays of an .npz file whose names are ``wanted``.
 
     Raises:
-        ValueError: not such a file, damaged, arrays of Python objects, a header that claims another size than
-        the file holds, or arrays that this machine cannot hold. OSError: it is missing, or may not be read.
+        ValueError: the file is not an .npz file, is damaged, holds arrays of Python objects, has a header
+            that claims another size than the file holds, or holds arrays that do not fit into memory.
+        OSError: it is missing, or may not be read.
     """
     with open_file(path) as file:
         try:
@@ -104,25 +108,23 @@ def read_npz(
             return found
         except TooLarge:
             raise
-        except Exception as error:  # zipfile and NumPy raise whatever the damage leads them to
+        except Exception as error:  # damage makes zipfile and NumPy raise errors of any class
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{path}: not an .npz file that NumPy can read ({reason})") from None
 
 
 def _claimed_bytes(member):
-    """By the header of an array: the size of its file; None where it is no array, or one whose size is not
-    in the header.
+    """The size of an array's file by its header; None: it is not an array, or its header does not say how
+    large it is.
     """
     try:
         version = np.lib.format.read_magic(member)
     except ValueError:
         return None
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(
-        version
-    )
-    if read is None:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
         return None
-    shape, _, dtype = read(member)
+    shape, _, dtype = readers[version](member)
     count = 1
     for length in shape:
         count *= int(length)
@@ -130,8 +132,8 @@ def _claimed_bytes(member):
 
 
 def printable(text: object) -> str:
-    """For a terminal, a page or a log: names of files and of members may hold what moves the cursor, and
-    bytes that are no text.
+    """``text`` for a terminal, a page or a log, with control characters and undecodable bytes written as
+    escapes: names of files may hold both.
     """
     text = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
@@ -142,12 +144,14 @@ def printable(text: object) -> str:
 
 
 def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike]) -> None:
-    """ValueError where a file that will be written is one of those that are read, by whatever name or
-    link, or is no file at all.
+    """Check that no file that will be written is also read, under any name or link.
+
+    Raises:
+        ValueError: one of ``outputs`` is one of ``inputs``, or exists and is not a regular file.
     """
-    read = {}
+    read: dict[tuple[int, int], str | os.PathLike] = {}
     for path in inputs:
-        with contextlib.suppress(OSError, ValueError):  # whoever reads it says what is wrong
+        with contextlib.suppress(OSError, ValueError):  # reading it will report the error
             read.setdefault(_identity(path), path)
     for path in outputs:
         try:
@@ -159,15 +163,17 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
                 f"output: expected another file than those that are read, got {path}, which is "
                 f"{read[identity]}"
             )
-        if not stat.S_ISREG(mode):  # os.replace would put a file in the place of a device
+        if not stat.S_ISREG(mode):  # os.replace would replace a device by a file
             raise ValueError(f"output: expected a file at {path}, got {kind_of(mode)}")
 
 
 def check_output_folder(folder: str | os.PathLike, inputs: Iterable[str | os.PathLike] = ()) -> None:
-    """ValueError where results would go into a folder that is read, or below it, by whatever name or link;
-    or a file is in the way.
+    """Check that results do not go into a folder that is read, or below one, under any name or link.
+
+    Raises:
+        ValueError: ``folder`` is or lies in one of ``inputs``, or a file is in its place.
     """
-    read = {}
+    read: dict[tuple[int, int], str | os.PathLike] = {}
     for path in inputs:
         with contextlib.suppress(OSError, ValueError):
             if os.path.isdir(path):
@@ -181,6 +187,21 @@ def check_output_folder(folder: str | os.PathLike, inputs: Iterable[str | os.Pat
             raise ValueError(f"output: expected a folder outside of {found}, which is read, got {folder}")
 
 
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """A folder for results, made with those above it. If the block fails, those made and empty go again."""
+    folder = Path(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        for place in made:
+            if place.exists() and not any(place.iterdir()):
+                place.rmdir()
+        raise
+
+
 def _identity(path):
     status = os.stat(path)
     return status.st_dev, status.st_ino
@@ -191,12 +212,12 @@ def _identity(path):
 
 
 class TooLarge(ValueError):
-    """More than this machine can hold; the message says what, how much it needs and how much there is."""
+    """Something needs more memory than this machine has; the message names what, its need and the memory."""
 
 
 def machine_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes that this process can have at most: of the GPU; or of the machine, its container and the
-    limits of its shell.
+    """The most bytes that this process can have: the memory of the GPU; for a CPU the least of the
+    machine's memory, the limit of its container and the limits of its shell.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -217,7 +238,7 @@ def machine_memory(device: torch.device | str = "cpu") -> int:
 
 
 def need_memory(what: str, needed: int, device: torch.device | str = "cpu") -> None:
-    """TooLarge where ``what`` needs more bytes than there are."""
+    """Raise TooLarge where ``what`` needs more bytes than the machine or GPU has."""
     if needed > (there := machine_memory(device)):
         raise TooLarge(
             f"{what}: expected what fits into the {_gib(there)} GiB of this machine, got what needs "
@@ -225,8 +246,8 @@ def need_memory(what: str, needed: int, device: torch.device | str = "cpu") -> N
         )
 
 
-def explanation_memory(model, height: int, width: int, classes: int = 1) -> int:
-    """About how many bytes an explanation of ``classes`` classes of one image takes at most at a time."""
+def explanation_memory(model: CoDANet, height: int, width: int, classes: int = 1) -> int:
+    """An estimate of the peak memory, in bytes, of explaining ``classes`` classes of one image."""
     from coda_fast.explain import _bytes_per_image
 
     parameter = next(model.parameters())
@@ -234,12 +255,15 @@ def explanation_memory(model, height: int, width: int, classes: int = 1) -> int:
         model, torch.empty(1, model.image_channels, height, width, dtype=parameter.dtype, device="meta")
     )
     results = 3 * 2 * model.image_channels * height * width * max(4, parameter.element_size())
-    return fixed + each + (classes - 1) * results  # on their way back, classes take turns
+    return fixed + each + (classes - 1) * results  # backward passes run one class after the other
 
 
-def check_explainable(model, height: int, width: int, name: str, classes: int = 1) -> None:
-    """TooLarge where an explanation of ``classes`` classes of an image of this size does not fit;
-    ValueError where a kernel does not.
+def check_explainable(model: CoDANet, height: int, width: int, name: str, classes: int = 1) -> None:
+    """Check that an image of this size can be explained; ``name`` is what messages call it.
+
+    Raises:
+        TooLarge: an explanation of ``classes`` classes does not fit into memory. ValueError: the image is
+            smaller than the kernel of a layer.
     """
     try:
         needed = explanation_memory(model, height, width, classes)
@@ -250,9 +274,9 @@ def check_explainable(model, height: int, width: int, name: str, classes: int = 
     )
 
 
-def batch_within(model, height: int, width: int, most: int, classes: int = 1) -> int:
-    """How many images, at most ``most``, the network may take at once within the budget of ``explain``; at
-    least one.
+def batch_within(model: CoDANet, height: int, width: int, most: int, classes: int = 1) -> int:
+    """The largest batch of at most ``most`` images whose explanation stays within ``MEMORY_BUDGET`` of
+    ``coda_fast.explain``; at least one image.
     """
     from coda_fast.explain import MEMORY_BUDGET
 

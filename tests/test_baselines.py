@@ -1,10 +1,18 @@
 """The baselines on models whose attributions are known, and that they leave a model as it was."""
 
+import json
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
-from coda_fast import baselines, create_model
+from coda_fast import baselines, checkpoints, create_model, report
+from coda_fast.baselines import _registry, perturbations
+from coda_fast.cli import cli
 
 captum = pytest.importorskip("captum", reason="pip install 'coda-fast[evaluation]'")
 FEW = {"RISE": {"masks": 60}, "LIME": {"samples": 40}, "IntGrad": {"n_steps": 5}}
@@ -108,8 +116,8 @@ def test_perturbations_find_the_spot(method, settings):
 
 def test_rise_masks():
     """A share p1 of each mask is kept on average, every position alike, values between 0 and 1."""
-    masks = baselines._rise_masks(
-        *baselines._rise_random(4000, 6, 0.3, (20, 32), torch.Generator().manual_seed(0)), 20, 32
+    masks = perturbations._rise_masks(
+        *perturbations._rise_random(4000, 6, 0.3, (20, 32), torch.Generator().manual_seed(0)), 20, 32
     )
     assert masks.shape == (4000, 20, 32)
     assert 0 <= float(masks.min()) <= float(masks.max()) <= 1
@@ -411,3 +419,102 @@ def test_without_captum(monkeypatch):
         ImportError, match=r"the baselines need captum: pip install 'coda-fast\[evaluation\]'"
     ):
         baselines.create("Grad", Linear())
+
+
+# -- the registry
+# ------------------------------------------------------------------------------------------------------------
+
+
+def brightness(method, x, target):
+    """How bright a pixel is, times ``gain``.
+
+    Whatever the class.
+    """
+    return method.settings["gain"] * x.sum(1)
+
+
+TOY = {"gain": baselines.Setting(2.0, most=10, least=None), "batch_size": baselines.Setting(3, most=64)}
+
+
+@pytest.fixture
+def toy():
+    """A method that is registered for one test."""
+    registered = (_registry.ENTRIES, baselines.METHODS, baselines.TWINS)
+    before = [dict(each) for each in registered]
+    baselines.baseline("Toy", each_class=True, twin="IxG", **TOY)(brightness)
+    yield "Toy"
+    for each, content in zip(registered, before, strict=True):
+        each.clear()
+        each.update(content)
+
+
+def test_a_registered_method_is_found_everywhere(toy, network, tmp_path):
+    """By its decorator alone: as an attribution in batches, in evaluations and reports, on the command line,
+    in the documents.
+    """
+    # here, so that the other tests need nothing of what these import
+    from experiments import evaluate_digits
+    from tools import documents
+
+    x, targets = digits(2), torch.tensor([[1, 2], [3, 4]])
+    assert baselines.METHODS[toy] == {"gain": 2.0, "batch_size": 3}
+    found = baselines.attribute(toy, network, x, targets, gain=3)
+    torch.testing.assert_close(found, 3 * x.sum(1)[:, None].expand(-1, 2, -1, -1))
+    with pytest.raises(ValueError, match="Toy: gain: expected a positive number up to 10, got 11"):
+        baselines.create(toy, network, gain=11)
+    with pytest.raises(TypeError, match="Toy: expected settings among gain, batch_size, got size"):
+        baselines.create(toy, network, size=1)
+
+    assert report._columns(["Toy"]) == {"Toy": "Toy"}
+    assert report._columns(["Toy", "IxG"]) == {"IxG = Toy": "IxG"}
+
+    checkpoint, output = tmp_path / "net.safetensors", tmp_path / "out"
+    checkpoints.save(network.float(), checkpoint)
+    command = ["evaluate", "--checkpoint", checkpoint, "--data", "digits", "--metric", "removal"]
+    command += ["--limit", 2, "--points", 3, "--output", output]
+    command += ["--methods", "Toy,Ours", "--set", "Toy.gain=5"]
+    done = CliRunner().invoke(cli, list(map(str, command)))
+    assert done.exit_code == 0, done.output
+    measured = json.loads((output / "results.json").read_text())["methods"]
+    assert list(measured) == ["Toy", "Ours"]
+    assert measured["Toy"]["settings"] == {"gain": 5, "batch_size": 3}
+    for name in ("evaluate", "report"):
+        assert f"Methods: {', '.join(baselines.METHODS)}." in " ".join(
+            CliRunner().invoke(cli, [name, "--help"]).output.split()
+        )
+
+    description = "How bright a pixel is, times ``gain``. On a CoDA-Net, to rounding, IxG."
+    assert f"| `Toy` | {description} | gain 2, batch_size 3 |" in documents.methods().splitlines()
+    assert "docs/evaluation.md" in documents.stale()
+    assert "Toy" not in evaluate_digits.methods()  # as every twin
+    del baselines.TWINS["Toy"]
+    assert "Toy" in evaluate_digits.methods()
+
+
+def test_all_families_are_registered():
+    """A file of the package that nobody imports would register nothing."""
+    folder = Path(baselines.__file__).parent
+    missing = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert not [name for name in missing if f"coda_fast.baselines.{name}" not in sys.modules]
+
+
+def undescribed(method, x, target):
+    return x.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "options", "error", "message"),
+    [
+        ("Grad", brightness, TOY, ValueError, "name: expected one that is not taken, got 'Grad'"),
+        ("Toy", undescribed, TOY, ValueError, "Toy: expected a function with a docstring, got none"),
+        ("Toy", brightness, {"gain": 2.0}, TypeError, "Toy: gain: expected a Setting, got float"),
+        ("Toy", brightness, {"layer": TOY["gain"]}, ValueError, "Toy: expected settings that"),
+        ("Toy", brightness, {"each_class": True}, ValueError, "Toy: expected the setting batch_size with"),
+        ("Toy", brightness, {"twin": "No"}, ValueError, "Toy: twin: expected a registered method, got 'No'"),
+        ("Toy", brightness, {"gain": baselines.Setting(3, most=2)}, ValueError, "expected at most 2, got 3"),
+    ],
+)  # fmt: skip
+def test_what_is_forgotten_is_said(name, function, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        baselines.baseline(name, **options)(function)
+    assert "Toy" not in baselines.METHODS

@@ -13,7 +13,7 @@ from odd_pictures import turned
 from PIL import Image
 
 import coda_fast
-from coda_fast import cli
+from coda_fast import cli, explain_files, plot
 from coda_fast.demo import TEMPERATURES
 
 
@@ -204,13 +204,13 @@ def test_explain_passes_over_what_is_gone_when_its_turn_comes(checkpoint, tmp_pa
     for name in "abc":
         Image.new("L", (8, 8), 9).save(tmp_path / "set" / f"{name}.png")
     Image.new("L", (3000, 1)).save(tmp_path / "set" / "strip.png")
-    draw = cli._explain_picture
+    draw = explain_files.explain_picture
 
     def and_gone(model, path, *rest):
         (tmp_path / "set" / "b.png").unlink(missing_ok=True)
-        draw(model, path, *rest)
+        return draw(model, path, *rest)
 
-    monkeypatch.setattr(cli, "_explain_picture", and_gone)
+    monkeypatch.setattr(explain_files, "explain_picture", and_gone)
     assert (
         run(
             "explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--size", 8
@@ -230,13 +230,13 @@ def test_explain_keeps_no_picture(checkpoint, tmp_path, monkeypatch):
     folder.mkdir()
     for i in range(4):
         Image.fromarray(np.full((8, 8), 50 * i, np.uint8)).save(folder / f"{i}.png")
-    drawn, render = [], cli.plot.render
+    drawn, render = [], plot.render
 
     def counting(figure):
         drawn.append(len(list((tmp_path / "out").glob("*.png"))))
         return render(figure)
 
-    monkeypatch.setattr(cli.plot, "render", counting)
+    monkeypatch.setattr(plot, "render", counting)
     assert run("explain", folder, "--checkpoint", checkpoint, "--output", tmp_path / "out") == 0
     assert drawn == [0, 1, 2, 3]
 
@@ -339,8 +339,8 @@ def test_pixels_out_of_range_are_one_line(checkpoint, image, tmp_path, capsys, m
     """Said once for all images, and without the line of code that said it; what files hold is in [0, 1],
     so it takes a reader that errs.
     """
-    read = cli._as_network_sees
-    monkeypatch.setattr(cli, "_as_network_sees", lambda *args: 255 * read(*args))
+    read = explain_files.as_network_sees
+    monkeypatch.setattr(explain_files, "as_network_sees", lambda *args: 255 * read(*args))
     monkeypatch.setattr(coda_fast.explain, "_WARNED", threading.Event())
     other = tmp_path / "other.png"
     other.write_bytes(image.read_bytes())

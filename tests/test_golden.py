@@ -50,8 +50,12 @@ def layer_errors(name, dtype, backend):
 
 @DTYPE_AND_BACKEND
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer(name, dtype, backend):
+def test_layer(name, dtype, backend, record_property):
     errors = layer_errors(name, dtype, backend)
+    # experiments/golden.py makes the table of the README of them
+    record_property("layer", Golden(name).meta)
+    record_property("case", f"{backend}, {str(dtype).removeprefix('torch.')}")
+    record_property("errors", errors)
     assert len(errors) == (8 if Golden(name).meta["bias"] else 7)
     assert max(errors.values()) < BOUNDS[dtype], errors
 

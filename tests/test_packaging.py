@@ -84,7 +84,7 @@ def sources(tmp_path_factory):
     distribution may install.
     """
     folder = tmp_path_factory.mktemp("sources")
-    for name in ("coda_fast", "kernels", "tests", "bench"):
+    for name in ("coda_fast", "kernels", "tests", "bench", "tools", "experiments"):
         if (ROOT / name).exists():
             shutil.copytree(
                 ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "golden")
@@ -152,6 +152,7 @@ def test_the_wheel_holds_the_two_packages_whole_and_nothing_else(wheel, sources)
     recipes = {path.relative_to(sources).as_posix() for path in sources.glob("coda_fast/recipes/*.yaml")}
     assert "coda_fast/recipes/digits-s.yaml" in recipes
     assert {name for name in names if name.endswith(".yaml")} == recipes
+    assert {"coda_fast/py.typed", "coda_kernels/py.typed"} <= names
 
 
 def test_the_wheel_carries_the_licence(wheel, metadata):
@@ -241,6 +242,7 @@ def test_extras(metadata):
         < set(extras["dev"])
     )
     assert extras["dev"]["ruff"].startswith("==")
+    assert extras["dev"]["mypy"].startswith("==")
 
 
 def test_the_installed_packages_are_the_ones_imported(imported, installed):

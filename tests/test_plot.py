@@ -12,7 +12,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from PIL import Image
 
-from coda_fast import CoDANet, create_model, plot
+from coda_fast import CoDANet, create_model, fonts, plot
 from coda_fast.data import Preprocessing
 from coda_fast.train import load_recipe
 from coda_fast.train.summary import curve
@@ -209,9 +209,9 @@ def fresh(monkeypatch):
     """No character was looked for yet, and no package with fonts is known; what fonts a test adds go with
     it.
     """
-    monkeypatch.setattr(plot, "_LOST", set())
-    monkeypatch.setattr(plot, "_FONTS", {})
-    monkeypatch.setattr(plot, "_PACKAGES", ())
+    monkeypatch.setattr(fonts, "_LOST", set())
+    monkeypatch.setattr(fonts, "_FONTS", {})
+    monkeypatch.setattr(fonts, "_PACKAGES", ())
     monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
 
 
@@ -250,16 +250,16 @@ def test_fonts_of_packages(fresh, monkeypatch, tmp_path):
     (tmp_path / "cat_fonts" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "cat_fonts" / "damaged.ttf").write_bytes(b"no font")
     file = _font(tmp_path / "cat_fonts" / "deep" / "cats.ttf")
-    monkeypatch.setattr(plot, "_PACKAGES", ("no_such_package", "cat_fonts"))
+    monkeypatch.setattr(fonts, "_PACKAGES", ("no_such_package", "cat_fonts"))
     monkeypatch.syspath_prepend(tmp_path)
-    default = plot._default_font()
+    default = fonts._default_font()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text, families = plot.drawable(f"a {CAT}b")
+        text, families = fonts.drawable(f"a {CAT}b")
         assert (text, families[-1], len(families)) == (f"a {CAT}b", "Cats", 2)
-        assert plot.pieces(f"a {CAT}b") == [("a ", default), (CAT, file), ("b", default)]
+        assert fonts.pieces(f"a {CAT}b") == [("a ", default), (CAT, file), ("b", default)]
         assert _ink(CAT) > 1.5 * _ink("a") > 0
-        assert plot.drawable("\u00dcn\u00efc\u00f6d\u00e9")[1] == families[:1]
+        assert fonts.drawable("\u00dcn\u00efc\u00f6d\u00e9")[1] == families[:1]
 
 
 def test_fonts_that_came_after_matplotlib_made_its_list(fresh, monkeypatch, tmp_path):
@@ -270,7 +270,7 @@ def test_fonts_that_came_after_matplotlib_made_its_list(fresh, monkeypatch, tmp_
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(tmp_path / "missing.ttf"), file])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert plot.pieces(CAT) == [(CAT, file)]
+        assert fonts.pieces(CAT) == [(CAT, file)]
 
 
 @pytest.mark.skipif(
@@ -280,10 +280,10 @@ def test_names_in_scripts_that_the_default_font_lacks(fresh, monkeypatch):
     """Drawn by a font that has them: no warning, another picture for another name instead of one box for
     all.
     """
-    monkeypatch.setattr(plot, "_PACKAGES", ("matplotlib_fontja",))
+    monkeypatch.setattr(fonts, "_PACKAGES", ("matplotlib_fontja",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert plot.drawable("\u732b \u3042 cat")[0] == "\u732b \u3042 cat"
+        assert fonts.drawable("\u732b \u3042 cat")[0] == "\u732b \u3042 cat"
         pictures = []
         for name in ("\u732b\u732b", "\u72ac\u72ac"):  # cat, dog
             model = create_model("coda_xs_digits", class_names=[name] * 10)
@@ -316,9 +316,9 @@ def test_names_of_bad_will(fresh):
     """Formulas, control characters, lines: drawn as they are, or visibly replaced. What turns the
     direction of text around is left out.
     """
-    assert plot.drawable("a\nb\tc\x00\ud800")[0] == "a b c\ufffd\ufffd"
+    assert fonts.drawable("a\nb\tc\x00\ud800")[0] == "a b c\ufffd\ufffd"
     assert (
-        plot.drawable("\u202ea\u200eb\ufeff\u200dc\ufe0f")[0].replace("\u200d", "").replace("\ufe0f", "")
+        fonts.drawable("\u202ea\u200eb\ufeff\u200dc\ufe0f")[0].replace("\u200d", "").replace("\ufe0f", "")
         == "abc"
     )
     names = ["$", "$x^2$", "a\nb", "\x00", "\\frac{", "x" * 200, "", " ", "\u05e9\u05dc\u05d5\u05dd", "%s{}"]

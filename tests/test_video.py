@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 import coda_fast
 from coda_fast import cli, video
+from coda_fast._video_frames import side_by_side
 from coda_fast.video import VideoError, explain_video, is_video
 
 TIMES = [0, 10, 20, 40, 50, 90, 100, 110]  # hundredths of a second: the rate varies
@@ -333,7 +334,7 @@ def test_names_in_several_scripts(monkeypatch):
         ("\u732b" * 50, ["\u732b" * 12, "\u2026: p = 0.5"]),
     ]:
         drawn.clear()
-        video._picture(torch.rand(1, 256, 256), torch.zeros(256, 256), 1.0, name, "p = 0.5")
+        side_by_side(torch.rand(1, 256, 256), torch.zeros(256, 256), 1.0, name, "p = 0.5")
         caption = drawn[: len(pieces)]
         assert [piece for _, piece, *_ in caption] == pieces
         assert [family for _, _, family, _ in caption] == [
@@ -434,7 +435,9 @@ def test_a_full_disk(model, tmp_path, monkeypatch, ending):
     # the frames alone: rounding, which may differ from one explanation to the next, would make videos of
     # several sizes
     monkeypatch.setattr(
-        video, "_picture", lambda image, *_: (255 * image[0].numpy()).astype(np.uint8)[..., None].repeat(3, 2)
+        video,
+        "side_by_side",
+        lambda image, *_: (255 * image[0].numpy()).astype(np.uint8)[..., None].repeat(3, 2),
     )
     frames = [
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)) for i in range(3)

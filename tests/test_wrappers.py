@@ -262,7 +262,7 @@ def test_a_network_inside_an_unknown_module_is_refused(net):
 
 def test_other_models_stay_in_their_wrappers():
     """A wrapper of another model may be what makes it fast."""
-    from coda_fast._wrappers import network_in
+    from coda_fast.dynamic_linear import network_in
 
     wrapped = nn.DataParallel(nn.Flatten())
     assert network_in(wrapped) is wrapped

@@ -28,6 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def align(
     input: torch.Tensor, applied: torch.Tensor | None, parameters: Parameters, spec: Spec, *, keep: str
 ) -> tuple[torch.Tensor, Kept]:
+    """See ``coda_fast.backends.Backend.align``."""
     layer = _layer(input, parameters, spec)
     with layer.on_device():
         output, kept = _forward(layer, input, applied, keep)
@@ -46,7 +47,7 @@ def align_backward(
     detach: bool,
     needs: Gradients,
 ) -> Gradients:
-    """A pass whose results nobody needs is not launched."""
+    """See ``coda_fast.backends.Backend.align_backward``. Launches only what is needed."""
     from coda_kernels import fold, grad_z, prepare, prepare_backward
 
     x, shared = input.detach(), applied is None
@@ -92,6 +93,7 @@ def align_backward(
 
 
 def adjoint(input: torch.Tensor, value: torch.Tensor, parameters: Parameters, spec: Spec) -> torch.Tensor:
+    """See ``coda_fast.backends.Backend.adjoint``."""
     if not value.numel():
         return torch.zeros_like(input)
     layer = _layer(input, parameters, spec)
@@ -117,6 +119,7 @@ def adjoints(
     kept: Kept,
     spec: Spec,
 ) -> torch.Tensor:
+    """See ``coda_fast.backends.Backend.adjoints``."""
     if kept.square is None:
         kept = align(input, applied, parameters, spec, keep="norm")[1]
     place = "input" if applied is None else "applied"
@@ -127,6 +130,7 @@ def adjoints(
 
 
 def kept_shapes(input: torch.Tensor, parameters: Parameters, spec: Spec, *, keep: str) -> Kept:
+    """See ``coda_fast.backends.Backend.kept_shapes``."""
     from coda_kernels.config import Shape
 
     weight, geometry = parameters.weight, spec.geometry
@@ -144,6 +148,7 @@ def kept_shapes(input: torch.Tensor, parameters: Parameters, spec: Spec, *, keep
 
 
 def gradients_like(parameters: Parameters) -> Parameters:
+    """See ``coda_fast.backends.Backend.gradients_like``."""
     from coda_kernels import layer
 
     return Parameters(*layer.gradients_like(*parameters))

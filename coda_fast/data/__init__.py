@@ -1,8 +1,9 @@
 """One way to read a picture, for training, evaluation, explanation and service alike (docs/data.md).
 
-``decode`` makes pixels of a file, ``preprocessing`` what a network takes of them, ``listing`` says which
-files are pictures and of which class. ``sources`` and ``shards`` give batches of sets, ``arrays`` and
-``digits`` read those that lie in few files; ``workers`` decode them beside the program.
+``decode`` reads the pixels of a file, ``preprocessing`` resizes and crops them for a network, ``listing``
+says which files are pictures and of which class. ``sources`` and ``shards`` give batches of data sets,
+``arrays`` and ``digits`` read data sets that are stored in a few files; ``workers`` decode pictures in other
+processes.
 """
 
 from coda_fast.data.decode import decode

@@ -1,5 +1,5 @@
-"""Labelled pictures in one file or a few: .npz files of arrays or of JPEGs, and the binary version of
-CIFAR-10.
+"""Labelled pictures that are stored in a few files: .npz files of arrays or of JPEGs, and the binary version
+of CIFAR-10.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ BINARY = "the folder of CIFAR-10's binary version, with data_batch_1.bin, or an 
 
 
 class NoArrays(DataError):
-    """A file that holds none of the splits that are asked for."""
+    """A file that holds none of the splits that are wanted."""
 
 
 @dataclasses.dataclass
 class Split:
-    """uint8 images in memory, and what could not be read of them: (name, reason)."""
+    """uint8 images in memory, and those that could not be read: (name, reason)."""
 
     arrays: Arrays
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -44,25 +44,30 @@ def read_arrays(
     *,
     channels: int = 3,
     limit: int | None = None,
-    device="cpu",
+    device: torch.device | str = "cpu",
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> tuple[list[Split], list[str] | None]:
-    """These splits of an .npz file, and the names of the classes, if it has them.
+    """Splits of an .npz file, and the names of the classes, if the file holds them (``class_names``).
 
-    A split is ``{split}_images`` uint8 [N, H, W(, C)] and ``{split}_labels`` [N] or [N, 1] (of the split ""
-    ``images`` and ``labels``); or JPEGs end to end, ``{split}_jpeg``, which begin at ``{split}_offset`` [N +
-    1], with ``{split}_label`` [N], of which ``{split}_lossless_rgb`` replaces those of
-    ``{split}_lossless_idx``.
+    A split is ``{split}_images`` uint8 [N, H, W(, C)] and ``{split}_labels`` [N] or [N, 1] (``images`` and
+    ``labels`` for the split ""). Or it is the bytes of JPEGs one after the other, ``{split}_jpeg``, which
+    begin at ``{split}_offset`` [N + 1], with ``{split}_label`` [N]; the pictures ``{split}_lossless_idx`` [K]
+    of these are replaced by ``{split}_lossless_rgb`` [K, H, W, 3].
 
     Args:
+        path: the file.
+        splits: their names.
         channels: of the network; grey pictures become colour and colour grey, as in files.
-        limit: the first so many.
+        limit: the most pictures of each split; the first ones are taken.
+        device: where the images are kept.
+        progress: a wrapper like tqdm around the decoding of JPEGs, ``progress(iterable, label)``.
 
     Raises:
-        DataError: not such a file, damaged, arrays that do not fit, images of several sizes.
+        DataError: the file is not such a file or damaged, its arrays do not fit each other, or its images
+            have several sizes.
     """
     splits = tuple(splits)
-    keys = {name if not split else f"{split}_{name}" for split in splits for name in _KEYS} | {"class_names"}
+    keys = {_key(split, name) for split in splits for name in _KEYS} | {"class_names"}
     try:
         with_names = read_npz(path, lambda key: key in keys)
         if not any(_key(split, kind) in with_names for split in splits for kind in ("images", "jpeg")):
@@ -96,7 +101,7 @@ def _split(arrays, split, path, channels, limit, device, progress):
     if images is None or labels is None:
         raise DataError(f"{path}: expected {LAYOUTS}, got {', '.join(arrays) or 'nothing'}")
     images, labels = np.atleast_1d(images), np.atleast_1d(labels)
-    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # as MedMNIST has them
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # as MedMNIST stores them
     if (
         images.dtype != np.uint8
         or images.ndim not in (3, 4)
@@ -131,7 +136,7 @@ def _of_channels(images, channels):
 
 
 def _classes(labels, split, path):
-    """Integers from 0 on, or floating point that holds such."""
+    """Labels as int64, of integers from 0 on or floating-point numbers that are such."""
     if (
         labels.dtype.kind == "f"
         and labels.size
@@ -201,7 +206,7 @@ def _jpegs(arrays, split, path, channels, limit, device, progress):
 
 
 def _misfit(raw, offsets, labels, index, pixels):
-    """What is wrong with the arrays of JPEGs end to end, in words; None: they fit."""
+    """In what way the arrays of concatenated JPEGs do not fit each other, in words; None: they do."""
     if any(array is None for array in (raw, offsets, labels)):
         return "one is missing"
     if raw.ndim != 1 or raw.dtype != np.uint8:
@@ -229,11 +234,13 @@ def _misfit(raw, offsets, labels, index, pixels):
     return None
 
 
-def read_cifar10(folder: str | os.PathLike, device="cpu") -> tuple[list[Arrays], list[str]]:
+def read_cifar10(
+    folder: str | os.PathLike, device: torch.device | str = "cpu"
+) -> tuple[list[Arrays], list[str]]:
     """Training and test images of the folder of the binary version, and the names of the classes.
 
     Raises:
-        DataError: files that are missing, truncated, or of the version of pickles.
+        DataError: files are missing or truncated, or they are those of the Python version, which are pickles.
     """
     folder = Path(folder)
     folder = folder / "cifar-10-batches-bin" if (folder / "cifar-10-batches-bin").is_dir() else folder

@@ -1,9 +1,9 @@
-"""A picture from a file, bytes or Pillow as the pixels of a network: one set of rules, whoever reads it
+"""The 8-bit pixels of a picture from a file, bytes or Pillow, by one set of rules for all commands
 (docs/data.md has them as a table).
 
-Upright by its EXIF orientation; transparency flattened on white; 16 bits scaled to 8; the first picture of an
-animation; CMYK, palettes and other colours by Pillow's conversion, ICC profiles not looked at; colour in grey
-by ITU-R 601, grey in colour as three equal channels.
+A picture is turned upright by its EXIF orientation; transparency is flattened on white; 16 bits are scaled to
+8; of an animation the first picture is taken; CMYK, palettes and other colour modes are converted by Pillow,
+and ICC profiles are not used. Colour becomes grey by ITU-R 601, grey becomes colour as three equal channels.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from coda_fast.safety import MOST_PIXELS, NotAFile, open_file
 if TYPE_CHECKING:
     from PIL import Image
 
-# of this module. A run that began with others sees other pixels, and cannot go on with these. 1: before they
-# were one
+# The version of the rules of this module. A training that began under another version saw other pixels, and
+# cannot be resumed under this one. Version 1 stands for the rules of the releases before this module.
 RULES = 2
-MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
+MODES = {1: "L", 3: "RGB"}  # number of channels -> mode of Pillow
 
 
 def decode(
@@ -35,19 +35,20 @@ def decode(
     name: str | None = None,
     least: int | None = None,
 ) -> Image.Image:
-    """The uint8 pixels of a picture, as Pillow's image of mode "RGB" or "L".
+    """The uint8 pixels of a picture, as an image of Pillow of mode "RGB" or "L".
 
     Args:
-        source: a path, the bytes of a file, or a picture of Pillow, which stays as it is if it has been read
-            already.
+        source: a path, the bytes of a file, or a picture of Pillow, which is not changed if it has been
+            loaded already.
         channels: 3 or 1.
         name: of the picture, for messages; None: its path.
-        least: pixels of a side that are enough: a JPEG may be decoded at an eighth, a quarter or half of its
-            size, not below it.
+        least: the number of pixels of each side that suffices: a JPEG may be decoded at an eighth, a quarter
+            or half of its size, as long as it is not smaller than this; None: whole pictures are decoded.
 
     Raises:
-        ImageError: missing, not a file (a pipe or a device is not opened), not a picture, truncated, of more
-        than ``MOST_PIXELS`` pixels, of more than 16 bits, floating point that is NaN or outside [0, 1].
+        ImageError: the file is missing, is not a regular file (a pipe or a device is not opened), is not a
+            picture, is truncated, has more than ``MOST_PIXELS`` pixels or more than 16 bits, or holds
+            floating-point numbers that are NaN or outside [0, 1].
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -69,20 +70,21 @@ def decode(
         raise ImageError("too large: its pixels do not fit into the memory that is left", name) from None
     except ImageError:
         raise
-    except Exception as error:  # decoders raise whatever the damage leads them to
+    except Exception as error:  # damage makes decoders raise errors of any class
         reason = str(error).partition(" <_io.")[0]  # no addresses of buffers
         raise ImageError(f"damaged or truncated image: {reason or type(error).__name__}", name) from None
 
 
-def named(source) -> str:
-    """What messages call a picture: its path, if it has one."""
+def named(source: object) -> str:
+    """The name of a picture in messages: its path, or empty if it has none."""
     return os.fspath(source) if isinstance(source, str | os.PathLike) else ""
 
 
 class _Quiet:
-    """While any thread decodes, Pillow's warnings (broken EXIF and the like) are not shown. One change of
-    Python's filters for all threads: if each made its own, the last one out would leave those of another
-    behind.
+    """A context in which Pillow's warnings (of damaged EXIF and the like) are not shown.
+
+    Python's filters of warnings are global, so that all threads share one change of them, which the last
+    thread undoes. If each thread saved and restored them by itself, one could restore those of another.
     """
 
     def __init__(self):
@@ -107,7 +109,7 @@ _QUIET = _Quiet()
 
 
 def _plain(image):
-    """What is said beside the pixels has been heeded: who decodes them again must not turn them again."""
+    """The image without metadata: orientation and transparency are applied already, and must not be again."""
     image.info = {}
     return image
 
@@ -136,7 +138,7 @@ def _converted(image, channels, least, name):
     from PIL import Image, UnidentifiedImageError
 
     check_pixels(*image.size, name)
-    if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+    if image.format == "EPS":  # a PostScript program, which Pillow would run in Ghostscript
         raise UnidentifiedImageError
     if least is not None and image.format == "JPEG":
         image.draft(None, (least, least))
@@ -151,14 +153,14 @@ def _converted(image, channels, least, name):
 
 
 def _upright(image):
-    """By the orientation of its EXIF, if that can be read. (Pillow's own function writes EXIF anew, where
-    damage stops it.)
+    """The image turned upright by its EXIF orientation, if that can be read. Pillow's own function fails for
+    damaged EXIF, because it also writes EXIF.
     """
     from PIL.Image import Transpose
 
     try:
         orientation = image.getexif().get(0x0112)
-    except Exception:  # whatever the damage leads Pillow to: without it, the picture is whole
+    except Exception:  # damage makes Pillow raise errors of any class; the pixels are unaffected
         return image
     turns = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
              Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)  # fmt: skip
@@ -166,8 +168,8 @@ def _upright(image):
 
 
 def _eight_bits(image, name):
-    """Grey of 16 bits, 0 to 65535, or floating point, 0 to 1, as the nearest of 8: Pillow by itself cuts
-    both off at 255.
+    """Grey of 16 bits, 0 to 65535, or floating point, 0 to 1, rounded to 8 bits. Pillow's own conversion
+    would clip both at 255.
     """
     from PIL import Image
 
@@ -186,7 +188,7 @@ def _eight_bits(image, name):
             name,
         )
     pixels = pixels.astype(np.int64)
-    clear = image.info.get("transparency")  # of a grey PNG: one value that is
+    clear = image.info.get("transparency")  # of a grey PNG: the value of transparent pixels
     if isinstance(clear, int):
         pixels = np.where(pixels == clear, 65535, pixels)
     return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
-from coda_fast.data.sources import Arrays
+from coda_fast.data.sources import Arrays, to_float
 
 
 def digits(seed: int = 0) -> tuple[Arrays, Arrays, list[str]]:
-    """Images to train with, a quarter of them all to test with, and the names of the classes. ImportError:
-    scikit-learn is missing.
+    """Images for training, a quarter of all images for testing, and the names of the classes.
+
+    Raises:
+        ImportError: scikit-learn is missing.
     """
     try:
         from sklearn.datasets import load_digits
@@ -18,7 +22,7 @@ def digits(seed: int = 0) -> tuple[Arrays, Arrays, list[str]]:
     except ImportError:
         raise ImportError("the digits need scikit-learn: pip install 'coda-fast[cli]'") from None
     source = load_digits()
-    # of 17 levels
+    # values from 0 to 16
     images = torch.from_numpy(source.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(source.target).long()
     split = train_test_split(
@@ -26,3 +30,21 @@ def digits(seed: int = 0) -> tuple[Arrays, Arrays, list[str]]:
     )
     train, test = (Arrays(images[index], labels[index]) for index in split)
     return train, test, [str(name) for name in source.target_names]
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """Images [N, 1, 8, 8] in [0, 1] with labels [N], to train with and to test with."""
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    class_names: list[str]
+
+
+def digit_tensors(seed: int = 0) -> Digits:
+    """What ``digits`` gives, as tensors that a network takes. ImportError as there."""
+    train, test, names = digits(seed)
+    images = (to_float(split.images, torch.float32) for split in (train, test))
+    return Digits(next(images), train.labels, next(images), test.labels, names)

@@ -1,4 +1,4 @@
-"""What is wrong with pictures and with sets of them."""
+"""The errors for pictures and data sets that cannot be used."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ class DataError(ValueError):
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used. ``reason``: what was expected and what was found; the message names
-    the file before it.
+    """A picture that cannot be used. ``reason`` says what was expected and what was found; the message begins
+    with the ``name`` of the file.
     """
 
     def __init__(self, reason: str, name: str = ""):
         super().__init__(f"{name}: {reason}" if name else reason)
         self.reason, self.name = reason, name
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return type(self), (self.reason, self.name)

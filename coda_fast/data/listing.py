@@ -1,8 +1,8 @@
-"""Which files are pictures, and of which class: one answer for all commands.
+"""Which files are pictures, and of which class: the same for all commands.
 
-A picture has one of ``SUFFIXES``, in any case. What begins with a dot is hidden and never read, neither files
-(macOS puts ``._name.png`` beside ``name.png``) nor folders. Folders are read at any depth, through links; one
-that links lead back to counts once. The order is that of folders, then names.
+A picture's name ends in one of ``SUFFIXES``, in upper or lower case. Files and folders whose name begins with
+a dot are hidden and not read (macOS puts ``._name.png`` beside ``name.png``). Folders are read at any depth,
+through links, and each of them once, also where links form a circle. The order is by folder, then by name.
 """
 
 from __future__ import annotations
@@ -14,52 +14,44 @@ from coda_fast.data.errors import DataError
 from coda_fast.safety import walk
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
-# Tiny-ImageNet keeps its validation images in one folder, and their classes in this file
+# Tiny-ImageNet has its validation images in one folder, and their classes in this file.
 ANNOTATIONS = "val_annotations.txt"
 
 
 def pictures(root: str | os.PathLike) -> list[Path]:
-    """The pictures below a folder. OSError: a folder that cannot be read."""
+    """The pictures below a folder. OSError: a folder cannot be read."""
 
-    def refuse(error):
+    def refuse(error: OSError) -> None:
         raise error
 
     found = []
     for folder, below, names in walk(root, onerror=refuse):
-        # of two names of one folder the first counts
+        # Of several links to one folder, walk follows the first: sorted, it is always the same one.
         below[:] = sorted(name for name in below if not name.startswith("."))
-        found.append(
-            (
-                folder,
-                [
-                    name
-                    for name in sorted(names)
-                    if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-                ],
-            )
-        )
+        shown = (name for name in sorted(names) if not name.startswith("."))
+        found.append((folder, [name for name in shown if name.lower().endswith(SUFFIXES)]))
     return [Path(folder, name) for folder, names in sorted(found) for name in names]
 
 
 def class_folders(root: str | os.PathLike) -> list[str]:
-    """Names of the folders in a folder, those that are not hidden, in order."""
-    return sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
-    )
+    """The names of the folders in a folder that are not hidden, in order."""
+    entries = os.scandir(os.fspath(root))
+    return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def labelled_pictures(root: str | os.PathLike) -> dict[str, list[str]]:
-    """The pictures of each class: below the folder that is named after it, or by ``ANNOTATIONS``; classes in
-    the order of their names.
+    """The pictures of each class, classes in the order of their names. The pictures of a class are below the
+    folder that is named after it, or ``ANNOTATIONS`` gives them.
 
     Raises:
-        DataError: annotations that are torn, or name files elsewhere. OSError: what cannot be read.
+        DataError: annotations that are damaged, or name files in other folders. OSError: a file or folder
+            cannot be read.
     """
     root = Path(root)
     annotations = root / ANNOTATIONS
     if not annotations.is_file():
         return {name: [os.fspath(path) for path in pictures(root / name)] for name in class_folders(root)}
-    found = {}
+    found: dict[str, list[str]] = {}
     for line in annotations.read_text(errors="surrogateescape").splitlines():
         if not line.strip():
             continue
@@ -75,7 +67,7 @@ def labelled_pictures(root: str | os.PathLike) -> dict[str, list[str]]:
 
 
 def evenly(items: list, count: int | None) -> list:
-    """At most ``count`` of a list, evenly from all of it."""
+    """At most ``count`` items of a list, evenly spaced over it."""
     return (
         items
         if count is None or len(items) <= count

@@ -1,5 +1,5 @@
-"""What happens to a picture on its way into a network: part of the model, written into its file, the same
-for every command.
+"""How a picture becomes the input of a network. This is a part of the model, is stored in its file, and is
+the same for every command.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -21,36 +21,42 @@ from coda_fast.safety import MOST_PIXELS
 if TYPE_CHECKING:
     from PIL import Image
 
-# of Pillow, all but the last antialiased
+# the names of Pillow; all but "nearest" are antialiased
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "box", "hamming", "nearest")
-LARGEST = 1 << 16  # pixels of a side: a file that asks for more is damaged, or hostile
-LONGEST = 256  # times the shorter side: so long may the other side become where a whole picture is enlarged
-# of a picture more than so many times as long as wide, whose middle is all that is wanted, no more than that
-# is resized
+LARGEST = 1 << 16  # pixels of a side: a model file that asks for more is damaged or hostile
+LONGEST = 256  # the largest ratio of the sides of a picture that is enlarged as a whole
+# Where only the middle of a picture is used, a strip is cut before it is resized to at most this ratio of the
+# sides, because resizing all of it could take any amount of memory.
 STRIP = 4
-VALUE_RANGE = (0.0, 1.0)  # of what enters a CoDA-Net, which encodes [x, 1 - x]
+VALUE_RANGE = (0.0, 1.0)  # of the input of a CoDA-Net, which encodes it as [x, 1 - x]
+
+_Pixels = TypeVar("_Pixels", "Image.Image", torch.Tensor)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """Pictures as a network takes them: the shorter side resized, the middle cropped, in [0, 1].
+    """Turns pictures into inputs of a network: resizes the shorter side, crops the middle, scales to [0, 1].
     ``model.transform`` is one.
 
     Called with a picture (a path, the bytes of a file, a picture of Pillow, an array [H, W(, C)] or a tensor
-    [..., C, H, W]), it gives float32 [C, H, W] (of a tensor [..., C, H, W], in its dtype if that is floating
-    point, on its device). What files hold is decoded by the rules of ``coda_fast.data.decode``; bytes are
-    resized by Pillow, as torchvision and timm do; tensors in floating point, which should be in [0, 1], by
-    torch, which computes the same up to the rounding of bytes and is differentiable.
+    [C, H, W]), it returns float32 [C, H, W]. Called with a tensor [..., C, H, W], it returns one of as many
+    dimensions, on the same device and, if that is floating point, in the same dtype. Files are decoded by the
+    rules of ``coda_fast.data.decode``. 8-bit pixels are resized by Pillow, as torchvision and timm do;
+    floating-point tensors, which should be in [0, 1], by torch, which computes the same up to the rounding to
+    8 bits and is differentiable.
 
     Args:
         channels: 3 for colour, 1 for grey.
-        resize: pixels that the shorter side gets; None: the crop's, or without a crop, the picture as it is.
-        crop: side of the square in the middle that is taken then; None: all of it.
+        resize: the new length of the shorter side, in pixels; None: that of the crop, or the picture is not
+            resized if there is no crop.
+        crop: the side, in pixels, of the square that is cut from the middle; None: the whole picture.
         interpolation: one of ``INTERPOLATIONS``.
 
     Raises:
-        ValueError: values that are none, a crop larger than what it is taken from. When called: ImageError: a
-        picture that cannot be used. TypeError: no picture. ImportError: torchvision or Pillow is missing.
+        ValueError: a value of the wrong kind, or a crop larger than the resized picture.
+        ImageError: when called, a picture that cannot be used.
+        TypeError: when called, an argument that is not a picture.
+        ImportError: when called, torchvision or Pillow is missing.
 
     >>> import torch
     >>> Preprocessing(resize=256, crop=240)(torch.zeros(3, 375, 500)).shape
@@ -62,7 +68,7 @@ class Preprocessing:
     crop: int | None = None
     interpolation: str = "bilinear"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "channels", _side(self.channels, "channels"))
         for name in ("resize", "crop"):
             object.__setattr__(
@@ -70,7 +76,7 @@ class Preprocessing:
             )
         if self.resize is None:
             object.__setattr__(self, "resize", self.crop)
-        if self.crop is not None and self.crop > self.resize:
+        if self.crop is not None and self.resize is not None and self.crop > self.resize:
             raise ValueError(
                 f"preprocessing.crop: expected at most resize, {self.resize} pixels, got {self.crop}"
             )
@@ -84,8 +90,12 @@ class Preprocessing:
     def of(
         cls, value: Preprocessing | Mapping | None, channels: int, image_size: int | None = None
     ) -> Preprocessing:
-        """One itself, or what ``config`` gave, for a network of so many channels; None: resized and cropped
-        to ``image_size``, if that is known.
+        """A preprocessing for a network of so many channels, from another one or a result of ``config``.
+
+        None stands for a picture that is resized and cropped to ``image_size``, if that is given.
+
+        Raises:
+            ValueError: anything else, unknown keys, or values that do not fit.
         """
         if value is None:
             return cls(channels, image_size, image_size)
@@ -111,7 +121,7 @@ class Preprocessing:
         )
 
     def config(self) -> dict:
-        """As plain JSON values; channels, which the network has, left out."""
+        """The arguments as values for JSON, without ``channels``, which the network knows."""
         return {
             "resize": self.resize,
             "crop": self.crop,
@@ -120,14 +130,21 @@ class Preprocessing:
         }
 
     def at(self, size: int | None, crop: bool = True) -> Preprocessing:
-        """At another size: the shorter side of so many pixels and the square in its middle, or
-        (``crop=False``) the whole picture; 0: the picture as it is; None: unchanged.
+        """The preprocessing at another size.
+
+        Args:
+            size: the new length of the shorter side, in pixels; 0: the picture is not resized; None: this
+                preprocessing itself.
+            crop: whether to crop the square in the middle, or to use the whole picture.
         """
         if size is None:
             return self
         return dataclasses.replace(self, resize=size or None, crop=size or None if crop else None)
 
-    def __call__(self, picture) -> torch.Tensor:
+    def __call__(
+        self, picture: str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+    ) -> torch.Tensor:
+        """The picture as the input of a network."""
         if isinstance(picture, torch.Tensor):
             return self._of_tensor(picture)
         if not isinstance(picture, str | os.PathLike | bytes | bytearray | np.ndarray) and not hasattr(
@@ -142,21 +159,19 @@ class Preprocessing:
     def pixels(
         self, source: str | os.PathLike | bytes | np.ndarray | Image.Image, name: str | None = None
     ) -> np.ndarray:
-        """The same of anything but a tensor as uint8 [C, H, W], for what is sent to a device before it is
-        divided by 255.
+        """The input before it is divided by 255, uint8 [C, H, W], of anything but a tensor. It is a quarter
+        as large to send to a device.
         """
         source = _of_array(source) if isinstance(source, np.ndarray) else source
         return as_array(self.apply(decode(source, self.channels, name=name), name or named(source)))
 
-    def apply(self, image, name: str = ""):
-        """Resize and crop of what is decoded: a picture of Pillow, or a tensor [..., C, H, W] in floating
-        point.
-        """
+    def apply(self, image: _Pixels, name: str = "") -> _Pixels:
+        """Resize and crop decoded pixels: a picture of Pillow, or a floating-point tensor [..., C, H, W]."""
         if self.resize is None:
             return image
         functional, modes = _torchvision()
         height, width = functional.get_size(image)
-        if self.crop is not None:  # of a strip, only the middle matters
+        if self.crop is not None:  # resize no more than the middle of a strip
             within = middle(width, height)
             image = image if within == (width, height) else functional.center_crop(image, within[::-1])
             width, height = within
@@ -166,18 +181,18 @@ class Preprocessing:
         return image if self.crop is None else functional.center_crop(image, [self.crop, self.crop])
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of what becomes of a picture of this size."""
+        """(width, height) of the result for a picture of this size."""
         return (self.crop, self.crop) if self.crop is not None else self._resized(width, height)
 
     def keeps(self, width: int, height: int) -> bool:
-        """Whether a picture of this size stays as it is."""
+        """Whether a picture of this size is neither resized nor cropped."""
         return self.resize is None or (
             min(width, height) == self.resize and self.size(width, height) == (width, height)
         )
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """What the network sees of an upright picture of this size, in its pixels: left, top, right,
-        bottom.
+        """The part of an upright picture of this size that the network sees: left, top, right and bottom, in
+        pixels of the picture.
         """
         if self.crop is None:
             return 0.0, 0.0, float(width), float(height)
@@ -185,7 +200,7 @@ class Preprocessing:
         resized, found = self._resized(*kept), []
         for whole, part, side in zip((width, height), kept, resized, strict=True):
             scale = part / side
-            # of the strip, and of the crop in it
+            # where the strip begins, and where the crop begins within it
             first = round((whole - part) / 2.0) + scale * round((side - self.crop) / 2.0)
             found.append((first, first + scale * self.crop))
         return found[0][0], found[1][0], found[0][1], found[1][1]
@@ -198,7 +213,7 @@ class Preprocessing:
         return (self.resize, other) if width <= height else (other, self.resize)
 
     def _check_resized(self, width, height, name):
-        """ImageError where resizing would make too large a picture."""
+        """Raise an ImageError where the resized picture would be too large."""
         if (
             self.crop is None
             and self.resize > min(width, height)
@@ -260,8 +275,8 @@ def as_array(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if pixels.ndim == 3 else pixels[None].copy()
 
 
-def middle(width, height):
-    """(width, height) of the middle of a picture that is at most ``STRIP`` times as long as wide."""
+def middle(width: int, height: int) -> tuple[int, int]:
+    """(width, height) of the middle part of a picture that is at most ``STRIP`` times as long as wide."""
     return min(width, STRIP * height), min(height, STRIP * width)
 
 

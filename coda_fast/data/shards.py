@@ -1,7 +1,7 @@
 """WebDataset shards: tar files of images and classes, for many processes on many nodes.
 
-Python's ``tarfile`` reads them here, and not webdataset's iterator of tar files, because that takes a damaged
-header for the end of a shard, and reads entries of any size.
+Python's ``tarfile`` reads them, and not webdataset's iterator of tar files, because that takes a damaged
+header for the end of a shard, and reads entries of any size into memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -23,32 +23,46 @@ from coda_fast.data import workers
 from coda_fast.data.decode import RULES
 from coda_fast.data.errors import DataError
 from coda_fast.data.preprocessing import Preprocessing
-from coda_fast.data.sources import Batch, Item, Process, batch_of, decode_all, order, seeded
+from coda_fast.data.sources import Batch, Item, Process, RandomDecoder, batch_of, decode_all, order, seeded
 from coda_fast.safety import open_file
 
 MOST_SHARDS = 10**6
-# bytes of a file in a shard that is read; of a class, and of what tar has to say of an entry, LARGEST_TEXT
-LARGEST = 2**28
-LARGEST_TEXT = 2**20
+LARGEST = 2**28  # bytes of an image in a shard
+LARGEST_TEXT = 2**20  # bytes of a class, and of a long name or attributes in a header of tar
 
 
 class Shards:
-    """WebDataset tar files with an image (jpg, jpeg, png, webp) and a class (cls: 0 to ``classes`` - 1) a
-    sample. For training each process and worker cycles through its share of the shards, so that the images of
-    a step, unlike those of the other sources, depend on the number of processes. A sample that cannot be read
-    takes its place in a batch, and so does the rest of a broken shard.
+    """WebDataset tar files, of which each sample is an image (jpg, jpeg, png, webp) and a class (cls).
+
+    For training each process and worker cycles through its share of the shards, so that the images of a step,
+    unlike those of the other sources, depend on the number of processes. A sample that cannot be read is an
+    invalid image of its batch, and so is the unreadable rest of a damaged shard.
+
+    Args:
+        pattern: a folder, or paths or addresses with braces, such as ``train-{0000..0146}.tar``.
+        preprocessing: decodes images.
+        workers: the number of worker processes; 0: images are decoded in this process.
+        classes: the number of classes; those of the samples are from 0 to ``classes - 1``.
+        device: where batches are sent.
+        samples: the number of images of a training epoch.
+        buffer: the number of samples from which the next one of a training is drawn.
+        augmentation: decodes images for training; None: as ``preprocessing`` does.
+
+    Raises:
+        DataError: no shards, missing ones, too many, or commands (``pipe:``). ImportError: webdataset is
+            missing.
     """
 
     def __init__(
         self,
-        pattern,
+        pattern: str,
         preprocessing: Preprocessing,
         workers: int,
         classes: int,
-        device="cpu",
+        device: torch.device | str = "cpu",
         samples: int | None = None,
         buffer: int = 5000,
-        augmentation=None,
+        augmentation: RandomDecoder | None = None,
     ):
         try:
             from webdataset.shardlists import expand_urls
@@ -92,12 +106,12 @@ class Shards:
         return self.samples
 
     def facts(self) -> dict:
-        """Number and checksum of the names of the shards, and the rules of decoding."""
+        """The number of shards, a checksum of their names, and the rules of decoding."""
         names = "\n".join(url.rpartition("/")[2] for url in self.urls)
         return {"shards": len(self.urls), "checksum": zlib.crc32(names.encode()), "rules": RULES}
 
     def need_enough(self, process: Process) -> None:
-        """DataError: a worker of some process would be without a shard. Every process finds the same, so that
+        """Raise a DataError where some process has fewer shards than workers. All processes raise it, so that
         none waits for others that have ended.
         """
         workers = max(1, self.workers)
@@ -109,26 +123,26 @@ class Shards:
 
     def training(
         self, seed: int, epoch: int, start: int, batch_size: int, process: Process
-    ) -> Iterator[Batch]:
-        """The ``len`` images of an epoch. A run that resumes in the middle of it skips those that it has
-        seen.
+    ) -> Generator[Batch, None, None]:
+        """The ``len(self)`` images of an epoch, from step ``start`` on: as many images as the earlier steps
+        had are read and skipped.
         """
         rank, world_size = process.rank, process.world_size
         urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][rank::world_size]
         results = self._read(self._stream(urls, (seed, epoch, rank), start, batch_size // world_size))
-        with contextlib.closing(results):  # they are endless
+        with contextlib.closing(results):  # the iterator has no end, and its workers have to be stopped
             for _, decoded in zip(range(start, len(self) // batch_size), results, strict=False):
                 yield batch_of(decoded, self.device)
 
-    def evaluation(self, batch_size: int, process: Process) -> Iterator[Batch]:
-        """Every sample of every shard once, over all processes."""
+    def evaluation(self, batch_size: int, process: Process) -> Generator[Batch, None, None]:
+        """Batches in which every sample of every shard comes once, over all processes."""
         urls = self.urls[process.rank :: process.world_size]
         if urls:
             for decoded in self._read(self._stream(urls, None, 0, batch_size)):
                 yield batch_of(decoded, self.device)
 
     def sample(self, count: int) -> Batch:
-        """The first few."""
+        """The first ``count`` images."""
         with contextlib.closing(iter(self._stream(self.urls, None, 0, count))) as stream:
             return batch_of(next(stream, _nothing_in(self.urls)), self.device)
 
@@ -141,9 +155,10 @@ class Shards:
 
 
 class _Stream(torch.utils.data.IterableDataset):
-    """Decoded batches of a process' shards, or the DataError that came instead. Batch j of the process is
-    made by worker j modulo their number. ``randomness`` None: one pass in order, everything; else endless,
-    shuffled by it, from batch ``start`` on.
+    """Decoded batches of a process' shards; a DataError is given as a value: see ``batch_of``.
+
+    Batch j of the process is made by worker j modulo the number of workers. Without ``randomness`` all
+    samples come once, in order. With it, the stream is shuffled, has no end, and begins with batch ``start``.
     """
 
     def __init__(self, urls, decoder, classes, randomness, start, batch_size, buffer):
@@ -153,7 +168,7 @@ class _Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        lane = (worker + self.start) % workers  # the loader asks worker 0 first, also for step ``start``
+        lane = (worker + self.start) % workers  # the loader takes the first batch, ``start``, from worker 0
         seen = len(range(lane, self.start, workers))
         items = self._items(self.urls[lane::workers], lane)
         try:
@@ -187,7 +202,7 @@ class _Stream(torch.utils.data.IterableDataset):
                 raise _nothing_in(urls, problem)
 
     def _generators(self, batch):
-        # nothing of it is left to chance
+        # nothing is random where a Preprocessing decodes
         if self.randomness is None or not hasattr(self.decoder, "preprocessing"):
             return None
         return [
@@ -200,14 +215,15 @@ def _nothing_in(urls, problem=""):
 
 
 class _Entry(tarfile.TarInfo):
-    """The header of an entry, for which damage is an error. tarfile alone takes a header that is damaged or
-    missing, after the first, for the end of the file.
+    """The header of an entry, which raises an error where it is damaged. tarfile by itself takes a damaged or
+    missing header after the first one for the end of the file.
     """
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
         found = super().frombuf(buf, encoding, errors)
-        if found.type in _TEXT_TYPES and found.size > LARGEST_TEXT:  # tarfile would read all of it
+        # tarfile would read all of it into memory
+        if found.type in _TEXT_TYPES and found.size > LARGEST_TEXT:
             raise tarfile.ReadError(
                 f"expected a name or attributes of at most {LARGEST_TEXT} bytes, got {found.size}"
             )
@@ -224,8 +240,8 @@ class _Entry(tarfile.TarInfo):
 
 
 class _Ending:
-    """A stream that raises an error when it is read again and again after its end, as tarfile does to skip an
-    entry that claims terabytes.
+    """A stream that raises an error when it is read many times after its end. tarfile does that, for hours,
+    to skip an entry whose header claims terabytes.
     """
 
     def __init__(self, stream):
@@ -240,7 +256,7 @@ class _Ending:
 
 
 def _shard(url, classes):
-    """The items of a tar file. If it cannot be read to its end, the last item stands for what is lost."""
+    """The items of a tar file. If it cannot be read to its end, a last item stands for the rest."""
     from webdataset.gopen import gopen
 
     name = url.rpartition("/")[2]
@@ -253,7 +269,7 @@ def _shard(url, classes):
         ):
             for key, files in _samples(tar):
                 yield _item(f"{name}:{key}", files, classes)
-    except Exception as error:  # tarfile and programs that fetch raise whatever the damage leads them to
+    except Exception as error:  # damage and failed downloads lead to errors of any class
         yield Item(name, None, 0, f"expected a whole tar file: {error}")
 
 
@@ -268,14 +284,14 @@ _TEXT_TYPES = (
 
 
 def _samples(tar):
-    """(key, {extension: content, or in words why there is none}) of consecutive files of one name: an image
-    and its class.
+    """(key, {extension: content}) of consecutive files of one name, an image and its class. Instead of a
+    content there may be a string that says why the file is not read.
     """
     from webdataset.tariterators import base_plus_ext
 
     key, files = None, {}
     while (entry := tar.next()) is not None:
-        tar.members = []  # or it keeps all of them
+        tar.members = []  # tarfile would hold the headers of all entries in memory
         base, extension = base_plus_ext(entry.name)
         if not entry.isreg() or base is None or extension.lower() not in (*_IMAGES, "cls"):
             continue
@@ -284,7 +300,7 @@ def _samples(tar):
                 yield key, files
             key, files = base, {}
         most = LARGEST_TEXT if extension.lower() == "cls" else LARGEST
-        if entry.issparse() or entry.size > most:  # the holes of a few bytes may be terabytes
+        if entry.issparse() or entry.size > most:  # a sparse entry of a few bytes may have holes of terabytes
             files[extension.lower()] = (
                 f"{extension}: expected a file of at most {most} bytes without holes, got {entry.size} bytes"
             )
@@ -295,8 +311,8 @@ def _samples(tar):
 
 
 def _count(pattern):
-    """The most shards that a pattern can stand for. Its braces are not expanded, because the list may be too
-    long for the memory.
+    """An upper bound of the number of shards that a pattern stands for. Its braces are not expanded, because
+    the list might not fit into memory.
     """
     total, alternatives = 1, []
     for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):
@@ -304,7 +320,7 @@ def _count(pattern):
     for character in pattern:
         if character == "{":
             alternatives.append(1)
-        # of nested braces, those within count for those around them too
+        # for nested braces this counts more than there are: it is an upper bound
         elif character == "," and alternatives:
             alternatives = [number + 1 for number in alternatives]
         elif character == "}" and alternatives:

@@ -1,18 +1,18 @@
-"""Sources of labelled pictures: ``Arrays``, the whole set on the device; ``Folder``, files. (In ``shards``:
-``Shards``, tar files.)
+"""Sources of labelled pictures: ``Arrays`` holds a whole data set on the device, ``Folder`` reads files;
+``Shards``, in ``coda_fast.data.shards``, reads tar files.
 
-All give a ``Batch`` of uint8 images, of which ``to_float`` makes what a network takes, on the device. What
-makes pixels of a file is a ``Preprocessing`` or, for training, something with such a method ``pixels`` that
-also takes a generator. Everything random is a function of (seed, epoch, step) or (seed, epoch, image).
+All of them give batches of uint8 images, which ``to_float`` turns into the input of a network on the device.
+Files are decoded by a ``Preprocessing`` or, for training, by a ``RandomDecoder``. Everything random is a
+function of (seed, epoch, step) or (seed, epoch, image).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,8 +25,13 @@ from coda_fast.data.preprocessing import Preprocessing
 
 @dataclasses.dataclass
 class Batch:
-    """images [N, C, H, W] uint8; labels [N]; valid [N], False where an image could not be read (None:
-    all); failures: (file, reason).
+    """Images and their classes.
+
+    Attributes:
+        images: uint8 [N, C, H, W]; black where an image could not be read.
+        labels: [N].
+        valid: [N], False where an image could not be read; None: all could be read.
+        failures: (name, reason) of the images that could not be read.
     """
 
     images: torch.Tensor
@@ -34,7 +39,8 @@ class Batch:
     valid: torch.Tensor | None = None
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def to(self, device) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on ``device``."""
         valid = None if self.valid is None else self.valid.to(device, non_blocking=True)
         return Batch(
             self.images.to(device, non_blocking=True),
@@ -45,7 +51,7 @@ class Batch:
 
 
 class Item(NamedTuple):
-    """What a slot of a batch is made of; ``problem``: why it cannot be, where that is known already."""
+    """An image of a batch before it is decoded; ``problem`` says why that is impossible, if it is known."""
 
     name: str
     file: str | bytes | None
@@ -53,27 +59,49 @@ class Item(NamedTuple):
     problem: str | None = None
 
 
-def decode_all(items: Sequence[Item], decoder, generators: Sequence | None):
-    """(images, labels, valid, failures) of a batch; an image that cannot be read is black and not valid.
+class RandomDecoder(Protocol):
+    """Decodes a picture with random augmentation: ``coda_fast.train.augmentation.Augmentation``."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing without augmentation, whose results have the same shape."""
+
+    def pixels(self, source: str | bytes, generator: np.random.Generator) -> np.ndarray:
+        """The picture as uint8 [C, H, W]. ImageError: it cannot be read."""
+
+
+# images, labels, valid and failures of a ``Batch``, on the CPU
+Decoded = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[str, str]]]
+
+
+def decode_all(
+    items: Sequence[Item],
+    decoder: Preprocessing | RandomDecoder,
+    generators: Sequence[np.random.Generator] | None,
+) -> Decoded:
+    """Decode a batch. An image that cannot be read is black and not valid.
 
     Args:
-        decoder: a ``Preprocessing``, or with ``generators``, one for each item, something of its own chance.
+        items: the images.
+        decoder: a ``Preprocessing``, or a ``RandomDecoder`` with ``generators``.
+        generators: one for each item; None: nothing is random.
 
     Raises:
         DataError: images of several sizes.
     """
-    pictures, failures = [], []
+    pictures: list[np.ndarray | None] = []
+    failures = []
     for i, item in enumerate(items):
         try:
-            if item.problem is not None:
-                raise ImageError(item.problem)
+            if item.problem is not None or item.file is None:
+                raise ImageError(item.problem or "no image")
             pictures.append(decoder.pixels(item.file, *(() if generators is None else (generators[i],))))
         except ImageError as error:
             pictures.append(None)
             failures.append((item.name, error.reason))
     shapes = {p.shape for p in pictures if p is not None}
     of_one_size(shapes)
-    wanted = getattr(decoder, "preprocessing", decoder)
+    wanted = decoder if isinstance(decoder, Preprocessing) else decoder.preprocessing
     shape = shapes.pop() if shapes else (wanted.channels, wanted.crop or 1, wanted.crop or 1)
     images = np.stack([np.zeros(shape, np.uint8) if p is None else p for p in pictures])
     valid = torch.tensor([p is not None for p in pictures])
@@ -81,7 +109,7 @@ def decode_all(items: Sequence[Item], decoder, generators: Sequence | None):
 
 
 def of_one_size(shapes: set) -> None:
-    """DataError where there are several."""
+    """Raise a DataError where there are several shapes [C, H, W]."""
     if len(shapes) > 1:
         some = ", ".join(f"{height} x {width}" for _, height, width in sorted(shapes)[:3])
         raise DataError(
@@ -90,9 +118,11 @@ def of_one_size(shapes: set) -> None:
         )
 
 
-def batch_of(decoded, device) -> Batch:
-    """What ``decode_all`` gave, on ``device``; or the DataError that came instead: raised in a worker, the
-    loader would put a traceback into its message.
+def batch_of(decoded: Decoded | DataError, device: torch.device | str) -> Batch:
+    """A result of ``decode_all`` as a batch on ``device``.
+
+    A worker process returns a DataError as a value, which is raised here, because torch's loader would put
+    the worker's traceback into its message.
     """
     if isinstance(decoded, DataError):
         raise decoded
@@ -108,40 +138,46 @@ class Process:
     world_size: int = 1
 
     def slice(self, count: int) -> slice:
-        """Its part of ``count`` things, the same number for each process."""
+        """The part of ``count`` things that belongs to this process; all processes get the same number."""
         share = count // self.world_size
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
 def seeded(*numbers: int) -> int:
-    """One seed of several numbers, all bits mixed."""
+    """One seed, made of all bits of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of an epoch."""
+    """The order of the ``count`` images in an epoch, a permutation."""
     return np.random.default_rng((seed, epoch, 0)).permutation(count)
 
 
 def to_float(images: torch.Tensor, dtype: torch.dtype, channels_last: bool = False) -> torch.Tensor:
-    """uint8 -> [0, 1]: all the normalisation that a CoDA-Net takes."""
+    """uint8 images as floating point in [0, 1], which is all the normalisation that a CoDA-Net expects."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return images.to(dtype, memory_format=layout).div_(255)
 
 
 class Arrays:
-    """A set in memory, on ``device``: images uint8 [N, C, H, W], labels [N]. ``rules``: of decoding, if
-    they were files (``RULES``).
+    """A data set in memory, on ``device``: images uint8 [N, C, H, W], labels [N]. ``rules``: the version of
+    the rules of decoding (``RULES``), if the images come from files.
     """
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, device="cpu", rules: int | None = None):
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        device: torch.device | str = "cpu",
+        rules: int | None = None,
+    ):
         self.images, self.labels, self.rules = images.to(device), labels.to(device), rules
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def facts(self) -> dict:
-        """Number, and checksum of all labels and 64 of the images."""
+        """The number of images, a checksum of all labels and 64 of the images, and the rules of decoding."""
         some = self.images[:: max(1, len(self) // 64)].cpu().numpy()
         checksum = zlib.crc32(some.tobytes(), zlib.crc32(self.labels.cpu().numpy().tobytes()))
         return {"images": len(self), "checksum": checksum} | (
@@ -150,36 +186,42 @@ class Arrays:
 
     def training(
         self, seed: int, epoch: int, start: int, batch_size: int, process: Process
-    ) -> Iterator[Batch]:
-        """The process' slice of every global batch of the epoch, from step ``start`` on; the incomplete
-        last batch is left out.
+    ) -> Generator[Batch, None, None]:
+        """This process' slice of every global batch of the epoch, from step ``start`` on. An incomplete last
+        batch is left out.
         """
         for index in _plan(len(self), seed, epoch, start, batch_size, process):
             yield self.some(index)
 
-    def evaluation(self, batch_size: int, process: Process = Process()) -> Iterator[Batch]:
-        """Every sample once, over all processes."""
+    def evaluation(self, batch_size: int, process: Process = Process()) -> Generator[Batch, None, None]:
+        """Batches in which every image comes once, over all processes."""
         for index in _once(len(self), batch_size, process):
             yield self.some(index)
 
     def sample(self, count: int) -> Batch:
-        """A few, evenly from the whole set, always the same."""
+        """``count`` images, evenly spaced over the data set and always the same."""
         return self.some(_spread(len(self), count))
 
-    def some(self, indices) -> Batch:
-        """Those of these indices [n]."""
+    def some(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The images of these indices [n]."""
         index = torch.from_numpy(np.asarray(indices)).to(self.labels.device)
         return Batch(self.images[index], self.labels[index])
 
     def name(self, index: int) -> str:
-        """Of an image, for messages and tables."""
+        """The name of an image, for messages and tables."""
         return str(index)
 
 
 class Folder:
-    """Image files and their labels, decoded in worker processes to uint8 of one size; ``augmentation`` is
-    what decodes them for training, if that is something else. ``shape``: what all of them must have, [C, H,
-    W], where preprocessing leaves sizes as they are.
+    """Image files and their labels, decoded in worker processes to uint8 of one size.
+
+    Args:
+        files: path and class of each image.
+        preprocessing: decodes images.
+        workers: the number of worker processes; 0: images are decoded in this process.
+        device: where batches are sent.
+        augmentation: decodes images for training; None: as ``preprocessing`` does.
+        shape: the shape [C, H, W] that every image must have; None: all images of a batch must have the same.
     """
 
     def __init__(
@@ -187,9 +229,9 @@ class Folder:
         files: Sequence[tuple[str, int]],
         preprocessing: Preprocessing,
         workers: int = 0,
-        device="cpu",
-        augmentation=None,
-        shape=None,
+        device: torch.device | str = "cpu",
+        augmentation: RandomDecoder | None = None,
+        shape: tuple[int, ...] | None = None,
     ):
         self.files, self.preprocessing, self.augmentation = list(files), preprocessing, augmentation
         self.workers, self.device, self.shape = workers, device, shape
@@ -198,7 +240,7 @@ class Folder:
         return len(self.files)
 
     def facts(self) -> dict:
-        """Number, checksum of names (class and file) and labels, and the rules of decoding."""
+        """The number of images, a checksum of names and labels, and the rules of decoding."""
         names = "\n".join(f"{'/'.join(Path(path).parts[-2:])} {label}" for path, label in self.files)
         return {
             "images": len(self),
@@ -208,12 +250,12 @@ class Folder:
 
     def training(
         self, seed: int, epoch: int, start: int, batch_size: int, process: Process
-    ) -> Iterator[Batch]:
-        """As ``Arrays.training``; what chance does to an image is drawn for (seed, epoch, image)."""
+    ) -> Generator[Batch, None, None]:
+        """As ``Arrays.training``; the augmentation of an image is drawn for (seed, epoch, image)."""
         randomness = None if self.augmentation is None else (seed, epoch)
         yield from self._batches(_plan(len(self), seed, epoch, start, batch_size, process), randomness)
 
-    def evaluation(self, batch_size: int, process: Process = Process()) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int, process: Process = Process()) -> Generator[Batch, None, None]:
         """As ``Arrays.evaluation``."""
         yield from self._batches(_once(len(self), batch_size, process), None)
 
@@ -221,8 +263,8 @@ class Folder:
         """As ``Arrays.sample``."""
         return self.some(_spread(len(self), count))
 
-    def some(self, indices) -> Batch:
-        """As ``Arrays.some``, decoded here."""
+    def some(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """As ``Arrays.some``, decoded in this process."""
         return batch_of(
             _Files(self.files, self.preprocessing, None, self.shape).__getitems__(
                 np.asarray(indices).tolist()
@@ -231,17 +273,27 @@ class Folder:
         )
 
     def name(self, index: int) -> str:
+        """As ``Arrays.name``: the path."""
         return self.files[index][0]
 
-    def in_memory(self, progress=None) -> tuple[Arrays, list]:
-        """All of it decoded once, and what could not be read."""
-        images, labels, failures = [], [], []
+    def in_memory(
+        self, progress: Callable[[Iterable], Iterable] | None = None
+    ) -> tuple[Arrays, list[tuple[str, str]]]:
+        """All images, decoded once, and (name, reason) of those that could not be read. ``progress`` is a
+        wrapper like tqdm around the batches.
+
+        Raises:
+            DataError: no image can be read, or images have several sizes.
+        """
+        images, labels = [], []
+        failures: list[tuple[str, str]] = []
         batches = self.evaluation(256)
         for batch in progress(batches) if progress else batches:
             failures += batch.failures
             good = slice(None) if batch.valid is None else batch.valid
-            if len(batch.labels[good]):  # where none could be read, the black ones have a size of their own
-                images.append(batch.images[good].cpu()), labels.append(batch.labels[good].cpu())
+            if len(batch.labels[good]):  # a batch of black images only may have another size
+                images.append(batch.images[good].cpu())
+                labels.append(batch.labels[good].cpu())
         if not images:
             raise DataError(
                 f"data: expected images, could read none of {len(self)}; {failures[-1][0]}: {failures[-1][1]}"
@@ -263,7 +315,7 @@ class Folder:
 
 
 def _once(count, batch_size, process):
-    """The indices of a process' share of a set, a batch at a time."""
+    """The indices of a process' share of a data set, in batches."""
     own = np.arange(process.rank, count, process.world_size)
     return [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
 
@@ -279,7 +331,7 @@ def _plan(count, seed, epoch, start, batch_size, process):
 
 
 class _Files(torch.utils.data.Dataset):
-    """Decoded batches by lists of indices, or the DataError that came instead."""
+    """Decoded batches by lists of indices. A DataError is returned as a value: see ``batch_of``."""
 
     def __init__(self, files, decoder, randomness, shape=None):
         self.files, self.decoder, self.randomness, self.shape = files, decoder, randomness, shape

@@ -1,7 +1,7 @@
 """Worker processes of torch's DataLoader that decode images, and end when the program does.
 
-Two private parts of torch's loader are used, ``_workers`` and ``_shutdown_workers``, because it has no public
-way to see which worker was killed, or to end one that hangs in a read.
+Two private attributes of torch's loader are used, ``_workers`` and ``_shutdown_workers``, because it has no
+public way to see which worker was killed, or to end one that hangs in a read.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-PATIENCE = 2.0  # seconds that workers have to end
+PATIENCE = 2.0  # seconds that workers have to end before they are killed
 
 
-def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator:
-    """What a DataLoader of ``dataset`` gives, with its ``options``, by as many worker processes. However the
-    iteration ends, they end with it. torch alone would wait without a limit for a worker that hangs in a
-    read, or waits for a lock of one that was killed: it sends SIGTERM, which these workers ignore
-    (``_ignore_signals``).
+def read(dataset: torch.utils.data.Dataset, workers: int, **options: Any) -> Iterator:
+    """Iterate over a DataLoader of ``dataset`` with this number of worker processes and these ``options``.
+
+    However the iteration ends, the workers end with it. torch alone would wait without a limit for a worker
+    that hangs in a read, or that waits for a lock of a killed worker: it sends SIGTERM, which these workers
+    ignore (``_ignore_signals``).
 
     Raises:
         ChildProcessError: a worker was killed.
@@ -53,8 +55,8 @@ def read(dataset: torch.utils.data.Dataset, workers: int, **options) -> Iterator
 
 
 def _end(results, children):
-    """End the workers as torch does, so that they leave nothing behind, and kill those that have not ended
-    after PATIENCE; torch waits longer.
+    """End the workers as torch does, which also frees their shared memory, and kill those that have not ended
+    after ``PATIENCE``; torch waits longer.
     """
     timer = threading.Timer(PATIENCE, lambda: [child.kill() for child in children])
     timer.daemon = True
@@ -64,7 +66,7 @@ def _end(results, children):
 
 
 def _need_alive(children, patience):
-    """ChildProcessError if one was killed, or turns out to be within ``patience`` seconds."""
+    """Raise a ChildProcessError if a worker was killed or is found to be within ``patience`` seconds."""
     end = time.monotonic() + patience
     while children:
         if killed := [child for child in children if child.exitcode not in (None, 0)]:
@@ -80,14 +82,14 @@ def _need_alive(children, patience):
 
 class _DefaultChildHandler:
     """The system's handling of SIGCHLD while anything is read. torch's handler raises an error for every
-    worker that is killed, in whatever the program does at that moment; the loader notices the death by itself
-    within 5 s. Readers are counted, because they need not end in the order in which they began.
+    worker that is killed, wherever the program happens to be at that moment; the loader notices the death by
+    itself within 5 s. Readers are counted, because they need not end in the order in which they began.
     """
 
     readers, replaced = 0, None
 
     def __enter__(self):
-        # Python sets handlers in the main thread alone
+        # Python allows handlers to be set in the main thread only.
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         if self.in_main_thread:
             if not _DefaultChildHandler.readers:
@@ -106,8 +108,8 @@ def _unchanged(decoded):
 
 
 def _ignore_signals(_):
-    """In a worker: signals to the whole process group are for the process that trains, which needs its
-    workers to finish the step.
+    """Make a worker ignore signals that are sent to the whole process group: they are for the process that
+    trains, which needs its workers to finish the step.
     """
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)

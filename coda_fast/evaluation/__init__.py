@@ -1,5 +1,5 @@
-"""How good explanations are: the metrics of arXiv:2104.00032, section 4.3, for any model and any method of
-attribution.
+"""Metrics of explanations, for any model and any attribution method: those of arXiv:2104.00032, section 4.3,
+and the completeness error.
 """
 
 from coda_fast.evaluation.completeness import completeness_error

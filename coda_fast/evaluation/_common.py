@@ -1,27 +1,37 @@
-"""What the metrics share: checks of their input, and a model's own maps as an attribution."""
+"""Functions that the metrics share: checks of their input, and a model's own maps as an attribution."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Protocol
 
 import torch
+from torch import nn
 
 from coda_fast._autocast import wide
 from coda_fast._classes import one_each
-from coda_fast._wrappers import network_in
-from coda_fast.models import CoDANet
+from coda_fast.dynamic_linear import DynamicLinear, network_in
 
 # images [N, C, H, W], classes [N, K] -> maps [N, K, H, W]: one map for each class, larger where the image
-# speaks for it
+# contributes more to it
 Attribution = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PROTOCOLS = ("plain", "published")
 
 
-def attribution_of(model, attribution) -> Attribution:
-    """``attribution`` itself (or its method ``attribute``), or for None the contribution maps of a
-    CoDA-Net.
+class AttributionMethod(Protocol):
+    """An object with an ``Attribution`` as its method: what ``coda_fast.baselines.create`` makes."""
+
+    def attribute(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Maps [N, K, H, W] of images [N, C, H, W] for classes [N, K]."""
+
+
+def attribution_of(model: nn.Module, attribution: Attribution | AttributionMethod | None) -> Attribution:
+    """``attribution`` itself or its method ``attribute``; for None, the contribution maps of a CoDA-Net.
+
+    Raises:
+        ValueError: None, and a model that cannot explain itself. TypeError: not a function.
     """
     if attribution is None:
         model = network_in(model)
@@ -39,8 +49,8 @@ def attribution_of(model, attribution) -> Attribution:
     return attribute
 
 
-def maps_of(attribute: Attribution, images, targets) -> torch.Tensor:
-    """The maps, checked: [N, K, H, W], finite."""
+def maps_of(attribute: Attribution, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The maps [N, K, H, W] of an attribution. ValueError: another shape, or maps that are not finite."""
     maps = attribute(images, targets).detach()
     expected = (len(images), targets.shape[1], *images.shape[2:])
     if maps.shape != expected:
@@ -50,15 +60,16 @@ def maps_of(attribute: Attribution, images, targets) -> torch.Tensor:
     return maps
 
 
-# modules in evaluation mode for now, by id: how many want them so, the mode that they had
+# The modules that are in evaluation mode now, by id: [number of contexts, ``training`` before the first one].
 _EVALUATED: dict[int, list] = {}
 _LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
-def evaluated(model) -> Iterator[None]:
-    """The model in evaluation mode; every module in its own mode again afterwards, also where several threads
-    evaluate it at once: the last one out restores what the first one found.
+def evaluated(model: object) -> Iterator[None]:
+    """A context in which the model is in evaluation mode; afterwards every module is in its earlier mode
+    again. Several threads may evaluate one model at once: the last one to leave restores what the first one
+    found.
     """
     modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
     with _LOCK:
@@ -77,19 +88,21 @@ def evaluated(model) -> Iterator[None]:
                     del _EVALUATED[id(module)]
 
 
-def log_odds(model, logits: torch.Tensor) -> torch.Tensor:
-    """Of the probability of each class, in float32 at least: the logits of a CoDA-Net, which is trained with
-    a sigmoid for each; else of their softmax.
+def log_odds(model: object, logits: torch.Tensor) -> torch.Tensor:
+    """The log-odds of each class, in float32 at least. Those of a CoDA-Net, which is trained with a sigmoid
+    for each class, are its logits; those of other models are computed from the softmax.
     """
-    if isinstance(network_in(model), CoDANet) or not isinstance(model, torch.nn.Module):
+    if isinstance(network_in(model), DynamicLinear) or not isinstance(model, torch.nn.Module):
         return wide(logits)
     log_probability = logits.double().log_softmax(1)
     return (log_probability - torch.log(-torch.expm1(log_probability))).to(wide(logits).dtype)
 
 
-def labelled(images, labels, name="labels") -> torch.Tensor:
-    """The class of each image, [N] int64, of [N] or [N, 1] of any integer dtype. ValueError, TypeError:
-    there is not one for each.
+def labelled(images: torch.Tensor, labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
+    """The class of each image, [N] int64, from [N] or [N, 1] of any integer dtype.
+
+    Raises:
+        ValueError, TypeError: ``images`` is not [N, C, H, W], or there is not one class for each.
     """
     if not isinstance(images, torch.Tensor):
         raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
@@ -98,19 +111,20 @@ def labelled(images, labels, name="labels") -> torch.Tensor:
     return one_each(labels, len(images), name)
 
 
-def check_choice(name, value, known) -> None:
+def check_choice(name: str, value: object, known: Collection) -> None:
+    """Raise a ValueError unless ``value`` is one of ``known``."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def check_positive(**values) -> None:
-    """ValueError unless all are positive integers."""
+def check_positive(**values: object) -> None:
+    """Raise a ValueError unless all values are positive integers."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
-def logits_of(model, images, batch_size: int) -> torch.Tensor:
-    """Log-odds of all classes of all images, a batch at a time."""
+def logits_of(model: nn.Module, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Log-odds of all classes of all images, [N, classes], computed in batches."""
     with torch.no_grad(), evaluated(model):
         return torch.cat([log_odds(model, model(chunk)) for chunk in images.split(batch_size)])

@@ -1,36 +1,39 @@
-"""Completeness: do the contributions add up to the logit? Of a CoDA-Net they do, to rounding."""
+"""Completeness: whether contributions add up to the logit. Those of a CoDA-Net do, up to rounding."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from coda_fast._wrappers import network_in
+from coda_fast.dynamic_linear import DynamicLinear, network_in
 from coda_fast.evaluation import _common as common
-from coda_fast.models import CoDANet
 
 
 def completeness_error(
-    model, images: torch.Tensor, targets: torch.Tensor, *, batch_size: int = 64
+    model: nn.Module, images: torch.Tensor, targets: torch.Tensor, *, batch_size: int = 64
 ) -> torch.Tensor:
-    """``|sum of contributions + logit bias - logit|`` of the logit of each target, [N], as a share of
-    ``|logit|`` plus the sum of absolute
-    contributions: what rounding of that many terms is measured against.
+    """The relative error ``|sum of contributions + logit bias - logit|`` of each target's logit, [N].
+
+    It is relative to ``|logit|`` plus the sum of absolute contributions, to which the rounding error of the
+    sum is proportional.
 
     Args:
-        model: a CoDA-Net, or a wrapper of one. images, targets: [N, C, H, W] and a class for each, [N] or [N,
-            1], of any integer dtype.
+        model: a CoDA-Net, or a wrapper of one.
+        images: [N, C, H, W].
+        targets: a class for each image, [N] or [N, 1], of any integer dtype.
+        batch_size: the number of images explained at once.
 
     Raises:
         ValueError, TypeError: a model without DAU layers; shapes that do not fit.
     """
-    model = network_in(model)
-    if not isinstance(model, CoDANet):
-        raise ValueError(f"model: expected one made of DAU layers, got a {type(model).__name__}")
+    network = network_in(model)
+    if not isinstance(network, DynamicLinear):
+        raise ValueError(f"model: expected one made of DAU layers, got a {type(network).__name__}")
     targets = common.labelled(images, targets, "targets")
     common.check_positive(batch_size=batch_size)
     found = [images.new_zeros(0, dtype=torch.float64)]
     for part, classes in zip(images.split(batch_size), targets.split(batch_size), strict=True):
-        explained = model.explain(part, classes)
+        explained = network.explain(part, classes)
         terms = (
             explained.contributions.double().abs().sum((2, 3, 4))
             + explained.logits.gather(1, explained.target).double().abs()

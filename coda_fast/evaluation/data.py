@@ -1,4 +1,4 @@
-"""Labelled pictures to evaluate on, read as they are needed: folders of classes, .npz files, or
+"""Labelled pictures for evaluation, read when they are needed: folders of classes, .npz files, or
 scikit-learn's digits.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from coda_fast.data import arrays, listing
 from coda_fast.data.decode import check_pixels
@@ -20,15 +21,20 @@ from coda_fast.data.errors import DataError, ImageError
 from coda_fast.data.preprocessing import Preprocessing
 from coda_fast.data.sources import Arrays, Folder, of_one_size, to_float
 from coda_fast.evaluation import _common as common
+from coda_fast.models import CoDANet
 from coda_fast.safety import need_memory
 
-BATCH = 64  # pictures that are read and classified at once
+BATCH = 64  # the number of pictures that are read and classified at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """A set that has been listed, not read; what is known to be unreadable, and why, by name; ``note``:
-    what to know of the labels.
+    """A data set of which the pictures are listed, but not read yet.
+
+    Attributes:
+        source: reads the pictures.
+        skipped: the reason for each picture that is already known to be unreadable, by name.
+        note: an assumption about the labels that the user has to know, or empty.
     """
 
     source: Arrays | Folder
@@ -41,29 +47,35 @@ class Labelled:
 
 def load(
     source: str | Path,
-    model,
+    model: CoDANet,
     *,
     preprocessing: Preprocessing | None = None,
     limit: int | None = None,
     workers: int = 0,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> Labelled:
-    """The images of ``source`` as ``model`` takes them, the first ``limit`` in order (of a folder: evenly
-    from all classes).
+    """The images of ``source`` as inputs of ``model``.
 
     Args:
         source: "digits" (scikit-learn, the test half of the demo); an .npz file with ``images`` [N, H, W(,
             C)] uint8 and ``labels`` [N] or [N, 1], or as training reads it (``test_images``, ``test_labels``,
-            or JPEGs: ``coda_fast.data.arrays``); or a folder with a folder of image files for each class, at
-            any depth, in the order of the names or by ``model.class_names``.
-        preprocessing: None: the model's own ``transform``.
-        workers: processes that decode files, beside this one.
+            or JPEGs: ``coda_fast.data.arrays``); or a folder with a folder for each class, in which image
+            files are at any depth. Folders are matched with ``model.class_names``, or taken in the order of
+            their names.
+        model: a CoDA-Net, or another model with its attributes for images and classes.
+        preprocessing: makes inputs of pictures; None: ``model.transform``.
+        limit: the most images: the first ones, or of a folder evenly from all classes.
+        workers: the number of worker processes that decode files.
+        progress: a wrapper like tqdm around the decoding of an .npz file, ``progress(iterable, label)``.
 
     Raises:
-        DataError (a ValueError): nothing there, no images, classes that the model does not have.
+        DataError (a ValueError): there is no such source, it has no images, or it has classes that the model
+            does not have.
     """
     path, wanted = Path(source), model.transform if preprocessing is None else preprocessing
-    skipped, note = {}, ""
+    skipped: dict[str, str] = {}
+    note = ""
+    found: Arrays | Folder
     if str(source) == "digits":
         found = _fitted(digits()[1], wanted, limit)
     elif path.is_dir():
@@ -98,7 +110,9 @@ def _npz(path, channels, limit, progress):
 
 
 def _files(path, model, limit):
-    """(path, class) of the pictures of a folder of classes, and how labels were found if that was a guess."""
+    """(path, class) of the pictures of a folder of classes; and in words how classes were assigned to
+    folders, if their names are not those of the model's classes.
+    """
     try:
         found = listing.labelled_pictures(path)
     except OSError as error:
@@ -109,7 +123,7 @@ def _files(path, model, limit):
     unknown = [name for name in found if name not in names]
     if not unknown:
         labels = [names.index(name) for name in found]
-    elif len(unknown) < len(found):  # a wrong guess would give wrong numbers without a word
+    elif len(unknown) < len(found):  # a wrong assignment would silently give wrong results
         raise DataError(
             f"data: expected folders named after classes of the model, in {path} others are not: "
             f"{', '.join(unknown[:5])}"
@@ -129,8 +143,8 @@ def _files(path, model, limit):
 
 
 def _shares(classes, limit):
-    """(place of the class, place in it, file) of at most ``limit`` files: the first of every class, then the
-    second ..., of the last round evenly from all classes.
+    """(number of the class, number in the class, file) of at most ``limit`` files: the first of every class,
+    then the second of every class and so on; where the limit ends a round, evenly from all classes.
     """
     rounds = (
         [(k, i, files[i]) for k, files in enumerate(classes) if i < len(files)]
@@ -145,7 +159,7 @@ def _shares(classes, limit):
 
 
 def _fitted(found, preprocessing, limit=None):
-    """Arrays as files of the same pictures would be."""
+    """Arrays with the preprocessing that files of the same pictures would get."""
     images, labels = found.images[:limit], found.labels[:limit]
     channels, height, width = images.shape[1:]
     size = preprocessing.size(width, height)
@@ -163,7 +177,7 @@ def _fitted(found, preprocessing, limit=None):
 
 
 def first_size(data: Labelled) -> tuple[int, int]:
-    """(height, width) of the first picture that can be read. DataError: there is none."""
+    """(height, width) of the first picture that can be read. DataError: none can."""
     for i in range(len(data)):
         batch = data.source.some([i])
         if not batch.failures:
@@ -179,8 +193,14 @@ def _none_of(count, skipped):
 
 
 class Images:
-    """Pictures of a set as a network takes them, [N, C, H, W], decoded when they are asked for:
+    """Pictures of a data set as inputs of a network, [N, C, H, W], decoded when they are indexed:
     ``images[index]`` with a tensor of indices of any shape.
+
+    Args:
+        source: reads the pictures.
+        places: the index in ``source`` of each picture, [N].
+        size: C, H and W.
+        like: a tensor with the dtype and device of the results.
     """
 
     def __init__(
@@ -203,14 +223,17 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a network says of a set, in one pass over it; N pictures that could be read.
+    """The predictions of a network on a data set; N pictures that could be read.
 
     Attributes:
-        images: [N, C, H, W], read again when they are asked for.
-        names, labels, predictions: of each, [N].
-        own: log-odds of its label, [N]; ``top5``: whether that is among the first five, [N].
-        skipped: what could not be read, and why, by name.
-        digest: of pixels and labels: the same data, the same digest.
+        images: [N, C, H, W], decoded again when they are indexed.
+        names: of each picture, [N].
+        labels: the class of each picture, [N].
+        predictions: the most likely class of each picture, [N].
+        own: log-odds of the label of each picture, [N].
+        top5: whether the label is among the five most likely classes, [N].
+        skipped: the reason for each picture that could not be read, by name.
+        digest: a hash of all pixels and labels, by which data sets are compared.
     """
 
     images: Images
@@ -223,8 +246,8 @@ class Survey:
     digest: str
 
     def accuracy(self) -> dict[str, float]:
-        """Shares of pictures whose most likely class (one of the five) is their label, and how many there
-        are.
+        """The shares of pictures whose label is the most likely class and among the five most likely classes,
+        and the number of pictures.
         """
         return {
             "top1": float((self.predictions == self.labels).double().mean()),
@@ -234,17 +257,17 @@ class Survey:
 
 
 def survey(
-    model,
+    model: nn.Module,
     data: Labelled,
     *,
     batch_size: int = BATCH,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> Survey:
-    """One pass over a set, in memory that does not depend on how many pictures it has.
+    """The predictions of a model on a data set, in one pass. The memory that it needs does not depend on the
+    number of pictures.
 
     Raises:
-        DataError: none of them can be read, or they are of several sizes. ValueError: logits that are not
-            finite.
+        DataError: no picture can be read, or they have several sizes. ValueError: logits that are not finite.
     """
     source, like = data.source, next(model.parameters())
     digests = hashlib.sha256(), hashlib.sha256()  # of pixels, and of labels

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from coda_fast.checkpoints import atomic_path
+from coda_fast._files import atomic_path
 from coda_fast.evaluation.localisation import Localisation
 from coda_fast.evaluation.removal import Removal
 
-# Okabe and Ito's colours, then line styles: ten methods can be told apart, also by those who do not see red
-# and green
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from coda_fast.evaluation.runner import Settings
+
+# The colours of Okabe and Ito, which people with red-green colour blindness can tell apart. Further methods
+# get the same colours with another line style.
 COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
-def save(results: dict[str, Localisation | Removal], folder: Path, settings) -> list[Path]:
-    """localisation.png and .svg, or removal.png and .svg."""
-    figure = boxes(results) if settings.metric == "localisation" else curves(results, settings.order)
+def save(results: dict[str, Localisation | Removal], folder: Path, settings: Settings) -> list[Path]:
+    """Write localisation.png and .svg, or removal.png and .svg; returns their paths."""
+    if settings.metric == "localisation":
+        figure = boxes(cast("dict[str, Localisation]", results))
+    else:
+        figure = curves(cast("dict[str, Removal]", results), settings.order)
     paths = [Path(folder) / f"{settings.metric}.{suffix}" for suffix in ("png", "svg")]
     for path in paths:
         with atomic_path(path) as temporary:
@@ -23,9 +32,9 @@ def save(results: dict[str, Localisation | Removal], folder: Path, settings) -> 
     return paths
 
 
-def boxes(results: dict[str, Localisation]):
-    """A box (quartiles, whiskers to 1.5 of their range, no outliers) a method, by the mean (diamond);
-    lines: perfect and uniform.
+def boxes(results: dict[str, Localisation]) -> Figure:
+    """A box plot for each method, in the order of their means (diamonds): quartiles, whiskers of at most 1.5
+    times the interquartile range, no outliers. Lines show the scores of a perfect and of a uniform map.
     """
     from matplotlib.figure import Figure
 
@@ -58,15 +67,15 @@ def boxes(results: dict[str, Localisation]):
     return figure
 
 
-def curves(results: dict[str, Removal], order: str):
-    """Mean probability of the target against the share of pixels removed; best area first in the legend."""
+def curves(results: dict[str, Removal], order: str) -> Figure:
+    """Mean probability of the target against the share of removed pixels; legend by decreasing area."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6, 3.0), layout="constrained")
     axes = figure.subplots()
     ordered = sorted(results.items(), key=lambda item: -float(item[1].area().mean()))
     for i, (name, found) in enumerate(ordered):
-        style = dict(
+        style: dict[str, Any] = dict(
             color=COLOURS[i % len(COLOURS)],
             linestyle=["-", "--"][i // len(COLOURS) % 2],
             linewidth=2.2 if name == "Ours" else 1.2,

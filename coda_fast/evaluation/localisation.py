@@ -1,8 +1,8 @@
-"""The grid pointing game: does a class' map find the class among others? (arXiv:2104.00032, section 4.3)
+"""The grid pointing game: whether the map of a class points to that class (arXiv:2104.00032, section 4.3).
 
-Confident, correctly classified images of distinct classes are laid out in a grid and explained together; the
-score of a cell is the share of the positive mass of its class' map that lies in it. 1 is perfect, ``1 /
-cells`` what a uniform map scores.
+Confident, correctly classified images of distinct classes are laid out in a grid and explained together. The
+score of a cell is the share of the positive contributions of its class' map that lie in the cell. A perfect
+map scores 1, a uniform map ``1 / cells``.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from coda_fast._autocast import wide
 from coda_fast._classes import check_range, one_each
-from coda_fast._wrappers import network_in
+from coda_fast.dynamic_linear import network_in
 from coda_fast.evaluation import _common as common
+
+if TYPE_CHECKING:
+    from coda_fast.evaluation.data import Images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +30,9 @@ class Localisation:
     """Scores of G grids with n cells.
 
     Attributes:
-        scores: share of the positive mass in the own cell, [G, n], from 0 to 1; 0 where a map has no positive
-            mass.
-        images: which images the grids are made of, indices into the given ones, [G, n].
+        scores: the share of the positive contributions that lie in the right cell, [G, n], from 0 to 1; 0
+            where a map has no positive contributions.
+        images: the images of the grids, as indices of the given ones, [G, n].
         targets: their classes, [G, n].
     """
 
@@ -36,8 +41,8 @@ class Localisation:
     targets: torch.Tensor
 
     def summary(self) -> dict[str, float]:
-        """Mean, quartiles and standard deviation of all scores, share above a half, number of grids, what
-        chance scores.
+        """Mean, quartiles and standard deviation of all scores, the share of scores above a half, the number
+        of grids, and the score of a uniform map.
         """
         values = self.scores.flatten().double()
         low, middle, high = torch.quantile(
@@ -58,8 +63,8 @@ class Localisation:
 def confident_images(
     logits: torch.Tensor, labels: torch.Tensor, threshold: float = 0.5
 ) -> dict[int, list[int]]:
-    """For each class with any: images that are classified correctly with a probability (sigmoid) above
-    ``threshold``, surest first.
+    """For each class the images that are classified correctly with a probability (sigmoid) above
+    ``threshold``, by decreasing probability. Classes without such images are left out.
 
     >>> import torch
     >>> logits = torch.tensor([[2.0, 0.0], [5.0, 1.0], [3.0, 4.0], [-1.0, -2.0]])
@@ -75,9 +80,9 @@ def confident_images(
 def surest(
     labels: torch.Tensor, predictions: torch.Tensor, own: torch.Tensor, threshold: float = 0.5
 ) -> dict[int, list[int]]:
-    """The same, of predicted classes and the log-odds of the labels, all [N]."""
+    """As ``confident_images``, from the predicted classes and the log-odds of the labels, all [N]."""
     sure = (predictions == labels) & (own.sigmoid() > threshold)
-    found = {}
+    found: dict[int, list[int]] = {}
     for index in torch.argsort(own, descending=True, stable=True).tolist():
         if sure[index]:
             found.setdefault(int(labels[index]), []).append(index)
@@ -87,13 +92,13 @@ def surest(
 def draw_grids(
     confident: dict[int, list[int]], cells: int, grids: int, seed: int = 42, protocol: str = "plain"
 ) -> np.ndarray:
-    """Images of the grids, [G, cells], G at most ``grids``: fewer where the confident images do not suffice.
+    """The images of the grids, [G, cells]; G is ``grids``, or less where there are too few confident images.
 
-    "plain": every grid draws its classes among those that have images left, and takes the surest of each that
-    was not used yet. "published": the list of images is drawn likewise, as long as more classes than cells
-    have images left, with NumPy's legacy generator; grid i then starts at entry ``i (cells + 1)`` of the
-    list, one image beyond the end of the last grid, and takes the next images whose classes it does not have
-    yet. So the published results were made: one image in each ``cells + 1`` is skipped.
+    "plain": every grid draws its classes among those that have unused images, and takes the most confident
+    unused image of each. "published" is how the published results were made: a list of images is drawn in the
+    same way, with NumPy's legacy generator, while more classes than cells have unused images. Grid i begins
+    at entry ``i (cells + 1)`` of the list and takes the next images of different classes, so that one image
+    is skipped between grids.
 
     Raises:
         ValueError: fewer classes with confident images than a grid has cells.
@@ -145,7 +150,7 @@ def _published(confident, cells, grids, seed):
 
 
 def canvases(images: torch.Tensor, side: int, protocol: str = "plain") -> torch.Tensor:
-    """[G, side^2, C, H, W] as grids [G, C, side H, side W]; cell j row by row ("plain") or column by
+    """Images [G, side^2, C, H, W] laid out in grids [G, C, side H, side W]: row by row ("plain") or column by
     column ("published").
     """
     grid = images.unflatten(1, (side, side))
@@ -155,8 +160,8 @@ def canvases(images: torch.Tensor, side: int, protocol: str = "plain") -> torch.
 
 
 def cell_shares(maps: torch.Tensor, side: int, protocol: str = "plain") -> torch.Tensor:
-    """Share of the positive mass of map j that lies in cell j: [G, side^2, side H, side W] -> [G, side^2].
-    ValueError: no such grid.
+    """The share of the positive contributions of map j that lie in cell j: [G, side^2, side H, side W] ->
+    [G, side^2]. ValueError: maps that are not those of such grids.
     """
     height, width = maps.shape[2:]
     if height % side or width % side or maps.shape[1] != side**2:
@@ -173,10 +178,10 @@ def cell_shares(maps: torch.Tensor, side: int, protocol: str = "plain") -> torch
 
 
 def localisation(
-    model,
+    model: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
-    attribution: common.Attribution | None = None,
+    attribution: common.Attribution | common.AttributionMethod | None = None,
     *,
     side: int = 3,
     grids: int = 500,
@@ -191,18 +196,22 @@ def localisation(
     once.
 
     Args:
-        model: a classifier of images of any size; its logits decide which images are used. Of a wrapped
-            CoDA-Net (torch.compile, DataParallel and others: ``coda_fast.unwrap``), the network inside.
-        images, labels: [N, C, H, W] and their classes [N] or [N, 1], of any integer dtype.
+        model: a classifier of images of any size; its logits decide which images are used. A CoDA-Net in a
+            wrapper (torch.compile, DataParallel and others) is unwrapped: see ``coda_fast.unwrap``.
+        images: [N, C, H, W].
+        labels: their classes, [N] or [N, 1], of any integer dtype.
         attribution: ``(grids [B, C, side H, side W], classes [B, side^2]) -> maps [B, side^2, side H, side
             W]``, or an object with such a method ``attribute`` (``coda_fast.baselines.create``); None: the
             model's own contribution maps.
-        grids: how many at most; the published evaluation has 500 of 3 x 3.
-        protocol: "plain", or "published": to the letter what the published numbers were made with (see
-            ``draw_grids``), columns first.
-        logits: [N, classes], if they are known, log-odds of classes (of a softmax classifier they are
-            computed from its logits).
-        batch_size: grids explained at once.
+        side: the number of rows and columns of a grid.
+        grids: the most grids; the published evaluation has 500 of 3 x 3.
+        protocol: "plain", or "published": exactly what the published numbers were made with (see
+            ``draw_grids``), with grids filled column by column.
+        seed: of the generator that draws the grids.
+        threshold: the probability above which an image is confident.
+        logits: the log-odds of the classes, [N, classes], if they are known (for a softmax classifier these
+            are not its logits); None: computed here.
+        batch_size: the number of grids explained at once.
         progress: a wrapper like tqdm, ``progress(iterable, label)``.
 
     Raises:
@@ -226,9 +235,15 @@ def localisation(
 
 
 def score_grids(
-    images, labels, chosen: torch.Tensor, attribute: common.Attribution, protocol: str = "plain"
+    images: torch.Tensor | Images,
+    labels: torch.Tensor,
+    chosen: torch.Tensor,
+    attribute: common.Attribution,
+    protocol: str = "plain",
 ) -> torch.Tensor:
-    """Scores of the grids of these images, [G, n] -> [G, n], in one call of ``attribute``."""
+    """The scores [G, n] of the grids that are made of the images ``chosen`` [G, n], in one call of
+    ``attribute``.
+    """
     side, chosen = math.isqrt(chosen.shape[1]), chosen.to(labels.device)
     grid = canvases(images[chosen], side, protocol)
     return cell_shares(common.maps_of(attribute, grid, labels[chosen]), side, protocol).cpu()

@@ -1,5 +1,5 @@
-"""Pixel removal: a good map knows which pixels a prediction can do without (arXiv:2104.00032, section
-4.3).
+"""Pixel removal: a good map ranks lowest the pixels that a prediction does not need (arXiv:2104.00032,
+section 4.3).
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from coda_fast._classes import check_range
-from coda_fast._wrappers import network_in
+from coda_fast.dynamic_linear import DynamicLinear, network_in
 from coda_fast.evaluation import _common as common
 from coda_fast.functional import dau_conv2d
 from coda_fast.models import CoDANet
 from coda_fast.nn import DAUConv2d
 
 ORDERS = ("least", "most")
-# The first layer of which so many outputs change from one point of the curve to the next is computed as a
-# whole, and so are those after it
+# The share of a layer's outputs that change from one point of the curve to the next above which the layer,
+# and all layers after it, are computed anew as a whole.
 WHOLE = 0.6
 
 
@@ -28,7 +29,7 @@ class Removal:
     """Curves of N images at P points.
 
     Attributes:
-        fractions: share of the pixels that are removed (or inserted), [P], ascending.
+        fractions: the share of pixels that are removed (or inserted), [P], ascending.
         probabilities: of the target class, [N, P].
     """
 
@@ -40,8 +41,8 @@ class Removal:
         return self.probabilities.mean(0)
 
     def area(self) -> torch.Tensor:
-        """Area below each image's curve by the trapezoidal rule, over the range of fractions: the mean
-        probability along it, [N].
+        """The area under each image's curve by the trapezoidal rule, divided by the range of fractions: the
+        mean probability along the curve, [N].
         """
         return torch.trapezoid(self.probabilities, self.fractions, dim=1) / (
             self.fractions[-1] - self.fractions[0]
@@ -49,10 +50,10 @@ class Removal:
 
 
 def pixel_removal(
-    model,
+    model: nn.Module,
     images: torch.Tensor,
     targets: torch.Tensor,
-    attribution: common.Attribution | None = None,
+    attribution: common.Attribution | common.AttributionMethod | None = None,
     *,
     order: str = "least",
     fraction: float = 0.25,
@@ -62,27 +63,29 @@ def pixel_removal(
     attribution_batch: int = 32,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> Removal:
-    """Probability of the target while pixels are removed, least (or most) important first; masks of many
-    images in one batch. Of a CoDA-Net it is the sigmoid of the logit, of other classifiers the softmax.
+    """The probability of the target while pixels are removed, the least (or most) important first. Of a
+    CoDA-Net it is the sigmoid of the logit, of other classifiers the softmax.
 
     A removed pixel is zero in all channels of the encoded image (all six of a CoDA-Net, which no real pixel
-    is), so that nothing of it is left to explain; of a model without ``encoder`` the image itself is masked.
-    The defaults are the published settings, for 32 x 32 images 0 to 256 pixels in steps of 2; published
-    numbers are of the first 1,024 test images and their true classes.
+    is), so that it contributes nothing. Of a model without ``encoder`` the image itself is masked. The
+    defaults are the published settings: for 32 x 32 images 0 to 256 pixels in steps of 2. Published numbers
+    are of the first 1,024 test images and their true classes.
 
     Args:
-        model: a classifier; of a wrapped CoDA-Net (``coda_fast.unwrap``), the network inside.
-        images, targets: [N, C, H, W] and the class that is watched for each, [N] or [N, 1], of any integer
-            dtype.
+        model: a classifier; a CoDA-Net in a wrapper is unwrapped (``coda_fast.unwrap``).
+        images: [N, C, H, W].
+        targets: the class of each image whose probability is measured, [N] or [N, 1], of any integer dtype.
         attribution: as for ``localisation``: ``(images [B, C, H, W], classes [B, 1]) -> maps [B, 1, H, W]``;
             None: the model's own.
-        order: which pixels go first: "least" or "most" important.
-        fraction: share of the pixels that is removed in the end; "most" up to 1 is known as deletion.
-        insert: start from an image without any pixel and insert instead, in the same order ("most" is known
-            as insertion).
-        points: of the curve, both ends included.
-        batch_size: masked images at once.
-        attribution_batch: images explained at once.
+        order: which pixels are removed first: the "least" or the "most" important.
+        fraction: the share of pixels that are removed at the end of the curve; "most" up to 1 is known as
+            deletion.
+        points: the number of points of the curve, both ends included.
+        insert: start from an image without pixels and insert them in the same order ("most" is known as
+            insertion).
+        batch_size: the number of masked images that are classified at once.
+        attribution_batch: the number of images that are explained at once.
+        progress: a wrapper like tqdm, ``progress(iterable, label)``.
 
     Raises:
         ValueError, TypeError: shapes or options that do not fit.
@@ -101,7 +104,7 @@ def pixel_removal(
         )
     attribute = common.attribution_of(model, attribution)
     every = torch.linspace(0, last, points, dtype=torch.float64).round().long().to(images.device)
-    counts, point = every.unique(return_inverse=True)  # of a small image several points are one
+    counts, point = every.unique(return_inverse=True)  # points of a small image may coincide
     starts, rows = range(0, len(images), attribution_batch), []
     for start in progress(starts, "pixel removal") if progress else starts:
         part, classes = images[start : start + attribution_batch], targets[start : start + attribution_batch]
@@ -116,7 +119,7 @@ def pixel_removal(
 
 
 def _turns(maps, order):
-    """When each pixel's turn comes, [N, H, W]; of equal ones the first in the image goes first."""
+    """The position of each pixel in the order of removal, [N, H, W]; equal ones in the order of the image."""
     flat = maps.flatten(1)
     ranking = torch.argsort(flat, dim=1, descending=order == "most", stable=True)
     turns = torch.empty_like(ranking)
@@ -125,9 +128,9 @@ def _turns(maps, order):
 
 
 def _curves(model, images, classes, turns, counts, insert, batch_size):
-    """[N, P]"""
+    """The probabilities [N, P] of the targets at the points ``counts``, of whole masked images."""
     with torch.no_grad():
-        encoded = model.encoder(images) if isinstance(model, CoDANet) else images
+        encoded = model.encoder(images) if isinstance(model, DynamicLinear) else images
         found = []
         pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(counts))).to(images.device)
         for image, point in (pair.unbind(1) for pair in pairs.split(batch_size)):
@@ -140,8 +143,8 @@ def _curves(model, images, classes, turns, counts, insert, batch_size):
 
 
 def _by_changes(model, images):
-    """Whether to compute only what changes from point to point: where arithmetic takes the time; a GPU
-    would wait at every step.
+    """Whether to compute only the outputs that change from point to point. That is faster on a CPU; on a GPU
+    many small steps are slower than whole images.
     """
 
     def plain(layer):
@@ -151,9 +154,8 @@ def _by_changes(model, images):
 
 
 def _curves_by_changes(model, images, classes, turns, counts, insert, batch_size):
-    """As ``_curves``, point after point of ``batch_size`` images at once: of the first layers only the
-    outputs that the pixels which went since the last point can reach are computed anew; the others follow for
-    as many points as make a batch.
+    """As ``_curves``, point after point. Of the first layers, only those outputs are computed anew that
+    depend on pixels removed since the last point. The other layers compute several points in one batch.
     """
     parts = zip(*(t.split(batch_size) for t in (images, classes, turns)), strict=True)
     return torch.cat([_changes(model, *part, counts, insert, batch_size) for part in parts])
@@ -185,7 +187,7 @@ def _changes(model, images, classes, turns, counts, insert, batch_size):
 
 
 def _worth_updating(layers, changed):
-    """How many of the first layers are to be updated, where ``changed`` [N, 1, H, W] is what changes from
+    """The number of first layers to update in part, where the pixels ``changed`` [N, 1, H, W] change from
     point to point.
     """
     for i, layer in enumerate(layers):
@@ -196,7 +198,7 @@ def _worth_updating(layers, changed):
 
 
 def _reached(layer, changed):
-    """Which outputs of a layer depend on inputs that changed: [N, 1, H, W] -> [N, 1, OH, OW]."""
+    """The outputs of a layer that depend on changed inputs: [N, 1, H, W] -> [N, 1, OH, OW]."""
     g = layer.geometry
     padded = F.pad(changed.float(), g.padding)
     return F.max_pool2d(padded, g.kernel, g.stride, 0, g.dilation) > 0
@@ -207,10 +209,10 @@ def _update(layer, input, output, where):
     their patches are images of the size of the kernel.
     """
     g = layer.geometry
-    canvas = F.pad(input, g.padding)
-    image, plane, row, pixel = canvas.stride()
-    windows = canvas.as_strided(
-        (len(canvas), *output.shape[2:], canvas.shape[1], *g.kernel),
+    padded = F.pad(input, g.padding)
+    image, plane, row, pixel = padded.stride()
+    windows = padded.as_strided(
+        (len(padded), *output.shape[2:], padded.shape[1], *g.kernel),
         (image, g.stride[0] * row, g.stride[1] * pixel, plane, g.dilation[0] * row, g.dilation[1] * pixel),
     )
     n, h, w = where[:, 0].nonzero(as_tuple=True)
@@ -223,4 +225,4 @@ def _update(layer, input, output, where):
 
 
 def _logits(model, encoded):
-    return model.head(model.run_layers(encoded, 0)) if isinstance(model, CoDANet) else model(encoded)
+    return model.head(model.evidence(encoded)) if isinstance(model, DynamicLinear) else model(encoded)

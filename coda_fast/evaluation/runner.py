@@ -1,5 +1,5 @@
-"""Evaluations that can be interrupted: every method's numbers in pieces on disk, then JSON, CSV and
-figures of all of them.
+"""Evaluations that can be interrupted: the numbers of every method are stored in pieces, from which JSON, CSV
+and figures are written at the end.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from coda_fast import __version__
 from coda_fast._classes import one_each
-from coda_fast._wrappers import network_in
+from coda_fast._files import atomic_path
 from coda_fast.baselines import REVISION
-from coda_fast.checkpoints import atomic_path
+from coda_fast.dynamic_linear import DynamicLinear, network_in
 from coda_fast.evaluation import _common as common
 from coda_fast.evaluation.completeness import completeness_error
 from coda_fast.evaluation.data import Images, Survey
 from coda_fast.evaluation.localisation import Localisation, confident_images, draw_grids, score_grids
 from coda_fast.evaluation.removal import Removal, pixel_removal
-from coda_fast.models import CoDANet
 from coda_fast.safety import open_file
 
 METRICS = ("localisation", "removal")
-ACCURACY = "accuracy"  # what the survey of a set says, without any method
-FILES = ("evaluation.json", "results.json", "results.csv")  # beside the figures and the folder of pieces
+ACCURACY = "accuracy"  # a metric of the model alone, without any attribution method
+FILES = ("evaluation.json", "results.json", "results.csv")  # beside figures and pieces
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured. ``side``, ``grids``, ``protocol`` belong to localisation, ``order``, ``insert``,
-    ``fraction``, ``points`` to removal.
+    """The settings of a metric. ``side``, ``grids``, ``protocol`` and ``seed`` belong to localisation;
+    ``order``, ``insert``, ``fraction`` and ``points`` to removal.
     """
 
     metric: str = "localisation"
@@ -49,38 +49,45 @@ class Settings:
     insert: bool = False
     fraction: float = 0.25
     points: int = 129
-    piece: int = 16  # grids or images at once, and what an interruption can cost
+    piece: int = 16  # grids or images that are explained at once and stored together
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         common.check_choice("metric", self.metric, METRICS)
         common.check_choice("protocol", self.protocol, common.PROTOCOLS)
         common.check_positive(side=self.side, grids=self.grids, points=self.points, piece=self.piece)
 
 
 def outputs(folder: Path, metric: str) -> list[Path]:
-    """The files that an evaluation writes into its folder, beside those of its folder of pieces."""
+    """The files that an evaluation writes into its folder; the folder ``pieces`` holds more."""
     return [Path(folder) / name for name in (*FILES, f"{metric}.png", f"{metric}.svg")]
 
 
 @dataclasses.dataclass
 class Evaluation:
-    """A model, labelled images, settings and a folder. Methods are measured one by one; what is already in
-    the folder is not again.
+    """A model, labelled images, settings and a folder. Attribution methods are measured one by one; pieces
+    that the folder already holds are not computed again.
 
-    ``images``: [N, C, H, W], or what is read when it is indexed (``coda_fast.evaluation.data.Images``);
-    ``confident``: what ``confident_images`` finds among them, if that is known.
+    Attributes:
+        model: a classifier.
+        images: [N, C, H, W]; ``coda_fast.evaluation.data.Images`` are decoded when they are indexed.
+        labels: their classes, [N] or [N, 1].
+        settings: of the metric.
+        folder: for pieces and results.
+        description: facts about model and data that are stored with the results.
+        batch_size: the number of masked images that are classified at once.
+        confident: the result of ``confident_images``, if it is known.
     """
 
-    model: torch.nn.Module
+    model: nn.Module
     images: torch.Tensor | Images
     labels: torch.Tensor
     settings: Settings
     folder: Path
-    description: dict = dataclasses.field(default_factory=dict)  # of model and data, for the results
+    description: dict = dataclasses.field(default_factory=dict)
     batch_size: int = 256
     confident: dict[int, list[int]] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.folder = Path(self.folder)
         given = isinstance(self.images, torch.Tensor)
         self.labels = (
@@ -89,12 +96,12 @@ class Evaluation:
             else one_each(self.labels, len(self.images), "labels")
         )
         self.model = network_in(self.model)
-        self._work = None
+        self._work: torch.Tensor | None = None
 
     # -- pieces ----
 
     def work(self) -> torch.Tensor:
-        """Grids [G, n] or images [N] as indices into the data."""
+        """The grids [G, n] or images [N] to explain, as indices of ``images``."""
         if self._work is None:
             if self.settings.metric == "removal":
                 if (last := int(self.settings.fraction * self._pixels())) < 1:
@@ -114,12 +121,22 @@ class Evaluation:
     def measure(
         self,
         name: str,
-        attribution,
+        attribution: common.Attribution | common.AttributionMethod | None,
         method_settings: dict,
         progress: Callable[[Iterable, str], Iterable] | None = None,
-    ):
-        """A ``Localisation`` or ``Removal`` of one method, continued where it was interrupted."""
-        self.work()  # what cannot be measured must not claim a folder
+    ) -> Localisation | Removal:
+        """Measure one attribution method, or continue a measurement that was interrupted.
+
+        Args:
+            name: of the method, for the files.
+            attribution: as for ``coda_fast.evaluation.localisation``.
+            method_settings: of the method; pieces that were measured with others are not used.
+            progress: a wrapper like tqdm, ``progress(iterable, label)``.
+
+        Raises:
+            ValueError: settings that the images do not fit, or a folder that holds another evaluation.
+        """
+        self.work()  # raises before the folder is written to
         _claim(self.folder, self.model, self.description, dataclasses.asdict(self.settings))
         attribute = common.attribution_of(self.model, attribution)
         store = self.folder / "pieces" / f"{name}-{self._digest(method_settings)}"
@@ -143,11 +160,11 @@ class Evaluation:
         return Removal(counts / self._pixels(), values)
 
     def _stored(self, path, count):
-        """A piece that is there and whole, or None."""
+        """The numbers of a piece, or None where the file is missing or damaged."""
         columns = self.settings.side**2 if self.settings.metric == "localisation" else self.settings.points
         try:
             with open_file(path) as file:
-                # nor has it the size that a header claims
+                # A larger file is damaged; it is not read into memory.
                 if os.fstat(file.fileno()).st_size > 8 * count * columns + 4096:
                     return None
                 values = np.load(io.BytesIO(file.read()), allow_pickle=False)
@@ -177,7 +194,9 @@ class Evaluation:
     def write(
         self, results: dict[str, Localisation | Removal], method_settings: dict[str, dict]
     ) -> list[Path]:
-        """results.json (summaries), results.csv (every number) and the figure as PNG and SVG; all paths."""
+        """Write results.json (summaries), results.csv (all numbers) and the figure as PNG and SVG; returns
+        their paths.
+        """
         from coda_fast.evaluation import figures
 
         document = {
@@ -198,11 +217,13 @@ class Evaluation:
         return [*paths, *figures.save(results, self.folder, self.settings)]
 
     def _completeness(self, most: int = 256):
-        """Of the first images that were evaluated and their own classes, if the model explains itself."""
-        if not isinstance(self.model, CoDANet):
+        """The completeness error of the first images that were evaluated, for their own classes; empty unless
+        the model explains itself.
+        """
+        if not isinstance(self.model, DynamicLinear):
             return {}
         used = self.work().flatten().unique()[:most]
-        parts = used.split(self.settings.piece)  # no more images at once than anywhere else
+        parts = used.split(self.settings.piece)  # as many images at once as in the measurement
         error = torch.cat(
             [completeness_error(self.model, self.images[part], self.labels[part]) for part in parts]
         )
@@ -216,8 +237,8 @@ class Evaluation:
 
 
 def _claim(folder, model, description, settings):
-    """The folder belongs to this evaluation: model, data (wherever they lie), settings, versions.
-    ValueError if it is another's.
+    """Write into the folder which evaluation it holds: model, data (by content, not by path), settings and
+    versions. ValueError: it holds another one.
     """
     parameter = next(model.parameters(), torch.empty(0))
     versions = {
@@ -251,9 +272,9 @@ def _claim(folder, model, description, settings):
         temporary.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
 
 
-def write_accuracy(model, found: Survey, description: dict, folder: Path) -> list[Path]:
-    """results.json (accuracy) and results.csv (a row for each picture that could be read); both paths.
-    ValueError: the folder is that of another evaluation.
+def write_accuracy(model: nn.Module, found: Survey, description: dict, folder: Path) -> list[Path]:
+    """Write results.json (accuracy) and results.csv (a row for each picture that could be read); returns
+    their paths. ValueError: the folder holds another evaluation.
     """
     settings = {"metric": ACCURACY}
     _claim(folder, model, description, settings)
@@ -276,8 +297,8 @@ def write_accuracy(model, found: Survey, description: dict, folder: Path) -> lis
 
 
 def summary(found: Localisation | Removal) -> dict[str, float]:
-    """The numbers of one method: of localisation its own summary, of removal mean and quartiles of the
-    area.
+    """The summary of one method: of localisation ``Localisation.summary``, of removal the mean and quartiles
+    of the area, and the ends of the mean curve.
     """
     if isinstance(found, Localisation):
         return found.summary()
@@ -290,7 +311,7 @@ def summary(found: Localisation | Removal) -> dict[str, float]:
 
 
 def markdown(results: dict[str, Localisation | Removal]) -> str:
-    """One table: methods by their mean, best first."""
+    """A table of all methods in Markdown, the best mean first."""
     lines = ["| method | mean | 25 % | median | 75 % |", "|---|---|---|---|---|"]
     rows = sorted(
         ((name, summary(found)) for name, found in results.items()), key=lambda row: -row[1]["mean"]

@@ -1,19 +1,19 @@
-"""Training, from a laptop to a cluster: ``coda-fast train RECIPE`` and ``torchrun ... -m coda_fast.train
-RECIPE`` are one program.
+"""Training, on one processor or on many nodes: ``coda-fast train RECIPE`` and ``torchrun ... -m
+coda_fast.train RECIPE`` are the same program.
 
 Lightning Fabric provides processes, DDP, FSDP2 and devices (``processes``); timm provides optimisers,
 schedules (``optimization``), the moving average of the weights and RandAugment (``augmentation``); webdataset
 finds, fetches and shuffles shards. A recipe is a pydantic model (``schema``), read from YAML (``recipes``).
 
-``engine.run`` is a run from its start to its end: it launches the processes, makes of the recipe what is
-trained (``setup``), restores a checkpoint (``resume``, ``checkpoints``), and enters the ``loop``. What
-changes while it trains is the ``state``; what the processes tell each other, the ``agreement``; what is
-shown, the ``logger``'s.
+``engine.run`` is a run from its start to its end: it launches the processes, makes model, data and optimiser
+from the recipe (``setup``), restores a checkpoint (``resume``, ``checkpoints``), and enters the ``loop``. The
+``state`` is the position of the run and its metrics; the processes communicate through the ``agreement``; the
+``logger`` shows and writes metrics.
 
-One run is a function of its recipe and seed. The order of an epoch is a permutation seeded by (seed, epoch).
-Everything random about an optimiser step comes from generators seeded by (seed, epoch, step), drawn for the
-*global* batch, of which each process takes its slice, or by (seed, epoch, image). So the number of processes
-changes rounding only, and a position is two numbers.
+A run is a function of its recipe and seed. The order of an epoch is a permutation seeded by (seed, epoch).
+Random numbers of an optimiser step come from generators seeded by (seed, epoch, step), drawn for the *global*
+batch, of which each process takes its slice, or by (seed, epoch, image). Therefore the number of processes
+changes nothing but rounding, and epoch and step are all of a run's position.
 """
 
 from __future__ import annotations

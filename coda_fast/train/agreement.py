@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, over Lightning Fabric's process group."""
+"""Communication between the processes of a run, over Lightning Fabric's process group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from coda_fast.train.state import State
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-HEARTBEAT = 2.0  # seconds between messages, about: a signal to stop does not wait for log.every slow steps
+HEARTBEAT = 2.0  # seconds between messages, roughly, so that a signal to stop need not wait for a logged step
 
 
 class Agreement:
@@ -29,10 +29,10 @@ class Agreement:
         self.is_rank_zero = fabric.is_global_zero
 
     def on_rank_zero(self, work: Callable[[], Any]) -> Any:
-        """Rank zero calls ``work``; its result, or its failure, is that of all processes.
+        """Call ``work`` in rank zero; all processes return its result.
 
         Raises:
-            TrainingError: with the message of what ``work`` raised.
+            TrainingError: in all processes, with the message of the error that ``work`` raised.
         """
         result = failure = None
         if self.is_rank_zero:
@@ -48,7 +48,7 @@ class Agreement:
         return result
 
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Each number, added over the processes."""
+        """Each number, summed over the processes."""
         return self.fabric.all_reduce(numbers, reduce_op="sum")
 
     def any(self, flag: bool) -> bool:
@@ -65,15 +65,15 @@ class Agreement:
 
 
 class Heartbeat:
-    """Says after how many steps the processes exchange their next message: about HEARTBEAT seconds by the
-    clock of rank zero, in a number of steps that is the same for all of them.
+    """Decides after how many steps the processes exchange their next message: about ``HEARTBEAT`` seconds by
+    the clock of rank zero, as a number of steps that is the same for all of them.
     """
 
     def __init__(self):
         self.interval, self.passed, self.last = 1, 0, time.perf_counter()
 
     def is_due(self) -> bool:
-        """Count a step; whether a message is due after it."""
+        """Count a step; returns whether a message is due after it."""
         self.passed += 1
         return self.passed >= self.interval
 
@@ -82,6 +82,8 @@ class Heartbeat:
         return time.perf_counter() - self.last
 
     def restart(self, waited: float) -> None:
-        """After a message that came ``waited`` seconds after the last one, as rank zero said."""
+        """Count anew after a message, which came ``waited`` seconds after the last one by the clock of rank
+        zero.
+        """
         self.interval = max(1, int(HEARTBEAT * self.passed / max(waited, 1e-9)))
         self.passed, self.last = 0, time.perf_counter()

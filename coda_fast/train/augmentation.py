@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import random
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,35 +25,50 @@ from coda_fast.data.sources import Process
 from coda_fast.train.errors import need
 from coda_fast.train.schema import Data
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Decodes a picture to uint8 [C, H, W] with random augmentation: a random square of the size of the
-    network's crop, from anywhere in the resized picture, or (``scale``) a random share of its area, of aspect
-    3/4 to 4/3; then RandAugment.
+    """Decodes a picture to uint8 [C, H, W] with a random crop, then RandAugment.
+
+    Attributes:
+        preprocessing: the preprocessing of the network; without a ``crop``, nothing is cropped.
+        scale: the least and largest share of the picture's area that a crop covers, with an aspect ratio of
+            3/4 to 4/3; None: a crop is a random square of the resized picture, as large as the network's.
+        randaugment: number and strength of the operations; None: no RandAugment.
     """
 
     preprocessing: Preprocessing
     scale: tuple[float, float] | None = None
     randaugment: tuple[int, float] | None = None
 
-    def pixels(self, source, generator: np.random.Generator, name: str | None = None) -> np.ndarray:
-        """``source``: as of ``Preprocessing.pixels``. ImageError: it cannot be read."""
+    def pixels(
+        self,
+        source: str | os.PathLike | bytes | Image.Image,
+        generator: np.random.Generator,
+        name: str | None = None,
+    ) -> np.ndarray:
+        """The augmented pixels of a picture, which ``name`` names in messages. ImageError: it cannot be
+        read.
+        """
         from PIL.Image import Resampling
 
         wanted = self.preprocessing
         image = decode(source, wanted.channels, name=name, least=self._least())
         if wanted.crop is not None:
             method = Resampling[wanted.interpolation.upper()]
-            image = image.resize((wanted.crop, wanted.crop), method, box=self._part(*image.size, generator))
+            box = self._part(image.width, image.height, generator)
+            image = image.resize((wanted.crop, wanted.crop), method, box=box)
         if self.randaugment is not None:
             with _seeded(generator):
                 image = _randaugment(*self.randaugment, wanted.channels)(image)
         return as_array(image)
 
     def _least(self):
-        """Pixels of a side below which a JPEG is not decoded: twice the need, and the smallest crop not
-        below the size that it gets.
+        """The least number of pixels of each side to which a JPEG may be decoded: twice the size after
+        resizing, and large enough that the smallest crop is not enlarged.
         """
         wanted = self.preprocessing
         if wanted.crop is None:
@@ -60,8 +77,8 @@ class Augmentation:
         return max(2 * wanted.resize, math.ceil(smallest))
 
     def _part(self, width, height, generator):
-        """The box that becomes the crop, in pixels of the picture: left, top, right, bottom. It is drawn
-        here, because torchvision would draw it from torch's global generator.
+        """The part of the picture that becomes the crop, in pixels: left, top, right, bottom. torchvision's
+        own function would draw it from torch's global generator.
         """
         for _ in range(10 if self.scale is not None else 0):
             area, ratio = (
@@ -82,7 +99,9 @@ class Augmentation:
 
 @contextlib.contextmanager
 def _seeded(generator):
-    """Seed the global generators, which libraries draw from, by this one, and restore them."""
+    """A context in which the global generators, from which libraries draw, are seeded by this one. Afterwards
+    they are restored.
+    """
     before, seed = (random.getstate(), np.random.get_state()), int(generator.integers(2**32))
     random.seed(seed), np.random.seed(seed)
     try:
@@ -97,11 +116,12 @@ def _randaugment(count, strength, channels):
     from timm.data.auto_augment import RandAugment, rand_augment_ops
 
     fill = (128,) * 3 if channels == 3 else 128
-    # timm: strength of 10; translation by a share of the side, at most 0.45: the paper's 100 of 224 pixels,
-    # for images of any size
+    # The strength of the paper is on a scale of 30, that of timm on a scale of 10. The paper translates by at
+    # most 100 of 224 pixels, which is a share of 0.45 of the side for images of any size.
     operations = rand_augment_ops(strength / 3, 1.0, {"translate_pct": 0.45, "img_mean": fill})
     for operation in operations:
-        if operation.name.startswith("Posterize"):  # of low strengths timm keeps 0 bits, which Pillow refuses
+        # at low strength timm posterizes to 0 bits, which Pillow refuses
+        if operation.name.startswith("Posterize"):
             operation.aug_fn = functools.partial(_posterize, operation.aug_fn)
     return RandAugment(operations, count)
 
@@ -114,7 +134,7 @@ def augment(images: torch.Tensor, spec: Data, generator: torch.Generator, proces
     """Flips and padded crops of uint8 images [N, C, H, W], on their device. The numbers are drawn for the
     global batch, of which these images are the slice of this process.
     """
-    local, height, width = len(images), *images.shape[2:]
+    local, (height, width) = len(images), images.shape[2:]
     total = local * process.world_size
     own = process.slice(total)
     if spec.pad:

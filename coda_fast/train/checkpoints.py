@@ -1,5 +1,5 @@
-"""Checkpoints of a run: one file of torch.save each, written whole or not at all, read with
-``weights_only=True``. Fabric's own would be torn by a full disk or a killed process.
+"""Checkpoints of a run: each is one file of torch.save, which is written whole or not at all and read with
+``weights_only=True``. A full disk or a killed process would leave checkpoints of Fabric half written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from coda_fast.train.state import State, score
 
 FORMAT = "coda_fast.train"
 _NAME = re.compile(r"epoch_(\d+)_step_(\d+)\.pt")
-_KEYS = {
+_KEYS: dict[str, type | tuple[type, ...]] = {
     "recipe": dict,
     "data": dict,
     "world": int,
@@ -45,7 +45,7 @@ _KEYS = {
 
 
 def save(setup: Setup, state: State, is_best: bool = False) -> None:
-    """Write where the run stands. All processes take part; rank zero writes."""
+    """Write a checkpoint. All processes take part; rank zero writes."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_model_state_dict,
@@ -95,7 +95,7 @@ def save(setup: Setup, state: State, is_best: bool = False) -> None:
 
 
 def _write(path, content, state):
-    """Write, sync, rename, sync the folder. Where that fails (a full disk), everything is as it was."""
+    """Write, sync, rename, sync the folder. Where that fails (a full disk), no file changes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -103,7 +103,7 @@ def _write(path, content, state):
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer wraps what the system says
+    except (OSError, RuntimeError) as error:  # torch's writer wraps errors of the system
         causes = (error, error.__cause__, error.__context__)
         reason = next((str(e) for e in causes if isinstance(e, OSError)), str(error).split("\n")[0])
         raise TrainingError(
@@ -112,7 +112,7 @@ def _write(path, content, state):
 
 
 def _sync_folder(folder):
-    """Make a rename survive a loss of power, on file systems that can."""
+    """Make a rename survive a loss of power, on file systems that allow it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -122,15 +122,17 @@ def _sync_folder(folder):
 
 
 def load_whole_model(setup: Setup, weights: dict) -> CoDANet:
-    """Rank zero's model that has all weights, with those of a checkpoint."""
-    setup.whole_model.load_state_dict(
-        {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    )
-    return setup.whole_model
+    """Load the weights of a checkpoint into ``setup.whole_model``, which is returned. Rank zero calls it."""
+    model = setup.whole_model
+    assert model is not None, "no rank but zero has the whole model"
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
+    return model
 
 
 def read(path: str | os.PathLike) -> dict:
-    """A checkpoint, on the CPU. TrainingError: missing, truncated, or of something else."""
+    """The content of a checkpoint, on the CPU. TrainingError: it is missing, damaged, or another kind of
+    file.
+    """
     path = Path(path)
     if not path.exists():
         raise TrainingError(f"{path}: no such checkpoint")
@@ -141,7 +143,7 @@ def read(path: str | os.PathLike) -> dict:
     # torch's own message advises to read it without weights_only, which could run any code
     except pickle.UnpicklingError:
         raise TrainingError(f"{path}: not a readable checkpoint (truncated, or of another program)") from None
-    except Exception as error:  # damage leads to any exception
+    except Exception as error:  # damage leads to errors of any class
         reason = str(error).split("\n")[0] or type(error).__name__
         raise TrainingError(
             f"{path}: not a readable checkpoint (truncated, or of another program): {reason[:200]}"
@@ -154,7 +156,7 @@ def read(path: str | os.PathLike) -> dict:
         )
     for key, kind in _KEYS.items():
         value = content[key]
-        if not isinstance(value, kind) or (kind is int and value < 0):
+        if not isinstance(value, kind) or (kind is int and int(content[key]) < 0):
             raise TrainingError(
                 f"{path}: not a readable checkpoint: {key} is a {type(value).__name__} that cannot be"
             )
@@ -171,7 +173,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def epoch_of(path: Path) -> int | None:
-    """The epoch of a checkpoint of any name; None: it cannot be read."""
+    """The epoch of a checkpoint, by its content; None: it cannot be read."""
     try:
         return read(path)["epoch"]
     except TrainingError:
@@ -179,14 +181,18 @@ def epoch_of(path: Path) -> int | None:
 
 
 def position(path: Path) -> tuple[int, int]:
-    """Epoch and step of the checkpoint of this name."""
-    epoch, step = _NAME.fullmatch(path.name).groups()
-    return int(epoch), int(step)
+    """Epoch and step of a checkpoint, by its name."""
+    if (match := _NAME.fullmatch(path.name)) is None:
+        raise ValueError(f"path: expected epoch_EPOCH_step_STEP.pt, got {path.name}")
+    return int(match[1]), int(match[2])
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint and its content; ``warn`` is called with a message for each that cannot
-    be read. TrainingError where none of several can: a run that began anew would write over them.
+    """The newest readable checkpoint and its content; None: the folder has no checkpoints. ``warn`` is called
+    with a message for each that cannot be read.
+
+    Raises:
+        TrainingError: there are checkpoints, but none can be read. A new run would write over them.
     """
     there = listed(folder)
     best = Path(folder) / "best.pt"
@@ -196,7 +202,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | Non
         except TrainingError as error:
             warn(f"skipped {error}")
             continue
-        # checkpoints after this one were removed, but not the best
+        # The best checkpoint is later than this one where the checkpoints between them were removed.
         if best.exists() and not best.samefile(path) and (epoch_of(best) or 0) > content["epoch"]:
             return best, read(best)
         return path, content
@@ -208,7 +214,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | Non
 
 
 def link_best(path: Path, best: Path) -> None:
-    """Make ``best`` a link to ``path``, or a copy of it where the file system has no links."""
+    """Make ``best`` a hard link to ``path``, or a copy of it where the file system has no links."""
     import shutil
 
     with atomic_path(best) as temporary:
@@ -220,11 +226,11 @@ def link_best(path: Path, best: Path) -> None:
 
 
 def name_best(folder: Path, state: State) -> None:
-    """Link best.pt to the best epoch of this run. It is missing where a run ended between a checkpoint and
-    this link, or is resumed in another folder.
+    """Link best.pt to the best epoch of this run. The link is missing where a run ended before it was made,
+    or is resumed in another folder.
     """
     best = folder / "best.pt"
-    if state.best is None or read_best(best, state):
+    if state.best is None or state.last_good is None or read_best(best, state):
         return
     for path in (state.last_good, state.last_good.parent / "best.pt"):
         if read_best(path, state):
@@ -234,7 +240,7 @@ def name_best(folder: Path, state: State) -> None:
 
 
 def read_best(path: Path, state: State) -> dict | None:
-    """The checkpoint, if it is of the epoch with the best score of this run's history, else None."""
+    """The content of the checkpoint if it is of the best epoch of this run's history, else None."""
     try:
         found = read(path)
     except TrainingError:
@@ -244,9 +250,9 @@ def read_best(path: Path, state: State) -> dict | None:
 
 
 def prune(written: Path, keep: int) -> None:
-    """Delete checkpoints before ``written``, so that ``keep`` remain with it, and what an interrupted writer
-    left. ``best.pt`` stays, and so do later checkpoints: the run began before them, because they cannot be
-    read.
+    """Delete older checkpoints than ``written``, so that ``keep`` remain together with it, and temporary
+    files of interrupted writers. ``best.pt`` is not deleted, and neither are later checkpoints: they could
+    not be read when the run was resumed.
     """
     for path in [path for path in listed(written.parent) if position(path) <= position(written)][keep:]:
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The images of a recipe: digits, arrays, CIFAR-10 in its forms, trees of folders, shards."""
+"""The images of a recipe: digits, arrays, CIFAR-10, folders, shards."""
 
 from __future__ import annotations
 
@@ -24,8 +24,15 @@ from coda_fast.train.schema import Data
 
 @dataclasses.dataclass
 class Source:
-    """Training and validation images, the names of the classes, the preprocessing that makes such images of
-    pictures (it becomes the network's ``transform``), and what could not be read on the way.
+    """Training and validation images.
+
+    Attributes:
+        train: training images.
+        val: validation images.
+        class_names: None: not known.
+        num_classes: the number of classes.
+        preprocessing: makes such images of pictures; it becomes the network's ``transform``.
+        failures: (name, reason) of the images that could not be read while the data was opened.
     """
 
     train: Arrays | Folder | Shards
@@ -36,8 +43,8 @@ class Source:
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def facts(self) -> dict:
-        """What a run that is resumed must find again: numbers of images and classes, a checksum of names and
-        labels (and some pixels), and the rules by which files are decoded.
+        """Facts that must be the same when a run is resumed: numbers of images and classes, a checksum of
+        names and labels (and some pixels), and the version of the rules by which files are decoded.
         """
         found = {"classes": self.num_classes, "class_names": self.class_names}
         for name, split in (("train", self.train), ("val", self.val)):
@@ -51,11 +58,13 @@ def open_data(
     """The images of a recipe.
 
     Args:
-        channels: 3 or 1, as the model takes.
-        progress: called as ``progress(iterable, label)`` around what takes long.
+        spec: the section ``data`` of the recipe.
+        channels: of the model, 3 or 1.
+        device: where images are sent.
+        progress: a wrapper like tqdm, ``progress(iterable, label)``.
 
     Raises:
-        TrainingError: nothing there, an unknown layout, damaged files of numbers.
+        TrainingError: no images, an unknown layout, or damaged files.
     """
     _check_keys(spec)
     readers = {
@@ -75,7 +84,7 @@ def open_data(
 
 
 def _check_keys(spec):
-    """TrainingError where a key is missing, or one is given that this kind of data has no use for."""
+    """Raise a TrainingError where a key is missing, or one is given that this kind of data does not use."""
     if spec.kind != "digits":
         if spec.path is None:
             raise TrainingError(
@@ -94,7 +103,7 @@ def _check_keys(spec):
 
 
 def _check_arrays(found, channels):
-    """TrainingError unless images in memory are such as a network with ``channels`` can train with."""
+    """Raise a TrainingError unless a network of so many channels can train with these images in memory."""
     for split in (found.train, found.val):
         if split.images.shape[1] != channels:
             raise TrainingError(
@@ -123,7 +132,7 @@ _EXPECTED = {
 
 
 def _whole(images, channels):
-    """The preprocessing that gives pictures the size of these images, if they are square; else none."""
+    """The preprocessing that resizes pictures to the size of these images, if that is square."""
     height, width = images.shape[2:]
     return Preprocessing(channels, height, height) if height == width else Preprocessing(channels)
 
@@ -162,7 +171,7 @@ def _cifar10(spec, channels, device, progress):
 
 @contextlib.contextmanager
 def _of_the_path():
-    """Errors name the key of the recipe that they are about."""
+    """A context in which errors are prefixed with the key ``data.path``."""
     try:
         yield
     except DataError as error:
@@ -176,14 +185,15 @@ def _folder(spec, channels, device, progress):
         return _folder_in_memory(spec, channels, device, progress, names, splits, plain)
     train = Folder(splits[0], plain, spec.workers, device, augmentation)
     val = Folder(splits[1], plain, spec.workers, device)
-    if plain.crop is None and (image := _first_readable(train)) is not None:  # all must have its size
+    # without a crop, all images must have the size of the first
+    if plain.crop is None and (image := _first_readable(train)) is not None:
         train.shape = val.shape = tuple(image.shape[1:])
         plain = _whole(image, channels)
     return Source(train, val, names, len(names), plain)
 
 
 def _labelled_files(spec):
-    """Names of the classes, and (file, class) of the pictures to train and to validate with."""
+    """The names of the classes, and (file, class) of the training and validation pictures."""
     root = Path(spec.path)
     train_root, val_root = root / "train", Path(spec.val_path) if spec.val_path else root / "val"
     for folder in (train_root, val_root):
@@ -214,7 +224,7 @@ def _labelled_files(spec):
         raise TrainingError(
             f"data.path: expected images of every class in {train_root}, found none of {empty[:3]}"
         )
-    # other names, or another set: an accuracy of the rest would mislead
+    # Without the images of other classes, the validation accuracy would be misleading.
     if unknown := sorted(set(val) - set(train)):
         raise TrainingError(
             f"data.val_path: expected the classes of {train_root} in {val_root}, found others: {unknown[:3]}"
@@ -246,7 +256,7 @@ def _folder_in_memory(spec, channels, device, progress, names, splits, plain):
 
 
 def _first_readable(folder):
-    """The first picture that can be read, [1, C, H, W]; None: none of the first hundred."""
+    """The first picture that can be read, [1, C, H, W]; None: none of the first hundred can."""
     batches = (folder.some([i]) for i in range(min(len(folder), 100)))
     return next((batch.images for batch in batches if batch.valid is None), None)
 
@@ -259,14 +269,14 @@ def _webdataset(spec, channels, device, progress):
     plain, augmentation = _decoders(spec, channels)
     options = dict(samples=spec.train_samples, buffer=spec.shuffle, augmentation=augmentation)
     train = Shards(spec.path, plain, spec.workers, spec.classes, device, **options)
-    len(train)  # refuses a missing number now
+    len(train)  # raises if the number of images is not given
     return Source(
         train, Shards(spec.val_path, plain, spec.workers, spec.classes, device), None, spec.classes, plain
     )
 
 
 def _decoders(spec, channels):
-    """How pictures are read to validate with, and to train with."""
+    """The decoders of validation and of training pictures."""
     need("torchvision")
     if spec.size is None and (spec.resize or spec.scale):
         raise TrainingError(

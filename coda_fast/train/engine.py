@@ -1,5 +1,5 @@
-"""A run from its start to its end: processes, folder, set-up, the checkpoint to go on from, the loop; and
-what ends it, in one message.
+"""A run from its start to its end: processes, folder, set-up, the checkpoint to resume from, the loop. Errors
+that end a run become one message.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
     """Train by ``recipe`` into the folder ``output``, in this process or as one of many (torchrun, SLURM).
 
     Args:
-        resume: None: a new run; "auto": from the newest readable checkpoint of the folder, or new if there is
-            none; or a file.
-        progress: show a bar and messages (of rank zero).
+        recipe: what to train, on which data, and how.
+        output: the folder of the run; it is made if it is missing.
+        resume: None: a new run; "auto": resume from the newest readable checkpoint of the folder, or begin a
+            new run if there is none; or a checkpoint to resume from.
+        progress: whether rank zero shows a bar and messages.
 
     Returns:
         The last row of the history: losses, accuracies, images/s.
 
     Raises:
-        TrainingError: anything that keeps the run from starting or going on. Stopped: a signal; the run
-            stands in a checkpoint.
+        TrainingError: the run cannot start or go on. Stopped: a signal asked for the end; the run can be
+            resumed from a checkpoint.
         ImportError: packages of the extra "train" are missing.
     """
     state = State()
@@ -47,8 +49,8 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
             return _run(recipe, Path(output), resume, progress, state)
     finally:
         if distributed.is_available() and distributed.is_initialized():
-            # first what sharded modules hold of the process groups: at the end of the process, their threads
-            # abort it
+            # Sharded modules refer to the process groups. They are freed before the groups are destroyed,
+            # because the threads of groups that still exist when the process ends abort it.
             gc.collect()
             distributed.destroy_process_group()
 
@@ -59,15 +61,15 @@ def _run(recipe, output, resume_from, progress, state):
     agreement = Agreement(fabric, state)
     logger = Logger(recipe, output, progress, agreement.is_rank_zero)
     with RunFolder(output, logger.say) as folder:
-        # everything that can be refused is refused before the folder is written to
+        # All checks come before the first write into the folder.
         agreement.on_rank_zero(lambda: folder.check(recipe))
         start = resume.find(folder, resume_from, agreement)
         setup = set_up(recipe, output, agreement, logger)
-        # for models that draw from the global generators: others in each process
+        # Models may draw from the global generators, which have another seed in each process.
         random_state.seed_all(seeded(recipe.seed, 1, agreement.process.rank))
         if start is not None:
             resume.restore(setup, state, *start)
-            start = None  # as large as optimiser and model: not for the whole run
+            start = None  # frees the content of the checkpoint, which is as large as model and optimiser
         note_unreadable(setup, state, setup.source.failures)
         agreement.on_rank_zero(lambda: resume.begin(folder, recipe, state))
         try:
@@ -81,7 +83,9 @@ def _run(recipe, output, resume_from, progress, state):
 
 @contextlib.contextmanager
 def _failures_in_words(state):
-    """What ends a run becomes an error of one line; torchrun is told where this process is the cause."""
+    """A context that turns errors into messages of one line, and reports those of this process to
+    torchrun.
+    """
     try:
         yield
     except Stopped:
@@ -89,7 +93,7 @@ def _failures_in_words(state):
     except DataError as error:
         processes.report(problem := TrainingError(str(error)))
         raise problem from None
-    except OSError as error:  # of files beside the checkpoints, and of processes that decode
+    except OSError as error:  # of files other than checkpoints, and of worker processes
         processes.report(problem := TrainingError(f"{error}; {state.last_good_in_words()}"))
         raise problem from None
     except Exception as error:

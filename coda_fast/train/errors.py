@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
+from typing import Any
 
-STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h
+STOPPED = 75  # exit code of a run that a signal stopped and that can be resumed: EX_TEMPFAIL of sysexits.h
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 MODELS = {"model": "model.safetensors", "ema": "model_ema.safetensors", "best": "model_best.safetensors"}
-# of a run, beside its folders
+# the files of a run; it also has folders
 FILES = ("recipe.yaml", *MODELS.values(), "steps.csv", "metrics.csv", "curve.png")
 
 
@@ -18,17 +20,17 @@ class TrainingError(ValueError):
 
 
 class Stopped(Exception):
-    """A signal asked for the end; the run stands in ``checkpoint``."""
+    """A signal asked for the end of the run, which can be resumed from ``checkpoint``."""
 
-    def __init__(self, checkpoint):
+    def __init__(self, checkpoint: Path | None):
         super().__init__(
             f"stopped by a signal; the run stands in {checkpoint} and goes on with --resume auto"
         )
         self.checkpoint = checkpoint
 
 
-def need(module: str, extra: str = "train"):
-    """The module; ImportError with what to install."""
+def need(module: str, extra: str = "train") -> Any:
+    """The module of this name. ImportError: it is missing; the message says what to install."""
     import importlib
 
     try:

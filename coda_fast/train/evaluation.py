@@ -17,12 +17,13 @@ from coda_fast.train.unreadable import note_unreadable
 
 @torch.no_grad()
 def evaluate(setup: Setup, state: State, signals: Signals) -> dict:
-    """A part of the row of an epoch: ``val_loss``, ``val_accuracy``, from 100 classes on ``val_top5``, the
-    same as ``ema_...``, and ``val_images``. Every image counts once, over all processes.
+    """The part of an epoch's row that is about validation: ``val_loss``, ``val_accuracy``, with 100 classes
+    or more ``val_top5``; the same of the moving average, with the prefix ``ema_``; and ``val_images``. Every
+    image counts once, over all processes.
 
     Raises:
-        Stopped: a signal asks for it; the evaluation is then repeated by the run that goes on.
-        TrainingError: no image can be read, or too many cannot.
+        Stopped: a signal asks for it; the run that is resumed repeats the evaluation.
+        TrainingError: no image can be read, or more than ``data.max_corrupt`` cannot.
     """
     setup.module.eval()
     modules = {"": setup.objective}
@@ -35,8 +36,9 @@ def evaluate(setup: Setup, state: State, signals: Signals) -> dict:
     total = setup.agreement.sum(total.to(setup.device, setup.sum_dtype))
     if float(total[-1]):
         note_unreadable(setup, state, failures)
-    row, sums = {}, total[:-1].reshape(sums.shape).tolist()
-    for prefix, (loss, first, five, count) in zip(modules, sums, strict=True):
+    row: dict[str, float] = {}
+    for prefix, numbers in zip(modules, total[:-1].reshape(sums.shape).tolist(), strict=True):
+        loss, first, five, count = numbers
         if not count:
             raise TrainingError(
                 f"data: expected validation images, could read none of them; {state.last_good_in_words()}"
@@ -48,8 +50,8 @@ def evaluate(setup: Setup, state: State, signals: Signals) -> dict:
 
 
 def _sums(setup, state, signals, batches, modules):
-    """Of the images of this process, for each module: losses, correct, correct among five, images. And what
-    could not be read.
+    """Sums over the images of this process, [modules, 4]: losses, correct answers, labels among the five most
+    likely classes, images. Also (name, reason) of the images that could not be read.
     """
     sums, failures = torch.zeros(len(modules), 4, dtype=torch.float64), []
     while True:
@@ -61,10 +63,10 @@ def _sums(setup, state, signals, batches, modules):
             raise Stopped(state.last_good)
         if not left:
             return sums, failures
-        if batch is None:  # the other processes have batches left
+        if batch is None:  # other processes still have batches
             if not setup.is_sharded:
                 continue
-            batch = _no_images(setup)  # their forward passes need this one
+            batch = _no_images(setup)  # with sharded weights, all processes take part in a forward pass
         batch = batch.to(setup.device)
         failures += batch.failures
         images = to_float(batch.images, setup.dtype, setup.recipe.channels_last)

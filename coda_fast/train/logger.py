@@ -1,9 +1,9 @@
-"""What a run shows and writes beside its checkpoints: progress bar, messages, CSV files, TensorBoard,
-contribution maps, and the summary at the end.
+"""The output of a run other than checkpoints: progress bar, messages, CSV files, TensorBoard, contribution
+maps, and the summary at the end.
 
 Files in the output folder: ``steps.csv`` (a row for each ``log.every`` steps), ``metrics.csv`` (a row an
-epoch), ``tensorboard/``, ``maps/epoch_0001.png``, ``curve.png``. A run that is resumed drops the rows that
-came after its checkpoint, and appends.
+epoch), ``tensorboard/``, ``maps/epoch_0001.png``, ``curve.png``. A run that is resumed removes the rows of
+steps after its checkpoint and appends its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -26,33 +27,40 @@ from coda_fast.train.errors import TrainingError, need
 from coda_fast.train.schema import Recipe
 from coda_fast.train.summary import curve, summary
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 STEP_FIELDS = ("epoch", "step", "updates", "loss", "accuracy", "learning_rate", "images_per_second")
 
 
 class Logger:
-    """The logger of a process: rank zero writes the files and, with ``progress``, shows bar and messages; the
-    others do neither.
+    """The logger of a process. Rank zero writes the files and, with ``progress``, shows bar and messages;
+    other ranks do neither.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, progress: bool, is_rank_zero: bool):
         self.recipe, self.folder, self.is_rank_zero = recipe, folder, is_rank_zero
         self.shows_progress = progress and is_rank_zero
-        self.bar = self.board = self.steps_file = None
+        self.bar: Any = None  # of tqdm
+        self.board: SummaryWriter | None = None
+        self.steps_file: TextIO | None = None
 
     def say(self, text: str) -> None:
-        """A line beside the bar."""
+        """Show a line of text above the bar."""
         if self.shows_progress:
             need("tqdm", "cli").tqdm.write(printable(text), file=sys.stderr)
 
     def reading(self, items: Iterable, label: str, total: int | None = None) -> Iterable:
-        """A bar around what takes long before the first step."""
+        """Show a bar while ``items`` are read, before the first step."""
         return need("tqdm", "cli").tqdm(
             items, desc=label, total=total, disable=not self.shows_progress, leave=False
         )
 
     @contextlib.contextmanager
     def open(self, updates: int, steps: int) -> Iterator[None]:
-        """Files and bar for the length of the training; ``steps`` of an epoch, ``updates`` done."""
+        """A context in which files and bar are open. ``updates``: the steps that are done; ``steps``: of an
+        epoch.
+        """
         if not self.is_rank_zero:
             yield
             return
@@ -87,17 +95,18 @@ class Logger:
             threading.excepthook = hook
 
     def step(self, row: dict) -> None:
-        """One row of STEP_FIELDS."""
+        """Write a row with the fields ``STEP_FIELDS``."""
         self.bar.set_description(f"epoch {row['epoch']}/{self.recipe.epochs}", refresh=False)
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, accuracy {row['accuracy']:.1%}", refresh=False)
         self.bar.update(row["updates"] * self.recipe.batch_size - self.bar.n)
         self.rows.writerow({key: _short(row[key]) for key in STEP_FIELDS})
-        self.steps_file.flush()
+        if self.steps_file is not None:
+            self.steps_file.flush()
         for key in ("loss", "accuracy", "learning_rate", "images_per_second"):
             self._on_board("add_scalar", f"step/{key}", row[key], row["updates"])
 
     def epoch(self, history: list[dict]) -> None:
-        """The history so far; the last row is new."""
+        """Write the last row of the history, which is that of the epoch that has just ended."""
         self._write_metrics(history)
         row = history[-1]
         for key, value in row.items():
@@ -115,25 +124,25 @@ class Logger:
             return
         try:
             getattr(self.board, method)(*arguments, **options)
-        except OSError as error:  # also of its thread, at some later call
+        except OSError as error:  # also errors of its thread, which a later call raises
             self._lose_board(error)
 
     def _lose_board(self, error):
-        """TensorBoard shows what steps.csv, metrics.csv and maps/ hold: no reason to lose a run."""
-        self.board = None  # its thread has ended, and closing it would raise once more
+        """Go on without TensorBoard, because steps.csv, metrics.csv and maps/ hold the same."""
+        self.board = None  # not closed: its thread has ended, and closing would raise the error again
         self.say(
             f"TensorBoard: {self.folder / 'tensorboard'} cannot be written: {error.strerror or error}; the "
             "run goes on without it"
         )
 
     def maps_are_due(self, epoch: int) -> bool:
-        """Whether maps are drawn after so many epochs."""
+        """Whether maps are drawn after the epoch of this number."""
         log = self.recipe.log
         return bool(log.maps) and (epoch % log.maps_every == 0 or epoch == self.recipe.epochs)
 
     def shows(self, epoch: int) -> bool:
-        """Whether the row of this epoch is written, and its maps if they are due: a run may have ended
-        between the checkpoint of an epoch and these.
+        """Whether the row of this epoch is written, and its maps if they are due. A run may have ended after
+        the checkpoint of an epoch and before these.
         """
         try:
             with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
@@ -148,7 +157,7 @@ class Logger:
     def maps(
         self, model: CoDANet, images: torch.Tensor, labels: torch.Tensor, epoch: int, updates: int
     ) -> None:
-        """Contribution maps of ``images`` for the two most likely classes, as they are after so many
+        """Draw the contribution maps of ``images`` for their two most likely classes, after ``epoch``
         epochs.
         """
         with torch.no_grad():
@@ -161,7 +170,7 @@ class Logger:
         self._on_board("add_figure", "maps", figure, updates, close=False)
 
     def finish(self, history: list[dict], written: list[Path]) -> None:
-        """The curve and the summary."""
+        """Draw the curve, and print the summary and the paths of the files ``written``."""
         self._write_metrics(history)
         plot.save_figure(curve(history, self.recipe), self.folder / "curve.png")
         if self.bar is not None:
@@ -203,7 +212,9 @@ class Logger:
 
 
 def _pass_on(hook, arguments):
-    """Call ``hook`` for the errors of all threads but TensorBoard's, whose errors its next call raises."""
+    """Call ``hook`` for errors of all threads but TensorBoard's, which the next call of TensorBoard
+    raises.
+    """
     if not type(arguments.thread).__module__.startswith("tensorboard."):
         hook(arguments)
 

@@ -1,10 +1,10 @@
-"""The loop over epochs and steps, which can stop after any step and resume there.
+"""The loop over epochs and steps, which can stop after any step and be resumed there.
 
 A step is one optimiser update over ``recipe.batch_size`` images. Each process computes its slice in
 micro-batches of equal size, so that the mean over processes and micro-batches is the mean over the global
 batch. Processes communicate for the gradient, and every ``log.every`` steps (or every ``HEARTBEAT`` seconds,
-where steps are slow) in one sum of metrics, which also carries what they must agree on: a signal to stop, the
-time for a checkpoint, images that could not be read.
+where steps are slow) in one sum of metrics, which also contains what all processes must know: whether a
+signal asks for the end, a checkpoint is due, or images could not be read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from coda_fast.train.unreadable import note_unreadable
 
 
 class Message(NamedTuple):
-    """Sums over the processes: metrics since the last row, what asks for something, seconds of rank zero."""
+    """Sums over the processes: metrics since the last row, requests (above 0: asked for), and ``waited``, the
+    seconds since the last message by the clock of rank zero.
+    """
 
     losses: float
     correct: float
@@ -46,7 +48,7 @@ class Message(NamedTuple):
 
 
 class Trainer:
-    """Trains what is set up from the state on; ``train`` does all of it."""
+    """Trains a ``Setup``, beginning at a ``State``."""
 
     def __init__(self, setup: Setup, state: State):
         self.setup, self.state, self.signals = setup, state, Signals()
@@ -54,7 +56,7 @@ class Trainer:
         self.is_compiled = False
 
     def train(self) -> dict:
-        """All epochs that are left, then the files of the result. Returns the last row of the history.
+        """Train for the remaining epochs and write the resulting files. Returns the last row of the history.
 
         Raises:
             Stopped: a signal asked for it. TrainingError: the run cannot go on.
@@ -62,8 +64,8 @@ class Trainer:
         setup, state, epochs = self.setup, self.state, self.setup.recipe.epochs
         with self.signals, setup.logger.open(state.updates, setup.steps):
             state.saved_at = time.monotonic()
-            if state.history and not state.step:  # the last run may have ended before it showed this epoch
-                self.agreement.on_rank_zero(lambda: setup.logger.shows(state.epoch) or self.show())
+            if state.history and not state.step:
+                self.agreement.on_rank_zero(self.show_if_missing)
             while state.epoch < epochs:
                 row = self.train_epoch()
                 if self.evaluates():
@@ -79,17 +81,17 @@ class Trainer:
         return state.history[-1]
 
     def evaluates(self) -> bool:
-        """Whether the present epoch ends with an evaluation."""
+        """Whether the current epoch ends with an evaluation."""
         recipe, epoch = self.setup.recipe, self.state.epoch + 1
         return epoch % recipe.evaluation.every == 0 or epoch == recipe.epochs
 
     def train_epoch(self) -> dict:
-        """The steps of the present epoch that are left; the row of all of them."""
+        """Train for the remaining steps of the current epoch. Returns the row of the epoch."""
         setup, state, recipe = self.setup, self.state, self.setup.recipe
         setup.module.train()
         if state.step == 0:
             state.sums, state.seconds = torch.zeros(3, dtype=torch.float64), 0.0
-        # where no step is left: of the last one
+        # If the epoch has no step left, the row still needs the rate of the last one.
         self.rate = set_rate(setup.schedule, state.epoch, state.updates - (state.step > 0))
         if state.step < setup.steps:
             position = recipe.seed, state.epoch, state.step
@@ -112,7 +114,7 @@ class Trainer:
         }
 
     def train_steps(self, batches: Iterator[Batch]) -> None:
-        """Steps up to the end of the epoch, and the messages of the processes between them."""
+        """Train to the end of the epoch, with messages between the processes."""
         setup, state, recipe = self.setup, self.state, self.setup.recipe
         every, heartbeat, failures = recipe.checkpoint.every_steps, Heartbeat(), []
         sums, begun = torch.zeros(5, dtype=setup.sum_dtype, device=setup.device), heartbeat.last
@@ -142,7 +144,7 @@ class Trainer:
                     raise Stopped(state.last_good)
 
     def exchange(self, sums: torch.Tensor, failures: int, is_last: bool, heartbeat: Heartbeat) -> Message:
-        """One sum over the processes of their metrics and of what they ask for."""
+        """Sum metrics and requests over the processes, in one operation."""
         is_zero = self.agreement.is_rank_zero
         asked = [
             failures,
@@ -177,13 +179,15 @@ class Trainer:
             self.setup.logger.step(dict(zip(STEP_FIELDS, row, strict=True)))
 
     def checkpoint_is_due(self, is_last: bool) -> bool:
-        """By the recipe's clock, and before an evaluation if the last checkpoint is a minute old."""
+        """Whether ``checkpoint.every_minutes`` have passed, or an evaluation comes next and the last
+        checkpoint is older than a minute.
+        """
         minutes, passed = self.setup.recipe.checkpoint.every_minutes, time.monotonic() - self.state.saved_at
         return passed > 60 * minutes > 0 or (is_last and passed > 60 and self.evaluates())
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """One update. Returns sums on the device: losses, correct answers, images that could be read,
-        penalties, and 1 for the step.
+        """One optimiser update. Returns sums on the device, [5]: losses, correct answers, images that could
+        be read, penalties, and 1 for the step.
         """
         setup, state, recipe = self.setup, self.state, self.setup.recipe
         batch = batch.to(setup.device)
@@ -193,7 +197,8 @@ class Trainer:
         if not self.is_compiled:
             self.compile_ahead(images)
         rows = setup.objective.draw_rows(batch.labels, generator, setup.process)
-        parts, sums = setup.local_batch // setup.micro_batch, 0
+        parts = setup.local_batch // setup.micro_batch
+        sums = torch.zeros(4, dtype=setup.sum_dtype, device=setup.device)
         for part in range(parts):
             some = slice(part * setup.micro_batch, (part + 1) * setup.micro_batch)
             labels, valid = batch.labels[some], None if batch.valid is None else batch.valid[some]
@@ -201,7 +206,7 @@ class Trainer:
                 logits, losses, penalty = setup.module(
                     images[some], labels, None if rows is None else rows[some], valid
                 )
-                # an image that could not be read is black, and weighs nothing
+                # an image that could not be read is black, and has no weight
                 losses = losses if valid is None else losses * valid
                 self.fabric.backward((losses.mean() + penalty) / parts)
             correct = logits.detach().argmax(1) == labels
@@ -218,11 +223,11 @@ class Trainer:
         return torch.cat([sums, sums.new_ones(1)])
 
     def compile_ahead(self, images: torch.Tensor) -> None:
-        """Once a host and run, compile the fused kernels of the network in parallel; the first step would
+        """Compile the fused kernels of the network in parallel, once on each host. The first step would
         compile one after the other.
         """
         self.is_compiled = True
-        # each process of a sharded network has a part of the weights
+        # A sharded network cannot be compiled here, because each process has a part of the weights only.
         if self.setup.device.type != "cuda" or self.setup.is_sharded:
             return
         if self.fabric.local_rank == 0:
@@ -232,16 +237,23 @@ class Trainer:
                 if count := compile_for(objective.model, images, dtype, ("training", "inference")):
                     seconds = time.perf_counter() - begun
                     self.setup.logger.say(f"{count} fused kernels compiled in {seconds:.0f} s")
-            except RuntimeError as error:  # not needed: a step takes the next smaller tile of a layer
+            except RuntimeError as error:  # a step tries smaller tiles instead
                 self.setup.logger.say(f"not compiled ahead: {error}")
         self.fabric.barrier()
 
+    def show_if_missing(self) -> None:
+        """Show the last epoch of the run that is resumed, if that ended before it was shown. Of rank zero."""
+        if not self.setup.logger.shows(self.state.epoch):
+            self.show()
+
     def show(self) -> None:
-        """The epoch that has ended, and contribution maps by the weights of the last checkpoint."""
-        logger, source = self.setup.logger, self.setup.source
+        """Show the epoch that has ended, and contribution maps by the weights of the last checkpoint. Of rank
+        zero.
+        """
+        logger, source, model = self.setup.logger, self.setup.source, self.setup.whole_model
         logger.epoch(self.state.history)
-        if logger.maps_are_due(self.state.epoch):
+        if model is not None and logger.maps_are_due(self.state.epoch):
             sample = source.val.sample(self.setup.recipe.log.maps).to(self.setup.device)
             images = to_float(sample.images, self.setup.dtype)
             position = self.state.epoch, self.state.updates
-            logger.maps(self.setup.whole_model, images, sample.labels, *position)
+            logger.maps(model, images, sample.labels, *position)

@@ -1,5 +1,5 @@
-"""What a step minimises: binary cross-entropy on one-hot targets, and the regulariser of the dynamic
-matrix.
+"""The function that training minimises: binary cross-entropy with one-hot targets, plus the regulariser of
+the dynamic matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from coda_fast.train.schema import Recipe
 
 
 class Objective(nn.Module):
-    """Model and loss in one module, so that DDP and FSDP2 see every parameter used in one forward pass."""
+    """Model and loss in one module: DDP and FSDP2 require that one forward pass uses all parameters."""
 
     def __init__(self, model: CoDANet, recipe: Recipe):
         super().__init__()
@@ -41,8 +41,10 @@ class Objective(nn.Module):
         training).
 
         Args:
-            images: [N, C, H, W] in [0, 1]; labels: [N].
-            rows: the classes [N, K] of the regulariser; valid: [N], the images that it counts.
+            images: [N, C, H, W] in [0, 1].
+            labels: [N].
+            rows: the classes [N, K] of the regulariser; None: there is no regulariser.
+            valid: the images that the regulariser counts, [N]; None: all.
         """
         kind = images.device.type
         with torch.autocast(kind, torch.bfloat16) if self.autocast else contextlib.nullcontext():
@@ -55,7 +57,7 @@ class Objective(nn.Module):
         return logits, self._cross_entropy(logits, labels), penalty
 
     def _cross_entropy(self, logits, labels):
-        """Of each image, mean over classes; smoothed, the target of each class moves towards 1/2."""
+        """The loss of each image, a mean over classes. Label smoothing moves all targets towards 1/2."""
         logits = wide(logits)
         targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
         targets = targets * (1 - self.smoothing) + self.smoothing / 2
@@ -64,8 +66,8 @@ class Objective(nn.Module):
     def draw_rows(
         self, labels: torch.Tensor, generator: torch.Generator, process: Process
     ) -> torch.Tensor | None:
-        """The regulariser's classes [N, K] of this process' ``labels`` [N], None without a regulariser. They
-        are drawn for the global batch, so that they do not depend on the number of processes.
+        """The classes [N, K] of the regulariser for this process' ``labels`` [N]; None without a regulariser.
+        They are drawn for the global batch, so that they do not depend on the number of processes.
         """
         if self.matrix is None:
             return None
@@ -74,12 +76,12 @@ class Objective(nn.Module):
         return random_rows(labels, scores, self.matrix.classes)
 
     def weights_in_words(self) -> str:
-        """Whether the weights are finite, and how large. Images are in [0, 1], so that nothing but large
-        weights lets |w|^2 overflow float32.
+        """Whether the weights are finite, and the largest of them, for messages about a loss that is not
+        finite: images are in [0, 1], so that only large weights can make |w|^2 overflow in float32.
         """
         parameters = [(name, p.detach()) for name, p in self.model.named_parameters() if p.numel()]
         sizes = {name: float(p.abs().max()) for name, p in parameters}
         if broken := [name for name, size in sizes.items() if not math.isfinite(size)]:
             return f"not finite: {len(broken)} of {len(sizes)} weights, first {broken[0]}"
-        largest = max(sizes, key=sizes.get)
+        largest = max(sizes, key=lambda name: sizes[name])
         return f"the largest weight is {sizes[largest]:.1e}, in {largest}"

@@ -1,4 +1,4 @@
-"""Optimisers and schedules of the learning rate, timm's, by the recipe."""
+"""Optimisers and schedules of the learning rate, those of timm, by the recipe."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """timm's optimiser of this name.
+    """The optimiser of timm that the recipe names.
 
     Raises:
-        TrainingError: timm has none, it does not have these settings, or this loop cannot run it.
+        TrainingError: timm has no such optimiser, it does not have these settings, or the loop cannot run it.
     """
     need("timm")
     from timm.optim import create_optimizer_v2, list_optimizers
@@ -64,8 +64,10 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> 
 
 
 def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
-    """timm's scheduler for the recipe; ``steps``: optimiser steps of an epoch. TrainingError: the warm-up is
-    as long as the run.
+    """The scheduler of timm for the recipe; an epoch has ``steps`` optimiser steps.
+
+    Raises:
+        TrainingError: the warm-up is as long as the run.
     """
     need("timm")
     from timm.scheduler import CosineLRScheduler, StepLRScheduler
@@ -73,6 +75,7 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) 
 
     spec = recipe.schedule
     if spec.kind == "step":
+        assert spec.divisor is not None, "checked by the schema"
         return StepLRScheduler(optimizer, decay_t=spec.every, decay_rate=1 / spec.divisor)
     if spec.kind == "cosine":
         warmup, rate = round(spec.warmup * steps), recipe.learning_rate()
@@ -91,7 +94,7 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) 
         )
 
     class Pieces(Scheduler):
-        """Linear pieces of the learning rate, which timm has no scheduler for; "constant" has none."""
+        """Linear pieces of the learning rate, for which timm has no scheduler; "constant" has no pieces."""
 
         def _get_lr(self, t):
             for first, epochs, start, end in spec.pieces or ():

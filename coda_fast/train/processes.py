@@ -1,5 +1,5 @@
-"""Processes and devices: Lightning Fabric by the recipe and by what torchrun and SLURM say, FSDP2's groups of
-parameters, and what a process tells of the end of others.
+"""Processes and devices: Lightning Fabric by the recipe and the environment of torchrun and SLURM, the
+parameter groups of FSDP2, and errors that are due to the end of other processes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def make_fabric(recipe: Recipe) -> Fabric:
-    """Lightning Fabric for the recipe, not yet launched. What torchrun or SLURM say of nodes and processes
-    counts more than the recipe.
+    """Lightning Fabric for the recipe, not yet launched. The numbers of nodes and processes of torchrun or
+    SLURM take precedence over the recipe.
 
     Raises:
-        TrainingError: devices that are not there.
+        TrainingError: devices that this machine does not have.
     """
     fabric = need("lightning.fabric")
     accelerator = _accelerator(recipe)
@@ -40,7 +40,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
             num_nodes=nodes,
             strategy=_strategy(recipe.strategy, world_size),
         )
-    except Exception as error:  # Lightning raises several kinds for devices that are not there
+    except Exception as error:  # Lightning raises errors of several classes for missing devices
         raise TrainingError(f"accelerator {accelerator}, devices {devices}: {error}") from None
 
 
@@ -53,7 +53,9 @@ def _accelerator(recipe):
 
 
 def _devices_and_nodes(recipe, accelerator):
-    """Processes of each node, and nodes: Fabric detects the launcher, but has to be told the same numbers."""
+    """The number of processes of each node, and of nodes. Fabric detects the launcher, but expects the same
+    numbers as arguments.
+    """
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
     environment = os.environ
@@ -61,7 +63,7 @@ def _devices_and_nodes(recipe, accelerator):
     if "LOCAL_WORLD_SIZE" in environment:  # torchrun
         devices = int(environment["LOCAL_WORLD_SIZE"])
         nodes = int(environment["WORLD_SIZE"]) // devices
-    elif SLURMEnvironment.detect():  # by srun: in a shell of salloc the recipe counts
+    elif SLURMEnvironment.detect():  # started by srun; in a shell of salloc the recipe decides
         nodes = int(environment["SLURM_NNODES"])
         devices = int(environment["SLURM_NTASKS"]) // nodes
     if devices == "auto":
@@ -87,14 +89,14 @@ def _strategy(name, world_size):
 
 
 def shard(objective: Objective, device_mesh: DeviceMesh) -> Objective:
-    """FSDP2: a group of parameters for each layer; one for all with the matrix regulariser, which uses
-    weights outside their layer.
+    """Shard an objective by FSDP2, in place, with one group of parameters for each layer. With the matrix
+    regulariser, which uses weights outside of their layer, there is one group for all.
     """
     from torch.distributed.fsdp import fully_shard
 
     mesh = device_mesh["data_parallel"]
     if objective.matrix is None:
-        for layer in objective.model.layers:
+        for layer in objective.model.dau_layers().values():
             fully_shard(layer, mesh=mesh)
     return fully_shard(objective, mesh=mesh)
 
@@ -105,14 +107,14 @@ def is_sharded(fabric: Fabric) -> bool:
 
 
 def lost_connection(error: Exception) -> str | None:
-    """In one line, what a process notices of others that ended, or that it does not find. None: it is
-    something else.
+    """The message, in one line, of an error that is due to other processes, which have ended or cannot be
+    found; None: it is another error.
     """
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "/gloo/" in text:
         return text[:200]
     if isinstance(error, getattr(torch.distributed, "DistError", ())):
-        return text[:800] or type(error).__name__  # NCCL says why at the end
+        return text[:800] or type(error).__name__  # NCCL gives the reason at the end
     return None
 
 

@@ -1,5 +1,5 @@
-"""The global random generators of a process: torch's, NumPy's, Python's. Lightning's functions that collect
-and restore their states are private.
+"""The global random generators of a process: those of torch, NumPy and Python. Lightning's functions that
+collect and restore their states are private.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ def seed_all(seed: int) -> None:
 
 def get_state() -> dict:
     """The states of all of them, as plain values that a checkpoint can hold."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    legacy = np.random.get_state(legacy=False)
+    name, keys, position = legacy["bit_generator"], legacy["state"]["key"], legacy["state"]["pos"]
     version, numbers, next_gauss = random.getstate()
     has_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "torch": torch.get_rng_state(),
-        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(gauss)],
+        "numpy": [name, keys.tolist(), int(position), int(legacy["has_gauss"]), float(legacy["gauss"])],
         "python": [version, list(numbers), next_gauss],
         "cuda": torch.cuda.get_rng_state() if has_cuda else None,
     }
 
 
 def set_state(state: dict) -> None:
-    """Restore what ``get_state`` returned."""
+    """Restore the states that ``get_state`` returned."""
     torch.set_rng_state(state["torch"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))

@@ -1,5 +1,5 @@
-"""Recipes: everything that a run depends on, as YAML files in ``coda_fast/recipes`` or anywhere, with
-``key=value`` changes on top.
+"""Recipes: everything that a run depends on, as YAML files in ``coda_fast/recipes`` or elsewhere, with
+``key=value`` overrides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Data", "Recipe", "list_recipes", "load_recipe", "make_recipe"]
 
 
 def list_recipes() -> dict[str, str]:
-    """Names of the recipes that come with the package, and what each is."""
+    """The names of the recipes of this package, each with a description."""
     return {name: load_recipe(name).about for name in _names()}
 
 
@@ -25,7 +25,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     YAML.
 
     Raises:
-        TrainingError: no such recipe, unknown keys (with those that come near) or values of the wrong type.
+        TrainingError: no such recipe, unknown keys (the message names similar ones), values of the wrong
+            type, or overrides that change nothing.
     """
     values = _read(name)
     known = set(keys())
@@ -72,7 +73,9 @@ def _read(name):
 
 
 def _refuse_unused(recipe, changes):
-    """TrainingError where a change has no effect beside the other values, and is not one to the default."""
+    """Raise a TrainingError where an override has no effect together with the other values. One that sets the
+    default is allowed.
+    """
     unused = recipe.unused()
     for key, value in changes:
         if key not in unused:
@@ -87,7 +90,9 @@ def _refuse_unused(recipe, changes):
 
 
 def make_recipe(values: dict, source: str) -> Recipe:
-    """A checked ``Recipe`` of plain values; TrainingError names what does not fit."""
+    """A checked ``Recipe`` from plain values, which ``source`` names in messages. TrainingError: unknown keys
+    or values that do not fit.
+    """
     from pydantic import ValidationError
 
     try:
@@ -95,7 +100,7 @@ def make_recipe(values: dict, source: str) -> Recipe:
     except ValidationError as error:
         problems = []
         for found in error.errors()[:10]:
-            # positions in lists stay; names of the types that a union tried go
+            # keys and indices of lists, without the types that pydantic tried for a union
             key = ".".join(
                 str(part)
                 for part in found["loc"]
@@ -146,7 +151,7 @@ def _unknown(key, known):
     return f"unknown key {key!r}" + (f"; near to it: {', '.join(near)}" if near else "")
 
 
-LONGEST, DEEPEST, LARGEST = 2**16, 20, 10_000  # of a recipe: bytes, values in values, values in all
+LONGEST, DEEPEST, LARGEST = 2**16, 20, 10_000  # limits of a recipe: bytes, depth, number of values
 
 
 def _parse(text, what):
@@ -159,7 +164,7 @@ def _parse(text, what):
         raise TrainingError(f"{what}: not YAML: {' '.join(str(error).split())[:1000]}") from None
     except RecursionError:
         raise TrainingError(f"{what}: expected values at most {DEEPEST} deep, got deeper ones") from None
-    except (ValueError, TypeError, OverflowError) as error:  # numbers and dates that Python does not have
+    except (ValueError, TypeError, OverflowError) as error:  # numbers and dates that Python cannot represent
         raise TrainingError(
             f"{what}: not YAML that can be read: {' '.join(str(error).split())[:1000]}"
         ) from None
@@ -168,7 +173,7 @@ def _parse(text, what):
 
 
 def _need_modest(found, what):
-    """TrainingError where aliases make too many values of few bytes, or a value that holds itself."""
+    """Raise a TrainingError where aliases of YAML make too many values, or a value that contains itself."""
     level, count = [found], 0
     for _ in range(DEEPEST + 1):
         count += len(level)

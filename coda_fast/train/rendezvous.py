@@ -1,8 +1,8 @@
-"""The process group of torchrun's present attempt, for workers that it has restarted.
+"""The process group of torchrun's current attempt, for workers that it has restarted.
 
-torchrun keeps one store for all attempts. A restarted worker that joined by Lightning's own means would find
-the addresses of its dead predecessors there, and fail, or wait, depending on which process comes first. So
-workers agree on a name for the attempt, under which the process group keeps its keys.
+torchrun has one key-value store for all attempts. A restarted worker that joined as Lightning does would find
+the addresses of ended workers there, and would fail or wait, depending on which process comes first.
+Therefore the workers agree on a name for the attempt, which becomes the prefix of the process group's keys.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ import json
 import os
 import time
 import uuid
+from typing import TYPE_CHECKING
 
 from coda_fast.train.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 
 def join_attempt(backend: str) -> None:
@@ -29,20 +33,21 @@ def join_attempt(backend: str) -> None:
     )
 
 
-def agree_on_attempt(store, rank: int, world_size: int, patience: float = 300.0) -> str:
-    """A name that all workers of an attempt agree on, and none of an earlier attempt.
+def agree_on_attempt(store: Store, rank: int, world_size: int, patience: float = 300.0) -> str:
+    """A name for the attempt that all of its workers get, and no worker of an earlier attempt.
 
-    torchrun has none to give: each agent counts its own restarts. But the workers of an attempt start after
-    all earlier ones have ended. So each worker writes a random name, rank zero offers a name for the attempt
-    with the list of those that it read, and a worker that finds its own name in the list agrees. A list that
-    names dead workers is offered anew as soon as their successors have come.
+    torchrun has no such name, because each agent counts its own restarts. But the workers of an attempt start
+    after all earlier ones have ended. So each worker writes a random name of its own. Rank zero offers a name
+    for the attempt, together with the list of the workers' names that it has read, and a worker that finds
+    its own name in the list agrees. If the list contains ended workers, rank zero makes a new offer as soon
+    as their successors have written their names.
 
     Raises:
-        TrainingError: not all came within ``patience`` seconds.
+        TrainingError: not all workers agree within ``patience`` seconds.
     """
     own, deadline = uuid.uuid4().hex, time.monotonic() + patience
     store.set(f"here/{rank}", own)
-    here, offer, seen = [f"here/{r}" for r in range(world_size)], None, None
+    here, offer, seen = [f"here/{r}" for r in range(world_size)], "", [""]
     while time.monotonic() < deadline:
         if rank == 0 and store.check(here):
             found = [name.decode() for name in store.multi_get(here)]
@@ -57,7 +62,7 @@ def agree_on_attempt(store, rank: int, world_size: int, patience: float = 300.0)
             if rank < len(names) and names[rank] == own and current != offer:
                 offer = current
                 store.set(f"{offer}/yes/{rank}", "1")
-            if offer is not None and store.check([f"{offer}/go"]):
+            if offer and store.check([f"{offer}/go"]):
                 return offer
         time.sleep(0.1)
     raise TrainingError(

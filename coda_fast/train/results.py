@@ -1,4 +1,4 @@
-"""What a run leaves at its end: model files of the last epoch and of the best one."""
+"""The results of a run: model files of the last epoch and of the best one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from coda_fast.train.state import State
 
 
 def write_models(setup: Setup, state: State) -> list[Path]:
-    """Write them, and return which there are: model, model_ema, model_best."""
+    """Write model.safetensors, and model_ema.safetensors and model_best.safetensors where the run has them.
+    Returns their paths.
+    """
+    assert state.last_good is not None, "an epoch ends with a checkpoint"
     last, best_file = checkpoints.read(state.last_good), setup.checkpoints / "best.pt"
     written = [_write(setup, last, weights, MODELS[weights]) for weights in ("model", "ema") if last[weights]]
     if state.best is None:
@@ -27,7 +30,9 @@ def write_models(setup: Setup, state: State) -> list[Path]:
 
 
 def _write(setup, content, weights, name):
-    """One set of weights of a checkpoint as a model file, with its recipe and its row of the history."""
+    """Write one set of weights of a checkpoint as a model file, with its recipe and its row of the
+    history.
+    """
     path = setup.output / name
     metadata = {"recipe": setup.recipe.model_dump(mode="json"), **content["history"][-1], "weights": weights}
     model_files.save(checkpoints.load_whole_model(setup, content[weights]), path, metadata)

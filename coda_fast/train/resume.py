@@ -1,4 +1,4 @@
-"""Which checkpoint a run is resumed from, and how a run that is set up is restored from it."""
+"""Finding the checkpoint from which a run is resumed, and restoring the run from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def find(folder: RunFolder, resume: str | None, agreement: Agreement) -> tuple[P
     """The checkpoint to resume from and its content, the same for all processes. None: the run is a new one.
 
     Raises:
-        TrainingError: there is none, it cannot be read, or the folder holds a run that would be lost.
+        TrainingError: there is no such checkpoint, it cannot be read, or the folder holds a run that would be
+            overwritten.
     """
     found = None
 
@@ -81,7 +82,7 @@ def restore(setup: Setup, state: State, path: Path, content: dict) -> None:
     """Restore weights, optimiser, schedule, position, history and random states from a checkpoint.
 
     Raises:
-        TrainingError: it is of another recipe, other data, or another model.
+        TrainingError: the checkpoint is of another recipe, other data, or another model.
     """
     stored = make_recipe(content["recipe"], str(path))
     _check_same_run(setup, path, content, stored)
@@ -93,10 +94,13 @@ def restore(setup: Setup, state: State, path: Path, content: dict) -> None:
             "come twice, some not at all"
         )
     _load_weights(setup, path, content)
-    for key in ("epoch", "step", "updates", "best", "sums", "seconds"):
+    for key in ("epoch", "step", "updates", "best", "seconds"):
         setattr(state, key, content[key])
+    if content["sums"] is not None:  # a checkpoint within an epoch
+        state.sums = content["sums"]
     state.history, state.unreadable, state.last_good = list(content["history"]), dict(content["bad"]), path
-    # with another number of processes it starts anew: nothing that a step draws depends on these
+    # With another number of processes the states are not restored. The numbers that a step draws do not
+    # depend on them.
     if content["world"] == setup.process.world_size:
         try:
             random_state.set_state(content["rng"][setup.process.rank])
@@ -132,7 +136,7 @@ def _check_same_run(setup, path, content, stored):
 
 
 def _load_weights(setup, path, content):
-    """Weights, moving average, optimiser and schedule."""
+    """Load weights, moving average, optimiser and schedule."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         set_model_state_dict,
@@ -141,11 +145,11 @@ def _load_weights(setup, path, content):
 
     whole = StateDictOptions(full_state_dict=True)
     try:
-        # the optimiser first: torch takes a step to have a state to load into, which moves the weights of
-        # some
+        # The optimiser comes first: to create the state into which it loads, torch takes a step, which
+        # changes the weights with some optimisers.
         optimizer = setup.optimizer.optimizer
         set_optimizer_state_dict(setup.objective, optimizer, content["optimizer"], options=whole)
-        # sharded modules put their shards into the dictionary that they are given: a copy
+        # For sharded modules, torch replaces the tensors of the given dictionary by shards: it gets a copy.
         set_model_state_dict(setup.objective, dict(content["model"]), options=whole)
         if setup.ema is not None:
             set_model_state_dict(setup.ema.module, dict(content["ema"]), options=whole)
@@ -161,7 +165,7 @@ def _load_weights(setup, path, content):
 
 
 def begin(folder: RunFolder, recipe: Recipe, state: State) -> None:
-    """Take possession of the folder: locked, with best.pt and recipe.yaml of this run."""
+    """Lock the folder, and write best.pt and recipe.yaml of this run into it. Of rank zero."""
     folder.lock()
     if state.last_good is None and checkpoints.listed(folder.checkpoints):
         raise TrainingError(f"{folder.path} holds a run that began meanwhile; --resume auto goes on with it")

@@ -1,4 +1,4 @@
-"""The folder of a run: it holds nothing that the run reads, and no other run writes there."""
+"""The folder of a run: the run reads no data from it, and no other run writes to it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from coda_fast.checkpoints import atomic_path
 from coda_fast.train.errors import FILES, TrainingError
 from coda_fast.train.schema import Recipe
 
-PATIENCE = 100.0  # seconds; servers of NFS keep locks of a host that was lost for 90
-# what file systems without locks say
+PATIENCE = 100.0  # seconds; an NFS server holds the locks of a lost host for 90
+# the errors of file systems without locks
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class RunFolder(contextlib.ExitStack):
-    """The folder, and its lock from ``lock`` on until the context ends. ``say``: called with messages."""
+    """The folder, and its lock from the call of ``lock`` to the end of the context. ``say`` is called with
+    messages.
+    """
 
     def __init__(self, path: Path, say: Callable[[str], None]):
         super().__init__()
         self.path, self.checkpoints, self.say, self.is_locked = path, path / "checkpoints", say, False
 
     def check(self, recipe: Recipe) -> None:
-        """TrainingError where the run would write into its data."""
+        """Raise a TrainingError where the run would write into its data."""
         data = recipe.data
         read = [path for path in (data.path, data.val_path) if path is not None]
         classes = []
@@ -39,8 +41,8 @@ class RunFolder(contextlib.ExitStack):
             raise TrainingError(str(error)) from None
 
     def lock(self) -> None:
-        """Make the folder and lock it, once. A file is locked because the runs may be on different hosts that
-        share nothing else; where the file system has no locks, a message says so.
+        """Make the folder and lock it; further calls do nothing. The lock is a file, because runs may be on
+        hosts that share nothing but the file system. Where the file system has no locks, a message says so.
 
         Raises:
             TrainingError: the folder cannot be written to, or another process trains there.
@@ -63,7 +65,7 @@ class RunFolder(contextlib.ExitStack):
         try:
             try:
                 lock.acquire(timeout=0)
-            except Timeout:  # a run that was just killed may hold it for some time more
+            except Timeout:  # the lock of a run that was killed may remain for a while
                 self.say(f"waiting up to {PATIENCE:.0f} s for the run that holds {self.path}")
                 lock.acquire(timeout=PATIENCE)
         except Timeout:
@@ -78,6 +80,6 @@ class RunFolder(contextlib.ExitStack):
         self.callback(lock.release)
 
     def write_recipe(self, recipe: Recipe) -> None:
-        """recipe.yaml, with all values."""
+        """Write recipe.yaml, with all values."""
         with atomic_path(self.path / "recipe.yaml") as temporary:
             temporary.write_text(recipe.to_yaml(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The keys of a recipe, their types, their bounds, and what they need beside them."""
+"""The keys of a recipe: their types, their bounds, and which of them need each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coda_fast.train.errors import need
 need("pydantic")
 from pydantic import BaseModel, ConfigDict, Field, model_validator  # noqa: E402
 
-# with bounds, so that absurd values are refused before anything is allocated
+# Bounds, so that absurd values are refused before anything is allocated.
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
@@ -28,8 +28,8 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    """A name of ``coda_fast.list_models()``, and arguments of ``coda_fast.create_model`` that replace those
-    of the name (null: not replaced).
+    """The network: a name of ``coda_fast.list_models()``, and arguments of ``coda_fast.create_model`` that
+    replace those of the named network (null: not replaced).
     """
 
     name: str
@@ -50,8 +50,8 @@ class Model(_Section):
 
 
 class RandAugment(_Section):
-    """timm's, with ``n`` operations of strength ``m`` on the scale of 30 of arXiv:1909.13719. Every operation
-    is applied.
+    """RandAugment of timm: ``n`` operations, all of which are applied, of strength ``m`` on the scale of
+    arXiv:1909.13719, which ends at 30.
     """
 
     n: Annotated[int, Field(ge=1, le=100)] = 2
@@ -59,27 +59,28 @@ class RandAugment(_Section):
 
 
 class Data(_Section):
-    """Where images come from and what happens to them; layouts: docs/training.md."""
+    """The images and their augmentation; docs/training.md describes the layouts."""
 
     kind: Literal["digits", "npz", "cifar10", "folder", "webdataset"]
     path: str | None = None  # a file, a folder, or (webdataset) a pattern of shards
-    val_path: str | None = None  # where it is not beside the training images
-    # webdataset: how many; folder: the first so many in the order of their names; null: all
+    val_path: str | None = None  # of the validation images; null: beside the training images
+    # the number of classes (webdataset); at most so many, in the order of their names (folder); null: all
     classes: Annotated[int, Field(ge=1, le=10**7)] | None = None
-    flip: bool = False  # left to right, half of the images
-    pad: Annotated[int, Field(ge=0, le=256)] = 0  # random crop of the padded image, as for CIFAR
-    resize: Side | None = None  # shorter side, before the crop
-    size: Side | None = None  # side of the square crop; null: images are of one size already
-    # of Pillow, antialiased
+    flip: bool = False  # flip half of the images left to right
+    pad: Annotated[int, Field(ge=0, le=256)] = 0  # pixels of padding before a random crop, as for CIFAR
+    resize: Side | None = None  # the shorter side before the crop
+    size: Side | None = None  # the side of the square crop; null: all images have one size already
+    # a filter of Pillow, antialiased
     interpolation: Literal[INTERPOLATIONS] = "bilinear"  # type: ignore[valid-type]
-    # share of the area that a random crop takes (Inception); null: ``size`` of ``resize``
+    # the least and largest share of the area that a random crop covers (Inception); null: ``size`` of
+    # ``resize``
     scale: tuple[Share, float] | None = None
     randaugment: RandAugment | None = None
-    in_memory: bool = False  # folder: decode once, keep all on the device
-    workers: Annotated[int, Field(ge=0, le=256)] = 4  # processes that decode, for each training process
-    max_corrupt: Count = 100  # so many images that cannot be read are skipped; one more stops the run
-    train_samples: Positive | None = None  # webdataset: how many images an epoch is
-    shuffle: Annotated[int, Field(ge=1, le=10**6)] = 5000  # webdataset: the buffer to draw from
+    in_memory: bool = False  # folder: decode all images once and store them on the device
+    workers: Annotated[int, Field(ge=0, le=256)] = 4  # decoding processes of each training process
+    max_corrupt: Count = 100  # the most unreadable images that are skipped; one more ends the run
+    train_samples: Positive | None = None  # webdataset: the number of images of an epoch
+    shuffle: Annotated[int, Field(ge=1, le=10**6)] = 5000  # webdataset: samples in the shuffle buffer
 
 
 class Loss(_Section):
@@ -94,7 +95,7 @@ class Loss(_Section):
 
 
 class Optimizer(_Section):
-    """Any of timm's. The learning rate at ``batch_size`` B is ``lr`` (rule "none"), ``lr B /
+    """An optimiser of timm. The learning rate at ``batch_size`` B is ``lr`` (rule "none"), ``lr B /
     reference_batch`` ("linear") or ``lr sqrt(B / reference_batch)`` ("sqrt").
     """
 
@@ -103,10 +104,10 @@ class Optimizer(_Section):
     rule: Literal["none", "linear", "sqrt"] = "none"
     reference_batch: Positive | None = None
     weight_decay: Weight = 0.0
-    # null: the optimiser's own
+    # null: the defaults of the optimiser
     betas: Annotated[list[Share], Field(min_length=2, max_length=3)] | None = None
-    eps: Rate | None = None  # at high T gradients are small: Adam's own 1e-8 would hold them down
-    clip: Rate | None = None  # largest norm of the gradient
+    eps: Rate | None = None  # at high T gradients are so small that Adam's default 1e-8 would dominate
+    clip: Rate | None = None  # the largest norm of the gradient; larger ones are scaled down
 
 
 class Schedule(_Section):
@@ -146,7 +147,9 @@ class Ema(_Section):
 
 
 class Checkpoint(_Section):
-    """A checkpoint after every epoch, and more often if asked for; ``keep`` of them remain, and the best."""
+    """A checkpoint is written after every epoch, and more often if these keys say so. The newest ``keep`` of
+    them and the best one are not deleted.
+    """
 
     every_steps: Count = 0
     every_minutes: Weight = 0.0
@@ -165,6 +168,8 @@ class Log(_Section):
 
 
 class Evaluation(_Section):
+    """Loss and accuracy on the validation images, every ``every`` epochs and after the last one."""
+
     every: Positive = 1  # epochs
     batch_size: Batch = 256  # of each process
 
@@ -191,7 +196,7 @@ class Recipe(_Section):
     channels_last: bool = False
     compile: bool = False
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    # of this node; torchrun and SLURM say it themselves
+    # the number of processes on this node, unless torchrun or SLURM gives it
     devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     checkpoint: Checkpoint = Checkpoint()
@@ -230,13 +235,15 @@ class Recipe(_Section):
         return self.optimizer.lr * self.scale()
 
     def scale(self) -> float:
-        """The factor by which the rule changes learning rates."""
+        """The factor by which ``optimizer.rule`` changes learning rates."""
         optimizer = self.optimizer
-        ratio = 1.0 if optimizer.rule == "none" else self.batch_size / optimizer.reference_batch
+        if optimizer.rule == "none" or optimizer.reference_batch is None:
+            return 1.0
+        ratio = self.batch_size / optimizer.reference_batch
         return ratio**0.5 if optimizer.rule == "sqrt" else ratio
 
     def unused(self) -> dict[str, str]:
-        """Keys that change nothing beside the others, and what they need to change something."""
+        """The keys that have no effect together with the other values, and what they need to have one."""
         kinds = {"step": ("every", "divisor"), "cosine": ("warmup", "last"), "pieces": ("pieces",)}
         found = {
             f"schedule.{key}": f"schedule.kind={kind}"
@@ -260,8 +267,8 @@ class Recipe(_Section):
         return found
 
     def differences(self, other: Recipe) -> list[str]:
-        """Keys that differ from ``other`` and change what is computed: a run cannot be resumed with another
-        value of these.
+        """The keys that differ from ``other`` and change what is computed: a run cannot be resumed with other
+        values of these.
         """
         mine, theirs = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
         free = _FREE if self.schedule.kind == "cosine" else (*_FREE, "epochs")
@@ -272,6 +279,7 @@ class Recipe(_Section):
         )
 
     def to_yaml(self) -> str:
+        """The recipe as YAML, with the values of all keys."""
         return need("yaml").safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -287,7 +295,7 @@ _DATA_OF = {
     "shuffle": ("webdataset",),
 }
 
-# what a resumed run may change: where and how it is computed, not what is computed
+# Keys that a resumed run may change, because they say where and how it is computed, and not what.
 _FREE = (
     "name",
     "about",

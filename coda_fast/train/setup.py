@@ -1,9 +1,10 @@
-"""Set-up: what a run trains, made of its recipe, and checked before anything is written."""
+"""Set-up of a run: model, data and optimiser by its recipe, checked before anything is written."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,21 +27,31 @@ if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler
     from timm.utils import ModelEmaV3
 
-# of the weights; bfloat16 is autocast
+# The dtype of the weights for each precision; "bfloat16" means autocast, with weights in float32.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run trains, with what, and where it writes. None of it is replaced while it trains.
+    """Everything that a run needs and does not replace during training.
 
     Attributes:
-        source: training and validation images; ``facts``: what tells them apart from others.
-        steps: optimiser steps of an epoch.
-        local_batch: images of a step in each process, computed ``micro_batch`` at a time.
-        objective: model and loss; ``module``: the same as Fabric wraps it for the processes.
+        recipe: of the run.
+        output: the folder of the run.
+        agreement: communication with the other processes.
+        logger: shows and writes metrics.
+        source: training and validation images.
+        facts: about the images; those of another data set differ.
+        steps: the number of optimiser steps of an epoch.
+        local_batch: the number of images of a step in each process.
+        micro_batch: the number of images that a process computes at once.
+        objective: model and loss.
+        module: the objective as Fabric wraps it.
         ema: timm's moving average of the objective, if the recipe has one.
-        whole_model: of rank zero alone, all weights of the last checkpoint, for maps and files.
+        optimizer: as Fabric wraps it.
+        schedule: of the learning rate.
+        whole_model: of rank zero, a model with all weights of the last checkpoint, for maps and files; None
+            in other processes.
     """
 
     recipe: Recipe
@@ -61,27 +72,32 @@ class Setup:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
         return self.output / "checkpoints"
 
     @property
     def process(self) -> Process:
+        """Rank and world size."""
         return self.agreement.process
 
     @property
     def device(self) -> torch.device:
+        """The device of this process."""
         return self.agreement.fabric.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return DTYPES[self.recipe.precision]
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """Of sums of metrics."""
+        """The dtype of sums of metrics: Apple's GPUs have no float64."""
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     @property
     def is_sharded(self) -> bool:
+        """Whether each process has a part of the weights only."""
         return processes.is_sharded(self.agreement.fabric)
 
 
@@ -140,8 +156,8 @@ def set_up(recipe: Recipe, output: Path, agreement: Agreement, logger: Logger) -
 
 
 def split_batch(recipe: Recipe, process: Process) -> tuple[int, int]:
-    """Images of a step for each process, and of a micro-batch: the largest equal part that ``micro_batch``
-    allows.
+    """The number of images of a step for each process, and of a micro-batch: micro-batches are as large as
+    ``micro_batch`` allows, and all equal. TrainingError: the batch cannot be divided among the processes.
     """
     if recipe.batch_size % process.world_size:
         raise TrainingError(
@@ -154,7 +170,7 @@ def split_batch(recipe: Recipe, process: Process) -> tuple[int, int]:
 
 
 def differences(before: dict, after: dict, first: str, second: str) -> str:
-    """What differs in facts about data, in words."""
+    """The differences between facts about data, in words; ``first`` and ``second`` name the two."""
     return ", ".join(
         f"{key} ({first} {before.get(key)!r}, {second} {after[key]!r})"
         for key in after
@@ -163,8 +179,8 @@ def differences(before: dict, after: dict, first: str, second: str) -> str:
 
 
 def _check_same_data(gathered):
-    """TrainingError, in every process, unless all have the same images: with others they would take other
-    numbers of steps, and wait for each other without end.
+    """Raise a TrainingError, in every process, unless all have the same images. Otherwise they could take
+    different numbers of steps, and wait for each other without end.
     """
     for rank, facts in enumerate(gathered):
         if changed := differences(gathered[0], facts, "process 0", f"process {rank}"):
@@ -172,7 +188,7 @@ def _check_same_data(gathered):
 
 
 def _amounts(facts, num_classes):
-    """In words, as "1347 images to train with, 450 images to validate with, 10 classes"."""
+    """The amount of data in words: "1347 images to train with, 450 images to validate with, 10 classes"."""
     uses, parts = {"train": "train", "val": "validate"}, []
     for key, count in facts.items():
         if key.endswith(("_images", "_shards")):
@@ -221,7 +237,7 @@ def _create_model(recipe, options, **more):
 
 
 def _check_memory(recipe, model, source, device, local_batch, micro_batch):
-    """TrainingError where weights, images or activations of a step alone take more memory than there is."""
+    """Raise a TrainingError where weights, images or activations of a step alone do not fit into memory."""
     weights = sum(p.numel() for p in model.parameters()) * DTYPES[recipe.precision].itemsize
     try:
         safety.need_memory("model: weights, their gradients and a copy", 3 * weights, device)
@@ -229,13 +245,12 @@ def _check_memory(recipe, model, source, device, local_batch, micro_batch):
         height, width = source.train.images.shape[2:] if in_memory else (recipe.data.size or 1,) * 2
         pixels = height * width * model.image_channels
         if not in_memory:
-            batches = 1 + 4 * recipe.data.workers  # that the loader keeps ready
+            batches = 1 + 4 * recipe.data.workers  # the loader reads ahead
             safety.need_memory("batch_size, data.workers, data.size: images", batches * local_batch * pixels)
         activations = 0
-        for layer in model.layers if in_memory or recipe.data.size else ():
-            height, width = layer.geometry.output_size(height, width)
-            activations += layer.out_channels * height * width
-        # of two bytes under autocast
+        if in_memory or recipe.data.size:
+            activations = sum(map(math.prod, model.layer_sizes(height, width).values()))
+        # two bytes each, as under autocast
         needed = 2 * micro_batch * (activations + 2 * pixels)
         safety.need_memory("batch_size, micro_batch: activations", needed, device)
     except ValueError as error:
@@ -243,7 +258,7 @@ def _check_memory(recipe, model, source, device, local_batch, micro_batch):
 
 
 def _objective(recipe, model, agreement):
-    """The objective, rank zero's whole model, and the moving average, on the device."""
+    """The objective, the whole model of rank zero, and the moving average, on the device."""
     is_sharded = processes.is_sharded(agreement.fabric)
     if recipe.channels_last and not is_sharded:  # FSDP2 takes contiguous weights only
         model = model.to(memory_format=torch.channels_last)

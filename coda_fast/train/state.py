@@ -1,4 +1,4 @@
-"""Where a run stands, beside its weights: what changes from step to step, and what checkpoints keep of it."""
+"""The state of a run, other than weights, optimiser and schedule."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import torch
 
 @dataclasses.dataclass
 class State:
-    """The position of a run, in epochs and steps that are complete, and what it has measured.
+    """The position of a run and its metrics so far.
 
     Attributes:
-        updates: steps of all epochs.
+        epoch: the number of complete epochs.
+        step: the number of complete steps of the current epoch.
+        updates: the number of complete steps of all epochs.
         history: a row of metrics for each epoch.
-        best: the highest score (``score``) of the history.
-        sums: of the present epoch, float64 [3]: loss x images, correct answers, images.
-        seconds: that the steps of the present epoch took.
-        unreadable: images that could not be read, and why.
-        last_good: the newest checkpoint; ``saved_at``: when it was written, on the monotonic clock.
+        best: the highest ``score`` of the history.
+        sums: of the current epoch, float64 [3]: loss x images, correct answers, images.
+        seconds: the duration of the steps of the current epoch.
+        unreadable: the reason for each image that could not be read, by name.
+        last_good: the newest checkpoint.
+        saved_at: when that was written, on the monotonic clock.
     """
 
     epoch: int = 0
@@ -27,28 +30,31 @@ class State:
     updates: int = 0
     history: list[dict] = dataclasses.field(default_factory=list)
     best: float | None = None
-    sums: torch.Tensor | None = None
+    sums: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     seconds: float = 0.0
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
     last_good: Path | None = None
     saved_at: float = 0.0
 
     def end_epoch(self, row: dict) -> bool:
-        """Append the row of the epoch; whether it is the best so far."""
+        """Append the row of the epoch; returns whether it is the best so far."""
         self.epoch, self.step = self.epoch + 1, 0
         self.history.append(row)
-        is_best = score(row) is not None and (self.best is None or score(row) > self.best)
-        if is_best:
-            self.best = score(row)
-        return is_best
+        found = score(row)
+        if found is None or (self.best is not None and found <= self.best):
+            return False
+        self.best = found
+        return True
 
     def last_good_in_words(self) -> str:
-        """For messages about what ends a run."""
+        """The newest checkpoint, for messages about errors that end a run."""
         if self.last_good is None:
             return "no checkpoint was written before"
         return f"the last good checkpoint is {self.last_good}"
 
 
 def score(row: dict) -> float | None:
-    """By what an epoch is the best: the validation accuracy, of the moving average if there is one."""
+    """The score by which epochs are compared: the validation accuracy, of the moving average if there is
+    one.
+    """
     return row.get("ema_val_accuracy", row.get("val_accuracy"))

@@ -1,4 +1,4 @@
-"""The curve and the table of a run, of the rows of its history."""
+"""The figure and the table that summarise the history of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def curve(history: list[dict], recipe: Recipe) -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    own = recipe.model.out_channels  # a network of its own layers is not the one that it is named after
+    own = recipe.model.out_channels  # with layers of its own, a network differs from the one that it names
     network = recipe.model.name if own is None else f"layers of {', '.join(map(str, own))} channels"
     title, families = plot.drawable(f"{recipe.name}: {network}, batch {recipe.batch_size}")
     figure.suptitle(title, fontsize=10, fontfamily=families, parse_math=False)  # a name may hold dollars
@@ -49,10 +49,10 @@ def summary(history: list[dict]) -> str:
         "ema_val_accuracy",
         "images_per_second",
     )
-    columns = [key for key in columns if key in history[-1]]
-    cells = [["", *(key.replace("_", " ").replace(" per ", "/") for key in columns)]]
+    shown = [key for key in columns if key in history[-1]]
+    cells = [["", *(key.replace("_", " ").replace(" per ", "/") for key in shown)]]
     for label, row in (("best", best), ("last", history[-1])):
-        values = [row.get(key, "") for key in columns]
+        values = [row.get(key, "") for key in shown]
         cells.append(
             [label, *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)]
         )

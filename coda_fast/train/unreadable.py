@@ -1,4 +1,4 @@
-"""Images that cannot be read: counted over all processes, named once, and a limit on them."""
+"""Images that cannot be read: they are counted over all processes, named once, and limited in number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def note_unreadable(setup: Setup, state: State, failures: list[tuple[str, str]])
     """Add each process' ``failures``, (name, reason), to the state.
 
     Raises:
-        TrainingError: more than ``data.max_corrupt``, in every process.
+        TrainingError: in every process, there are more than ``data.max_corrupt``.
     """
     for failure in setup.agreement.gather(failures):
         for name, reason in failure:

@@ -45,6 +45,7 @@ class Launch:
 
     @classmethod
     def make(cls, kernel, grid, named: dict) -> Launch:
+        """A note of ``kernel[grid](**named)``."""
         runtime = _runtime_arguments(kernel)
         tensors = [a for a in named.values() if hasattr(a, "untyped_storage")]
         sizes = {

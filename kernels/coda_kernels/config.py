@@ -45,10 +45,12 @@ class Device:
 
     @property
     def shared_bytes(self) -> int:
+        """Shared memory that a program may have."""
         return SHARED_BYTES.get(self.arch, 65_536)
 
     @property
     def amd(self) -> bool:
+        """Whether it is AMD's."""
         return isinstance(self.arch, str)
 
 
@@ -77,6 +79,7 @@ class Shape:
 
     @functools.cached_property
     def taps(self) -> int:
+        """Positions in a window, kh kw."""
         return self.kernel[0] * self.kernel[1]
 
     @functools.cached_property
@@ -105,8 +108,8 @@ class Shape:
 
     @functools.cached_property
     def generated(self) -> bool:
-        """Whether the forward pass generates w in registers; else it contracts the product with z (design:
-        the two exact forms).
+        """Whether the forward pass generates w in registers; else it contracts the product with z
+        (docs/kernels.md: two exact forms).
         """
         return self.R >= 128 or self.channels * self.taps <= 64
 
@@ -121,6 +124,7 @@ class Tile:
 
     @classmethod
     def make(cls, warps: int, stages: int, **blocks: int) -> Tile:
+        """A tile from its blocks by name."""
         return cls(tuple(blocks.items()), warps, stages)
 
     def __getitem__(self, name: str) -> int:
@@ -269,14 +273,17 @@ PIXELS = (16, 256, ANY_SIZE)
 
 
 def unit_limits(s: Shape) -> tuple[int, int, int]:
+    """Of a block of units."""
     return 1, power_of_two(s.units), 16
 
 
 def depth_limits(s: Shape) -> tuple[int, int, int]:
+    """Of a step along a window."""
     return 16, 128, s.K
 
 
 def rank_limits(s: Shape) -> tuple[int, int, int]:
+    """Of a block of ranks."""
     return 16, 256, s.R
 
 

@@ -1,4 +1,4 @@
-"""The gradient of the image, the transpose of taking its windows, G(x, v) with what z sends back:
+"""The gradient of the image, the transpose of taking its windows: G(x, v) with what z sends back.
 
     dx = fold(sum_o gs_o (A_o z + b_o) + B^T dz)           gs = g s(q): prepare_backward.py
 

@@ -1,4 +1,4 @@
-"""The gradient of z = B x:
+"""The gradient of z = B x.
 
     dz_p = sum_o gs_o A_o^T u_p + t_o A_o^T w_po         with gs and t of prepare_backward.py
 

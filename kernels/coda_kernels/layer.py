@@ -85,6 +85,7 @@ class Layer:
     # -- arguments that several kernels have, by name
 
     def sizes(self) -> dict[str, int]:
+        """Those of the output and of the padded image, and the stride."""
         names = ("OH", "OW", "HP", "WP", "SH", "SW")
         return dict(zip(names, (*self.out, *self.padded_size, *self.shape.stride), strict=True))
 
@@ -94,6 +95,7 @@ class Layer:
         return dict(H=image.shape[2], W=image.shape[3], top=top, left=left)
 
     def window(self) -> dict[str, int]:
+        """Channels, kernel and dilation."""
         s = self.shape
         return dict(CP=s.CP, KH=s.kernel[0], KW=s.kernel[1], DH=s.dilation[0], DW=s.dilation[1])
 
@@ -141,7 +143,7 @@ _shape = functools.lru_cache(4096)(Shape)  # what follows from one is computed o
 
 
 def cdiv(a: int, b: int) -> int:
-    """``a / b``, rounded up. (Triton's own costs the host five microseconds.)"""
+    """``a / b``, rounded up. Triton's own costs the host five microseconds."""
     return -(-a // b)
 
 
@@ -226,7 +228,8 @@ def device_of(device: torch.device) -> Device:
 def precision(dtype: torch.dtype, device: Device) -> str:
     """How float32 operands are multiplied, after ``torch.set_float32_matmul_precision``: "highest" is three
     TF32 products (about 2^-21) on NVIDIA tensor cores, "high" and "medium" one; AMD and the interpreter
-    compute float32 as it is."""
+    compute float32 as it is.
+    """
     if dtype != torch.float32 or device.amd or (interpreted() and recorded_device() is None):
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

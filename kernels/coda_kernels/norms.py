@@ -21,7 +21,7 @@ class Norm(typing.NamedTuple):
 
 @triton.jit
 def squash_scale(b_square, EPS: tl.constexpr):
-    """sqrt(q) / (1 + q)"""
+    """sqrt(q) / (1 + q)."""
     return tl.sqrt(b_square) / (1 + b_square)
 
 
@@ -35,7 +35,7 @@ def squash_slope(b_factor, b_length, b_square, EPS: tl.constexpr):
 
 @triton.jit
 def l2_scale(b_square, EPS: tl.constexpr):
-    """1 / max(sqrt(q), eps)"""
+    """1 / max(sqrt(q), eps)."""
     return tl.where(
         b_square == float("inf"),
         float("nan"),
@@ -45,7 +45,7 @@ def l2_scale(b_square, EPS: tl.constexpr):
 
 @triton.jit
 def l2_slope(b_factor, b_length, b_square, EPS: tl.constexpr):
-    """-factor / q, 0 up to the length eps"""
+    """-factor / q, 0 up to the length eps."""
     return tl.where(b_length <= EPS, 0, -b_factor / tl.where(b_square == 0, 1, b_square))
 
 

@@ -1,5 +1,5 @@
 """What a backward pass needs before its products, in one launch: z again and where windows start, Gram
-matrices, the padded image, and the factors
+matrices, the padded image, and the factors of the gradient.
 
     gs = g s(q),   t = 2 g <w, u> s'(q) = g (<w, u> / |w|) ds/d|w|         q = |w|^2
 

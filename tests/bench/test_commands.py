@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_report, providers, results
+from bench import providers, results
 from bench.verify import Verdict
+from tools import gpu_mark, gpu_report, gpu_stages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
 CPU = ["--device", "cpu"]
+# The providers of a layer's forward pass
+GROUP = [name for name, peer in providers.PEERS.items() if not peer.recomputes]
+GROUP += [providers.CODA, providers.PRODUCT]
 
 
 def start(*arguments, **environment):
@@ -74,7 +78,7 @@ def test_benchmark(tmp_path, verdict):
     assert status == 0, text
     rows = {row["provider"]: row for row in results.read(next(tmp_path.glob("*.jsonl")))}
     assert rows.pop(providers.COPY)["p50_us"] > 0
-    assert list(rows) == [providers.MATERIALISING, providers.ALGEBRAIC, providers.CODA, providers.PRODUCT]
+    assert list(rows) == GROUP
     for row in rows.values():
         assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
         assert row["peak_bytes"] or row["provider"] == providers.PRODUCT
@@ -136,7 +140,7 @@ def test_bad_options(tmp_path, options, message):
 
 
 def test_tables_check():
-    status, text = run("bench/tables.py", "--check")
+    status, text = run("-m", "tools.documents", "--check")
     assert (status, text.strip()) == (0, "all tables and plots show the rows of bench/results")
 
 
@@ -150,7 +154,8 @@ def test_report_cut_off(tmp_path):
     there, the group is whole, and of the rest there is nothing.
     """
     process = start(
-        "bench/gpu_report.py",
+        "-m",
+        "tools.gpu_report",
         *CPU,
         "--quick",
         "--output",
@@ -174,7 +179,7 @@ def test_report_cut_off(tmp_path):
     assert Verdict.load(tmp_path / "tests.json").passed
     rows = results.read(next(tmp_path.glob("*.jsonl")))
     first = [row["provider"] for row in rows if row["mode"] == "forward"]
-    assert first == [providers.MATERIALISING, providers.ALGEBRAIC, providers.CODA, providers.PRODUCT]
+    assert first == GROUP
     assert any(row["op"] == providers.COPY for row in rows)
     assert not (tmp_path / "configurations.json").exists()
 
@@ -183,7 +188,8 @@ def test_report_cut_off(tmp_path):
 def test_interrupted_report_leaves_no_process(tmp_path):
     """Ctrl-C: what it had started, in sessions of their own, goes with it."""
     process = start(
-        "bench/gpu_report.py",
+        "-m",
+        "tools.gpu_report",
         *CPU,
         "--output",
         tmp_path,
@@ -210,7 +216,8 @@ def test_report_fails_in_time(tmp_path):
     """No time: every stage says so, nothing hangs, and the exit status is not that of success."""
     begin = time.monotonic()
     status, text = run(
-        "bench/gpu_report.py",
+        "-m",
+        "tools.gpu_report",
         *CPU,
         "--quick",
         "--output",
@@ -239,7 +246,7 @@ def test_report_fails_in_time(tmp_path):
     ],
 )
 def test_report_refuses(tmp_path, options, message):
-    status, text = run("bench/gpu_report.py", "--output", tmp_path / "out", *options)
+    status, text = run("-m", "tools.gpu_report", "--output", tmp_path / "out", *options)
     assert status == 2
     assert message in text
     assert not (tmp_path / "out").exists()
@@ -294,7 +301,7 @@ def test_doubt_after_the_fact(monkeypatch, tmp_path):
     }  # fmt: skip
     old = [row("forward", "coda_fast", {"x": [1, 2, 3]})]
     new = [row("explanation", "coda_fast", {"x": [1, 2, 3]}), row("explanation", "algebraic", None)]
-    report = gpu_report.Report(tmp_path, tmp_path, "cuda", 0.0)
+    report = gpu_stages.Report(tmp_path, tmp_path, "cuda", 0.0)
     results.replace(report.path, [*old, *new])
     report.doubt(old)
     found = {(r["mode"], r["provider"]): (r["speedup"], r["verified"]) for r in results.read(report.path)}
@@ -318,13 +325,13 @@ def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations,
     monkeypatch.setattr(results, "environment", lambda device: environment)
     monkeypatch.setattr(results, "tree", lambda: "this tree")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
-    report = gpu_report.Report(tmp_path, tmp_path, "cuda", 0.0)
+    report = gpu_stages.Report(tmp_path, tmp_path, "cuda", 0.0)
     Verdict(passes=1, unfinished=1 - tests).write(tmp_path / "tests.json", **report.stamp)
     Verdict(passes=configurations).write(tmp_path / "configurations.json", **report.stamp)
     Verdict(passes=1, skipped=2).write(
         tmp_path / "large.json", **(report.stamp | {"tree": tree or "this tree"})
     )
-    path = report.propose_table()
+    path = gpu_mark.propose_table(report)
     assert (path is not None) == marked
     if marked:
         mark = json.loads(path.read_text())["verified"]

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import fast_training, gather, gpu_report, gpu_smoke, providers, results, verify, warm
+from bench import providers, results, verify
 from bench.verify import Verdict
 from coda_fast import load
 from coda_kernels import config
+from experiments import fast_training
+from tools import gather, gpu_mark, gpu_report, gpu_smoke, gpu_stages, warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -77,17 +79,22 @@ def hide(folder):
     return folder
 
 
-def test_both_runs_rehearsed_from_a_bare_tree(tmp_path):
-    """With nothing but the tracked files and the packages that such a machine has: every stage comes to its
-    end, nothing has failed, and the results are few small files. Not marked slow: the oldest versions are
-    those of such a machine.
+def test_both_runs_rehearsed_from_a_bare_tree(tmp_path, monkeypatch):
+    """With nothing but the folder that ``gather`` packs and the packages that such a machine has: every stage
+    comes to its end, nothing has failed, and the results are few small files. Not marked slow: the oldest
+    versions are those of such a machine.
     """
-    tree, site = tmp_path / "tree", hide(tmp_path / "site")
-    gather.copy_tree(tree)
+    gathered, site = tmp_path / "gathered", hide(tmp_path / "site")
+    made_images(tmp_path / "images.npz")
+    monkeypatch.setattr(results, "commit", lambda: "rehearsed")
+    assert (
+        gather.main(["--data", str(tmp_path / "images.npz"), "--no-wheels", "--output", str(gathered)]) == 0
+    )
     own = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "CODA_FAST_"))}
     own |= {
         "PYTHONPATH": str(site),
-        "CODA_FAST_COMMIT": "rehearsed",
+        "PYTHON": sys.executable,
+        "TMPDIR": str(tmp_path),
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
     }
@@ -96,23 +103,19 @@ def test_both_runs_rehearsed_from_a_bare_tree(tmp_path):
         [sys.executable, "-c", lacking], env=own, capture_output=True, text=True, check=True
     ).stdout
     assert seen.strip() == "[None, None, None, None]"
-    made_images(tmp_path / "images.npz")
-    commands = {
-        "smoke": ["bench/gpu_smoke.py"],
-        "report": ["bench/gpu_report.py", "--data", str(tmp_path / "images.npz")],
-    }
     running = {}
-    for name, command in commands.items():
-        folders = ["--output", str(tmp_path / name), "--pack", str(tmp_path / "results")]
-        options = ["--device", "cpu", "--quick", "--jobs", "1", "--minutes", "9", *folders]
+    for name in ("smoke", "report"):
+        command = ["bash", str(gathered / "run.sh"), name, str(tmp_path / "results")]
+        options = ["--device", "cpu", "--quick", "--jobs", "1", "--minutes", "9"]
+        options += ["--output", str(tmp_path / name)]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        running[name] = subprocess.Popen([sys.executable, *command, *options], cwd=tree, env=own, **pipe)
+        running[name] = subprocess.Popen([*command, *options], cwd=tmp_path, env=own, **pipe)
     texts = {name: process.communicate(timeout=600)[0] for name, process in running.items()}
     for name, process in running.items():
         assert process.returncode == 0, texts[name]
     packed = list((tmp_path / "results").iterdir())
     assert {path.name for path in packed} == {"smoke.tar.gz", "report.tar.gz", fast_training.WEIGHTS}
-    assert max(path.stat().st_size for path in packed) < gpu_report.MOST
+    assert max(path.stat().st_size for path in packed) < gpu_stages.MOST
     smoke = json.loads((tmp_path / "smoke" / "smoke.json").read_text())
     assert smoke["of"]["commit"] == "rehearsed"
     assert set(gpu_smoke.GROUPS) < set(smoke["verdicts"])
@@ -233,13 +236,13 @@ def test_first_tiles():
         for key in ("fold C6 16bit", "fold C6 32bit")
         for tile in ("BM128 w8 s3", "BM64 w4 s2")
     ]
-    assert gpu_report.first_tiles(tests) == (tests[::2], tests[1::2])
+    assert gpu_stages.first_tiles(tests) == (tests[::2], tests[1::2])
 
 
 def test_first_tiles_of_the_package():
     """One for each kernel of each layer."""
-    names = [name for name in verify.collect(gpu_report.LARGE) if gpu_report.TILES in name]
-    first, others = gpu_report.first_tiles(names)
+    names = [name for name in verify.collect(gpu_stages.LARGE) if gpu_stages.TILES in name]
+    first, others = gpu_stages.first_tiles(names)
     assert len(first) + len(others) == len(names)
     assert len(first) < len(others)
 
@@ -251,7 +254,7 @@ def report(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "environment", lambda device: environment)
     monkeypatch.setattr(results, "tree", lambda: "this tree")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
-    return gpu_report.Report(tmp_path, tmp_path, "cuda", time.monotonic() + 60)
+    return gpu_stages.Report(tmp_path, tmp_path, "cuda", time.monotonic() + 60)
 
 
 def test_what_had_no_time_is_run_later(report, monkeypatch):
@@ -264,8 +267,8 @@ def test_what_had_no_time_is_run_later(report, monkeypatch):
     for name in ("configurations", "large"):
         Verdict(passes=2).write(report.output / f"{name}.json", **report.stamp)
     report._later("fallbacks", ["d"])
-    assert report.propose_table() is None
-    stored = json.loads((report.output / gpu_report.LATER).read_text())
+    assert gpu_mark.propose_table(report) is None
+    stored = json.loads((report.output / gpu_stages.LATER).read_text())
     assert stored == {"of": report.key, "tests": {"tests": ["b", "c"], "fallbacks": ["d"]}}
 
     monkeypatch.setattr(verify, "shards", lambda tests, *a: Verdict(passes=len(tests)))
@@ -273,16 +276,16 @@ def test_what_had_no_time_is_run_later(report, monkeypatch):
     found = report.later(time.monotonic() + 60, stored["tests"], report.output)
     assert found.passed
     assert Verdict.load(report.output / "tests.json") == Verdict(passes=3)
-    mark = json.loads(report.propose_table().read_text())["verified"]
+    mark = json.loads(gpu_mark.propose_table(report).read_text())["verified"]
     assert mark["tiles"] == {"first": 2, "fallbacks": 1}
 
 
 def test_a_fallback_that_fails_takes_the_mark(report):
-    for name in gpu_report.NEEDED:
+    for name in gpu_mark.NEEDED:
         Verdict(passes=1).write(report.output / name, **report.stamp)
-    assert report.propose_table() is not None
+    assert gpu_mark.propose_table(report) is not None
     Verdict(passes=3, failures=("x",)).write(report.output / "fallbacks.json", **report.stamp)
-    assert report.propose_table() is None
+    assert gpu_mark.propose_table(report) is None
 
 
 def test_training_is_not_longer_than_its_time(report, monkeypatch):
@@ -291,8 +294,8 @@ def test_training_is_not_longer_than_its_time(report, monkeypatch):
     monkeypatch.setattr(report, "_run", lambda name, command, until: commands.append((command, until)))
     report.train(time.monotonic() + 1000)
     command, until = commands[0]
-    assert until - time.monotonic() <= gpu_report.TRAINING
-    assert 60 * float(command[command.index("--minutes") + 1]) <= gpu_report.TRAINING
+    assert until - time.monotonic() <= gpu_stages.TRAINING
+    assert 60 * float(command[command.index("--minutes") + 1]) <= gpu_stages.TRAINING
 
 
 def test_packed(tmp_path):
@@ -321,7 +324,7 @@ def test_gathered(tmp_path):
     command = ["--data", str(data), "--no-wheels", "--output", str(output)]
     assert gather.main(command) == gather.main(command) == 0
     assert sorted(path.name for path in output.iterdir()) == ["gathered", "images.npz", "run.sh", "tree"]
-    assert (output / "tree" / "bench" / "gpu_report.py").exists()
+    assert (output / "tree" / "tools" / "gpu_report.py").exists()
     assert not (output / "tree" / ".git").exists()
     for arguments, message in (
         ([], "expected smoke or report"),

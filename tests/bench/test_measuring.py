@@ -9,9 +9,22 @@ import pytest
 import torch
 from support import LAYERS, Golden
 
-from bench import cases, guard, laboratory, measure, peers, plots, providers, results, tables
+from bench import (
+    cases,
+    guard,
+    laboratory,
+    layers,
+    measure,
+    peers,
+    plots,
+    providers,
+    results,
+    tables,
+    yardsticks,
+)
 from bench.measure import Measurement, Runner
 from coda_fast.functional import dau_conv2d
+from tools import documents
 
 CPU = torch.device("cpu")
 SMALL = cases.Layer("X1", 3, 4, 5, 3, 2, 6, 2)
@@ -38,7 +51,7 @@ ENVIRONMENT = {
 def test_peers_compute_the_published_layer(name, peer):
     """Output and all gradients of the published implementation."""
     golden = Golden(name)
-    meta, function = golden.meta, providers.PEERS[peer]
+    meta, function = golden.meta, providers.PEERS[peer].layer
     tensors = [t.requires_grad_() for t in (golden["input"], *golden.layer("param"))]
     y = function(*tensors, meta["s"], meta["p"])
     grads = torch.autograd.grad(y, tensors, golden["grad_output"])
@@ -51,19 +64,89 @@ def test_peers_compute_the_published_layer(name, peer):
 @pytest.mark.parametrize("peer", providers.PEERS)
 def test_peers_explain(peer):
     """The gradient in explanation mode is that of the layer in explanation mode."""
-    x, B, A, b, upstream = (t.detach().double() for t in providers.layer_inputs(SMALL, torch.float32, CPU)[0])
+    x, B, A, b, upstream = (t.detach().double() for t in layers.layer_inputs(SMALL, torch.float32, CPU)[0])
     x.requires_grad_()
     expected = torch.autograd.grad(
         dau_conv2d(x, B, A, b, 2, 1, detach=True, backend="reference"), [x], upstream
     )[0]
-    found = torch.autograd.grad(providers.PEERS[peer](x, B, A, b, 2, 1, True), [x], upstream)[0]
+    found = torch.autograd.grad(providers.PEERS[peer].layer(x, B, A, b, 2, 1, True), [x], upstream)[0]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def toy(x, B, A, b, stride=1, padding=0, detach=False):
+    """The formula, once more."""
+    return peers.materialising(x, B, A, b, stride, padding, detach)
+
+
+@pytest.fixture
+def registered():
+    """A peer that is registered for one test."""
+    peers.peer("toy", family="toyish", style=("#009E73", "d", "a toy"))(toy)
+    yield
+    del peers.PEERS["toy"]
+
+
+def test_a_registered_peer_is_found_everywhere(registered, tmp_path):
+    """By its decorator alone: in what is measured, layers, networks and growth, eager and compiled; in rows,
+    tables and plots; in the documents.
+    """
+    gpu, preset = torch.device("cuda"), cases.preset("gpu", int(80e9))
+    for case, mode in ((preset.layers[5], cases.FORWARD), (preset.networks[0], cases.STEP)):
+        compiled = preset.compiled_in(case, mode)
+        assert {"toy", "toy compiled"} < set(providers.names(case, mode, gpu, compiled))
+    assert "toy" in providers.names(dataclasses.replace(SMALL, axis="batch"), cases.TRAINING, CPU)
+    assert "toy" in cases.preset("smoke").compiled[cases.TRAINING]
+
+    lab, names = laboratory.Laboratory(CPU, "float32", 0.0, (1, 1)), ["toy", providers.CODA]
+    lab._copy = Measurement([1.0], [1.0])
+    network = cases.Network("coda_s_cifar10", 1, 8)
+    rows = lab.rows(SMALL, cases.TRAINING, lab.measure(SMALL, cases.TRAINING, names))
+    rows += lab.rows(network, cases.STEP, lab.measure(network, cases.STEP, names))
+    for row in rows:
+        assert row["error"] < 1e-4
+        assert row["provider"] == "toy" or list(row["speedup"]) == ["toy"]
+    text = tables.everything(rows)
+    assert "| layer | C, n, r, k, stride, size | toy | coda_fast |" in " ".join(text.split())
+    assert "on the fastest algebraic or toyish" in text
+    assert len([line for line in text.splitlines() if line.startswith("| toy ")]) == 1  # of the network
+    assert plots.styles()["toy"] == ("#009E73", "d", "a toy")
+    assert "| toy | The formula, once more. |" in documents.peers().splitlines()
+    assert "docs/benchmark.md" in documents.stale()
+
+
+def undescribed(x, B, A, b, stride=1, padding=0, detach=False):
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "error", "message"),
+    [
+        (providers.ALGEBRAIC, toy, ValueError, "name: expected one that is not taken and not of ours"),
+        ("coda_fast too", toy, ValueError, "name: expected one that is not taken and not of ours"),
+        ("toy compiled", toy, ValueError, "name: expected one that is not taken and not of ours"),
+        ("toy", undescribed, ValueError, "toy: expected a function with a docstring, got none"),
+        ("toy", lambda x, B, A, b: x, TypeError, "toy: expected the arguments {'x': None, .*, got .x, B, A"),
+    ],
+)
+def test_what_a_peer_lacks_is_said(name, layer, error, message):
+    before = dict(peers.PEERS)
+    with pytest.raises(error, match=message):
+        peers.peer(name, family="toyish")(layer)
+    assert peers.PEERS == before
+
+
+def test_what_a_yardstick_lacks_is_said():
+    with pytest.raises(ValueError, match="name: expected one that is not taken, got 'ResNet-50'"):
+        yardsticks.yardstick(yardsticks.RESNET)
+    with pytest.raises(ValueError, match="Net: expected a function with a docstring, got none"):
+        yardsticks.yardstick("Net")(lambda case, mode, dtype, device: ([], None))
+    assert "Net" not in yardsticks.YARDSTICKS
 
 
 @pytest.mark.parametrize("mode", cases.LAYER_MODES)
 def test_truth_in_pieces(mode):
-    inputs = providers.layer_inputs(SMALL, torch.float32, CPU)[0]
-    whole, pieces = (providers.layer_truth(SMALL, mode, inputs, limit) for limit in (1 << 30, 1))
+    inputs = layers.layer_inputs(SMALL, torch.float32, CPU)[0]
+    whole, pieces = (layers.layer_truth(SMALL, mode, inputs, limit) for limit in (1 << 30, 1))
     exact = [t.detach().double().requires_grad_() for t in inputs[:4]]
     y = peers.materialising(*exact, 2, 1, mode == cases.EXPLANATION)
     torch.testing.assert_close(whole[0], y)
@@ -79,9 +162,9 @@ def test_providers_share_their_inputs():
         for name in names
         if name != providers.PRODUCT
     ]
-    assert len(sets) == 3
+    assert len(sets) == len([peer for peer in peers.PEERS.values() if not peer.recomputes]) + 1 > 2
     # made anew: the same numbers in every run
-    sets.append(providers.layer_inputs.__wrapped__(SMALL, torch.float32, CPU))
+    sets.append(layers.layer_inputs.__wrapped__(SMALL, torch.float32, CPU))
     for other in sets[1:]:
         for a, b in zip(sets[0], other, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -122,7 +205,7 @@ def test_providers_compile_whole(name):
     function.
     """
     inputs, eager = providers.setup(name, SMALL, cases.TRAINING, torch.float32, CPU)
-    function = {**providers.PEERS, **providers.OURS}[name]
+    function = providers.OURS[name] if name in providers.OURS else providers.PEERS[name].layer
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
     x, *parameters, upstream = inputs[0]
     y = compiled(x, *parameters, SMALL.stride, SMALL.padding)
@@ -192,7 +275,7 @@ def test_no_speedup_where_the_error_is_not_known(monkeypatch):
     def full(*arguments):
         raise torch.cuda.OutOfMemoryError("full")
 
-    monkeypatch.setattr(providers, "layer_truth", full)
+    monkeypatch.setattr(layers, "layer_truth", full)
     monkeypatch.setattr(laboratory, "COPY_BYTES", {"cpu": 1 << 20})
     lab = laboratory.Laboratory(CPU, "float32", 0.0, (1, 1))
     found = lab.measure(SMALL, cases.FORWARD, [providers.MATERIALISING, providers.CODA, providers.PRODUCT])
@@ -409,12 +492,12 @@ def test_guard(now, slower):
 
 def test_documents_show_the_stored_rows():
     """``make tables`` was run after the last ``make bench``."""
-    assert tables.stale() == []
+    assert documents.stale() == []
 
 
 def test_stale_documents_are_found(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    found = tables.documents(tmp_path)
+    found = documents.documents(tmp_path)
     assert any(path.read_text(encoding="utf-8") != text for path, text in found.items())
 
 
@@ -451,11 +534,11 @@ def test_sum_counts_layers_of_one_shape():
 
 def test_block():
     assert (
-        tables.block("a <!-- x: begin -->old<!-- x: end --> b", "x", "new")
+        documents.block("a <!-- x: begin -->old<!-- x: end --> b", "x", "new")
         == "a <!-- x: begin -->\nnew\n<!-- x: end --> b"
     )
     with pytest.raises(ValueError, match="expected <!-- x: begin -->"):
-        tables.block("nothing", "x", "new")
+        documents.block("nothing", "x", "new")
 
 
 def test_plot_knows_its_rows(tmp_path):
@@ -463,7 +546,7 @@ def test_plot_knows_its_rows(tmp_path):
     for axis in cases.AXES:
         for factor in (1, 2):
             case = dataclasses.replace(SMALL, axis=axis, **{axis: getattr(SMALL, axis) * factor})
-            for provider in plots.STYLE:
+            for provider in plots.styles():
                 numbers = {"p20_us": 1.0, "p50_us": 2.0 * factor, "p80_us": 3.0 * factor, "peak_bytes": 1000}
                 common = {
                     "op": f"scaling {axis}",

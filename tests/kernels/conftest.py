@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    # no interpreter; the tests must run there with pytest alone (bench/gpu_report.py)
+    # no interpreter; the tests must run there with pytest alone (tools/gpu_report.py)
     if torch.cuda.is_available():
         yield
         return

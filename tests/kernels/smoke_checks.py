@@ -1,4 +1,4 @@
-"""For the first minutes on a GPU (bench/gpu_smoke.py): every kernel in every dtype once, and what has been
+"""For the first minutes on a GPU (tools/gpu_smoke.py): every kernel in every dtype once, and what has been
 miscompiled elsewhere.
 
 No part of the ordinary tests, which cover it and more; here each name says its shape, so that a failure can

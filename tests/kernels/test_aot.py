@@ -1,5 +1,5 @@
 """Every kernel compiled for GPUs that are not here: no spills, no local memory, tensor cores in use,
-within the device (bench/aot.py).
+within the device (tools/aot.py).
 """
 
 import dataclasses
@@ -15,9 +15,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Reports of one launch of a layer, as JSON, in a process of its own: under the interpreter nothing compiles
 COMPILE = """
 import dataclasses, json, sys
-sys.path.insert(0, sys.argv[1] + "/bench")
-import aot
-name, layer, blocks = sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+from tools import aot
+name, layer, blocks = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 launch = next(l for l in aot.record(aot.layers()[layer], "bfloat16", 90) if l.kernel == name)
 what = dataclasses.replace(launch.what, options=tuple((dict(launch.what.options) | blocks).items()))
 launch = dataclasses.replace(launch, what=what)
@@ -27,13 +26,13 @@ print(json.dumps(dataclasses.asdict(aot.compile_launch(launch, layer))))
 
 def python(*arguments):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=1500
-    )
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 1500}
+    return subprocess.run([sys.executable, *map(str, arguments)], **options)
 
 
 def report(kernel, layer="S7", **blocks):
-    done = python("-c", COMPILE, ROOT, kernel, layer, json.dumps(blocks))
+    done = python("-c", COMPILE, kernel, layer, json.dumps(blocks))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -44,7 +43,7 @@ def test_the_kernels_compile_well(arch):
     """A layer of each form, forward, backward and explanation, for each architecture. `make aot` takes all
     layers.
     """
-    done = python(ROOT / "bench" / "aot.py", "--layers", "S7", "L7", "--arch", arch, "--dtype", "bfloat16")
+    done = python("-m", "tools.aot", "--layers", "S7", "L7", "--arch", arch, "--dtype", "bfloat16")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert {line.split()[2] for line in lines[:-1]} == {
@@ -62,7 +61,7 @@ def test_the_kernels_compile_well(arch):
 
 @pytest.mark.slow
 def test_float32_compiles_well():
-    done = python(ROOT / "bench" / "aot.py", "--layers", "S7", "--arch", "90", "--dtype", "float32")
+    done = python("-m", "tools.aot", "--layers", "S7", "--arch", "90", "--dtype", "float32")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
@@ -92,10 +91,9 @@ def test_spills_are_found():
     assert any("spills" in fault for fault in found["faults"])
 
 
-def test_missing_tensor_cores_are_found(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+def test_missing_tensor_cores_are_found():
     interpret = os.environ.get("TRITON_INTERPRET")
-    import aot
+    from tools import aot
 
     if interpret is not None:  # the tool is for processes that compile, and says so to Triton
         os.environ["TRITON_INTERPRET"] = interpret
@@ -117,12 +115,11 @@ def test_missing_tensor_cores_are_found(monkeypatch):
 
 
 @pytest.mark.parametrize(("left", "expected"), [(1, ["MOV R20, R1 ", "LDS.64 R23, [R1] "]), (0, [])])
-def test_overwritten_operands_are_found(left, expected, monkeypatch):
+def test_overwritten_operands_are_found(left, expected):
     """The next turn of a loop writes what the second product of the last one may still read, unless it has
     waited for it.
     """
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import aot
+    from tools import aot
 
     lines = [
         (".L_x_1", "", ""),
@@ -138,6 +135,6 @@ def test_overwritten_operands_are_found(left, expected, monkeypatch):
 
 
 def test_refuses_unknown_layers():
-    done = python(ROOT / "bench" / "aot.py", "--layers", "S10")
+    done = python("-m", "tools.aot", "--layers", "S10")
     assert done.returncode == 2
     assert "expected some of S1" in done.stderr

@@ -1,4 +1,4 @@
-"""bench/tune.py without a GPU: which tiles it tries, that it tells right from wrong, and what it writes."""
+"""tools/tune.py without a GPU: which tiles it tries, that it tells right from wrong, and what it writes."""
 
 import dataclasses
 import math
@@ -7,9 +7,9 @@ import pytest
 import torch
 from support_kernels import DEVICE, L_LAYERS, S_LAYERS
 
-from bench import tune
 from coda_kernels import config
 from coda_kernels.config import Device, Shape, Tile
+from tools import tune
 
 SPECS = config.kernel_specs()
 DEVICES = [Device(arch, 132) for arch in (80, 89, 90, 100, "gfx942")]

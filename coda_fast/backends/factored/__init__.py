@@ -42,7 +42,7 @@ KEPT_DEPTH = 256
 def align(
     input: torch.Tensor, applied: torch.Tensor | None, parameters: Parameters, spec: Spec, *, keep: str
 ) -> tuple[torch.Tensor, Kept]:
-    """See ``coda_fast.backends.Backend``, like all that follow."""
+    """See ``coda_fast.backends.Backend.align``."""
     return Layer.make(input, parameters, spec).align(input, applied, keep)
 
 
@@ -57,6 +57,7 @@ def align_backward(
     detach: bool,
     needs: Gradients,
 ) -> Gradients:
+    """See ``coda_fast.backends.Backend.align_backward``."""
     layer = Layer.make(input, parameters, spec)
     if not detach:
         return layer.align_backward(grad, input, applied, kept, needs)
@@ -65,6 +66,7 @@ def align_backward(
 
 
 def adjoint(input: torch.Tensor, value: torch.Tensor, parameters: Parameters, spec: Spec) -> torch.Tensor:
+    """See ``coda_fast.backends.Backend.adjoint``."""
     return Layer.make(input, parameters, spec).adjoint(input, value, input)
 
 
@@ -76,17 +78,20 @@ def adjoints(
     kept: Kept,
     spec: Spec,
 ) -> torch.Tensor:
+    """See ``coda_fast.backends.Backend.adjoints``."""
     layer = Layer.make(input, parameters, spec)
     return layer.adjoints(input, values, input if applied is None else applied, kept.square)
 
 
 def kept_shapes(input: torch.Tensor, parameters: Parameters, spec: Spec, *, keep: str) -> Kept:
+    """See ``coda_fast.backends.Backend.kept_shapes``."""
     units, rank, *window = parameters.weight.shape
     height, width = spec.geometry.output_size(*input.shape[2:])
     return kept_shapes_of(units, rank, math.prod(window), input.shape[0] * height * width, input.dtype, keep)
 
 
 def gradients_like(parameters: Parameters) -> Parameters:
+    """See ``coda_fast.backends.Backend.gradients_like``."""
     like = lambda p: None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format)
     return Parameters(*map(like, parameters))
 

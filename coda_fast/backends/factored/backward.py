@@ -117,6 +117,7 @@ class Generated:
         return dz, patch
 
     def parameters(self, d_bias):
+        """dA [n, r, d] and db [n, d]: what the chunks gave."""
         (n, r, d), bias = self.layer.generate.shape, self.layer.bias
         if self.d_generate is None:  # no pixels
             return torch.zeros_like(self.layer.generate), None if bias is None else torch.zeros_like(bias)

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from coda_fast._spec import Gradients, Kept, Spec
+from coda_fast._spec import Gradients, Kept, Parameters, Spec
 from coda_fast.backends.factored import matrices
 from coda_fast.backends.factored.backward import Contracted, Generated
 from coda_fast.backends.factored.norm import Gram, Triangle, flushed_length
@@ -23,7 +23,8 @@ class Layer:
     spec: Spec
 
     @classmethod
-    def make(cls, input, parameters, spec):
+    def make(cls, input: torch.Tensor, parameters: Parameters, spec: Spec) -> Layer:
+        """The layer with its parameters in float32 at least."""
         compute = torch.float64 if input.dtype == torch.float64 else torch.float32
         reduce, weight, bias = parameters
         return cls(

@@ -99,7 +99,7 @@ class Windows:
         return self.padded.new_zeros(batch, height, width, channels)
 
     def rows_to_image(self, rows, like):
-        """[n, P] -> [N, n, OH, OW]"""
+        """[n, P] -> [N, n, OH, OW]."""
         image = torch.empty(
             self.batch,
             len(rows),
@@ -111,7 +111,7 @@ class Windows:
         return image.copy_(rows.view(len(rows), self.batch, *self.out).transpose(0, 1))
 
     def image_to_rows(self, image):
-        """[N, n, OH, OW] -> [n, P]"""
+        """[N, n, OH, OW] -> [n, P]."""
         return image.transpose(0, 1).to(self.compute).reshape(image.shape[1], -1)
 
     def crop(self, padded, like):

@@ -1,0 +1,20 @@
+"""The explanation that a CoDA-Net gives of itself, among the methods that it is compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from coda_fast.baselines._registry import baseline
+from coda_fast.dynamic_linear import DynamicLinear
+
+
+def _dau_layers(model: nn.Module) -> None:
+    if not isinstance(model, DynamicLinear):  # other libraries' models have an ``explain`` too
+        raise ValueError(f"method: 'Ours' needs a model made of DAU layers, got a {type(model).__name__}")
+
+
+@baseline("Ours", needs=_dau_layers)
+def contribution_map(method, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The contribution map of a CoDA-Net itself, which sums to the logit less its constant bias."""
+    return method.model.explain(images, targets).contribution_map

@@ -1,0 +1,78 @@
+"""The command line: ``coda-fast demo|train|explain|evaluate|report|compile|export|info``. Bad input: one
+line, exit code 2, no file. A module for each command.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from coda_fast import backends, safety
+from coda_fast._version import __version__
+from coda_fast.explain import PixelRangeWarning
+
+try:
+    import click
+    import tqdm  # noqa: F401
+except ImportError as error:
+    raise SystemExit(
+        f"coda-fast: the command line needs {error.name}: pip install 'coda-fast[cli]'"
+    ) from None
+
+from coda_fast.cli import compile, demo, evaluate, explain, export, info, report, train
+
+BAD_INPUT = 2
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    warnings.showwarning = _warn
+    try:
+        code = cli.main(arguments, prog_name="coda-fast", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        raise SystemExit(BAD_INPUT) from None
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except click.Abort:
+        raise SystemExit(130) from None
+    except (ValueError, ImportError, OSError, backends.BackendUnavailable) as error:
+        # what the library raises for bad input, each with one clear line; anything else is a bug and keeps
+        # its traceback
+        _fail(str(error))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _fail(f"not enough memory: {error or 'of this machine'}")
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # what torch says on a CPU
+            raise
+        _fail(f"not enough memory: {str(error).partition('DefaultCPUAllocator: ')[2] or error}")
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="coda-fast")
+def cli() -> None:
+    """Convolutional Dynamic Alignment Networks: image classifiers that explain themselves."""
+
+
+for _module in (demo, train, explain, evaluate, report, compile, export, info):
+    cli.add_command(_module.command)
+
+
+def _warn(message, category, filename, lineno, file=None, line=None):
+    """Ours in one line; those of libraries as Python shows them."""
+    if (
+        issubclass(category, PixelRangeWarning)
+        or Path(filename).parent.parent.name == "coda_fast"
+        or Path(filename).parent.name == "coda_fast"
+    ):
+        click.echo("coda-fast: warning: " + " ".join(str(message).split()), err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
+
+
+def _fail(message):
+    click.echo("coda-fast: " + safety.printable(" ".join(message.split())), err=True)
+    raise SystemExit(BAD_INPUT)

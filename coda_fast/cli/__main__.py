@@ -1,0 +1,5 @@
+"""``python -m coda_fast.cli``."""
+
+from coda_fast.cli import main
+
+main()

@@ -1,0 +1,90 @@
+"""``coda-fast report``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from coda_fast import checkpoints, safety
+from coda_fast.cli import _options
+
+
+@click.command("report")
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_options.CHECKPOINT
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("coda_report.html"),
+    show_default=True,
+    help="The page.",
+)
+@click.option(
+    "--classes",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Maps of this many most likely classes.",
+)
+@click.option(
+    "--methods",
+    cls=_options.Methods,
+    help="Names separated by commas, beside the network's own maps, or 'none'. Default: IxG,IntGrad,GCam "
+    "where captum is installed.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="Of what folders hold, show this many, evenly.",
+)
+@_options.SIZE
+@_options.DEVICE
+def command(images, checkpoint, output, classes, methods, limit, size, device) -> None:
+    """Write one HTML file that shows predictions and their contribution maps for IMAGES: files, or folders of
+    them and of such folders.
+
+    The page loads nothing from elsewhere. Files that cannot be read are named on it.
+    """
+    from coda_fast import report as page
+
+    model = checkpoints.load(checkpoint, device=_options.usable_device(device)).eval()
+    count = min(classes, model.num_classes)
+    preprocessing = model.transform.at(size, crop=False)
+    if output.exists():
+        everything, _ = page.find_images(images, sys.maxsize)
+        safety.check_outputs([output], [checkpoint, *(path for path, *_ in everything)])
+    safety.check_output_folder(output.parent)
+    files, found = page.find_images(images, limit)
+    if not files:
+        raise click.UsageError("IMAGES: expected at least one image that can be read, got 0 files")
+    skipped: list[str] = []
+    others = (
+        None
+        if methods is None
+        else [name for name in map(str.strip, methods.split(",")) if name and name.lower() != "none"]
+    )
+    notes = (
+        [f"Folders hold {found} image files: {limit} of them are taken, evenly; --limit sets how many."]
+        if found > limit
+        else []
+    )
+    text = page.stream(
+        model,
+        page.read_pictures(model, files, preprocessing, count, skipped),
+        classes=count,
+        methods=others,
+        notes=notes,
+        skipped=skipped,
+        progress=lambda items, label: tqdm(items, desc=label, total=len(files), disable=None),
+    )
+    with safety.new_folder(output.parent):
+        page.write(output, text)
+    for note in notes:
+        click.echo(note)
+    lost = f", {len(skipped)} that could not be read" if skipped else ""
+    click.echo(f"{len(files) - len(skipped)} images{lost} -> {safety.printable(output)}")

@@ -1,0 +1,154 @@
+"""Explanations of files: a figure for each picture, a video for each video; of a folder, all its pictures.
+
+What ``coda-fast explain`` does, one step after the other: ``plan`` says what is read and what is written,
+``readable`` looks at every picture before anything is written, ``explain_picture`` draws one, as
+``coda_fast.video.explain_video`` does a video.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from coda_fast import plot, safety
+from coda_fast._files import atomic_path
+from coda_fast.data import Preprocessing, decode, listing
+from coda_fast.explanation import Explanation
+from coda_fast.network import Network
+from coda_fast.video import is_video
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A file to explain, and the file that shows it.
+
+    Attributes:
+        source, result: paths; named: whether the file itself was asked for, or the folder that it is in;
+        video: whether it is one.
+    """
+
+    source: Path
+    result: Path
+    named: bool
+    video: bool
+
+
+def plan(images: Iterable[Path], output: Path, ending: str | None = None) -> list[Job]:
+    """What ``images``, files or folders of pictures, become below the folder ``output``: NAME_explained.png,
+    or a video with ``ending`` (None: "gif" of a GIF, else "mp4"). Of a folder, pictures lie in folders of the
+    same names, and keep their endings in the name where several differ in nothing else.
+
+    Raises:
+        ValueError: a folder without pictures, or several files that would be written to one.
+    """
+    jobs, found = [], []  # found: path, and where its result goes below the output folder
+    for path in images:
+        if not path.is_dir():
+            if path.is_file() and is_video(path):
+                suffix = ending or ("gif" if path.suffix.lower() == ".gif" else "mp4")
+                jobs.append(Job(path, output / f"{path.stem}_explained.{suffix}", True, True))
+            else:
+                found.append((path, Path(), True))
+        elif pictures := listing.pictures(path):
+            found += [(picture, picture.relative_to(path).parent, False) for picture in pictures]
+        else:
+            raise ValueError(f"IMAGES: expected pictures in {path}, found none")
+    alike = collections.Counter((place, path.stem) for path, place, _ in found)
+    for path, place, named in found:
+        name = path.name if alike[place, path.stem] > 1 and not named else path.stem
+        jobs.append(Job(path, output / place / f"{name}_explained.png", named, False))
+    results = collections.Counter(job.result for job in jobs)
+    if twice := sorted(path for path, count in results.items() if count > 1):
+        raise ValueError(
+            f"several images would be written to {', '.join(map(str, twice[:5]))}; explain them one by one"
+        )
+    return jobs
+
+
+def as_network_sees(
+    model: Network, path: Path, preprocessing: Preprocessing, classes: int = 1
+) -> torch.Tensor:
+    """A picture as ``preprocessing`` makes it, [C, H, W].
+
+    Raises:
+        ValueError: a picture that cannot be read, or whose explanation for so many classes this machine
+            cannot hold.
+    """
+    tensor = preprocessing(path)
+    height, width = tensor.shape[1:]
+    safety.check_explainable(model, height, width, str(path), classes)
+    return tensor
+
+
+def readable(
+    model: Network,
+    jobs: Sequence[Job],
+    preprocessing: Preprocessing,
+    classes: Sequence[int] = (),
+    skip: Callable[[ValueError], None] = lambda error: None,
+    progress: Callable[[Iterable, str], Iterable] | None = None,
+) -> list[Job]:
+    """The pictures that can be explained. Each is read once for this, and forgotten: a set need not fit into
+    memory.
+
+    Args:
+        classes: to be explained; none: the two most likely.
+        skip: called with what is wrong with a picture of a folder, which is then passed over.
+        progress: as in ``coda_fast.demo.run``.
+
+    Raises:
+        ValueError: a picture that was named cannot be explained, or none can.
+    """
+    found = []
+    for job in progress(jobs, "reading") if progress and len(jobs) > 1 else jobs:
+        try:
+            as_network_sees(model, job.source, preprocessing, _count(model, classes))
+        except ValueError as error:
+            if job.named:
+                raise
+            skip(error)
+        else:
+            found.append(job)
+    if jobs and not found:
+        raise ValueError(f"IMAGES: expected at least one image that can be read, got {len(jobs)} files")
+    return found
+
+
+def explain_picture(
+    model: Network, source: Path, target_path: Path, preprocessing: Preprocessing, classes: Sequence[int] = ()
+) -> Explanation:
+    """Write the figure of one picture as PNG, whole or not at all: the picture as it was given, with what the
+    network saw of it, and the maps where they belong. Folders are made for it.
+
+    Args:
+        classes: to be explained; none: the two most likely.
+
+    Raises:
+        ValueError: a picture that cannot be read or explained, or to which the network has no finite answer.
+    """
+    image = as_network_sees(model, source, preprocessing, _count(model, classes))
+    batch = image[None].to(next(model.parameters()))
+    with torch.no_grad():
+        logits = model(batch)
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            f"{source}: the network gives logits that are not finite: {logits.flatten().tolist()[:4]}"
+        )
+    chosen = torch.tensor([list(classes)]) if classes else logits.topk(_count(model, classes)).indices
+    explanation = model.explain(batch, chosen)
+    views = [plot.View.of(decode(source), preprocessing)]
+    drawn = plot.render(
+        plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names, views=views)
+    )
+    target_path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target_path) as temporary:
+        temporary.write_bytes(drawn)
+    return explanation
+
+
+def _count(model, classes):
+    return len(classes) or min(2, model.num_classes)

@@ -1,0 +1,129 @@
+"""The base class of classifiers that this package explains, penalises, saves, and gives out by name.
+
+A new network takes two places: its own file, with a subclass of ``Network``, and one call of
+``coda_fast.models.register_model`` (docs/networks.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from coda_fast import _arguments
+from coda_fast.data.preprocessing import Preprocessing
+from coda_fast.dynamic_linear import DynamicLinear
+from coda_fast.explain import MEMORY_BUDGET, explain
+from coda_fast.explanation import Explanation
+from coda_fast.nn import DAUConv2d, explanation_mode
+
+LOGIT_BIAS = math.log(0.1 / 0.9)
+
+
+class Network(DynamicLinear):
+    """A ``DynamicLinear`` that describes itself: what pictures it takes, what its classes are called, and by
+    which arguments it can be made again.
+
+    A subclass takes the arguments below as keywords (``**options``) and hands them on; it also takes
+    ``device`` and ``dtype``, for its layers. It writes ``evidence``, and ``config`` with its own arguments.
+
+    Args:
+        num_classes: how many logits there are.
+        temperature: T; larger T asks the layers for better alignment (paper, section 3.3).
+        logit_bias: added to every logit; ``log(0.1 / 0.9)`` starts all classes at 10 %.
+        image_channels: 3 for colour, 1 for grey images.
+        image_size: native size in pixels: a hint for tools, any size is accepted.
+        preprocessing: what pictures go through before the network, which ``transform`` does: resize, crop and
+            interpolation of ``coda_fast.data.Preprocessing`` (as a dict, or one itself); None: resized and
+            cropped to ``image_size``, if there is one.
+        class_names: a hint for tools, one for each class.
+
+    Attributes:
+        transform: ``coda_fast.data.Preprocessing``: ``model(model.transform("photo.jpg")[None])``. Stored
+            with the weights.
+        classifier: name of the DAU layer that turns features into evidence, if there is one that all ways
+            lead through and that nothing follows; timm's interface asks for it. The subclass sets it.
+
+    Raises:
+        ValueError, TypeError: arguments that are none.
+    """
+
+    classifier: str | None = None
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        temperature: float,
+        logit_bias: float = LOGIT_BIAS,
+        image_channels: int = 3,
+        image_size: int | None = None,
+        preprocessing: Preprocessing | Mapping | None = None,
+        class_names: Sequence[str] | None = None,
+    ):
+        super().__init__(image_channels=image_channels, temperature=temperature, logit_bias=logit_bias)
+        self._num_classes = _arguments.positive_integer(num_classes, "num_classes")
+        self.image_size = (
+            None
+            if image_size is None
+            else _arguments.positive_integer(image_size, "image_size", _arguments.MOST)
+        )
+        self.transform = Preprocessing.of(preprocessing, self.image_channels, self.image_size)
+        self.class_names = None if class_names is None else _arguments.names(class_names, self._num_classes)
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        """How many logits there are."""
+        return self._num_classes
+
+    def config(self) -> dict:
+        """The constructor's arguments, as plain JSON values (device and dtype left out): ``kind(**config)``
+        has the same layers. A subclass adds its own: ``{"width": self.width} | super().config()``.
+
+        Raises:
+            ValueError: a ``transform`` that is no ``Preprocessing`` of its channels.
+        """
+        if not isinstance(self.transform, Preprocessing) or self.transform.channels != self.image_channels:
+            raise ValueError(
+                f"transform: expected a Preprocessing of {self.image_channels} channels, got "
+                f"{str(self.transform)[:100]}, which no configuration describes"
+            )
+        return {
+            "num_classes": self.num_classes,
+            "temperature": float(self.temperature),
+            "logit_bias": float(self.logit_bias),
+            "image_channels": self.image_channels,
+            "image_size": self.image_size,
+            "preprocessing": self.transform.config(),
+            "class_names": self.class_names,
+        }
+
+    @classmethod
+    def adapted(cls, config: dict, num_classes: int | None = None, rank: int | None = None) -> dict:
+        """A configuration for another number of classes, or of another rank; None: as it is. A subclass whose
+        arguments say these otherwise overrides it.
+        """
+        changes = {"num_classes": num_classes, "rank": rank}
+        return config | {name: value for name, value in changes.items() if value is not None}
+
+    def explain(
+        self,
+        images: torch.Tensor,
+        target: int | Sequence | torch.Tensor | None = None,
+        *,
+        layer: int | str | DAUConv2d | None = None,
+        memory_budget: int = MEMORY_BUDGET,
+    ) -> Explanation:
+        """Exact contributions of pixels to logits: see ``coda_fast.explain.explain``."""
+        return explain(self, images, target, layer=layer, memory_budget=memory_budget)
+
+    def explanation_mode(self):
+        """Context in which gradients are rows of the global linear map: see
+        ``coda_fast.explanation_mode``.
+        """
+        return explanation_mode(self)
+
+    def extra_repr(self) -> str:
+        """Temperature and bias."""
+        return f"temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"

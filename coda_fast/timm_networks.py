@@ -1,0 +1,302 @@
+"""Networks with the interface that timm's training and tools expect."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from timm.layers import SelectAdaptivePool2d
+from timm.models._features import feature_take_indices
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from coda_fast import registry
+from coda_fast.explanation import Explanation
+from coda_fast.models import CoDANet
+from coda_fast.network import Network
+from coda_fast.nn import DAUConv2d, SumPool2d, calls_replaced
+
+POOLS = {
+    "sum": SumPool2d,
+    "avg": lambda: SelectAdaptivePool2d(pool_type="avg", flatten=True),
+    "": nn.Identity,
+}
+
+
+class _Classifying:
+    """What a network for timm has whatever its shape; before the class of the network among the bases."""
+
+    @property
+    def in_chans(self) -> int:
+        return self.image_channels
+
+    @property
+    def head_hidden_size(self) -> int:
+        return self.num_features
+
+    def get_classifier(self) -> nn.Module:
+        return self.get_submodule(self.classifier) if self.num_classes else nn.Identity()
+
+    def head(self, activations: torch.Tensor) -> torch.Tensor:
+        return super().head(activations) if self.num_classes else self.pool(activations)
+
+    def config(self) -> dict:
+        self._require_classifier()
+        return super().config()
+
+    def explain(self, images: torch.Tensor, target=None, **options) -> Explanation:
+        self._require_classifier()
+        return super().explain(images, target, **options)
+
+    def _require_classifier(self):
+        if not self.num_classes:
+            raise ValueError("model: expected a network with a classifier, got one with num_classes=0")
+
+    def _set_pool(self, num_classes, global_pool):
+        """Check both, set the pooling, and drop names of other classes."""
+        if global_pool is None:
+            global_pool = "sum" if num_classes else self.global_pool
+        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:
+            raise ValueError(f"num_classes: expected an int of at least 0, got {num_classes!r}")
+        if global_pool not in POOLS:
+            raise ValueError(
+                f"global_pool: expected one of {', '.join(map(repr, POOLS))}, got {global_pool!r}"
+            )
+        if num_classes and global_pool != "sum":
+            raise ValueError(
+                'global_pool: expected "sum" with a classifier (CoDA-Nets sum evidence over pixels), got '
+                f"{global_pool!r}"
+            )
+        self.global_pool, self.pool = global_pool, POOLS[global_pool]().train(self.training)
+        if self.class_names is not None and len(self.class_names) != num_classes:
+            self.class_names = None
+
+
+class TimmNetwork(_Classifying):
+    """A network of any shape with timm's interface, as far as it goes without stages in a row: no
+    ``features_only``, no gradient checkpointing. Its class for timm is made by ``timm_class``.
+
+    Without a classifier it returns features, and there is nothing to explain or to save: ValueError. What the
+    network calls its ``classifier`` says where features end.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.global_pool = "sum"
+        self._made_with = self.config()
+        self.num_features = self.get_submodule(self.classifier).in_channels if self.classifier else 0
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As ``TimmCoDANet.reset_classifier``. ValueError: also where the network names no classifier."""
+        if self.classifier is None:
+            raise ValueError(f"num_classes: {type(self).__name__} names no classifier that could be another")
+        self._set_pool(num_classes, global_pool)
+        like, fresh = next(self.parameters()), nn.Identity()
+        if num_classes:
+            kind = registry.class_of(self)
+            config = kind.adapted(self._made_with, num_classes) | {"class_names": None}
+            fresh = kind(**config, device=like.device, dtype=like.dtype).get_submodule(self.classifier)
+        owner, _, name = self.classifier.rpartition(".")
+        setattr(self.get_submodule(owner), name, fresh.train(self.training))
+        self._num_classes = num_classes
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """What enters the classifier, [N, num_features, H', W'], of images [N, in_chans, H, W] in [0, 1]."""
+        self.check_images(images)
+        classifier = self.get_classifier()
+        skip = lambda layer, input: input if layer is classifier else layer.forward(input)
+        with calls_replaced(skip):
+            return self.evidence(self.encoder(images))
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits of features, or with ``pre_logits`` the features pooled."""
+        return self.pool(features) if pre_logits else self.head(self.get_classifier()(features))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """ValueError where it is to be enabled."""
+        if enable:
+            raise ValueError(f"enable: expected False, {type(self).__name__} has no gradient checkpointing")
+
+
+@functools.cache
+def timm_class(network: type[Network]) -> type[Network]:
+    """The class for timm of a class of networks."""
+    if issubclass(network, CoDANet):
+        return TimmCoDANet
+    return type(f"Timm{network.__name__}", (TimmNetwork, network), {"__module__": __name__})
+
+
+def __getattr__(name):
+    """The classes that ``timm_class`` makes, by name: pickle looks here."""
+    if (network := registry.classes().get(name.removeprefix("Timm"))) and name.startswith("Timm"):
+        return timm_class(network)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class TimmCoDANet(_Classifying, CoDANet):
+    """A CoDANet with timm's interface; the last DAU layer is the classifier, the layers before it are the
+    features.
+
+    With a classifier it is the CoDANet of the same weights: ``explain``, ``coda_fast.save``, losses and
+    evaluation work on it. Without one, or as a feature extractor, it returns features, and there is nothing
+    to explain or to save as a CoDANet: ValueError.
+
+    Args:
+        args, options: as for ``CoDANet``, the classifier included.
+        num_classes: 0 leaves the classifier out; None: the last of ``out_channels``.
+        global_pool: "sum", the definition; without a classifier also "avg" and "" (none, [N, C, H, W]).
+        drop_rate: of the features before the classifier, while training.
+
+    Attributes: ``feature_info``, one entry for each run of feature layers of the same resolution (its last
+    layer); ``num_features`` and ``head_hidden_size``, the channels of the features.
+    """
+
+    def __init__(
+        self,
+        *args,
+        num_classes: int | None = None,
+        global_pool: str = "sum",
+        drop_rate: float = 0.0,
+        **options,
+    ):
+        super().__init__(*args, **options)
+        self.global_pool, self.head_drop, self.grad_checkpointing = "sum", nn.Dropout(drop_rate), False
+        last = self.layers[-1]
+        self._classifier_options = {
+            name: getattr(last, name)
+            for name in (
+                "kernel_size",
+                "stride",
+                "padding",
+                "dilation",
+                "rank",
+                "norm",
+                "eps",
+                "backend",
+                "save_contraction",
+            )
+        } | {"bias": last.bias is not None}
+        self._set_features(len(self.layers) - 1)
+        num_classes = last.out_channels if num_classes is None else num_classes
+        if (num_classes, global_pool) != (last.out_channels, "sum"):
+            self.reset_classifier(num_classes, global_pool)
+
+    @property
+    def num_classes(self) -> int:
+        """Units of the classifier; 0 without one."""
+        return self.layers[-1].out_channels if len(self.layers) > self.depth else 0
+
+    @property
+    def num_features(self) -> int:
+        """Channels that enter the classifier."""
+        return self.layers[self.depth - 1].out_channels if self.depth else 2 * self.image_channels
+
+    @property
+    def classifier(self) -> str:
+        """The name of the layer that gives the classes."""
+        return f"layers.{self.depth}"
+
+    def _set_features(self, depth):
+        """The first ``depth`` layers are the features."""
+        self.depth, self.feature_info, reduction = depth, [], 1
+        for index, layer in enumerate(self.layers[:depth]):
+            reduction *= max(layer.stride)
+            info = {"num_chs": layer.out_channels, "reduction": reduction, "module": f"layers.{index}"}
+            if self.feature_info and self.feature_info[-1]["reduction"] == reduction:
+                self.feature_info[-1] = info
+            else:
+                self.feature_info.append(info)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A classifier with fresh weights for ``num_classes``, 0: none; ``global_pool``: None keeps the
+        pooling, a classifier has "sum".
+
+        Raises:
+            ValueError: not a number of classes, not a pooling, or a pooling that a classifier cannot have.
+        """
+        self._set_pool(num_classes, global_pool)
+        like = next(self.parameters(), torch.empty(0))
+        del self.layers[self.depth :]
+        if num_classes:
+            classifier = DAUConv2d(
+                self.num_features,
+                num_classes,
+                **self._classifier_options,
+                device=like.device,
+                dtype=like.dtype,
+            )
+            self.layers.append(classifier.train(self.training))
+
+    def run_layers(self, activations: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """What comes out of layers ``start`` to ``stop`` - 1."""
+        for index in range(len(self.layers))[start:stop]:
+            layer = self.layers[index]
+            if index == self.depth:
+                activations = self.head_drop(activations)
+            if self.grad_checkpointing and torch.is_grad_enabled() and not layer.explaining:
+                activations = checkpoint(layer, activations, use_reentrant=False)
+            else:
+                activations = layer(activations)
+        return activations
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Features [N, num_features, H', W'] of images [N, in_chans, H, W] in [0, 1], unnormalised."""
+        self.check_images(images)
+        return self.run_layers(self.encoder(images), 0, self.depth)
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits of features, or with ``pre_logits`` the features pooled."""
+        return self.pool(features) if pre_logits else self.head(self.run_layers(features, self.depth))
+
+    def forward_intermediates(
+        self,
+        images: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Features at ``indices`` of ``feature_info`` (an int: the last ones; None: all), behind the final
+        features unless ``intermediates_only``. There is no norm to apply, and ``output_fmt`` is "NCHW": else
+        ValueError.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f'output_fmt: expected "NCHW", got {output_fmt!r}')
+        self.check_images(images)
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        features, done, found = self.encoder(images), 0, []
+        for index, end in enumerate(self._ends()[: last + 1]):
+            features, done = self.run_layers(features, done, end), end
+            if index in taken:
+                found.append(features)
+        if intermediates_only:
+            return found
+        return features if stop_early else self.run_layers(features, done, self.depth), found
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the layers behind the last of ``indices``, and the classifier if a layer goes or
+        ``prune_head``; the absolute indices.
+        """
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        end = self._ends()[last]
+        if prune_head or end < self.depth:
+            self._set_features(end)
+            self.reset_classifier(0, "")
+        return taken
+
+    def _ends(self):
+        """The number of layers up to each entry of ``feature_info``."""
+        return [int(info["module"].rpartition(".")[2]) + 1 for info in self.feature_info]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """While training, keep only what enters each layer and compute the rest again in the backward
+        pass.
+        """
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Layers as groups of parameters, in order, for layer-wise learning rates."""
+        return {"blocks": r"^layers\.(\d+)\."}

@@ -1,0 +1,1 @@
+"""Experiments whose results docs/ shows, run from the root: ``python -m experiments.training`` and so on."""

@@ -1,0 +1,5 @@
+import sys
+
+from experiments.fast_training import main
+
+sys.exit(main())

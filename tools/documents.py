@@ -1,0 +1,146 @@
+"""Every table and plot of measured results in docs/, from the rows in bench/results/ (``make tables``).
+
+python -m tools.documents            write them
+python -m tools.documents --check    exit status 1 if what is written is not what the rows say
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench import plots, results
+from bench.cases import STEP, TRAINING
+from bench.peers import PEERS
+from bench.results import ROOT
+from bench.tables import everything, footer, summary, variants
+from bench.yardsticks import YARDSTICKS
+from coda_fast import baselines
+from coda_fast.baselines._registry import ENTRIES
+from experiments import evaluate_digits, evaluation_speed, golden, matrix_regulariser, training
+from tools import aot_tables, launches
+
+
+def devices(folder: Path = results.FOLDER) -> list[tuple[Path, list[dict]]]:
+    """The files of rows, with what is in them; GPUs first."""
+    found = [(path, results.read(path)) for path in sorted(folder.glob("*.jsonl"))]
+    return sorted(
+        (pair for pair in found if pair[1]), key=lambda pair: (pair[1][0]["driver"] is None, pair[0].name)
+    )
+
+
+def block(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between the markers of that name. ValueError if they are not there."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"expected {begin} and {end} once each")
+    return f"{text.partition(begin)[0]}{begin}\n{content}\n{end}{text.partition(end)[2]}"
+
+
+def short_tables(folder: Path) -> str:
+    """Of the numbers: training at the published batch, 16, or a larger one; a table a device and dtype."""
+    parts = []
+    for _, rows in devices(folder):
+        for variant in variants(rows):
+            shown = [
+                r for r in variant if r["mode"] in (TRAINING, STEP) and not r["op"].startswith("scaling")
+            ]
+            if shown and shown[0]["shape"]["batch"] >= 16:
+                title = f"**{rows[0]['device']}, {shown[0]['dtype']}**"
+                parts += [title, "", summary(shown), "", footer(shown), ""]
+    return "\n".join(parts).rstrip()
+
+
+def full_tables(folder: Path) -> str:
+    """Of docs/benchmark.md: everything that was measured, a section for each device."""
+    parts = []
+    for path, rows in devices(folder):
+        parts += [f"## {rows[0]['device']}", "", everything(rows), ""]
+        if any(r["op"].startswith("scaling") for r in rows):
+            parts += [f"![Scaling on {rows[0]['device']}]({plots.scaling_path(path).name})", ""]
+    return "\n".join(parts).rstrip()
+
+
+def methods() -> str:
+    """Of docs/evaluation.md: the registered attribution methods, with their published settings."""
+    lines = ["| method | what it is | settings |", "|---|---|---|"]
+    for name, method in ENTRIES.items():
+        settings = ", ".join(f"{key} {value:g}" for key, value in baselines.METHODS[name].items())
+        twin = f" On a CoDA-Net, to rounding, {baselines.TWINS[name]}." if name in baselines.TWINS else ""
+        lines.append(f"| `{name}` | {method.description}{twin} | {settings} |")
+    return "\n".join(lines)
+
+
+def peers() -> str:
+    """Of docs/benchmark.md: the registered peers of a layer and of a network."""
+    found = {**PEERS, **YARDSTICKS}
+    lines = ["| peer | what it is |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {each.description} |" for name, each in found.items())])
+
+
+# {document: {name of a block: what makes its text}}; what is measured here takes the folder of the rows
+BLOCKS = {
+    ROOT / "docs" / "numbers.md": {"bench": short_tables, "golden": golden.table},
+    ROOT / "docs" / "benchmark.md": {"peers": peers, "bench": full_tables},
+    ROOT / "docs" / "evaluation.md": {
+        "methods": methods,
+        "digits": evaluate_digits.table,
+        "matrix": matrix_regulariser.table,
+        "speed": evaluation_speed.table,
+    },
+    ROOT / "docs" / "training.md": {"training": training.table, "run": training.run_table},
+    ROOT / "docs" / "kernels.md": {"aot": aot_tables.tables, "launches": launches.tables},
+}
+
+
+def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
+    """The text that each document should have."""
+    found = {}
+    for path, blocks in BLOCKS.items():
+        text = path.read_text(encoding="utf-8")
+        for name, make in blocks.items():
+            text = block(text, name, make(folder) if make in (short_tables, full_tables) else make())
+        found[path] = text
+    return found
+
+
+def stale() -> list[str]:
+    """Documents and plots that do not show what the rows say."""
+    found = [
+        str(path.relative_to(ROOT))
+        for path, text in documents().items()
+        if path.read_text(encoding="utf-8") != text
+    ]
+    for path, rows in devices():
+        if any(r["op"].startswith("scaling") for r in rows) and not plots.shows(
+            plots.scaling_path(path), rows
+        ):
+            found.append(str(plots.scaling_path(path).relative_to(ROOT)))
+    return found
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(argv)
+    if options.check:
+        found = stale()
+        print(
+            "\n".join(f"stale: {name}" for name in found)
+            or "all tables and plots show the rows of bench/results"
+        )
+        return int(bool(found))
+    for path, rows in devices():
+        if any(r["op"].startswith("scaling") for r in rows):
+            print(plots.scaling(rows, plots.scaling_path(path)))
+    for path, text in documents().items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

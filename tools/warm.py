@@ -1,0 +1,71 @@
+"""Fill Triton's cache in many processes at once, before what is timed or tested one by one: compiling is most
+of a first run's time.
+
+python -m tools.warm --networks coda_s_cifar10 --dtype bfloat16 --workers 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+import torch
+
+import coda_fast
+from coda_fast.compile import PASSES
+
+NETWORKS = ("coda_s_cifar10", "coda_l_imagenet100")
+BATCH = 16  # any: nothing is compiled anew for another
+
+
+def warm(wanted, device: str, workers: int, passes=PASSES) -> list[str]:
+    """Every kernel of ``wanted``, (network, dtype) each, compiled; as is usual on the device, channels last.
+    What failed, in words.
+
+    Without a GPU, as a rehearsal, for an H100.
+    """
+    problems = []
+    for network, dtype in wanted:
+        try:
+            model = coda_fast.create_model(network).to(memory_format=torch.channels_last)
+            shape = (BATCH, model.image_channels, model.image_size, model.image_size)
+            options = {
+                "workers": workers,
+                "passes": passes,
+                "memory_format": torch.channels_last,
+                "arch": None if device == "cuda" else 90,
+            }
+            coda_fast.compile_kernels(model, shape, getattr(torch, dtype), **options)
+        except Exception as error:
+            problems.append(f"failed: {network} {dtype}: {type(error).__name__}: {error}")
+    return problems
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"]
+    )
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("warm: needs a CUDA device, torch sees none", file=sys.stderr)
+        return 2
+    start = time.monotonic()
+    problems = warm(
+        [(network, dtype) for network in options.networks for dtype in options.dtype],
+        options.device,
+        options.workers,
+    )
+    print("\n".join([*problems, f"{time.monotonic() - start:.0f} s"]))
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
