@@ -1,0 +1,25 @@
+"""The documentation site describes all that is public; what else there is to check, ``make docs`` does."""
+
+from pathlib import Path
+
+import coda_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_public_name_is_on_a_page():
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    described = {line.removeprefix("::: ") for line in pages.splitlines() if line.startswith("::: ")}
+    modules = {"data", "functional", "__version__"}  # the functions of the modules are described one by one
+    assert {f"coda_fast.{name}" for name in set(coda_fast.__all__) - modules} <= described
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert len(pages) > 10
+    assert [page for page in pages if f": {page}\n" not in navigation] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
