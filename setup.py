@@ -45,7 +45,6 @@ DOCS = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.5",
     "mkdocstrings[python]>=0.29",
-    "mkdocs-click>=0.8",
     "latex2mathml>=3.77",
 ]
 TOOLS = [
