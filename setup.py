@@ -41,12 +41,7 @@ TRAIN = [
     "filelock",
 ]
 BENCH = ["torchvision", "bcos", "pytest>=8.2", "pytest-benchmark", "matplotlib", "pillow"]
-DOCS = [
-    "mkdocs>=1.6,<2",
-    "mkdocs-material>=9.5",
-    "mkdocstrings[python]>=0.29",
-    "latex2mathml>=3.77",
-]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29", "latex2mathml>=3.77"]
 TOOLS = [
     "pytest>=8.2",
     "pytest-benchmark",

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def save(model: Network, path: str | os.PathLike, metadata: Mapping[str, object]
         os.fsync(file.fileno())
 
 
-def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overrides) -> Network:
+def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overrides: Any) -> Network:
     """Read what ``save`` wrote. Configuration and tensors are compared before any tensor is read.
 
     ``model.transform`` is what the file says of pictures; of files from before that was stored, what the

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coda_fast import backends, ops
 from coda_fast._wrappers import unwrap
 from coda_fast.nn import DAUConv2d, explanation_mode
+
+if TYPE_CHECKING:
+    from coda_kernels.config import Device
 
 PASSES = ("inference", "training", "explanation")
 
@@ -32,7 +36,7 @@ def record_launches(
     input_shape: Sequence[int],
     dtype: torch.dtype | None = None,
     passes: Iterable[str] = PASSES,
-    device=None,
+    device: Device | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, list]:
     """Every kernel launch that the passes of a model make on a GPU, from shapes alone, nothing computed:

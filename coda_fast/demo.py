@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from coda_fast import checkpoints, plot
 from coda_fast._version import __version__
@@ -137,7 +138,9 @@ def evaluate(model: CoDANet, data: Digits, seed: int = 0) -> dict:
     }
 
 
-def localisation_score(model, data: Digits, logits, seed: int) -> tuple[float | None, int]:
+def localisation_score(
+    model: nn.Module, data: Digits, logits: torch.Tensor, seed: int
+) -> tuple[float | None, int]:
     """Mean score of the grid pointing game and the number of grids; None where fewer than four classes
     have confident images.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,8 +78,8 @@ class CoDANet(Network):
         class_names: Sequence[str] | None = None,
         backend: str = "auto",
         save_contraction: bool | str = "auto",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         layers = _layer_arguments(
             out_channels, ranks, kernel_sizes, strides, paddings, dilations, norm=norm, eps=eps, bias=bias
@@ -249,7 +250,7 @@ def list_models() -> dict[str, str]:
 
 
 def create_model(
-    name: str, *, num_classes: int | None = None, rank: int | None = None, **overrides
+    name: str, *, num_classes: int | None = None, rank: int | None = None, **overrides: Any
 ) -> Network:
     """A network by name, with fresh weights: a CoDANet, or what was registered by that name.
 
@@ -272,7 +273,9 @@ def create_model(
     return registry.model(name).network(**config)
 
 
-def model_config(name: str, *, num_classes: int | None = None, rank: int | None = None, **overrides) -> dict:
+def model_config(
+    name: str, *, num_classes: int | None = None, rank: int | None = None, **overrides: Any
+) -> dict:
     """The arguments that ``create_model`` calls the class of the network with; same arguments, ValueError as
     there.
     """

@@ -25,6 +25,7 @@ from coda_fast.fonts import drawable, pieces  # noqa: F401 (pieces: known by thi
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
     from PIL.Image import Image
 
     from coda_fast.data.preprocessing import Preprocessing
@@ -220,7 +221,7 @@ def show_image(axes: Axes, image: torch.Tensor, title: str = "") -> None:
 
 def show_map(
     axes: Axes, contribution_map: torch.Tensor, scale: float, title: str = "", view: View | None = None
-):
+) -> AxesImage:
     """Draw a contribution map [H, W] in red (for) and blue (against), white at 0, saturated at +-``scale``,
     over the picture of ``view`` if there is one; returns the artist.
     """
@@ -370,7 +371,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def colour_bar(
-    figure: Figure, artist, axes, label: str = "contribution to the logit, per pixel", location: str = "right"
+    figure: Figure,
+    artist: AxesImage,
+    axes: Axes | Sequence[Axes],
+    label: str = "contribution to the logit, per pixel",
+    location: str = "right",
 ) -> None:
     """The scale that the maps of ``axes`` share."""
     bar = figure.colorbar(artist, ax=axes, location=location, shrink=0.8, aspect=25, pad=0.02, extend="both")

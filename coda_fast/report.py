@@ -10,7 +10,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ class Picture(NamedTuple):
     view: plot.View | None = None
 
 
-def render(model: Network, images: Sequence[torch.Tensor], names: Sequence[str], **options) -> str:
+def render(model: Network, images: Sequence[torch.Tensor], names: Sequence[str], **options: Any) -> str:
     """The page of images [C, H, W] in [0, 1], of any sizes, with their captions, as one text; ``options``
     and errors as of ``stream``.
     """

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from coda_fast import _norms
 from coda_fast._spec import Gradients, Parameters, Spec
+
+# x, u, B, A, b and the like; None: no bias, u = x, or a tangent of zero
+Tensors = Sequence[Any]
 
 
 def align(input: torch.Tensor, applied: torch.Tensor, parameters: Parameters, spec: Spec) -> torch.Tensor:
@@ -50,7 +55,7 @@ def _in_float32(function):
 
 
 @_in_float32
-def align_jvp(tensors, tangents, spec: Spec) -> torch.Tensor:
+def align_jvp(tensors: Tensors, tangents: Tensors, spec: Spec) -> torch.Tensor:
     """Directional derivative of F at ``tensors`` = (x, u, B, A, b) along ``tangents`` (None: zero):
     ``s <w, u'> + s <w', u> + s' <w, u>``.
     """
@@ -66,7 +71,7 @@ def align_jvp(tensors, tangents, spec: Spec) -> torch.Tensor:
 
 
 @_in_float32
-def adjoint_jvp(tensors, tangents, spec: Spec) -> torch.Tensor:
+def adjoint_jvp(tensors: Tensors, tangents: Tensors, spec: Spec) -> torch.Tensor:
     """Directional derivative of G at ``tensors`` = (x, v, B, A, b) along ``tangents`` (None: zero)."""
     input, value, *parameters = tensors
     of_input, of_value, *of_parameters = tangents
@@ -79,7 +84,7 @@ def adjoint_jvp(tensors, tangents, spec: Spec) -> torch.Tensor:
 
 
 @_in_float32
-def gradients_jvp(tensors, tangents, spec: Spec) -> Gradients:
+def gradients_jvp(tensors: Tensors, tangents: Tensors, spec: Spec) -> Gradients:
     """Directional derivative of the gradients (dx, du, dB, dA, db) of ``L = <v, F(x, u)>`` at ``tensors`` =
     (v, x, u, B, A, b) along ``tangents``. With ``u = None`` (u = x) dx is the whole gradient of the image.
 

@@ -11,11 +11,13 @@ from coda_fast.backends.factored import matrices
 if TYPE_CHECKING:
     from coda_fast.backends.factored.layer import Layer
 
+Results = tuple[torch.Tensor | None, torch.Tensor | None]
+
 
 class Contracted:
     """Backward where nothing of the size of w is made."""
 
-    def __init__(self, layer: Layer, need_u, need_z, need_generate):
+    def __init__(self, layer: Layer, need_u: bool, need_z: bool, need_generate: bool):
         self.layer, self.need_u, self.need_z, self.need_generate = layer, need_u, need_z, need_generate
         self.gram = self._gram() if need_z else None
         self.d_generate = self.moments = None
@@ -32,7 +34,15 @@ class Contracted:
             gram[:, :, r] = torch.bmm(bias.unsqueeze(1), transposed).squeeze(1).t()
         return gram.view(r, -1)
 
-    def backward(self, u, z, v, gs, t, contraction):
+    def backward(
+        self,
+        u: torch.Tensor,
+        z: torch.Tensor,
+        v: torch.Tensor,
+        gs: torch.Tensor,
+        t: torch.Tensor,
+        contraction: torch.Tensor | None,
+    ) -> Results:
         """dz [r, p] and sum_o gs_o A_o^T z as rows [p, d], None where not needed."""
         generate, bias = self.layer.generate, self.layer.bias
         n, r, d = generate.shape
@@ -65,7 +75,7 @@ class Contracted:
             patch = self.layer._direct(gs, z, self.scratch)
         return dz, patch
 
-    def parameters(self, d_bias):
+    def parameters(self, d_bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """dA [n, r, d] and db [n, d]: what the chunks gave, and moments A~; ``d_bias`` is what b's own
         rows gave.
         """
@@ -85,13 +95,21 @@ class Contracted:
 class Generated:
     """Backward where w is made."""
 
-    def __init__(self, layer: Layer, need_u, need_z, need_generate):
+    def __init__(self, layer: Layer, need_u: bool, need_z: bool, need_generate: bool):
         self.layer, self.need_u, self.need_z, self.need_generate = layer, need_u, need_z, need_generate
         self.by_rank = layer._by_rank()
         self.d_generate = self.d_bias = None
         self.scratch = matrices.Scratch()
 
-    def backward(self, u, z, v, gs, t, contraction):
+    def backward(
+        self,
+        u: torch.Tensor,
+        z: torch.Tensor,
+        v: torch.Tensor,
+        gs: torch.Tensor,
+        t: torch.Tensor,
+        contraction: torch.Tensor | None,
+    ) -> Results:
         """dz [r, p] and sum_o gs_o w_o as rows [p, d], None where not needed."""
         w = self.layer._weights_of_all(z, self.by_rank)
         u = u.t().contiguous().unsqueeze(1)
@@ -116,7 +134,7 @@ class Generated:
             patch = w.mul_(gs.unsqueeze(2)).sum(1)
         return dz, patch
 
-    def parameters(self, d_bias):
+    def parameters(self, d_bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """dA [n, r, d] and db [n, d]: what the chunks gave."""
         (n, r, d), bias = self.layer.generate.shape, self.layer.bias
         if self.d_generate is None:  # no pixels

@@ -36,7 +36,9 @@ class Layer:
 
     # -- the three passes
 
-    def align(self, input, applied, keep):
+    def align(
+        self, input: torch.Tensor, applied: torch.Tensor | None, keep: str
+    ) -> tuple[torch.Tensor, Kept]:
         """F(x, u) as [N, n, OH, OW], and what ``keep`` asks for."""
         windows = Windows(input, self)
         applied_windows = windows if applied is None else Windows(applied, self)
@@ -83,7 +85,14 @@ class Layer:
                 part += found[:n] if together else matrices.product(self.bias, u)
             norm.square(z, square[:, chunk.columns], u, part)
 
-    def align_backward(self, grad, input, applied, kept, needs):
+    def align_backward(
+        self,
+        grad: torch.Tensor,
+        input: torch.Tensor,
+        applied: torch.Tensor | None,
+        kept: Kept,
+        needs: Gradients,
+    ) -> Gradients:
         """Gradients of F. With ``applied=None`` (u = x) du is part of dx and returned
         there.
         """
@@ -137,7 +146,9 @@ class Layer:
             *(None if g is None else self._like_parameter(g, input) for g in of_parameters),
         )
 
-    def adjoint(self, input, value, like, square=None):
+    def adjoint(
+        self, input: torch.Tensor, value: torch.Tensor, like: torch.Tensor, square: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """G(x, v) as [N, C, H, W], in dtype and format of ``like``; ``square`` saves the norms where they
         are known.
         """
@@ -168,7 +179,13 @@ class Layer:
             windows.scatter_add(padded, chunk, patch)
         return windows.crop(padded, like)
 
-    def adjoints(self, input, values, like, square=None):
+    def adjoints(
+        self,
+        input: torch.Tensor,
+        values: torch.Tensor,
+        like: torch.Tensor,
+        square: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """G(x, v_k) as [K, N, C, H, W]. Of more than one v the weights themselves are made, a chunk at a
         time: n r d products a pixel for all of them and n d for each, where ``adjoint`` takes n r d for each.
         """
@@ -298,7 +315,7 @@ def generates(rank: int, depth: int) -> bool:
     return depth <= 2 * rank
 
 
-def kept_shapes_of(units, rank, depth, pixels, dtype, keep):
+def kept_shapes_of(units: int, rank: int, depth: int, pixels: int, dtype: torch.dtype, keep: str) -> Kept:
     """The contraction A u is kept in float32 and float64 only; there are no prepared parameters."""
     columns = (units, pixels)
     contracted = (

@@ -81,7 +81,7 @@ class Scratch:
         ):
             self.kept.buffer = self.buffer
 
-    def __call__(self, like, *shape):
+    def __call__(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
         """An uninitialised tensor in the buffer; the one of the call before is overwritten."""
         numbers = math.prod(shape)
         found = self.buffer

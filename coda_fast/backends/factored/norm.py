@@ -24,7 +24,7 @@ class Gram:
     computed from w itself, which is exact there too.
     """
 
-    def __init__(self, generate, bias, scratch):
+    def __init__(self, generate: torch.Tensor, bias: torch.Tensor | None, scratch: matrices.Scratch):
         self.generate, self.bias, self.scratch = generate, bias, scratch
         n, r, _ = generate.shape
         self.blocks, times, diagonal = self._layout(r, generate.dtype)
@@ -62,11 +62,13 @@ class Gram:
         return blocks, torch.tensor(times, dtype=dtype, device="cpu"), torch.tensor(diagonal, device="cpu")
 
     @classmethod
-    def numbers(cls, r):
+    def numbers(cls, r: int) -> int:
         """Products z_k z_l a pixel, with z and 1."""
         return len(cls._layout(r, torch.float32)[1])
 
-    def square(self, z, q, u=None, dot=None):
+    def square(
+        self, z: torch.Tensor, q: torch.Tensor, u: torch.Tensor | None = None, dot: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """|w|^2 of columns z into ``q`` [n, p]. Where it had to be computed from w, so is <w, u>, in
         ``dot`` [n, p].
         """
@@ -102,13 +104,15 @@ class Triangle:
     cancels.
     """
 
-    def __init__(self, generate, bias):
+    def __init__(self, generate: torch.Tensor, bias: torch.Tensor | None):
         self.bias = bias
         rows = generate if bias is None else torch.cat((generate, bias.unsqueeze(1)), 1)
         self.factor = norm_factor(rows)
         self.sizes = rows.shape[1:]
 
-    def square(self, z, q, u=None, dot=None):
+    def square(
+        self, z: torch.Tensor, q: torch.Tensor, u: torch.Tensor | None = None, dot: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """|w|^2 of columns z into ``q`` [n, p]. Puts ``dot`` within Cauchy and Schwarz's bound, which
         rounding exceeds where w cancels.
         """
@@ -124,7 +128,7 @@ class Triangle:
         return q.copy_(length.square_())
 
 
-def flushed_length(terms, dtype):
+def flushed_length(terms: int, dtype: torch.dtype) -> float:
     """How much shorter than it is a vector of so many numbers may seem: squares below the least number are
     0.
     """

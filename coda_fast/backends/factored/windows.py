@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ class Chunk:
 class Windows:
     """The windows of an image batch as columns of a matrix, gathered and scattered a chunk at a time."""
 
-    def __init__(self, image, layer: Layer):
+    def __init__(self, image: torch.Tensor, layer: Layer):
         g = layer.spec.geometry
         self.geometry, self.compute = g, layer.reduce.dtype
         self.batch, self.channels, height, width = image.shape
@@ -50,7 +51,7 @@ class Windows:
             (self.channels, *g.kernel, self.batch, *self.out), (plane, *taps, *steps)
         )
 
-    def chunks(self, numbers_per_pixel, parameters, factor=1):
+    def chunks(self, numbers_per_pixel: int, parameters: int, factor: int = 1) -> Iterator[Chunk]:
         """As few chunks as the budget allows, of about equal size: whole images where several fit, else lines
         of one image.
         """
@@ -70,13 +71,13 @@ class Windows:
                 count = (stop - i) * (end - h) * width
                 yield Chunk(slice(i, stop), slice(h, end), slice(first, first + count))
 
-    def gather(self, chunk):
+    def gather(self, chunk: Chunk) -> torch.Tensor:
         """Patches as columns, [d, p]."""
         part = self.windows[:, :, :, chunk.images, chunk.lines]
         # reshape alone may give a view of overlapping rows
         return part.reshape(-1, chunk.columns.stop - chunk.columns.start).contiguous()
 
-    def scatter_add(self, padded, chunk, patches):
+    def scatter_add(self, padded: torch.Tensor, chunk: Chunk, patches: torch.Tensor) -> None:
         """Adds patches [..., p, d] to a padded image [..., N, H, W, C], or to several."""
         g, (*many, _, height, width, channels) = self.geometry, padded.shape
         row = width * channels
@@ -89,16 +90,16 @@ class Windows:
             (*padded.stride()[:-4], height * row, *steps, 1, *taps),
         )[..., chunk.images, chunk.lines, :, :, :, :]
         patches = patches.view(windows.shape)
-        taps = lambda t: [tap for row in t.unbind(-2) for tap in row.unbind(-1)]
+        each_tap = lambda t: [tap for row in t.unbind(-2) for tap in row.unbind(-1)]
         # windows overlap, so the taps are added one after the other (on a GPU too, as none of them is dense)
-        torch._foreach_add_(taps(windows), taps(patches))
+        torch._foreach_add_(each_tap(windows), each_tap(patches))
 
-    def new_padded(self):
+    def new_padded(self) -> torch.Tensor:
         """A padded image of zeros, channels last because gradients are added pixel by pixel."""
         batch, channels, height, width = self.padded.shape
         return self.padded.new_zeros(batch, height, width, channels)
 
-    def rows_to_image(self, rows, like):
+    def rows_to_image(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """[n, P] -> [N, n, OH, OW]."""
         image = torch.empty(
             self.batch,
@@ -110,11 +111,11 @@ class Windows:
         )
         return image.copy_(rows.view(len(rows), self.batch, *self.out).transpose(0, 1))
 
-    def image_to_rows(self, image):
+    def image_to_rows(self, image: torch.Tensor) -> torch.Tensor:
         """[N, n, OH, OW] -> [n, P]."""
         return image.transpose(0, 1).to(self.compute).reshape(image.shape[1], -1)
 
-    def crop(self, padded, like):
+    def crop(self, padded: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """A padded image [N, H', W', C] as [N, C, H, W], in dtype and format of ``like``."""
         left, _, top, _ = self.geometry.padding
         image = padded[:, top : top + like.shape[2], left : left + like.shape[3]].permute(0, 3, 1, 2)
