@@ -276,7 +276,7 @@ def need_network(
     return inner
 
 
-def network_in(model):
+def network_in(model: nn.Module) -> nn.Module:
     """The network that ``model`` is or wraps, whose own rules (sigmoid, encoded pixels) then count; else
     ``model`` as it is. A sharded one is gathered.
 

@@ -8,7 +8,7 @@ import html
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class Explanation:
             text += f", completeness error up to {float(self.completeness_error.max()):.1e} logits"
         return f"Explanation({text})"
 
-    def to(self, *args, **kwargs) -> Explanation:
+    def to(self, *args: Any, **kwargs: Any) -> Explanation:
         """On another device, or in another floating-point dtype: arguments as of ``torch.Tensor.to``;
         classes stay integers.
         """

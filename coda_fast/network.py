@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -118,7 +119,7 @@ class Network(DynamicLinear):
         """Exact contributions of pixels to logits: see ``coda_fast.explain.explain``."""
         return explain(self, images, target, layer=layer, memory_budget=memory_budget)
 
-    def explanation_mode(self):
+    def explanation_mode(self) -> AbstractContextManager[torch.nn.Module]:
         """Context in which gradients are rows of the global linear map: see
         ``coda_fast.explanation_mode``.
         """

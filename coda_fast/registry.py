@@ -65,7 +65,7 @@ def classes() -> dict[str, type]:
     return dict(_CLASSES)
 
 
-def class_of(network) -> type:
+def class_of(network: object) -> type:
     """The registered class that a network is of, or of a subclass of; a file names it.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d
@@ -80,7 +81,7 @@ class TimmNetwork(_Classifying):
     network calls its ``classifier`` says where features end.
     """
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.global_pool = "sum"
         self._made_with = self.config()
@@ -153,11 +154,11 @@ class TimmCoDANet(_Classifying, CoDANet):
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         num_classes: int | None = None,
         global_pool: str = "sum",
         drop_rate: float = 0.0,
-        **options,
+        **options: Any,
     ):
         super().__init__(*args, **options)
         self.global_pool, self.head_drop, self.grad_checkpointing = "sum", nn.Dropout(drop_rate), False

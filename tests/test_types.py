@@ -16,9 +16,11 @@ def is_public(name):
 
 
 def public_modules():
-    """The modules that a user may import, as paths of which no part begins with an underscore."""
+    """The modules that a user may import, as paths of which no part begins with an underscore. Those of the
+    commands are left out: click says what their arguments are.
+    """
     names = (path.relative_to(PACKAGE).with_suffix("").as_posix() for path in sorted(PACKAGE.rglob("*.py")))
-    return [name for name in names if all(map(is_public, name.split("/")))]
+    return [name for name in names if all(map(is_public, name.split("/"))) and not name.startswith("cli/")]
 
 
 def public_functions(node, prefix=""):

@@ -10,6 +10,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
+from coda_fast.baselines._attribution import Attribution
 from coda_fast.baselines._registry import Setting, baseline, captum
 from coda_fast.models import CoDANet
 from coda_fast.network import Network
@@ -18,7 +19,7 @@ BATCH_SIZE = Setting(64, most=2**14)  # pairs of an image and a class at once
 
 
 @baseline("GCam", each_class=True, takes_layer=True, batch_size=BATCH_SIZE)
-def grad_cam(method, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def grad_cam(method: Attribution, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Grad-CAM at the last layer (``layer=``: another), a map for each class, its positive part enlarged."""
     layer = method.layer or _last_layer(method.model, x)
     attr = captum()
@@ -27,19 +28,19 @@ def grad_cam(method, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 @baseline("Grad", each_class=True, batch_size=BATCH_SIZE)
-def gradient(method, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def gradient(method: Attribution, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The gradient of the logit."""
     return captum().Saliency(method.model).attribute(x, target=target, abs=False).sum(1)
 
 
 @baseline("IxG", each_class=True, batch_size=BATCH_SIZE)
-def input_x_gradient(method, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def input_x_gradient(method: Attribution, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Input x Gradient."""
     return captum().InputXGradient(method.model).attribute(x, target=target).sum(1)
 
 
 @baseline("IntGrad", each_class=True, n_steps=Setting(20, most=10**4), batch_size=BATCH_SIZE)
-def integrated_gradients(method, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def integrated_gradients(method: Attribution, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Integrated Gradients from the black image."""
     steps, most = method.settings["n_steps"], max(len(x), method.settings["batch_size"])
     integrated = captum().IntegratedGradients(method.model)
@@ -48,13 +49,13 @@ def integrated_gradients(method, x: torch.Tensor, target: torch.Tensor) -> torch
 
 
 @baseline("GB", each_class=True, twin="Grad", batch_size=BATCH_SIZE)
-def guided_backprop(method, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def guided_backprop(method: Attribution, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Guided backpropagation."""
     return captum().GuidedBackprop(_separate_activations(method.model)).attribute(x, target=target).sum(1)
 
 
 @baseline("DeepLIFT", each_class=True, twin="IxG", batch_size=BATCH_SIZE)
-def deep_lift(method, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def deep_lift(method: Attribution, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """DeepLIFT from the black image, by the rescale rule."""
     deep_lift = captum().DeepLift(_separate_activations(method.model))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from coda_fast.baselines._attribution import Attribution
 from coda_fast.baselines._registry import baseline
 from coda_fast.dynamic_linear import DynamicLinear
 
@@ -15,6 +16,6 @@ def _dau_layers(model: nn.Module) -> None:
 
 
 @baseline("Ours", needs=_dau_layers)
-def contribution_map(method, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def contribution_map(method: Attribution, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The contribution map of a CoDA-Net itself, which sums to the logit less its constant bias."""
     return method.model.explain(images, targets).contribution_map

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from coda_fast._autocast import wide
+from coda_fast.baselines._attribution import Attribution
 from coda_fast.baselines._registry import Setting, baseline, captum, missing
 from coda_fast.dynamic_linear import DynamicLinear
 
@@ -18,7 +19,7 @@ def _fits(settings: dict) -> None:
         raise ValueError(f"stride: expected at most size {settings['size']}, got {settings['stride']}")
 
 
-def occlusion(method, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def occlusion(method: Attribution, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Occlusion: the logit's drop under a black window, over its area, summed over the windows that cover a
     pixel.
 
@@ -76,7 +77,7 @@ for _name, _size in (("Occ5", 5), ("Occ9", 9)):
     seed=SEED,
     batch_size=BATCH_SIZE,
 )
-def rise(method, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def rise(method: Attribution, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """RISE: the mean of random masks that keep a share p1 of the image, weighted by the probability under
     each.
 
@@ -136,7 +137,7 @@ def _rise_masks(grid, down, across, height, width):
     seed=SEED,
     batch_size=Setting(64, most=2**14),
 )
-def lime(method, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def lime(method: Attribution, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """LIME: a linear model of which segments, found by quickshift, are shown; its largest coefficients.
 
     captum draws the same samples for every class of an image, from the same seed: the network answers them
