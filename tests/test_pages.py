@@ -23,3 +23,13 @@ def test_every_page_is_in_the_navigation():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
+
+
+def test_every_example_is_included_in_its_page():
+    """A line that is not exactly this one would be shown as it stands."""
+    lines = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8").splitlines()
+    scripts = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    assert len(scripts) >= 5
+    assert sorted(line for line in lines if "examples/" in line and ".py" in line and "test" not in line) == [
+        f'--8<-- "examples/{name}"' for name in scripts
+    ]
