@@ -1,8 +1,8 @@
 """What the documentation site needs besides Markdown; a hook of mkdocs (``make docs``).
 
 Formulas, written as on GitHub (blocks of ``math``, and in a line between ``$`` and backticks), become MathML,
-which a browser shows without a script: the site loads nothing from elsewhere. The commands are described by
-click, which runs them.
+which a browser shows without a script: the site loads nothing from elsewhere. The page of a command is
+written from what click, which runs it, knows.
 """
 
 import inspect
@@ -11,6 +11,7 @@ from html import escape
 
 import click
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File
 
 from coda_fast.cli import cli
 
@@ -21,8 +22,14 @@ _COMMANDS = "<!-- commands -->"
 _WIDE = ("numbers.md", "benchmark.md", "kernels.md")  # tables as wide as the page: no list of contents beside
 
 
+def on_files(files, config):
+    """Add a page for each command. One that ``nav`` does not name, or names in vain, fails a strict build."""
+    for name in cli.commands:
+        files.append(File.generated(config, f"commands/{name}.md", content=_described(name)))
+
+
 def on_page_markdown(markdown, page, **_):
-    """Describe the commands, and let words that no extension of Markdown touches stand for formulas."""
+    """List the commands, and let words that no extension of Markdown touches stand for formulas."""
     if page.file.src_uri in _WIDE:
         page.meta.setdefault("hide", ["toc"])
     page.formulas = []
@@ -35,7 +42,8 @@ def on_page_markdown(markdown, page, **_):
 
     markdown = _FORMULA.sub(replace, markdown)
     if _COMMANDS in markdown:
-        markdown = markdown.replace(_COMMANDS, "\n\n".join(map(_described, sorted(cli.commands))))
+        rows = (f"| [{name}](commands/{name}.md) | {_summary(name)} |" for name in cli.commands)
+        markdown = markdown.replace(_COMMANDS, "\n".join(["| command | |", "|---|---|", *rows]))
     return markdown
 
 
@@ -47,10 +55,17 @@ def on_page_content(html, page, **_):
     return html
 
 
+def _summary(name):
+    """The first paragraph of a command's help, as one line."""
+    return " ".join(inspect.cleandoc(cli.commands[name].help).partition("\n\n")[0].split())
+
+
 def _described(name):
-    """A command's section: how it is called, its help, and a table of its options."""
+    """A command's page: how it is called, its help, and a table of its options."""
     command = cli.commands[name]
-    context = click.Context(command, info_name=f"coda-fast {name}")
+    context = click.Context(
+        command, info_name=f"coda-fast {name}", parent=click.Context(cli, **cli.context_settings)
+    )
     usage = " ".join(command.collect_usage_pieces(context))
     options = [option for option in command.get_params(context) if isinstance(option, click.Option)]
     rows = [
@@ -59,7 +74,7 @@ def _described(name):
     ]
     return "\n".join(
         [
-            f"## {name}",
+            f"# coda-fast {name}",
             f"\n    coda-fast {name} {usage}\n",
             inspect.cleandoc(command.help),
             "\n<table>",
