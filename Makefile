@@ -63,7 +63,7 @@ format: $(READY) ## apply ruff's fixes and format
 bench: $(READY) ## measure everything beside its peers, keep the rows in bench/results (some minutes on a CPU)
 	$(VENV)/bin/python -m pytest bench/ --benchmark --rows bench/results $(BENCH_ARGS)
 
-tables: $(READY) ## all tables and plots of measured results in docs/, from bench/results
+tables: $(READY) ## all tables and plots of measured results in README.md and docs/, from bench/results
 	$(VENV)/bin/python -m tools.documents
 
 docs: $(READY) ## the documentation as a site in ./site: strict, links and anchors checked, nothing fetched

@@ -1,4 +1,5 @@
-"""Every table and plot of measured results in docs/, from the rows in bench/results/ (``make tables``).
+"""Every table and plot of measured results in README.md and docs/, from the rows in bench/results/
+(``make tables``).
 
 python -m tools.documents            write them
 python -m tools.documents --check    exit status 1 if what is written is not what the rows say
@@ -7,14 +8,16 @@ python -m tools.documents --check    exit status 1 if what is written is not wha
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from bench import plots, results
 from bench.cases import STEP, TRAINING
 from bench.peers import PEERS
+from bench.providers import CODA
 from bench.results import ROOT
-from bench.tables import everything, footer, summary, variants
+from bench.tables import MIB, PUBLISHED, everything, fastest, footer, others, summary, variants
 from bench.yardsticks import YARDSTICKS
 from coda_fast import baselines
 from coda_fast.baselines._registry import ENTRIES
@@ -36,6 +39,44 @@ def block(text: str, name: str, content: str) -> str:
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"expected {begin} and {end} once each")
     return f"{text.partition(begin)[0]}{begin}\n{content}\n{end}{text.partition(end)[2]}"
+
+
+def headline(folder: Path) -> str:
+    """Of README.md: how exact, and what a training step of S-CoDA takes at the published batch size, 16, on
+    the first device on which it was measured.
+    """
+    stored = json.loads(golden.RESULTS.read_text(encoding="utf-8"))
+    errors = [pair for row in stored["rows"] for pair in row["errors"].items()]
+    worst = {dtype: max(e for name, e in errors if name.endswith(dtype)) for dtype in ("float64", "float32")}
+    lines = [
+        "| | | measured on |",
+        "|---|---|---|",
+        "| exact | largest relative error of outputs, gradients and explanations against the authors' "
+        f"implementation in float64: {worst['float64']:.0e} in float64, {worst['float32']:.0e} in float32 | "
+        f"{stored['device']}; torch {stored['torch']} |",
+    ]
+    op, batch = "coda_s_cifar10", 16
+    for _, rows in devices(folder):
+        steps = [r for r in rows if (r["op"], r["mode"]) == (op, STEP) and r["shape"]["batch"] == batch]
+        by = {(op, r["provider"]): r for r in steps if r["dtype"] == steps[0]["dtype"]}
+        published, other = fastest(by, op, PUBLISHED), fastest(by, op, others())
+        ours = by.get((op, CODA), {})
+        gains = {name: f"{ratios[1]:.2f} times" for name, ratios in (ours.get("speedup") or {}).items()}
+        mib = {name: f"{row['peak_bytes'] / MIB:.0f}" for (_, name), row in by.items() if row["peak_bytes"]}
+        leanest = min((p for p in others() if p in mib), key=lambda name: float(mib[name]), default=None)
+        if not ({CODA, published, other} <= mib.keys() and {published, other, leanest} <= gains.keys()):
+            continue  # not all of it could be measured there
+        lines += [
+            f"| small | a training step of S-CoDA (CIFAR-10, batch {batch}) takes {mib[CODA]} MiB; the "
+            f"formula as published takes {mib[published]}; of the forms in library calls the "
+            f"fastest ({other}) takes {mib[other]}, the leanest ({leanest}) {mib[leanest]} | "
+            f"{ours['device']}, {ours['dtype']}; torch {ours['torch']} |",
+            f"| fast | that step takes {1e-3 * ours['p50_us']:.0f} ms: {gains[published]} as fast as the "
+            f"formula as published, {gains[other]} as fast as the fastest of the others, {gains[leanest]} as "
+            "fast as the leanest | the same |",
+        ]
+        break
+    return "\n".join(lines)
 
 
 def short_tables(folder: Path) -> str:
@@ -81,6 +122,7 @@ def peers() -> str:
 
 # {document: {name of a block: what makes its text}}; what is measured here takes the folder of the rows
 BLOCKS = {
+    ROOT / "README.md": {"headline": headline},
     ROOT / "docs" / "numbers.md": {"bench": short_tables, "golden": golden.table},
     ROOT / "docs" / "benchmark.md": {"peers": peers, "bench": full_tables},
     ROOT / "docs" / "evaluation.md": {
@@ -92,6 +134,7 @@ BLOCKS = {
     ROOT / "docs" / "training.md": {"training": training.table, "run": training.run_table},
     ROOT / "docs" / "kernels.md": {"aot": aot_tables.tables, "launches": launches.tables},
 }
+OF_ROWS = (headline, short_tables, full_tables)
 
 
 def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
@@ -100,7 +143,7 @@ def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
     for path, blocks in BLOCKS.items():
         text = path.read_text(encoding="utf-8")
         for name, make in blocks.items():
-            text = block(text, name, make(folder) if make in (short_tables, full_tables) else make())
+            text = block(text, name, make(folder) if make in OF_ROWS else make())
         found[path] = text
     return found
 
