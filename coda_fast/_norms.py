@@ -34,7 +34,7 @@ class Norm(Protocol):
 
 
 class Squash:
-    """``s(q) = sqrt(q) / (1 + q)``: the scaled weight is shorter than 1 (arXiv:2104.00032, eq. 3)."""
+    """``s(q) = sqrt(q) / (1 + q)``: the scaled weight is shorter than 1 (SQ in arXiv:2104.00032)."""
 
     def scale(self, length, square, eps):
         return length / (1 + square)
@@ -51,7 +51,7 @@ class Squash:
 
 
 class L2:
-    """``s(q) = 1 / max(sqrt(q), eps)``: the scaled weight has length 1 (arXiv:2104.00032, eq. 4)."""
+    """``s(q) = 1 / max(sqrt(q), eps)``: the scaled weight has length 1 (L2 in arXiv:2104.00032)."""
 
     def scale(self, length, square, eps):
         # as Squash does, not 1 / infinity = 0
