@@ -109,11 +109,11 @@ def flatten(call: Align | AlignBackward | Adjoint) -> list:
     flat: list = []
     for value in call:
         if isinstance(value, Spec):
-            flat += value.flat()
+            flat.extend(value.flat())
         elif isinstance(value, Gradients):
             flat.append(list(value))
         elif isinstance(value, (Parameters, Kept)):
-            flat += value
+            flat.extend(value)  # not +=, which torch.compile of torch 2.11 refuses for a named tuple
         else:
             flat.append(value)
     return flat
