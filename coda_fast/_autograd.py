@@ -12,8 +12,18 @@ import contextlib
 import torch
 
 from coda_fast._autocast import without_autocast
-from coda_fast._spec import Adjoint, Align, AlignBackward, Gradients, Kept, Parameters, flatten, rebuild
-from coda_fast.backends import KEEPS, reference
+from coda_fast._spec import (
+    KEEPS,
+    Adjoint,
+    Align,
+    AlignBackward,
+    Gradients,
+    Kept,
+    Parameters,
+    flatten,
+    rebuild,
+)
+from coda_fast.backends import reference
 
 
 def _align(*fields):
@@ -42,7 +52,7 @@ def _backward_of_align(ctx, grad, *_):
         return ()
     with without_autocast(grad.device.type):
         enough = "norm" if ctx.detach else "products"
-        if KEEPS.index(ctx.keep) < KEEPS.index(enough):
+        if any(needed and not there for needed, there in zip(KEEPS[enough], KEEPS[ctx.keep], strict=True)):
             with torch.no_grad():
                 kept = _align(x, u, parameters, ctx.spec, ctx.detach, enough, ctx.backend)[1]
         found = _align_backward(grad, x, u, parameters, kept, ctx.spec, ctx.detach, needs, ctx.backend)

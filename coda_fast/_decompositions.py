@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 
 from coda_fast._geometry import format_of
-from coda_fast._spec import Adjoint, Align, AlignBackward, rebuild
+from coda_fast._spec import KEEPS, Adjoint, Align, AlignBackward, rebuild
 
 
 def align(call: Align) -> tuple[torch.Tensor, ...]:
     """``torch.ops.coda_fast.align``. Of what it keeps there are <w, u> and |w|^2; without the rest a
     backward pass does as well.
     """
-    input, applied, keep = call.input, call.applied, call.keep
+    input, applied, wanted = call.input, call.applied, KEEPS[call.keep]
     layer = _Layer(input, call.parameters, call.spec)
     u = layer.x if applied is None else applied.to(layer.compute)
     z = layer.reduce()
@@ -52,8 +52,8 @@ def align(call: Align) -> tuple[torch.Tensor, ...]:
         dot = torch.minimum(torch.maximum(dot, -bound), bound)
     output = (layer.scale(square) * dot).to(input.dtype).contiguous(memory_format=format_of(input))
     empty = lambda dtype: input.new_empty(0, dtype=dtype)
-    kept_dot = _kept(dot) if keep in ("products", "contraction") else empty(layer.compute)
-    kept_square = _kept(square) if keep != "nothing" else empty(layer.compute)
+    kept_dot = _kept(dot) if wanted.dot else empty(layer.compute)
+    kept_square = _kept(square) if wanted.square else empty(layer.compute)
     return output, kept_dot, kept_square, empty(input.dtype), empty(input.dtype)
 
 

@@ -55,6 +55,16 @@ class Kept(NamedTuple):
     prepared: Any = None  # the parameters, laid out as the backend likes
 
 
+# What ``align`` leaves for the backward pass under each value of ``keep``; each leaves all that those before
+# it leave. A backend without a contraction, or without a layout of its own, leaves None there.
+KEEPS = {
+    "nothing": Kept(dot=False, square=False, contraction=False, prepared=False),
+    "norm": Kept(dot=False, square=True, contraction=False, prepared=True),
+    "products": Kept(dot=True, square=True, contraction=False, prepared=True),
+    "contraction": Kept(dot=True, square=True, contraction=True, prepared=True),
+}
+
+
 class Gradients(NamedTuple):
     """Gradients of ``F(x, u)``, or whether each is needed."""
 

@@ -31,8 +31,8 @@ class CoDANet(Network):
 
     Args:
         out_channels, ranks, kernel_sizes, strides: one entry for each DAU layer; the last of ``out_channels``
-            is the number of classes.
-        paddings, dilations: one entry for each layer; None: ``dilation * (k - 1) // 2``, and 1.
+            is the number of classes. A kernel size or stride is one number, or two for rows and columns.
+        paddings, dilations: one entry for each layer, likewise; None: ``dilation * (k - 1) // 2``, and 1.
         temperature: T; larger T asks the layers for better alignment (paper, section 3.3).
         logit_bias: added to every logit; ``log(0.1 / 0.9)`` starts all classes at 10 %.
         norm, eps, bias: as in ``DAUConv2d``, for all layers, or a list with one entry for each.
@@ -62,13 +62,13 @@ class CoDANet(Network):
         self,
         out_channels: Sequence[int],
         ranks: Sequence[int],
-        kernel_sizes: Sequence[int],
-        strides: Sequence[int],
-        paddings: Sequence[int] | None = None,
+        kernel_sizes: Sequence[int | Sequence[int]],
+        strides: Sequence[int | Sequence[int]],
+        paddings: Sequence[int | Sequence[int]] | None = None,
         *,
         temperature: float,
         logit_bias: float = LOGIT_BIAS,
-        dilations: Sequence[int] | None = None,
+        dilations: Sequence[int | Sequence[int]] | None = None,
         norm: str | Sequence[str] = "squash",
         eps: float | Sequence[float] = EPS,
         bias: bool | Sequence[bool] = True,
@@ -99,19 +99,24 @@ class CoDANet(Network):
             for channels, o in zip(widths, layers, strict=False)
         )
         check_size(numbers, device, dtype)
-        common = {"backend": backend, "save_contraction": save_contraction, "device": device, "dtype": dtype}
+        common: dict[str, Any] = {
+            "backend": backend,
+            "save_contraction": save_contraction,
+            "device": device,
+            "dtype": dtype,
+        }
         self.layers = nn.ModuleList(
             DAUConv2d(channels, **layer, **common) for channels, layer in zip(widths, layers, strict=False)
         )
         self.pool = self._modules.pop("pool")  # last, as it is called
 
     @property
-    def num_classes(self) -> int:
+    def num_classes(self) -> int:  # type: ignore[override]
         """Units of the last layer."""
         return self.layers[-1].out_channels
 
     @property
-    def classifier(self) -> str:
+    def classifier(self) -> str:  # type: ignore[override]
         """The name of the last layer."""
         return f"layers.{len(self.layers) - 1}"
 
@@ -185,8 +190,9 @@ class CoDANet(Network):
             value = layer.adjoint(entering, value.to(entering.dtype))
         return value
 
-    def find_layer(self, layer: int | DAUConv2d | None) -> tuple[int, DAUConv2d]:
-        """The index of a layer, given by its index or itself (None: the first), and the layer.
+    def find_layer(self, layer: int | DAUConv2d | None) -> tuple[int, DAUConv2d]:  # type: ignore[override]
+        """The index of a layer, given by its index or itself (None: the first), and the layer. The layers of
+        a chain have numbers where those of other networks have names.
 
         Raises:
             ValueError: no layer of this network. TypeError: neither an index nor a layer.
@@ -238,8 +244,8 @@ class CoDANet(Network):
 
 
 for _name, (_classes, _config, _origin) in MODELS.items():
-    _config = dict(_config, out_channels=[*_config["out_channels"], _classes])
-    registry.add(_name, CoDANet, _config, _origin)
+    _widths = [*_config["out_channels"], _classes]
+    registry.add(_name, CoDANet, _config | {"out_channels": _widths}, _origin)
 
 
 def list_models() -> dict[str, str]:
@@ -304,9 +310,10 @@ def register_model(name: str, network: type[Network], config: Mapping, origin: s
     """
     if not (isinstance(network, type) and issubclass(network, Network)):
         raise TypeError(f"network: expected a subclass of coda_fast.network.Network, got {network!r}")
+    make: Callable[..., Network] = network  # subclasses also take a device
     try:
-        made = network(**config, device="meta")
-        twin = network(**made.config(), device="meta")
+        made = make(**config, device="meta")
+        twin = make(**made.config(), device="meta")
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"network: expected {network.__name__}(**config) to be one, got {error}") from error
     shapes = [{key: t.shape for key, t in each.state_dict().items()} for each in (made, twin)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 _S = dict(
     out_channels=[16, 16, 32, 32, 32, 64, 64, 64],
     kernel_sizes=[3] * 8 + [1],
@@ -14,7 +16,7 @@ _L = dict(
     strides=[3, 1, 1, 2, 1, 1, 2, 1, 1],
 )
 # name: (classes, arguments of CoDANet but for the classes, origin)
-MODELS = {
+MODELS: dict[str, tuple[int, dict[str, Any], str]] = {
     "coda_s_cifar10": (
         10,
         dict(_S, ranks=[32] * 2 + [64] * 7, temperature=1000.0, image_size=32),

@@ -35,8 +35,8 @@ import torch
 from coda_fast import _autograd, _decompositions
 from coda_fast._autocast import cast_as_convolution, without_autocast
 from coda_fast._geometry import format_of
-from coda_fast._spec import Adjoint, Align, AlignBackward, Gradients, Kept, rebuild
-from coda_fast.backends import KEEPS, fused
+from coda_fast._spec import KEEPS, Adjoint, Align, AlignBackward, Gradients, Kept, rebuild
+from coda_fast.backends import fused
 
 _PARAMETERS = "Tensor reduction_weight, Tensor weight, Tensor? bias"
 _KEPT = "Tensor dot, Tensor square, Tensor contraction, Tensor prepared"

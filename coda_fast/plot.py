@@ -11,7 +11,7 @@ import math
 import os
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from coda_fast._classes import class_name
 from coda_fast._files import atomic_path
 from coda_fast.data.preprocessing import middle
 from coda_fast.explanation import Explanation
-from coda_fast.fonts import drawable, pieces  # noqa: F401 (pieces: known by this name too)
+from coda_fast.fonts import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -302,7 +302,7 @@ def explanation_figure(
     weighted = encoded and explanation.dynamic_weight.shape[2] in (2, 6)  # or there is no picture of it
     columns = classes + 1 + weighted
     figure = new_figure(width=2.3 * columns + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
-    axes = figure.subplots(max(1, count), columns, squeeze=False)
+    axes: Any = figure.subplots(max(1, count), columns, squeeze=False)
     named = {*explanation.target.flatten().tolist(), *([] if labels is None else map(int, labels))}
     drawable(" ".join(map(name, sorted(named))))  # one warning for all names
     scale = symmetric_scale(explanation.contribution_map)
@@ -360,20 +360,19 @@ def new_figure(width: float, height: float) -> Figure:
     """An empty figure in inches, outside pyplot's global state."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ImportError(
             "figures need matplotlib: pip install 'coda-fast[cli]' or pip install matplotlib"
         ) from None
-    figure = Figure(figsize=(width, height), layout="constrained")
     # inches: the proof under a map stays apart from the title of the next
-    figure.get_layout_engine().set(h_pad=0.07)
-    return figure
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.07))
 
 
 def colour_bar(
     figure: Figure,
     artist: AxesImage,
-    axes: Axes | Sequence[Axes],
+    axes: Axes | Sequence[Axes] | np.ndarray,
     label: str = "contribution to the logit, per pixel",
     location: str = "right",
 ) -> None:

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
-_CLASSES: dict[str, type] = {}
+# type[Any]: constructors of networks also take device and dtype, which that of Network does not take.
+_CLASSES: dict[str, type[Any]] = {}
 _MODELS: dict[str, Model] = {}
 _LISTENERS: list[Callable[[str], None]] = []
 
@@ -16,12 +18,12 @@ _LISTENERS: list[Callable[[str], None]] = []
 class Model:
     """A named configuration: the class of the network, its arguments, and who it is from."""
 
-    network: type
+    network: type[Any]
     config: dict
     origin: str
 
 
-def add(name: str, network: type, config: Mapping, origin: str) -> None:
+def add(name: str, network: type[Any], config: Mapping, origin: str) -> None:
     """Enter a model and its class, and tell who listens.
 
     Raises:
@@ -60,12 +62,12 @@ def model(name: str) -> Model:
     return _MODELS[name]
 
 
-def classes() -> dict[str, type]:
+def classes() -> dict[str, type[Any]]:
     """The classes of networks by name."""
     return dict(_CLASSES)
 
 
-def class_of(network: object) -> type:
+def class_of(network: object) -> type[Any]:
     """The registered class that a network is of, or of a subclass of; a file names it.
 
     Raises:

@@ -9,6 +9,7 @@ name, and so every model that ``coda_fast.register_model`` adds later.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 
@@ -150,7 +151,7 @@ def _entrypoint(name):
     return create
 
 
-default_cfgs = {}  # register_model looks here
+default_cfgs: dict[str, Any] = {}  # register_model looks here
 
 
 def _enter(name):

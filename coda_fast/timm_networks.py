@@ -24,8 +24,11 @@ POOLS = {
 }
 
 
-class _Classifying:
+class _Classifying(Network):
     """What a network for timm has whatever its shape; before the class of the network among the bases."""
+
+    num_features: int  # channels that enter the classifier
+    global_pool: str  # a key of POOLS
 
     @property
     def in_chans(self) -> int:
@@ -183,17 +186,17 @@ class TimmCoDANet(_Classifying, CoDANet):
             self.reset_classifier(num_classes, global_pool)
 
     @property
-    def num_classes(self) -> int:
+    def num_classes(self) -> int:  # type: ignore[override]
         """Units of the classifier; 0 without one."""
         return self.layers[-1].out_channels if len(self.layers) > self.depth else 0
 
     @property
-    def num_features(self) -> int:
+    def num_features(self) -> int:  # type: ignore[override]
         """Channels that enter the classifier."""
         return self.layers[self.depth - 1].out_channels if self.depth else 2 * self.image_channels
 
     @property
-    def classifier(self) -> str:
+    def classifier(self) -> str:  # type: ignore[override]
         """The name of the layer that gives the classes."""
         return f"layers.{self.depth}"
 

@@ -17,8 +17,6 @@ from coda_fast._spec import Gradients, Kept, Parameters, Spec
 
 FUSED = ("factored", "triton")
 BACKENDS = ("reference", *FUSED)
-# What forward leaves for the backward pass, each with all before it: nothing, |w|^2, <w, u>, A u
-KEEPS = ("nothing", "norm", "products", "contraction")
 
 
 class Backend(Protocol):
@@ -37,7 +35,7 @@ class Backend(Protocol):
         *,
         keep: str,
     ) -> tuple[torch.Tensor, Kept]:
-        """F(x, u), and what ``keep``, one of ``KEEPS``, asks for; None for the rest."""
+        """F(x, u), and what ``keep``, a key of ``coda_fast._spec.KEEPS``, asks for; None for the rest."""
 
     def align_backward(
         self,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from coda_fast._geometry import format_of
-from coda_fast._spec import Gradients, Kept, Parameters, Spec
+from coda_fast._spec import KEEPS, Gradients, Kept, Parameters, Spec
 
 if TYPE_CHECKING:
     from coda_kernels.layer import Layer
@@ -32,8 +32,7 @@ def align(
     layer = _layer(input, parameters, spec)
     with layer.on_device():
         output, kept = _forward(layer, input, applied, keep)
-    prepared = layer.prepared if keep != "nothing" else None
-    return output, kept._replace(prepared=prepared)
+    return output, kept._replace(prepared=layer.prepared if KEEPS[keep].prepared else None)
 
 
 def align_backward(
@@ -138,12 +137,12 @@ def kept_shapes(input: torch.Tensor, parameters: Parameters, spec: Spec, *, keep
     bits = 8 * weight.element_size()
     shape = Shape(channels, units, rank, geometry.kernel, bias=parameters.bias is not None, bits=bits)
     height, width = geometry.output_size(*input.shape[2:])
-    pixels = input.shape[0] * height * width
+    pixels, wanted = input.shape[0] * height * width, KEEPS[keep]
     return Kept(
-        dot=(units, pixels) if keep in ("products", "contraction") else (0,),
-        square=(units, pixels) if keep != "nothing" else (0,),
-        contraction=(pixels, units * shape.R) if keep == "contraction" and not shape.generated else (0,),
-        prepared=(shape.prepared,) if keep != "nothing" else (0,),
+        dot=(units, pixels) if wanted.dot else (0,),
+        square=(units, pixels) if wanted.square else (0,),
+        contraction=(pixels, units * shape.R) if wanted.contraction and not shape.generated else (0,),
+        prepared=(shape.prepared,) if wanted.prepared else (0,),
     )
 
 
@@ -174,13 +173,13 @@ def _forward(layer: Layer, input, applied, keep, norm_only=False):
     from coda_kernels import contracted, generated, prepare
     from coda_kernels.layer import as_image
 
-    s, pixels, device = layer.shape, layer.pixels(input), layer.torch_device
+    s, pixels, device, wanted = layer.shape, layer.pixels(input), layer.torch_device, KEEPS[keep]
     output = torch.empty(len(input), *layer.out, s.units, dtype=layer.dtype, device=device)
     kept = Kept(
-        dot=torch.empty(s.units, pixels, device=device) if keep in ("products", "contraction") else None,
-        square=torch.empty(s.units, pixels, device=device) if keep != "nothing" else None,
+        dot=torch.empty(s.units, pixels, device=device) if wanted.dot else None,
+        square=torch.empty(s.units, pixels, device=device) if wanted.square else None,
         contraction=torch.empty(pixels, s.units * s.R, dtype=layer.dtype, device=device)
-        if keep == "contraction" and not s.generated  # which has none
+        if wanted.contraction and not s.generated  # that form has no contraction
         else None,
     )
     if pixels:

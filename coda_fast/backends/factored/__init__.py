@@ -30,8 +30,8 @@ import math
 
 import torch
 
-from coda_fast._spec import Gradients, Kept, Parameters, Spec
-from coda_fast.backends.factored.layer import Layer, generates, kept_shapes_of
+from coda_fast._spec import KEEPS, Gradients, Kept, Parameters, Spec
+from coda_fast.backends.factored.layer import Layer, has_contraction
 
 # save_contraction="auto" keeps a contraction of at most so many bytes, of patches of at least so many
 # numbers: each number of it saves as many multiplications, and costs to be written and read whatever they are
@@ -87,7 +87,14 @@ def kept_shapes(input: torch.Tensor, parameters: Parameters, spec: Spec, *, keep
     """See ``coda_fast.backends.Backend.kept_shapes``."""
     units, rank, *window = parameters.weight.shape
     height, width = spec.geometry.output_size(*input.shape[2:])
-    return kept_shapes_of(units, rank, math.prod(window), input.shape[0] * height * width, input.dtype, keep)
+    pixels, wanted = input.shape[0] * height * width, KEEPS[keep]
+    contracted = wanted.contraction and has_contraction(rank, math.prod(window), input.dtype)
+    return Kept(
+        dot=(units, pixels) if wanted.dot else (0,),
+        square=(units, pixels) if wanted.square else (0,),
+        contraction=(units * rank, pixels) if contracted else (0,),
+        prepared=(0,),  # the parameters are used as they are
+    )
 
 
 def gradients_like(parameters: Parameters) -> Parameters:
@@ -100,8 +107,7 @@ def worth_keeping(input: torch.Tensor, parameters: Parameters, spec: Spec) -> bo
     """Whether ``save_contraction="auto"`` keeps the contraction of a layer."""
     units, rank, *window = parameters.weight.shape
     depth = math.prod(window)
-    wide = input.dtype in (torch.float32, torch.float64)
-    if input.device.type != "cpu" or not wide or generates(rank, depth) or depth < KEPT_DEPTH:
+    if input.device.type != "cpu" or depth < KEPT_DEPTH or not has_contraction(rank, depth, input.dtype):
         return False
     height, width = spec.geometry.output_size(*input.shape[2:])
     return input.shape[0] * height * width * units * rank * input.element_size() <= KEPT_BYTES

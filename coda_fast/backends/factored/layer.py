@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from coda_fast._spec import Gradients, Kept, Parameters, Spec
+from coda_fast._spec import KEEPS, Gradients, Kept, Parameters, Spec
 from coda_fast.backends.factored import matrices
 from coda_fast.backends.factored.backward import Contracted, Generated
 from coda_fast.backends.factored.norm import Gram, Triangle, flushed_length
@@ -42,18 +42,17 @@ class Layer:
         """F(x, u) as [N, n, OH, OW], and what ``keep`` asks for."""
         windows = Windows(input, self)
         applied_windows = windows if applied is None else Windows(applied, self)
-        shapes = kept_shapes_of(*self.generate.shape, windows.pixels, input.dtype, keep)
-        dot, square = (self.reduce.new_empty(len(self.generate), windows.pixels) for _ in range(2))
+        wanted, (n, r, d) = KEEPS[keep], self.generate.shape
+        dot, square = (self.reduce.new_empty(n, windows.pixels) for _ in range(2))
         contraction = None
-        if shapes.contraction != (0,):
-            contraction = self.reduce.new_empty(shapes.contraction)
+        if wanted.contraction and has_contraction(r, d, input.dtype):
+            contraction = self.reduce.new_empty(n * r, windows.pixels)
         if contraction is None and self._worth_generating(windows.pixels):
             self._generate(windows, applied_windows, dot, square)
         else:
             self._contract(windows, applied_windows, dot, square, contraction)
         output = windows.rows_to_image(self._scale(square).mul_(dot), input)
-        asked = (t if shape != (0,) else None for t, shape in zip((dot, square), shapes[:2], strict=True))
-        return output, Kept(*asked, contraction)
+        return output, Kept(dot if wanted.dot else None, square if wanted.square else None, contraction)
 
     def _generate(self, windows, applied_windows, dot, square):
         """<w, u> and |w|^2 [n, P] of weights that are made, a chunk at a time."""
@@ -112,8 +111,9 @@ class Layer:
             self, need_u, need_x or need_reduce, need_generate
         )
         # b and B: with one u for both, their few rows make one product
-        heads, d_heads = [self.bias] if self.has_bias_rows else [], None
-        heads = torch.cat([*heads, self.reduce]) if shared and form.need_z else heads[0] if heads else None
+        of_bias, of_reduce = self.has_bias_rows, shared and form.need_z
+        heads = matrices.stacked([self.bias] * of_bias + [self.reduce] * of_reduce)
+        d_heads = None if heads is None else torch.zeros_like(heads)
         d_reduce = torch.zeros_like(self.reduce) if need_reduce and not shared else None
         for chunk in windows.chunks(self._numbers(), self.generate.numel(), 1 + need_generate):
             x = windows.gather(chunk)
@@ -121,24 +121,22 @@ class Layer:
             z, part = matrices.product(self.reduce, x), gs[:, chunk.columns].contiguous()
             known = None if contraction is None else contraction.view(n, r, -1)[:, :, chunk.columns]
             dz, patch = form.backward(u, z, v[:, chunk.columns], part, t[:, chunk.columns], known)
-            rows = [part] if self.has_bias_rows else []
-            rows += [dz] if shared and form.need_z else []
-            rows = torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None
-            if rows is not None and (need_generate or (need_reduce and shared)):
-                d_heads = matrices.add(d_heads, matrices.product(rows, u.t()))
-            if need_u:
+            rows = matrices.stacked([part] * of_bias + [dz] * of_reduce)
+            if d_heads is not None and rows is not None and (need_generate or (need_reduce and shared)):
+                d_heads += matrices.product(rows, u.t())
+            if patch is not None:
                 patch = patch if rows is None else patch.addmm_(rows.t(), heads)
                 applied_windows.scatter_add(du, chunk, patch)
-            if need_reduce and not shared:
-                d_reduce.addmm_(dz, x.t())
-            if need_x and not shared:
-                windows.scatter_add(dx, chunk, dz.t() @ self.reduce)
-        if d_heads is None and heads is not None:  # no pixels, or nobody asked
-            d_heads = torch.zeros_like(heads)
-        d_reduce = d_heads[-r:].clone() if need_reduce and shared else d_reduce
-        d_weight, d_bias = (
-            form.parameters(d_heads[:n] if self.has_bias_rows else None) if need_generate else (None, None)
-        )
+            if dz is not None and not shared:
+                if d_reduce is not None:
+                    d_reduce.addmm_(dz, x.t())
+                if need_x:
+                    windows.scatter_add(dx, chunk, dz.t() @ self.reduce)
+        if d_heads is not None and need_reduce and shared:
+            d_reduce = d_heads[-r:].clone()
+        d_weight = d_bias = None
+        if need_generate:
+            d_weight, d_bias = form.parameters(None if d_heads is None or not of_bias else d_heads[:n])
         of_parameters = (d_reduce, d_weight if need_weight else None, d_bias if need_bias else None)
         return Gradients(
             windows.crop(dx, input) if need_x else None,
@@ -155,11 +153,11 @@ class Layer:
         windows = Windows(input, self)
         padded = windows.new_padded()
         v = windows.image_to_rows(value)
-        gs = None if square is None else self._scale(square).mul_(v)
+        known = None if square is None else self._scale(square).mul_(v)
         _, r, d = self.generate.shape
         generates = self._worth_generating(windows.pixels) if square is None else d <= r
         scratch = matrices.Scratch()
-        norm = self._norm(scratch) if square is None and not generates else None
+        norm: Gram | Triangle | None = None
         for chunk in windows.chunks(
             *(self._generated_chunks() if generates else (self._numbers(), self.generate.numel()))
         ):
@@ -167,15 +165,22 @@ class Layer:
             if generates:
                 patch = None
                 for units, w in self._weights(matrices.product(x.t().contiguous(), self.reduce.t()), scratch):
-                    scale = self._scale(torch.linalg.vector_norm(w, dim=2).square_()) if gs is None else None
-                    part = scale.mul_(v[units, chunk.columns]) if gs is None else gs[units, chunk.columns]
-                    patch = matrices.add(patch, w.mul_(part.unsqueeze(2)).sum(0))
+                    if known is not None:
+                        gs = known[units, chunk.columns]
+                    else:
+                        scale = self._scale(torch.linalg.vector_norm(w, dim=2).square_())
+                        gs = scale.mul_(v[units, chunk.columns])
+                    patch = matrices.add(patch, w.mul_(gs.unsqueeze(2)).sum(0))
             else:
                 z = matrices.product(self.reduce, x)
-                scale = self._scale(norm.square(z, z.new_empty(len(v), z.shape[1]))) if gs is None else None
-                part = scale.mul_(v[:, chunk.columns]) if gs is None else gs[:, chunk.columns]
-                patch = self._direct(part, z, scratch)
-                patch = patch if self.bias is None else patch.addmm_(part.t(), self.bias)
+                if known is not None:
+                    gs = known[:, chunk.columns]
+                else:
+                    norm = norm or self._norm(scratch)  # for all chunks
+                    scale = self._scale(norm.square(z, z.new_empty(len(v), z.shape[1])))
+                    gs = scale.mul_(v[:, chunk.columns])
+                patch = self._direct(gs, z, scratch)
+                patch = patch if self.bias is None else patch.addmm_(gs.t(), self.bias)
             windows.scatter_add(padded, chunk, patch)
         return windows.crop(padded, like)
 
@@ -315,15 +320,6 @@ def generates(rank: int, depth: int) -> bool:
     return depth <= 2 * rank
 
 
-def kept_shapes_of(units: int, rank: int, depth: int, pixels: int, dtype: torch.dtype, keep: str) -> Kept:
-    """The contraction A u is kept in float32 and float64 only; there are no prepared parameters."""
-    columns = (units, pixels)
-    contracted = (
-        keep == "contraction" and dtype in (torch.float32, torch.float64) and not generates(rank, depth)
-    )
-    return Kept(
-        dot=columns if keep in ("products", "contraction") else (0,),
-        square=columns if keep != "nothing" else (0,),
-        contraction=(units * rank, pixels) if contracted else (0,),
-        prepared=(0,),
-    )
+def has_contraction(rank: int, depth: int, dtype: torch.dtype) -> bool:
+    """Whether there is a contraction A u that forward could keep: in float32 and float64 only."""
+    return dtype in (torch.float32, torch.float64) and not generates(rank, depth)

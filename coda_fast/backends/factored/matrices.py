@@ -20,8 +20,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b``; ``a`` should be contiguous, ``b`` may be a transposed view.
 
     On a CPU in float32 it is oneDNN's product, which torch uses for compiled linear layers, where this torch
-    has
-    it: it takes 0.7 to 0.95 times as long as ``torch.mm``, except for small products, where a call costs
+    has it: it takes 0.7 to 0.95 times as long as ``torch.mm``, except for small products, where a call costs
     about 20 us more.
     """
     large = a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() * b.shape[1] > SMALL_PRODUCT
@@ -59,6 +58,11 @@ def units_at_once() -> int:
 def add(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
     """``total + part`` in place, where None counts as zero."""
     return part if total is None else total.add_(part)
+
+
+def stacked(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """Matrices one below the other, None if there are none."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
 
 
 class Scratch:
