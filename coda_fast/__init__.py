@@ -1,6 +1,7 @@
 """coda_fast: Convolutional Dynamic Alignment Networks, exact and fast."""
 
 from coda_fast import data, functional
+from coda_fast._modes import explanation_mode
 from coda_fast._version import __version__
 from coda_fast._wrappers import unwrap
 from coda_fast.backends import BackendUnavailable, backend_info
@@ -11,7 +12,7 @@ from coda_fast.explanation import Explanation
 from coda_fast.export import Explainer
 from coda_fast.models import CoDANet, create_model, list_models, register_model
 from coda_fast.network import Network
-from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, explanation_mode
+from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d
 
 __all__ = [
     "AddInverse",

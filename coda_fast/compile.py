@@ -12,8 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coda_fast import backends, ops
+from coda_fast._modes import explanation_mode
 from coda_fast._wrappers import unwrap
-from coda_fast.nn import DAUConv2d, explanation_mode
+from coda_fast.nn import DAUConv2d
 
 if TYPE_CHECKING:
     from coda_kernels.config import Device

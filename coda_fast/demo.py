@@ -31,7 +31,7 @@ from coda_fast.models import CoDANet, create_model
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Data, digits = Digits, digit_tensors  # as they were called when they were defined here
+Data, digits = Digits, digit_tensors  # the names that examples use: demo.digits()
 MODEL = "coda_xs_digits"
 TEMPERATURES = (1.0, 40.0)
 GRID = 2

@@ -17,8 +17,9 @@ from torch import nn
 
 from coda_fast import _arguments, registry
 from coda_fast._autocast import autocasting, wide
+from coda_fast._modes import calls_replaced, explanation_mode
 from coda_fast._wrappers import plain_name, unwrap, whole
-from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d, calls_replaced, explanation_mode
+from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d
 
 
 class NoCut(ValueError):

@@ -12,13 +12,14 @@ from torch import nn
 
 from coda_fast import _arguments, registry
 from coda_fast._geometry import integer, pair
+from coda_fast._modes import explanation_mode
 from coda_fast._wrappers import unwrap
 from coda_fast.data.preprocessing import Preprocessing
 from coda_fast.dynamic_linear import DynamicLinear
 from coda_fast.functional import EPS
 from coda_fast.named_models import MODELS
 from coda_fast.network import LOGIT_BIAS, Network
-from coda_fast.nn import DAUConv2d, check_size, explanation_mode
+from coda_fast.nn import DAUConv2d, check_size
 
 
 class CoDANet(Network):

@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager
 import torch
 
 from coda_fast import _arguments
+from coda_fast._modes import explanation_mode
 from coda_fast.data.preprocessing import Preprocessing
 from coda_fast.dynamic_linear import DynamicLinear
 from coda_fast.explain import MEMORY_BUDGET, explain
 from coda_fast.explanation import Explanation
-from coda_fast.nn import DAUConv2d, explanation_mode
+from coda_fast.nn import DAUConv2d
 
 LOGIT_BIAS = math.log(0.1 / 0.9)
 

@@ -1,27 +1,23 @@
-"""The DAU layer as a module, the parameter-free layers around it, and explanation mode for any network
-built of them.
-"""
+"""The DAU layer as a module, and the layers without parameters around it."""
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import itertools
 import math
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from coda_fast import backends
 from coda_fast._geometry import Geometry, integer, pair
+from coda_fast._modes import THREAD, ModalLayer, call_stand_in, explanation_mode, refuse_reentrant_checkpoint
 from coda_fast.functional import EPS, check_norm, check_save_contraction, dau_conv2d, dau_conv2d_transpose
 from coda_fast.safety import need_memory
 
+__all__ = ["AddInverse", "DAUConv2d", "SumPool2d", "explanation_mode"]
 
-class DAUConv2d(nn.Module):
+
+class DAUConv2d(ModalLayer):
     r"""Layer of Dynamic Alignment Units, in place of ``nn.Conv2d`` (same positional arguments).
 
     Each unit computes its weight from the patch it is applied to and bounds its norm, so that the output is
@@ -109,7 +105,6 @@ class DAUConv2d(nn.Module):
         _ = self.geometry  # refuses what does not fit together
         self.groups, self.padding_mode = groups, padding_mode
         self.norm, self.eps, self.backend, self.save_contraction = norm, eps, backend, save_contraction
-        self._number = next(_NUMBERS)
         window = (in_channels, *self.kernel_size)
         options = {"device": device, "dtype": dtype}
         self.reduction_weight = nn.Parameter(torch.empty(rank, *window, **options))
@@ -141,22 +136,15 @@ class DAUConv2d(nn.Module):
         """Kernel, stride, padding and dilation as backends take them."""
         return Geometry.make(self.kernel_size, self.stride, self.padding, self.dilation)
 
-    @property
-    def explaining(self) -> bool:
-        """Whether a call made here and now is in explanation mode: see ``explanation_mode``."""
-        if self._replica_explains:
-            return True
-        return any(scope.open and self._number in scope.layers for scope in _scopes())
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Images [N, in_channels, H, W] or [in_channels, H, W] -> [N, out_channels, OH, OW]."""
         if not isinstance(input, torch.Tensor) and isinstance(input, torch.fx.Proxy):
             return self._trace(input)
-        if _THREAD.stand_in is not None:
-            return _call_stand_in(self, input)
+        if THREAD.stand_in is not None:
+            return call_stand_in(self, input)
         explaining = self.explaining
         if explaining and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            _refuse_reentrant_checkpoint()
+            refuse_reentrant_checkpoint()
         return dau_conv2d(
             input,
             self.reduction_weight,
@@ -205,21 +193,6 @@ class DAUConv2d(nn.Module):
             "torch.jit.script: expected torch.jit.trace, torch.export or torch.compile for a DAUConv2d, "
             "whose code is Python"
         )
-
-    # The mode of a replica of torch.nn.DataParallel is that of the call which made it: its thread begins with
-    # an empty context.
-    _replica_explains = False
-
-    def _replicate_for_data_parallel(self):
-        replica = super()._replicate_for_data_parallel()
-        replica._replica_explains = self.explaining
-        return replica
-
-    def __setstate__(self, state):
-        # A copy (copy, deepcopy, pickle) is a layer of its own, whatever scope of explanation mode its
-        # original is in.
-        super().__setstate__(state)
-        self._number = next(_NUMBERS)
 
     def _apply(self, fn, recurse=True):
         # module.to(memory_format=torch.channels_last) would refuse the five dimensions of ``weight``: it
@@ -278,142 +251,3 @@ class SumPool2d(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] -> [N, C]."""
         return input.sum((-2, -1))
-
-
-# Explanation mode belongs to a call, not to a module: what is shared between threads and tasks is never
-# written. Each ``with`` is a scope; the scopes that a call is in are a context variable, so threads begin
-# with none, asyncio's tasks have their own, and each layer looks whether it is in one. A scope that was left
-# is closed, which counts also where it was left from another context (an asynchronous generator that is
-# finalised by the event loop) or out of order (two generators that take turns).
-_NUMBERS = itertools.count()  # layers by number: a value that compiled code can compare, unlike an address
-_SCOPES: contextvars.ContextVar[tuple[_Scope, ...]] = contextvars.ContextVar(
-    "coda_fast.explanation_mode", default=()
-)
-
-
-class _Scope:
-    def __init__(self, layers: frozenset[int]):
-        self.layers, self.open = layers, True
-
-
-class _Thread(threading.local):
-    """What torch.compile needs beside the context variable: it can trace attributes of an object, but not
-    setting a context variable, and before torch 2.14 not reading one.
-    """
-
-    def __init__(self):
-        self.entered = ()  # scopes that compiled code entered, while it is in them
-        # of the context variable, for compiled code of older releases: of this thread, whichever its tasks
-        self.mirror = ()
-        self.stand_in = None  # what is called in place of DAU layers, see ``calls_replaced``
-
-
-_THREAD = _Thread()
-_TRACES_CONTEXT_VARIABLES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
-
-
-def _scopes():
-    if torch.compiler.is_dynamo_compiling() and not _TRACES_CONTEXT_VARIABLES:
-        return _THREAD.mirror + _THREAD.entered
-    return _SCOPES.get() + _THREAD.entered
-
-
-def _enter(scope):
-    scopes = (*(s for s in _SCOPES.get() if s.open), scope)
-    _SCOPES.set(scopes)
-    _THREAD.mirror = scopes
-
-
-def _leave(scope):
-    scope.open = False
-    scopes = tuple(s for s in _SCOPES.get() if s.open)
-    _SCOPES.set(scopes)
-    _THREAD.mirror = scopes
-
-
-@contextlib.contextmanager
-def explanation_mode(module: nn.Module) -> Iterator[nn.Module]:
-    """Within it, every DAU layer of ``module`` treats its scaled weight as a constant in the backward pass.
-
-    The gradient of an output with respect to the input is then the row of the global linear map ``W(x)``. It
-    is a property of the calls made within the ``with``, in its thread and asyncio task: other threads, tasks,
-    copies and later callers see nothing of it, and a module can be explained in many threads while it trains
-    in another. What was computed within it stays as it was computed, wherever and whenever its backward pass
-    runs, also if a checkpointed segment is recomputed after the ``with`` (``use_reentrant=False``; the older
-    form, which recomputes without a trace of how it was called, is refused). A compiled module has one graph
-    for each mode.
-
-    As with ``torch.no_grad``, a generator that yields within it leaves it on for the code that it yields to,
-    until it goes on.
-
-    Raises:
-        ValueError: a module without DAU layers. RuntimeError, at the call: a reentrant checkpoint.
-
-    >>> import torch, coda_fast
-    >>> net = torch.nn.Sequential(coda_fast.DAUConv2d(6, 8, 3, rank=4), coda_fast.DAUConv2d(8, 2, 3, rank=4))
-    >>> x = torch.rand(1, 6, 8, 8, requires_grad=True)
-    >>> with coda_fast.explanation_mode(net):
-    ...     total = net(x).sum()
-    ...     (row,) = torch.autograd.grad(total, x)
-    >>> torch.allclose((row * x).sum(), total, atol=1e-5)
-    True
-    """
-    numbers = [m._number for m in module.modules() if isinstance(m, DAUConv2d)]
-    if not numbers:
-        raise ValueError(
-            f"explanation_mode: expected a module with at least one DAUConv2d, got {type(module).__name__} "
-            "without any"
-        )
-    scope = _Scope(frozenset(numbers))
-    if torch.compiler.is_dynamo_compiling():
-        before = _THREAD.entered
-        _THREAD.entered = (*before, scope)
-        try:
-            yield module
-        finally:
-            _THREAD.entered = before
-        return
-    _enter(scope)
-    try:
-        yield module
-    finally:
-        _leave(scope)
-
-
-@contextlib.contextmanager
-def calls_replaced(stand_in: Callable[[DAUConv2d, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Within it, and in this thread alone, ``stand_in(layer, input)`` is called in place of every DAU layer's
-    ``forward``, which ``stand_in`` may call in turn.
-
-    Tools that must know what a network does with its layers, whatever its ``forward`` is, need neither hooks,
-    which all threads would share, nor a copy. Nothing that belongs to another task may run within it.
-    """
-    before, _THREAD.stand_in = _THREAD.stand_in, stand_in
-    try:
-        yield
-    finally:
-        _THREAD.stand_in = before
-
-
-def _call_stand_in(layer, input):
-    stand_in, _THREAD.stand_in = _THREAD.stand_in, None
-    try:
-        return stand_in(layer, input)
-    finally:
-        _THREAD.stand_in = stand_in
-
-
-def _refuse_reentrant_checkpoint():
-    """Its forward pass runs without a graph, and what its backward pass calls again cannot know the mode
-    of the first call.
-    """
-    forward = torch.utils.checkpoint.CheckpointFunction.forward.__code__
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is forward:
-            raise RuntimeError(
-                "explanation_mode: expected torch.utils.checkpoint with use_reentrant=False, got a "
-                "reentrant one, which would recompute "
-                "outside of the mode"
-            )
-        frame = frame.f_back

@@ -18,7 +18,8 @@ from coda_fast.functional import EPS
 from coda_fast.models import CoDANet
 from coda_fast.safety import need_memory
 
-# What the published implementation calls B, A and b; design: rows of A and b are d * n, entry-major.
+# What the published implementation calls B, A and b. Its A is [d n, r, 1, 1] and its b [d n]: all units of
+# the first entry of the patch, then all units of the second.
 _PUBLISHED = {
     "reduction_weight": "weight_mod.weighting_f.0.weight",
     "weight": "weight_mod.weighting_f.1.weight",

@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from coda_fast import registry
+from coda_fast._modes import calls_replaced
 from coda_fast.explanation import Explanation
 from coda_fast.models import CoDANet
 from coda_fast.network import Network
-from coda_fast.nn import DAUConv2d, SumPool2d, calls_replaced
+from coda_fast.nn import DAUConv2d, SumPool2d
 
 POOLS = {
     "sum": SumPool2d,

@@ -12,6 +12,7 @@ import torch
 
 from bench import results
 from coda_fast import create_model, demo
+from coda_fast.data.digits import digit_tensors
 from coda_fast.losses import DynamicMatrixLoss
 
 RESULTS = results.FOLDER / "matrix_regulariser.json"
@@ -48,7 +49,7 @@ def measure():
     rows = []
     for weight in WEIGHTS:
         for seed in SEEDS:
-            data = demo.digits(seed)
+            data = digit_tensors(seed)
             torch.manual_seed(seed)
             model = create_model(demo.MODEL, temperature=TEMPERATURE)
             train(model, data, weight, seed)
