@@ -2,16 +2,20 @@
 kernels run.
 """
 
+import importlib.util
 import os
 import random
 
 import numpy as np
 import pytest
+import quick_interpreter
 import torch
 
 if not torch.cuda.is_available():
     # before anything imports the kernels: they run on the CPU then
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        quick_interpreter.install()
 
 
 def pytest_collection_modifyitems(items):

@@ -5,7 +5,7 @@ Every kernel has a file of its name, with its device code, its launcher ``run`` 
 tiles, its ``SPEC``; ``config`` chooses, ``layer`` packs parameters, ``compile`` records and compiles
 launches, and ``coda_fast.backends.triton`` calls the launchers in order.
 
-Symbols, here and in docs/kernels.md:
+Symbols, as in docs/kernels.md but for A_o:
 
     N, C, H, W       images in a batch, their channels, height and width; OH, OW of the output
     P                output pixels, N OH OW; PP: rounded up to whole blocks of 64
@@ -15,7 +15,8 @@ Symbols, here and in docs/kernels.md:
     CP               channels, rounded up to 8
     x, u             the image that weights are computed from, and the one they are applied to (x, in a layer)
     x_p, u_p         their windows at output pixel p
-    B, A_o, b_o      reduction weight [r, d]; weight [r, d] and bias [d] of unit o
+    B, A_o, b_o      reduction weight [r, d]; weight [r, d] and bias [d] of unit o. A_o is here as
+                     it lies in memory; the paper, docs/ and coda_fast.functional have its transpose, [d, r]
     z_p              B x_p
     w_po             A_o^T z_p + b_o, the dynamic weight; q = |w_po|^2
     s(q)             the norm's scale: y_po = s(q) <w_po, u_p>

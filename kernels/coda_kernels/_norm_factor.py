@@ -1,4 +1,4 @@
-"""The norm of a unit as a sum of squares, ``|A_o z + b_o|^2 = |L_o^T z + shift_o|^2 + rest_o``, and the
+"""The norm of a unit as a sum of squares, ``|A_o^T z + b_o|^2 = |L_o^T z + shift_o|^2 + rest_o``, and the
 powers of two with which the backward pass keeps its factors in range. Device code of ``prepare``.
 """
 
@@ -49,8 +49,8 @@ def norm_factor(
     i_o, weight_ptr, bias_ptr, factor_ptr, shift_ptr, rest_ptr, size_ptr, scale_ptr, rank, D,
     R: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``|A_o z + b_o|^2 = |L_o^T z + shift_o|^2 + rest_o``, from the Cholesky factor of ``[A_o b_o]^T [A_o
-    b_o]`` with b_o last.
+    """``|A_o^T z + b_o|^2 = |L_o^T z + shift_o|^2 + rest_o``, from the Cholesky factor of
+    ``[A_o; b_o] [A_o; b_o]^T`` with b_o last.
 
     A sum of squares cannot be negative. 16-bit weights multiply exactly into float32 sums; float32 weights
     (WIDE) take float64, which keeps float32's accuracy where w nearly vanishes. One program a unit, R <= 64.

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import pkgutil
+import re
 import types
 from collections.abc import Callable
 
@@ -161,14 +162,21 @@ class KernelSpec:
     shared_bytes: Callable[[Shape, dict[str, int], int], int]
     # (shape, blocks) -> numbers in the accumulator of a program
     accumulators: Callable[[Shape, dict[str, int]], int]
-    # Where to begin in ``sizes``, by "float32" (operands take twice the room) and family of architectures
-    # (the first size spills on some)
-    begin: dict[str | int, int] = dataclasses.field(default_factory=dict)
+    # The first of ``sizes`` to consider where it is not the first of all: for "float32", whose operands take
+    # twice the room, and for families of architectures on which larger ones spill
+    begin: dict[str | int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if unknown := [size for size in self.begin.values() if size not in self.sizes]:
+            raise ValueError(f"begin of {self.name}: expected sizes among {self.sizes}, got {unknown[0]}")
 
     def tiles(self, shape: Shape, device: Device) -> list[Tile]:
         """The sizes for this layer and device, cut to the layer, the wanted one first."""
-        wide = self.begin.get("float32", 0) if shape.bits == 32 else 0
-        first = max(wide, self.begin.get(_family(device.arch), 0))
+        begin = [
+            self.begin.get(_family(device.arch)),
+            self.begin.get("float32") if shape.bits == 32 else None,
+        ]
+        first = max(0 if size is None else self.sizes.index(size) for size in begin)
         return [
             Tile.make(warps, stages, **self.blocks(shape, *size))
             for *size, warps, stages in self.sizes[first:]
@@ -187,7 +195,9 @@ class KernelSpec:
         return self.shared_bytes(shape, dict(tile.blocks), max(1, tile.stages)) <= device.shared_bytes
 
     def row_key(self, shape: Shape) -> str:
-        """The key of a table row: everything that decides a tile, and nothing that changes with the batch."""
+        """The key of a table row: everything that decides a tile, and nothing that changes with the batch.
+        bfloat16 and float16 have their rows in common.
+        """
         s = shape
         return (
             f"{self.name} C{s.channels} n{s.units} r{s.rank} k{s.kernel[0]}x{s.kernel[1]} "
@@ -195,12 +205,17 @@ class KernelSpec:
         )
 
 
+_ROW_KEY_EXAMPLE = "generated C64 n64 r64 k3x3 s1x1 16bit"
+_ROW_KEY = re.compile(r"\w+ C\d+ n\d+ r\d+ k\d+x\d+ s\d+x\d+ (16|32)bit")
+
+
 @functools.cache
 def kernel_specs() -> dict[str, KernelSpec]:
     """Every kernel that has a choice of tiles, by name, as the modules of this package define them.
 
-    >>> sorted(kernel_specs())
-    ['contracted', 'contracted_kept', 'fold', 'generated', 'grad_z', 'prepare', 'prepare_backward', 'sums']
+    >>> list(kernel_specs())
+    ['contracted', 'contracted_kept', 'fold', 'generated', 'grad_z', 'parameter_sums', 'prepare',
+    'prepare_backward']
     """
     found = [spec for module in modules() for spec in vars(module).values() if isinstance(spec, KernelSpec)]
     return {spec.name: spec for spec in found}
@@ -229,7 +244,8 @@ def candidates(spec: KernelSpec, shape: Shape, device: Device) -> tuple[Tile, ..
         return fitting
     if not spec.right(shape, measured):
         raise ValueError(
-            f"table row {spec.row_key(shape)!r}: expected blocks within {spec.limits(shape)}, got {measured}"
+            f"{_table_path(device.arch)}: row {spec.row_key(shape)!r}: expected blocks within "
+            f"{spec.limits(shape)}, got {measured}"
         )
     return tuple(dict.fromkeys((measured, *fitting)))
 
@@ -301,18 +317,26 @@ def _table(arch: int | str) -> dict[str, Tile]:
 
 @functools.cache
 def _read_table(arch: int | str) -> dict:
-    """What was measured on a kind of device, its tiles by key. CODA_FAST_TABLES names another folder of
-    tables than the package's.
+    """What was measured on a kind of device, its tiles by key.
 
     {"verified": {"device", "triton", "torch", "commit", "date"} where all tests passed, "tiles": [{"key",
     "blocks", "warps", "stages"}]}
     """
-    path = (
-        pathlib.Path(os.environ.get("CODA_FAST_TABLES", TABLES))
-        / f"{arch if isinstance(arch, str) else f'sm_{arch}'}.json"
-    )
+    path = _table_path(arch)
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    tiles = {
-        row["key"]: Tile.make(row["warps"], row["stages"], **row["blocks"]) for row in found.get("tiles", [])
+    rows = found.get("tiles", [])
+    if wrong := [row["key"] for row in rows if not _ROW_KEY.fullmatch(row["key"])]:
+        raise ValueError(f"{path}: expected keys like {_ROW_KEY_EXAMPLE!r}, got {wrong[0]!r}")
+    if unknown := {row["key"].split()[0] for row in rows} - kernel_specs().keys():
+        raise ValueError(f"{path}: expected kernels among {', '.join(kernel_specs())}, got {min(unknown)!r}")
+    return found | {
+        "tiles": {row["key"]: Tile.make(row["warps"], row["stages"], **row["blocks"]) for row in rows}
     }
-    return found | {"tiles": tiles}
+
+
+def _table_path(arch: int | str) -> pathlib.Path:
+    """The table of a kind of device: of the folder that CODA_FAST_TABLES names, else of the package."""
+    folder = os.environ.get("CODA_FAST_TABLES")
+    if folder is not None and not pathlib.Path(folder).is_dir():
+        raise ValueError(f"CODA_FAST_TABLES: expected a folder of tables, got {folder!r}")
+    return pathlib.Path(folder or TABLES) / f"{arch if isinstance(arch, str) else f'sm_{arch}'}.json"

@@ -1,5 +1,5 @@
-"""F(x, u) where r is small against d: y_po = s(|w_po|^2) <w_po, u_p> with w_po = A_o z_p + b_o, which is not
-made.
+"""F(x, u) where r is small against d: y_po = s(|w_po|^2) <w_po, u_p> with w_po = A_o^T z_p + b_o, which is
+not made.
 
     <w, u> = sum_k z_k (A_ok . u) + b_o . u      |w|^2 = |L_o^T z + shift_o|^2 + rest_o
 """
@@ -212,8 +212,11 @@ def _spec(name, sizes, begin):
 
 
 SMALLER = ((64, 128, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1))  # pixels, columns BO R
+LARGE = (128, 128, 8, 3)
 SPEC = _spec(
-    "contracted", ((128, 256, 8, 3), (128, 128, 8, 3), *SMALLER), {"float32": 2, 80: 1, 100: 1, "amd": 1}
+    "contracted",
+    ((128, 256, 8, 3), LARGE, *SMALLER),
+    {"float32": (64, 128, 4, 2), 80: LARGE, 100: LARGE, "amd": LARGE},
 )
 # with the stores of the contraction, which need registers
-SPEC_KEPT = _spec("contracted_kept", ((128, 128, 8, 3), *SMALLER), {"float32": 2})
+SPEC_KEPT = _spec("contracted_kept", (LARGE, *SMALLER), {"float32": (64, 64, 4, 2)})

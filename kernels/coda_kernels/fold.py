@@ -1,6 +1,6 @@
 """The gradient of the image, the transpose of taking its windows: G(x, v) with what z sends back.
 
-    dx = fold(sum_o gs_o (A_o z + b_o) + B^T dz)           gs = g s(q): prepare_backward.py
+    dx = fold(sum_o gs_o (A_o^T z + b_o) + B^T dz)           gs = g s(q): prepare_backward.py
 
 The scaled operand z gs is made in registers and goes to the tensor cores from there.
 """
@@ -210,5 +210,5 @@ SPEC = KernelSpec(
     limits=_limits,
     shared_bytes=_shared_bytes,
     accumulators=lambda s, b: b["BM"] * b["BC"],
-    begin={"float32": 3, 80: 1, 100: 2},
+    begin={"float32": (64, 32, 32, 4, 2), 80: (128, 64, 32, 8, 3), 100: (64, 64, 32, 8, 2)},
 )

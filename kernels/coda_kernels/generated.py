@@ -1,5 +1,5 @@
-"""F(x, u) where r >= 128 or d <= 64: y_po = s(|w_po|^2) <w_po, u_p> with w_po = A_o z_p + b_o, made a tile of
-d at a time in registers.
+"""F(x, u) where r >= 128 or d <= 64: y_po = s(|w_po|^2) <w_po, u_p> with w_po = A_o^T z_p + b_o, made a tile
+of d at a time in registers.
 
     <w, u> += w u,   |w|^2 += w w
 """
@@ -158,5 +158,5 @@ SPEC = KernelSpec(
     limits=lambda s: dict(BM=PIXELS, BO=unit_limits(s), BD=depth_limits(s), BR=rank_limits(s)),
     shared_bytes=_shared_bytes,
     accumulators=lambda s, b: b["BM"] * b["BO"] * b["BD"],
-    begin={"float32": 2},
+    begin={"float32": (64, 64, 64, 4, 2)},
 )

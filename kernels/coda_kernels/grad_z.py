@@ -1,6 +1,6 @@
 """The gradient of z = B x.
 
-    dz_p = sum_o gs_o A_o^T u_p + t_o A_o^T w_po         with gs and t of prepare_backward.py
+    dz_p = sum_o gs_o A_o u_p + t_o A_o w_po         with gs and t of prepare_backward.py
 
 The scaled operand (u gs or z t) is made in registers and goes to the tensor cores from there.
 """
@@ -25,7 +25,7 @@ def grad_z(
     t_ptr,  # [n, PP]
     gram_ptr,  # [n, R, R]
     cross_ptr,  # [n, R]: A_o b_o
-    contraction_ptr,  # [P, n R]: A_o^T u, where forward kept it
+    contraction_ptr,  # [P, n R]: A_o u, where forward kept it
     e_ptr,  # out: dz, with zeros past P, is the first R columns of [PP, s_e]
     P: tl.int64,
     PP: tl.int64,
@@ -55,7 +55,7 @@ def grad_z(
     BK: tl.constexpr,
     BU: tl.constexpr,
 ):
-    """``dz = sum_o gs_o A_o^T u + t_o (G_o z + A_o b_o)``, BR ranks a program; t comes scaled up, G and A
+    """``dz = sum_o gs_o A_o u + t_o (G_o z + A_o b_o)``, BR ranks a program; t comes scaled up, G and A
     b scaled down.
     """
     tiles: tl.constexpr = R // BR
@@ -144,5 +144,5 @@ SPEC = KernelSpec(
     limits=lambda s: dict(BM=PIXELS, BR=rank_limits(s), BK=depth_limits(s), BU=rank_limits(s)),
     shared_bytes=lambda s, b, stages: (stages * b["BR"] + b["BM"]) * max(b["BK"], b["BU"]) * s.bits // 8,
     accumulators=lambda s, b: b["BM"] * b["BR"],
-    begin={"float32": 1},
+    begin={"float32": (64, 64, 32, 4, 2)},
 )

@@ -273,7 +273,7 @@ def _blocks(s, size, most, pixels):
 
 
 SPEC = KernelSpec(
-    name="sums",
+    name="parameter_sums",
     # rows BO BR, columns, pixels: 256 x 128 takes fewer registers, but Triton before 3.9 makes wgmma of it
     # that ptxas serialises
     sizes=(
@@ -291,5 +291,10 @@ SPEC = KernelSpec(
     ),
     shared_bytes=lambda s, b, stages: stages * b["BP"] * (b["BN"] + b["BR"] + b["BO"]) * s.bits // 8,
     accumulators=lambda s, b: b["BO"] * b["BR"] * b["BN"],
-    begin={"float32": 5, 80: 2, 100: 2, "amd": 3},
+    begin={
+        "float32": (64, 32, 32, 4, 1),
+        80: (256, 64, 64, 8, 2),
+        100: (256, 64, 64, 8, 2),
+        "amd": (128, 64, 32, 4, 2),
+    },
 )

@@ -277,7 +277,7 @@ def projection_spec(name, sizes, begin, columns, most):
 SPEC = projection_spec(
     "prepare",
     sizes=((128, 128, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (32, 16, 4, 1)),
-    begin={"float32": 2, 80: 1},
+    begin={"float32": (64, 64, 4, 2), 80: (128, 64, 8, 2)},
     columns=lambda s: s.R + (s.units_padded if s.bias else 0),
     most=lambda s: power_of_two(s.R + s.units_padded),
 )

@@ -27,7 +27,7 @@ def _gram(
     i, weight_ptr, bias_ptr, scale_ptr, gram_ptr, cross_ptr, K, R: tl.constexpr, HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the Gram matrix of a unit, for the gradient ``A_o^T w = G_o z + A_o b_o``, over
+    """One tile of the Gram matrix of a unit, for the gradient ``A_o w = G_o z + A_o b_o``, over
     ``scale``; parameters packed.
     """
     BR: tl.constexpr = R if R < GRAM_RANKS else GRAM_RANKS
@@ -313,7 +313,7 @@ def run(
 SPEC = projection_spec(
     "prepare_backward",
     sizes=((64, 128, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (32, 16, 4, 1)),
-    begin={"float32": 2, 100: 1},
+    begin={"float32": (64, 64, 4, 2), 100: (128, 64, 8, 3)},
     columns=lambda s: s.R,
     most=lambda s: s.R,
 )

@@ -30,11 +30,12 @@ L_LAYERS = [
 
 
 def few_units(layer):
-    """Under the interpreter, L-CoDA's layers with at most 20 of their units, which all go the same way;
-    all of them on a GPU.
+    """A layer with some of its units, which all go the same way, under the interpreter; with all of them on a
+    GPU.
     """
-    channels, units, *rest = layer
-    return (channels, units if DEVICE.type == "cuda" else min(units, 20), *rest)
+    channels, units, rank, *rest = layer
+    most = units if DEVICE.type == "cuda" else 20 if rank < 128 else 12
+    return channels, min(units, most), rank, *rest
 
 
 def assert_as_accurate(actual, eager, truth, terms=None, more=()):

@@ -1,5 +1,6 @@
 """Launch configuration: a pure function of shape, dtype and device that always has an answer that fits."""
 
+import dataclasses
 import json
 import warnings
 
@@ -105,11 +106,41 @@ def test_a_measured_row_comes_first(tmp_path, monkeypatch):
         (tmp_path / "sm_90.json").write_text(json.dumps({"tiles": [row]}))
         config._read_table.cache_clear()
         with pytest.raises(
-            ValueError, match=r"table row 'contracted C64 n64 .*expected blocks within .*BK.*got Tile"
+            ValueError, match=r"sm_90.json: row 'contracted C64 n64 .*expected blocks within .*BK.*got Tile"
         ):
             candidates(SPECS["contracted"], layer, Device(90))
     finally:
         config._read_table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("contracted C64 n64 r64 k3x3 s1x1 bf16", r"sm_90.json: expected keys like 'generated C64 .* got 'c"),
+        ("sums C64 n64 r64 k3x3 s1x1 16bit", r"sm_90.json: expected kernels among contracted, .* got 'sums'"),
+    ],
+)
+def test_rows_that_nothing_would_read_are_refused(key, message, tmp_path, monkeypatch):
+    row = dict(key=key, blocks=dict(BM=64), warps=4, stages=4)
+    (tmp_path / "sm_90.json").write_text(json.dumps({"tiles": [row]}))
+    monkeypatch.setenv("CODA_FAST_TABLES", str(tmp_path))
+    config._read_table.cache_clear()
+    with pytest.raises(ValueError, match=message):
+        candidates(SPECS["contracted"], shape(64, 64, 64, 3), Device(90))
+    monkeypatch.setenv("CODA_FAST_TABLES", str(tmp_path / "elsewhere"))
+    with pytest.raises(ValueError, match=r"CODA_FAST_TABLES: expected a folder of tables, got '.*elsewhere'"):
+        candidates(SPECS["contracted"], shape(64, 64, 64, 3), Device(90))
+    config._read_table.cache_clear()
+
+
+def test_where_to_begin_is_a_size_of_the_kernel():
+    spec = SPECS["fold"]
+    with pytest.raises(ValueError, match=r"begin of fold: expected sizes among .*, got \(1, 2, 3\)"):
+        dataclasses.replace(spec, begin={"float32": (1, 2, 3)})
+    # a size in front of the others is nothing that float32 begins with
+    more = dataclasses.replace(spec, sizes=((256, 128, 64, 8, 4), *spec.sizes))
+    layer = shape(64, 64, 64, 3, bits=32)
+    assert more.tiles(layer, Device(90)) == spec.tiles(layer, Device(90))
 
 
 def test_verified_only_by_a_table(tmp_path, monkeypatch):

@@ -54,9 +54,11 @@ def test_neighbours(kernel, device):
 
 def test_blocks_that_would_read_past_the_end_are_illegal():
     shape, device = Shape(64, 64, 64, (3, 3)), Device(90)
-    wanted = config.candidates(SPECS["sums"], shape, device)[0]
+    wanted = config.candidates(SPECS["parameter_sums"], shape, device)[0]
     # 64 pixels a block
-    assert not tune.legal(SPECS["sums"], shape, device, Tile.make(8, 2, **dict(wanted.blocks, BP=128, BN=16)))
+    assert not tune.legal(
+        SPECS["parameter_sums"], shape, device, Tile.make(8, 2, **dict(wanted.blocks, BP=128, BN=16))
+    )
     wanted = config.candidates(SPECS["contracted"], shape, device)[0]
     # 16 units a block
     assert not tune.legal(
@@ -103,7 +105,7 @@ def test_record(jobs):
         assert job.key == SPECS[kernel].row_key(job.shape)
 
 
-@pytest.mark.parametrize("kernel", ["contracted", "grad_z", "sums", "prepare_backward"])
+@pytest.mark.parametrize("kernel", ["contracted", "grad_z", "parameter_sums", "prepare_backward"])
 def test_neighbours_compute_the_same(jobs, kernel):
     job, timed = jobs[kernel], []
     timer = lambda run: timed.append(run()) or float(100 - len(timed))
