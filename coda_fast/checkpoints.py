@@ -214,6 +214,6 @@ def _header(path, file):
         formats = " or ".join(repr(_PREFIX + name) for name in known)
         raise CheckpointError(
             f"{path}: expected a checkpoint of coda_fast (format {formats}), found {found}; of another "
-            "network, import the module that registers it"
+            "network, import the module that registers it (coda-fast --import MODULE)"
         )
     return header

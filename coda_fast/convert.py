@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable
 
 from torch import nn
+from torch.nn.modules import activation
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from coda_fast.functional import EPS
 from coda_fast.nn import DAUConv2d, check_size
+
+_NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
+_HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +28,24 @@ class Conversion:
             convolution.
         converted: names of the convolutions that are DAU layers now ("" is the module itself).
         kept: names of the convolutions that are not replaced, each with the reason.
+        inexact: names of the modules that make contributions miss the output, each with the reason: a bias,
+            or the kind of a normalisation or activation. What ``forward`` computes without a module is not
+            seen.
     """
 
     module: nn.Module
     converted: tuple[str, ...]
     kept: dict[str, str]
+    inexact: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.converted)} convolutions are DAU layers now, {len(self.kept)} are kept"]
-        return "\n".join(
-            lines + [f"  kept {name or 'the module itself'}: {reason}" for name, reason in self.kept.items()]
-        )
+        lines += [f"  kept {name or 'the module itself'}: {reason}" for name, reason in self.kept.items()]
+        if self.inexact:
+            reasons = collections.Counter(self.inexact.values())
+            counted = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
+            lines.append(f"  contributions do not add up to the output, because of: {counted}")
+        return "\n".join(lines)
 
 
 def convert_conv2d(
@@ -53,8 +66,9 @@ def convert_conv2d(
     weight from its input, so that no parameter of it corresponds to a convolution's weight, and its bias adds
     to the computed weight, not to the output. Make the optimiser afterwards; a layer has about ``rank`` times
     the parameters. A convolution that is used in several places becomes one layer in all of them. Shapes stay
-    the same, so the model runs and trains. Its explanation is exact only as far as it is dynamic linear, that
-    is, without activations, normalisation or biases between the layers (``coda_fast.CoDANet`` has none).
+    the same, so the model runs and trains. Contributions of its pixels add up to its outputs where nothing
+    between the layers has a bias or normalises; the result names what does. They are those of aligned
+    weights only where there are no activations and no max pooling either (``coda_fast.CoDANet`` has none).
 
     These are kept, and reported with the reason: convolutions with groups, with other padding than zeros,
     with hooks, with a weight that they share with another module, or of a derived class (such as
@@ -84,6 +98,7 @@ def convert_conv2d(
     >>> print(coda_fast.convert_conv2d(net, rank=4))
     1 convolutions are DAU layers now, 1 are kept
       kept 1: groups=2, a DAU layer aligns with all channels
+      contributions do not add up to the output, because of: bias (1)
     >>> net[0]
     DAUConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), rank=4)
     """
@@ -125,7 +140,8 @@ def convert_conv2d(
         parent, _, last = name.rpartition(".")
         if name:
             setattr(module.get_submodule(parent), last, layers[id(found[name])])
-    return Conversion(module if converted != ("",) else layers[id(module)], converted, kept)
+    module = module if converted != ("",) else layers[id(module)]
+    return Conversion(module, converted, kept, _inexact(module))
 
 
 def _choice(only, found):
@@ -175,6 +191,21 @@ def _obstacle(conv, owners):
     if hasattr(conv.weight, "full_tensor"):
         return "weights that are spread over processes; convert before that"
     return ""
+
+
+def _inexact(module: nn.Module) -> dict[str, str]:
+    """The modules whose output is not linear in their input, nor homogeneous of degree 1 as that of a DAU
+    layer and of ReLU are. Contributions add up behind those.
+    """
+    found = {}
+    for name, child in module.named_modules():
+        if isinstance(child, _NORMALISATIONS) or (
+            type(child).__module__ == activation.__name__ and not isinstance(child, _HOMOGENEOUS)
+        ):
+            found[name] = type(child).__name__
+        elif isinstance(child, (nn.Linear, _ConvNd)) and child.bias is not None:
+            found[name] = "bias"
+    return found
 
 
 def _layer(conv, options, device=None):

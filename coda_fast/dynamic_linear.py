@@ -82,6 +82,10 @@ class DynamicLinear(nn.Module):
         They have the dtype of the maps (sums of a network with a large T leave float16, logits do not), but
         are float32 under autocast: beside the bias, bfloat16 would tell hardly any two logits apart.
         """
+        if activations.dim() != 4 or activations.shape[1] != self.num_classes:
+            raise ValueError(
+                f"evidence: expected maps [N, {self.num_classes}, H, W], got shape {list(activations.shape)}"
+            )
         logits = self.pool(wide(activations)) / self.temperature + self.logit_bias
         return _as_maps(logits, activations)
 
@@ -272,9 +276,16 @@ def need_network(
     """The network that ``model`` is or wraps; TypeError where there is none of this kind."""
     inner: nn.Module = unwrap(model)
     if not isinstance(inner, kind):
-        others = " (or another coda_fast.Network)" if kind is DynamicLinear else ""
-        raise TypeError(f"{name}: expected a CoDANet, got {type(inner).__name__}{others}")
+        wrong = f"expected a {kind.__name__}, got a {type(inner).__name__}"
+        raise TypeError(f"{name}: {not_a_network(inner) if kind is DynamicLinear else wrong}")
     return inner
+
+
+def not_a_network(model: nn.Module) -> str:
+    """What an error says of a model that cannot explain itself."""
+    layers = sum(isinstance(module, DAUConv2d) for module in model.modules())
+    hint = f" with {layers} DAU layers: make a coda_fast.Network of them (docs/replace.md)" if layers else ""
+    return f"expected a coda_fast.Network, got a {type(model).__name__}{hint}"
 
 
 def network_in(model: nn.Module) -> nn.Module:

@@ -7,12 +7,12 @@ from torch import nn
 
 from coda_fast.baselines._attribution import Attribution
 from coda_fast.baselines._registry import baseline
-from coda_fast.dynamic_linear import DynamicLinear
+from coda_fast.dynamic_linear import DynamicLinear, not_a_network
 
 
 def _dau_layers(model: nn.Module) -> None:
     if not isinstance(model, DynamicLinear):  # other libraries' models have an ``explain`` too
-        raise ValueError(f"method: 'Ours' needs a model made of DAU layers, got a {type(model).__name__}")
+        raise ValueError(f"method: 'Ours': {not_a_network(model)}")
 
 
 @baseline("Ours", needs=_dau_layers)

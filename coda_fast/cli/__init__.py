@@ -4,6 +4,9 @@ line, exit code 2, no file. A module for each command.
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -53,8 +56,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="coda-fast")
-def cli() -> None:
+@click.option(
+    "--import",
+    "modules",
+    multiple=True,
+    metavar="MODULE",
+    help="A module to import first, from the working directory or as installed: of networks or attribution "
+    "methods that it registers. May be repeated.",
+)
+def cli(modules: tuple[str, ...]) -> None:
     """Convolutional Dynamic Alignment Networks: image classifiers that explain themselves."""
+    if modules:
+        sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look there
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise click.BadParameter(f"{module!r}: {error}", param_hint="--import") from error
 
 
 for _module in (demo, train, explain, evaluate, report, compile, export, info):

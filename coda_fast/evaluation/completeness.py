@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from coda_fast.dynamic_linear import DynamicLinear, network_in
+from coda_fast.dynamic_linear import DynamicLinear, network_in, not_a_network
 from coda_fast.evaluation import _common as common
 
 
@@ -28,7 +28,7 @@ def completeness_error(
     """
     network = network_in(model)
     if not isinstance(network, DynamicLinear):
-        raise ValueError(f"model: expected one made of DAU layers, got a {type(network).__name__}")
+        raise ValueError(f"model: {not_a_network(network)}")
     targets = common.labelled(images, targets, "targets")
     common.check_positive(batch_size=batch_size)
     found = [images.new_zeros(0, dtype=torch.float64)]
