@@ -1,4 +1,4 @@
-"""The layers of the published networks, each beside its peers (bench/cases.py, bench/providers.py)."""
+"""The layers of the published networks next to their peers (bench/cases.py, bench/providers.py)."""
 
 from bench.cases import LAYER_MODES
 from bench.laboratory import wrong

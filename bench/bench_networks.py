@@ -1,4 +1,4 @@
-"""Whole CoDA-Nets beside the same networks made of the peers' layers, and beside ResNet-50s on the same
+"""Whole CoDA-Nets next to the same networks made of the peers' layers, and next to ResNet-50s on the same
 images.
 """
 

@@ -1,5 +1,5 @@
-"""What is measured: the layers of the published networks, the networks themselves, and how a layer grows;
-by preset.
+"""The cases that a preset measures: the layers of the published networks, the networks themselves, and a
+layer of growing size.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ INFERENCE, STEP = "inference", "training step"
 EVERY_CLASS = "explanation of every class"
 NETWORK_MODES = (STEP, INFERENCE, EXPLANATION, EVERY_CLASS)
 AXES = ("batch", "size", "rank", "channels")
-# The fewest matrix products of the size of the forward one that a mode can do with: forward 1; backward 2
-# more (dx, dA), if the n r numbers a pixel of the forward product were kept, and 3 if not
-# (save_contraction=False computes them again); an explanation 1 more (dx)
+# The least number of matrix products of the size of the forward product that each mode needs. Forward needs
+# 1. Backward needs 2 more (dx, dA) if the n r numbers per pixel of the forward product were kept, and 3 if
+# not (save_contraction=False recomputes them). An explanation needs 1 more (dx).
 PRODUCTS = {FORWARD: 1, TRAINING: 3, EXPLANATION: 2}
 
 
@@ -32,8 +32,8 @@ class Layer:
     stride: int
     size: int
     batch: int
-    axis: str = ""  # what is varied, in a scaling series
-    modes: tuple[str, ...] = ()  # () is all that its bench has
+    axis: str = ""  # the number that a scaling series varies
+    modes: tuple[str, ...] = ()  # () stands for all modes of the bench
 
     @property
     def padding(self) -> int:
@@ -41,12 +41,12 @@ class Layer:
 
     @property
     def depth(self) -> int:
-        """d: numbers in a patch."""
+        """d: the number of inputs in a patch."""
         return self.channels * self.kernel**2
 
     @property
     def pixels(self) -> int:
-        """P: output pixels of the batch."""
+        """P: the number of output pixels of the batch."""
         return self.batch * ((self.size + 2 * self.padding - self.kernel) // self.stride + 1) ** 2
 
     @property
@@ -56,14 +56,14 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A CoDA-Net by name on square images; the yardsticks get the same images and as many classes."""
+    """A CoDA-Net by name on square images. The yardsticks get the same images and number of classes."""
 
     name: str
     batch: int
     size: int
     modes: tuple[str, ...] = NETWORK_MODES[:3]
-    compiled: bool = True  # whether also through torch.compile
-    every_peer: bool = True  # on a CPU, the slow ones too: materialising in every mode, checkpointed
+    compiled: bool = True  # whether to measure torch.compile too
+    every_peer: bool = True  # also those that are slow on a CPU: materialising in every mode, checkpointed
 
     @property
     def shape(self) -> dict:
@@ -74,7 +74,9 @@ NETWORKS = {"S": "coda_s_cifar10", "L": "coda_l_imagenet100"}
 
 
 def layers(batch: dict[str, int]) -> dict[str, Layer]:
-    """{"S1": ..., "L9": ...}: all layers of the published networks, in order; {"S": batch, "L": batch}."""
+    """{"S1": ..., "L9": ...}: all layers of the published networks in order, at the batch sizes {"S": batch,
+    "L": batch}.
+    """
     from coda_fast import create_model
 
     found = {}
@@ -98,7 +100,7 @@ def layers(batch: dict[str, int]) -> dict[str, Layer]:
 
 
 def distinct(found: dict[str, Layer]) -> list[Layer]:
-    """One layer for each shape, named after all that have it: "S4, S5"."""
+    """One layer for each shape, named after all layers of that shape: "S4, S5"."""
     names = {}
     for name, layer in found.items():
         names.setdefault(dataclasses.replace(layer, name=""), []).append(name)
@@ -107,8 +109,8 @@ def distinct(found: dict[str, Layer]) -> list[Layer]:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What one run measures. ``compiled``: which providers also through torch.compile, by mode (a
-    compilation takes seconds).
+    """What one run measures. ``compiled``: which providers are also measured through torch.compile, by mode
+    (a compilation takes seconds).
     """
 
     layers: tuple[Layer, ...]
@@ -116,7 +118,7 @@ class Preset:
     scaling: tuple[Layer, ...]
     compiled: dict[str, tuple[str, ...]]
     dtype: str
-    compiled_layers: str = ""  # of these only
+    compiled_layers: str = ""  # the layers that are compiled
 
     def compiled_in(self, case: Layer | Network, mode: str) -> tuple[str, ...]:
         wanted = case.name.startswith(self.compiled_layers) and getattr(case, "compiled", True)
@@ -124,10 +126,12 @@ class Preset:
 
 
 def preset(name: str, memory_bytes: int = 0, batch: int | None = None, everything: bool = False) -> Preset:
-    """ "smoke": everything once, small; "cpu": training of the layers of S-CoDA at batch 16, as published,
-    and the network at 16, 64 and 1, in some minutes on two cores, or with ``everything`` all modes and
-    providers of the layers, and how a layer grows, or all modes of both at another ``batch``; "gpu": S-CoDA
-    at batch 256, L-CoDA at 64, or 16 on a device with less than 60 GB.
+    """The preset of a name.
+
+    "smoke": everything once, small. "cpu": training of the layers of S-CoDA at the published batch size of
+    16, and the network at batch sizes 16, 64 and 1, in some minutes on two cores. With ``everything`` also
+    all modes and providers of the layers and the growth of a layer; or all modes of both at another
+    ``batch``. "gpu": S-CoDA at batch 256, and L-CoDA at 64, or at 16 on a device with less than 60 GB.
     """
     if name == "smoke":
         return _smoke()
@@ -192,7 +196,7 @@ def _gpu(large):
 
 
 def _series(base, **axes):
-    """``base`` with one number varied at a time; channels are those of input and output."""
+    """``base`` with one number varied at a time; input and output channels are varied together."""
     found = []
     for axis, values in axes.items():
         for value in values:

@@ -1,5 +1,5 @@
-"""``pytest bench/ --benchmark`` measures; without ``--benchmark`` every bench runs once, small, as a smoke
-test.
+"""``pytest bench/ --benchmark`` measures. Without ``--benchmark`` every bench runs once on small inputs, as a
+smoke test.
 """
 
 import time
@@ -66,7 +66,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # what the kernels say about a device is for the reader of times
+    # warnings of the kernels about a device matter to readers of the times
     config.addinivalue_line("filterwarnings", "default:::coda_kernels")
     if config.getoption("--benchmark"):
         config.option.benchmark_columns = ["median", "iqr", "rounds"]
@@ -76,7 +76,7 @@ def pytest_configure(config):
 
 
 class State:
-    """What a session shares: preset, laboratory, rows."""
+    """What a session shares: the preset, the laboratory and the rows."""
 
     def __init__(self, config):
         self.measuring = config.getoption("--benchmark")
@@ -101,8 +101,8 @@ class State:
         self.dtype = config.getoption("--dtype") or self.preset.dtype
         seconds = config.getoption("--seconds") or {"cuda": 1.0, "cpu": 0.6}[kind]
         turns = measure.TURNS[kind] if self.measuring else (1, 1)
-        torch.backends.cudnn.benchmark = kind == "cuda"  # peers are convolutions: the fastest that cuDNN has
-        # kernels follow the first, cuDNN the second; by default they differ
+        torch.backends.cudnn.benchmark = kind == "cuda"  # cuDNN chooses its fastest convolution for the peers
+        # the kernels follow the first setting and cuDNN the second; by default they differ
         if kind == "cuda" and self.dtype == "float32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.verdict_file, self._verdict = config.getoption("--verdict"), None
@@ -140,8 +140,8 @@ STATE = pytest.StashKey[State]()
 
 
 def pytest_generate_tests(metafunc):
-    """A bench has the arguments case, mode and provider; its module says of which part of the preset, in
-    which modes.
+    """Parametrise a bench over case, mode and provider. Its module names its part of the preset and its
+    modes.
     """
     if "provider" not in metafunc.fixturenames:
         return
@@ -149,7 +149,7 @@ def pytest_generate_tests(metafunc):
     part, modes = metafunc.module.PART, metafunc.module.MODES
     found = []
     chosen = getattr(state.preset, part)
-    if state.until and part == "layers":  # so that what the time does not suffice for are the small ones
+    if state.until and part == "layers":  # largest first: if time runs out, the small layers are left
         chosen = sorted(chosen, key=lambda case: -case.pixels * case.depth * case.units * case.rank)
     for case in chosen:
         label = f"{case.name}" if not getattr(case, "axis", "") else f"{case.axis}={getattr(case, case.axis)}"
@@ -161,7 +161,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_finish(session):
-    """The op's own tests first: afterwards a group may hold the memory that they need."""
+    """Run the op's own tests first: later, the memory that they need may be held by a group."""
     state = session.config.stash[STATE]
     if state.measuring and session.items and not session.config.option.collectonly:
         state.laboratory.begin()
@@ -169,8 +169,8 @@ def pytest_collection_finish(session):
 
 
 class ReplayClock:
-    """A clock that shows what was measured. Providers are timed in turns, on a GPU by events;
-    pytest-benchmark reads the samples here.
+    """A clock that replays measurements. Providers are timed in turns, on a GPU by events; pytest-benchmark
+    reads the samples here.
     """
 
     def __init__(self, samples):
@@ -185,8 +185,8 @@ class ReplayClock:
 
 @pytest.fixture
 def measured(request, case, mode, provider):
-    """Measurements of this provider's group, taken side by side with all others of it that were selected;
-    skips if this one has none.
+    """The measurements of this provider, taken in turns with all other selected providers of its group. Skips
+    the bench if there are none.
     """
     state = request.config.stash[STATE]
     if state.until and time.time() > state.until and (case, mode) not in state.laboratory.groups:

@@ -1,5 +1,6 @@
-"""Has coda_fast become slower? Ratios on a peer measured in the same run, beside the stored ratios: a
-machine's mood cancels, a change of the code does not. Advisory: it prints, and no test asserts it.
+"""Has coda_fast become slower? Ratios to a peer measured in the same run are compared with the stored ratios:
+variations of the machine affect both alike, changes of the code do not. The result is advisory: it is
+printed, and no test asserts it.
 """
 
 from __future__ import annotations
@@ -7,12 +8,12 @@ from __future__ import annotations
 from bench.providers import ALGEBRAIC, CODA, COMPILED
 from bench.results import group_of
 
-PEERS = (ALGEBRAIC + COMPILED, ALGEBRAIC)  # the first of them that was measured both times
+PEERS = (ALGEBRAIC + COMPILED, ALGEBRAIC)  # the first one that was measured both times is used
 
 
 def compare(rows: list[dict], baseline: list[dict]) -> list[dict]:
-    """For each group of both: {"group", "peer", "now": [p20, p50, p80], "stored": [...], "slower": whether
-    now lies below stored, spread and all}.
+    """For each group in both runs: {"group", "peer", "now": [p20, p50, p80], "stored": [...], "slower":
+    whether the range of now lies below that of stored}.
     """
     stored = {group_of(row): row for row in baseline if row["provider"] == CODA and row.get("speedup")}
     found = []
@@ -33,7 +34,7 @@ def compare(rows: list[dict], baseline: list[dict]) -> list[dict]:
 
 
 def report(rows: list[dict], baseline: list[dict]) -> str:
-    """A line for every group that has become slower, and the count of those that have not."""
+    """A line for every group that has become slower, and the number of groups that have not."""
     found = compare(rows, baseline)
     if not found:
         return "no stored ratios for this device and these sizes"

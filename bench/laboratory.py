@@ -1,4 +1,4 @@
-"""Measures a group, the providers of one case in one mode side by side, and makes rows of it."""
+"""Measures a group, the providers of one case in one mode, in turns, and makes rows of the results."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 
 @dataclasses.dataclass
 class Laboratory:
-    """One device, one dtype. ``seconds``: how long to measure a group; ``verified``: whether the op's own
-    tests passed here.
+    """One device and one dtype.
 
-    ``apart``: each group in a process of its own. On a CPU memory comes from the C library, and what earlier
-    groups did decides whether it keeps the pages of large tensors or fetches them anew in every call, which
-    changed ratios by up to 1.8.
+    ``seconds``: how long to measure a group. ``verified``: whether the op's own tests passed here. ``apart``:
+    measure each group in a separate process. On a CPU memory comes from the C library. Whether it keeps the
+    pages of large tensors or requests them again in every call depends on earlier groups, which changed
+    ratios by up to 1.8.
     """
 
     device: torch.device
@@ -38,7 +38,7 @@ class Laboratory:
     _copy: Measurement | None = None
 
     def copy(self) -> Measurement:
-        """The other ceiling: a copy within the device, of COPY_BYTES."""
+        """The measurement of a copy of COPY_BYTES within the device, the other ceiling."""
         if self._copy is None:
             runners = {COPY: Runner(*layers.copy(COPY_BYTES[self.device.type], self.device))}
             self._copy = measure.in_turn(runners, self.device, 0.5)[COPY]
@@ -49,12 +49,12 @@ class Laboratory:
         return self._copy
 
     def bandwidth(self) -> float:
-        """Bytes a second of a copy within the device, read and written."""
+        """Bytes per second, read and written, of a copy within the device."""
         return 2 * COPY_BYTES[self.device.type] / (1e-6 * measure.quantiles(self.copy().device_us)[1])
 
     def measure(self, case, mode: str, names: list[str]) -> dict[str, Measurement]:
-        """Measured at the first call for a group, remembered afterwards, and so is a failure of the whole
-        group.
+        """The measurements of a group. Later calls return those of the first call, or the failure of the
+        whole group.
         """
         if (key := (case, mode)) not in self.groups:
             try:
@@ -70,19 +70,19 @@ class Laboratory:
         return self.groups[key]
 
     def begin(self) -> None:
-        """Start the process that those of the groups are forked from: it imports for seconds, while the
-        caller does something else.
+        """Start the server from which the processes of the groups are forked. Its imports take seconds,
+        during which the caller can do something else.
         """
         if self.apart and FORKSERVER:
-            from multiprocessing import forkserver  # which other systems have not
+            from multiprocessing import forkserver  # not available on every system
 
-            # to import, where it is there
+            # modules that take long to import; those that are not installed are ignored
             slow = ("torch._inductor.compile_fx", "torchvision.models", "captum.attr", "bcos.models.resnet")
             multiprocessing.set_forkserver_preload([__name__, *slow])
             forkserver.ensure_running()
 
     def _measure_apart(self, case, mode, names):
-        # what is sent there is pickled
+        # the process gets a plain copy of this laboratory, because arguments are pickled
         there = Laboratory(self.device, self.dtype, self.seconds, self.turns, verified=None)
         context = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
         with ProcessPoolExecutor(1, mp_context=context) as executor:
@@ -107,7 +107,7 @@ class Laboratory:
                 runners, self.device, seconds, self.turns, lambda *first: self._error(case, exact, *first)
             )
             if PRODUCT in found:
-                found[PRODUCT].peak_bytes = None  # it writes into a tensor that is there
+                found[PRODUCT].peak_bytes = None  # it writes into an existing tensor
         finally:
             runners.clear()
             if any(COMPILED in name for name in names):
@@ -116,21 +116,23 @@ class Laboratory:
         return {name: found[name] for name in names}
 
     def _truth(self, case, mode):
-        """What is right, on the host, so that it is not in the way of what is measured; None where it
-        cannot be found out.
+        """The results in float64, in host memory to leave the device free, or None if they cannot be
+        computed.
         """
         if getattr(case, "axis", ""):
             return None
         try:
             return [t.cpu() for t in providers.truth(case, mode, getattr(torch, self.dtype), self.device)]
-        except Exception as error:  # no memory for it, no float64 in a library
+        except Exception as error:  # for example no memory, or a library without float64
             print(f"{case.name}, {mode}: no truth to compare with: {measure.reason(error)}")
             return None
         finally:
             measure.empty(self.device)
 
     def _error(self, case, exact, name, results):
-        """Infinite where it could not be found out: no speed-up is shown of what is not known to be right."""
+        """The error of a result, or infinity if it cannot be determined: no speed-up is shown of results that
+        may be wrong.
+        """
         if getattr(case, "axis", "") or name in (PRODUCT, *providers.YARDSTICKS):
             return None
         if exact is None:
@@ -148,10 +150,10 @@ class Laboratory:
     # -- rows ----
 
     def rows(self, case, mode: str, found: dict[str, Measurement]) -> list[dict]:
-        """A row for each provider. ``speedup``: of coda_fast on every peer, turn by turn; none where its
+        """A row for each provider. ``speedup``: of coda_fast over every peer, turn by turn; None where its
         tests or its error fail.
         """
-        # a network has few outputs: the ratio of two errors scatters more
+        # a network has few outputs, so that the ratio of two errors varies more
         bad, verified = wrong(found, 2.0 if isinstance(case, cases.Layer) else 4.0), self.verified()
         ceilings = self._ceilings(case, mode, found)
         bound = max(ceilings, key=ceilings.get, default=None)
@@ -186,7 +188,7 @@ class Laboratory:
         return results.environment(self.device)
 
     def copy_row(self) -> dict:
-        """The row of the copy: its share of the ceiling is 1 by definition."""
+        """The row of the copy, whose share of the ceiling is 1 by definition."""
         p20, p50, p80 = measure.quantiles(self.copy().device_us)
         row = {
             "op": COPY,
@@ -219,9 +221,7 @@ class Laboratory:
         )
 
     def _ceilings(self, case, mode, found):
-        """{what: microseconds} of doing nothing but the products, and of moving nothing but arguments and
-        results.
-        """
+        """{name: microseconds} of the matrix products alone, and of moving arguments and results alone."""
         product = found.get(PRODUCT)
         if not (isinstance(case, cases.Layer) and product and product.device_us):
             return {}
@@ -240,10 +240,12 @@ def _ours(found):
 
 
 def wrong(found: dict[str, Measurement], factor: float = 2.0) -> dict[str, str]:
-    """What coda_fast computes worse than eager torch does in the same dtype, and how much: its error against
-    float64 may be ``factor`` times that of the materialising formula (of the algebraic one where that does
-    not fit into memory) plus one part in a million. Empty where errors were not measured or there is nothing
-    to compare them with.
+    """The results of coda_fast that are less accurate than those of eager torch in the same dtype, and by how
+    much.
+
+    Its error against float64 may be ``factor`` times that of the materialising formula (or of the algebraic
+    one where that does not fit into memory) plus one part in a million. Empty where errors were not measured
+    or there is nothing to compare them with.
     """
     errors = {name: found[name].error for name in found if found[name].error is not None}
     bound = next(
@@ -259,7 +261,7 @@ def wrong(found: dict[str, Measurement], factor: float = 2.0) -> dict[str, str]:
 
 
 def least_bytes(case: cases.Layer, mode: str, itemsize: int) -> int:
-    """Input, output and parameters once, and their gradients where there are any."""
+    """The bytes of input, output and parameters, counted once, and of their gradients where there are any."""
     images = case.batch * case.channels * case.size**2
     outputs = case.pixels * case.units
     parameters = case.depth * (case.rank + case.units * (case.rank + 1))
@@ -272,5 +274,5 @@ def least_bytes(case: cases.Layer, mode: str, itemsize: int) -> int:
 
 
 def _short(value):
-    """Four digits: more would pretend."""
+    """Four significant digits, because more would not be meaningful."""
     return value if value is None else float(f"{value:.4g}")

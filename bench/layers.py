@@ -1,5 +1,5 @@
-"""What is done with a layer, whoever computes it: inputs, forward, backward, explanation; the truth in
-float64; and the ceilings that no layer goes beyond, a matrix product and a copy.
+"""Inputs, modes (forward, backward, explanation) and float64 truth of a layer, for any implementation, and
+the ceilings that no layer exceeds: a matrix product and a copy.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from coda_fast import DAUConv2d
 
 @functools.lru_cache(maxsize=1)  # the same tensors for all providers of a case, made once
 def layer_inputs(case: Layer, dtype: torch.dtype, device: torch.device) -> list[tuple]:
-    """Sets of (x, B, A, b, upstream gradient) that share their parameters: as many as it takes to leave the
-    cache, 2 at least. Images are channels last on a GPU (what cuDNN wants), as torch makes them on a CPU
-    (where that is faster for every peer).
+    """Sets of (x, B, A, b, upstream gradient) that share their parameters: at least 2, and as many as it
+    takes to exceed the cache. Images are channels last on a GPU, which cuDNN prefers, and contiguous on a
+    CPU, where this is faster for every peer.
     """
     generator = torch.Generator(device).manual_seed(0)
     torch.manual_seed(0)
     module = DAUConv2d(case.channels, case.units, case.kernel, case.stride, case.padding, rank=case.rank)
-    # Parameters, not plain tensors: those would be copied into a CUDA graph at each call, which no network
-    # does with its weights
+    # Parameters and not plain tensors, which would be copied into a CUDA graph at each call, unlike the
+    # weights of a network
     parameters = [
         torch.nn.Parameter(p.detach().to(device, dtype))
         for p in (module.reduction_weight, module.weight, module.bias)
@@ -42,7 +42,7 @@ def layer_inputs(case: Layer, dtype: torch.dtype, device: torch.device) -> list[
 
 
 def rotation(nbytes: int, device: torch.device) -> int:
-    """How many inputs of this size exceed twice the L2 cache of a GPU; from 2 to 64."""
+    """How many inputs of this size exceed twice the L2 cache of a GPU, from 2 to 64."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -68,7 +68,7 @@ def setup(
         return [y, *torch.autograd.grad(y, [x], upstream)]
 
     inputs = layer_inputs(case, dtype, device)
-    # nobody asks for gradients of parameters, and a compiled backward would compute them all the same
+    # a compiled backward would compute the gradients of the parameters although they are not needed
     if mode == EXPLANATION:
         frozen = [torch.nn.Parameter(p.detach(), requires_grad=False) for p in inputs[0][1:4]]
         inputs = [(x, *frozen, upstream) for x, _, _, _, upstream in inputs]
@@ -77,7 +77,7 @@ def setup(
 
 def layer_truth(case: Layer, mode: str, inputs: tuple, limit: int = 1 << 30) -> list[torch.Tensor]:
     """The results of the materialising formula in float64 for these inputs, computed for a few images at a
-    time (w stays below ``limit`` bytes).
+    time, so that w stays below ``limit`` bytes.
     """
     tensors = [t.detach().double() for t in inputs]
     limit = 4 * limit if tensors[0].is_cuda else limit
@@ -89,7 +89,7 @@ def layer_truth(case: Layer, mode: str, inputs: tuple, limit: int = 1 << 30) -> 
         piece = slice(start, start + step)
         leaves = [t.detach().requires_grad_() for t in (x[piece], B, A, b)]
         parts.append([t.detach() for t in function(*leaves, upstream[piece])])
-    # y and dx are by image, gradients of parameters are sums over them
+    # y and dx are separate for each image, gradients of parameters are sums over the images
     by_image = len(parts[0]) if len(parts[0]) <= 2 else 2
     return [
         torch.cat(p) if i < by_image else torch.stack(p).sum(0)
@@ -98,13 +98,12 @@ def layer_truth(case: Layer, mode: str, inputs: tuple, limit: int = 1 << 30) -> 
 
 
 def product(case: Layer, mode: str, dtype: torch.dtype, device: torch.device) -> tuple[list, Callable]:
-    """The ceiling: the plain matrix products that the mode cannot do without (PRODUCTS): [P, d] x [d, n r]
-    forward, [P, n r] x [n r, d] for dx, [n r, P] x [P, d] for dA. The first writes n r numbers a pixel, which
-    a fused layer does not.
+    """The ceiling: the plain matrix products that the mode needs at least (PRODUCTS): [P, d] x [d, n r]
+    forward, [P, n r] x [n r, d] for dx, [n r, P] x [P, d] for dA. The first writes n r numbers per pixel,
+    which a fused layer does not.
     """
     generator = torch.Generator(device).manual_seed(0)
-    # libraries are far slower where rows do not begin at a multiple of 16 bytes, which says nothing about
-    # what can be reached
+    # libraries are far slower where rows are not aligned to 16 bytes, which is no limit of the hardware
     depth = -(-case.depth // 8) * 8 if device.type == "cuda" else case.depth
     wide = case.units * case.rank
     random = lambda *shape: torch.randn(shape, generator=generator, device=device).to(dtype)
@@ -130,7 +129,7 @@ def product(case: Layer, mode: str, dtype: torch.dtype, device: torch.device) ->
 
 
 def copy(nbytes: int, device: torch.device) -> tuple[list, Callable]:
-    """The other ceiling: a copy of so many bytes within the device."""
+    """The other ceiling: a copy of that many bytes within the device."""
     inputs = [
         tuple(torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2)) for _ in range(2)
     ]

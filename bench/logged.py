@@ -1,4 +1,4 @@
-"""A pytest plugin, ``-p bench.logged``: a line of JSON for every test as it ends, so that a run that is
+"""A pytest plugin (``-p bench.logged``) that writes a line of JSON when a test ends, so that a run that is
 cut off loses nothing.
 """
 

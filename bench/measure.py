@@ -1,4 +1,4 @@
-"""Time in turns, peak memory, error: the same way for every provider."""
+"""Timing in turns, peak memory and error, measured the same way for every provider."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ import torch
 
 BLOCK_SECONDS = {"cuda": 0.01, "cpu": 0.02}
 TURNS = {"cuda": (5, 15), "cpu": (3, 15)}  # least, most
-# inputs of a provider that are captured; what it writes on the way is far larger than what one more input
-# would be
+# the number of inputs of a provider that are captured; its intermediate results need far more memory than one
+# more input would
 GRAPHS = 4
-# of a GPU's memory: what takes more at its peak keeps the device busy for longer than the host needs to
+# the share of a GPU's memory above which a call keeps the device busy for longer than the host needs to
 # launch it
 CAPTURED = 0.1
 
 
 @dataclasses.dataclass
 class Measurement:
-    """Of one provider. Sample i of each provider of a group was taken in the same turn, so that ratios can
-    be formed turn by turn.
+    """The measurement of one provider. Sample i of each provider of a group was taken in the same turn, so
+    that ratios can be formed turn by turn.
     """
 
-    # a GPU: between events around replays; a CPU: the same as host_us
+    # on a GPU between events around replays, on a CPU the same as host_us
     device_us: list[float] = dataclasses.field(default_factory=list)
-    host_us: list[float] = dataclasses.field(default_factory=list)  # until the work is done
+    host_us: list[float] = dataclasses.field(default_factory=list)  # until the work is finished
     peak_bytes: int | None = None
     error: float | None = None
-    missing: str | None = None  # why there is nothing
-    # what device_us is of: "graph", replays of CUDA graphs, or "calls", which on a GPU may have waited for
-    # the host
+    missing: str | None = None  # the reason if nothing was measured
+    # the source of device_us: "graph" for replays of CUDA graphs, or "calls", which on a GPU may have waited
+    # for the host
     timed: str = "calls"
 
 
@@ -49,7 +49,7 @@ class Runner:
     inputs: list[tuple]
     function: Callable
     calls: int = 0
-    captures_itself: bool = False  # torch.compile does, with mode="max-autotune"
+    captures_itself: bool = False  # as torch.compile does with mode="max-autotune"
     graphs: list | None = None  # see ``capture``
 
     def __call__(self):
@@ -57,20 +57,22 @@ class Runner:
         return self.function(*self.inputs[(self.calls - 1) % len(self.inputs)])
 
     def replay(self):
-        """The same work without the host's: the next graph, or a call where there is none."""
+        """Do the work of a call with as little work of the host as possible: replay the next graph, or call
+        the function if there is none.
+        """
         if self.graphs is None:
             return self()
         self.calls += 1
         self.graphs[self.calls % len(self.graphs)].replay()
 
     def capture(self) -> str | None:
-        """A CUDA graph for each input (GRAPHS of them at most, in one pool of memory); why not, where that
-        fails.
+        """A CUDA graph of ``function`` for each of ``inputs``. They share their memory: only one may run at a
+        time, and their results must not be read.
         """
         try:
             self.graphs = capture(self.function, self.inputs[:GRAPHS])
         except Exception as error:
-            torch.cuda.synchronize()  # raises where the device is lost, and not only the capture
+            torch.cuda.synchronize()  # raises if the device is lost, and not only the capture
             return reason(error)
         return None
 
@@ -81,7 +83,7 @@ def capture(function: Callable, inputs: list[tuple]) -> list[torch.cuda.CUDAGrap
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries take their workspaces, kernels are compiled
+    with torch.cuda.stream(stream):  # libraries allocate workspaces and kernels are compiled
         for _ in range(2):
             function(*inputs[0])
     torch.cuda.current_stream().wait_stream(stream)
@@ -95,7 +97,9 @@ def capture(function: Callable, inputs: list[tuple]) -> list[torch.cuda.CUDAGrap
 
 
 def device_us(function: Callable, inputs: list[tuple], seconds: float = 0.1) -> tuple[float, str]:
-    """(median microseconds of the device's work, "graph" or why there is none), inputs in rotation."""
+    """(median microseconds on the device, "graph" or the reason why there is none), with the inputs in
+    rotation.
+    """
     runner, device = Runner(inputs, function), torch.device("cuda")
     runner()
     why = runner.capture()
@@ -113,31 +117,33 @@ def in_turn(
     turns: tuple[int, int] | None = None,
     error: Callable[[str, object], float | None] = lambda name, results: None,
 ) -> dict[str, Measurement]:
-    """Every runner for a block of calls, one after the other, as many turns as fit in ``seconds``: a drift of
-    the machine hits all of them. Compilation and warm-up come before and are not counted; ``error`` judges
-    the results of the first call, on the first inputs. A runner that fails is taken out of ``runners`` and
-    says why.
+    """Measure the runners in turns: each runs a block of calls after the other, for as many turns as fit in
+    ``seconds``, so that a drift of the machine affects all of them. Compilation and warm-up come first and
+    are not counted. ``error`` judges the results of the first call, on the first inputs. A runner that fails
+    is removed from ``runners``, and its measurement says why.
     """
     found, repeats, total = {name: Measurement() for name in runners}, {}, 0.0
     for name in list(runners):
-        empty(device)  # what others left in the cache of the allocator is not this one's lack of memory
+        empty(device)  # memory cached for others must not make this group run out of it
         with _survive(name, runners, found, device):
-            # the first call, and a slow one is warm-up enough
+            # the first call, which is all the warm-up that a slow function needs
             watched = device.type == "cpu" and not runners[name].captures_itself
             results = None if watched else runners[name]()
             start = time.perf_counter()
             if watched:
                 found[name].peak_bytes, results = peak_bytes(runners[name], device)
-            # of CUDA graphs the second call is the recording one: later ones replay and allocate nothing
+            # torch.compile records CUDA graphs in the second call; later calls replay them and allocate
+            # nothing
             else:
                 found[name].peak_bytes = peak_bytes(runners[name], device)[0]
             estimate = time.perf_counter() - start
             found[name].error = error(name, results)
             del results
-            # else that is long enough, beside what watching it took
+            # a slow call on a CPU is a good estimate although its memory was watched; a fast one is timed
+            # again
             if device.type == "cuda" or estimate < 1:
                 estimate = _block(runners[name], 1, 1, device)[1]
-            # it decides how many calls make a block
+            # the estimate decides the number of calls in a block
             for _ in range(2 if estimate < 3 * BLOCK_SECONDS[device.type] else 0):
                 estimate = min(estimate, _block(runners[name], 1, 1, device)[1])
             if device.type == "cuda" and not runners[name].captures_itself:
@@ -161,13 +167,15 @@ def in_turn(
                 found[name].device_us.append(1e6 * on_device)
                 found[name].host_us.append(1e6 * on_host)
             if name not in runners:
-                empty(device)  # now that the error, and with it the frames that hold its tensors, is gone
+                empty(device)  # after the error, whose frames held tensors, is deleted
     return found
 
 
 @contextlib.contextmanager
 def _survive(name, runners, found, device):
-    """One that fails is out, with its reason; the others go on. Raises if the device itself is lost."""
+    """Run the code of a runner. If it fails, it is removed with its reason, and the others continue. Raises
+    if the device itself is lost.
+    """
     try:
         yield
     except Exception as error:
@@ -178,15 +186,15 @@ def _survive(name, runners, found, device):
 
 
 def empty(device: torch.device) -> None:
-    """Give back what nobody holds."""
+    """Return memory that is not in use to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _block(runner, replays, calls, device):
-    """Seconds of one, on the device and until the host knows that all are done: of so many replays, and of
-    so many calls.
+    """Seconds per call, on the device and until the host knows that all calls are done, from ``replays``
+    replays and ``calls`` calls.
     """
     on_device = _replays(runner, replays, device) if device.type == "cuda" else None
     start = time.perf_counter()
@@ -199,7 +207,7 @@ def _block(runner, replays, calls, device):
 
 
 def _replays(runner, count, device):
-    """Seconds on the device of one of ``count`` in a row."""
+    """Seconds on the device of one of ``count`` replays in a row."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     head_start(device)
@@ -215,8 +223,8 @@ _scratch = {}
 
 
 def head_start(device: torch.device) -> None:
-    """Work of some 0.2 ms ahead of what is timed, so that the first launches of a block wait in the queue
-    and not the device for them.
+    """Queue about 0.2 ms of work before the timed work, so that the first launches of a block wait in the
+    queue, and the device does not wait for them.
     """
     if device not in _scratch:
         _scratch[device] = torch.empty(1 << 28, dtype=torch.uint8, device=device)
@@ -225,7 +233,7 @@ def head_start(device: torch.device) -> None:
 
 
 def reason(error: Exception) -> str:
-    """In one line, for the tables."""
+    """The error in one line, for the tables."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
@@ -237,9 +245,9 @@ def reason(error: Exception) -> str:
 
 
 def peak_bytes(function: Callable, device: torch.device) -> tuple[int, object]:
-    """The most that torch's allocator held during a call, above what it held before (inputs and parameters),
-    and what the call returned. What libraries take behind its back on a CPU (packed weights of a convolution)
-    is not in it.
+    """The most memory that torch's allocator held during a call, beyond what it held before (inputs and
+    parameters), including the results. Memory that libraries allocate themselves on a CPU, such as packed
+    weights of a convolution, is not counted.
     """
     gc.collect()
     if device.type == "cuda":
@@ -272,7 +280,7 @@ def peak_bytes(function: Callable, device: torch.device) -> tuple[int, object]:
 
 
 def error(results: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
-    """The largest RMS error of a result, relative to the RMS of the truth; infinity for NaN."""
+    """The largest RMS error of a result, relative to the RMS of the truth, or infinity for NaN."""
     worst = 0.0
     for found, exact in zip(results, truth, strict=True):
         deviation = (
@@ -287,7 +295,7 @@ def error(results: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """20, 50 and 80 %."""
+    """The quantiles at 20, 50 and 80 %."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     cuts = statistics.quantiles(values, n=10, method="inclusive")
@@ -295,5 +303,5 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def ratios(slow: Measurement, fast: Measurement) -> tuple[float, float, float]:
-    """20, 50 and 80 % of slow / fast, turn by turn."""
+    """The quantiles at 20, 50 and 80 % of slow / fast, turn by turn."""
     return quantiles([a / b for a, b in zip(slow.device_us, fast.device_us, strict=True)])

@@ -1,4 +1,4 @@
-"""What is done with a network, whatever its layers: a training step, inference, explanations."""
+"""The modes of a network, whatever its layers: a training step, inference, explanations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from coda_fast import create_model
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A network as its users run it: float32 weights, under autocast where ``dtype`` is a narrower one.
+    """A network as its users run it: with float32 weights, and under autocast where ``dtype`` is lower.
 
     Attributes:
         logits: images [N, C, H, W] -> [N, classes].
         explained: the same in explanation mode.
-        batched: whether an explanation of every class sends all of them back at once.
+        batched: whether an explanation of every class propagates all classes back at once.
     """
 
     logits: Callable
@@ -33,7 +33,9 @@ class Classifier:
     batched: bool = False
 
     def setup(self, case: Network, mode: str) -> tuple[list, Callable]:
-        """Sets of (images, labels), to be rotated, and the function of a mode that is called with one."""
+        """Sets of (images, labels), to be used in rotation, and the function of a mode, which takes one of
+        them.
+        """
         if mode == STEP:
             return self.inputs(case), self.training_step()
         modes = {
@@ -79,12 +81,12 @@ class Classifier:
         return [outputs, torch.stack([send_back(one) for one in upstream])]
 
     def training_step(self) -> Callable:
-        """A step with Adam and binary cross-entropy. Its rate is zero, so that every step does its work on
-        the same weights and what is timed does not depend on how often.
+        """A step with Adam and binary cross-entropy. Its learning rate is zero, so that every step works on
+        the same weights and the time does not depend on the number of steps.
         """
         gpu = self.device.type == "cuda"
         optimiser = torch.optim.Adam(self.parameters, lr=0.0, fused=gpu, capturable=gpu)
-        for parameter in self.parameters:  # its moments belong to what is there before
+        for parameter in self.parameters:  # the moments are allocated before the measurement
             parameter.grad = torch.zeros_like(parameter)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -95,7 +97,7 @@ class Classifier:
             wanted = F.one_hot(labels, self.classes).float()
             F.binary_cross_entropy_with_logits(outputs.float(), wanted).backward()
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)  # at the end: gradients count as memory of the step
+            optimiser.zero_grad(set_to_none=True)  # at the end, so that gradients count as memory of the step
             return [outputs.detach()]
 
         return step
@@ -114,15 +116,16 @@ def setup(
     changed by ``compile``.
     """
     torch.manual_seed(0)
-    # without the bias of the logits, beside which what the layers give is rounding of a narrow dtype
+    # without the bias of the logits, next to which the outputs of the layers would vanish in a low-precision
+    # dtype
     model = create_model(case.name, logit_bias=0.0).to(
         device, torch.float64 if dtype == torch.float64 else torch.float32
     )
-    model.requires_grad_(mode == STEP)  # a compiled backward computes what is asked or not
+    model.requires_grad_(mode == STEP)  # a compiled backward computes all gradients that are possible
 
     def logits(images, detach=False):
         x = model.encoder(images)
-        # cast once a layer, the same for all: left to autocast, the peers would carry float32 activations
+        # every provider casts once per layer: under autocast alone, the peers would keep float32 activations
         for m in model.layers:
             tensors = (t.to(dtype) for t in (x, m.reduction_weight, m.weight, m.bias))
             x = layer(*tensors, m.stride, m.padding, detach)

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 MATERIALISING, ALGEBRAIC, CHECKPOINTED = "materialising", "algebraic", "algebraic checkpointed"
-COMPILED = " compiled"  # after a provider's name: the same through torch.compile
+COMPILED = " compiled"  # suffix of a provider that runs through torch.compile
 ARGUMENTS = {"x": None, "B": None, "A": None, "b": None, "stride": 1, "padding": 0, "detach": False}
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """An entry of the registry; its parts are the arguments of ``peer``."""
+    """An entry of the registry; its fields are the arguments of ``peer``."""
 
     name: str
     layer: Callable
@@ -46,20 +46,20 @@ def peer(
     recomputes: bool = False,
     style: tuple[str, str, str] | None = None,
 ) -> Callable[[Callable], Callable]:
-    """Decorator that makes a function a peer. The first paragraph of its docstring describes it in the
+    """Decorator that registers a function as a peer. The first paragraph of its docstring describes it in the
     documents.
 
     Args:
-        name: what rows and tables call it; not taken yet.
-        family: what the tables call it together with its variants.
-        slow: takes seconds a call for a network on a CPU: only where all peers are asked for.
-        recomputes: measured where there is a backward pass only, and on a CPU only once for a network: it
-            takes longer and less memory.
-        style: colour, marker and label in the plots of how a layer grows; None: not in them.
+        name: its name in rows and tables, which no other provider may have.
+        family: the name for it and its variants in the tables.
+        slow: a call for a network takes seconds on a CPU, so that it is measured only with all peers.
+        recomputes: it saves memory by recomputing, so it is measured only in modes with a backward pass, and
+            on a CPU only once for a network.
+        style: colour, marker and label in the plots of a growing layer, or None to leave it out.
 
     Raises:
-        ValueError: a name that is taken or stands for something else, no docstring. TypeError: a function
-            with other arguments than ARGUMENTS.
+        ValueError: the name is taken or reserved, or there is no docstring.
+        TypeError: the function has other arguments than ARGUMENTS.
     """
     if name in PEERS or name.startswith("coda_fast") or name.endswith(COMPILED):
         raise ValueError(f"name: expected one that is not taken and not of ours or compiled, got {name!r}")
@@ -86,7 +86,7 @@ def materialising(x, B, A, b, stride=1, padding=0, detach=False):
     Writes ``w``, n d numbers a pixel.
     """
     (n, r), kernel = A.shape[:2], A.shape[3:]
-    x = x.contiguous()  # as published: from channels last, w itself would have to be copied
+    x = x.contiguous()  # as published; from channels last, w would have to be copied
     z = F.conv2d(x, B, stride=stride, padding=padding)
     generate = A.reshape(n, r, -1).transpose(1, 2).reshape(-1, r, 1, 1)
     w = F.conv2d(z, generate, b.flatten()).flatten(2).unflatten(1, (n, -1))  # [N, n, d, P]

@@ -1,4 +1,4 @@
-"""How time and memory grow, drawn from rows."""
+"""Plots of how time and memory grow, drawn from rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LABELS = {"batch": "batch", "size": "image size, pixels", "rank": "rank r", "cha
 
 
 def styles() -> dict[str, tuple[str, str, str]]:
-    """{provider: (colour, marker, label)} of all that are drawn."""
+    """{provider: (colour, marker, label)} of all providers that are drawn."""
     peers = {name: peer.style for name, peer in PEERS.items() if peer.style}
     return {**peers, CODA: ("#000000", "o", "coda_fast")}
 
@@ -25,7 +25,7 @@ def scaling_path(rows_file: Path) -> Path:
 
 
 def fingerprint(rows: list[dict]) -> str:
-    """Of what a plot shows."""
+    """A digest of the numbers that a plot shows."""
     shown = [
         [r["op"], r["provider"], r["shape"], r["p20_us"], r["p50_us"], r["p80_us"], r["peak_bytes"]]
         for r in _scaling(rows)
@@ -34,13 +34,13 @@ def fingerprint(rows: list[dict]) -> str:
 
 
 def _scaling(rows):
-    """Of one dtype, the first that was measured."""
+    """The scaling rows of the first dtype that was measured."""
     found = [r for r in rows if r["op"].startswith("scaling") and r["provider"] in styles()]
     return [r for r in found if r["dtype"] == found[0]["dtype"]]
 
 
 def shows(path: Path, rows: list[dict]) -> bool:
-    """Whether the picture was drawn from these rows (its metadata says so)."""
+    """Whether the image was drawn from these rows, according to its metadata."""
     from PIL import Image
 
     if not path.exists():
@@ -50,8 +50,8 @@ def shows(path: Path, rows: list[dict]) -> bool:
 
 
 def scaling(rows: list[dict], path: Path) -> Path:
-    """Time (with its 20 to 80 %) and peak memory of forward + backward against batch, size, rank and
-    channels, on log axes.
+    """Plot time (with its 20 to 80 % range) and peak memory of forward + backward against batch, size, rank
+    and channels, on logarithmic axes.
     """
     import matplotlib
 
@@ -99,7 +99,7 @@ def scaling(rows: list[dict], path: Path) -> Path:
 
 
 def _title(rows):
-    """The layer that is varied: the shape that all four series share."""
+    """The shape of the layer that all four series vary."""
     one = rows[0]
     common = {}
     for key in one["shape"]:

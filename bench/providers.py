@@ -1,9 +1,9 @@
-"""Who is measured: coda_fast, its peers and the yardsticks, one ``setup(provider, case, mode, dtype, device)
--> (inputs, function)`` for all, with the same inputs.
+"""The providers: coda_fast, its peers and the yardsticks, all through ``setup(provider, case, mode, dtype,
+device) -> (inputs, function)`` with the same inputs.
 
-``inputs`` is a list of several sets, to be rotated; ``function(*inputs[i])`` does the work once and returns
-its results: [y] forward, [y, gradients of x, B, A, b] with backward, [y, gradient of x] for an explanation;
-[logits] and so on for networks.
+``inputs`` is a list of several sets, to be used in rotation. ``function(*inputs[i])`` does the work once and
+returns its results: [y] forward, [y, gradients of x, B, A, b] with backward, [y, gradient of x] for an
+explanation; [logits] and so on for networks.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["ALGEBRAIC", "CHECKPOINTED", "COMPILED", "MATERIALISING", "PEERS", "Y
 
 CODA = "coda_fast"
 KEPT, FACTORED, PRODUCT, COPY = "coda_fast save_contraction", "coda_fast factored", "matrix product", "copy"
-TRUE_IMAGES = 2  # of a network's batch that are computed in float64 too
+TRUE_IMAGES = 2  # images of a network's batch that are also computed in float64
 
 
 def coda_fast(x, B, A, b, stride=1, padding=0, detach=False, **options):
-    """The library with the arguments of the peers: the fused kernels on a GPU, what "auto" picks
+    """The library with the arguments of the peers: the fused kernels on a GPU, and the choice of "auto"
     elsewhere.
     """
     options.setdefault("backend", "triton" if x.is_cuda else "auto")
@@ -47,8 +47,8 @@ OURS = {CODA: coda_fast, KEPT: _kept, FACTORED: _factored}
 
 
 def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequence[str] = ()) -> list[str]:
-    """The providers of a case, in the order of the tables; ``compiled``: which of them also through
-    torch.compile.
+    """The providers of a case, in the order of the tables. ``compiled``: which of them are also measured
+    through torch.compile.
     """
     gpu, backward = device.type == "cuda", mode not in (FORWARD, INFERENCE)
     found = [peer.name for peer in PEERS.values() if _is_measured(peer, case, mode, gpu)]
@@ -58,7 +58,7 @@ def names(case: Layer | Network, mode: str, device: torch.device, compiled: Sequ
     found.insert(found.index(CODA + COMPILED) if CODA + COMPILED in found else len(found), CODA)
     if gpu:
         kept = backward and mode not in (EXPLANATION, EVERY_CLASS)
-        # else there is nothing to keep (docs of dau_conv2d), and it would be coda_fast by another name
+        # otherwise nothing is kept (docs of dau_conv2d), and it would be coda_fast under another name
         if isinstance(case, Layer):
             kept = kept and case.rank <= 64 < case.depth
         found += [KEPT] * kept + [FACTORED]
@@ -73,21 +73,21 @@ def _is_measured(peer, case, mode, gpu):
     if gpu:
         return backward or not peer.recomputes
     if peer.slow and network and (case.batch > 16 or not (case.every_peer or mode == STEP)):
-        return False  # seconds a call, at batch 64 tens of them
-    if peer.recomputes:  # on a CPU it is never the fastest, and says once what recomputing costs
+        return False  # a call takes seconds, and tens of seconds at batch 64
+    if peer.recomputes:  # never the fastest on a CPU; one mode shows the cost of recomputing
         return network and mode == STEP and case.batch <= 16 and case.every_peer
     return True
 
 
 def compared() -> list[str]:
-    """The providers that speed-ups of coda_fast are given on."""
+    """The providers over which speed-ups of coda_fast are given."""
     return [*PEERS, *(name + COMPILED for name in PEERS), FACTORED, *YARDSTICKS]
 
 
 def setup(
     provider: str, case: Layer | Network, mode: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[list, Callable]:
-    """The inputs and the function of a provider. ``Missing`` where it cannot run."""
+    """The inputs and the function of a provider. Raises ``Missing`` if it cannot run."""
     if provider == PRODUCT:
         return layers.product(case, mode, dtype, device)
     base = provider.removesuffix(COMPILED)
@@ -97,13 +97,13 @@ def setup(
     compile = (lambda function: compiled(function, device)) if provider != base else lambda function: function
     if isinstance(case, Layer):
         return layers.setup(compile(layer), case, mode, dtype, device)
-    # the peers send classes back one after the other
+    # the peers propagate classes back one after the other
     return networks.setup(layer, case, mode, dtype, device, compile, batched=base in OURS)
 
 
 def truth(case: Layer | Network, mode: str, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """The results of the materialising formula in float64 for the first inputs; of a network for its first
-    TRUE_IMAGES images.
+    """The results of the materialising formula in float64 for the first inputs, or for the first TRUE_IMAGES
+    images of a network.
     """
     if isinstance(case, Layer):
         return layers.layer_truth(case, mode, layers.layer_inputs(case, dtype, device)[0])
@@ -115,10 +115,10 @@ def truth(case: Layer | Network, mode: str, dtype: torch.dtype, device: torch.de
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """``torch.compile``; on a GPU with mode="max-autotune", CUDA graphs included (on a CPU that mode tunes
-    two small products, for a few seconds each). CODA_FAST_BENCH_ATEN=1 leaves it the choice among libraries'
-    products and convolutions only, to compile sooner: PyTorch's own profiling found no gain from Inductor's
-    convolutions on an H100 (comment in torch._inductor.config).
+    """``torch.compile``. On a GPU it uses mode="max-autotune" with CUDA graphs; on a CPU that mode would
+    spend a few seconds on tuning each of two small products. CODA_FAST_BENCH_ATEN=1 limits the choice to
+    products and convolutions of libraries, to compile sooner: PyTorch's own profiling found no gain from
+    Inductor's convolutions on an H100 (comment in torch._inductor.config).
     """
     if os.environ.get("CODA_FAST_BENCH_ATEN"):
         from torch._inductor import config
@@ -135,5 +135,5 @@ def compiled(function: Callable, device: torch.device) -> Callable:
 
 
 def forget_compiled() -> None:
-    """Free what torch.compile holds: guards, code, pools of CUDA graphs."""
+    """Free the memory of torch.compile: guards, code, pools of CUDA graphs."""
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Measured results as data: a row a line in bench/results/<device>.jsonl, and where a row comes from."""
+"""Measured results as data: one row per line in bench/results/<device>.jsonl, and the origin of a row."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
-LOCAL = FOLDER / "local"  # what users measure; not in the repository
+LOCAL = FOLDER / "local"  # measurements of users, which are not in the repository
 FIELDS = ("op", "provider", "mode", "dtype", "shape", "device", "driver", "torch", "triton", "commit", "date")
 
 
 def environment(device: torch.device) -> dict:
-    """The columns that say where and when."""
+    """The columns that name the device, the versions and the date."""
     return {
         "device": device_name(device),
         "driver": _driver() if device.type == "cuda" else None,
@@ -49,8 +49,8 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Of the tree; "-dirty" if it was changed, other than by rows. CODA_FAST_COMMIT names it for a tree
-    without its history.
+    """The commit of the tree, with "-dirty" if files other than rows were changed. CODA_FAST_COMMIT names it
+    for a tree without git history.
     """
     if named := os.environ.get("CODA_FAST_COMMIT"):
         return named
@@ -85,13 +85,13 @@ def _version(package):
 
 
 def path_of(device: str, folder: Path) -> Path:
-    """The file of a device, by its name."""
+    """The file of a device."""
     return folder / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".jsonl")
 
 
 @functools.cache
 def tree() -> str:
-    """Digest of the code that is run: package, kernels and tests, whatever git says of them."""
+    """Digest of the code that runs: package, kernels and tests, regardless of git."""
     digest = hashlib.sha256()
     for path in sorted(
         p
@@ -104,12 +104,12 @@ def tree() -> str:
 
 
 def group_of(row: dict) -> tuple:
-    """What rows that were measured side by side have in common."""
+    """The columns that rows measured in turns have in common."""
     return (row["op"], row["mode"], row["dtype"], json.dumps(row["shape"], sort_keys=True))
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a file; none if it does not exist. ValueError for a line that is no row."""
+    """The rows of a file, none if it does not exist. Raises ValueError for a line that is not a row."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
         try:
@@ -127,9 +127,8 @@ def read(path: Path) -> list[dict]:
 
 
 def replace(path: Path, rows: Iterable[dict]) -> None:
-    """Put rows into a file in place of those of the same groups; all of it or nothing, so that a run can be
-    cut off at any time. Of the same code and versions, what another run has of providers that are not among
-    the rows stays.
+    """Replace the rows of the same groups in a file, atomically, so that a run can be cut off at any time.
+    Rows of other providers stay if they were measured with the same code and versions.
     """
     rows = list(rows)
     same = ("device", "torch", "triton", "commit", "date")
@@ -150,12 +149,12 @@ def replace(path: Path, rows: Iterable[dict]) -> None:
     os.replace(scratch, path)
 
 
-LOG = 200_000  # bytes of a log that are packed, from its beginning and from its end
+LOG = 200_000  # bytes that are packed from the beginning and from the end of a log
 
 
 def pack(files: dict[Path, Path], archive: Path) -> None:
-    """Files into a .tar.gz under these names, all of it or nothing; in folders named logs, long ones lose
-    their middle.
+    """Pack files into a .tar.gz under these names, atomically. In folders named logs, long files lose their
+    middle.
     """
     archive.parent.mkdir(parents=True, exist_ok=True)
     scratch = archive.with_name(f".{archive.name}.{os.getpid()}")

@@ -17,8 +17,8 @@ PUBLISHED = (MATERIALISING, MATERIALISING + COMPILED)
 
 
 def variants(rows: list[dict]) -> list[list[dict]]:
-    """Rows that may stand in one table: of one dtype and one batch size, in the order of their first rows;
-    scaling series with the first of their dtype.
+    """Groups of rows that share a table: those of one dtype and one batch size, in the order of their first
+    rows. Scaling series go to the first group of their dtype.
     """
     rows = [row for row in rows if row["op"] != COPY]
     scaling = {row["dtype"]: [] for row in rows}
@@ -36,7 +36,7 @@ def variants(rows: list[dict]) -> list[list[dict]]:
 
 
 def everything(rows: list[dict]) -> str:
-    """All tables of these rows, of one device."""
+    """All tables of these rows of one device."""
     copies = [r for r in rows if r["op"] == COPY]
     return "\n\n".join(_everything(variant, copies) for variant in variants(rows))
 
@@ -62,7 +62,9 @@ def _everything(rows, copies):
 
 
 def times(rows: list[dict]) -> str:
-    """A layer a row, a provider a column; the sum counts each shape as often as the networks have it."""
+    """A row for each layer and a column for each provider. The sum counts each shape as often as the networks
+    have it.
+    """
     by, providers = _by(rows), _ordered(r["provider"] for r in rows)
     table = [["layer", "C, n, r, k, stride, size", *providers]]
     for op in _ordered(r["op"] for r in rows):
@@ -75,7 +77,7 @@ def times(rows: list[dict]) -> str:
 
 
 def gains(rows: list[dict]) -> str:
-    """Speed-up of coda_fast on the formula as published and on the fastest other peer, memory, error,
+    """Speed-up of coda_fast over the published formula and over the fastest other peer, memory, error, and
     share of the ceiling.
     """
     by = _by(rows)
@@ -113,8 +115,8 @@ def gains(rows: list[dict]) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """The short table of docs/numbers.md: forward + backward, a layer a row, then the training step of whole
-    networks.
+    """The short table of docs/numbers.md: forward + backward with a row for each layer, then the training
+    step of whole networks.
     """
     by = _by([r for r in rows if r["mode"] in (TRAINING, STEP)])
     table = [
@@ -164,7 +166,7 @@ def network_title(rows, name):
 
 
 def network(rows: list[dict], name: str) -> str:
-    """A provider a row, a mode a column; how many times coda_fast's time it takes, and memory."""
+    """A row for each provider and a column for each mode: its time relative to coda_fast, and its memory."""
     rows = [r for r in rows if r["op"] == name]
     by = {(r["provider"], r["mode"]): r for r in rows}
     table = [["provider"]]
@@ -192,7 +194,7 @@ def missing(rows: list[dict]) -> str:
 
 
 def footer(rows: list[dict], copies: list[dict] = ()) -> str:
-    """Where, when, how; ``copies``: the row of the copy, if there is one."""
+    """Device, date and method of the measurement. ``copies``: the row of the copy, if there is one."""
     one = rows[0]
     commits = ", ".join(_ordered(f"{r['commit']} ({r['date']})" for r in rows))
     spreads = sorted((r["p80_us"] - r["p20_us"]) / r["p50_us"] for r in rows if r.get("p50_us"))
@@ -243,29 +245,31 @@ def _ordered(values):
 
 
 def others() -> list[str]:
-    """The peers that are not the formula as it is published, each also compiled."""
+    """The peers other than the published formula, each also compiled."""
     return [name + suffix for name in PEERS if name != MATERIALISING for suffix in ("", COMPILED)]
 
 
 def families() -> str:
-    """What they are."""
+    """The families of these peers."""
     return " or ".join(_ordered(peer.family for name, peer in PEERS.items() if name != MATERIALISING))
 
 
 def _which(by, op, peer):
-    """The name of the fastest other peer, and whether the one to beat on a GPU is missing."""
+    """The name of the fastest other peer, and a note if the strongest one on a GPU is missing."""
     unknown = by[op, CODA]["driver"] and fastest(by, op, (ALGEBRAIC + COMPILED,)) is None
     return f"{peer} (compiled not measured)" if peer and unknown else peer or ""
 
 
 def fastest(by: dict, op: str, candidates) -> str | None:
-    """Which of these providers has the least median."""
+    """The provider with the smallest median."""
     measured = [p for p in candidates if (op, p) in by and by[op, p]["p50_us"]]
     return min(measured, key=lambda p: by[op, p]["p50_us"], default=None)
 
 
 def _sum(by, ops, provider):
-    """Milliseconds over all layers, those of one shape counted together; None if one is missing."""
+    """Milliseconds over all layers, where layers of one shape are counted together, or None if one is
+    missing.
+    """
     rows = [by.get((op, provider)) for op in ops]
     if not all(r and r["p50_us"] for r in rows):
         return None
@@ -283,7 +287,7 @@ def _shape(by, op):
 
 
 def _digits(value):
-    """Three digits, without an exponent."""
+    """Three significant digits without an exponent."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 

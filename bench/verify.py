@@ -1,4 +1,4 @@
-"""Whether the op's own tests pass on this machine: no speed-up is shown where they do not."""
+"""Whether the op's own tests pass on this machine. If not, no speed-up is shown."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import tempfile
 import time
 from pathlib import Path
 
-NO_TIME = "no time left"  # why a bench was skipped that did not begin in time
+NO_TIME = "no time left"  # the reason for skipping a bench that did not begin in time
 ROOT = Path(__file__).resolve().parent.parent
-# The values of the published implementation; on a GPU also the kernels against the definition on published
-# layers
+# Tests against the published implementation; on a GPU also of the kernels against the definition, on the
+# layers of published networks
 CPU = ("tests/test_golden.py", "-k", "not triton")
 GPU = ("tests/test_golden.py", "tests/kernels/test_layer.py", "-k", "golden or test_layers_of")
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a run of tests found. ``good``: at least one passed and none failed. ``passed``: and none that
-    was collected is left.
+    """The result of a test run. ``good``: at least one test passed and none failed. ``passed``: in addition,
+    all collected tests ran.
     """
 
     passes: int = 0
@@ -55,15 +55,15 @@ class Verdict:
         return ", ".join(parts)
 
     def write(self, path: Path, **stamp) -> None:
-        """``stamp``: what it is about (device, commit)."""
+        """Write the verdict. ``stamp``: what it is about (device, commit)."""
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         scratch.write_text(json.dumps(dataclasses.asdict(self) | {"of": stamp}) + "\n", encoding="utf-8")
         os.replace(scratch, path)
 
     @staticmethod
     def load(path: Path, **stamp) -> Verdict:
-        """Raises: OSError; ValueError, TypeError: not a verdict, or one about something else than
-        ``stamp``.
+        """Read a verdict. Raises OSError; ValueError or TypeError if the file is not a verdict, or one about
+        something else than ``stamp``.
         """
         found = json.loads(path.read_text(encoding="utf-8"))
         of = found.pop("of", {})
@@ -73,7 +73,9 @@ class Verdict:
 
 
 def environment(log: Path) -> dict:
-    """For a process that runs tests: the tree importable without installation, every test logged."""
+    """The environment of a process that runs tests: the tree can be imported without installation, and every
+    test is logged.
+    """
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]).rstrip(
         os.pathsep
     )
@@ -85,7 +87,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str) -> Verdict:
-    """Run tests in a process of their own."""
+    """Run tests in another process."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         done = subprocess.run(
@@ -95,8 +97,8 @@ def run(*arguments: str) -> Verdict:
 
 
 def shards(tests: list[str], count: int, until: float, folder: Path, root: Path = ROOT) -> Verdict:
-    """These tests in ``count`` processes at once (their time is mostly the compiler's), killed at ``until``
-    (``time.monotonic``). What each said stays in ``folder``.
+    """Run these tests in ``count`` processes at once, because most of their time is spent compiling. They are
+    killed at ``until`` (``time.monotonic``). Their output stays in ``folder``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("shard*"):
@@ -106,7 +108,7 @@ def shards(tests: list[str], count: int, until: float, folder: Path, root: Path 
     try:
         for i, part in enumerate(parts):
             logs.append(folder / f"shard{i}.jsonl")
-            names = folder / f"shard{i}.txt"  # too many for a command line
+            names = folder / f"shard{i}.txt"  # too many names for a command line
             names.write_text("\n".join(part), encoding="utf-8")
             with open(folder / f"shard{i}.out", "w") as out:
                 options = {
@@ -130,9 +132,7 @@ def shards(tests: list[str], count: int, until: float, folder: Path, root: Path 
 
 
 def outcomes(folder: Path) -> dict[str, dict]:
-    """{test: {outcome, seconds, and where there are some reason, properties}} of what ``shards`` ran
-    there.
-    """
+    """{test: {outcome, seconds, and possibly reason, properties}} of the tests that ``shards`` ran there."""
     lines = [line for log in sorted(folder.glob("shard*.jsonl")) for line in _lines(log)]
     found = {}
     for line in lines:
@@ -146,15 +146,15 @@ def outcomes(folder: Path) -> dict[str, dict]:
 
 
 def what_differs(reason: str | None, lines: int = 3) -> list[str]:
-    """Of what pytest says about a failure, the lines of the error itself."""
+    """The lines of the error itself, from pytest's report of a failure."""
     found = [line[1:].strip() for line in (reason or "").splitlines() if line.startswith("E ")]
     return [line[:400] for line in (found or (reason or "").strip().splitlines()[-1:])[:lines]]
 
 
 def wait(processes: list[subprocess.Popen], until: float) -> list[int | None]:
-    """Their exit statuses; None for those that had to be killed at ``until``. Each must be the leader of a
-    session: it dies with all that it has started (compute-sanitizer, compilers), also if this process is
-    interrupted.
+    """The exit statuses of the processes, None for those that had to be killed at ``until``. Each process
+    must lead a session, so that everything it started (compute-sanitizer, compilers) ends with it, even if
+    this process is interrupted.
     """
     statuses = []
     try:
@@ -169,7 +169,7 @@ def wait(processes: list[subprocess.Popen], until: float) -> list[int | None]:
 
 
 def end(processes: list[subprocess.Popen]) -> None:
-    """Kill those that still run, each with its session."""
+    """Kill the processes that still run, each with its session."""
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -177,7 +177,7 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 
 def collect(*arguments: str, root: Path = ROOT, timeout: float | None = None) -> list[str]:
-    """Names of the tests that a selection has. RuntimeError with pytest's own words if it finds none.
+    """Names of the tests that a selection has. Raises RuntimeError with pytest's output if there are none, or
     subprocess.TimeoutExpired.
     """
     return collect_marked(*arguments, root=root, timeout=timeout)[0]
@@ -186,7 +186,7 @@ def collect(*arguments: str, root: Path = ROOT, timeout: float | None = None) ->
 def collect_marked(
     *arguments: str, root: Path = ROOT, timeout: float | None = None
 ) -> tuple[list[str], set[str]]:
-    """The same, and which of them are marked slow."""
+    """The names of the tests, and which of them are marked slow."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         done = subprocess.run(
@@ -211,7 +211,9 @@ def collect_marked(
 
 
 def read(log: Path, done: subprocess.CompletedProcess | None = None) -> Verdict:
-    """The log of one process; one that broke off before its first test counts as a failure."""
+    """The verdict on one process from its log. A process that ended before its first test counts as a
+    failure.
+    """
     lines = _lines(log)
     outcome = {}
     for line in lines:

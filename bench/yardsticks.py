@@ -1,5 +1,5 @@
-"""Other networks on the same images, beside which a whole CoDA-Net is measured. A further one is a function
-with the decorator ``yardstick`` in this file.
+"""Other networks on the same images, which a whole CoDA-Net is compared with. Another one is added by a
+function with the decorator ``yardstick`` in this file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Missing(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Yardstick:
-    """An entry of the registry; its parts are the arguments of ``yardstick``."""
+    """An entry of the registry; its fields are the arguments of ``yardstick``."""
 
     name: str
     setup: Callable
@@ -41,12 +41,12 @@ def yardstick(name: str, *, modes: tuple[str, ...] = (STEP, INFERENCE, EXPLANATI
     The first paragraph of its docstring describes it in the documents.
 
     Args:
-        name: what rows and tables call it; not taken yet.
-        modes: in which it is measured.
-        slow: on a CPU beside batches of at most 16 only.
+        name: its name in rows and tables, which no other provider may have.
+        modes: the modes in which it is measured.
+        slow: on a CPU it is measured at batch sizes up to 16 only.
 
     Raises:
-        ValueError: a name that is taken, no docstring.
+        ValueError: the name is taken, or there is no docstring.
     """
     if name in YARDSTICKS:
         raise ValueError(f"name: expected one that is not taken, got {name!r}")
@@ -124,7 +124,7 @@ def _classifier(
 def _resnet(classes, name="resnet50"):
     try:
         from torchvision import models
-    # beside another torch than its own it raises RuntimeError
+    # with a version of torch that it was not built for, it raises RuntimeError
     except (ImportError, RuntimeError, OSError) as error:
         raise Missing(f"torchvision: {error}") from None
     return models.get_model(name, num_classes=classes)

@@ -22,7 +22,7 @@ class CheckpointError(ValueError):
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place if the block ends well and vanishes if it does
-    not.
+    not. It does not wait for the disk: who needs a file to outlive a power failure calls ``os.fsync``.
 
     Raises:
         OSError: the place is taken by what is no file (a folder, a pipe, a device), or the file cannot be

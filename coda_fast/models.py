@@ -316,10 +316,15 @@ def register_model(name: str, network: type[Network], config: Mapping, origin: s
         made = make(**config, device="meta")
         twin = make(**made.config(), device="meta")
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"network: expected {network.__name__}(**config) to be one, got {error}") from error
+        raise ValueError(
+            f"network: expected {network.__name__}(**config, device=..., dtype=...) to be one, got {error}"
+        ) from error
     shapes = [{key: t.shape for key, t in each.state_dict().items()} for each in (made, twin)]
     if shapes[0] != shapes[1] or made.config() != twin.config():
-        raise ValueError(f"network: expected a config that describes it, got one of another: {made.config()}")
+        raise ValueError(
+            f"network: expected {network.__name__}.config() to hold all arguments of the constructor, got "
+            f"{made.config()}, of which another network comes"
+        )
     if network.evidence is DynamicLinear.evidence or not made.dau_layers():
         raise ValueError(f"network: expected evidence made of DAU layers, got none in {network.__name__}")
     if made.classifier is not None:

@@ -1,7 +1,7 @@
 """The base class of classifiers that this package explains, penalises, saves, and gives out by name.
 
 A new network takes two places: its own file, with a subclass of ``Network``, and one call of
-``coda_fast.models.register_model`` (docs/networks.md).
+``coda_fast.register_model`` (docs/networks.md).
 """
 
 from __future__ import annotations

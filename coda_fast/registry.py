@@ -78,7 +78,7 @@ def class_of(network: object) -> type[Any]:
             return kind
     raise ValueError(
         f"model: expected a network of a registered class, got {type(network).__name__}: enter it with "
-        "coda_fast.models.register_model, or no file that names it can be loaded"
+        "coda_fast.register_model, or no file that names it can be loaded"
     )
 
 

@@ -1,5 +1,5 @@
-"""A network that is not a chain, as somebody else would add it: a stem, two branches, a residual sum, a
-concatenation. It takes this file with the registration at its end, and nothing else.
+"""A network that is not a chain, written as a user would add it: a stem, two branches, a residual sum and a
+concatenation. This file, with the registration at its end, is all that is needed.
 """
 
 import torch
@@ -10,8 +10,8 @@ from coda_fast import DAUConv2d
 
 
 class Branching(coda_fast.Network):
-    """encoded -> stem (a convolution without bias, and a DAU layer) -> two branches of different reach, side
-    by side -> a DAU layer with a residual sum around it -> classes.
+    """encoded -> stem (a convolution without bias, and a DAU layer) -> two parallel branches with different
+    receptive fields -> a DAU layer with a residual sum around it -> classes.
     """
 
     classifier = "classes"
@@ -40,6 +40,8 @@ class Branching(coda_fast.Network):
 
 
 def register():
-    """Other projects call this where the class is imported; tests, where nobody else sees it."""
+    """Register the network. Other projects do this where the class is imported. Tests do it only for the test
+    that needs it.
+    """
     config = dict(num_classes=5, temperature=3.0, image_channels=1, image_size=10)
     coda_fast.register_model("branching_xs", Branching, config, "tests")

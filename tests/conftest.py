@@ -1,5 +1,5 @@
-"""Shared by all tests: deterministic seeds, memory that is not zero by accident, and where the fused
-kernels run.
+"""Shared by all tests: fixed seeds, uninitialised memory filled with NaN, and the device of the fused
+kernels.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import quick_interpreter
 import torch
 
 if not torch.cuda.is_available():
-    # before anything imports the kernels: they run on the CPU then
+    # set before the kernels are imported, so that they run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):
         quick_interpreter.install()
@@ -34,7 +34,9 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    """Fixed seeds, and torch.empty filled with NaN: an element that nobody wrote cannot pass for a zero."""
+    """Fix the seeds, and fill torch.empty with NaN, so that an element that was never written is not taken
+    for a zero.
+    """
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
     before = (
         torch.are_deterministic_algorithms_enabled(),

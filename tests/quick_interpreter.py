@@ -1,14 +1,14 @@
-"""Triton's interpreter, sooner done: what it looks up again at every step is looked up once.
+"""A faster interpreter of Triton: values that it looks up again in every step are looked up once.
 
-Nothing that a kernel computes changes. Where a release of Triton has none of these functions, the interpreter
-stays as it is.
+The results of kernels do not change. In releases of Triton without these functions the interpreter is not
+changed.
 """
 
 import functools
 
 
 def install():
-    """For the rest of the process."""
+    """Make the interpreter faster for the rest of the process."""
     from triton.runtime import interpreter
 
     for name, quicker in (("_patch_lang", _patch_once), ("_get_np_dtype", _dtype_by_name)):
@@ -17,9 +17,9 @@ def install():
 
 
 def _patch_once(patch_lang):
-    """The interpreter replaces the functions of ``triton.language`` when a kernel is launched, and then once
-    more, with the same ones, whenever the kernel calls a device function: a third of its time. Once a launch
-    is enough for each module that a function may have them from.
+    """The interpreter replaces the functions of ``triton.language`` when a kernel is launched, and again,
+    with the same ones, whenever the kernel calls a device function, which takes a third of its time. Once per
+    launch is enough for each module from which a function may get them.
     """
     launched, patched = None, set()
 
@@ -55,7 +55,7 @@ def _modules_of(function):
 
 
 def _dtype_by_name(get_np_dtype):
-    """The interpreter builds a table of all dtypes whenever it asks for one."""
+    """Cache the dtypes by name, because the interpreter builds a table of all dtypes for each request."""
     from triton import language
 
     known = {}

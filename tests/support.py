@@ -1,15 +1,20 @@
-"""What several test files need: golden files in our layout, random layers, and one way to compare."""
+"""Helpers for several test files: golden files in the layout of this library, random layers, comparisons,
+and the environment of other processes.
+"""
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 
+from coda_fast._norms import NORMS
 from coda_fast.backends import reference
 
+ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 LAYERS = [f"layer_{i}" for i in range(1, 7)]
 B, A, BIAS = (
@@ -18,6 +23,7 @@ B, A, BIAS = (
     "weight_mod.weighting_f.1.bias",
 )
 BACKENDS = ("reference", "factored")
+NORM_NAMES = ", ".join(map(repr, NORMS))  # as errors list them
 
 
 class Golden:
@@ -36,7 +42,7 @@ class Golden:
         return [key for key in self._file.files if key.startswith(prefix)]
 
     def layer(self, kind):
-        """``param`` or ``grad`` of a single layer as (B, A, b) in our shapes; written out here,
+        """``param`` or ``grad`` of a single layer as (B, A, b) in the shapes of this library. It is written
         independently of checkpoints.py.
         """
         m = self.meta
@@ -50,11 +56,18 @@ class Golden:
         return self[f"{kind}/{B}"], ours, bias
 
 
+def environment(**more):
+    """The environment of a process that imports this source tree, on one thread."""
+    path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    added = {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"} | more
+    return {**os.environ, **{name: str(value) for name, value in added.items()}}
+
+
 @contextlib.contextmanager
 def scale_held():
-    """The definition with s(|w|^2) held constant where it is differentiated: the direct part of every
-    gradient. The rest of a gradient comes from the norm. Under "l2" the two may cancel to nothing: a layer of
-    rank 1 without a bias depends on the direction of z alone.
+    """A context in which the definition treats s(|w|^2) as a constant in derivatives, which leaves the direct
+    part of every gradient. The rest of a gradient comes from the norm. Under "l2" the two parts may cancel to
+    nothing: a layer of rank 1 without a bias depends on the direction of z alone.
     """
     weight = reference._weight
 
@@ -67,8 +80,8 @@ def scale_held():
 
 
 def errors(actual, truth, terms=()):
-    """Largest and RMS deviation, each over that of the truth, or of the largest of ``terms``: where a result
-    is a sum that may cancel, what is rounded is of the size of its terms.
+    """The largest and the RMS deviation, each relative to that of the truth, or of the largest of ``terms``:
+    where a result is a sum that may cancel, its rounding error is proportional to the terms.
     """
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     actual, truth, *terms = (t.detach().double().cpu() for t in (actual, truth, *terms))
@@ -81,13 +94,13 @@ def errors(actual, truth, terms=()):
 
 
 def relative_error(actual, expected):
-    """Largest deviation over the largest expected magnitude."""
+    """The largest deviation, relative to the largest expected magnitude."""
     return errors(actual, expected)[0]
 
 
 def assert_close(actual, expected, bound, what="", terms=()):
-    """Both the largest and the RMS deviation, relative as in ``errors``, within ``bound``; names the worst
-    coordinate.
+    """Assert that the largest and the RMS deviation, relative as in ``errors``, are at most ``bound``. The
+    message names the worst coordinate.
     """
     worst, rms = errors(actual, expected, terms)
     if max(worst, rms) > bound:
@@ -115,8 +128,8 @@ def random_layer(
 
 
 def output_and_grads(function, tensors, grad=None):
-    """Output of ``function(*tensors)`` and the gradients of those tensors that require them, for a random
-    (or given) upstream.
+    """The output of ``function(*tensors)`` and the gradients of those tensors that require them, for a given
+    or a random upstream gradient.
     """
     output = function(*tensors)
     wanted = [t for t in tensors if t is not None and t.requires_grad]

@@ -1,4 +1,4 @@
-"""Choice of the backend, and what is said where one cannot run."""
+"""The choice of the backend, and the message if it cannot run."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The baselines on models whose attributions are known, and that they leave a model as it was."""
+"""The baseline methods on models whose attributions are known, and that they leave a model unchanged."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def digits(number=3):
 
 
 def test_linear():
-    """Grad is W, everything that multiplies by the input is W x."""
+    """Grad is W, and every method that multiplies by the input gives W x."""
     model, x, targets = Linear(), torch.rand(2, 3, 6, 6, dtype=torch.float64), torch.tensor([[2, 0], [1, 1]])
     w = model.weight.detach()[targets]
     torch.testing.assert_close(baselines.attribute("Grad", model, x, targets), w.sum(2))
@@ -52,18 +52,18 @@ def test_linear():
 
 
 def test_occlusion_of_a_linear_model():
-    """What a window takes away is the sum of W x in it; a pixel gets that over the window's area, summed
-    over the windows that cover it.
+    """Occluding a window removes the sum of W x in it. A pixel gets that sum divided by the area of the
+    window, added up over the windows that cover it.
     """
     model, x = Linear(), torch.rand(1, 3, 6, 6, dtype=torch.float64)
     contribution = (model.weight.detach()[1] * x[0]).sum(0)
     total = torch.zeros(6, 6, dtype=torch.float64)
-    starts = [0, 2]  # windows of 5 every 2 pixels, the last one cut off at the edge
+    starts = [0, 2]  # windows of 5 with stride 2, the last one cut off at the edge
     for i in starts:
         for j in starts:
             total[i : i + 5, j : j + 5] += contribution[i : i + 5, j : j + 5].sum()
     found = baselines.attribute("Occ5", model, x, torch.tensor([1]))[0]
-    torch.testing.assert_close(found, total / 25, rtol=1e-5, atol=1e-6)  # captum adds up in float32
+    torch.testing.assert_close(found, total / 25, rtol=1e-5, atol=1e-6)  # captum sums in float32
 
 
 @pytest.mark.parametrize("method", ["Ours", "IxG", "Occ5"])
@@ -75,13 +75,13 @@ def test_a_class_that_does_not_exist(network, method):
 
 
 def test_lime_asks_once_for_all_classes(network):
-    """And finds for each what it finds for it alone."""
+    """The result for each class equals that for the class alone."""
     images, targets = digits(2), torch.tensor([[3, 7, 1], [0, 2, 5]])
     seen = []
     hook = network.register_forward_pre_hook(lambda m, inputs: seen.append(len(inputs[0])))
     together = baselines.attribute("LIME", network, images, targets, samples=40)
     hook.remove()
-    assert sum(seen) < 2 * 45  # 40 samples an image, and the image itself
+    assert sum(seen) < 2 * 45  # 40 samples per image, and the image itself
     for k in range(3):
         torch.testing.assert_close(
             together[:, k], baselines.attribute("LIME", network, images, targets[:, k], samples=40)
@@ -89,7 +89,7 @@ def test_lime_asks_once_for_all_classes(network):
 
 
 class Spot(nn.Module):
-    """Class 1 where the lower right quarter is bright; the rest does not matter."""
+    """Class 1 if the lower right quarter is bright; the other quarters have no effect."""
 
     def forward(self, x):
         score = x[:, :, x.shape[2] // 2 :, x.shape[3] // 2 :].mean((1, 2, 3))
@@ -102,7 +102,7 @@ class Spot(nn.Module):
 )
 def test_perturbations_find_the_spot(method, settings):
     image = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
-    # four flat quarters: quickshift's segments
+    # four uniform quarters, which quickshift segments
     for i, (row, column) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
         image[0, :, row : row + 8, column : column + 8] = torch.tensor([0.9, 0.2 + 0.2 * i, 0.9 - 0.2 * i])[
             :, None, None
@@ -110,12 +110,14 @@ def test_perturbations_find_the_spot(method, settings):
     found = baselines.attribute(method, Spot(), image, torch.tensor([1]), **settings)[0]
     quarters = found.unflatten(0, (2, 8)).unflatten(2, (2, 8)).mean((1, 3))
     assert quarters.argmax() == 3
-    background = 1.0 if method == "RISE" else 1.2  # RISE's map stands on the mean probability
+    background = 1.0 if method == "RISE" else 1.2  # RISE's map has the mean probability as background
     assert quarters[1, 1] > background * quarters.flatten()[:3].abs().max()
 
 
 def test_rise_masks():
-    """A share p1 of each mask is kept on average, every position alike, values between 0 and 1."""
+    """On average each mask keeps a share p1, every position is equally likely, and values are between 0 and
+    1.
+    """
     masks = perturbations._rise_masks(
         *perturbations._rise_random(4000, 6, 0.3, (20, 32), torch.Generator().manual_seed(0)), 20, 32
     )
@@ -126,8 +128,8 @@ def test_rise_masks():
 
 
 def test_integrated_gradients_are_complete():
-    """Along a path of a quadratic model the sum is the difference of outputs (captum's Gauss-Legendre rule
-    is exact).
+    """The attributions sum to the difference of the outputs. For a quadratic model captum's Gauss-Legendre
+    rule is exact.
     """
 
     class Quadratic(nn.Module):
@@ -141,8 +143,8 @@ def test_integrated_gradients_are_complete():
 
 
 def test_on_a_coda_net(network):
-    """DeepLIFT is IxG and guided backprop the gradient: a CoDA-Net has no activation that captum changes
-    the rule of.
+    """DeepLIFT is IxG, and guided backprop is the gradient, because a CoDA-Net has no activation whose rule
+    captum changes.
     """
     x, targets = digits(), torch.tensor([[1, 2], [3, 4], [5, 6]])
     maps = {m: baselines.attribute(m, network, x, targets) for m in ("Ours", "Grad", "IxG", "GB", "DeepLIFT")}
@@ -150,13 +152,13 @@ def test_on_a_coda_net(network):
     torch.testing.assert_close(maps["GB"], maps["Grad"], rtol=1e-9, atol=1e-15)
     logits = network(x).gather(1, targets)
     torch.testing.assert_close(maps["Ours"].sum((2, 3)) + network.logit_bias, logits)
-    # not complete: that is our point
+    # captum's method is not complete on a CoDA-Net
     assert not torch.allclose(maps["IxG"].sum((2, 3)) + network.logit_bias, logits, atol=1e-3)
 
 
 def test_grad_cam_on_a_coda_net(network):
-    """With sum pooling the weight of a class' own evidence map is the same everywhere: its positive part,
-    enlarged.
+    """With sum pooling, the weight of the evidence map of the class is the same everywhere, so that the
+    result is its positive part, enlarged.
     """
     x = digits(1)
     evidence = network.run_layers(network.encoder(x))[0, 4].detach()
@@ -170,10 +172,10 @@ def test_grad_cam_on_a_coda_net(network):
 
 @pytest.mark.parametrize("method", baselines.METHODS)
 def test_several_classes_and_batches(network, method):
-    """[N, K] at once is one image and one class at a time, in any batches."""
+    """[N, K] targets at once give the same as one image and one class at a time, for any batch size."""
     x, targets = digits(2), torch.tensor([[1, 2, 1], [3, 4, 9]])
     settings = FEW.get(method, {})
-    # captum adds up in float32
+    # captum sums in float32
     close = dict(rtol=1e-5, atol=1e-6) if method.startswith("Occ") else dict(rtol=1e-9, atol=1e-12)
     whole = baselines.attribute(method, network, x, targets, **settings)
     assert whole.shape == (2, 3, 8, 8)
@@ -198,8 +200,8 @@ def hooks_of(model):
 
 @pytest.mark.parametrize("method", [m for m in baselines.METHODS if m not in ("Ours", "DeepLIFT")])
 def test_a_residual_network_stays_as_it_was(method):
-    """Of torchvision, with ReLUs in place that are called twice: maps are finite; mode, gradients and
-    hooks are as before.
+    """A network of torchvision with in-place ReLUs that are called twice: maps are finite, and mode,
+    gradients and hooks are as before.
     """
     resnet18 = pytest.importorskip("torchvision.models").resnet18
     torch.manual_seed(0)
@@ -222,8 +224,8 @@ def test_a_residual_network_stays_as_it_was(method):
 
 
 def test_deep_lift_of_a_residual_network():
-    """Its ReLUs are in place and called twice; still the map sums to the difference from the black image
-    (the rescale rule's property).
+    """Its ReLUs are in place and called twice. The map still sums to the difference from the black image, as
+    the rescale rule promises.
     """
     resnet18 = pytest.importorskip("torchvision.models").resnet18
     torch.manual_seed(0)
@@ -241,7 +243,7 @@ def test_deep_lift_of_a_residual_network():
 
 
 class Rectified(nn.Module):
-    """A convolution, rectified by ``kind``, averaged."""
+    """A convolution followed by a rectification of ``kind`` and an average."""
 
     def __init__(self, kind):
         super().__init__()
@@ -262,7 +264,7 @@ class Rectified(nn.Module):
 @pytest.mark.parametrize("kind", ["torch", "functional", "method"])
 @pytest.mark.parametrize("method", ["GB", "DeepLIFT"])
 def test_a_function_is_rectified_like_a_module(method, kind):
-    """captum alone would silently give the gradient, Input x Gradient."""
+    """captum alone would silently return the plain gradient and Input x Gradient."""
     x, targets = torch.rand(1, 3, 6, 6), torch.tensor([1])
     expected = baselines.attribute(method, Rectified("module"), x, targets)
     torch.testing.assert_close(baselines.attribute(method, Rectified(kind), x, targets), expected)
@@ -272,8 +274,8 @@ def test_a_function_is_rectified_like_a_module(method, kind):
 
 
 def test_deep_lift_says_what_it_cannot():
-    """A model that torch.fx cannot follow, with a module that is called twice: one sentence, and the model
-    stays usable.
+    """For a model that torch.fx cannot trace, with a module that is called twice, the error is one sentence,
+    and the model stays usable.
     """
 
     class Twice(Rectified):
@@ -290,7 +292,7 @@ def test_deep_lift_says_what_it_cannot():
 
 
 def test_occlusion_sweeps_once_for_all_classes(network):
-    """As many images pass through the network for three classes as for one."""
+    """Three classes pass as many images through the network as one class."""
     counted = []
     network.register_forward_pre_hook(lambda module, inputs: counted.append(len(inputs[0])))
     for targets in (torch.tensor([1, 2]), torch.tensor([[1, 2, 3], [4, 5, 6]])):
@@ -315,7 +317,7 @@ def test_grad_cam_takes_another_layer():
     ("arguments", "error", "message"),
     [
         (("Magic", Linear()), ValueError, "method: expected one of Ours, Occ5, "),
-        (("Ours", Linear()), ValueError, "method: 'Ours' needs a model made of DAU layers, got a Linear"),
+        (("Ours", Linear()), ValueError, "method: 'Ours': expected a coda_fast.Network, got a Linear"),
         (
             ("GCam", Linear()),
             ValueError,
@@ -345,7 +347,7 @@ def test_bad_input():
 
 @pytest.mark.parametrize("method", baselines.METHODS)
 def test_frozen_empty_and_inference_mode(network, method):
-    """Any caller's mode; no images; parameters that need no gradient stay so."""
+    """In any mode of the caller, for no images, and with frozen parameters, which stay frozen."""
     few, x, targets = FEW.get(method, {}), digits(2), torch.tensor([[1, 2], [3, 4]])
     expected = baselines.attribute(method, network, x, targets, **few)
     network.requires_grad_(False)
@@ -358,7 +360,9 @@ def test_frozen_empty_and_inference_mode(network, method):
 
 @pytest.mark.parametrize("method", ["GB", "DeepLIFT"])
 def test_the_model_as_it_is_when_called(method):
-    """Not as it was at ``create``: a logit that is doubled since has doubled maps."""
+    """The model is used in its state at the call and not at ``create``: if a logit has been doubled since,
+    its maps are doubled.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
@@ -399,7 +403,7 @@ def test_bad_settings(method, settings, error, message):
 
 
 def test_negative_targets():
-    """They would count from the last class."""
+    """Negative targets are refused, because they would count from the last class."""
     with pytest.raises(ValueError, match="targets: expected classes from 0, got -1"):
         baselines.attribute(
             "RISE", Linear(), torch.rand(1, 3, 6, 6, dtype=torch.float64), torch.tensor([-1]), masks=4
@@ -409,7 +413,7 @@ def test_negative_targets():
 def test_another_library_s_explain_is_not_ours():
     model = Linear()
     model.explain = lambda images: {}
-    with pytest.raises(ValueError, match="'Ours' needs a model made of DAU layers, got a Linear"):
+    with pytest.raises(ValueError, match="'Ours': expected a coda_fast.Network, got a Linear"):
         baselines.create("Ours", model)
 
 
@@ -449,10 +453,10 @@ def toy():
 
 
 def test_a_registered_method_is_found_everywhere(toy, network, tmp_path):
-    """By its decorator alone: as an attribution in batches, in evaluations and reports, on the command line,
-    in the documents.
+    """The decorator alone adds a method to attributions in batches, evaluations, reports, the command line
+    and the documents.
     """
-    # here, so that the other tests need nothing of what these import
+    # imported here, so that the other tests do not need these packages
     from experiments import evaluate_digits
     from tools import documents
 
@@ -486,13 +490,13 @@ def test_a_registered_method_is_found_everywhere(toy, network, tmp_path):
     description = "How bright a pixel is, times ``gain``. On a CoDA-Net, to rounding, IxG."
     assert f"| `Toy` | {description} | gain 2, batch_size 3 |" in documents.methods().splitlines()
     assert "docs/evaluation.md" in documents.stale()
-    assert "Toy" not in evaluate_digits.methods()  # as every twin
+    assert "Toy" not in evaluate_digits.methods()  # as every method that equals another one
     del baselines.TWINS["Toy"]
     assert "Toy" in evaluate_digits.methods()
 
 
 def test_all_families_are_registered():
-    """A file of the package that nobody imports would register nothing."""
+    """Every file of the package is imported, because a file that is not imported registers nothing."""
     folder = Path(baselines.__file__).parent
     missing = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     assert not [name for name in missing if f"coda_fast.baselines.{name}" not in sys.modules]

@@ -1,5 +1,5 @@
-"""Classes of any integer dtype, [N] or [N, 1]: the same numbers everywhere, and everything else refused in
-one line.
+"""Classes of any integer dtype, shaped [N] or [N, 1], give the same numbers everywhere. All other classes are
+refused in one line.
 """
 
 import numpy as np
@@ -106,7 +106,7 @@ def test_one_class_for_each_image(net, name, labels):
 @pytest.mark.parametrize("name", [*ONE_EACH, *SEVERAL])
 @pytest.mark.parametrize("wrong", [10, -1])
 def test_classes_that_do_not_exist(net, name, wrong):
-    """One clear line, not what gather says."""
+    """The error is one clear line, and not the message of torch.gather."""
     labels = torch.tensor([3, 1, wrong, 1])
     with pytest.raises(
         ValueError, match=r"(labels|targets?|classes|rows): expected (classes from )?0(, got -1| to 9, got)"
@@ -121,7 +121,7 @@ def test_a_softmax_classifier_without_the_class():
 
 
 def test_files_of_medmnist(net, tmp_path):
-    """Labels [N, 1] uint8."""
+    """Labels have the shape [N, 1] and the dtype uint8."""
     pixels, labels = (IMAGES[:, 0] * 255).byte().numpy(), LABELS[:, None].byte().numpy()
     for names in (("images", "labels"), ("test_images", "test_labels")):
         np.savez(tmp_path / "data.npz", **dict(zip(names, (pixels, labels), strict=True)))

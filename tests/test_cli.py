@@ -18,7 +18,7 @@ from coda_fast.demo import TEMPERATURES
 
 
 def run(*arguments):
-    """Exit code of the command line."""
+    """Run the command line, and return its exit code."""
     with pytest.raises(SystemExit) as stop:
         cli.main([str(a) for a in arguments])
     return stop.value.code or 0
@@ -97,7 +97,7 @@ def test_explain_refuses(checkpoint, image, tmp_path, capsys, options, message):
 
 @pytest.mark.parametrize("kind", ["text", "truncated", "nan"])
 def test_explain_refuses_images(checkpoint, image, tmp_path, capsys, kind):
-    """One bad image among good ones: nothing is written for any."""
+    """If one of several images is bad, nothing is written for any of them."""
     bad = tmp_path / "bad.tif"
     if kind == "text":
         bad.write_text("not an image")
@@ -112,8 +112,8 @@ def test_explain_refuses_images(checkpoint, image, tmp_path, capsys, kind):
 
 
 def test_explain_draws_over_the_picture_that_was_given(checkpoint, tmp_path):
-    """Whatever way it is stored, to the last pixel; the figure is as wide as the picture, not as its crop,
-    unless it is asked for whole.
+    """The figure shows the picture to the last pixel, however it is stored. It is as wide as the picture and
+    not as its crop, unless --size takes the whole picture.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (24, 60, 3), dtype=np.uint8)
     names = [f"{i}.png" for i in range(1, 9)]
@@ -144,8 +144,8 @@ def test_explain_draws_over_the_picture_that_was_given(checkpoint, tmp_path):
 
 
 def test_explain_a_folder(checkpoint, tmp_path, capsys):
-    """All pictures in it, into folders of the same names; what is hidden is not looked at, what cannot be
-    read is named.
+    """All images in the folder and its subfolders are explained, into folders of the same names. Hidden files
+    are ignored, and unreadable files are named.
     """
     for name in ("a.png", "sub/a.png", "sub/deeper/b.jpg"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def test_explain_a_folder(checkpoint, tmp_path, capsys):
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 2), (1, 7), (6, 1), (5000, 1), (3, 2)])
 def test_explain_and_report_specks_and_strips(checkpoint, tmp_path, size):
-    """A crop of less than a pixel of the picture is shown, too."""
+    """Even a crop of less than one pixel of the picture is shown."""
     model = coda_fast.load(checkpoint, preprocessing=dict(resize=20, crop=16))
     coda_fast.save(model, tmp_path / "cropping.safetensors")
     Image.new("L", size, 99).save(tmp_path / "speck.png")
@@ -199,18 +199,20 @@ def test_explain_a_folder_with_names_that_differ_in_their_endings(checkpoint, tm
 
 
 def test_explain_passes_over_what_is_gone_when_its_turn_comes(checkpoint, tmp_path, capsys, monkeypatch):
-    """Of a folder: the others are explained, it is named; a strip that is too long is named, too."""
+    """An image of a folder that has disappeared is named, and the others are explained. A strip that is too
+    long is named, too.
+    """
     (tmp_path / "set").mkdir()
     for name in "abc":
         Image.new("L", (8, 8), 9).save(tmp_path / "set" / f"{name}.png")
     Image.new("L", (3000, 1)).save(tmp_path / "set" / "strip.png")
     draw = explain_files.explain_picture
 
-    def and_gone(model, path, *rest):
+    def delete_and_draw(model, path, *rest):
         (tmp_path / "set" / "b.png").unlink(missing_ok=True)
         return draw(model, path, *rest)
 
-    monkeypatch.setattr(explain_files, "explain_picture", and_gone)
+    monkeypatch.setattr(explain_files, "explain_picture", delete_and_draw)
     assert (
         run(
             "explain", tmp_path / "set", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--size", 8
@@ -225,7 +227,7 @@ def test_explain_passes_over_what_is_gone_when_its_turn_comes(checkpoint, tmp_pa
 
 
 def test_explain_keeps_no_picture(checkpoint, tmp_path, monkeypatch):
-    """Of a set, one is held at a time: each is written before the next is drawn."""
+    """Only one image of a set is in memory at a time: each figure is written before the next is drawn."""
     folder = tmp_path / "set"
     folder.mkdir()
     for i in range(4):
@@ -300,7 +302,9 @@ def test_without_click():
 
 
 def test_demo(tmp_path, capsys):
-    """Two epochs: every file is there, the numbers are what was printed, the checkpoint explains."""
+    """After two epochs every file exists, the numbers are those that were printed, and the checkpoint can
+    explain.
+    """
     assert run("demo", "--epochs", 2, "--output", tmp_path / "demo") == 0
     files = {p.name for p in (tmp_path / "demo").iterdir()}
     assert files == {"coda_demo.png", "coda_demo.safetensors", "coda_demo.json"}
@@ -309,7 +313,7 @@ def test_demo(tmp_path, capsys):
     printed = capsys.readouterr().out
     for row in numbers["results"]:
         assert f"{row['accuracy']:.1%}" in printed
-        assert row["accuracy"] > 0.5, "two epochs are enough to see that it learns"
+        assert row["accuracy"] > 0.5, "the accuracy after two epochs shows that it learns"
         assert row["relative_completeness_error"] < 1e-5
     model = coda_fast.load(tmp_path / "demo" / "coda_demo.safetensors")
     assert model.temperature == TEMPERATURES[-1]
@@ -336,8 +340,8 @@ def _one_line(capsys, message):
 
 
 def test_pixels_out_of_range_are_one_line(checkpoint, image, tmp_path, capsys, monkeypatch):
-    """Said once for all images, and without the line of code that said it; what files hold is in [0, 1],
-    so it takes a reader that errs.
+    """The warning is printed once for all images, and without the line of code that caused it. Pixels of
+    files are in [0, 1], so that only a wrong reader can cause it.
     """
     read = explain_files.as_network_sees
     monkeypatch.setattr(explain_files, "as_network_sees", lambda *args: 255 * read(*args))
@@ -366,7 +370,7 @@ def test_compile_refuses(arguments, message, capsys):
 
 
 def test_compile(checkpoint, capsys, monkeypatch):
-    """A checkpoint's network, at its own size or another, channels last."""
+    """The network of a checkpoint is compiled for its own image size or another one, channels last."""
     asked = []
     monkeypatch.setattr(
         coda_fast, "compile_kernels", lambda net, *args, **options: asked.append((args, options)) or 3

@@ -1,4 +1,4 @@
-"""convert_conv2d: DAU layers in the place of convolutions, in models that others wrote."""
+"""convert_conv2d replaces convolutions by DAU layers in models of other projects."""
 
 import copy
 
@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import coda_fast
-from coda_fast import DAUConv2d, convert_conv2d
+from coda_fast import DAUConv2d, convert_conv2d, explanation_mode
 
 
 def test_resnet18_of_torchvision_trains():
-    """All 20 convolutions; the shapes stay, the loss falls."""
+    """All 20 convolutions are replaced, the shapes stay, and the loss falls."""
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=4)
     x, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 4
@@ -39,7 +39,7 @@ def test_resnet18_of_torchvision_trains():
 
 
 def test_what_cannot_be_is_kept_and_said():
-    """mobilenet_v2 has depthwise convolutions in each block; they stay, and the model runs."""
+    """mobilenet_v2 has depthwise convolutions in each block. They are kept and named, and the model runs."""
     net = torchvision.models.mobilenet_v2(num_classes=4)
     depthwise = [name for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
     report = convert_conv2d(net, rank=2)
@@ -52,6 +52,44 @@ def test_what_cannot_be_is_kept_and_said():
         "35 convolutions are DAU layers now, 17 are kept\n  kept features.1.conv.0.0: groups=32"
     )
     assert net(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+
+
+def test_what_breaks_the_sum_is_named():
+    """What the report names is what keeps contributions from adding up: with it they do not, without it they
+    do, whatever ReLU and max pooling are between.
+    """
+
+    def gap(net):
+        x = torch.rand(2, 3, 12, 12, dtype=torch.float64, requires_grad=True)
+        with explanation_mode(net):
+            y = net(x)
+            (row,) = torch.autograd.grad(y.sum(), x)
+        return float(((row * x).sum() - y.sum()).detach().abs() / y.detach().abs().sum())
+
+    def network(*between, bias):
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3), *between, nn.Conv2d(6, 4, 3), nn.Flatten(), nn.LazyLinear(5, bias=bias)
+        ).double()
+
+    cases = {
+        "BatchNorm2d": ([nn.BatchNorm2d(6)], False),
+        "GroupNorm": ([nn.GroupNorm(2, 6)], False),
+        "GELU": ([nn.GELU()], False),
+        "bias": ([], True),
+    }
+    for reason, (between, bias) in cases.items():
+        net = network(*between, bias=bias)
+        net(torch.rand(2, 3, 12, 12).double())
+        report = convert_conv2d(net, rank=3)
+        assert set(report.inexact.values()) == {reason}
+        assert f"\n  contributions do not add up to the output, because of: {reason} (1)" in str(report)
+        assert gap(net) > 1e-3, reason
+    net = network(nn.ReLU(), nn.LeakyReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2, 1), bias=False)
+    net(torch.rand(2, 3, 12, 12).double())
+    report = convert_conv2d(net, rank=3)
+    assert not report.inexact
+    assert "add up" not in str(report)
+    assert gap(net) < 1e-12
 
 
 def _pruned():
@@ -138,7 +176,9 @@ def test_a_shared_convolution_stays_shared():
 
 
 def test_shared_weights_are_no_weights_of_one_layer():
-    """Two convolutions with one weight would be two layers with two: they stay, and are named."""
+    """Two convolutions that share one weight would become two layers with separate weights, so they are kept
+    and named.
+    """
     net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3, dilation=2), nn.Conv2d(3, 3, 1))
     net[1].weight = net[0].weight
     report = convert_conv2d(net, rank=2)
@@ -161,7 +201,7 @@ def test_one_name_of_a_shared_convolution_is_all():
     [("resnet10t", 14, 0), ("efficientnet_lite0", 33, 16), ("convnext_atto", 28, 12)],
 )
 def test_models_of_timm(name, count, kept):
-    """Stems, bottlenecks and patch embeddings become DAU layers, depthwise convolutions stay."""
+    """Stems, bottlenecks and patch embeddings become DAU layers, and depthwise convolutions are kept."""
     net = timm.create_model(name, num_classes=3)
     found = {name for name, m in net.named_modules() if isinstance(m, nn.Conv2d)}
     report = convert_conv2d(net, rank=1)
@@ -207,7 +247,7 @@ def test_nothing_is_changed_where_something_is_wrong():
 
 
 def test_memory_is_asked_for_all_layers_together(monkeypatch):
-    """Each of them would fit, both do not: nothing is changed."""
+    """Each of the two layers would fit into memory, but not both: nothing is changed."""
     net = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
 
     def need(what, needed, device):
@@ -220,8 +260,8 @@ def test_memory_is_asked_for_all_layers_together(monkeypatch):
 
 
 def test_a_network_without_anything_between_is_explained_exactly():
-    """Convolutions alone become a dynamic linear network: the rows of its map, applied to the input, are
-    its outputs.
+    """A network of convolutions alone becomes a dynamic linear network: the rows of its linear map, applied
+    to the input, are its outputs.
     """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, 2)).double()

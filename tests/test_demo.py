@@ -1,4 +1,4 @@
-"""The demonstration's score, against maps whose score is known."""
+"""The localisation score of the demonstration, on maps whose score is known."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from coda_fast import demo
 
 @dataclasses.dataclass
 class _Oracle:
-    """Explains class c of a grid by a map that is ``inside`` on the pixels of its own cell and ``outside``
+    """Explains class c of a grid by a map that is ``inside`` on the pixels of its own cell, and ``outside``
     elsewhere.
     """
 
@@ -21,7 +21,7 @@ class _Oracle:
         maps = torch.full((len(canvases), targets.shape[1], *canvases.shape[2:]), self.outside)
         for i in range(len(canvases)):
             for k in range(targets.shape[1]):
-                # each image is painted with its class
+                # the pixels of each image are its class
                 maps[i, k][canvases[i, 0] == targets[i, k]] = self.inside
         return dataclasses.make_dataclass("E", ["contribution_map"])(maps)
 
@@ -45,7 +45,7 @@ def test_localisation_of_known_maps(inside, outside, score):
 
 def test_localisation_takes_confident_correct_images_only():
     wrong = LOGITS.clone()
-    wrong[LABELS >= 3] = -1  # three classes are never confident: too few for a grid
+    wrong[LABELS >= 3] = -1  # three classes are never confident, so that too few are left for a grid
     assert demo.localisation_score(_Oracle(1, 0), DATA, wrong, seed=0) == (None, 0)
 
 

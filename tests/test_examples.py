@@ -1,10 +1,9 @@
-"""The scripts in examples/, as their first lines say that they are started, on a small network and for short.
+"""The scripts in examples/, started as their first lines say, on a small network and for a short time.
 
-``onnx_explanation.py`` is in ``test_export.py``.
+The example that reads an ONNX file is tested in ``export/test_export_command.py``.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,24 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import ROOT, environment
 
 import coda_fast
 from coda_fast import demo
 
 Image = pytest.importorskip("PIL.Image", reason="needs the extra coda-fast[cli]")
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-LONGEST = 59  # lines: an example is read at a glance
+LONGEST = 59  # lines, so that an example fits on one screen
 
 
 def command(name, *arguments):
     return [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
-
-
-def environment():
-    """Of a process that imports this source tree."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def output_of(name, *arguments, cwd):
@@ -50,7 +43,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def checkpoint(data, tmp_path_factory):
-    """A network that knows the digits well enough for grids of confident images."""
+    """A network that knows the digits well enough to build grids of confidently classified images."""
     torch.manual_seed(0)
     model = coda_fast.create_model("coda_xs_digits", temperature=40, class_names=data.class_names)
     demo.train(model, data, epochs=5)
@@ -62,18 +55,18 @@ def checkpoint(data, tmp_path_factory):
 @pytest.fixture
 def picture(data, tmp_path):
     path = tmp_path / "digit.png"
-    _save(data.test_images[0], path)
+    save_image(data.test_images[0], path)
     return path
 
 
-def _save(image, path):
+def save_image(image, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy()).save(path)
 
 
 def test_every_example_is_short_and_tested():
     scripts = sorted(EXAMPLES.glob("*.py"))
-    tests = Path(__file__).read_text() + Path(__file__).with_name("test_export.py").read_text()
+    tests = Path(__file__).read_text() + (ROOT / "tests" / "export" / "test_export_command.py").read_text()
     assert len(scripts) >= 5
     for script in scripts:
         assert len(script.read_text().splitlines()) <= LONGEST, script.name
@@ -100,14 +93,14 @@ def test_replace_convolutions(tmp_path):
 
 
 def test_train_on_folder(data, tmp_path):
-    """The run ends, and its network has the classes of the folder."""
+    """The run finishes, and its network has the classes of the folder."""
     for part, images, labels in (
         ("train", data.train_images[:200], data.train_labels),
         ("val", data.test_images[:100], data.test_labels),
     ):
         for index, image in enumerate(images):
             if (name := {0: "zero", 1: "one"}.get(int(labels[index]))) is not None:
-                _save(image, tmp_path / "pictures" / part / name / f"{index}.png")
+                save_image(image, tmp_path / "pictures" / part / name / f"{index}.png")
     arguments = ["--size", 8, "--epochs", 2, "--output", "run", "batch_size=8", "data.workers=0"]
     text = output_of("train_on_folder", "pictures", *arguments, "accelerator=cpu", "log.maps=0", cwd=tmp_path)
     assert "run/model.safetensors" in text
@@ -121,7 +114,7 @@ def test_compare_methods(checkpoint, tmp_path):
     assert set(rows) == {"Ours", "IxG", "IntGrad", "GCam", "Grad"}
     assert all(0 <= value <= 1 for values in rows.values() for value in values)
     assert rows["Ours"][0] > max(0.25, rows["Grad"][0]), (
-        "the network's own maps locate, the gradient does not"
+        "the network's own maps should localise better than the gradient"
     )
 
 

@@ -1,4 +1,4 @@
-"""Explanations: complete, batched, and leaving nothing behind."""
+"""Explanations are complete, can be computed in batches, and leave nothing behind in the network."""
 
 import base64
 import dataclasses
@@ -39,7 +39,7 @@ def _model(dtype=torch.float32, **options):
 @pytest.mark.parametrize("layer", [None, 0, 1, 2, -1])
 @pytest.mark.parametrize("norm", ["squash", "l2"])
 def test_complete(layer, dtype, bound, norm):
-    """Contributions plus bias are the logit, from the image or from any layer on."""
+    """Contributions plus bias equal the logit, for contributions of the image or of any layer's input."""
     model = _model(dtype, norm=norm)
     images = torch.rand(3, 3, 9, 10, dtype=dtype)
     e = model.explain(images, [[0, 1], [4, 2], [3, 3]], layer=layer)
@@ -71,7 +71,9 @@ def test_complete_in_published_depth(name):
 )
 @pytest.mark.parametrize("name", ["coda_s_cifar10", "coda_xs_digits"])
 def test_completeness_error_is_rounding(name, dtype, bound):
-    """The bounds of the README: a share of what is added up, for all classes, the unlikely ones too."""
+    """The bounds of the README, relative to the sum of absolute contributions, for all classes including the
+    unlikely ones.
+    """
     torch.manual_seed(0)
     model = create_model(name, dtype=dtype)
     images = torch.rand(2, model.image_channels, model.image_size, model.image_size).to(dtype)
@@ -81,7 +83,7 @@ def test_completeness_error_is_rounding(name, dtype, bound):
 
 
 def test_completeness_error_sees_what_is_missing():
-    """A network that is not dynamic linear (a constant in the middle) shows in the error."""
+    """A network that is not dynamic linear, because of a constant in the middle, has a large error."""
     model = _model()
     model.layers[1].register_forward_hook(lambda module, inputs, output: output + 0.1)
     e = model.explain(torch.rand(2, 3, 8, 8))
@@ -89,8 +91,8 @@ def test_completeness_error_sees_what_is_missing():
 
 
 def test_dynamic_weight_is_the_linear_map():
-    """contributions = weight * encoded image, and the weight is the row of the product of the layers'
-    matrices.
+    """The contributions are the weight times the encoded image, and the weight is the row of the product of
+    the layers' matrices.
     """
     model = _model(torch.float64, out_channels=[4, 5], ranks=[3, 3], kernel_sizes=[2, 1], strides=[1, 1])
     images = torch.rand(1, 3, 3, 4, dtype=torch.float64)
@@ -100,7 +102,7 @@ def test_dynamic_weight_is_the_linear_map():
     activations, matrix = encoded, None
     with torch.no_grad():
         for layer in model.layers:
-            # W(x) of one layer, row by row, from the reference's adjoint
+            # W(x) of one layer, row by row, from the adjoint of the reference backend
             output = layer(activations)
             rows = []
             for i in range(output.numel()):
@@ -194,7 +196,7 @@ def test_chunks_agree():
 
 
 def test_memory_budget_bounds_the_chunk(monkeypatch):
-    """The estimate behind the chunk size covers what autograd really keeps for an image."""
+    """The estimate behind the chunk size covers the tensors that autograd keeps for an image."""
     from coda_fast import explain as module
 
     model, images = _model(), torch.rand(4, 3, 16, 16)
@@ -218,7 +220,7 @@ def test_memory_budget_bounds_the_chunk(monkeypatch):
 
 
 def test_memory_budget_bounds_the_classes(monkeypatch):
-    """Of one image whose classes do not fit at once, as many as fit go back together."""
+    """If not all classes of an image fit into memory at once, as many as fit are propagated back together."""
     from coda_fast import explain as module
     from coda_fast.backends import factored
 
@@ -229,7 +231,7 @@ def test_memory_budget_bounds_the_classes(monkeypatch):
         factored, "adjoints", lambda values, *rest: together.append(len(values)) or whole(values, *rest)
     )
     model.explain(images, [[0, 1, 2, 3, 4]], memory_budget=fixed + 2 * each)
-    assert together == [2] * 3 + [2] * 3 + [1] * 3  # three layers
+    assert together == [2] * 3 + [2] * 3 + [1] * 3  # for each of three layers
 
 
 def test_empty_batch():
@@ -278,7 +280,7 @@ def test_thousand_calls_keep_memory_flat():
     for _ in range(1000):
         model.explain(images, [[0, 1], [2, 3]])
     gc.collect()
-    assert _tensors_alive() <= tensors  # fewer: what tests before this one left to the collector
+    assert _tensors_alive() <= tensors  # there may be fewer, because tensors of earlier tests are collected
     grown = process.memory_info().rss - memory
     one_result = sum(getattr(model.explain(images, [[0, 1], [2, 3]]), name).nbytes for name in MAPS)
     assert grown < 50 * one_result, (
@@ -401,7 +403,8 @@ def test_files_that_are_no_explanation(tmp_path):
     with pytest.raises(ValueError, match="expected a file, got a folder"):
         coda_fast.Explanation.load(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="expected a file, got a pipe"):  # which would wait for a writer
+    # reading a pipe would wait for a writer
+    with pytest.raises(ValueError, match="expected a file, got a pipe"):
         coda_fast.Explanation.load(tmp_path / "pipe")
     coda_fast.save(_model(), tmp_path / "model")
     with pytest.raises(ValueError, match="expected an explanation .*, got format 'coda_fast.CoDANet'"):
@@ -444,7 +447,7 @@ def test_files_that_are_no_explanation(tmp_path):
     ids=str,
 )
 def test_damaged_explanations(tensors, facts, message, tmp_path):
-    """All that a reader of the file would stumble over later is named as it is loaded."""
+    """All damage that would cause errors later is named when the file is loaded."""
     e = _model().explain(torch.rand(2, 3, 8, 8), [[0, 1], [2, 3]])
     e.save(path := tmp_path / "e.safetensors")
     with safetensors.safe_open(path, framework="pt") as file:
@@ -458,7 +461,9 @@ def test_damaged_explanations(tensors, facts, message, tmp_path):
 
 
 def test_an_explanation_in_a_notebook():
-    """Image, maps, classes, errors; names are text, not HTML; a long batch is cut."""
+    """The cell shows image, maps, classes and errors. Names are shown as text and not as HTML, and a long
+    batch is shortened.
+    """
     model = _model(class_names=["<b>bold</b>", "b", "c", "d", "e"])
     e = model.explain(torch.rand(6, 3, 8, 8), 0)
     page = e._repr_html_()
@@ -477,7 +482,7 @@ def test_an_explanation_in_a_notebook():
 
 
 def test_a_long_explanation_in_a_notebook():
-    """Of hundreds of classes, a few; what is not shown is counted."""
+    """Of hundreds of classes a few are shown, and the others are counted."""
     model = _model(out_channels=[6, 8, 300])
     page = model.explain(torch.rand(5, 3, 8, 8), [list(range(300))] * 5)._repr_html_()
     assert page.count("<tr>") == 1 + 4 * 5
@@ -486,7 +491,7 @@ def test_a_long_explanation_in_a_notebook():
 
 
 def test_an_explanation_without_a_picture(monkeypatch):
-    """Whatever matplotlib makes of it, a cell of a notebook shows the numbers; on no device, the sizes."""
+    """If matplotlib fails, the cell of a notebook shows the numbers, and on the meta device the sizes."""
     e = _model(class_names=["\x1b[31m", "b", "c", "d", "e"]).explain(torch.rand(1, 3, 8, 8), 0)
     monkeypatch.setattr(plot, "render", lambda figure, dpi: 1 / 0)
     page = e._repr_html_()
@@ -561,7 +566,7 @@ def test_rounding_is_no_reason_to_warn(dtype, unwarned):
 
 @pytest.mark.filterwarnings("ignore:images. expected pixels")
 def test_logits_that_are_not_finite():
-    """Squares of 1e30 leave float32: named, with the image and how far its pixels reach."""
+    """Squares of 1e30 overflow float32. The error names the image and the range of its pixels."""
     model, images = _model(), torch.rand(3, 3, 8, 8)
     images[1] *= 1e30
     with pytest.raises(

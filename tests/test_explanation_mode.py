@@ -1,6 +1,4 @@
-"""Explanation mode is a property of a call: whatever runs beside it, before it or after it sees nothing of
-it.
-"""
+"""Explanation mode is a property of a call: concurrent, earlier and later code is not affected."""
 
 import asyncio
 import contextlib
@@ -40,7 +38,9 @@ def _images(count=2, seed=0):
 
 
 def _input_gradient(call, images, backward=contextlib.nullcontext):
-    """Of the sum of the first logit; ``backward``: a context for the backward pass alone."""
+    """The gradient of the sum of the first logit in the images. ``backward``: a context for the backward pass
+    alone.
+    """
     images = images.clone().requires_grad_()
     total = call(images)[:, 0].sum()
     with backward():
@@ -58,7 +58,7 @@ def case():
     net, images = _network(), _images()
     explained, plain = _explained(net, images), _input_gradient(net, images)
     assert not torch.allclose(explained, plain, rtol=1e-2), (
-        "the two modes have other gradients, or the tests below would show nothing"
+        "the gradients of the two modes must differ, or the tests below would show nothing"
     )
     return net, images, explained, plain
 
@@ -78,8 +78,8 @@ def _training_step(net):
 
 
 def test_explained_in_eight_threads_while_it_trains():
-    """100 explanations in each of 8 threads are those of a thread alone; so is every training step beside
-    them.
+    """100 explanations in each of 8 threads equal those of a single thread, and so does every concurrent
+    training step.
     """
     net = _network()
     expected = [net.explain(_images(1, seed), seed % 3) for seed in range(8)]
@@ -133,8 +133,8 @@ def test_the_backward_pass_may_run_in_another_thread(case):
 
 
 def test_replicas_of_data_parallel(case):
-    """``torch.nn.DataParallel`` makes replicas of each module in the caller's thread and calls them in
-    others.
+    """``torch.nn.DataParallel`` makes replicas of each module in the caller's thread, and calls them in other
+    threads.
     """
     net, images, explained, plain = case
 
@@ -142,8 +142,8 @@ def test_replicas_of_data_parallel(case):
         return layer._replicate_for_data_parallel()
 
     class Replica:
-        """What ``torch.nn.parallel.replicate`` builds, which only takes GPUs: replicas of all modules, the
-        parameters put back.
+        """What ``torch.nn.parallel.replicate`` builds, which accepts GPUs only: replicas of all modules that
+        share the parameters.
         """
 
         def __init__(self, net):
@@ -214,7 +214,7 @@ def test_tasks_of_asyncio_that_take_turns(case):
 
 
 def test_an_asynchronous_generator_that_is_left_early(case):
-    """The event loop closes it in a task of its own, whose context is not that in which it was begun."""
+    """The event loop closes the generator in another task, whose context is not that of its start."""
     net, images, explained, plain = case
 
     async def gradients():
@@ -228,7 +228,7 @@ def test_an_asynchronous_generator_that_is_left_early(case):
             break
         gc.collect()
         for _ in range(3):
-            await asyncio.sleep(0)  # the loop's turn
+            await asyncio.sleep(0)  # lets the event loop run
         _nothing_left(net)
         assert torch.equal(_input_gradient(net, images), plain)
 
@@ -274,7 +274,7 @@ def test_a_checkpointed_segment_that_is_recomputed(where, backend, save_contract
         with ThreadPoolExecutor(1) as pool:
             found = pool.submit(lambda: torch.autograd.grad(total, leaf)[0]).result()
     assert torch.equal(found, explained)
-    # and the other way round: a segment of training that is recomputed within the mode
+    # and vice versa: a segment of training that is recomputed in explanation mode
     total = call(leaf)[:, 0].sum()
     with explanation_mode(net):
         found = torch.autograd.grad(total, leaf)[0]
@@ -290,7 +290,7 @@ def test_a_reentrant_checkpoint_is_refused_in_the_mode_and_trains_without(case):
     ):
         segment(images.clone().requires_grad_())
     with explanation_mode(net), torch.no_grad():
-        net(images)  # no graph, no checkpoint, no complaint
+        net(images)  # without a graph nothing is checkpointed, and nothing fails
     leaf = images.clone().requires_grad_()
     segment(leaf)[:, 0].sum().backward()
     assert torch.equal(leaf.grad, plain)
@@ -324,8 +324,8 @@ def test_through_wrappers(case):
 
 
 def test_fully_sharded(tmp_path):
-    """FSDP2 of one process: sharded parameters, gathered by hooks that explanation mode goes through like
-    any call.
+    """FSDP2 with one process: parameters are sharded, and gathered by hooks that run in explanation mode as
+    in any call.
     """
     program = """
     import sys
@@ -381,8 +381,8 @@ def counter():
 
 
 def test_one_graph_for_each_mode(case, counter):
-    """Whichever mode comes first, and whatever other networks are explained; the mode of a call is looked
-    up when it is made.
+    """Each mode compiles once, whichever comes first and whatever other networks are explained. The mode is
+    read when the network is called.
     """
     net, images, explained, plain = case
     compiled = torch.compile(net, backend=counter, fullgraph=True)
@@ -399,9 +399,9 @@ def test_one_graph_for_each_mode(case, counter):
     assert counter.frame_count == 3
 
 
-# That a thread compiles is a flag of the whole process: the others are to go on without compiled code
-# meanwhile, and not to fail. Torch's guards, asked in several threads at once, fail now and then, which makes
-# them compile again: how often is no matter here.
+# Compilation sets a flag of the whole process: while one thread compiles, the others must continue without
+# compiled code, and not fail. Torch's guards occasionally fail when several threads evaluate them at once,
+# which causes recompilations, whose number does not matter here.
 @torch._dynamo.config.patch(
     error_on_nested_fx_trace=False, recompile_limit=1000, accumulated_recompile_limit=1000
 )
@@ -422,7 +422,7 @@ def test_compiled_in_threads(case, counter):
         return [float((call() - expected).abs().max()) for _ in range(50)]
 
     with ThreadPoolExecutor(4) as pool:
-        # since torch 2.14, settings belong to a context, which a thread does not inherit
+        # since torch 2.14, settings belong to a context that threads do not inherit
         found = [
             pool.submit(contextvars.copy_context().run, repeat, explains)
             for explains in (True, False, True, False)
@@ -472,7 +472,9 @@ def test_entered_by_compiled_code(case, counter):
 
 
 def test_exported_in_the_mode_it_was_captured_in(case):
-    """A program says what it computes: nothing of the mode of the caller changes it."""
+    """An exported program computes what it was captured to compute: the mode of the caller does not change
+    it.
+    """
     net, images, explained, plain = case
     with explanation_mode(net):
         explaining = torch.export.export(net, (images,))

@@ -9,12 +9,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import BACKENDS, assert_close, output_and_grads, random_layer, relative_error, scale_held
+from support import (
+    BACKENDS,
+    NORM_NAMES,
+    assert_close,
+    output_and_grads,
+    random_layer,
+    relative_error,
+    scale_held,
+)
 
 from coda_fast.backends import factored
 from coda_fast.backends.factored import layer as factored_layer
-from coda_fast.backends.factored import matrices, windows
-from coda_fast.backends.factored import norm as factored_norm
+from coda_fast.backends.factored import matrices, squared_norm, windows
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 
 NORMS = ("squash", "l2")
@@ -79,8 +86,8 @@ def test_gradgradcheck_adjoint(backend, norm):
 @FACTORED_AND_REFERENCE
 @BOTH_NORMS
 def test_explanation_mode_is_the_adjoint(backend, norm):
-    """detach changes no output, gives the input the adjoint of the upstream gradient and the parameters
-    nothing.
+    """``detach`` does not change the output. The gradient of the input is the adjoint of the upstream
+    gradient, and parameters have no gradient.
     """
     x = torch.randn(2, 5, 7, 6, dtype=torch.float64, requires_grad=True)
     parameters = random_layer(grad=True)
@@ -116,7 +123,7 @@ def test_geometry(options, bias, norm):
     options = dict(options)
     x = torch.randn(2, 5, 9, 11, dtype=torch.float64, requires_grad=True)
     tensors = [x, *random_layer(5, 4, 3, options.pop("kernel"), bias=bias, grad=True)]
-    conv = F.conv2d(x, tensors[1], **options)  # an independent word on the output size
+    conv = F.conv2d(x, tensors[1], **options)  # an independent computation of the output size
     results = [
         output_and_grads(lambda *t, b=b: dau_conv2d(*t, **options, norm=norm, backend=b), tensors)
         for b in BACKENDS
@@ -130,9 +137,9 @@ def test_geometry(options, bias, norm):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape(data):
-    """Odd sizes, chunks that do not divide anything, ranks above d."""
+    """Odd sizes, chunk sizes that divide nothing, ranks above d."""
     draw = lambda low, high: data.draw(st.integers(low, high))
-    torch.manual_seed(draw(0, 2**32 - 1))  # the example's own, so that it is the same whenever it runs
+    torch.manual_seed(draw(0, 2**32 - 1))  # drawn with the example, so that its numbers are always the same
     kernel, stride, dilation = (draw(1, 3), draw(1, 3)), (draw(1, 3), draw(1, 2)), (draw(1, 2), draw(1, 2))
     padding = (draw(0, 2), draw(0, 2))
     size = [
@@ -164,7 +171,7 @@ def test_any_shape(data):
 
 
 def test_an_example_is_the_same_whenever_it_runs(monkeypatch):
-    """Nothing that ran before it, another test or another example, has a part in its numbers."""
+    """The numbers of an example do not depend on other tests or examples that ran before it."""
     seen, run = [], output_and_grads
     monkeypatch.setitem(
         globals(),
@@ -201,7 +208,7 @@ def test_empty_batch(backend):
 
 
 def test_memory_format_and_strides():
-    """Sliced, expanded, channels_last inputs and upstream gradients of any strides give the bits of the
+    """Sliced, expanded and channels_last inputs, and upstream gradients with any strides, give the bits of
     contiguous ones.
     """
     base = torch.randn(4, 10, 8, 9, dtype=torch.float64)
@@ -230,7 +237,7 @@ def test_memory_format_and_strides():
 
 @pytest.mark.parametrize("frozen", range(4))
 def test_frozen_tensors(frozen):
-    """Whatever does not require a gradient gets none, and the others are unchanged."""
+    """A tensor that does not require a gradient gets none, and the gradients of the others do not change."""
     tensors = [torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=True), *random_layer(grad=True)]
     names = ["input", "B", "A", "b"]
     _, full = output_and_grads(lambda *t: dau_conv2d(*t, padding=1), tensors)
@@ -244,7 +251,7 @@ def test_frozen_tensors(frozen):
 @FACTORED_AND_REFERENCE
 @pytest.mark.parametrize("frozen", range(5))
 def test_create_graph_with_frozen_tensors(frozen, backend):
-    """A gradient penalty works whatever is frozen; the input of a first layer always is."""
+    """A gradient penalty works with any frozen tensors; the input of a first layer is always one."""
     tensors = [
         torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True),
         *random_layer(2, 2, 2, (2, 2), grad=True),
@@ -265,7 +272,7 @@ def test_create_graph_with_frozen_tensors(frozen, backend):
 @FACTORED_AND_REFERENCE
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_weights_that_are_not_finite_give_nan(dtype, backend):
-    """A diverged run shows as NaN in the loss, not as an exception of a factorisation."""
+    """A diverged run shows as NaN in the loss, and not as an exception of a factorisation."""
     x, (reduction, weight, bias) = torch.randn(1, 5, 6, 6, dtype=dtype), random_layer(dtype=dtype)
     weight[1, 0, 0, 0, 0] = float("nan")
     y = dau_conv2d(x, reduction, weight, bias, backend=backend)
@@ -305,8 +312,8 @@ def test_low_precision(dtype, norm):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend):
-    """float32 in, the autocast dtype out, float32 gradients; the same bits as casting by hand; float64 is
-    left alone.
+    """float32 inputs give outputs in the autocast dtype and float32 gradients, with the same bits as casting
+    by hand. float64 is not cast.
     """
     tensors = [torch.randn(2, 5, 6, 6, requires_grad=True), *random_layer(dtype=torch.float32, grad=True)]
     with torch.autocast("cpu", torch.bfloat16):
@@ -317,13 +324,13 @@ def test_autocast(backend):
     assert y.dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in inside)
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True)), (
-        "backward must not depend on where it is called"
+        "backward must not depend on the autocast state of its call"
     )
     by_hand = dau_conv2d(*(t.bfloat16() for t in tensors), padding=1, backend=backend)
     assert torch.equal(y, by_hand)
     with torch.autocast("cpu", torch.bfloat16):
         assert dau_conv2d(*(t.double() for t in tensors), padding=1, backend=backend).dtype == torch.float64
-        # a bfloat16 activation of an earlier layer meets float32 parameters
+        # a bfloat16 activation of an earlier layer with float32 parameters
         assert torch.equal(
             dau_conv2d(tensors[0].bfloat16(), *tensors[1:], padding=1, backend=backend), by_hand
         )
@@ -338,8 +345,8 @@ def test_autocast(backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("zero", ["input", "weight and bias", "one patch, no bias"])
 def test_zeros(zero, dtype, norm, backend):
-    """w = 0: the output is 0 and so are the gradients under "squash"; under "l2" they are finite. Never
-    NaN.
+    """Where w is 0, the output is 0. The gradients are 0 under "squash", and finite under "l2". They are
+    never NaN.
     """
     x = torch.randn(2, 5, 6, 6).to(dtype)
     reduction, weight, bias = random_layer(dtype=dtype)
@@ -364,8 +371,8 @@ def test_zeros(zero, dtype, norm, backend):
 @BOTH_NORMS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_cancellation(dtype, norm):
-    """b = -A z at one pixel: w nearly vanishes there. |y| <= |x| still holds, nothing is NaN, other pixels
-    are untouched.
+    """b = -A z at one pixel, where w nearly vanishes. |y| <= |x| still holds, nothing is NaN, and other
+    pixels are not affected.
     """
     x = torch.randn(2, 64, 8, 8, dtype=torch.float64)
     reduction, weight, _ = random_layer(64, 6, 16, scale=3.0)
@@ -384,7 +391,7 @@ def test_cancellation(dtype, norm):
     rest[0, 0, 0, 0] = 0
     bound = 1e-13 if dtype == torch.float64 else 1e-5
     assert_close(ours[0] * rest, truth[0] * rest, bound, "other pixels")
-    # the limit at w = 0 exists; under "l2" the direction of w is all that is left, and that is rounding
+    # under "squash" the limit at w = 0 exists; under "l2" only the direction of w is left, which is rounding
     if norm == "squash":
         assert (ours[0][0, :, 0, 0].abs() < 1e-10 * lengths[0, 0, 0, 0]).all()
         for name, a, b in zip(("input", "B", "A", "b"), ours[1], truth[1], strict=True):
@@ -392,14 +399,14 @@ def test_cancellation(dtype, norm):
 
 
 def test_norm_factor():
-    """|R v| = |A' v| for full, deficient and wide rows, and never NaN."""
+    """|R v| = |A' v| for full, rank-deficient and wide matrices, and never NaN."""
     for n, m, d in [(3, 4, 9), (2, 9, 4), (2, 5, 5)]:
         for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
             rows = torch.randn(n, m, d, dtype=dtype)
             rows[0] = 0
             rows[1, 1] = rows[1, 0]  # linearly dependent
             v = torch.randn(m, 20, dtype=dtype)
-            ours = (factored_norm.norm_factor(rows) @ v).norm(dim=1)
+            ours = (squared_norm.norm_factor(rows) @ v).norm(dim=1)
             assert_close(
                 ours, (rows.double().transpose(1, 2) @ v.double()).norm(dim=1), bound, f"{n, m, d}, {dtype}"
             )
@@ -407,9 +414,9 @@ def test_norm_factor():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_norm_with_products_in_bfloat16(bias, monkeypatch):
-    """As torch multiplies float32 with set_float32_matmul_precision("medium") where the CPU can: |w| is off
-    by the resolution of bfloat16 beside the terms of w, also where they nearly cancel, and |w|^2 is never
-    negative.
+    """With set_float32_matmul_precision("medium") torch may multiply float32 in bfloat16 on a CPU. The error
+    of |w| is then the resolution of bfloat16 relative to the terms of w, also where they nearly cancel, and
+    |w|^2 is never negative.
     """
     torch.manual_seed(0)
     generate, z = torch.randn(5, 24, 60), torch.randn(24, 200)
@@ -426,14 +433,14 @@ def test_the_norm_with_products_in_bfloat16(bias, monkeypatch):
     length = w.norm(dim=1)
     assert (length < 0.1 * terms.sqrt()).sum() >= 5
     monkeypatch.setattr(matrices, "product", lambda a, b: a.bfloat16().float() @ b.bfloat16().float())
-    found = factored_norm.Gram(generate, rows, matrices.Scratch()).square(z, torch.empty(5, 200))
+    found = squared_norm.Gram(generate, rows, matrices.Scratch()).square(z, torch.empty(5, 200))
     assert (found >= 0).all()
     assert ((found.double().sqrt() - length).abs() / terms.sqrt()).max() < 4 * 2**-8
 
 
 def test_gradients_that_cancel():
-    """One number a patch under "l2": y = sign(w) x, so that all gradients but that of the direct term
-    cancel, however small w is.
+    """With one number per patch under "l2", y = sign(w) x, so that all gradients except that of the direct
+    term cancel, however small w is.
     """
     torch.manual_seed(0)
     x, B, A, b = (
@@ -460,9 +467,7 @@ def test_gradients_that_cancel():
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize(("channels", "units", "rank"), [(2, 64, 256), (40, 64, 8)])
 def test_chunks_of_the_adjoint(channels, units, rank, given, monkeypatch):
-    """No intermediate is much larger than the budget, whichever form it takes, with norms that are known
-    and without.
-    """
+    """No intermediate is much larger than the budget, in every form, with given norms and without."""
     asked, call = [], matrices.Scratch.__call__
     monkeypatch.setattr(
         matrices.Scratch,
@@ -483,8 +488,8 @@ def test_chunks_of_the_adjoint(channels, units, rank, given, monkeypatch):
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_product(enabled, monkeypatch):
-    """With and without oneDNN: of contiguous matrices and transposed views, of one row or column, of
-    nothing.
+    """With and without oneDNN: products of contiguous matrices and transposed views, of one row or column,
+    and of empty matrices.
     """
     monkeypatch.setattr(matrices, "SMALL_PRODUCT", -1)
     generator = torch.Generator().manual_seed(0)
@@ -500,8 +505,8 @@ def test_product(enabled, monkeypatch):
 
 
 def test_what_a_thread_keeps():
-    """The buffer for intermediates serves the calls of a thread one after the other: of any dtype, inside and
-    outside of inference mode, and no result lies in it. What is larger than the bound is not kept.
+    """The buffer for intermediates is reused by the calls of a thread, of any dtype, inside and outside of
+    inference mode. No result is a view of it. A buffer larger than the bound is not kept.
     """
 
     def kept():
@@ -527,7 +532,7 @@ def test_what_a_thread_keeps():
             for ours, expected in zip(flat, [truth[0], truth[0], *truth[1]], strict=True):
                 assert_close(ours, expected, 1e-5)
         assert all(torch.equal(a, b) for flat, copies in done for a, b in zip(flat, copies, strict=True))
-        first, second = matrices.Scratch(), matrices.Scratch()  # one call within another
+        first, second = matrices.Scratch(), matrices.Scratch()  # as when one call runs within another
         assert first.buffer is not None
         assert second.buffer is None
         second(torch.empty(0, dtype=torch.uint8), matrices.SCRATCH_BYTES + 1)
@@ -541,7 +546,7 @@ def test_what_a_thread_keeps():
 
 
 def test_product_where_torch_has_no_such_operator(monkeypatch):
-    """Found out once, and then torch.mm."""
+    """The missing operator is detected once, and torch.mm is used from then on."""
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: torch.zeros(2, 4), raising=False)
     assert not matrices._has_onednn_linear.__wrapped__()
     monkeypatch.setattr(matrices, "_has_onednn_linear", lambda: False)
@@ -557,8 +562,8 @@ def test_product_where_torch_has_no_such_operator(monkeypatch):
     "save_contraction", [False, True, "auto", "auto, too large", "auto, too little to compute again"]
 )
 def test_what_factored_keeps(save_contraction, monkeypatch):
-    """What forward keeps for backward is of the size of the activations, no [pixels, n d], and [pixels, n r]
-    only where it was asked for or is small.
+    """The tensors that forward keeps for backward have the size of the activations. There is none of size
+    [pixels, n d], and one of size [pixels, n r] only where it was requested or is small.
     """
     contracted = save_contraction in (True, "auto")
     monkeypatch.setattr(
@@ -575,7 +580,7 @@ def test_what_factored_keeps(save_contraction, monkeypatch):
     output = dau_conv2d(*tensors, padding=1, backend="factored", save_contraction=save_contraction)
     kept = [t for t in output.grad_fn.saved_tensors if t is not None]
     held = [value for value in vars(output.grad_fn).values() if isinstance(value, torch.Tensor)]
-    assert not held, "nothing may be kept past the saved tensors"
+    assert not held, "nothing may be kept besides the saved tensors"
     parameters = {t.data_ptr() for t in tensors[1:]}
     numbers = sum(t.numel() for t in kept if t.data_ptr() not in parameters)
     pixels = 2 * 12 * 12
@@ -583,7 +588,9 @@ def test_what_factored_keeps(save_contraction, monkeypatch):
 
 
 def test_what_factored_keeps_where_somebody_watches():
-    """Checkpoints and others with hooks for what is saved want memory: "auto" keeps no contraction there."""
+    """Activation checkpointing and other hooks on saved tensors are meant to save memory, so that "auto"
+    keeps no contraction there.
+    """
     kept = []
     tensors = [
         torch.randn(2, 32, 12, 12, requires_grad=True),
@@ -619,7 +626,7 @@ GOOD = dict(input=(2, 5, 6, 7), reduction_weight=(3, 5, 3, 3), weight=(4, 3, 5, 
         ),
         (dict(weight=(0, 3, 5, 3, 3)), {"bias": None}, ValueError, "at least one"),
         (dict(bias=(5, 5, 3, 3)), {}, ValueError, r"bias: expected \[4, 5, 3, 3\]"),
-        ({}, dict(norm="l1"), ValueError, "norm: expected one of 'squash', 'l2', got 'l1'"),
+        ({}, dict(norm="l1"), ValueError, f"norm: expected one of {NORM_NAMES}, got 'l1'"),
         ({}, dict(eps=0), ValueError, "eps: expected a positive"),
         ({}, dict(stride=0), ValueError, "stride: expected at least 1, got 0"),
         ({}, dict(stride=1.5), TypeError, "stride: expected an int or a pair"),

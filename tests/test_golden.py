@@ -1,4 +1,4 @@
-"""Against values that the authors' implementation gave in float64: the independent truth."""
+"""Comparison with values that the authors' implementation gave in float64, the independent truth."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from coda_fast import checkpoints
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
-# the fused kernels have no float64 of their own
+# the fused kernels do not support float64
 CASES = [*((dtype, backend) for dtype in BOUNDS for backend in BACKENDS), (torch.float32, "triton")]
 DTYPE_AND_BACKEND = pytest.mark.parametrize(
     ("dtype", "backend"), CASES, ids=lambda value: str(value).removeprefix("torch.")
@@ -17,7 +17,7 @@ DTYPE_AND_BACKEND = pytest.mark.parametrize(
 
 
 def device_of(backend):
-    """The kernels run on a GPU where there is one; the others stay where float32 is float32."""
+    """A GPU for the kernels if there is one. The other backends run on the CPU, which has no TF32."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
@@ -52,7 +52,7 @@ def layer_errors(name, dtype, backend):
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(name, dtype, backend, record_property):
     errors = layer_errors(name, dtype, backend)
-    # experiments/golden.py makes the table of the README of them
+    # experiments/golden.py makes the table of docs/numbers.md from these errors
     record_property("layer", Golden(name).meta)
     record_property("case", f"{backend}, {str(dtype).removeprefix('torch.')}")
     record_property("errors", errors)
@@ -87,7 +87,7 @@ def test_net(dtype, backend, prefix):
     )
     assert relative_error(loss, truth["loss"]) < bound
     grads = torch.autograd.grad(loss, list(model.parameters()))
-    with torch.no_grad():  # the same conversion turns gradients into published gradients
+    with torch.no_grad():  # the same conversion applies to gradients
         for parameter, grad in zip(model.parameters(), grads, strict=True):
             parameter.copy_(grad)
     published = checkpoints.to_published(model)

@@ -1,5 +1,5 @@
-"""Networks in float16 and bfloat16 at T = 1e5, whose sums over the image are beyond float16's range and
-bfloat16's digits.
+"""Networks in float16 and bfloat16 at T = 1e5, whose sums over the image exceed the range of float16 and the
+precision of bfloat16.
 """
 
 import pytest
@@ -12,14 +12,14 @@ from coda_fast.evaluation import completeness_error, confident_images, localisat
 from coda_fast.interop import CoDAAttribution
 from coda_fast.losses import DynamicMatrixLoss, matrix_penalty
 
-# Largest errors as a share of the largest value: of numbers that were rounded to 11 and 8 bits a few times
+# Largest errors as a share of the largest value, for numbers that were rounded to 11 and 8 bits a few times
 BOUNDS = [(torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)]
 half = pytest.mark.parametrize(("dtype", "bound"), BOUNDS, ids=["float16", "bfloat16"])
 TARGETS = torch.tensor([[0, 2]])
 
 
 def network(dtype=torch.float64):
-    """As wide and deep as nothing, but with class evidence that adds up as that of L-CoDA: to some 1e5."""
+    """A tiny network whose class evidence sums to about 1e5, as that of L-CoDA does."""
     generator = torch.Generator().manual_seed(0)
     net = CoDANet([6, 3], [4, 4], [7, 3], [3, 1], temperature=1e5, dtype=torch.float64).eval()
     with torch.no_grad():
@@ -54,14 +54,16 @@ def test_logits(dtype, bound, truth):
     logits = net(images(dtype))
     assert logits.dtype == dtype
     expected = sums / 1e5 + net.logit_bias
-    assert torch.equal(logits, expected.to(dtype))  # one rounding, at the end
+    assert torch.equal(logits, expected.to(dtype))  # rounded once, at the end
     assert relative_error(logits, truth[0]) < bound
 
 
 @half
 @pytest.mark.parametrize("layer", [0, 1])
 def test_explanations(dtype, bound, layer, truth):
-    """The rest is in float32: 1 / T has two digits in float16, and what a pixel contributes none."""
+    """The division by T is computed in float32: in float16, 1 / T has two digits, and the contribution of a
+    pixel none.
+    """
     e = network(dtype).explain(images(dtype), TARGETS, layer=layer)
     assert e.logits.dtype == dtype
     for name in ("dynamic_weight", "contributions", "contribution_map"):
@@ -80,7 +82,7 @@ def test_explanations(dtype, bound, layer, truth):
 
 @half
 def test_temperature_costs_no_digits(dtype, bound):
-    """1 / T = 1e-5 has eight bits in float16, 1e-9 none."""
+    """In float16, 1 / T = 1e-5 has eight bits, and 1e-9 none."""
     net, x = network(dtype), images(dtype)
     net.temperature = 16.0
     expected = 16 * net.explain(x, TARGETS).dynamic_weight
@@ -99,14 +101,14 @@ def test_losses(dtype, bound):
     found = loss(network(dtype), images(dtype), torch.tensor([1]), classes)
     assert {t.dtype for t in found[:3]} == {torch.float32}
     labels = torch.nn.functional.one_hot(torch.tensor([1]), 3).double()
-    # of the logits that were rounded, no further rounding
+    # only the logits are rounded
     bce = torch.nn.functional.binary_cross_entropy_with_logits(found.logits.detach().double(), labels)
     assert abs(float(found.bce.detach() - bce)) < 1e-6 * float(bce)
     found.total.backward()
 
 
 def test_loss_of_no_images():
-    """Weights whose sum leaves float16 are no NaN."""
+    """Weights whose sum overflows float16 do not give NaN."""
     net = create_model("coda_xs_digits", dtype=torch.float16)
     torch.nn.init.constant_(net.layers[1].weight, 1000.0)
     penalty = matrix_penalty(
@@ -140,7 +142,7 @@ def test_metrics(dtype, bound, truth):
 
 @half
 def test_probabilities_are_not_rounded_twice(dtype, bound):
-    """0.00005 is above 0, its sigmoid above 1/2: not in half precision, where it is 1/2."""
+    """The sigmoid of 0.00005 is above 1/2. Computed in half precision, it would be 1/2."""
     logits = torch.tensor([[5e-5, -1.0]]).to(dtype)
     assert confident_images(logits, torch.tensor([0])) == {0: [0]}
     softmax = torch.tensor([[3.0, 3.01, -2.0]]).to(dtype)

@@ -1,4 +1,4 @@
-"""torch.hub and huggingface_hub: entry points and folders, without any network."""
+"""torch.hub and huggingface_hub: entry points and folders, without a network connection."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_any_network_can_be_wrapped(tmp_path):
 
 
 def test_the_layout_is_that_of_the_mixin(tmp_path):
-    """A class that only inherits from the mixin, with nothing of ours, reads the folder."""
+    """A class that only inherits from the mixin, and uses nothing of coda_fast, reads the folder."""
 
     class Plain(CoDANet, PyTorchModelHubMixin):
         pass
@@ -93,7 +93,7 @@ def test_folders_that_do_not_fit(tmp_path):
     HubCoDANet(**SMALL).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"layers\.1\.reduction_weight"):
         HubCoDANet.from_pretrained(tmp_path, ranks=[2, 6])
-    # the mixin itself would load what fits and say nothing
+    # the mixin itself would silently load the matching weights only
     with pytest.raises(RuntimeError, match=r"layers\.0\.bias"):
         HubCoDANet.from_pretrained(tmp_path, bias=False)
     (tmp_path / "model.safetensors").unlink()
@@ -130,7 +130,7 @@ assert repository not in sys.path and repository + "/kernels" not in sys.path
 
 
 def test_torch_hub_from_a_folder(tmp_path):
-    """In a process that knows nothing of the tree."""
+    """In a process that cannot import this source tree otherwise."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-I", "-c", HUB, str(ROOT)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
@@ -151,7 +151,9 @@ def test_without_huggingface_hub():
 
 
 def test_what_a_folder_cannot_say_is_refused(tmp_path):
-    """As ``save`` refuses it; a wrapper changes nothing; a dtype is one."""
+    """Networks that ``save`` refuses are refused here too. A wrapper changes nothing. A dtype must be a
+    floating-point dtype.
+    """
     model = coda_fast.create_model("coda_xs_digits")
     twin = HubCoDANet.from_model(torch.nn.DataParallel(model))
     assert twin.layers[0].weight is model.layers[0].weight

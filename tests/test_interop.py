@@ -1,4 +1,4 @@
-"""CoDA-Nets as captum and Quantus call attributions."""
+"""CoDA-Nets in the form in which captum and Quantus call attributions."""
 
 import inspect
 import subprocess
@@ -26,8 +26,8 @@ def model():
 
 
 def test_attributions_are_complete(model):
-    """In the shape of the image, they sum to the logit less its bias; a colour has what it and its
-    complement contribute.
+    """Attributions have the shape of the image and sum to the logit minus its bias. A colour channel has the
+    contributions of itself and its complement.
     """
     x, targets = torch.rand(3, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 5, 9])
     found, delta = CoDAAttribution(model).attribute(x, targets, return_convergence_delta=True)
@@ -46,12 +46,12 @@ def test_targets(model):
     assert torch.equal(attribute(x, target=4), attribute(x, torch.tensor([4, 4])))
     with pytest.raises(ValueError, match="target: expected one class for each image, got 2"):
         attribute(x, torch.tensor([[1, 2], [3, 4]]))
-    with pytest.raises(TypeError, match="forward_func: expected a CoDANet, got Linear"):
+    with pytest.raises(TypeError, match="forward_func: expected a coda_fast.Network, got a Linear"):
         CoDAAttribution(torch.nn.Linear(2, 2))
 
 
 def test_one_input_in_a_tuple(model):
-    """As captum passes it: a tuple in, a tuple out; the class of one image serves all its repetitions."""
+    """captum passes a tuple and expects a tuple. The class of one image applies to all its repetitions."""
     x, attribute = torch.rand(2, 3, 8, 8, dtype=torch.float64), CoDAAttribution(model).attribute
     (found,) = attribute((x,), 4, None)
     assert torch.equal(found, attribute(x, 4))
@@ -70,7 +70,7 @@ def test_one_input_in_a_tuple(model):
 
 
 def test_captum_is_imported_only_by_interop():
-    """And is not needed for it."""
+    """And interop itself does not need it."""
     program = (
         "import sys, coda_fast, coda_fast.cli, coda_fast.report; assert 'captum' not in sys.modules; "
         "sys.modules['captum'] = None;"
@@ -100,7 +100,7 @@ def test_captum_has_the_same_interface(model):
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("in_tuple", [False, True])
 def test_noise_tunnel(model, count, in_tuple):
-    """SmoothGrad of it: the mean of the attributions of noisy images, drawn again here."""
+    """SmoothGrad is the mean of the attributions of noisy images, which this test draws again."""
     captum = pytest.importorskip("captum", reason="pip install 'coda-fast[evaluation]'")
     x, targets = torch.rand(count, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 5])[:count]
     tunnel = captum.attr.NoiseTunnel(CoDAAttribution(model))
@@ -124,8 +124,8 @@ def test_noise_tunnel(model, count, in_tuple):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_sensitivity(model, count):
-    """captum's sensitivity: of images moved by a known step, the change of the attributions over their
-    norm.
+    """captum's sensitivity is the change of the attributions over their norm, for images moved by a known
+    step.
     """
     metrics = pytest.importorskip("captum.metrics", reason="pip install 'coda-fast[evaluation]'")
     x, targets = torch.rand(count, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 5])[:count]
@@ -141,8 +141,8 @@ def test_sensitivity(model, count):
 
 
 def test_infidelity(model):
-    """captum's infidelity sees how far contributions over the image, the local linear map, are from what
-    small steps do.
+    """captum's infidelity measures how far contributions over the image, the local linear map, are from the
+    effect of small steps.
     """
     metrics = pytest.importorskip("captum.metrics", reason="pip install 'coda-fast[evaluation]'")
     x, targets = torch.rand(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 5])
@@ -169,7 +169,7 @@ def test_quantus_function(model):
 
 
 def test_quantus_itself(model):
-    """A metric of Quantus, if it is installed."""
+    """A metric of Quantus, if Quantus is installed."""
     quantus = pytest.importorskip("quantus", reason="pip install quantus")
     x, targets = np.random.default_rng(0).random((2, 3, 8, 8)).astype(np.float32), np.array([3, 7])
     metric = quantus.Sparseness(abs=True, disable_warnings=True)

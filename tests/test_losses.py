@@ -1,4 +1,4 @@
-"""The matrix regulariser against numerical gradients and a linear map that is written out."""
+"""The matrix regulariser against numerical gradients and an explicit linear map."""
 
 import pytest
 import torch
@@ -33,8 +33,8 @@ def images(number=2):
 
 
 def linear_map(net, image):
-    """W_{0->L}(x), [classes, 6 H W]: columns are what unit vectors become with every s * w held as it is
-    for the image, layer by layer.
+    """W_{0->L}(x), [classes, 6 H W]: its columns are the images of unit vectors, layer by layer, with every s
+    * w held at its value for the image.
     """
     with torch.no_grad():
         entering = net.encoder(image[None])
@@ -42,7 +42,7 @@ def linear_map(net, image):
         for layer in net.layers:
             leaving = layer(entering)
             rows = []
-            for i in range(leaving.numel()):  # the row of an output: the transpose applied to a unit vector
+            for i in range(leaving.numel()):  # a row is the transpose applied to a unit vector
                 unit = torch.zeros_like(leaving).flatten()
                 unit[i] = 1
                 rows.append(
@@ -68,7 +68,7 @@ def test_penalty_is_of_the_linear_map(backend, norm, size):
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_images_that_do_not_count(norm):
-    """They are zeros in the mean, and their gradients nothing."""
+    """They count as zeros in the mean, and have no gradient."""
     net, x, labels = network(), images(3), torch.tensor([2, 1, 0])
     loss, rows = DynamicMatrixLoss(1.0, 2, norm), torch.tensor([[2, 0], [1, 3], [0, 1]])
     found = loss(net, x, labels, rows, torch.tensor([True, False, True])).penalty
@@ -83,8 +83,8 @@ def test_images_that_do_not_count(norm):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_gradients_are_numerical_ones(backend, norm):
-    """Of every parameter along random directions: central differences of the penalty alone, and of the
-    whole loss.
+    """The gradient of every parameter along random directions equals central differences, for the penalty
+    alone and for the whole loss.
     """
     net, x, labels = network(backend), images(), torch.tensor([2, 1])
     classes = torch.tensor([[2, 0], [1, 3]])
@@ -144,7 +144,7 @@ def test_without_weight_it_is_cross_entropy():
 
 
 def test_rows():
-    """The true class first, the others distinct and evenly drawn, reproducible."""
+    """The true class comes first. The others are distinct, drawn uniformly, and reproducible."""
     labels = torch.arange(5).repeat(400)
     rows = DynamicMatrixLoss(1.0, classes=3, generator=torch.Generator().manual_seed(0)).rows(labels, 5)
     assert torch.equal(rows[:, 0], labels)
@@ -162,12 +162,12 @@ def test_nothing_is_left_behind():
     assert all(p.grad is not None for p in net.parameters())
     y = net(images().requires_grad_())
     (gradient,) = torch.autograd.grad(y.sum(), net.layers[0].weight)
-    assert gradient.abs().max() > 0  # not in explanation mode, where parameters have no gradient
+    assert gradient.abs().max() > 0  # in explanation mode, parameters would have no gradient
 
 
 def test_gradient_that_explanation_mode_cuts():
-    """Rows taken in explanation mode have the same values, and gradients that are far off for all layers
-    but the last.
+    """Rows computed in explanation mode have the same values, but wrong gradients for all layers except the
+    last.
     """
     net, x, classes = network(), images(), torch.tensor([[2], [1]])
     with coda_fast.explanation_mode(net):
@@ -184,8 +184,8 @@ def test_gradient_that_explanation_mode_cuts():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("temperature", [2.0, 1e5])
 def test_autocast(dtype, temperature):
-    """Values and gradients are those of float32 to the accuracy of the dtype, at the published T of 1e5
-    too.
+    """Values and gradients equal those of float32 within the accuracy of the dtype, also at the published T
+    of 1e5.
     """
     net, x, classes = network().float(), images().float(), torch.tensor([[2, 0], [1, 3]])
     net.temperature = temperature
@@ -203,7 +203,9 @@ def test_autocast(dtype, temperature):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_value_is_read_from_a_gpu(backend):
-    """Fake CUDA tensors have no values. Reading one, for which a program waits for the device, raises."""
+    """Fake CUDA tensors have no values, so that reading one raises. On a GPU, reading a value would wait for
+    the device.
+    """
     options = dict(out_channels=[3, 4], ranks=[3, 2], kernel_sizes=[3, 3], strides=[2, 1])
     with FakeTensorMode():
         net = coda_fast.CoDANet(**options, temperature=2.0, image_channels=1, backend=backend, device="cuda")
@@ -250,7 +252,7 @@ def test_bad_input():
         lambda net: DynamicMatrixLoss(1.0)(net, x, torch.tensor([0, 1])),
         lambda net: matrix_penalty(net, x, torch.zeros(2, 1).long()),
     ):
-        with pytest.raises(TypeError, match="model: expected a CoDANet, got Linear"):
+        with pytest.raises(TypeError, match="model: expected a coda_fast.Network, got a Linear"):
             call(torch.nn.Linear(2, 2))
         with coda_fast.explanation_mode(net), pytest.raises(ValueError, match="got one in explanation mode"):
             call(net)

@@ -82,7 +82,7 @@ def test_overrides():
     with pytest.raises(ValueError, match="save_contraction: expected True, False or .auto., got 'x'"):
         create_model("coda_xs_digits", save_contraction="x")
     assert saving.config() == create_model("coda_xs_digits").config(), (
-        "how to compute is no part of what a network is"
+        "the backend is not part of the configuration"
     )
     assert (model.num_classes, model.temperature, model.layers[0].norm, model.layers[0].backend) == (
         4,
@@ -168,7 +168,7 @@ def test_refuses_images(images, error, message):
 
 
 def test_logits_under_autocast_can_be_told_apart():
-    """1000 of them beside a bias of -2.2, where bfloat16 has steps of 1/64."""
+    """1000 logits with a bias of -2.2, near which bfloat16 has steps of 1/64, are distinct."""
     torch.manual_seed(0)
     model = coda_fast.create_model("coda_xs_digits", num_classes=1000, temperature=1e4)
     images = torch.rand(2, 1, 8, 8)
@@ -180,7 +180,9 @@ def test_logits_under_autocast_can_be_told_apart():
 
 
 def test_options_of_each_layer():
-    """One value for all, or one for each; ``config`` has what the constructor takes."""
+    """An option is one value for all layers or one for each. ``config`` returns the arguments of the
+    constructor.
+    """
     config = dict(
         out_channels=[4, 5, 3],
         ranks=[2, 3, 5],
@@ -193,7 +195,7 @@ def test_options_of_each_layer():
     )
     model = CoDANet(**config, temperature=3.0)
     assert [layer.dilation for layer in model.layers] == [(1, 1), (2, 1), (1, 1)]
-    # by default, the size of an image stays
+    # by default, images keep their size
     assert [layer.padding for layer in model.layers] == [(1, 1), (2, 0), (0, 0)]
     assert [layer.norm for layer in model.layers] == config["norm"]
     assert [layer.eps for layer in model.layers] == config["eps"]
@@ -237,7 +239,7 @@ def test_what_no_machine_holds_is_refused_before_it_is_allocated(options, messag
 
 
 def test_the_sum_of_all_layers_counts(monkeypatch):
-    """Each layer would fit, all of them do not. On the meta device nothing is held."""
+    """Each layer would fit into memory, but not all together. On the meta device they need no memory."""
     # about 1 GiB each
     layers = dict(out_channels=[64] * 9, ranks=[64] * 9, kernel_sizes=[31] * 9, strides=[1] * 9)
     monkeypatch.setattr("coda_fast.safety.machine_memory", lambda device="cpu": 2 << 30)

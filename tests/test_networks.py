@@ -1,5 +1,5 @@
-"""A network that is not a chain, in two places (its class and its registration), with all that a CoDANet has:
-exact explanations, the matrix regulariser, files, a name here and in timm.
+"""A network that is not a chain, added in two places (its class and its registration), has everything that a
+CoDANet has: exact explanations, the matrix regulariser, files, and a name here and in timm.
 """
 
 import copy
@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import branching
+import numpy as np
 import pytest
 import safetensors
 import torch
 from branching import Branching
+from PIL import Image
 from torch import nn
 
 import coda_fast
@@ -21,12 +24,13 @@ from coda_fast.export import export_onnx
 from coda_fast.losses import DynamicMatrixLoss, matrix_penalty
 from coda_fast.safety import explanation_memory
 
+ROOT = Path(__file__).resolve().parents[1]
 CUTS, AROUND = ("stem", "classes"), ("near", "far.0", "far.1", "inner")
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    """The network, for one test alone."""
+    """The network, registered for one test."""
     monkeypatch.setattr(registry, "_CLASSES", registry.classes())
     monkeypatch.setattr(registry, "_MODELS", registry.models())
     monkeypatch.setattr(registry, "_LISTENERS", [])
@@ -45,7 +49,7 @@ def images():
 
 
 def _rows(net, images, classes):
-    """Rows of the global map, [N, K, 2, H, W], by autograd through explanation mode alone."""
+    """Rows of the global linear map, [N, K, 2, H, W], by autograd in explanation mode alone."""
     encoded = net.encoder(images).requires_grad_()
     with coda_fast.explanation_mode(net):
         maps = net.evidence(encoded)
@@ -93,7 +97,7 @@ def test_a_layer_that_does_not_cut_is_refused(net, images, name):
         with pytest.raises(ValueError, match=message):
             net.explain(images, layer=name, memory_budget=memory_budget)
     assert all(parameter.grad is None for parameter in net.parameters())
-    assert (net.explain(images).completeness_error < 1e-14).all()  # nothing stays behind
+    assert (net.explain(images).completeness_error < 1e-14).all()  # the failed call leaves nothing behind
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,7 @@ def test_refuses_layers(net, images, layer, error, message):
 
 
 class _Twice(coda_fast.Network):
-    """One layer, called twice."""
+    """A network that calls one layer twice."""
 
     def __init__(self, *, device=None, dtype=None, unused=False, **options):
         super().__init__(num_classes=2, **options)
@@ -148,7 +152,9 @@ def test_penalty_is_that_of_the_rows(net, images, norm):
 
 
 def test_gradient_of_the_penalty_is_that_of_its_numbers(net, images):
-    """Against differences: also through the activations that the weights of a layer are generated from."""
+    """The gradient equals finite differences, also through the activations that the weights of a layer are
+    generated from.
+    """
     classes = torch.tensor([[0, 3], [1, 1], [4, 2]])
     matrix_penalty(net, images, classes, "l2").backward()
     generator = torch.Generator().manual_seed(1)
@@ -165,7 +171,7 @@ def test_gradient_of_the_penalty_is_that_of_its_numbers(net, images):
 
 
 def test_a_chain_by_either_way(images):
-    """What a CoDANet does as a chain, it does as any network: same rows, same gradients."""
+    """A CoDANet gives the same rows and gradients by its own method for chains and by the general one."""
     torch.manual_seed(0)
     net = coda_fast.create_model("coda_xs_digits", dtype=torch.float64)
     any_network = coda_fast.dynamic_linear.DynamicLinear
@@ -210,7 +216,7 @@ def test_penalty_under_autocast(net, images):
 
 
 def test_threads_know_nothing_of_each_other(net, images):
-    """One explains at a layer while another predicts: calls that are replaced are those of one thread."""
+    """One thread explains at a layer while another predicts: calls are replaced only in their own thread."""
     expected, wrong, stop = net(images), [], threading.Event()
 
     def predict():
@@ -297,7 +303,7 @@ def test_registry():
     assert coda_fast.list_models()["branching_xs"] == "tests"
     net = coda_fast.create_model("branching_xs", num_classes=7, rank=2, width=3, image_size=12)
     assert (net.num_classes, net.stem.rank, net.near.out_channels, net.image_size) == (7, 2, 3, 12)
-    branching.register()  # once more, the same
+    branching.register()  # the same registration again is accepted
 
 
 class _Forgetful(Branching):
@@ -321,13 +327,13 @@ def _namesake():
             "no other class has, got CoDANet, which is coda_fast.models.CoDANet",
         ),
         ("x", nn.Linear, {}, TypeError, "network: expected a subclass of coda_fast.network.Network"),
-        ("x", _Forgetful, {"width": 6}, ValueError, "network: expected a config that describes it"),
+        ("x", _Forgetful, {"width": 6}, ValueError, r"expected _Forgetful.config\(\) to hold all arg"),
         (
             "x",
             Branching,
             {"colour": 1},
             ValueError,
-            r"expected Branching\(\*\*config\) to be one, got .*colour",
+            r"expected Branching\(\*\*config, device=..., dtype=...\) to be one, got .*colour",
         ),
         ("x", _Twice, {}, ValueError, "expected _Twice.*num_classes"),
     ],
@@ -349,7 +355,7 @@ def test_a_network_without_evidence_is_refused():
 
 
 def test_sizes_and_memory(net, images):
-    """Without computing: what an image of any size would take."""
+    """The memory for an image of any size is estimated without computing."""
     assert net.layer_sizes(10, 8) == {
         "stem": (4, 5, 4),
         "near": (4, 5, 4),
@@ -363,7 +369,7 @@ def test_sizes_and_memory(net, images):
 
 
 def test_other_tools(net, images):
-    """Evaluation, figures, reports and the explainer take it as they take a CoDANet."""
+    """Evaluation, figures, reports and the explainer accept it as they accept a CoDANet."""
     labels, net = torch.tensor([0, 1, 4]), net.eval()
     assert evaluation.completeness_error(net, images, labels).max() < 1e-14
     assert evaluation.pixel_removal(net, images, labels, points=3).probabilities.shape == (3, 3)
@@ -391,7 +397,7 @@ def test_export_without_the_explanation(net, tmp_path):
 
 
 def test_sizes_of_pictures_are_optional(images):
-    """A network without a native size, nor a name of its own."""
+    """A network without a native image size and without a name."""
     net = Branching(3, temperature=1.0, image_channels=1)
     assert net.image_size is None
     assert (net.explain(images.float()).completeness_error < 1e-5).all()
@@ -457,8 +463,8 @@ print("all")
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_timm(when, tmp_path):
-    """In a process of its own, because what timm knows it does not forget; registered before the plug-in or
-    after it.
+    """In another process, because timm's registrations cannot be undone; registered before or after the
+    plug-in.
     """
     pytest.importorskip("timm")
     path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
@@ -466,3 +472,45 @@ def test_timm(when, tmp_path):
     command = [sys.executable, "-c", TIMM, when]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert done.stdout == "all\n", done.stderr
+
+
+def test_evidence_of_another_shape_is_refused():
+    """Pooled logits in place of maps would be summed over the batch or the classes without a word."""
+
+    class Pooled(Branching):
+        def evidence(self, encoded):
+            return super().evidence(encoded).sum((2, 3))
+
+    net = Pooled(num_classes=5, temperature=3.0, image_channels=1)
+    with pytest.raises(ValueError, match=r"evidence: expected maps \[N, 5, H, W\], got shape \[2, 5\]"):
+        net(torch.rand(2, 1, 10, 10))
+
+
+def test_commands_know_the_network_of_the_page(tmp_path):
+    """The code of docs/networks.md as a module in the working directory, which ``--import`` names."""
+    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    work, scripts = tmp_path / "work", tmp_path / "scripts"
+    work.mkdir(), scripts.mkdir()
+    (work / "my_networks.py").write_text(code)
+    (scripts / "coda-fast").write_text("from coda_fast.cli import main\nmain()\n")
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(work / "picture.png")
+    save = (
+        "import my_networks as m, coda_fast; coda_fast.save(coda_fast.create_model('residual_digits'), 'n')"
+    )
+
+    def python(*arguments):
+        done = subprocess.run([sys.executable, *arguments], cwd=work, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    assert python("-c", save)[0] == 0
+    script, explain = str(scripts / "coda-fast"), ("explain", "picture.png", "--checkpoint", "n")
+    code, text = python(script, *explain)
+    assert (code, "import the module that registers it (coda-fast --import MODULE)" in text) == (2, True), (
+        text
+    )
+    code, text = python(script, "--import", "my_networks", *explain, "--output", "map.png")
+    assert code == 0, text
+    assert (work / "map.png").stat().st_size > 1000
+    code, text = python(script, "--import", "nowhere", *explain)
+    assert (code, "'nowhere': No module named 'nowhere'" in text) == (2, True), text

@@ -1,4 +1,4 @@
-"""DAUConv2d as a drop-in module, its initialisation, explanation mode."""
+"""DAUConv2d as a drop-in module, its initialisation, and explanation mode."""
 
 import copy
 import inspect
@@ -102,7 +102,7 @@ def test_on_the_meta_device():
 
 
 def test_inside_an_existing_network():
-    """Convolutions of a network written for nn.Conv2d are replaced one by one, and it trains."""
+    """Convolutions of a network written for nn.Conv2d are replaced one by one, and the network trains."""
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, 2, 1), nn.Flatten(), nn.Linear(4 * 16, 2)
     )
@@ -125,8 +125,8 @@ def test_inside_an_existing_network():
 
 
 def _response_and_gradient(initialise=None):
-    """Over the nine layers of S-CoDA (channels and ranks divided by 4): output RMS per layer, and gradient
-    over weight of the first.
+    """Over the nine layers of S-CoDA (channels and ranks divided by 4): output RMS per layer, and the
+    gradient relative to the weight of the first.
     """
     torch.manual_seed(0)
     model = coda_fast.create_model(
@@ -149,8 +149,8 @@ def _response_and_gradient(initialise=None):
 
 
 def test_initialisation_keeps_a_deep_stack_alive():
-    """Nine layers deep the signal is within two orders of magnitude; under torch's fan-in rule (the
-    alternative) it is gone.
+    """After nine layers the signal is within two orders of magnitude. With torch's fan-in rule, the
+    alternative, it vanishes.
     """
     ours, our_gradient = _response_and_gradient()
     default, default_gradient = _response_and_gradient(lambda t: nn.init.kaiming_uniform_(t, a=5**0.5))

@@ -1,12 +1,15 @@
-"""A norm is one entry in each of two tables: a third one, of the tests alone, is right everywhere."""
+"""A norm is one entry in each of two tables: a third norm, which only these tests register, is right
+everywhere.
+"""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from support import assert_close, random_layer
+from support import NORM_NAMES, assert_close, random_layer
 
 from coda_fast import _norms, functional
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
@@ -18,7 +21,7 @@ EPS = 0.3
 
 
 class Bounded:
-    """``s(q) = eps / (eps + q)``, unlike both norms of the package."""
+    """``s(q) = eps / (eps + q)``, which differs from both norms of the package."""
 
     def scale(self, length, square, eps):
         return eps / (eps + square)
@@ -49,30 +52,37 @@ def bounded(monkeypatch):
     monkeypatch.setitem(kernel_norms.NORMS, "bounded", kernel_norms.Norm(bounded_scale, bounded_slope))
 
 
-def by_hand(x, reduce, weight, bias):
-    """The layer with this norm, by torch's own operators, in float64."""
+def by_hand(norm, x, reduce, weight, bias):
+    """The layer from torch's own operators in float64, with the scale of the table: its slope follows by
+    automatic differentiation.
+    """
     x, reduce, weight, bias = (t.double() for t in (x, reduce, weight, bias))
     units, rank, depth = *weight.shape[:2], weight[0, 0].numel()
     patches = torch.nn.functional.unfold(x, weight.shape[3:], stride=OPTIONS["stride"], padding=1)
     z = reduce.reshape(rank, depth) @ patches
     w = torch.einsum("ord,nrp->nodp", weight.reshape(units, rank, depth), z)
     w = w + bias.reshape(1, units, depth, 1)
-    y = EPS / (EPS + w.square().sum(2)) * (w * patches.unsqueeze(1)).sum(2)
+    square = w.square().sum(2)
+    scale = (
+        EPS / (EPS + square) if norm == "bounded" else _norms.named(norm).scale(square.sqrt(), square, EPS)
+    )
+    y = scale * (w * patches.unsqueeze(1)).sum(2)
     return y.reshape(len(x), units, 4, 8)
 
 
 @pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize(("channels", "rank"), [(16, 4), (3, 7)], ids=["contracted", "generated"])
 @pytest.mark.parametrize("backend", ["reference", "factored", "triton"])
-def test_a_third_norm(backend, channels, rank):
-    """Values and all gradients of a layer, by every backend."""
+@pytest.mark.parametrize("norm", [*_norms.NORMS, "bounded"])
+def test_every_norm_and_a_third_one(norm, backend, channels, rank):
+    """Values and all gradients of a layer with every backend."""
     torch.manual_seed(0)
     parameters = random_layer(channels, 5, rank, (3, 3))
     x, *parameters = (t.float().requires_grad_() for t in (torch.randn(2, channels, 8, 8), *parameters))
     given = torch.randn(2, 5, 4, 8)
-    layer = functools.partial(dau_conv2d, norm="bounded", eps=EPS, backend=backend, **OPTIONS)
+    layer = functools.partial(dau_conv2d, norm=norm, eps=EPS, backend=backend, **OPTIONS)
     y = layer(x, *parameters)
-    expected = by_hand(x, *parameters)
+    expected = by_hand(norm, x, *parameters)
     assert_close(y.double(), expected, 1e-5)
     found = torch.autograd.grad(y, [x, *parameters], given)
     for gradient, truth in zip(
@@ -81,30 +91,35 @@ def test_a_third_norm(backend, channels, rank):
         assert_close(gradient.double(), truth.double(), 1e-5)
     # explanation mode: s(|w|^2) w is a constant
     direct = torch.autograd.grad(layer(x, *parameters, detach=True), x, given)[0]
-    adjoint = dau_conv2d_transpose(x, given, *parameters, norm="bounded", eps=EPS, backend=backend, **OPTIONS)
+    adjoint = dau_conv2d_transpose(x, given, *parameters, norm=norm, eps=EPS, backend=backend, **OPTIONS)
     assert_close(direct.double(), adjoint.double(), 1e-5)
     assert_close((direct * x).sum().double(), (given.double() * expected).sum(), 1e-5)
 
 
 @pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize("backend", ["reference", "factored"])
-def test_second_derivatives_of_a_third_norm(backend):
+@pytest.mark.parametrize("norm", [*_norms.NORMS, "bounded"])
+def test_second_derivatives(norm, backend):
     torch.manual_seed(0)
     tensors = [torch.randn(1, 2, 3, 3), *random_layer(2, 2, 3, (2, 2))]
     tensors = [t.double().requires_grad_() for t in tensors]
-    layer = functools.partial(dau_conv2d, norm="bounded", eps=EPS, backend=backend)
+    layer = functools.partial(dau_conv2d, norm=norm, eps=EPS, backend=backend)
     assert torch.autograd.gradgradcheck(layer, tensors, check_batched_grad=False)
     assert torch.autograd.gradcheck(layer, tensors, check_forward_ad=True)
 
 
-def test_both_tables_name_the_same():
+def test_both_tables_name_the_same_and_so_do_the_pages():
     assert list(_norms.NORMS) == list(kernel_norms.NORMS) == list(functional.NORMS)
+    page = (Path(__file__).resolve().parents[1] / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    for name in _norms.NORMS:
+        assert f'norm="{name}"' in functional.dau_conv2d.__doc__
+        assert f"`{name}`" in page or f'"{name}"' in page
 
 
 @pytest.mark.parametrize("backend", ["reference", "factored", "triton"])
 def test_an_unknown_norm_is_refused_everywhere(backend):
     x, parameters = torch.randn(1, 2, 3, 3), [t.float() for t in random_layer(2, 2, 3, (2, 2))]
-    message = r"norm: expected one of 'squash', 'l2', got 'max'"
+    message = rf"norm: expected one of {NORM_NAMES}( \(coda_kernels.norms.NORMS\))?, got 'max'"
     with pytest.raises(ValueError, match=message):
         dau_conv2d(x, *parameters, norm="max", backend=backend)
     with pytest.raises(ValueError, match=message):
@@ -117,9 +132,11 @@ def test_an_unknown_norm_is_refused_everywhere(backend):
 
 
 def test_a_norm_of_torch_alone_is_refused_by_the_kernels(monkeypatch):
-    """Whoever adds it to one table is told, and does not get another norm's numbers."""
+    """A norm that is in only one of the tables is refused, and never computed as another norm."""
     monkeypatch.setitem(_norms.NORMS, "bounded", Bounded())
     x, parameters = torch.randn(1, 2, 3, 3), [t.float() for t in random_layer(2, 2, 3, (2, 2))]
     dau_conv2d(x, *parameters, norm="bounded", backend="factored")
-    with pytest.raises(ValueError, match=r"norm: expected one of 'squash', 'l2', got 'bounded'"):
+    with pytest.raises(
+        ValueError, match=rf"norm: .* {NORM_NAMES} \(coda_kernels.norms.NORMS\), got 'bounded'"
+    ):
         dau_conv2d(x, *parameters, norm="bounded", backend="triton")

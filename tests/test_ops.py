@@ -1,5 +1,5 @@
-"""The operators: torch's own checks, derivatives of any order, what is kept, compilation, export,
-autocast, FLOPs, a light import.
+"""The operators: torch's own checks, derivatives of any order, saved tensors, compilation, export, autocast,
+FLOPs, and light imports.
 """
 
 import io
@@ -29,7 +29,7 @@ align, align_backward, adjoint = (
 WINDOW = ([2, 1], [1, 0, 1, 2], [1, 2])  # stride, padding (left, right, top, bottom), dilation
 ONE_LOOK = ([1, 1], [0, 0, 0, 0], [1, 1])
 PLAIN = ("squash", 1e-6)
-OUTPUT = (2, 4, 4, 6)  # of 4 units with a kernel (3, 2) moved by WINDOW over an image of 6 x 7
+OUTPUT = (2, 4, 4, 6)  # 4 units with a kernel (3, 2) and the geometry WINDOW on an image of 6 x 7
 
 
 def _image(layout="contiguous", dtype=torch.float64):
@@ -42,7 +42,7 @@ def _image(layout="contiguous", dtype=torch.float64):
 
 
 def _case(layout, dtype, bias=True, applied=False):
-    """(x, u, [B, A, b]), all of which want gradients."""
+    """(x, u, [B, A, b]), all of which require gradients."""
     x, u = _image(layout, dtype), _image("contiguous", dtype) if applied else None
     parameters = [None if t is None else t.to(dtype) for t in random_layer(5, 4, 3, (3, 2), bias=bias)]
     tensors = [None if t is None else t.detach().requires_grad_() for t in (x, u, *parameters)]
@@ -102,8 +102,8 @@ def test_opcheck_adjoint(layout, dtype, bias):
 
 
 def test_formats_of_results():
-    """Each image in the format of the tensor that it is the gradient of; parameters contiguous; the fake
-    kernels say the same.
+    """The gradient of each image has the memory format of the image, and those of parameters are contiguous.
+    The fake kernels return the same formats.
     """
     x, u, parameters = _case("channels_last", torch.float32, applied=True)
     needs = _needs(True, True, False)
@@ -130,7 +130,7 @@ def test_formats_of_results():
 
 @pytest.mark.parametrize("backend", ["factored", "triton"])
 def test_gradients_of_1x1_layers_have_the_strides_of_their_parameters(backend):
-    """is_contiguous() says nothing about axes of size 1; DDP compares strides, and warns."""
+    """is_contiguous() ignores axes of size 1, but DDP compares strides and warns."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = coda_fast.DAUConv2d(4, 6, 1, rank=3, backend=backend).to(device)
     layer(torch.randn(2, 4, 5, 5, device=device)).sum().backward()
@@ -154,7 +154,9 @@ def test_gradients_of_1x1_layers_have_the_strides_of_their_parameters(backend):
 )
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 def test_several_gradients_in_explanation_mode(layout, dtype, bias, applied, norm, chunk, monkeypatch):
-    """A layer's weights made once for all of them: the definition's adjoint of each."""
+    """The weights of a layer are computed once for all gradients, each of which equals the definition's
+    adjoint.
+    """
     monkeypatch.setattr(windows, "CHUNK_PARAMETERS", 0)
     monkeypatch.setitem(matrices.CHUNK_BYTES, "cpu", chunk)
     x, u, parameters = _case(layout, dtype, bias, applied)
@@ -180,7 +182,7 @@ def test_several_gradients_in_explanation_mode(layout, dtype, bias, applied, nor
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_vmap_of_everything_else(detach):
-    """Whatever is batched, one after the other; differentiable."""
+    """All other batched arguments are computed one after the other, and differentiably."""
     tensors, many = _small(False), torch.randn(3, 1, 2, 3, 3, dtype=torch.float64)
     layer = lambda x: dau_conv2d(x, *tensors[2:], detach=detach)
     torch.testing.assert_close(torch.func.vmap(layer)(many), torch.stack([layer(x) for x in many]))
@@ -249,7 +251,7 @@ def test_derivatives_of_adjoint():
 
 @pytest.mark.parametrize("which", range(4))
 def test_penalty_on_one_gradient(which):
-    """The other gradients of a double backward pass are undefined, not zeros to be multiplied."""
+    """The other gradients of a double backward pass are undefined, and not zeros to be multiplied."""
     x, _, parameters = _case("contiguous", torch.float64)
     tensors = [x, *parameters]
 
@@ -305,7 +307,7 @@ class _Calls(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("options", "frozen", "keep"),
     [
-        ({}, False, "products"),  # the patches are small
+        ({}, False, "products"),  # small patches
         (dict(save_contraction=True), False, "contraction"),
         (dict(save_contraction=False), False, "products"),
         (dict(detach=True, save_contraction=True), False, "norm"),
@@ -315,7 +317,7 @@ class _Calls(TorchDispatchMode):
     ids=str,
 )
 def test_keeps_what_a_backward_pass_needs(options, frozen, keep):
-    """frozen: nothing that could have a gradient has one; in explanation mode that is the input."""
+    """``frozen``: no tensor requires a gradient that could; in explanation mode that is the input."""
     x, _, parameters = _case("contiguous", torch.float32)
     if frozen:
         x = x.detach()
@@ -394,8 +396,8 @@ def compiler():
 
 @pytest.mark.parametrize("marked", [False, True])
 def test_compile_training(compiler, marked):
-    """Logits and gradients of the eager network, within 1e-12; at most one static and one dynamic
-    compilation for all batch sizes.
+    """Logits and gradients equal those of the eager network within 1e-12, with at most one static and one
+    dynamic compilation for all batch sizes.
     """
     model = _network()
     compiled, counter = compiler(model)
@@ -450,7 +452,7 @@ def test_compile_adjoint(compiler):
 
 @pytest.mark.slow
 def test_compile_with_inductor(compiler):
-    """Within 1e-12 too: what inductor generates is the encoder, the pooling and the loss."""
+    """Also within 1e-12. Inductor generates code for the encoder, the pooling and the loss."""
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         pytest.skip("inductor needs a C++ compiler: none of g++, clang++, c++ is here")
     model = _network()
@@ -463,8 +465,8 @@ def test_compile_with_inductor(compiler):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_export(grad):
-    """One program for every batch size, equal to the network, also after saving; it can be trained,
-    however it was exported.
+    """One program for every batch size equals the network, also after saving. It can be trained, however it
+    was exported.
     """
     model = _network()
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
@@ -489,8 +491,8 @@ def test_export(grad):
 
 
 def test_autocast_of_the_operators():
-    """Called directly they cast like a convolution, differentiably; float64 is left alone; backward is the
-    same inside and outside.
+    """Operators called directly cast like a convolution, and differentiably. float64 is not cast. Backward is
+    the same inside and outside of autocast.
     """
     x, u, parameters = _case("contiguous", torch.float32, applied=True)
     tensors = [x, u, *parameters]
@@ -512,7 +514,7 @@ def test_autocast_of_the_operators():
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = gradients()
     assert all(torch.equal(a, b) for a, b in zip(under_autocast, gradients(), strict=True)), (
-        "inside, precision is the backend's choice"
+        "inside, the backend chooses the precision"
     )
     outside, expected = (torch.autograd.grad(y, tensors, value.bfloat16()) for y in (output, by_hand))
     for a, b, c in zip(inside, outside, expected, strict=True):
@@ -523,7 +525,7 @@ def test_autocast_of_the_operators():
 
 @pytest.mark.parametrize("function", ["plain", "detach", "adjoint"])
 def test_backward_inside_autocast_keeps_float32(function):
-    """A graph made outside autocast is walked in its own dtype, second derivatives too."""
+    """The backward pass of a graph made outside of autocast keeps its dtype, also for second derivatives."""
     x, _, parameters = _case("contiguous", torch.float32)
     tensors = [x, *parameters]
 
@@ -550,7 +552,7 @@ def test_backward_inside_autocast_keeps_float32(function):
 
 
 def test_flops():
-    """The closed formula of the multiply-adds, for each operator."""
+    """The closed formula of the multiply-adds for each operator."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def count(function):
@@ -595,7 +597,7 @@ def test_flops():
 
 @pytest.mark.parametrize("first", [True, False])
 def test_eager_use_is_light(first):
-    """Eager use imports neither the compiler nor Triton nor the FLOP counter, which still counts,
+    """Eager use imports neither the compiler nor Triton nor the FLOP counter. The counter still works,
     whichever is imported first.
     """
     script = f"""

@@ -1,5 +1,5 @@
-"""The distribution: what the wheel holds and asks for, and that the installed packages import lightly,
-with and without Triton.
+"""The distribution: the content and requirements of the wheel, and that the installed packages import
+lightly, with and without Triton.
 """
 
 import email
@@ -62,7 +62,9 @@ print(json.dumps({
 
 
 def python(*arguments, cwd, path=None):
-    """Standard output of a Python that sees no package of the tree; `path`: a folder to import from."""
+    """Standard output of a Python process that cannot import packages of the tree. `path`: a folder to import
+    from.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
@@ -80,8 +82,8 @@ def python(*arguments, cwd, path=None):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A copy of the tree, so that building leaves nothing behind in it; with the folders that no
-    distribution may install.
+    """A copy of the tree, so that building leaves no files in it, with the folders that no distribution may
+    install.
     """
     folder = tmp_path_factory.mktemp("sources")
     for name in ("coda_fast", "kernels", "tests", "bench", "tools", "experiments"):
@@ -97,7 +99,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sources, tmp_path_factory):
-    """The wheel, built from the source distribution, as for a release."""
+    """The wheel, built from the source distribution as for a release."""
     pytest.importorskip(
         "setuptools", minversion="77.0.3", reason="building needs the setuptools of the extra coda-fast[test]"
     )
@@ -136,7 +138,7 @@ def metadata(wheel):
 
 @pytest.fixture(scope="module", params=["with", "without"])
 def imported(request, installed, tmp_path_factory):
-    """What a fresh process sees when it imports the installed packages, `with` or `without` Triton."""
+    """The modules that a new process has after importing the packages, `with` or `without` Triton."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     return request.param, json.loads(python("-c", PROBE, request.param, cwd=elsewhere, path=installed))
 

@@ -1,4 +1,4 @@
-"""The documentation site describes all that is public; what else there is to check, ``make docs`` does."""
+"""The documentation site describes everything that is public. ``make docs`` checks the rest."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_every_public_name_is_on_a_page():
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     described = {line.removeprefix("::: ") for line in pages.splitlines() if line.startswith("::: ")}
-    modules = {"data", "functional", "__version__"}  # the functions of the modules are described one by one
+    modules = {"data", "functional", "__version__"}  # the functions of these modules are described one by one
     assert {f"coda_fast.{name}" for name in set(coda_fast.__all__) - modules} <= described
 
 
@@ -26,7 +26,7 @@ def test_the_readme_is_short():
 
 
 def test_every_example_is_included_in_its_page():
-    """A line that is not exactly this one would be shown as it stands."""
+    """An include line that differs from this form would be shown as text."""
     lines = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8").splitlines()
     scripts = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
     assert len(scripts) >= 5

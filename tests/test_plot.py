@@ -1,4 +1,4 @@
-"""Pictures whose pixels are known."""
+"""Figures whose pixels are known."""
 
 import importlib.util
 import io
@@ -31,14 +31,14 @@ def test_symmetric_scale():
 
 
 def test_weight_rgba():
-    """Red wanted -> red; dark wanted (weight on 1 - x) -> black; no weight -> grey; alpha follows positive
+    """Weight on red gives red, weight on 1 - x gives black, no weight gives grey. Alpha follows the positive
     contribution.
     """
     weight = torch.zeros(6, 2, 2)
     weight[0, 0, 0] = 2.0  # red
     weight[4, 0, 0] = weight[5, 0, 0] = 1.0  # no green, no blue
     weight[3:, 0, 1] = 1.0  # dark
-    weight[:3, 1, 0] = -5.0  # negative weights want nothing
+    weight[:3, 1, 0] = -5.0  # negative weights have no colour
     contribution = torch.tensor([[1.0, 0.5], [-1.0, 0.0]])
     picture = plot.weight_rgba(weight, contribution)
     assert picture.shape == (2, 2, 4)
@@ -61,7 +61,7 @@ def test_weight_rgba_refuses(weight, contribution):
 
 
 def test_map_colours(tmp_path):
-    """Positive red, negative blue, zero white, saturated at the scale."""
+    """Positive is red, negative blue, zero white, and colours saturate at the scale."""
     figure = plot.new_figure(2, 2)
     axes = figure.subplots()
     artist = plot.show_map(axes, torch.tensor([[1.0, -1.0], [0.0, 9.0]]), 1.0)
@@ -100,11 +100,13 @@ def test_explanation_figure(tmp_path):
     assert "<svg" in (tmp_path / "figure.svg").read_text()[:1000]
 
 
-CROPPED = Preprocessing(3, 20, 10)  # of a picture of 60 x 40: the middle 20 x 20
+CROPPED = Preprocessing(3, 20, 10)  # the middle 20 x 20 pixels of a picture of 60 x 40
 
 
 def test_view():
-    """The picture, its crop, and a map of the crop where it belongs: by colours that tell where they lie."""
+    """The picture, its crop, and a map at the position of the crop, checked by colours that identify
+    positions.
+    """
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[10:30, 20:40] = (200, 100, 0)
     view = plot.View.of(Image.fromarray(pixels), CROPPED)
@@ -113,7 +115,7 @@ def test_view():
     colours = np.zeros((10, 10, 3), np.uint8)
     colours[:5, :5], colours[:5, 5:], colours[5:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     drawn, shown = view.with_map(colours, 80), view.with_crop(colours, 80)
-    # pixels of the map are 4 x 4 of the page, those of the picture 2 x 2
+    # a pixel of the map covers 4 x 4 pixels of the page, and one of the picture 2 x 2
     assert drawn.shape == shown.shape == (80, 120, 3)
     assert drawn[22, 42].tolist() == [255, 0, 0]
     assert drawn[22, 78].tolist() == [0, 255, 0]
@@ -126,7 +128,7 @@ def test_view():
 
 
 def test_view_of_what_is_not_cropped():
-    """Sides are quotients, which rounding moves by the last digit."""
+    """The sides are quotients, whose last digit may be rounded."""
     for side in range(1, 300):
         assert not plot.View.of(Image.new("L", (side, side)), Preprocessing(1, 28, 28)).cropped
     assert not plot.View.of(Image.new("L", (1151, 1151)), Preprocessing(1, 300)).cropped
@@ -143,7 +145,7 @@ def test_view_of_a_large_picture_and_of_a_strip():
 
 
 def test_maps_lie_where_they_belong():
-    """In a figure: the axes show all of the picture, the map has the extent of the crop."""
+    """In a figure, the axes show the whole picture, and the map has the extent of the crop."""
     net = CoDANet([2], [1], [1], [1], temperature=1)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     images = CROPPED(picture)[None]
@@ -171,7 +173,7 @@ def test_explanation_figure_names_the_true_class():
         "image: a$x^$",
         "image: black-footed ferret\u2026",
     ]
-    plot.render(figure)  # no formula
+    plot.render(figure)  # must not be parsed as a formula
     with pytest.raises(ValueError, match="labels: expected 2, one for each image, got 3"):
         plot.explanation_figure(images, explanation, 0.0, None, [1, 2, 3])
 
@@ -185,7 +187,7 @@ def test_explanation_figure_refuses_strangers():
 
 
 def test_explanation_of_a_layer():
-    """The maps of what enters it, without the weight, which is a picture of pixels only."""
+    """The maps of the input of a layer, without a weight panel, which needs an image."""
     model = create_model("coda_xs_digits")
     images = torch.rand(2, 1, 8, 8)
     figure = plot.explanation_figure(images, model.explain(images, layer=2), model.logit_bias)
@@ -195,7 +197,7 @@ def test_explanation_of_a_layer():
 
 
 def test_explanation_of_two_channels():
-    """No picture of the weight, as there is no colour that it would be."""
+    """There is no weight panel, because two channels are no colour."""
     model = CoDANet(
         [4, 3], ranks=[2, 2], kernel_sizes=[3, 1], strides=[1, 1], temperature=1, image_channels=2
     )
@@ -206,7 +208,7 @@ def test_explanation_of_two_channels():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """No character was looked for yet, and no package with fonts is known; what fonts a test adds go with
+    """No character and no package with fonts has been looked up yet. Fonts that a test adds are removed with
     it.
     """
     monkeypatch.setattr(fonts, "_LOST", set())
@@ -215,11 +217,11 @@ def fresh(monkeypatch):
     monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
 
 
-CAT = "\U000f1234"  # of a private area: no font has it but ours
+CAT = "\U000f1234"  # from a private area, which only the font of this test has
 
 
 def _font(path, character=CAT, family="Cats"):
-    """A font file with one character, a black square."""
+    """Write a font file with one character, a black square."""
     pen = TTGlyphPen(None)
     pen.moveTo((0, 0)), pen.lineTo((0, 700)), pen.lineTo((700, 700)), pen.lineTo((700, 0)), pen.closePath()
     font = FontBuilder(1000, isTTF=True)
@@ -235,7 +237,7 @@ def _font(path, character=CAT, family="Cats"):
 
 
 def _ink(text):
-    """How much black a title has."""
+    """The sum of black in a rendered title."""
     figure = plot.new_figure(1, 1)
     plot.show_image(figure.subplots(), torch.ones(1, 4, 4), text)
     picture = np.asarray(Image.open(io.BytesIO(plot.render(figure, dpi=80))).convert("L"))[:20]
@@ -243,8 +245,8 @@ def _ink(text):
 
 
 def test_fonts_of_packages(fresh, monkeypatch, tmp_path):
-    """The font of an installed package is found, without importing it, and draws what no other has: no
-    warning, a picture of its own.
+    """The font of an installed package is found without importing it, and draws characters that no other font
+    has: without a warning, and as a distinct picture.
     """
     (tmp_path / "cat_fonts" / "deep").mkdir(parents=True)
     (tmp_path / "cat_fonts" / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -263,9 +265,7 @@ def test_fonts_of_packages(fresh, monkeypatch, tmp_path):
 
 
 def test_fonts_that_came_after_matplotlib_made_its_list(fresh, monkeypatch, tmp_path):
-    """Who follows the advice of the warning and installs a font of the system need not know of
-    matplotlib's cache.
-    """
+    """A system font installed after the warning is found although matplotlib's cache does not list it."""
     file = _font(tmp_path / "cats.ttf")
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(tmp_path / "missing.ttf"), file])
     with warnings.catch_warnings():
@@ -277,8 +277,8 @@ def test_fonts_that_came_after_matplotlib_made_its_list(fresh, monkeypatch, tmp_
     importlib.util.find_spec("matplotlib_fontja") is None, reason="needs the package with a Japanese font"
 )
 def test_names_in_scripts_that_the_default_font_lacks(fresh, monkeypatch):
-    """Drawn by a font that has them: no warning, another picture for another name instead of one box for
-    all.
+    """They are drawn by a font that has them: without a warning, and with different pictures for different
+    names instead of boxes.
     """
     monkeypatch.setattr(fonts, "_PACKAGES", ("matplotlib_fontja",))
     with warnings.catch_warnings():
@@ -292,7 +292,7 @@ def test_names_in_scripts_that_the_default_font_lacks(fresh, monkeypatch):
 
 
 def test_characters_that_no_font_has(fresh, monkeypatch):
-    """An empty box each, one warning for a figure, none the second time."""
+    """Each is drawn as an empty box, with one warning for a figure, and none the second time."""
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
     names = [f"{chr(0xF1000 + i)}{chr(0xF2000 + i)} b" for i in range(10)]
     model = create_model("coda_xs_digits", class_names=names)
@@ -313,8 +313,8 @@ def test_characters_that_no_font_has(fresh, monkeypatch):
 
 
 def test_names_of_bad_will(fresh):
-    """Formulas, control characters, lines: drawn as they are, or visibly replaced. What turns the
-    direction of text around is left out.
+    """Formulas, control characters and line breaks are drawn as text or visibly replaced. Characters that
+    reverse the direction of text are left out.
     """
     assert fonts.drawable("a\nb\tc\x00\ud800")[0] == "a b c\ufffd\ufffd"
     assert (
@@ -337,7 +337,7 @@ def test_names_of_wide_characters_take_no_more_room():
 
 
 def test_curves_of_runs_with_names_of_bad_will():
-    """Matplotlib would read dollars as a formula and fail when the training is over."""
+    """Matplotlib would read dollar signs as a formula, and fail after the training."""
     recipe = load_recipe("digits-s", ["name='a $x^$ b'"])
     history = [{"epoch": 1, "train_loss": 0.5, "train_accuracy": 0.5}]
     figure = curve(history, recipe)

@@ -1,4 +1,4 @@
-"""The HTML report: what is on the page, and that a browser shows it."""
+"""The HTML report: the content of the page, and that a browser shows it."""
 
 import base64
 import html.parser
@@ -37,7 +37,7 @@ def checkpoint(model, tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """Pictures by caption, text, and what a page would load."""
+    """The images of a page by caption, its text, and the files that it would load."""
 
     def __init__(self, text):
         super().__init__()
@@ -67,8 +67,8 @@ class Page(html.parser.HTMLParser):
 
 
 def test_page(model):
-    """Every map of the model's own explanation, on its scale; all classes' errors; nothing loaded from
-    elsewhere; names escaped.
+    """The page has every map of the model's own explanation on its scale, and the errors of all classes. It
+    loads nothing from other servers, and names are escaped.
     """
     images = [torch.rand(1, 8, 8), torch.rand(1, 10, 12)]
     page = Page(report.render(model, images, ["a <i>.png", "b.png"], classes=2, methods=[]))
@@ -84,7 +84,8 @@ def test_page(model):
         shown = pictures[f"why {name}" if k == 0 else f"why {name}?"]
         assert shown.shape == (8, 8, 3)
         strength = (explained.contribution_map[0, k].numpy() / scale).clip(-1, 1)
-        red, blue = shown[..., 0].astype(int), shown[..., 2].astype(int)  # bwr: white less what is missing
+        # in bwr, what red or blue lack from white is the contribution
+        red, blue = shown[..., 0].astype(int), shown[..., 2].astype(int)
         np.testing.assert_allclose(np.where(strength > 0, 255 - blue, red - 255) / 255, strength, atol=0.02)
     assert f"{float(explained.completeness_error[0, 0]):.1e}" in text
 
@@ -94,11 +95,11 @@ def test_page(model):
     [(10, "(p > 0.999)", "> 0.999"), (0, "(p = 0.5", "0.5"), (-10, "(p < 0.001)", "< 0.001")],
 )
 def test_probability(logit, heading, column):
-    """Of a sure image no false certainty, and no "p = p > 0.999"."""
+    """A confident image is not shown with a probability of 1, nor as "p = p > 0.999"."""
     model = create_model("coda_xs_digits", logit_bias=logit, temperature=1e4).eval()
     page = Page(report.render(model, [torch.rand(1, 8, 8)], ["a"], methods=[]))
     headings = [word for word in page.words if "(p" in word]
-    assert len(headings) == 2  # of the image, and of its layers
+    assert len(headings) == 2  # one for the image, and one for its layers
     assert all(heading in h and h.count("p ") == 1 for h in headings), headings
     start = page.words.index("completeness error")
     cells = [word for word in page.words[start + 1 :] if word][1:12:4]
@@ -107,7 +108,7 @@ def test_probability(logit, heading, column):
 
 
 def captions(page):
-    """Of the other methods' maps."""
+    """The captions of the maps of the other methods."""
     return [
         caption
         for caption, _ in page.pictures
@@ -116,8 +117,8 @@ def captions(page):
 
 
 def test_default_methods(model, monkeypatch):
-    """The network's own maps stand beside others; where captum is missing the page says so, and what is
-    asked for is an error.
+    """The network's own maps are shown next to those of other methods. If captum is missing, the page says
+    so, and requesting its methods is an error.
     """
     render = lambda **options: Page(report.render(model, [torch.rand(1, 8, 8)], ["a"], **options))
     assert captions(render()) == ["IxG", "IntGrad", "GCam"]
@@ -144,7 +145,7 @@ def test_default_methods(model, monkeypatch):
     ],
 )
 def test_methods_that_are_the_same(model, methods, shown):
-    """One column for both, which is what captum computes for either."""
+    """One column for both methods, because captum computes the same for both."""
     image = torch.rand(1, 8, 8)
     page = Page(report.render(model, [image], ["a"], methods=methods))
     assert captions(page) == shown
@@ -158,7 +159,7 @@ def test_methods_that_are_the_same(model, methods, shown):
 
 
 def test_layers(model):
-    """What enters each layer after the first, in the layer's own size."""
+    """The input of each layer after the first, at the size of the layer."""
     page = Page(report.render(model, [torch.rand(1, 8, 8)], ["a"]))
     sizes = {caption: picture.shape[:2] for caption, picture in page.pictures if caption.startswith("layer")}
     assert sizes == {"layer 2, 8 x 8": (8, 8), "layer 3, 4 x 4": (4, 4)}
@@ -183,7 +184,7 @@ def invoke(*arguments):
 
 
 def test_command(tmp_path, checkpoint):
-    """A folder with a file that is no image: the others are shown, it is named."""
+    """In a folder with a file that is not an image, the others are shown and the file is named."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name in ("b.png", "a.png"):
@@ -199,9 +200,7 @@ def test_command(tmp_path, checkpoint):
 
 
 def test_pictures_are_asked_for_one_by_one(model):
-    """A page of any length holds one picture at a time; what could not be read is known, and said, at its
-    end.
-    """
+    """A page of any length holds one image in memory at a time. Unreadable images are listed at its end."""
     asked, skipped = [], []
 
     def pictures():
@@ -223,8 +222,8 @@ def test_pictures_are_asked_for_one_by_one(model):
 
 
 def test_command_shows_crops(tmp_path, checkpoint):
-    """A wide picture, of which the network sees the middle: the picture and all maps have its shape;
-    --size takes it whole.
+    """The network sees the middle of a wide picture. The picture and all maps have its shape, and with --size
+    all of it is used.
     """
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 80, 3), np.uint8)).save(
         tmp_path / "wide.png"
@@ -258,8 +257,8 @@ def images_of_classes(root, classes=4, each=10):
 
 
 def test_command_on_a_folder_of_classes(tmp_path, checkpoint):
-    """All depths, all classes, no more than the limit, which is said; files asked for by name do not
-    count.
+    """Images of all depths and classes are shown, up to the limit, which the page states. Files given by name
+    do not count.
     """
     root, output = tmp_path / "data" / "val", tmp_path / "page.html"
     images_of_classes(root)
@@ -330,7 +329,7 @@ def test_command_refuses(tmp_path, checkpoint):
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: apt install chromium)")
 def test_in_a_browser(model, tmp_path):
-    """Headless Chromium: the page is laid out and its pictures are drawn in their colours."""
+    """Headless Chromium lays out the page and draws its images in their colours."""
     path, shot = tmp_path / "page.html", tmp_path / "page.png"
     report.write(path, report.render(model, [torch.rand(1, 8, 8)], ["a.png"]))
     flags = (
@@ -351,6 +350,6 @@ def test_in_a_browser(model, tmp_path):
     saturated = lambda channel: (
         (pixels[..., channel] > 200) & (pixels.sum(2) - pixels[..., channel] < 120)
     ).mean()
-    assert saturated(0) > 0.0005  # red: for; the legend alone has 0.0004
-    assert saturated(2) > 0.0005  # blue: against
+    assert saturated(0) > 0.0005  # red, for the class; the legend alone has 0.0004
+    assert saturated(2) > 0.0005  # blue, against the class
     assert (pixels.min(2) > 250).mean() > 0.5  # a white page, not an error page in grey

@@ -1,5 +1,5 @@
-"""timm's factory, data pipeline, checkpoints and training loop on CoDA-Nets: as the networks of coda_fast,
-with timm's interface.
+"""timm's factory, data pipeline, checkpoints and training loop on CoDA-Nets, which equal the networks of
+coda_fast with timm's interface.
 """
 
 import csv
@@ -24,7 +24,7 @@ import coda_fast
 from coda_fast import timm_models
 from coda_fast.losses import matrix_penalty
 
-TINY = dict(rank=4)  # the layers of coda_s_cifar10, narrow inside
+TINY = dict(rank=4)  # the layers of coda_s_cifar10 with a small rank
 
 
 def _images(model, batch=2, size=None):
@@ -74,7 +74,7 @@ def test_any_size_layout_and_compilation():
 
 
 def test_images_reach_the_network_as_pixels_in_0_1():
-    """timm would subtract ImageNet's mean; a CoDA-Net encodes [x, 1 - x]."""
+    """By default timm would subtract ImageNet's mean, but a CoDA-Net encodes [x, 1 - x]."""
     for name, mode in (("coda_s_cifar10", "RGB"), ("coda_xs_digits", "L")):
         model = timm.create_model(name, device="meta")
         channels, height, width = model.pretrained_cfg["input_size"]
@@ -86,9 +86,7 @@ def test_images_reach_the_network_as_pixels_in_0_1():
 
 
 def test_the_configuration_and_the_transform_say_the_same(tmp_path):
-    """Both ways: what a model is made with is in its configuration, what a configuration says is the
-    model's transform.
-    """
+    """The options of a model are in its configuration, and the model's transform follows a configuration."""
     from coda_fast.data import Preprocessing
 
     names = [f"digit {i}" for i in range(10)]
@@ -159,7 +157,7 @@ def test_reset_classifier():
     for refused in (lambda: model.explain(images), model.config):
         with pytest.raises(ValueError, match="expected a network with a classifier"):
             refused()
-    model.reset_classifier(3)  # a classifier sums
+    model.reset_classifier(3)  # a classifier with sum pooling
     assert model.global_pool == "sum"
     assert model.explain(images).completeness_error.max() < 1e-12
     made = timm.create_model("coda_xs_digits", num_classes=0, global_pool="")
@@ -184,8 +182,8 @@ def test_reset_classifier_refuses(arguments, message):
 
 @pytest.mark.parametrize("indices", [None, (0, 2), (1,)])
 def test_features_only(indices):
-    """Maps of the channels and reductions stated, equal to what hooks see in the whole network with the
-    same weights.
+    """Maps have the stated channels and reductions, and equal those that hooks see in the whole network with
+    the same weights.
     """
     options = {} if indices is None else {"out_indices": indices}
     extractor = timm.create_model("coda_s_cifar10", features_only=True, **TINY, **options)
@@ -194,7 +192,7 @@ def test_features_only(indices):
         {k.removeprefix("model."): v for k, v in extractor.state_dict().items()}, strict=False
     )
     chosen = indices or (0, 1, 2)
-    # the layers before each stride, and the last
+    # the layers before each stride, and the last layer
     ends = [{0: "layers.1", 1: "layers.4", 2: "layers.7"}[i] for i in chosen]
     assert extractor.feature_info.module_name() == ends
     seen = {}
@@ -212,7 +210,7 @@ def test_features_only(indices):
         assert torch.equal(found, seen[name])
         assert found.shape == (2, channels, 32 // reduction, 40 // reduction)
     sum(found.sum() for found in maps).backward()
-    assert all(p.grad is not None for p in extractor.parameters()), "layers that no map needs should be gone"
+    assert all(p.grad is not None for p in extractor.parameters()), "layers that no map needs are removed"
 
 
 def test_intermediates():
@@ -233,8 +231,8 @@ def test_intermediates():
 
 @pytest.mark.parametrize("train", [False, True])
 def test_explanations_are_complete(train):
-    """Of a network with other classes and channels, and with the features that dropout left while it
-    trains.
+    """Explanations of a network with other classes and channels, and, in training mode, of the features that
+    dropout left.
     """
     model = (
         timm.create_model(
@@ -254,7 +252,7 @@ def test_explanations_are_complete(train):
 
 
 def test_gradient_checkpointing():
-    """The same gradients and explanations, with every layer computed twice."""
+    """Gradients and explanations are the same when every layer is computed twice."""
     model = timm.create_model("coda_xs_digits").double()
     images, calls, gradients = _images(model), [], []
     for layer in model.layers:
@@ -319,7 +317,7 @@ def test_files_of_coda_fast_both_ways(tmp_path):
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """Two classes in training and validation, told apart by a bright half."""
+    """Two classes for training and validation, which differ in the half that is bright."""
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "validation"):
         for label in ("left", "right"):
@@ -333,8 +331,8 @@ def image_folder(tmp_path):
 
 
 def test_training_with_the_parts_of_timm(image_folder, tmp_path):
-    """What train.py does: --device-modules imports the plug-in; then its factory, loaders, mixup, loss,
-    optimiser, EMA and checkpoints.
+    """The steps of train.py: --device-modules imports the plug-in, followed by timm's factory, loaders,
+    mixup, loss, optimiser, EMA and checkpoints.
     """
     importlib.import_module("coda_fast.timm_models")
     model = timm.create_model(
@@ -380,7 +378,7 @@ def test_training_with_the_parts_of_timm(image_folder, tmp_path):
         saver.save_checkpoint(epoch, metric=sum(hits) / len(hits))
     assert saver.best_metric == 100.0
     last, images = tmp_path / "last.pth.tar", next(iter(loaders[1]))[0]
-    # the averaged weights, as timm prefers
+    # timm prefers the averaged weights
     twin = timm.create_model("coda_xs_digits", num_classes=2, checkpoint_path=last).eval()
     assert torch.equal(twin(images), ema.module.eval()(images))
     timm.models.load_checkpoint(twin, last, use_ema=False)
@@ -388,7 +386,7 @@ def test_training_with_the_parts_of_timm(image_folder, tmp_path):
 
 
 def test_train_py(image_folder, tmp_path):
-    """timm's own script, which its wheel leaves out: TIMM_TRAIN names it. It trains, validates, saves and
+    """timm's own script, which is not in its wheel and is found by TIMM_TRAIN, trains, validates, saves and
     resumes.
     """
     script = os.environ.get("TIMM_TRAIN")
@@ -447,7 +445,7 @@ def test_train_py(image_folder, tmp_path):
         "", root=image_folder, split="validation", input_img_mode="L", transform=transform
     )
     images, labels = torch.stack([image for image, _ in data]), torch.tensor([label for _, label in data])
-    # bfloat16 there
+    # the script uses bfloat16
     assert nn.functional.cross_entropy(twin(images), labels).item() == pytest.approx(
         float(row["eval_loss"]), rel=0.02
     )
@@ -482,7 +480,7 @@ def test_the_entry_points_are_public():
 
 
 def test_options_of_a_classifier_come_back():
-    """A fresh classifier has the geometry of the one before, its dilation too."""
+    """A reset classifier has the geometry of the previous one, including its dilation."""
     model = timm_models.TimmCoDANet(
         [4, 3], [2, 2], [3, 3], [1, 1], dilations=[1, 2], norm=["squash", "l2"], temperature=1.0
     )

@@ -1,8 +1,8 @@
-"""Every way in which torch differentiates: torch.func and its transforms in any order, forward mode,
-gradients of each sample.
+"""Every way to differentiate in torch: torch.func and its transforms in any order, forward mode, and
+per-sample gradients.
 
-Against finite differences (gradcheck), and against the reference backend, which is made of torch's own
-operators.
+They are compared with finite differences (gradcheck) and with the reference backend, which is made of torch's
+own operators.
 """
 
 import functools
@@ -42,7 +42,7 @@ SECOND = dict(check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_gr
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("applied", [False, True])
 def test_operator(norm, applied):
-    """F(x, u), with an own u and with u = x, under an odd window."""
+    """F(x, u) with u different from x and with u = x, for an odd geometry."""
     x, *parameters = _tensors(bias=applied)
     u = torch.randn_like(x).requires_grad_() if applied else None
     output = lambda *t: align(t[0], t[1], *t[2:], *WINDOW, norm, 1e-6, False, "products", "factored")[0]
@@ -72,7 +72,9 @@ def test_adjoint(norm, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_explanation_mode(backend):
-    """A linear map of the image in both modes of differentiation, to be differentiated in turn in full."""
+    """In explanation mode the layer is a linear map of the image in forward and reverse mode. Its derivatives
+    can be differentiated in full.
+    """
     x, *parameters = _tensors()
     layer = lambda x, *p: dau_conv2d(x, *p, backend=backend, detach=True)
     tangent, value = torch.randn_like(x), torch.randn(1, 2, 2, 2, dtype=torch.float64)
@@ -93,7 +95,7 @@ def test_explanation_mode(backend):
 
 
 def _same(transformed, bound=1e-11):
-    """``transformed(backend)``: a tree of tensors, the same of both."""
+    """Assert that ``transformed(backend)``, a tree of tensors, is the same for both backends."""
     ours, truth = (
         torch.utils._pytree.tree_leaves(transformed(backend)) for backend in ("factored", "reference")
     )
@@ -122,7 +124,7 @@ def test_transforms_of_a_layer(norm):
 def test_third_derivatives():
     tensors = [t[:, :1] if t.dim() == 4 else t[:, :, :1] for t in _tensors(grad=False)]
     tensors = [tensors[0][:, :, :2, :2], tensors[1], tensors[2], tensors[3][:, :1]]
-    # torch itself fails at jacrev of a hessian of vector_norm
+    # torch fails at jacrev of a hessian of vector_norm
     truth = jacrev(jacrev(jacrev(_loss("reference"))))(*tensors)
     for outer, middle, inner in itertools.product((jacrev, jacfwd), repeat=3):
         assert_close(
@@ -131,8 +133,8 @@ def test_third_derivatives():
 
 
 def test_third_derivatives_in_explanation_mode():
-    """Of the map x -> W(x)^T v, whose first derivative in v is constant and whose derivatives in x are
-    those of the weights.
+    """Derivatives of the map x -> W(x)^T v: its first derivative in v is constant, and its derivatives in x
+    are those of the weights.
     """
     image, *parameters = _tensors(grad=False)
     row = lambda b: lambda x: grad(_loss(b, detach=True))(x, *parameters).sin().sum()
@@ -141,7 +143,7 @@ def test_third_derivatives_in_explanation_mode():
 
 
 def test_around_torch_autograd():
-    """torch.func within a graph of torch.autograd, no_grad around it and within it."""
+    """torch.func within a graph of torch.autograd, with no_grad around it and inside it."""
     image, *parameters = _tensors(grad=False)
     leaf = image.clone().requires_grad_()
 
@@ -167,7 +169,7 @@ def test_around_torch_autograd():
 
 
 def test_gradients_of_each_sample():
-    """vmap of grad: the gradients of a loop over the samples."""
+    """vmap of grad gives the gradients of a loop over the samples."""
     net = coda_fast.CoDANet(
         [3, 4], ranks=[3, 3], kernel_sizes=[3, 1], strides=[2, 1], temperature=1.0, dtype=torch.float64
     )
@@ -187,7 +189,7 @@ def test_gradients_of_each_sample():
 
 
 def test_an_ensemble():
-    """Parameters stacked and batched (stack_module_state), the images not."""
+    """Parameters are stacked and batched (stack_module_state), the images are not."""
     nets = [coda_fast.create_model("coda_xs_digits", dtype=torch.float64) for _ in range(3)]
     parameters, buffers = stack_module_state(nets)
     images = torch.rand(2, 1, 8, 8, dtype=torch.float64)
@@ -199,8 +201,8 @@ def test_an_ensemble():
 
 @pytest.mark.parametrize("explaining", [False, True])
 def test_network(explaining):
-    """Jacobians in both modes, their products, in explanation mode and without; the reference network is
-    the same with other layers.
+    """Jacobians in both modes and their products, in explanation mode and without. The reference network has
+    the same weights and layers of the reference backend.
     """
     nets = {}
     for backend in BACKENDS:
@@ -237,7 +239,7 @@ def test_network(explaining):
 
 
 def test_forward_mode_of_a_module():
-    """torch.autograd.forward_ad: a dual image through a network, beside finite differences of it."""
+    """torch.autograd.forward_ad: a dual image through a network equals finite differences."""
     net = coda_fast.create_model("coda_xs_digits", dtype=torch.float64)
     images, tangent = torch.rand(2, 2, 1, 8, 8, dtype=torch.float64)
     with forward_ad.dual_level():
@@ -247,9 +249,7 @@ def test_forward_mode_of_a_module():
 
 
 def test_forward_mode_where_a_weight_vanishes():
-    """At w = 0 "squash" passes nothing on, and its directional derivative is zero, not NaN; likewise below
-    eps under "l2".
-    """
+    """At w = 0 the directional derivative of "squash" is zero and not NaN; so is that of "l2" below eps."""
     image = torch.randn(1, 2, 3, 3, dtype=torch.float64)
     reduce, weight = (
         torch.randn(2, 2, 2, 2, dtype=torch.float64),
@@ -268,7 +268,9 @@ def test_forward_mode_where_a_weight_vanishes():
 
 @pytest.mark.parametrize("backend", ["factored", "triton"])
 def test_fused_backends(backend):
-    """The derivatives are registered above the backends: float32 of each of them, the fused kernels too."""
+    """The derivatives are registered for all backends: each gives them in float32, including the fused
+    kernels.
+    """
     torch.manual_seed(0)
     tensors = [t.float() for t in _tensors(grad=False)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -289,8 +291,8 @@ def test_fused_backends(backend):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_lower_precision(dtype, norm):
-    """Short weights, whose powers leave float16: the directional derivative and a second derivative to the
-    rounding of the numbers.
+    """Short weights, whose powers underflow in float16: the directional derivative and a second derivative
+    are exact within the rounding of the dtype.
     """
     tensors = [t.to(dtype) for t in _tensors(grad=False)]
     tensors[2:] = [t / 64 for t in tensors[2:]]

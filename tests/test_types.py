@@ -1,4 +1,4 @@
-"""Type hints: every public function of the package has them, and the packages say that they do (PEP 561)."""
+"""Every public function of the package has type hints, and the packages declare that they do (PEP 561)."""
 
 import ast
 import pathlib
@@ -16,8 +16,8 @@ def is_public(name):
 
 
 def public_modules():
-    """The modules that a user may import, as paths of which no part begins with an underscore. Those of the
-    commands are left out: click says what their arguments are.
+    """Modules that a user may import, as paths in which no part begins with an underscore. Those of the
+    commands are left out, because click defines their arguments.
     """
     names = (path.relative_to(PACKAGE).with_suffix("").as_posix() for path in sorted(PACKAGE.rglob("*.py")))
     return [name for name in names if all(map(is_public, name.split("/"))) and not name.startswith("cli/")]
@@ -33,7 +33,7 @@ def public_functions(node, prefix=""):
 
 
 def missing_hints(source):
-    """What lacks a type hint in a module: names of public functions with the parameter, or "return"."""
+    """The missing type hints of a module: names of public functions with the parameter, or "return"."""
     for name, function in public_functions(ast.parse(source)):
         arguments = function.args
         positional = [*arguments.posonlyargs, *arguments.args]

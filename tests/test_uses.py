@@ -1,5 +1,5 @@
-"""What a convolution can, a DAU layer can: the ways in which people use a module. docs/uses.md has a row
-for each test.
+"""A DAU layer can be used like a convolution, in all the ways in which modules are used. docs/uses.md has a
+row for each test.
 """
 
 import copy
@@ -70,17 +70,15 @@ def test_hooks():
     layer.weight.register_hook(lambda grad: seen.append(grad.shape))
     layer(_images().requires_grad_()).sum().backward()
     assert seen[:2] == [(2, 3, 6, 6), (2, 5, 6, 6)]
-    # which of the backward hooks comes first is torch's affair
+    # the order of the backward hooks is up to torch
     assert sorted(seen[2:]) == [(2, 5, 6, 6), (5, 4, 3, 3, 3)]
 
 
 @pytest.mark.parametrize("name", ["reduction_weight", "weight"])
 def test_parametrizations(name):
-    """Weight and spectral normalisation of a parameter: what the layer computes is what the parametrised
-    tensor says, and it trains.
-    """
+    """With weight or spectral normalisation the layer computes with the parametrised tensor, and trains."""
     for add in (parametrizations.weight_norm, parametrizations.spectral_norm):
-        # spectral normalisation goes on with its power iteration while training
+        # spectral normalisation continues its power iteration in training mode
         layer = add(_layer(), name).eval()
         x = _images()
         expected = coda_fast.functional.dau_conv2d(
@@ -109,7 +107,7 @@ def test_pruning():
 
 
 def test_meta_device_and_to_empty():
-    """Made without memory, then given some: the fresh weights are drawn as at construction."""
+    """A layer created on the meta device gets memory, and its weights are drawn as by the constructor."""
     layer = DAUConv2d(3, 5, 3, rank=4, device="meta")
     assert layer(torch.empty(2, 3, 6, 6, device="meta")).shape == (2, 5, 4, 4)
     layer = layer.to_empty(device="cpu")
@@ -120,7 +118,7 @@ def test_meta_device_and_to_empty():
 
 
 def test_whole_modules_as_files():
-    """torch.save of a module, for those who pickle."""
+    """torch.save of a whole module, which uses pickle."""
     net, file = _network(), io.BytesIO()
     torch.save(net, file)
     file.seek(0)
@@ -133,7 +131,7 @@ def _square_sum(net, x, queue):
 
 
 def test_shared_memory_and_processes():
-    """A network in shared memory answers in a process that is spawned."""
+    """A network in shared memory is used in a spawned process."""
     net, x = _network().share_memory(), _images()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -144,7 +142,7 @@ def test_shared_memory_and_processes():
 
 
 def test_tied_layers():
-    """One layer at two places: the gradients of both add up."""
+    """One layer used twice: the gradients of both uses add up."""
     layer = DAUConv2d(3, 3, 3, padding=1, rank=4, dtype=torch.float64)
     twin = copy.deepcopy(layer)
     x = _images()
@@ -161,7 +159,7 @@ def _frozen(layer, x):
 
 
 def test_frozen_parameters():
-    """requires_grad_(False): no gradient for these, the same for the others."""
+    """Parameters with requires_grad_(False) have no gradient, and those of the others do not change."""
     layer, x = _layer(), _images().requires_grad_()
     expected = torch.autograd.grad(layer(x).sum(), [x, layer.reduction_weight])
     layer.weight.requires_grad_(False), layer.bias.requires_grad_(False)
@@ -243,14 +241,14 @@ def _swapped(net, state):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_weights_swapped_between_calls_of_a_compiled_network(backend, monkeypatch, tmp_path):
-    """As an average of the weights is evaluated in their place: each call computes with the weights of its
-    time.
+    """Each call computes with the current weights, also when an average of the weights is evaluated in their
+    place.
 
-    Also where ``CI`` is set: Inductor then refuses operators of which torch knows a decomposition, unless it
-    was told about them.
+    This also holds if ``CI`` is set: Inductor then refuses operators that have a decomposition in torch,
+    unless they are registered as exceptions.
     """
     monkeypatch.setenv("CI", "true")
-    # an empty one: what is found there is not compiled
+    # an empty cache, so that everything is compiled
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     x, other = _images(), {name: t + 0.1 * torch.rand_like(t) for name, t in _network().state_dict().items()}
     torch._dynamo.reset()
@@ -283,8 +281,8 @@ def test_weights_swapped_between_calls_of_a_compiled_network(backend, monkeypatc
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_gradients_accumulated_over_forward_passes_of_a_compiled_network(device, mode):
-    """Several forward passes before the first backward pass, and several steps: what one keeps is not
-    overwritten by the next. Under "reduce-overhead" a GPU replays CUDA graphs, whose memory is theirs.
+    """Several forward passes before the first backward pass, over several steps: tensors saved by one pass
+    are not overwritten by the next. With "reduce-overhead" a GPU replays CUDA graphs, which own their memory.
     """
     torch._dynamo.reset()
     net = _network().float().to(device)
@@ -302,7 +300,7 @@ def test_gradients_accumulated_over_forward_passes_of_a_compiled_network(device,
 
 
 def test_symbolic_trace_of_torch_fx():
-    """A layer is a leaf, as an nn.Conv2d is; the mode of a call is that of the call."""
+    """A layer is a leaf, as nn.Conv2d is. Explanation mode is read when the traced module is called."""
     net, x = _network(), _images()
     traced = torch.fx.symbolic_trace(net)
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == [

@@ -1,4 +1,4 @@
-"""Videos explained: what an independent reading of the written file finds."""
+"""Explained videos, checked by reading the written file independently."""
 
 import importlib.util
 import itertools
@@ -17,7 +17,7 @@ from coda_fast import cli, video
 from coda_fast._video_frames import side_by_side
 from coda_fast.video import VideoError, explain_video, is_video
 
-TIMES = [0, 10, 20, 40, 50, 90, 100, 110]  # hundredths of a second: the rate varies
+TIMES = [0, 10, 20, 40, 50, 90, 100, 110]  # in hundredths of a second, at a varying rate
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_frames_and_maps(model, clip, tmp_path):
     maps = model.explain(images, 3).contribution_map[:, 0]
     assert result.scale == pytest.approx(float(np.percentile(maps.abs().numpy(), 99.75)), rel=0.02)
     for (picture, _), image, contribution in zip(written, images, maps, strict=True):
-        # centres of pixels enlarged 8 times, and of the gap
+        # the centres of pixels enlarged 8 times, and of the gap
         panels = np.delete(picture[4:256:8, 4:776:8].astype(int), 48, 1)
         colours = colormaps["bwr"]((contribution.numpy() / result.scale).clip(-1, 1) / 2 + 0.5)[..., :3] * 255
         assert abs(panels[:, :48] - image[0].numpy()[..., None] * 255).mean() < 4
@@ -134,7 +134,7 @@ def test_a_file_cut_off_is_a_warning(model, clip, tmp_path):
 
 
 def write_clip(path, frames, rotation=0):
-    """[H, W, 3] uint8 arrays, ten a second."""
+    """Write a video of [H, W, 3] uint8 arrays at ten frames per second."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
         stream.height, stream.width = frames[0].shape[:2]
@@ -148,7 +148,7 @@ def write_clip(path, frames, rotation=0):
 
 
 def test_command(model, clip, tmp_path, capsys):
-    """A picture and a video on one command line; the format and the scale as asked for."""
+    """An image and a video on one command line, with the requested format and scale."""
     coda_fast.save(model, tmp_path / "net.safetensors")
     Image.new("L", (16, 16), 90).save(tmp_path / "still.png")
     arguments = [
@@ -247,7 +247,7 @@ def test_refuses_logits_that_are_not_finite(model, clip, tmp_path, options):
 
 
 def test_colour_where_grey_is_needed(model, tmp_path):
-    """Turned grey as pictures are."""
+    """Frames are converted to grey as images are."""
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 200
     clip = write_clip(tmp_path / "red.mp4", [red])
@@ -257,8 +257,8 @@ def test_colour_where_grey_is_needed(model, tmp_path):
 
 
 def test_crops_are_shown(model, tmp_path):
-    """By default what the network was trained on: the middle. The rest is faded on both sides; size=0
-    takes whole frames.
+    """By default the network gets the middle, as in training, and the rest is faded on both sides. With
+    size=0 it gets whole frames.
     """
     pixels = np.full((32, 64, 3), 40, np.uint8)
     clip = write_clip(tmp_path / "wide.mp4", [pixels] * 2)
@@ -266,7 +266,7 @@ def test_crops_are_shown(model, tmp_path):
     frame = frames_of(tmp_path / "out.mp4")[0][0].astype(int)
     assert model.transform.box(64, 32) == (16, 0, 48, 32)
     picture, contributions = frame[:256, :512], frame[:256, 520:1032]
-    for panel in (picture, contributions):  # what the network did not see
+    for panel in (picture, contributions):  # the part that the network did not see
         assert abs(panel[8:248, 8:120] - (150 + 0.4 * 40)).max() <= 8
         assert abs(panel[8:248, 392:504] - (150 + 0.4 * 40)).max() <= 8
     assert abs(picture[8:248, 136:376] - 40).max() <= 8
@@ -280,8 +280,8 @@ def test_crops_are_shown(model, tmp_path):
 
 
 def test_rotation(model, tmp_path):
-    """Stored on its side, shown upright: the bright edge at the left goes to the top when turned
-    clockwise.
+    """A video stored on its side is shown upright: turned clockwise, the bright edge at the left moves to the
+    top.
     """
     pixels = np.zeros((32, 48, 3), np.uint8)
     pixels[:, :16] = 200
@@ -306,22 +306,24 @@ def test_frames_of_several_sizes(model, tmp_path):
 
 
 def test_long_names_are_shortened(model, clip, tmp_path):
-    """The caption ends inside its panel, with the probability in it."""
+    """The caption ends inside its panel and includes the probability."""
     short = explain_video(model, clip, tmp_path / "short.gif", size=0, crop=(0, 0, 32, 32), target=0)
     model.class_names[0] = "American Staffordshire terrier, Staffordshire bull terrier"
     explain_video(
         model, clip, tmp_path / "long.gif", size=0, crop=(0, 0, 32, 32), target=0, scale=short.scale
     )
     long = frames_of(tmp_path / "long.gif")[0][0][258:]  # below the panels
-    assert (long[:, 200:252] < 128).any(), "it fills its panel"
-    assert (long[:, 253:264] > 200).all(), "and leaves the gap free"
+    assert (long[:, 200:252] < 128).any(), "the caption must fill its panel"
+    assert (long[:, 253:264] > 200).all(), "the gap must stay free"
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("matplotlib_fontja") is None, reason="needs the package with a Japanese font"
 )
 def test_names_in_several_scripts(monkeypatch):
-    """Each piece is drawn with the font that has it, one after the other; what is cut is cut by its width."""
+    """Each part is drawn with the font that has its characters, one after the other. Names are cut by their
+    width.
+    """
     drawn, whole = [], ImageDraw.ImageDraw.text
 
     def text(self, xy, piece, fill, font, anchor):
@@ -346,7 +348,7 @@ def test_names_in_several_scripts(monkeypatch):
 
 
 def test_one_scale_for_all_frames(model, tmp_path):
-    """A frame whose contributions are small looks pale beside one whose contributions are large."""
+    """A frame with small contributions is pale next to one with large contributions."""
     noise = (
         np.random.default_rng(0)
         .integers(0, 2, (8, 8, 1))
@@ -364,13 +366,13 @@ def test_one_scale_for_all_frames(model, tmp_path):
     assert peaks[weak] < 0.7 * peaks[strong]
     explain_video(model, clip, tmp_path / "out.gif", size=0, target=0)
     panels = [picture[4:256:8, 268:520:8].astype(int) for picture, _ in frames_of(tmp_path / "out.gif")]
-    depth = [255 - panel.min(2).min() for panel in panels]  # white has none
+    depth = [255 - panel.min(2).min() for panel in panels]  # white has a depth of 0
     assert depth[strong] > 245
     assert depth[weak] / 255 == pytest.approx(float(peaks[weak]) / scale, abs=0.05)
 
 
 def test_playlists_open_no_other_files(model, clip, tmp_path, monkeypatch):
-    """ffmpeg would have them name any file of this machine, or of another."""
+    """Playlists are refused, because in ffmpeg they could name any file of this or another machine."""
     first, text = tmp_path / f"first{clip.suffix}", tmp_path / "list.mp4"
     clip.rename(first)
     for playlist in (
@@ -378,7 +380,7 @@ def test_playlists_open_no_other_files(model, clip, tmp_path, monkeypatch):
         f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1,\n{first.name}\n#EXT-X-ENDLIST\n",
     ):
         text.write_text(playlist)
-        assert is_video(text)  # by its name, so that the message is that of a video
+        assert is_video(text)  # judged by its name, so that the message is about a video
         with pytest.raises(VideoError, match="list.mp4: not a video that can be read"):
             explain_video(model, text, tmp_path / "out.mp4")
     text.rename(tmp_path / "list.txt")
@@ -386,7 +388,7 @@ def test_playlists_open_no_other_files(model, clip, tmp_path, monkeypatch):
 
 
 def test_frames_of_an_animation_are_not_counted_to_know_it(tmp_path, monkeypatch):
-    """A GIF may have millions of them."""
+    """Recognising an animation does not count its frames: a GIF may have millions of them."""
     from PIL.GifImagePlugin import GifImageFile
 
     frames = [Image.new("L", (8, 8), 50 * i) for i in range(4)]
@@ -417,7 +419,7 @@ def test_large_frames_come_in_smaller_batches(model, clip, tmp_path, monkeypatch
     )
     assert sizes == [len(TIMES)] * 2
     sizes.clear()
-    monkeypatch.setattr(explain, "MEMORY_BUDGET", 3 << 20)  # three frames of 48 x 32 by this network
+    monkeypatch.setattr(explain, "MEMORY_BUDGET", 3 << 20)  # three frames of 48 x 32 pixels with this network
     less = explain_video(
         model, clip, tmp_path / "b.gif", size=0, target=0, progress=lambda n, total: sizes.append(n)
     )
@@ -428,12 +430,12 @@ def test_large_frames_come_in_smaller_batches(model, clip, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("ending", ["mp4", "gif", "webm", "mkv", "avi"])
 def test_a_full_disk(model, tmp_path, monkeypatch, ending):
-    """Wherever it fills, also at the last byte: one line, and no file. Simulated by a limit on the size of
-    files.
+    """A full disk at any point, even at the last byte, gives one line and leaves no file. It is simulated by
+    a limit on the size of files.
     """
     resource = pytest.importorskip("resource")
-    # the frames alone: rounding, which may differ from one explanation to the next, would make videos of
-    # several sizes
+    # without contribution maps, whose rounding may differ between explanations and change the size of the
+    # video
     monkeypatch.setattr(
         video,
         "side_by_side",
@@ -456,4 +458,4 @@ def test_a_full_disk(model, tmp_path, monkeypatch, ending):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.gif", output.name]
-        assert output.read_bytes() == rest, "the older video stays as it was"
+        assert output.read_bytes() == rest, "the older video must not change"

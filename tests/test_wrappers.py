@@ -1,4 +1,4 @@
-"""Wrapped networks are the networks inside: saved, explained, measured and trained as those, or refused."""
+"""Wrapped networks are saved, explained, measured and trained like the networks inside, or refused."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ WRAPPERS = {
 
 @pytest.fixture
 def group(tmp_path):
-    """A process group of this process alone."""
+    """A process group with a world size of one."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
     )
@@ -100,9 +100,7 @@ def test_explained_as_the_network_inside(net, wrap):
 
 
 def test_measured_as_the_network_inside(net, wrap):
-    """The rules of a CoDA-Net, sigmoid and encoded pixels, not those of a softmax classifier; as the issue
-    found them missing.
-    """
+    """The rules of a CoDA-Net apply (sigmoid, encoded pixels), and not those of a softmax classifier."""
     images, labels = torch.cat([IMAGES] * 2), net(torch.cat([IMAGES] * 2)).argmax(1)
     bare = evaluation.pixel_removal(net, images, labels, points=5)
     assert torch.equal(
@@ -127,10 +125,10 @@ def test_measured_as_the_network_inside(net, wrap):
 
 
 def test_the_numbers_would_be_others(net):
-    """What a softmax of the logits and masked pixels would give: so that the tests above can fail."""
+    """A softmax of the logits and masked pixels give other numbers, so that the tests above can fail."""
     labels = net(IMAGES).argmax(1)
     bare = evaluation.pixel_removal(net, IMAGES, labels, lambda x, c: x, points=5)
-    blind = nn.Sequential(*net.children())  # no CoDANet in it
+    blind = nn.Sequential(*net.children())  # contains no CoDANet
     blind.forward = net.forward
     assert not torch.allclose(
         evaluation.pixel_removal(blind, IMAGES, labels, lambda x, c: x, points=5).probabilities,
@@ -204,8 +202,8 @@ def test_compiled_and_checkpointed_layers(net, tmp_path):
 
 @pytest.mark.parametrize("layers", [True, False])
 def test_sharded(net, group, tmp_path, layers):
-    """FSDP2 changes the class in place and holds shards: they are gathered, also before any forward pass,
-    and the network trains on.
+    """FSDP2 changes the class in place and shards the parameters. They are gathered, also before any forward
+    pass, and the network continues to train.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -231,7 +229,7 @@ def test_sharded(net, group, tmp_path, layers):
 
 
 def test_a_network_inside_an_unknown_module_is_refused(net):
-    """By which rules it is to be judged cannot be known."""
+    """It is unknown by which rules such a module should be judged."""
 
     class Around(nn.Module):
         def __init__(self, inner):
@@ -256,12 +254,12 @@ def test_a_network_inside_an_unknown_module_is_refused(net):
         lambda: explain(around, IMAGES),
         lambda: matrix_penalty(around, IMAGES, labels),
     ):
-        with pytest.raises(TypeError, match="model: expected a CoDANet, got Around"):
+        with pytest.raises(TypeError, match="model: expected a coda_fast.Network, got a Around"):
             refuse()
 
 
 def test_other_models_stay_in_their_wrappers():
-    """A wrapper of another model may be what makes it fast."""
+    """A wrapper may be what makes another model fast."""
     from coda_fast.dynamic_linear import network_in
 
     wrapped = nn.DataParallel(nn.Flatten())
@@ -276,7 +274,7 @@ def test_other_models_stay_in_their_wrappers():
 
 
 def test_wrappers_are_not_imported():
-    """torch._dynamo takes seconds, timm and lightning may not be there."""
+    """Importing torch._dynamo takes seconds, and timm and lightning may not be installed."""
     program = (
         "import sys, torch; before = 'torch._dynamo' in sys.modules; import coda_fast; "
         "coda_fast.unwrap(torch.nn.Identity())\n"

@@ -1,1 +1,1 @@
-"""Programs for whoever works on the library, run from the root: ``python -m tools.aot`` and so on."""
+"""Programs for developers of the library, run from the root: ``python -m tools.aot`` and so on."""

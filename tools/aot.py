@@ -1,5 +1,5 @@
-"""Compile every kernel in its shipped configuration for GPUs that need not be here, and report what the
-compiler made of it.
+"""Compile every kernel in its shipped configuration for GPUs that need not be present, and report on the
+machine code.
 
     python -m tools.aot
         all layers; bfloat16 everywhere, all dtypes on sm_90; bench/results/aot_triton<version>.json
@@ -7,10 +7,10 @@ compiler made of it.
     python -m tools.aot --table
         print the tables of the stored results ("make tables" puts them into docs/kernels.md)
 
-Nothing is simulated: launches are recorded from the launchers themselves (shapes, constants, alignment),
-compiled by the installed Triton, and registers, stack, shared memory and instructions are read off the
-result. Exit status 1 if a kernel spills, exceeds the device, lacks tensor-core instructions, has its wgmma
-serialised by the assembler, or writes over what a wgmma still reads.
+Nothing is simulated: launches are recorded from the launchers themselves (shapes, constants, alignment) and
+compiled by the installed Triton. Registers, stack, shared memory and instructions are read from the result.
+Exit status 1 if a kernel spills, exceeds the device, lacks tensor-core instructions, has its wgmma serialised
+by the assembler, or writes over what a wgmma still reads.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ BATCH = {"S": 256, "L": 64}
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of one kernel; ``loop_ratio``: instructions a warp issues per tensor-core clock in the
-    main loop, above 1 issue-bound.
+    """The machine code of one kernel. ``loop_ratio``: instructions that a warp issues per tensor-core clock
+    in the main loop; above 1, the kernel is limited by issuing instructions.
     """
 
     kernel: str
@@ -56,11 +56,11 @@ class Report:
     spills: int  # instructions to or from local memory (NVIDIA), spilled registers (AMD)
     stack_bytes: int
     shared_bytes: int
-    occupancy: int  # programs a processor
+    occupancy: int  # programs per processor
     mma: str
     loop_ratio: float | None
-    serialised: str  # the assembler's warning, if it gave one
-    overwritten: int = 0  # registers' writes that a wgmma under way may still read, see `_overwritten`
+    serialised: str  # the warning of the assembler, if any
+    overwritten: int = 0  # writes to registers that a running wgmma may still read, see `_overwritten`
     faults: tuple[str, ...] = ()
 
 
@@ -92,8 +92,8 @@ def layers():
 
 
 def record(shape, dtype, arch, norm="squash"):
-    """Every launch of forward, backward and explanation of a layer, with and without bias, without running
-    any: on meta tensors.
+    """Every launch of forward, backward and explanation of a layer, with and without bias. Nothing runs,
+    because the tensors are meta tensors.
     """
     import torch
 
@@ -206,7 +206,7 @@ def _is_mma(opcode):
 
 
 def _loops(lines):
-    """Instructions, and where loops begin and end among them."""
+    """The instructions, and the positions where loops begin and end among them."""
     position, loops, code = {}, [], []
     for label, opcode, operands in lines:
         if label:
@@ -220,10 +220,10 @@ def _loops(lines):
 
 
 def _overwritten(lines):
-    """Instructions of a loop that write a register which a wgmma, not yet waited for, has as its first
-    operand: it may read it after them.
+    """Instructions of a loop that write a register which is the first operand of a wgmma that is still
+    running and may read it later.
 
-    Every loop is gone through twice in a row, so that what one turn leaves under way meets the next.
+    Every loop is read twice in a row, so that instructions meet what the previous iteration left running.
     """
     code, loops = _loops(lines)
     found = []
@@ -246,8 +246,8 @@ def _overwritten(lines):
 
 
 def _loop_ratio(lines):
-    """Instructions over tensor-core clocks of the innermost loop with most tensor-core work; of everything
-    where there is no loop.
+    """Instructions over tensor-core clocks of the innermost loop with the most tensor-core work, or of the
+    whole kernel where there is no loop.
     """
     code, loops = _loops(lines)
     opcodes = [opcode for opcode, _ in code]
@@ -261,8 +261,8 @@ def _loop_ratio(lines):
 
 
 def _clocks(opcode):
-    """Tensor-core clocks of an instruction a warp: H100 2048 16-bit multiply-adds a clock and processor,
-    A100 1024; float32 half.
+    """Tensor-core clocks of an instruction per warp. Per clock and processor, an H100 does 2048 16-bit
+    multiply-adds and an A100 1024; in float32 half as many.
     """
     if found := re.match(r"HGMMA\.64x(\d+)x", opcode):
         return int(found[1]) / 2
@@ -295,13 +295,13 @@ def _run(*command):
 
 
 def sweep(wanted, dtypes, architectures, kernels=None, jobs=None, progress=lambda text: None):
-    """Reports of every distinct compilation that these layers need."""
+    """A report for every distinct compilation that these layers need."""
     from coda_kernels.compile import specialisation
 
     known, jobs_by_launch = layers(), collections.defaultdict(list)
     for arch in architectures:
         for dtype in dtypes:
-            first = {}  # of the launches that need one compilation
+            first = {}  # the first of the launches that share a compilation
             for name in wanted:
                 for launch in record(known[name], dtype, arch):
                     if kernels and launch.kernel not in kernels:
@@ -331,8 +331,8 @@ def sweep(wanted, dtypes, architectures, kernels=None, jobs=None, progress=lambd
 
 
 def store(reports):
-    """Rows of this Triton's file, those of the same kernel, dtype, architecture and layers replaced;
-    written whole or not at all.
+    """Replace the rows of the same kernel, dtype, architecture and layers in the file of this version of
+    Triton, atomically.
     """
     import triton
 

@@ -1,4 +1,4 @@
-"""The tables of docs/kernels.md from what tools/aot.py stored: what the compiler made of the kernels."""
+"""The tables of docs/kernels.md about the machine code of the kernels, from the results of tools/aot.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from bench.results import FOLDER
 
 
 def tables() -> str:
-    """Markdown of all stored results: the worst of each kernel over the layers, an architecture and dtype
-    a row.
+    """Markdown of all stored results: the worst value of each kernel over the layers, with a row for each
+    architecture and dtype.
     """
     parts = []
     for path in sorted(FOLDER.glob("aot_triton*.json"), reverse=True):

@@ -2,7 +2,7 @@
 (``make tables``).
 
 python -m tools.documents            write them
-python -m tools.documents --check    exit status 1 if what is written is not what the rows say
+python -m tools.documents --check    exit status 1 if a document does not match the rows
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tools import aot_tables, launches
 
 
 def devices(folder: Path = results.FOLDER) -> list[tuple[Path, list[dict]]]:
-    """The files of rows, with what is in them; GPUs first."""
+    """The files of rows and their rows, GPUs first."""
     found = [(path, results.read(path)) for path in sorted(folder.glob("*.jsonl"))]
     return sorted(
         (pair for pair in found if pair[1]), key=lambda pair: (pair[1][0]["driver"] is None, pair[0].name)
@@ -34,7 +34,9 @@ def devices(folder: Path = results.FOLDER) -> list[tuple[Path, list[dict]]]:
 
 
 def block(text: str, name: str, content: str) -> str:
-    """``text`` with ``content`` between the markers of that name. ValueError if they are not there."""
+    """``text`` with ``content`` between the markers of that name. Raises ValueError if the markers are
+    missing.
+    """
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"expected {begin} and {end} once each")
@@ -42,8 +44,8 @@ def block(text: str, name: str, content: str) -> str:
 
 
 def headline(folder: Path) -> str:
-    """Of README.md: how exact, and what a training step of S-CoDA takes at the published batch size, 16, on
-    the first device on which it was measured.
+    """The block of README.md: the accuracy, and the time of a training step of S-CoDA at the published batch
+    size of 16 on the first device that measured it.
     """
     stored = json.loads(golden.RESULTS.read_text(encoding="utf-8"))
     errors = [pair for row in stored["rows"] for pair in row["errors"].items()]
@@ -65,7 +67,7 @@ def headline(folder: Path) -> str:
         mib = {name: f"{row['peak_bytes'] / MIB:.0f}" for (_, name), row in by.items() if row["peak_bytes"]}
         leanest = min((p for p in others() if p in mib), key=lambda name: float(mib[name]), default=None)
         if not ({CODA, published, other} <= mib.keys() and {published, other, leanest} <= gains.keys()):
-            continue  # not all of it could be measured there
+            continue  # some of it could not be measured on this device
         lines += [
             f"| small | a training step of S-CoDA (CIFAR-10, batch {batch}) takes {mib[CODA]} MiB; the "
             f"formula as published takes {mib[published]}; of the forms in library calls the "
@@ -80,7 +82,9 @@ def headline(folder: Path) -> str:
 
 
 def short_tables(folder: Path) -> str:
-    """Of the numbers: training at the published batch, 16, or a larger one; a table a device and dtype."""
+    """The block of docs/numbers.md: training at the published batch size of 16 or a larger one, with a table
+    for each device and dtype.
+    """
     parts = []
     for _, rows in devices(folder):
         for variant in variants(rows):
@@ -94,7 +98,7 @@ def short_tables(folder: Path) -> str:
 
 
 def full_tables(folder: Path) -> str:
-    """Of docs/benchmark.md: everything that was measured, a section for each device."""
+    """The block of docs/benchmark.md: everything that was measured, with a section for each device."""
     parts = []
     for path, rows in devices(folder):
         parts += [f"## {rows[0]['device']}", "", everything(rows), ""]
@@ -104,7 +108,7 @@ def full_tables(folder: Path) -> str:
 
 
 def methods() -> str:
-    """Of docs/evaluation.md: the registered attribution methods, with their published settings."""
+    """The block of docs/evaluation.md: the registered attribution methods with their published settings."""
     lines = ["| method | what it is | settings |", "|---|---|---|"]
     for name, method in ENTRIES.items():
         settings = ", ".join(f"{key} {value:g}" for key, value in baselines.METHODS[name].items())
@@ -114,13 +118,14 @@ def methods() -> str:
 
 
 def peers() -> str:
-    """Of docs/benchmark.md: the registered peers of a layer and of a network."""
+    """The block of docs/benchmark.md: the registered peers of a layer and of a network."""
     found = {**PEERS, **YARDSTICKS}
     lines = ["| peer | what it is |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {each.description} |" for name, each in found.items())])
 
 
-# {document: {name of a block: what makes its text}}; what is measured here takes the folder of the rows
+# {document: {name of a block: function that returns its text}}; functions of measured results take the folder
+# of the rows
 BLOCKS = {
     ROOT / "README.md": {"headline": headline},
     ROOT / "docs" / "numbers.md": {"bench": short_tables, "golden": golden.table},
@@ -149,7 +154,7 @@ def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
 
 
 def stale() -> list[str]:
-    """Documents and plots that do not show what the rows say."""
+    """The documents and plots that do not match the rows."""
     found = [
         str(path.relative_to(ROOT))
         for path, text in documents().items()

@@ -1,5 +1,5 @@
-"""Draws docs/how_it_works.png: what the norms do, and one prediction taken apart, of a small network that it
-trains on digits (half a minute on a CPU).
+"""Draw docs/how_it_works.png: the norms, and one prediction split into its contributions, for a small network
+that is trained on digits (half a minute on a CPU).
 
     python tools/draw_how_it_works.py
 """

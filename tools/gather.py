@@ -3,11 +3,12 @@
 
     python -m tools.gather --data cifar10.npz                     gpu_run/, which git ignores
     python -m tools.gather --data cifar10.npz --no-wheels --output FOLDER
-    bash gpu_run/run.sh smoke RESULTS                             there; then the same with report
+    bash gpu_run/run.sh smoke RESULTS                             on that machine; then the same with report
 
-The tree as it is tracked, with changes that are not committed; the file of the images; wheels for Python 3.12
-on Linux of what a machine may lack that has torch, Triton and pytest. The runs need none of them, the
-package's other commands do: WITH_WHEELS=1 installs them for a run. Exit status 1 if it is too large.
+The folder gets the tracked tree including uncommitted changes, the file of the images, and wheels for Python
+3.12 on Linux of packages that a machine with torch, Triton and pytest may lack. The runs need none of these
+wheels, but the other commands of the package do: WITH_WHEELS=1 installs them for a run. Exit status 1 if the
+folder is too large.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from pathlib import Path
 from bench import results
 
 LIMIT = 64.0  # MiB
-# With what they need, and without: of captum that would be torch
+# Packages with their requirements, and packages without: those of captum include torch
 WHEELS, ALONE = ("pydantic", "tqdm", "braceexpand"), ("captum", "webdataset")
 PLATFORM = ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
 PLATFORM += [word for n in (28, 27, 17) for word in ("--platform", f"manylinux_2_{n}_x86_64")]
 PLATFORM += ["--platform", "manylinux2014_x86_64", "--platform", "manylinux1_x86_64"]
-MARK = "gathered"  # a folder without it is not ours to replace
+MARK = "gathered"  # only a folder with this file is replaced
 
 RUN = """#!/usr/bin/env bash
 # bash run.sh smoke|report RESULTS [options]: a run from this folder; what it found is in the folder
@@ -55,7 +56,7 @@ esac
 
 
 def tracked(root: Path = results.ROOT) -> list[Path]:
-    """The files of the tree, relative to it. RuntimeError: no history here."""
+    """The tracked files of the tree, relative to its root. Raises RuntimeError if there is no git history."""
     done = subprocess.run(
         ["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=False
     )
@@ -71,7 +72,7 @@ def copy_tree(target: Path, root: Path = results.ROOT) -> None:
 
 
 def wheels(target: Path) -> None:
-    """RuntimeError with pip's own words."""
+    """Download the wheels. Raises RuntimeError with the output of pip."""
     target.mkdir()
     for names, options in ((WHEELS, []), (ALONE, ["--no-deps"])):
         command = [
@@ -96,7 +97,7 @@ def size(folder: Path) -> int:
 
 
 def gather(output: Path, data: Path | None, with_wheels: bool) -> dict[str, int]:
-    """{part: bytes}"""
+    """Fill the folder, and return {part: bytes}."""
     if output.exists():
         shutil.rmtree(output)
     output.mkdir(parents=True)
@@ -143,7 +144,7 @@ def main(argv=None) -> int:
     except (RuntimeError, OSError) as error:
         print(f"gather: {error}", file=sys.stderr)
         return 2
-    if results.ROOT in output.parents:  # it travels with the tree that it lies in
+    if results.ROOT in output.parents:  # it would be part of the copied tree
         parts["the tree around it"] = sum((results.ROOT / name).stat().st_size for name in tracked())
     total = sum(parts.values())
     if results.commit().endswith("-dirty"):

@@ -1,4 +1,4 @@
-"""The mark "verified" of a device: with it, ``backend="auto"`` picks the kernels there (docs/gpu.md)."""
+"""The mark "verified" of a device, with which ``backend="auto"`` picks the kernels there (docs/gpu.md)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bench.verify import Verdict
 from tools.gpu_stages import Report
 
 NEEDED = ("tests.json", "configurations.json", "large.json")
-OPTIONAL = ("fallbacks.json", "warps.json")  # not needed, but a failure in them is one
+OPTIONAL = ("fallbacks.json", "warps.json")  # these need not run, but they must not fail
 
 
 def mark_of(report: Report) -> dict | None:
-    """The entry of the table that makes "auto" pick the kernels, if everything that it needs has
-    passed here.
+    """The entry of the table that makes "auto" pick the kernels, or None if a required test has not passed
+    here.
     """
     try:
         verdicts = {name: Verdict.load(report.output / name, **report.key) for name in NEEDED}
@@ -46,7 +46,7 @@ def mark_of(report: Report) -> dict | None:
 
 
 def propose_table(report: Report) -> Path | None:
-    """sm_XX.json: the table of the package with the mark "verified"."""
+    """Write sm_XX.json, the table of the package with the mark "verified"."""
     if (mark := mark_of(report)) is None:
         return None
     from coda_kernels import config

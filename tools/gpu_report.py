@@ -1,5 +1,5 @@
-"""Everything that the README may claim about a GPU, measured on one, in one command (``make gpu-report``),
-within nine minutes.
+"""Measure everything that the README may claim about a GPU, in one command (``make gpu-report``) and within
+nine minutes.
 
     python -m tools.gpu_report
         rows into bench/results, the rest into bench/results/report
@@ -9,10 +9,10 @@ within nine minutes.
     python -m tools.gpu_report --later FOLDER/later.json --output FOLDER
         the tests that had no time, in a second call
 
-Stages, in order, each leaving its results on disk as it goes, so that a run that is cut off loses only the
-last one:
+The stages run in this order. Each writes its results to disk as it goes, so that a run that is cut off loses
+only the last one:
 
-    compile          the kernels of both networks, in many processes, for what comes after
+    compile          the kernels of both networks, in many processes, for the later stages
     tests            golden values, layers, operators, many processes at once        tests.json
     configurations   the tile that is taken first of every kernel and layer           configurations.json
     large            more than 2^31 elements                                          large.json
@@ -23,13 +23,14 @@ last one:
     profile          with ncu: every kernel of a layer once                           ncu.csv
     tune             proposes rows of the configuration table                         tuned.json
 
-A stage replaces its own results only. later.json names the tests that had no time, and those that are not for
-nine minutes: tiles that are taken only where the first one does not fit, other numbers of warps and stages.
-Once tests, configurations and large have all passed, in one call or several of one commit, sm_XX.json says so
-and what was run: put into kernels/coda_kernels/tables/, it makes backend="auto" pick the kernels. Needs no
-network and no installation beyond torch, Triton, NumPy, pytest and pytest-benchmark; training also Pillow,
-PyYAML and safetensors. ``--device cpu`` rehearses it anywhere: the same stages, tests under Triton's
-interpreter. Exit status 1 if something failed or was not run. What to do with the results: docs/gpu.md.
+A stage replaces its own results only. later.json names the tests that had no time, and those that take longer
+than nine minutes: tiles that are used only where the first one does not fit, other numbers of warps and
+stages. Once tests, configurations and large have all passed, in one call or in several calls of one commit,
+sm_XX.json says so and lists what was run: in kernels/coda_kernels/tables/, it makes backend="auto" pick the
+kernels. The report needs no network connection and no packages except torch, Triton, NumPy, pytest and
+pytest-benchmark; training also needs Pillow, PyYAML and safetensors. ``--device cpu`` rehearses it anywhere:
+the same stages, with tests under Triton's interpreter. Exit status 1 if something failed or was not run. For
+the use of the results see docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ from tools.gpu_stages import FILES, STAGES, VERDICTS, Report, say
 
 
 def run(report: Report, stages: dict[str, float]) -> dict[str, Verdict]:
-    """The stages one after the other; a share is of the time that is left, so that a fast stage gives to
-    the later ones.
+    """Run the stages one after the other. A share is relative to the remaining time, so that a fast stage
+    leaves time to the later ones.
     """
     found = {}
     for i, (stage, share) in enumerate(stages.items()):
@@ -60,7 +61,7 @@ def run(report: Report, stages: dict[str, float]) -> dict[str, Verdict]:
         say(f"{stage}: until {until - now:.0f} s from now")
         try:
             found[stage] = getattr(report, stage)(until)
-        except Exception as error:  # the stages after it may still say something
+        except Exception as error:  # the later stages can still give results
             found[stage] = Verdict(failures=(f"{type(error).__name__}: {error}",))
             if stage in VERDICTS:
                 found[stage].write(report.output / FILES[stage][0], **report.stamp)
@@ -73,7 +74,7 @@ def run(report: Report, stages: dict[str, float]) -> dict[str, Verdict]:
 
 
 def read_later(path: Path, refuse) -> dict:
-    """A later.json; ``refuse`` is called with what is wrong with it."""
+    """Read a later.json; ``refuse`` is called with the error."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found["of"], dict) or not all(
@@ -86,7 +87,7 @@ def read_later(path: Path, refuse) -> dict:
 
 
 def _arguments(argv):
-    """The options, and what a later.json lists of tests, if one is named."""
+    """The options, and the tests that a later.json lists, if one is given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,13 +122,13 @@ def _arguments(argv):
         parser.error("--later: expected no --stages beside it")
     if options.later:
         options.stages = []
-    elif options.stages is None:  # made-up images are for rehearsals
+    elif options.stages is None:  # generated images are for rehearsals
         options.stages = [stage for stage in STAGES if stage != "train" or options.data or options.quick]
     return options, read_later(options.later, parser.error) if options.later else None
 
 
 def _report_of(options, start) -> Report:
-    """The report, without what an earlier one of the same stages has left."""
+    """The report, after results of these stages from an earlier report were removed."""
     output = options.output or results.FOLDER / "report"
     output.mkdir(parents=True, exist_ok=True)
     for stage in options.stages:

@@ -1,25 +1,25 @@
-"""The first two and a half minutes on a GPU: does it compile, is it right, how far from the ceilings is it
-(``make gpu-smoke``).
+"""The first two and a half minutes on a GPU: do the kernels compile, are they right, and how close to the
+ceilings are they (``make gpu-smoke``)?
 
     python -m tools.gpu_smoke                          into bench/results/report/smoke
     python -m tools.gpu_smoke --output FOLDER --minutes 2.5
     python -m tools.gpu_smoke --device cpu --quick     rehearses it anywhere
 
-A line for each verdict, and what failed with its shape and its worst coordinate. Stages, each leaving its
-results in smoke.json as it ends:
+Each verdict is one line, followed by failures with their shape and worst coordinate. Each stage writes its
+results to smoke.json when it ends:
 
-    ceilings     what nothing goes beyond: a matrix product, a copy
+    ceilings     the limits of the device: a matrix product, a copy
     compile      every kernel of both networks, in many processes
     tests
-        golden values; every kernel in every dtype; the three known miscompilations; determinism; graphs:
-        tests/, in many processes
+        golden values, every kernel in every dtype, the three known miscompilations, determinism and graphs,
+        from tests/, in many processes
     ratios
-        S7 and L7, forward and with backward, replayed from CUDA graphs, beside the product of the same
+        S7 and L7, forward and with backward, replayed from CUDA graphs, compared with the product of the same
         size and the algebraic peer
     training
-        two steps of cifar10-s beside the factored backend; the step of cifar10-s-fast in a CUDA graph
+        two steps of cifar10-s compared with the factored backend; the step of cifar10-s-fast in a CUDA graph
 
-Exit status 1 if something failed or had no time. What to do with the results: docs/gpu.md.
+Exit status 1 if something failed or had no time. For the use of the results see docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tools import warm
 
 CHECKS, GPU_TESTS = "tests/kernels/smoke_checks.py", "tests/kernels/test_gpu.py"
 FILES = ("tests/test_golden.py", CHECKS, GPU_TESTS)
-# {verdict: whether a test is of it}, what says most first
+# {verdict: whether a test belongs to it}, the most informative ones first
 GROUPS = {
     "golden values": lambda name: "test_golden.py" in name and "triton" in name,
     "every kernel and dtype": lambda name: "smoke_checks.py::test_kernels" in name,
@@ -63,7 +63,7 @@ LAYERS = ("S7", "L7")
 
 
 class Smoke:
-    """Stages, verdicts, and what was found, on disk after each."""
+    """The stages, and their verdicts and results, which are written to disk after each stage."""
 
     def __init__(
         self,
@@ -85,7 +85,9 @@ class Smoke:
         self.cuda, self.packed = device == "cuda", packed
 
     def verdict(self, name: str, result: str, detail: str = "") -> None:
-        """``result``: pass; FAIL; left: it had no time; none: a rehearsal without a GPU has nothing of it."""
+        """Record and print a verdict. ``result``: pass; FAIL; left: there was no time; none: a rehearsal
+        without a GPU cannot tell.
+        """
         self.found["verdicts"][name] = {"result": result, "detail": detail}
         print(f"{result:<5} {name}{': ' * bool(detail)}{detail}", flush=True)
         self.keep()
@@ -103,7 +105,9 @@ class Smoke:
             )
 
     def run(self, stages) -> bool:
-        """All stages; one that raises is a verdict and not the end. Whether nothing failed or was left."""
+        """Run all stages. A stage that raises is a failure, and the later ones run. Returns whether nothing
+        failed or was left.
+        """
         shown = ("device", "driver", "torch", "triton", "python", "commit")
         self.verdict("versions", "pass", ", ".join(f"{key} {self.found['of'][key]}" for key in shown))
         for stage in stages:
@@ -180,8 +184,8 @@ class Smoke:
             self.verdict("processes of tests", "FAIL", "; ".join(broken))
 
     def ratios(self):
-        """Share of the product of the same size, and how much faster than the algebraic peer, of the
-        device's time alone.
+        """The share of the product of the same size, and the speed-up over the algebraic peer, in device time
+        alone.
         """
         batch = {"S": 256, "L": 64} if self.cuda else {"S": 1, "L": 1}
         found = cases.layers(batch)
@@ -233,7 +237,7 @@ class Smoke:
             trainer = fast_training.Trainer(
                 recipe, images, labels, self.device, batch, backend=backend, **tiny
             )
-            torch.manual_seed(0)  # crops and flips
+            torch.manual_seed(0)  # for crops and flips
             for i in range(2):
                 trainer.step(torch.arange(trainer.batch, device=self.device) + i, recipe["optimizer"]["lr"])
                 losses.setdefault(backend, []).append(trainer.sums[0].item() / trainer.batch)
@@ -259,8 +263,8 @@ class Smoke:
         )
 
     def _us(self, function, inputs, captured=True):
-        """(median microseconds, "graph" or what else was timed). ``captured``: in CUDA graphs; it may be
-        one that replays its own.
+        """(median microseconds, "graph" or what else was timed). ``captured``: in CUDA graphs, possibly those
+        that the function replays itself.
         """
         if not self.cuda:
             function(*inputs[0])

@@ -1,4 +1,4 @@
-"""The stages of the report on a GPU (tools/gpu_report.py): what each runs, and what it leaves on disk."""
+"""The stages of the report on a GPU (tools/gpu_report.py), and the files that they write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bench.verify import Verdict
 from experiments import fast_training
 from tools import warm
 
-# Seconds of nine minutes; what a stage does not need is left to those after it
+# Seconds of nine minutes; time that a stage does not need is left to the later ones
 STAGES = {
     "compile": 25,
     "tests": 100,
@@ -33,7 +33,7 @@ STAGES = {
     "tune": 10,
 }
 TRAINING = 210.0  # seconds, at most
-# What a stage writes, beside rows
+# The file that a stage writes in addition to rows
 FILES = {
     "tests": ("tests.json",),
     "configurations": ("configurations.json",),
@@ -44,10 +44,9 @@ FILES = {
 }
 VERDICTS = ("tests", "configurations", "large")
 LATER, ARCHIVE = "later.json", "report.tar.gz"
-MOST = 16 << 20  # bytes of a file that is packed
+MOST = 16 << 20  # largest size of a packed file in bytes
 TILES, WARPS, SANITIZER = "test_shipped_tile", "test_warps_and_stages", "test_sanitizer"
-# Files that need nothing else than pytest; hypothesis is not among what a report may need. What says most
-# comes first
+# Test files that need only pytest: a report must not need hypothesis. The most informative ones come first
 TESTS = (
     "tests/test_golden.py",
     "tests/kernels/test_layer.py",
@@ -55,14 +54,14 @@ TESTS = (
     "tests/kernels/test_gpu.py",
 )
 LARGE = "tests/kernels/test_gpu.py"
-# Beside the eager peers the one to beat; the others take minutes to compile ("pytest bench/ --benchmark" has
-# them)
+# The strongest compiled peer, in addition to the eager ones; the others take minutes to compile ("pytest
+# bench/ --benchmark" measures them)
 TO_BEAT = "not materialising_compiled and not checkpointed and not factored"
 
 
 @dataclasses.dataclass
 class Report:
-    """A run of the stages. ``quick``: one small part of each, for a rehearsal."""
+    """A run of the stages. ``quick``: a small part of each stage, for a rehearsal."""
 
     output: Path
     rows: Path
@@ -82,7 +81,7 @@ class Report:
 
     @property
     def stamp(self) -> dict:
-        """What a verdict is about."""
+        """The device, code and versions that a verdict is about."""
         return {
             **results.environment(torch.device(self.device)),
             "commit": self.commit,
@@ -91,14 +90,14 @@ class Report:
 
     @property
     def key(self) -> dict:
-        """In what verdicts must agree to be put together."""
+        """The values in which verdicts must agree to be combined."""
         return {key: self.stamp[key] for key in ("device", "torch", "triton", "tree")}
 
     # -- stages ----
 
     def compile(self, until: float) -> Verdict:
-        """What was tested and trained then waits for no compiler: bfloat16 for all, float32 for what
-        judges the training.
+        """Compile the kernels, so that tests and training do not wait for the compiler: bfloat16 for
+        everything, float32 for the evaluation of the training.
         """
         wanted = [
             ("coda_s_cifar10", "bfloat16"),
@@ -114,7 +113,9 @@ class Report:
         )
 
     def tests(self, until: float) -> Verdict:
-        """compute-sanitizer first: it takes longest, beside the others. Then what says most."""
+        """Run compute-sanitizer first, because it takes longest and runs in parallel to the others; then the
+        most informative tests.
+        """
         found, slow = self._collected(until)
         if self.quick:
             return self._shards(
@@ -129,8 +130,8 @@ class Report:
         return self._shards("tests", list(dict.fromkeys([*first, *rest])), until)
 
     def configurations(self, until: float) -> Verdict:
-        """The tile that each kernel of each layer takes first. The others are taken where that one does
-        not fit, with a warning.
+        """Test the first tile of each kernel of each layer. The other tiles are used, with a warning, where
+        the first one does not fit.
         """
         found, _ = self._collected(until)
         first, others = first_tiles([name for name in found if TILES in name])
@@ -142,13 +143,13 @@ class Report:
         return self._shards("configurations", first, until)
 
     def large(self, until: float) -> Verdict:
-        """One at a time: they fill the device."""
+        """Run these tests one at a time, because they fill the memory of the device."""
         found, slow = self._collected(until)
         tests = [name for name in found if name in slow and name.startswith(LARGE) and SANITIZER not in name]
         return self._shards("large", tests[: 1 if self.quick else None], until, jobs=1)
 
     def later(self, until: float, listed: dict[str, list[str]], folder: Path) -> Verdict:
-        """The tests of a later.json, and verdicts of them and of what ran before."""
+        """Run the tests of a later.json, and combine their verdicts with those of the earlier tests."""
         total = Verdict()
         for i, (name, tests) in enumerate(listed.items()):
             if not tests:
@@ -168,8 +169,8 @@ class Report:
         return total
 
     def layers(self, until: float) -> Verdict:
-        """Without torch.compile first: compiling takes most of the time, and what is cut off should be the
-        compiled peer.
+        """Measure without torch.compile first: compilation takes most of the time, so that a run that is cut
+        off should lose the compiled peer.
         """
         if self.quick:
             return self._bench("bench/bench_layers.py", until, f"S9 and not explanation and {TO_BEAT}")
@@ -178,7 +179,7 @@ class Report:
         return eager + self._bench("bench/bench_layers.py", until, f"forward_+_backward and {TO_BEAT}")
 
     def networks(self, until: float) -> Verdict:
-        """As ``layers``; the compiled peer beside a training step only."""
+        """Measure as in ``layers``, with the compiled peer for a training step only."""
         if self.quick:
             return self._bench("bench/bench_networks.py", until, "inference and coda_fast")
         half = time.monotonic() + 0.5 * (until - time.monotonic())
@@ -186,7 +187,7 @@ class Report:
         return eager + self._bench("bench/bench_networks.py", until, f"training_step and {TO_BEAT}")
 
     def train(self, until: float) -> Verdict:
-        """A process of its own; what it finds out is in training.json as it goes."""
+        """Train in another process, which writes its results to training.json as it goes."""
         until = min(until, time.monotonic() + TRAINING)
         minutes = max(1.0, until - time.monotonic() - 5) / 60
         command = [sys.executable, "-m", "experiments.fast_training", "--output", str(self.output)]
@@ -194,7 +195,7 @@ class Report:
         return self._run("train", [*command, *(["--data", str(self.data)] if self.data else [])], until)
 
     def profile(self, until: float) -> Verdict:
-        """One report of ncu of each kernel in a training step of two layers."""
+        """A report of ncu for each kernel in a training step of two layers."""
         if (ncu := shutil.which("ncu")) is None or self.device != "cuda":
             say("profile: no ncu here" if ncu is None else "profile: a CPU has nothing for ncu")
             return Verdict()
@@ -204,8 +205,10 @@ class Report:
         return self._run("profile", [*command, sys.executable, "-c", STEPS], until)
 
     def tune(self, until: float) -> Verdict:
-        """The layers in which most time is spent first; with no time for all of them that is no failure."""
-        left = until - time.monotonic() - 10  # it ends a measurement that it has begun
+        """Tune the layers that take most of the time first. It is no failure if the time does not suffice for
+        all of them.
+        """
+        left = until - time.monotonic() - 10  # a measurement that has begun is finished
         if self.device != "cuda" or left <= 0:
             say("tune: " + (verify.NO_TIME if self.device == "cuda" else "a CPU has no tiles"))
             return Verdict()
@@ -216,7 +219,7 @@ class Report:
     # -- how ----
 
     def _collected(self, until):
-        """All tests that may be run, and which are slow; found out once."""
+        """All tests that may be run, and which of them are slow. They are collected once."""
         if self.found is None:
             self.found = verify.collect_marked(*TESTS, timeout=max(1.0, until - time.monotonic()))
         return self.found
@@ -233,14 +236,14 @@ class Report:
         return verdict
 
     def _later(self, name, tests):
-        """Tests for a call with --later."""
+        """Write the tests down for a call with --later."""
         self.left[name] = tests
         path = self.output / LATER
         path.write_text(json.dumps({"of": self.key, "tests": self.left}, indent=1) + "\n", encoding="utf-8")
 
     def _verdict(self):
-        """The file that says whether speed-ups may be shown: of the stage "tests", or of the few that a
-        benchmark runs itself.
+        """The file that says whether speed-ups may be shown: that of the stage "tests", or of the few tests
+        that a benchmark runs itself.
         """
         path = self.output / "tests.json"
         try:
@@ -258,7 +261,7 @@ class Report:
             say(verify.NO_TIME)
             return Verdict(unfinished=1)
         name = f"{Path(file).stem}{' compiled' * (TO_BEAT in selection)}"
-        # a GPU has no less than all; a CPU, on which this is rehearsed, has
+        # --all, because a rehearsal on a CPU would otherwise measure fewer providers than a GPU
         command = [*verify.command(file), "--benchmark", "--all", "--device", self.device]
         command += ["--rows", str(self.rows), "-k", selection, "--verdict", str(verdict)]
         command += ["--until", f"{time.time() + 0.8 * left:.0f}"]
@@ -266,8 +269,8 @@ class Report:
         return self._run(name, command, until)
 
     def _run(self, name, command, until):
-        """A process, killed at ``until``; what it wrote stays. Its failures, and how much of it had no
-        time.
+        """Run a process, which is killed at ``until``; the files that it wrote stay. Returns its failures,
+        and how much of it had no time.
         """
         folder = self.output / "logs"
         folder.mkdir(exist_ok=True)
@@ -306,13 +309,13 @@ class Report:
     # -- the end ----
 
     def doubt(self, before: list[dict]) -> None:
-        """No speed-up, after the fact, in rows of this call, where tests that ran after them have failed."""
+        """Remove the speed-ups from rows of this call if tests that ran after them have failed."""
         rows = [row for row in results.read(self.path) if row not in before and row.get("verified")]
         results.replace(self.path, [row | {"verified": False, "speedup": None} for row in rows])
 
     def pack(self) -> None:
-        """All there is so far as two files, the weights and an archive of the rest: a machine that is only
-        lent may give back few files of limited size.
+        """Pack all results so far into two files, the weights and an archive of the rest, because a borrowed
+        machine may return only a few files of limited size.
         """
         if self.packed is None:
             return
@@ -329,7 +332,7 @@ class Report:
                 say(f"{path}: expected at most {MOST} bytes, got {path.stat().st_size}")
 
 
-# What ncu looks at: each layer's training step, once
+# The program that ncu profiles: one training step of each layer
 STEPS = """
 import torch
 from bench import cases, providers
@@ -360,8 +363,8 @@ def kernel_names() -> list[str]:
 
 
 def first_tiles(tests: list[str]) -> tuple[list[str], list[str]]:
-    """Of tests of one tile each, in the order in which a kernel of a layer takes its tiles: those of the
-    first one, and the others.
+    """The tests of the first tile of each kernel and layer, and those of the other tiles. ``tests`` are in
+    the order in which a kernel of a layer tries its tiles.
     """
     first = {}
     for test in tests:

@@ -1,4 +1,4 @@
-"""Doctests of docstrings become blocks of code on the documentation site; an extension of Griffe."""
+"""An extension of Griffe that shows the doctests of docstrings as code blocks on the documentation site."""
 
 import re
 
@@ -8,7 +8,7 @@ _DOCTEST = re.compile(r"^>>> .*(?:\n(?!\s*$).*)*", re.MULTILINE)
 
 
 class Doctests(griffe.Extension):
-    """Fences around every doctest that begins at the margin."""
+    """Puts fences around every doctest that begins at the margin."""
 
     def on_object(self, *, obj, **_):
         if obj.docstring is not None:

@@ -1,11 +1,11 @@
-"""What a layer's forward and backward pass cost the host, without a GPU: everything but the driver's launch,
-which does nothing here.
+"""The time that a layer's forward and backward pass take on the host, measured without a GPU: everything
+except the launch by the driver, which does nothing here.
 
-    python -m tools.host_time        microseconds a launch and a layer, eager and compiled
+    python -m tools.host_time        microseconds per launch and per layer, eager and compiled
 
-Tensors are on the CPU and small, so that what remains is Python, torch's dispatcher, autograd, allocations
-and Triton's own launcher up to the call of the driver. Medians; on a machine with a faster core all of it is
-faster.
+Tensors are on the CPU and small, so that the time is that of Python, torch's dispatcher, autograd,
+allocations and Triton's launcher up to the call of the driver. The numbers are medians, and depend on the
+speed of the core.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYERS = 9
 
 
 def silence() -> None:
-    """Triton compiles for an H100 that is not here, and launches nothing."""
+    """Make Triton compile for an H100 that is not present, and launch nothing."""
     driver.set_active(compiler._Absent(90))
     nothing = lambda *arguments, **options: None
     CompiledKernel._init_handles = nothing
@@ -52,8 +52,8 @@ def median_us(function, repetitions=60) -> float:
 
 
 def measure() -> dict:
-    """Microseconds: a bare launch, a layer forward and forward + backward, nine layers like S-CoDA's eager
-    and compiled.
+    """Microseconds of a bare launch, of a layer forward and forward + backward, and of nine layers like
+    S-CoDA's, eager and compiled.
     """
     found = {}
     layer = (

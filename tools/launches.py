@@ -1,10 +1,10 @@
-"""What each layer launches, computes and moves, and how long an H100 needs for that at least: a model, for
-docs/kernels.md.
+"""A model of what each layer launches, computes and moves, and of the least time that an H100 needs for it,
+for docs/kernels.md.
 
     python -m tools.launches        prints the tables ("make tables" puts them into docs/kernels.md)
 
-Launches and bytes are recorded from the launchers (every tensor of a launch once: what a kernel reads twice
-comes from the cache at best).
+Launches and bytes are recorded from the launchers. Every tensor of a launch counts once, because a second
+read comes from the cache at best.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from coda_kernels.compile import recording
 from coda_kernels.config import Device
 
 BATCH = {"S": 256, "L": 64}
-FLOPS, BANDWIDTH = 790e12, 3.0e12  # what an H100 sustains: cuBLAS in bfloat16, a copy
+FLOPS, BANDWIDTH = 790e12, 3.0e12  # sustained by an H100: cuBLAS in bfloat16, a copy
 KERNELS = (
     "prepare",
     "contracted",
@@ -37,7 +37,9 @@ KERNELS = (
 
 @functools.cache
 def recorded(layer: str) -> dict[str, list]:
-    """{"forward" and "backward": launches} of a layer at the published batch, channels last, in bfloat16."""
+    """{"forward" and "backward": launches} of a layer at the published batch size, channels last, in
+    bfloat16.
+    """
     case = cases.layers(BATCH)[layer]
     options = dict(dtype=torch.bfloat16, device="meta")
     geometry = Geometry.make((case.kernel, case.kernel), case.stride, (case.kernel - 1) // 2)
@@ -73,7 +75,7 @@ def row(layer: str) -> dict:
 
 
 def tables() -> str:
-    """Both networks, layer by layer; then the bytes of each kernel in a training step."""
+    """Both networks, layer by layer, and the bytes of each kernel in a training step."""
     lines = ["| | forward | | | | backward | | | |", "|---|---|---|---|---|---|---|---|---|"]
     lines.append("| layer | GFLOP | MB | launches | floor, us | GFLOP | MB | launches | floor, us |")
     totals, moved = {}, {}

@@ -1,8 +1,8 @@
-"""What the documentation site needs besides Markdown; a hook of mkdocs (``make docs``).
+"""A hook of mkdocs (``make docs``) that adds formulas and pages of commands to the documentation site.
 
-Formulas, written as on GitHub (blocks of ``math``, and in a line between ``$`` and backticks), become MathML,
-which a browser shows without a script: the site loads nothing from elsewhere. The page of a command is
-written from what click, which runs it, knows.
+Formulas, written as on GitHub (blocks of ``math``, and inline between ``$`` and backticks), become MathML,
+which a browser shows without a script, so that the site loads nothing from other servers. The page of a
+command is generated from its click command.
 """
 
 import inspect
@@ -19,17 +19,20 @@ _FORMULA = re.compile(r"^```math\n(?P<block>.*?)\n```$|\$`(?P<inline>[^`]+)`\$",
 _PLACE = "FORMULA{}AT"
 _CODE = re.compile(r"<code>[^<]*</code>")
 _COMMANDS = "<!-- commands -->"
-_WIDE = ("numbers.md", "benchmark.md", "kernels.md")  # tables as wide as the page: no list of contents beside
+# their tables are as wide as the page, without a table of contents next to it
+_WIDE = ("numbers.md", "benchmark.md", "kernels.md")
 
 
 def on_files(files, config):
-    """Add a page for each command. One that ``nav`` does not name, or names in vain, fails a strict build."""
+    """Add a page for each command. A command that ``nav`` does not list, or a listed one that does not exist,
+    fails a strict build.
+    """
     for name in cli.commands:
         files.append(File.generated(config, f"commands/{name}.md", content=_described(name)))
 
 
 def on_page_markdown(markdown, page, **_):
-    """List the commands, and let words that no extension of Markdown touches stand for formulas."""
+    """List the commands, and replace formulas by placeholders that no Markdown extension changes."""
     if page.file.src_uri in _WIDE:
         page.meta.setdefault("hide", ["toc"])
     page.formulas = []
@@ -48,7 +51,7 @@ def on_page_markdown(markdown, page, **_):
 
 
 def on_page_content(html, page, **_):
-    """Put the formulas where their words stand; a pipe in code in a table is a pipe, as on GitHub."""
+    """Replace the placeholders by formulas. An escaped pipe in code becomes a pipe, as on GitHub."""
     html = _CODE.sub(lambda match: match[0].replace("\\|", "|"), html)
     for index, formula in enumerate(page.formulas):
         html = html.replace(_PLACE.format(index), formula)
@@ -61,7 +64,7 @@ def _summary(name):
 
 
 def _described(name):
-    """A command's page: how it is called, its help, and a table of its options."""
+    """The page of a command: its usage, its help, and a table of its options."""
     command = cli.commands[name]
     context = click.Context(
         command, info_name=f"coda-fast {name}", parent=click.Context(cli, **cli.context_settings)

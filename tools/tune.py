@@ -1,15 +1,15 @@
-"""Propose rows of a configuration table for the GPU at hand: time the wanted tile of every kernel and layer,
+"""Propose rows of a configuration table for the present GPU: time the wanted tile of every kernel and layer,
 and its neighbours.
 
     python -m tools.tune --output sm_90.json                                        both published networks
     python -m tools.tune --output part.json --layers S7 L8 --kernels fold grad_z --dtype bfloat16
     --budget-seconds 600
 
-A kernel is timed in the launches that one training step of the layer makes, recorded from the step itself.
+A kernel is timed in the launches of one training step of the layer, which are recorded from the step itself.
 The search starts at the tile in use and moves to the fastest neighbour (`neighbours`) until none is faster by
 1 %. A tile whose results differ from those of the tile in use by more than rounding is reported and left out.
-The output is in the format of the package's tables, which it never touches: put it into a folder named by
-CODA_FAST_TABLES to try it. Exit status 2 without a CUDA device.
+The output has the format of the package's tables, which are never changed. To try it, put it into the folder
+that CODA_FAST_TABLES names. Exit status 2 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ LEAST_GAIN = 0.01
 def neighbours(
     spec: KernelSpec, shape: config.Shape, device: config.Device, tile: Tile | None = None
 ) -> tuple[Tile, ...]:
-    """``tile`` (None: the wanted one), then the legal tiles one move away: a block halved or doubled, one
-    halved for another doubled, other warps, other stages.
+    """``tile`` (None: the wanted one), then the legal tiles one change away: one block halved or doubled, one
+    halved and another doubled, other warps, other stages.
     """
     tile = tile or config.candidates(spec, shape, device)[0]
     blocks = dict(tile.blocks)
@@ -67,8 +67,8 @@ def neighbours(
 
 
 def legal(spec: KernelSpec, shape: config.Shape, device: config.Device, tile: Tile) -> bool:
-    """Whether the kernel computes the right thing with these blocks (it reads without masks) and the
-    device can hold them.
+    """Whether the kernel computes the right result with these blocks (it reads without masks), and they fit
+    into the device.
     """
     return (
         spec.right(shape, tile)
@@ -83,7 +83,7 @@ def legal(spec: KernelSpec, shape: config.Shape, device: config.Device, tile: Ti
 
 @dataclasses.dataclass
 class Launch:
-    """One launch of a kernel as the layer makes it, ready to be repeated with another tile, and what it
+    """One launch of a kernel by the layer, which can be repeated with another tile, and the tensors that it
     writes.
     """
 
@@ -93,8 +93,8 @@ class Launch:
     after: list[torch.Tensor]
 
     def error(self, tile: Tile) -> str | None:
-        """What ``tile`` computes otherwise than the tile in use, if anything. Leaves all tensors as they
-        were.
+        """The difference between the results of ``tile`` and those of the tile in use, if there is one. All
+        tensors are restored.
         """
         now = [t.clone() for t in self.outputs]
         try:
@@ -102,7 +102,7 @@ class Launch:
                 tensor.copy_(value)
             with unwritten_is_nan():
                 result = self.run(tile)
-            # other tiles sum in other parts
+            # other tiles sum in another order
             found = self.outputs + ([] if result is None else [result.sum(0)])
             return next(filter(None, map(_difference, found, self.after)), None)
         finally:
@@ -167,7 +167,9 @@ def record(layer: tuple, dtype: str, device: str | torch.device) -> dict[str, Jo
 
 @contextlib.contextmanager
 def unwritten_is_nan():
-    """torch.empty filled with NaN, which is also how what a kernel writes is told from what it reads."""
+    """A context in which torch.empty is filled with NaN. This also distinguishes the tensors that a kernel
+    writes from those that it reads.
+    """
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -183,9 +185,7 @@ def unwritten_is_nan():
 
 
 def _tensors_of(run):
-    """Tensors that a launcher's closure holds, by itself, in lists or as a layer's packed parameters; each
-    once.
-    """
+    """The tensors in a launcher's closure, direct, in lists or as packed parameters of a layer, each once."""
     found = {}
     for cell in run.__closure__ or ():
         held = cell.cell_contents
@@ -220,8 +220,8 @@ def _difference(found, expected):
 def search(
     job: Job, measure: Callable[[Tile], float], expired: Callable[[], bool] = lambda: False
 ) -> tuple[Tile, dict[Tile, float]]:
-    """The fastest tile reached from the wanted one, and microseconds of all that were tried; infinity
-    marks one that is left out.
+    """The fastest tile reached from the wanted one, and microseconds of all that were tried, infinity for
+    those that are left out.
     """
     best, times = job.wanted, {job.wanted: measure(job.wanted)}
     while True:
@@ -237,8 +237,8 @@ def search(
 def measurer(
     job: Job, timer: Callable[[Callable[[], None]], float], report: Callable[[str], None]
 ) -> Callable[[Tile], float]:
-    """Microseconds of a tile, once it has been found to compute the same; what cannot be used is reported
-    and infinite.
+    """A function that returns microseconds of a tile after it was found to compute the same results. Unusable
+    tiles are reported and infinite.
     """
     import triton
 
@@ -258,12 +258,14 @@ def measurer(
 
 
 def tune(job: Job, timer, report, expired) -> dict | None:
-    """A row of the table; None if the tile in use does not agree with itself, which is reported."""
+    """A row of the table. If the tile in use does not reproduce its own results, this is reported, and None
+    is returned.
+    """
     best, times = search(job, measurer(job, timer, report), expired)
     if math.isinf(times[job.wanted]):
         return None
     us, us_wanted = times[best], times[job.wanted]
-    if best != job.wanted:  # once more, one after the other: clocks drift during a search
+    if best != job.wanted:  # measure both again in turn, because clocks drift during a search
         us_wanted, us = (timer(lambda tile=tile: job.run(tile)) for tile in (job.wanted, best))
         best, us = (best, us) if us < us_wanted else (job.wanted, us_wanted)
     report(
@@ -274,7 +276,7 @@ def tune(job: Job, timer, report, expired) -> dict | None:
 
 
 def row(key: str, tile: Tile, us: float, us_wanted: float) -> dict:
-    """A row as ``config._table`` reads it."""
+    """A row in the format that ``config._table`` reads."""
     times = dict(us=round(us, 2), us_wanted=round(us_wanted, 2))
     return dict(key=key, blocks=dict(tile.blocks), warps=tile.warps, stages=tile.stages, **times)
 
@@ -288,7 +290,7 @@ def describe(tile: Tile) -> str:
 
 
 def document(rows: list[dict], device: str) -> dict:
-    """A table: where and when it was measured, and its rows."""
+    """A table: the device and date of the measurement, and the rows."""
     import triton
 
     commit = subprocess.run(
@@ -308,7 +310,7 @@ def document(rows: list[dict], device: str) -> dict:
 
 
 def write(path: Path, table: dict) -> None:
-    """All of it or nothing, a row a line."""
+    """Write the table atomically, with one row per line."""
     head = json.dumps(table | {"tiles": []})[: -len("]}")]
     text = head + "".join(f"\n{json.dumps(r)}," for r in table["tiles"])[:-1] + "\n]}\n"
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -361,7 +363,7 @@ def main(argv=None) -> int:
     if not torch.cuda.is_available():
         print("tune: needs a CUDA device, torch sees none", file=sys.stderr)
         return 2
-    from tools.aot import layers  # not before: it switches Triton's interpreter off
+    from tools.aot import layers  # imported late, because it switches Triton's interpreter off
 
     known = layers()
     if unknown := set(options.layers or ()) - set(known):

@@ -1,5 +1,5 @@
-"""Fill Triton's cache in many processes at once, before what is timed or tested one by one: compiling is most
-of a first run's time.
+"""Fill Triton's cache in many processes at once, before kernels are timed or tested one by one:
+compilation is most of the time of a first run.
 
 python -m tools.warm --networks coda_s_cifar10 --dtype bfloat16 --workers 16
 """
@@ -17,14 +17,14 @@ import coda_fast
 from coda_fast.compile import PASSES
 
 NETWORKS = ("coda_s_cifar10", "coda_l_imagenet100")
-BATCH = 16  # any: nothing is compiled anew for another
+BATCH = 16  # any batch size: the kernels do not depend on it
 
 
 def warm(wanted, device: str, workers: int, passes=PASSES) -> list[str]:
-    """Every kernel of ``wanted``, (network, dtype) each, compiled; as is usual on the device, channels last.
-    What failed, in words.
+    """Compile every kernel of ``wanted``, a list of (network, dtype), with channels last where that is usual
+    on the device. Returns the failures as text.
 
-    Without a GPU, as a rehearsal, for an H100.
+    Without a GPU, as a rehearsal, the kernels are compiled for an H100.
     """
     problems = []
     for network, dtype in wanted:

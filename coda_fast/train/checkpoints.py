@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from coda_fast._files import atomic_path
 from coda_fast._version import __version__
-from coda_fast.checkpoints import atomic_path
 from coda_fast.models import CoDANet
 from coda_fast.train import random_state
 from coda_fast.train.errors import TrainingError

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from coda_fast import plot
-from coda_fast.checkpoints import atomic_path
+from coda_fast._files import atomic_path
 from coda_fast.models import CoDANet
 from coda_fast.safety import printable
 from coda_fast.train.errors import TrainingError, need

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coda_fast import safety
-from coda_fast.checkpoints import atomic_path
+from coda_fast._files import atomic_path
 from coda_fast.train.errors import FILES, TrainingError
 from coda_fast.train.schema import Recipe
 

@@ -55,5 +55,7 @@ NORMS = {"squash": Norm(squash_scale, squash_slope), "l2": Norm(l2_scale, l2_slo
 def named(name: str) -> Norm:
     """The norm of this name; ValueError if there is none."""
     if name not in NORMS:
-        raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {name!r}")
+        raise ValueError(
+            f"norm: expected one of {', '.join(map(repr, NORMS))} (coda_kernels.norms.NORMS), got {name!r}"
+        )
     return NORMS[name]

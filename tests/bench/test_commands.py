@@ -1,4 +1,4 @@
-"""The benchmark as it is used: ``pytest bench/ --benchmark``, the tables, the GPU report rehearsed on a
+"""The benchmark as it is used: ``pytest bench/ --benchmark``, the tables, and the GPU report rehearsed on a
 CPU.
 """
 
@@ -28,7 +28,7 @@ GROUP += [providers.CODA, providers.PRODUCT]
 def start(*arguments, **environment):
     command = [sys.executable, *map(str, arguments)]
     pipe = subprocess.PIPE
-    # who runs this test is not who runs that
+    # the inner pytest must not see the settings of the outer one
     own = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     return subprocess.Popen(
         command,
@@ -37,7 +37,7 @@ def start(*arguments, **environment):
         stdout=pipe,
         stderr=pipe,
         text=True,
-        # tests in the background of a shell do not hear Ctrl-C
+        # processes in the background of a shell ignore SIGINT
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -60,8 +60,8 @@ def verdict(tmp_path):
 
 
 def test_benchmark(tmp_path, verdict):
-    """Rows of all providers of the group, the tables, pytest-benchmark's own with the same medians, and
-    the guard.
+    """A run writes the rows of all providers of the group and prints the tables and the comparison with
+    stored ratios. pytest-benchmark's own results have the same medians.
     """
     saved = tmp_path / "saved.json"
     options = [
@@ -150,8 +150,8 @@ def test_tables_check():
 
 @pytest.mark.slow
 def test_report_cut_off(tmp_path):
-    """Killed, and its benchmark with it, once the layers have their first rows: what the first stage found is
-    there, the group is whole, and of the rest there is nothing.
+    """The report and its benchmark are killed once the layers have their first rows. The results of the first
+    stage are there, the first group is complete, and later stages left nothing.
     """
     process = start(
         "-m",
@@ -186,7 +186,7 @@ def test_report_cut_off(tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_report_leaves_no_process(tmp_path):
-    """Ctrl-C: what it had started, in sessions of their own, goes with it."""
+    """Ctrl-C also ends the processes that the report started in their own sessions."""
     process = start(
         "-m",
         "tools.gpu_report",
@@ -201,10 +201,12 @@ def test_interrupted_report_leaves_no_process(tmp_path):
         "tests",
     )
     children, deadline = [], time.monotonic() + 120
-    while len(children) < 2 and time.monotonic() < deadline:  # a collecting process first, then one a job
+    while (
+        len(children) < 2 and time.monotonic() < deadline
+    ):  # first a process that collects tests, then one for each job
         time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    time.sleep(1)  # the second may be there for us before it is for its parent
+    time.sleep(1)  # the parent may register its child a little later than this test sees it
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert "KeyboardInterrupt" in err
@@ -213,7 +215,7 @@ def test_interrupted_report_leaves_no_process(tmp_path):
 
 
 def test_report_fails_in_time(tmp_path):
-    """No time: every stage says so, nothing hangs, and the exit status is not that of success."""
+    """Without time, every stage says so, nothing hangs, and the exit status is a failure."""
     begin = time.monotonic()
     status, text = run(
         "-m",
@@ -253,8 +255,8 @@ def test_report_refuses(tmp_path, options, message):
 
 
 def test_stages_share_the_time(monkeypatch, tmp_path):
-    """A stage that is done early leaves its time to the others; one that raises is a failure and not the
-    end.
+    """A stage that ends early leaves its time to the later ones. A stage that raises counts as failed, and
+    the later ones run.
     """
     clock = [0.0]
     monkeypatch.setattr(gpu_report.time, "monotonic", lambda: clock[0])
@@ -290,8 +292,8 @@ def test_stages_share_the_time(monkeypatch, tmp_path):
 
 
 def test_doubt_after_the_fact(monkeypatch, tmp_path):
-    """Rows of this call lose their speed-ups if tests that ran after them failed; older ones and those of
-    peers stay.
+    """Rows of this call lose their speed-ups if tests that ran after them failed. Older rows and those of
+    peers stay as they are.
     """
     monkeypatch.setattr(results, "device_name", lambda device: "a GPU")
     environment = {"device": "a GPU", "driver": "9", "torch": "2", "triton": "3", "commit": "c", "date": "d"}
@@ -317,7 +319,7 @@ def test_doubt_after_the_fact(monkeypatch, tmp_path):
     [(1, 1, "", True), (1, 0, "", False), (0, 1, "", False), (1, 1, "another", False)],
 )
 def test_the_mark_needs_everything(monkeypatch, tmp_path, tests, configurations, tree, marked):
-    """sm_XX.json says "verified" only if all tests of one tree have passed, with what was skipped, and
+    """sm_XX.json says "verified" only if all tests of one tree have passed. It lists what was skipped, and
     keeps the tiles of the table.
     """
     monkeypatch.setattr(results, "device_name", lambda device: "a GPU")

@@ -1,5 +1,5 @@
-"""The two runs on a GPU, rehearsed to the end on a CPU from a bare tree, and their parts: stages,
-training, packing, gathering.
+"""Both runs on a GPU, rehearsed from beginning to end on a CPU in a tree without git, and their parts:
+stages, training, packing and gathering files.
 """
 
 import importlib.metadata
@@ -26,7 +26,8 @@ from tools import gather, gpu_mark, gpu_report, gpu_smoke, gpu_stages, warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# What a machine with a GPU had (docs/gpu.md), and what it lacked although some of that asks for it
+# The packages of a machine with a GPU (docs/gpu.md), and packages that it lacked although some of the former
+# require them
 THERE = ("torch", "torchvision", "triton", "lightning", "timm", "safetensors", "tensorboard", "numpy",
          "pytest", "pytest-benchmark",
          "hypothesis", "matplotlib", "pillow", "click", "coda-fast")  # fmt: skip
@@ -54,7 +55,9 @@ def canonical(name):
 
 
 def hide(folder):
-    """A sitecustomize.py that leaves THERE and what it needs, without ABSENT."""
+    """Write a sitecustomize.py that hides all packages except THERE and their requirements, and all of
+    ABSENT.
+    """
     from packaging.requirements import Requirement
 
     known, waiting = set(), list(THERE)
@@ -80,9 +83,9 @@ def hide(folder):
 
 
 def test_both_runs_rehearsed_from_a_bare_tree(tmp_path, monkeypatch):
-    """With nothing but the folder that ``gather`` packs and the packages that such a machine has: every stage
-    comes to its end, nothing has failed, and the results are few small files. Not marked slow: the oldest
-    versions are those of such a machine.
+    """With only the folder that ``gather`` packs and the packages of such a machine, every stage finishes,
+    none fails, and the results are a few small files. This test is not marked slow, because the oldest
+    supported versions are those of such a machine.
     """
     gathered, site = tmp_path / "gathered", hide(tmp_path / "site")
     made_images(tmp_path / "images.npz")
@@ -119,7 +122,7 @@ def test_both_runs_rehearsed_from_a_bare_tree(tmp_path, monkeypatch):
     smoke = json.loads((tmp_path / "smoke" / "smoke.json").read_text())
     assert smoke["of"]["commit"] == "rehearsed"
     assert set(gpu_smoke.GROUPS) < set(smoke["verdicts"])
-    # on the CPU, as it was asked for
+    # on the CPU, as requested
     assert {verdict["result"] for verdict in smoke["verdicts"].values()} == {"pass", "none"}
     assert "\npass  golden values: 1 passed\n" in texts["smoke"]
     with tarfile.open(tmp_path / "results" / "report.tar.gz") as archive:
@@ -154,8 +157,8 @@ def test_both_runs_rehearsed_from_a_bare_tree(tmp_path, monkeypatch):
 
 
 def test_smoke_covers_every_kernel():
-    """The checks of gpu_smoke launch every kernel that there is, in every dtype: by the rules that decide
-    what a layer launches.
+    """The checks of gpu_smoke launch every kernel in every dtype, according to the rules that decide which
+    kernels a layer launches.
     """
     import smoke_checks
     from test_gpu import kernels_of, shape_of
@@ -172,7 +175,7 @@ def test_smoke_covers_every_kernel():
 
 
 def test_smoke_finds_its_tests():
-    """Each group has tests; the first has those of the kernels only."""
+    """Each group has tests, and the first group has only those of the kernels."""
     names = verify.collect(*gpu_smoke.FILES)
     groups = {group: [name for name in names if is_of(name)] for group, is_of in gpu_smoke.GROUPS.items()}
     assert all(groups.values())
@@ -181,8 +184,8 @@ def test_smoke_finds_its_tests():
 
 
 def test_smoke_tells_what_failed(tmp_path, capsys, monkeypatch):
-    """A verdict a line, the lines of the error, and an exit status of failure; what did not come to its
-    end is not passed.
+    """Each verdict is one line, followed by the lines of the error, and the exit status is a failure. A test
+    that did not finish has not passed.
     """
     smoke = gpu_smoke.Smoke(tmp_path, "cpu", time.monotonic() + 60)
     error = (
@@ -211,7 +214,7 @@ def test_a_smoke_stage_that_raises_is_a_verdict(tmp_path, monkeypatch):
 
 
 def test_warming_tells_what_failed(monkeypatch):
-    """A network that does not compile is named, the others are compiled."""
+    """A network that does not compile is named, and the others are compiled."""
     seen = []
 
     def compile_kernels(model, shape, dtype, workers, **options):
@@ -240,7 +243,7 @@ def test_first_tiles():
 
 
 def test_first_tiles_of_the_package():
-    """One for each kernel of each layer."""
+    """There is one first tile for each kernel of each layer."""
     names = [name for name in verify.collect(gpu_stages.LARGE) if gpu_stages.TILES in name]
     first, others = gpu_stages.first_tiles(names)
     assert len(first) + len(others) == len(names)
@@ -258,8 +261,8 @@ def report(monkeypatch, tmp_path):
 
 
 def test_what_had_no_time_is_run_later(report, monkeypatch):
-    """later.json names it; a call with --later adds it to the verdict, and only then is the device marked,
-    with what was run on it.
+    """later.json names the tests that had no time. A call with --later adds them to the verdict. Only then is
+    the device marked as verified, with a list of what was run on it.
     """
     monkeypatch.setattr(verify, "shards", lambda tests, *a: Verdict(passes=1, unfinished=len(tests) - 1))
     monkeypatch.setattr(verify, "outcomes", lambda folder: {"a": {"outcome": "passed"}})
@@ -289,7 +292,7 @@ def test_a_fallback_that_fails_takes_the_mark(report):
 
 
 def test_training_is_not_longer_than_its_time(report, monkeypatch):
-    """Whatever the stages before it have left."""
+    """The limit holds however much time the earlier stages left."""
     commands = []
     monkeypatch.setattr(report, "_run", lambda name, command, until: commands.append((command, until)))
     report.train(time.monotonic() + 1000)
@@ -299,7 +302,7 @@ def test_training_is_not_longer_than_its_time(report, monkeypatch):
 
 
 def test_packed(tmp_path):
-    """Under their names, without what is half written; long logs lose their middle."""
+    """Files are packed under their names. Incomplete files are left out, and long logs lose their middle."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "a.txt").write_bytes(b"x" * 500_000 + b"end")
     (tmp_path / ".half").write_text("")
@@ -318,7 +321,9 @@ def test_packed(tmp_path):
 
 
 def test_gathered(tmp_path):
-    """The tracked tree, the images, and a script; again in place of the first; too much is refused."""
+    """``gather`` copies the tracked tree, the images and a script, and replaces an earlier copy. It refuses
+    to copy too much.
+    """
     data, output = tmp_path / "images.npz", tmp_path / "out"
     data.write_bytes(b"0" * 1000)
     command = ["--data", str(data), "--no-wheels", "--output", str(output)]
@@ -351,7 +356,9 @@ def test_gathering_replaces_only_its_own(tmp_path, capsys):
 
 
 def made_images(path, count=40):
-    """A file in the layout of the images: JPEGs end to end, one image without loss."""
+    """Write a file in the layout of the image archive: JPEGs one after the other, and one image stored
+    losslessly.
+    """
     from PIL import Image
 
     generator, arrays = np.random.default_rng(0), {}
@@ -396,7 +403,7 @@ def trainer(count=40, **options):
 
 
 def test_steps_learn():
-    """What the loop minimises falls, and the moving average follows the weights."""
+    """The minimised loss falls, and the moving average follows the weights."""
     found, recipe = trainer()
     losses = []
     for _ in range(30):
@@ -412,7 +419,7 @@ def test_steps_learn():
 
 
 def test_a_step_is_that_of_the_recipe():
-    """One step without augmentation beside the same by hand: autograd, Adam, clipped gradient."""
+    """A step without augmentation equals the same step written by hand: autograd, clipped gradient, Adam."""
     found, recipe = trainer()
     found.spec = {}
     twin, _ = trainer()
@@ -430,7 +437,7 @@ def test_a_step_is_that_of_the_recipe():
 
 
 def test_crops_and_flips():
-    """Every augmented image is a window of the padded one, mirrored or not."""
+    """Every augmented image is a window of the padded image, mirrored or not."""
     found, _ = trainer(40)
     images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
     augmented = found._augmented(images)
@@ -441,7 +448,9 @@ def test_crops_and_flips():
 
 
 def test_learning_rates():
-    """A linear warm-up to the recipe's rate at this batch, then a cosine to its last one."""
+    """The learning rate rises linearly to the recipe's rate for this batch size, then follows a cosine to the
+    last one.
+    """
     recipe = fast_training.recipe_of()
     rates = [fast_training.rate_of(recipe, 256, step, 1000, 100) for step in range(1001)]
     assert max(rates) == pytest.approx(2.5e-4 * (256 / 16) ** 0.5)
@@ -452,7 +461,7 @@ def test_learning_rates():
 
 
 def test_training_ends_in_time():
-    """With the schedule's end, and says how many steps that were."""
+    """The schedule ends with the training, which reports how many steps it took."""
     found, recipe = trainer()
     test = (found.images[:10], found.labels[:10])
     begin, kept = time.monotonic(), []

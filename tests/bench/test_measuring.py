@@ -1,4 +1,4 @@
-"""The parts of the benchmark: peers, time in turns, memory, error, rows, guard, tables."""
+"""The parts of the benchmark: peers, timing in turns, memory, error, rows, guard, tables."""
 
 import dataclasses
 import itertools
@@ -49,7 +49,7 @@ ENVIRONMENT = {
     "name", [name for name in LAYERS if Golden(name).meta["bias"] and Golden(name).meta["norm"] == "squash"]
 )
 def test_peers_compute_the_published_layer(name, peer):
-    """Output and all gradients of the published implementation."""
+    """Output and all gradients equal those of the published implementation."""
     golden = Golden(name)
     meta, function = golden.meta, providers.PEERS[peer].layer
     tensors = [t.requires_grad_() for t in (golden["input"], *golden.layer("param"))]
@@ -63,7 +63,7 @@ def test_peers_compute_the_published_layer(name, peer):
 
 @pytest.mark.parametrize("peer", providers.PEERS)
 def test_peers_explain(peer):
-    """The gradient in explanation mode is that of the layer in explanation mode."""
+    """The gradient in explanation mode equals that of the layer in explanation mode."""
     x, B, A, b, upstream = (t.detach().double() for t in layers.layer_inputs(SMALL, torch.float32, CPU)[0])
     x.requires_grad_()
     expected = torch.autograd.grad(
@@ -74,7 +74,7 @@ def test_peers_explain(peer):
 
 
 def toy(x, B, A, b, stride=1, padding=0, detach=False):
-    """The formula, once more."""
+    """The formula of a layer, as a peer."""
     return peers.materialising(x, B, A, b, stride, padding, detach)
 
 
@@ -87,8 +87,8 @@ def registered():
 
 
 def test_a_registered_peer_is_found_everywhere(registered, tmp_path):
-    """By its decorator alone: in what is measured, layers, networks and growth, eager and compiled; in rows,
-    tables and plots; in the documents.
+    """The decorator alone adds a peer to the measurements of layers, networks and growth, eager and compiled,
+    to rows, tables and plots, and to the documents.
     """
     gpu, preset = torch.device("cuda"), cases.preset("gpu", int(80e9))
     for case, mode in ((preset.layers[5], cases.FORWARD), (preset.networks[0], cases.STEP)):
@@ -108,7 +108,9 @@ def test_a_registered_peer_is_found_everywhere(registered, tmp_path):
     text = tables.everything(rows)
     assert "| layer | C, n, r, k, stride, size | toy | coda_fast |" in " ".join(text.split())
     assert "on the fastest algebraic or toyish" in text
-    assert len([line for line in text.splitlines() if line.startswith("| toy ")]) == 1  # of the network
+    assert (
+        len([line for line in text.splitlines() if line.startswith("| toy ")]) == 1
+    )  # the row of the network
     assert plots.styles()["toy"] == ("#009E73", "d", "a toy")
     assert "| toy | The formula, once more. |" in documents.peers().splitlines()
     assert "docs/benchmark.md" in documents.stale()
@@ -163,17 +165,17 @@ def test_providers_share_their_inputs():
         if name != providers.PRODUCT
     ]
     assert len(sets) == len([peer for peer in peers.PEERS.values() if not peer.recomputes]) + 1 > 2
-    # made anew: the same numbers in every run
+    # a second call gives the same numbers
     sets.append(layers.layer_inputs.__wrapped__(SMALL, torch.float32, CPU))
     for other in sets[1:]:
         for a, b in zip(sets[0], other, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert not torch.equal(sets[0][0][0], sets[0][1][0])  # the images of a set are its own
+    assert not torch.equal(sets[0][0][0], sets[0][1][0])  # each set has different images
 
 
 def test_the_preset_of_a_gpu():
-    """S-CoDA at batch 256, L-CoDA at 64, at 16 on a small device; every provider has a name there and none
-    twice.
+    """S-CoDA is measured at batch 256, L-CoDA at 64, or at 16 on a small device. Every provider is named
+    once.
     """
     large, small = cases.preset("gpu", int(80e9)), cases.preset("gpu", int(40e9))
     assert [(n.name, n.batch) for n in large.networks] == [
@@ -201,8 +203,8 @@ def test_the_preset_of_a_gpu():
 
 @pytest.mark.parametrize("name", [*providers.PEERS, providers.CODA])
 def test_providers_compile_whole(name):
-    """In one graph, forward and backward, as max-autotune on a GPU needs it; with the values of the eager
-    function.
+    """Forward and backward compile to one graph, as max-autotune on a GPU requires, and give the values of
+    the eager function.
     """
     inputs, eager = providers.setup(name, SMALL, cases.TRAINING, torch.float32, CPU)
     function = providers.OURS[name] if name in providers.OURS else providers.PEERS[name].layer
@@ -245,7 +247,7 @@ def test_in_turn():
 
 
 def test_a_provider_that_fails_later_is_out():
-    """Not in the warm-up: the others have all their turns, and its own are gone."""
+    """A provider that fails after the warm-up loses its measurements, and the others get all their turns."""
     calls = itertools.count()
 
     def fails_late():
@@ -270,7 +272,7 @@ def test_a_group_that_fails_is_not_measured_again(monkeypatch):
 
 
 def test_no_speedup_where_the_error_is_not_known(monkeypatch):
-    """The truth does not fit into memory."""
+    """No speed-up is shown if the truth does not fit into memory."""
 
     def full(*arguments):
         raise torch.cuda.OutOfMemoryError("full")
@@ -302,7 +304,9 @@ def test_a_wrong_variant_hides_its_own_speedup_only():
 
 @pytest.mark.parametrize("mode", cases.NETWORK_MODES)
 def test_networks_are_compared_with_float64(mode, monkeypatch):
-    """coda_fast and the peers give the network's results; a layer that is off by a thousandth is found."""
+    """coda_fast and the peers give the results of the network, and a layer that is off by a thousandth is
+    found.
+    """
     case = cases.Network("coda_s_cifar10", 3, 8)
     lab = laboratory.Laboratory(CPU, "float32", 0.0, (1, 1))
     found = lab.measure(case, mode, [providers.MATERIALISING, providers.CODA])
@@ -317,7 +321,7 @@ def test_networks_are_compared_with_float64(mode, monkeypatch):
 
 
 def test_replace_keeps_other_providers_of_the_same_code(tmp_path):
-    """A second pass that measures fewer providers, beside each other again, does not lose the rest."""
+    """A second pass that measures fewer providers does not remove the rows of the others."""
     path, rows = tmp_path / "machine.jsonl", fake()
     results.replace(path, rows)
     again = [dict(row, p50_us=1.0) for row in rows if row["provider"] in (providers.CODA, providers.PRODUCT)]
@@ -332,7 +336,7 @@ def test_the_ceiling_is_the_slower_of_two(monkeypatch, bound):
     monkeypatch.setattr(laboratory, "COPY_BYTES", {"cpu": 1 << 20})
     lab = laboratory.Laboratory(CPU, "float32", 0.0, (1, 1))
     least = laboratory.least_bytes(SMALL, cases.FORWARD, 4)
-    copy = 1.0 if bound == providers.PRODUCT else 100.0  # microseconds for least bytes
+    copy = 1.0 if bound == providers.PRODUCT else 100.0  # microseconds to move the fewest possible bytes
     lab._copy = Measurement([copy * 2 * (1 << 20) / least], [1.0])
     found = {providers.CODA: Measurement([200.0], [200.0]), providers.PRODUCT: Measurement([50.0], [50.0])}
     row = lab.rows(SMALL, cases.FORWARD, found)[0]
@@ -353,7 +357,7 @@ def test_inputs_rotate():
 
 
 def test_peak_bytes():
-    """10 MB that go, then 20 MB that stay beside 5 MB."""
+    """A temporary tensor of 10 MB, then one of 20 MB that is returned together with 5 MB."""
     float32 = 4
 
     def function():
@@ -384,11 +388,11 @@ def test_error():
 
 
 def fake(verified=True, error=1e-7):
-    """A laboratory with one measured group: coda_fast takes half the time of the formula and a third more
+    """A laboratory with one measured group: coda_fast takes half the time of the formula, and a third more
     than the product.
     """
     lab = laboratory.Laboratory(CPU, "float32", 0.0, verified=lambda: verified)
-    lab._copy = Measurement([1e-3], [1e-3])  # as good as no time
+    lab._copy = Measurement([1e-3], [1e-3])  # practically no time
     found = {
         providers.MATERIALISING: Measurement([200.0, 220.0, 210.0], [1.0] * 3, 1000, 1e-7),
         providers.ALGEBRAIC: Measurement(missing="out of memory"),
@@ -502,7 +506,7 @@ def test_stale_documents_are_found(monkeypatch, tmp_path):
 
 
 def test_tables_do_not_mix():
-    """Rows of two dtypes and of two batches stand in tables of their own; the copy is in the footer."""
+    """Rows of two dtypes and of two batch sizes are in separate tables, and the copy is in the footer."""
     narrow = [dict(row, dtype="bfloat16") for row in fake()]
     large = [
         dict(row, shape={**row["shape"], "batch": 64}, p50_us=row["p50_us"] and 10 * row["p50_us"])

@@ -1,4 +1,4 @@
-"""Verdicts on runs of tests that pass, fail, break off or are killed (bench/verify.py)."""
+"""Verdicts on test runs that pass, fail, crash or are killed (bench/verify.py)."""
 
 import time
 

@@ -1,5 +1,5 @@
-"""Pictures as people have them: turned by EXIF in all eight ways, of every depth and colour, transparent,
-tiny, long, damaged.
+"""Images as users have them: rotated by EXIF in all eight ways, of every depth and colour mode, transparent,
+tiny, very long, damaged.
 """
 
 import io
@@ -7,14 +7,14 @@ import io
 import numpy as np
 from PIL import Image
 
-UPRIGHT = np.zeros((24, 40, 3), np.uint8)  # a picture whose corners tell where it was turned
+UPRIGHT = np.zeros((24, 40, 3), np.uint8)  # its corners differ, so that they show every rotation
 UPRIGHT[:12, :20], UPRIGHT[:12, 20:], UPRIGHT[12:, :20], UPRIGHT[12:, 20:] = (
     (200, 40, 40),
     (40, 200, 40),
     (40, 40, 200),
     (220, 220, 60),
 )
-# how the rows of a file are turned that says so: written out here, by EXIF's definition of where row 0 and
+# how the pixels are stored for each EXIF orientation, according to EXIF's definition of where row 0 and
 # column 0 are seen
 STORED = {
     1: lambda p: p,  # row 0 at the top, column 0 at the left
@@ -35,8 +35,8 @@ def file_of(image, format="PNG", **options):
 
 
 def turned(orientation, format="JPEG", tag=None, pixels=UPRIGHT):
-    """The bytes of a picture that is ``pixels`` when it is seen as its EXIF says; ``tag``: what is written
-    instead.
+    """The bytes of an image that shows ``pixels`` when its EXIF orientation is applied; ``tag`` is written
+    instead of the orientation.
     """
     exif = Image.Exif()
     exif[0x0112] = orientation if tag is None else tag
@@ -46,7 +46,9 @@ def turned(orientation, format="JPEG", tag=None, pixels=UPRIGHT):
 
 
 def odd_files(seed=0):
-    """{name: bytes} of one of each kind; those that cannot be read are called ``broken``."""
+    """{name: bytes} with an image of each kind. Those that cannot be read have names that start with
+    ``broken``.
+    """
     generator = np.random.default_rng(seed)
 
     def noise(height, width, channels=3):

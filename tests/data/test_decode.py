@@ -1,4 +1,4 @@
-"""Every kind of file that a user might point at, by one set of rules: docs/data.md."""
+"""All kinds of image files are decoded by one set of rules (docs/data.md)."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ COLOUR = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = COLOUR[..., 0]
 
 
-def _save(path, array, mode=None, **options):
+def save_image(path, array, mode=None, **options):
     image = Image.fromarray(array)
     (image.convert(mode) if mode else image).save(path, **options)
     return path
@@ -28,7 +28,7 @@ def pixels(source, channels=3, **options):
 
 
 def test_paths_bytes_and_pictures_are_read_alike(tmp_path):
-    path = _save(tmp_path / "a.png", COLOUR)
+    path = save_image(tmp_path / "a.png", COLOUR)
     with Image.open(path) as lazy:
         found = [
             pixels(path),
@@ -41,18 +41,18 @@ def test_paths_bytes_and_pictures_are_read_alike(tmp_path):
 
 
 def test_grey_in_colour_and_colour_in_grey(tmp_path):
-    """Three equal channels; ITU-R 601 luma, to the nearest level."""
+    """Grey becomes three equal channels. Colour becomes ITU-R 601 luma, rounded to the nearest level."""
     assert np.array_equal(pixels(Image.fromarray(GREY)), np.repeat(GREY[..., None], 3, 2))
     luma = COLOUR @ np.array([0.299, 0.587, 0.114])
-    found = pixels(_save(tmp_path / "a.png", COLOUR), 1)
+    found = pixels(save_image(tmp_path / "a.png", COLOUR), 1)
     assert found.shape == (5, 7)
     assert abs(found - luma).max() <= 0.51
 
 
 @pytest.mark.parametrize("mode", ["P", "CMYK", "1", "L", "RGBA", "LA", "YCbCr"])
 def test_modes(tmp_path, mode):
-    """Palettes, print colours, opaque alpha: read as what they show."""
-    path = _save(tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png"), COLOUR, mode)
+    """Palettes, print colours and opaque alpha channels are read as the colours that they show."""
+    path = save_image(tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png"), COLOUR, mode)
     with Image.open(path) as image:
         assert np.array_equal(pixels(path), np.asarray(image.convert("RGB")))
 
@@ -86,7 +86,7 @@ def test_transparency_is_flattened_on_white(alpha):
 
 
 def test_one_clear_colour():
-    """Of a palette, of grey, of colour and of 16 bits, as PNG names it."""
+    """One transparent colour of a palette, of grey, of colour or of 16 bits, as a PNG names it."""
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 200, 0])
     palette.putpixel((1, 0), 1)
@@ -120,7 +120,9 @@ def test_colours_under_full_transparency_do_not_matter():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("format", "dtype"), [("PNG", np.uint16), ("TIFF", np.uint16), ("PPM", np.int32)])
 def test_grey_of_16_bits_keeps_its_range(format, dtype, channels):
-    """To the nearest of 8 bits: level k is 257 k of them, and what is half between goes up."""
+    """16 bits are rounded to the nearest of the 8-bit levels, where level k stands for 257 k. Halves round
+    up.
+    """
     values = np.arange(256, dtype=dtype).reshape(16, 16) * 257
     for shift, carry in ((0, 0), (128, 0), (129, 1), (-128, 0)):
         shifted = (values.astype(np.int64) + shift).clip(0, 65535)
@@ -130,7 +132,7 @@ def test_grey_of_16_bits_keeps_its_range(format, dtype, channels):
 
 
 def test_colours_of_16_bits_by_their_upper_8():
-    """A PNG by hand, which Pillow reads and does not write."""
+    """A PNG written by hand, because Pillow can read but not write it."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -154,16 +156,14 @@ def test_floating_point_from_0_to_1():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
 def test_upright(orientation, format):
-    """A picture whose corners tell them apart, stored turned or mirrored as its EXIF says, is read as it
-    should be seen.
-    """
+    """An image stored rotated or mirrored, as its EXIF says, is read upright."""
     found = pixels(turned(orientation, format)).astype(int)
     assert found.shape == UPRIGHT.shape
     assert abs(found - UPRIGHT).mean() < (4 if format == "JPEG" else 0.01)
     once = decode(turned(orientation, format))
-    assert np.array_equal(pixels(once), pixels(decode(once)))  # what is upright is not turned again
+    assert np.array_equal(pixels(once), pixels(decode(once)))  # an upright image is not rotated again
     with Image.open(io.BytesIO(turned(orientation, format))) as lazy:
-        # what is not upright yet, is, whoever converts it before
+        # an image that was converted before is still turned upright
         assert np.array_equal(pixels(lazy), pixels(lazy.convert("RGB")))
 
 
@@ -180,7 +180,7 @@ def test_an_orientation_that_does_not_exist_turns_nothing(orientation):
 
 
 def test_orientation_beside_damage_in_other_tags():
-    """Pillow would write EXIF anew to take the orientation out, and fail."""
+    """To remove the orientation, Pillow would write all EXIF tags again, and fail."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "text"
     data = bytearray(exif.tobytes())
@@ -199,11 +199,11 @@ def test_orientation_beside_damage_in_other_tags():
 def _nan(path):
     values = np.full((4, 4), 0.5, np.float32)
     values[1, 2] = np.nan
-    _save(path, values)
+    save_image(path, values)
 
 
 def _truncated(path):
-    _save(path, np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    save_image(path, np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     path.write_bytes(path.read_bytes()[:2000])
 
 
@@ -219,12 +219,12 @@ def _truncated(path):
         ("a.tif", _nan, 1, "a.tif: 1 pixels are NaN or infinite"),
         (
             "a.tif",
-            lambda p: _save(p, np.full((2, 2), 200, np.float32)),
+            lambda p: save_image(p, np.full((2, 2), 200, np.float32)),
             1,
             r"expected floating-point pixels in \[0, 1\], got 200",
         ),
-        ("a.tif", lambda p: _save(p, np.full((2, 2), 70_000, np.int32)), 1, "at most 16 bits"),
-        ("a.png", lambda p: _save(p, COLOUR), 4, "the model expects 4"),
+        ("a.tif", lambda p: save_image(p, np.full((2, 2), 70_000, np.int32)), 1, "at most 16 bits"),
+        ("a.png", lambda p: save_image(p, COLOUR), 4, "the model expects 4"),
     ],
 )
 def test_refuses(tmp_path, name, write, channels, message):
@@ -246,11 +246,11 @@ def test_bytes_have_the_name_that_they_are_given():
 def test_decompression_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ImageError, match="too large"):
-        decode(_save(tmp_path / "a.png", COLOUR))
+        decode(save_image(tmp_path / "a.png", COLOUR))
 
 
 def test_too_many_pixels_whatever_pillow_allows(tmp_path, monkeypatch):
-    """Of a file whose header says so, before anything is decoded."""
+    """An image whose header states too many pixels is refused before it is decoded."""
     path = tmp_path / "a.bmp"
     Image.new("L", (8, 8)).save(path)
     data = bytearray(path.read_bytes())
@@ -264,7 +264,7 @@ def test_too_many_pixels_whatever_pillow_allows(tmp_path, monkeypatch):
 
 
 def test_programs_are_no_images(tmp_path):
-    """Pillow has Ghostscript run what is PostScript, by whatever name."""
+    """Pillow runs Ghostscript on PostScript files, whatever their name."""
     Image.fromarray(COLOUR).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
     with pytest.raises(ImageError, match="a.png: not an image that Pillow can read"):
@@ -272,8 +272,8 @@ def test_programs_are_no_images(tmp_path):
 
 
 def test_a_jpeg_is_decoded_smaller_only_where_that_is_asked():
-    """As training does for random crops; evaluation reads every pixel, so that a file and what is made of
-    it elsewhere are the same.
+    """Training decodes JPEGs at reduced size for random crops. Evaluation reads every pixel, so that the
+    result is the same for a file and for its decoded pixels.
     """
     data = file_of(Image.new("RGB", (800, 600), (9, 99, 199)), "JPEG", quality=95)
     assert decode(data).size == (800, 600)
@@ -283,8 +283,8 @@ def test_a_jpeg_is_decoded_smaller_only_where_that_is_asked():
 
 
 def test_threads_leave_warnings_as_they_were():
-    """Decoding hides Pillow's warnings; many threads at once must not hide them for ever, nor those of
-    others.
+    """Decoding hides Pillow's warnings. Many threads at once must not hide them permanently, nor hide
+    warnings of others.
     """
     import threading
     import warnings

@@ -1,4 +1,4 @@
-"""Which files are pictures, and of which class, on trees as people have them."""
+"""Which files count as images, and of which class, in folders as users have them."""
 
 import os
 
@@ -10,7 +10,7 @@ from coda_fast.data.listing import class_folders, evenly, labelled_pictures, pic
 
 @pytest.fixture
 def tree(tmp_path):
-    """Pictures at several depths, beside what is none."""
+    """Images at several depths, next to files that are not images."""
     files = [
         "cat/a.png",
         "cat/B.JPG",
@@ -66,7 +66,7 @@ def test_links_that_lead_back_count_once(tree):
 
 
 def test_of_two_names_of_a_folder_the_first_counts(tmp_path):
-    """Whatever order the file system has them in."""
+    """A folder with two names is listed under the first one, whatever the order in the file system."""
     for real, link in (("m", "a"), ("b", "z")):
         (tmp_path / real).mkdir()
         (tmp_path / real / "x.png").touch()
@@ -75,7 +75,7 @@ def test_of_two_names_of_a_folder_the_first_counts(tmp_path):
 
 
 def test_annotations(tree):
-    """Tiny-ImageNet's form, for whoever asks."""
+    """The annotation file of Tiny-ImageNet is read where the caller asks for it."""
     (tree / "val_annotations.txt").write_text("x.JPEG\tdog\t0\t0\n\ny.JPEG\tcat\t1\nz.JPEG\tdog\n")
     images = str(tree / "images")
     assert labelled_pictures(tree) == {

@@ -1,5 +1,5 @@
-"""What becomes of a picture on its way into a network: what torchvision makes of it, and the same in every
-form that it comes in.
+"""Preprocessing of images for a network: equal to torchvision's, and the same for every form in which an
+image can be given.
 """
 
 import json
@@ -29,7 +29,7 @@ SIZES = [(500, 375), (375, 500), (300, 300), (960, 240), (240, 241), (20, 30), (
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("resize", "crop"), [(256, 240), (32, 32), (40, None), (33, 7)])
 def test_it_is_what_torchvision_does(size, resize, crop):
-    """Bit for bit, of what is no more than four times as long as wide."""
+    """Bit for bit, for images at most four times as long as wide."""
     image = picture(*size)
     steps = [v2.Resize(resize, v2.InterpolationMode.BILINEAR, antialias=True), v2.PILToTensor()]
     expected = v2.Compose(steps if crop is None else [steps[0], v2.CenterCrop(crop), steps[1]])(image)
@@ -48,8 +48,8 @@ def test_interpolations(interpolation):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", SIZES)
 def test_all_forms_of_a_picture_give_the_same(size, channels, tmp_path):
-    """A path, bytes, Pillow, an array, bytes in a tensor: to the bit; floating point: to the rounding of
-    bytes, twice.
+    """A path, bytes, a Pillow image, an array and a tensor of bytes give the same bits. Floating-point input
+    differs by the rounding to bytes, twice.
     """
     image, transform = picture(*size), Preprocessing(channels, 36, 32)
     image.save(tmp_path / "a.png")
@@ -107,8 +107,8 @@ def test_a_picture_as_it_is():
 @pytest.mark.parametrize("size", [*SIZES[:6], (900, 31), (31, 2000)])
 @pytest.mark.parametrize(("resize", "crop"), [(64, 64), (80, 64), (64, 10)])
 def test_the_box_is_what_the_network_sees(size, resize, crop):
-    """Two ramps tell where each pixel of the crop comes from: its first and last centres lie half a pixel
-    of the crop inside the box.
+    """Two ramps of brightness show where each pixel of the crop comes from: the centres of its first and last
+    pixels lie half a crop pixel inside the box.
     """
     width, height = size
     across = np.broadcast_to(
@@ -129,7 +129,9 @@ def test_the_box_is_what_the_network_sees(size, resize, crop):
         pixel = (end - start) / crop
         middle = values[crop // 2 - 1 : crop // 2 + 1].mean() * (length - 1) + 0.5
         assert float(middle) == pytest.approx((start + end) / 2, abs=0.02 * length)
-        if start > 2 * pixel and end < length - 2 * pixel:  # away from the edges, which antialiasing bends
+        if (
+            start > 2 * pixel and end < length - 2 * pixel
+        ):  # away from the edges, where antialiasing distorts the ramp
             ends = values[[0, -1]] * (length - 1) + 0.5
             assert ends.tolist() == pytest.approx(
                 [start + pixel / 2, end - pixel / 2], abs=max(0.02 * length, pixel / 2)
@@ -137,8 +139,8 @@ def test_the_box_is_what_the_network_sees(size, resize, crop):
 
 
 def test_strips():
-    """Of what is very long only the middle is looked at, at once; a whole strip is not enlarged without
-    bound.
+    """Of a very long image only the middle is read, without resizing all of it. A whole strip is not enlarged
+    without limit.
     """
     strip = np.zeros((2, 40_000, 3), np.uint8)
     strip[:, 19_999:20_001] = 255
@@ -244,7 +246,7 @@ def test_it_is_part_of_the_model(tmp_path):
         1, 5, 5
     )
     assert coda_fast.load(tmp_path / "a.safetensors", image_size=20).transform == Preprocessing(1, 20, 20)
-    model.transform = Preprocessing(1, 9, 9)  # of another's choice
+    model.transform = Preprocessing(1, 9, 9)  # chosen by the user
     coda_fast.save(model, tmp_path / "b.safetensors")
     assert coda_fast.load(tmp_path / "b.safetensors").transform == model.transform
     for other in (torch.nn.Identity(), Preprocessing(3, 9, 9)):
@@ -274,8 +276,8 @@ def test_named_models_say_what_their_pictures_go_through():
     ],
 )
 def test_files_from_before(tmp_path, metadata, wanted):
-    """A file that says nothing of preprocessing means what the recipe of its training says, or else the
-    size of its network.
+    """A file without preprocessing uses that of the recipe of its training, or else the image size of its
+    network.
     """
     from safetensors.torch import save_file
 

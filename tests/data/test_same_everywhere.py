@@ -1,5 +1,5 @@
-"""A network sees the same pixels in training, evaluation, a plain loop, timm and an exported file: on
-pictures as people have them.
+"""A network sees the same pixels in training, evaluation, a plain loop, timm and an exported file, for images
+as users have them.
 """
 
 import csv
@@ -68,7 +68,7 @@ def evaluated(checkpoint, data, output, *options):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A trained network, its folder of odd pictures, and the last row of its history."""
+    """A trained network, its folder of odd images, and the last row of its history."""
     folder = tmp_path_factory.mktemp("odd")
     for split, start in (("train", 0), ("val", 100)):
         for label, name in enumerate(CLASSES):
@@ -83,7 +83,7 @@ def run(tmp_path_factory):
 
 
 def loop(model, folder):
-    """The loop that anybody would write: {path: (class, logits)} of what can be read."""
+    """The loop that a user would write: {path: (class, logits)} of the images that can be read."""
     found = {}
     for label, name in enumerate(CLASSES):
         for path in sorted((folder / "val" / name).rglob("[!.]*.*")):
@@ -102,7 +102,7 @@ def test_the_accuracy_of_a_checkpoint_is_one_number(run, tmp_path):
     readable = len(CLASSES) * 2 * sum(not name.startswith("broken") for name in odd_files())
     right = sum(int(logits.argmax()) == label for label, logits in each.values())
     assert len(each) == row["val_images"] == readable
-    assert 0.2 < right / readable < 0.999, "a network that is always right, or never, shows nothing"
+    assert 0.2 < right / readable < 0.999, "an accuracy of 0 or 1 cannot show a difference"
     assert len({int(logits.argmax()) for _, logits in each.values()}) > 1
     assert row["val_accuracy"] == right / readable
     for workers in (0, 2):
@@ -126,7 +126,7 @@ def test_the_accuracy_of_a_checkpoint_is_one_number(run, tmp_path):
 
 
 def test_training_saw_what_the_transform_makes(run):
-    """The pixels themselves, of every kind of file, through the loader of training."""
+    """The pixels of every kind of file are compared as the data loader of training returns them."""
     from coda_fast.train.data import open_data
 
     model, folder, _ = run
@@ -141,11 +141,11 @@ def test_training_saw_what_the_transform_makes(run):
         assert torch.equal(model.transform(name), image / 255), name
 
 
-# timm leaves it to the collector to close files
+# timm leaves closing files to the garbage collector
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_in_timm(run, tmp_path):
-    """Its data set with ``model.transform`` sees every picture so; its own pipeline, by the model's
-    configuration, every plain one.
+    """timm's data set with ``model.transform`` sees the same pixels for every image. timm's own pipeline,
+    built from the model's configuration, does so for ordinary images.
     """
     pytest.importorskip("timm", reason="pip install 'coda-fast[timm]'")
     import timm.data
@@ -155,7 +155,7 @@ def test_in_timm(run, tmp_path):
     from coda_fast import timm_models
 
     model, folder, row = run
-    # timm names a class after the folder that a file lies in, and stops at damage
+    # timm names a class after the folder of the file, and stops at damaged files
     for path in (folder / "val").rglob("[!.]*.*"):
         if not path.name.startswith("broken"):
             name = path.relative_to(folder / "val").parts[0]
@@ -194,7 +194,7 @@ def test_in_timm(run, tmp_path):
 
 
 def test_exported(run, tmp_path):
-    """The network in onnxruntime, on what its file says of pictures."""
+    """The network in onnxruntime, with the preprocessing that its file describes."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model, folder, row = run
@@ -215,7 +215,7 @@ def test_exported(run, tmp_path):
 
 
 def set_of(root, files):
-    """root/{train,val}/CLASS/NUMBER.ENDING of {class: [(bytes, ending)]}."""
+    """Write root/{train,val}/CLASS/NUMBER.ENDING from {class: [(bytes, ending)]}."""
     for split in ("train", "val"):
         for name, some in files.items():
             (root / split / name).mkdir(parents=True)
@@ -231,8 +231,8 @@ def accuracies(root, output, *overrides):
 
 
 def test_pictures_of_one_size_are_of_one_size_in_training_and_validation(tmp_path):
-    """Where a recipe says nothing of sizes: other sizes to validate with would be other pixels than the
-    network's.
+    """If a recipe names no size, validation images of another size would give the network other pixels than
+    in training.
     """
 
     def coloured(side):
@@ -252,7 +252,9 @@ def test_pictures_of_one_size_are_of_one_size_in_training_and_validation(tmp_pat
 
 
 def test_classes_that_are_told_apart_by_orientation(tmp_path):
-    """By EXIF or by their pixels: the network learns them, and it is the same network, bit for bit."""
+    """The network learns classes that differ in their orientation, given by EXIF or by the pixels, and both
+    give the same network bit for bit.
+    """
     pictures = {"up": UPRIGHT, "down": UPRIGHT[::-1, ::-1]}
     by_exif = {
         name: [(turned(1 + i, "PNG", pixels=p), "png") for i in range(8)] for name, p in pictures.items()
@@ -274,7 +276,9 @@ def test_classes_that_are_told_apart_by_orientation(tmp_path):
 
 
 def test_what_lies_under_transparency_tells_nothing(tmp_path):
-    """Two classes that differ where nothing is seen: chance, in training and in evaluation."""
+    """Two classes that differ only under full transparency are classified by chance, in training and in
+    evaluation.
+    """
 
     def clear(colour):
         return (file_of(Image.new("RGBA", (20, 20), (*colour, 0))), "png")
@@ -284,8 +288,8 @@ def test_what_lies_under_transparency_tells_nothing(tmp_path):
 
 
 def test_hidden_files_and_folders_in_folders(tmp_path):
-    """macOS's files are no corrupt images, and a limit counts pictures; what lies deeper is read in
-    training and in evaluation.
+    """Hidden files of macOS do not count as corrupt images, and a limit counts images only. Images in
+    subfolders are read in training and in evaluation.
     """
     red, blue = ((file_of(Image.new("RGB", (20, 20), colour)), "png") for colour in ("red", "blue"))
     root = set_of(tmp_path / "set", {"blue": [blue] * 8, "red": [red] * 8})

@@ -1,4 +1,4 @@
-"""``coda-fast evaluate`` as a user types it, on a network that has learnt its digits."""
+"""``coda-fast evaluate`` as a user types it, on a network that has learnt to classify digits."""
 
 import json
 
@@ -30,8 +30,8 @@ def run(checkpoint, output, *options):
 
 
 def test_localisation(checkpoint, tmp_path):
-    """The network's own maps find the digits better than the gradient does; the second run only reads what
-    is there.
+    """The network's own maps localise the digits better than the gradient. A second run only reads the stored
+    results.
     """
     options = ("--methods", "Ours, Grad", "--side", 2, "--grids", 30)
     done = run(checkpoint, tmp_path, *options)
@@ -87,7 +87,7 @@ def test_bad_input(checkpoint, tmp_path, options, message):
 
 
 def test_settings_and_twins(checkpoint, tmp_path):
-    """IxG and DeepLIFT are one method on a CoDA-Net, and not shown as two; settings of methods are stored
+    """IxG and DeepLIFT are the same method on a CoDA-Net and are shown once. Settings of methods are stored
     with the result.
     """
     options = [
@@ -114,7 +114,7 @@ def test_settings_and_twins(checkpoint, tmp_path):
         1,
         0,
     )
-    # from nothing to the whole image
+    # from no pixel to all pixels
     assert document["methods"]["IxG"]["start"] < document["methods"]["IxG"]["end"]
 
 

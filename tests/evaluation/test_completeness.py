@@ -1,4 +1,4 @@
-"""Completeness error: rounding for a CoDA-Net, and what is taken away where something is."""
+"""The completeness error is rounding for a CoDA-Net, and finds contributions that are missing."""
 
 import dataclasses
 
@@ -24,8 +24,8 @@ def test_rounding_only(dtype, bound):
 
 
 def test_what_is_missing_is_found(monkeypatch):
-    """A map without its largest contribution is incomplete by just that, over |logit| and the terms that
-    are left.
+    """For a map without its largest contribution, the error is that contribution, relative to |logit| and the
+    remaining terms.
     """
     model = coda_fast.create_model("coda_xs_digits", dtype=torch.float64, temperature=1.0)
     explain, taken = type(model).explain, []
@@ -52,5 +52,5 @@ def test_what_is_missing_is_found(monkeypatch):
 
 
 def test_needs_a_coda_net():
-    with pytest.raises(ValueError, match="model: expected one made of DAU layers, got a Linear"):
+    with pytest.raises(ValueError, match="model: expected a coda_fast.Network, got a Linear"):
         completeness_error(torch.nn.Linear(2, 2), IMAGES, TARGETS)

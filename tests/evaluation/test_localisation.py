@@ -1,4 +1,4 @@
-"""The grid pointing game against maps whose score is known."""
+"""The grid pointing game on maps whose score is known."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,9 @@ CLASSES = 6
 
 
 def data(per_class=4, size=5):
-    """Every pixel of an image of class c is (c + 1) / 10; logits are sure of all, less and less by index."""
+    """Every pixel of an image of class c is (c + 1) / 10. The logits are correct for all images, with a
+    confidence that falls with the index.
+    """
     labels = torch.arange(CLASSES).repeat(per_class)
     images = ((labels + 1) / 10)[:, None, None, None].expand(-1, 3, size, size).contiguous()
     logits = torch.full((len(labels), CLASSES), -9.0)
@@ -22,7 +24,7 @@ def data(per_class=4, size=5):
 
 
 def where_it_is(grids, classes):
-    """1 where a class is, 0 elsewhere."""
+    """1 in the cell of each class, 0 elsewhere."""
     return torch.isclose(grids[:, :1], (classes[:, :, None, None] + 1) / 10).float()
 
 
@@ -80,7 +82,7 @@ def test_all_classes_of_a_grid_in_one_call():
 
 @pytest.mark.parametrize("side", [2, 3])
 def test_layout(side):
-    """Cell j: row by row, or column by column."""
+    """The index of cell j counts row by row, or column by column."""
     cells = torch.arange(side**2.0).view(1, -1, 1, 1, 1).expand(1, -1, 2, 4, 5)
     for protocol in ("plain", "published"):
         grid = canvases(cells, side, protocol)
@@ -96,13 +98,16 @@ def test_layout(side):
 def test_confident_images():
     logits = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [-1.0, -2.0], [0.0, 5.0], [4.0, 0.0]])
     labels = torch.tensor([0, 0, 0, 0, 1, 0])
-    assert confident_images(logits, labels) == {0: [5, 1, 0], 1: [4]}  # 2 is wrong, 3 is right but not sure
+    assert confident_images(logits, labels) == {
+        0: [5, 1, 0],
+        1: [4],
+    }  # image 2 is classified wrongly, image 3 correctly but without confidence
     assert confident_images(logits, labels, 0.9) == {0: [5, 1], 1: [4]}
 
 
 def test_plain_draw():
-    """Distinct classes, every image once at most, the surest of a class first, as many grids as there can
-    be.
+    """Grids have distinct classes, use every image at most once and the most confident images of a class
+    first, and there are as many grids as possible.
     """
     images, labels, logits = data(per_class=6)
     confident = confident_images(logits, labels)
@@ -118,8 +123,8 @@ def test_plain_draw():
 
 
 def test_published_draw():
-    """Written out as the protocol is told: a list in blocks, then grids from it with one image too many
-    skipped.
+    """The published protocol written out: a list in blocks, and grids built from it, where each grid skips
+    one image.
     """
     images, labels, logits = data(per_class=7)
     confident = confident_images(logits, labels)
@@ -152,8 +157,8 @@ def test_published_draw():
 
 
 def test_own_maps_of_a_network():
-    """Without an attribution, the contribution maps; the scores are those of the maps one grid and one
-    class at a time.
+    """Without an attribution method the contribution maps are scored. The scores equal those of the maps
+    computed one grid and one class at a time.
     """
     torch.manual_seed(0)
     model = create_model("coda_xs_digits", num_classes=5).double()
@@ -221,7 +226,9 @@ def test_bad_input(change, error, message):
 
 
 def test_confidence_of_a_softmax_classifier():
-    """Logits of 5, 4.9 and 4.8 are no confidence, whatever their sigmoid is; a CoDA-Net's are."""
+    """Logits of 5, 4.9 and 4.8 are not confident for a softmax classifier, whatever their sigmoid is. For a
+    CoDA-Net they are.
+    """
 
     class Unsure(torch.nn.Module):
         def forward(self, images):
@@ -237,14 +244,16 @@ def test_confidence_of_a_softmax_classifier():
 
 
 def test_threads_that_evaluate_one_model_leave_its_mode_as_it_was():
-    """In any order of coming and going, as the first one found it."""
+    """Afterwards the model is in the mode in which the first thread found it, in whatever order the threads
+    begin and end.
+    """
     model = create_model("coda_xs_digits").train()
     model.layers[1].eval()
     first, second = (common.evaluated(model) for _ in range(2))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert not any(module.training for module in model.modules()), "the second one is at it"
+    assert not any(module.training for module in model.modules()), "the second thread is evaluating"
     second.__exit__(None, None, None)
     assert [module.training for module in model.layers] == [True, False, True]
     assert model.training

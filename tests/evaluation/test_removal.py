@@ -1,4 +1,4 @@
-"""Pixel removal against curves that are known, and against one image and one mask at a time."""
+"""Pixel removal against known curves, and against one image and one mask at a time."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ class Linear(nn.Module):
 
 
 def test_linear_model():
-    """Pixels of 1 to 4 ranked by their value: what is left after each removal is known."""
+    """Pixels of 1 to 4 are ranked by their value, so that the remaining sum after each removal is known."""
     image = torch.tensor([[3.0, 1.0], [4.0, 2.0]]).view(1, 1, 2, 2) / 10
     value = lambda images, classes: images
     left = {"least": [1.0, 0.9, 0.7, 0.4, 0.0], "most": [1.0, 0.6, 0.3, 0.1, 0.0]}
@@ -42,7 +42,7 @@ def test_published_points():
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 @pytest.mark.parametrize("order", ["least", "most"])
 def test_batched_is_one_by_one(order, batch_size):
-    """All six channels of the encoded image are masked, the map is the model's own."""
+    """All six channels of the encoded image are masked, and the map is the model's own."""
     torch.manual_seed(0)
     model = create_model("coda_xs_digits", num_classes=4).double()
     images, targets = torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.tensor([2, 0, 3])
@@ -62,7 +62,7 @@ def test_batched_is_one_by_one(order, batch_size):
 
 
 def _network(norm="squash"):
-    """Every kind of window: strides, paddings that are not symmetric, dilation, a kernel of even size, no
+    """A network with strides, asymmetric padding, dilation, a kernel of even size and a layer without
     padding.
     """
     torch.manual_seed(1)
@@ -81,7 +81,7 @@ def _network(norm="squash"):
 @pytest.mark.parametrize("insert", [False, True])
 @pytest.mark.parametrize("norm", ["squash", "l2"])
 def test_what_does_not_change_is_not_computed_again(norm, insert, monkeypatch):
-    """The curves of masks that are computed whole, from fewer outputs of the layers."""
+    """The curves equal those of masked images that are computed in full, from fewer outputs of the layers."""
     model, images, targets = (
         _network(norm),
         torch.rand(5, 3, 16, 14, dtype=torch.float64),
@@ -111,7 +111,7 @@ def test_what_does_not_change_is_not_computed_again(norm, insert, monkeypatch):
 
 
 def test_layers_that_are_watched_are_called(monkeypatch):
-    """A hook sees every masked image whole."""
+    """A hook on a layer sees every masked image in full."""
     model, images, targets = _network(), torch.rand(2, 3, 16, 14, dtype=torch.float64), torch.tensor([0, 1])
     seen = []
     model.layers[2].register_forward_hook(lambda layer, inputs, output: seen.append(len(output)))
@@ -124,7 +124,7 @@ def test_layers_that_are_watched_are_called(monkeypatch):
 
 
 def test_ties_go_in_order():
-    """Equal pixels: the first in the image goes first, so that the same map gives the same curve
+    """Of equal pixels the first in the image is removed first, so that the same map gives the same curve
     everywhere.
     """
     image = torch.tensor([0.1, 0.2, 0.4, 0.8]).view(1, 1, 2, 2)
@@ -184,7 +184,7 @@ def test_bad_input(change, error, message):
 
 
 def test_points_that_are_one_are_computed_once():
-    """129 points of an 8 x 8 image are 17 numbers of pixels."""
+    """129 points on an image of 8 x 8 pixels are only 17 different numbers of pixels."""
     model, seen = create_model("coda_xs_digits"), []
     images, targets = torch.rand(2, 1, 8, 8), torch.tensor([1, 2])
     hook = model.layers[0].register_forward_pre_hook(lambda m, inputs: seen.append(len(inputs[0])))
@@ -197,7 +197,9 @@ def test_points_that_are_one_are_computed_once():
 
 
 class Normalised(nn.Module):
-    """With a part called encoder, as a transformer has, and statistics that must not change."""
+    """A model with a part called ``encoder``, as a transformer has, and with batch statistics that must not
+    change.
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Evaluations that are interrupted and go on, what they write, and the data they read."""
+"""Evaluations that are interrupted and resumed, the files that they write, and the data that they read."""
 
 import csv
 import io
@@ -21,8 +21,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def model():
-    """Made sure of its classes by a head that looks at the mean brightness; the maps are the network's
-    own.
+    """A network whose head classifies by mean brightness, so that it is confident. The maps are those of the
+    network.
     """
     torch.manual_seed(0)
     return create_model("coda_xs_digits", num_classes=5).eval()
@@ -41,7 +41,7 @@ def evaluation(model, tmp_path, monkeypatch):
 
 
 class Counted:
-    """A model's own maps; counts calls, and is interrupted at one of them."""
+    """A model's own maps as an attribution method that counts its calls and is interrupted at one of them."""
 
     def __init__(self, model, stop=None):
         self.model, self.stop, self.calls = model, stop, 0
@@ -59,8 +59,8 @@ def numbers(found):
 
 @pytest.mark.parametrize("metric", runner.METRICS)
 def test_interrupted(evaluation, model, metric):
-    """It goes on with the first piece that is missing, and the numbers are those of a run in one go and of
-    the function itself.
+    """The second run resumes at the first missing piece. Its numbers equal those of an uninterrupted run and
+    of the function itself.
     """
     first = evaluation(metric)
     total = len(first.work().split(SETTINGS[metric].piece))
@@ -83,7 +83,7 @@ def test_interrupted(evaluation, model, metric):
 
 
 def test_a_half_written_piece_is_not_taken(evaluation, model, monkeypatch):
-    """A full disk: the piece is not there afterwards, those before it are, and no temporary file is left."""
+    """When the disk is full, the piece and its temporary file are removed, and the earlier pieces stay."""
     save, count = np.save, [0]
 
     def full(file, values, **options):
@@ -106,7 +106,7 @@ def test_a_damaged_piece_is_measured_again(evaluation, model, damage):
     whole = numbers(e.measure("Ours", None, {}))
     piece = sorted(e.folder.glob("pieces/*/*"))[1]
     if damage is None:
-        np.save(piece, np.zeros((1, 2)))  # whole, and of another shape
+        np.save(piece, np.zeros((1, 2)))  # a complete file with another shape
     else:
         piece.write_bytes(damage)
     counted = Counted(model)
@@ -190,7 +190,7 @@ def folder_of_classes(path, sizes=((8, 8),) * 3, classes=("cat", "dog")):
 
 
 def read(source, model, **options):
-    """All of a set, as ``coda-fast evaluate`` reads it: (images, labels, survey)."""
+    """The whole data set, as ``coda-fast evaluate`` reads it: (images, labels, survey)."""
     found = data.survey(model, data.load(source, model, **options), batch_size=3)
     return found.images[torch.arange(len(found.images))], found.labels, found
 
@@ -208,7 +208,9 @@ def test_folder(tmp_path, model):
 
 
 def test_survey(tmp_path, model):
-    """What the network says of each picture, whatever the batches, and of some of them again."""
+    """The logits of each image do not depend on the batches, and neither do those of a selection computed
+    again.
+    """
     images, labels, found = read(folder_of_classes(tmp_path / "d"), model)
     with torch.no_grad():
         logits = model(images)
@@ -232,7 +234,7 @@ def test_a_picture_that_is_gone_when_it_is_read_again(tmp_path, model):
 
 
 def test_folders_that_are_only_partly_classes(tmp_path):
-    """A guess would give wrong numbers without a word."""
+    """Such folders are refused, because a guess would silently give wrong numbers."""
     named = create_model("coda_xs_digits", num_classes=3, class_names=["dog", "owl", "cat"])
     folder_of_classes(tmp_path / "d", classes=("cat", "wolf"))
     with pytest.raises(
@@ -259,7 +261,7 @@ def test_corrupt_files_are_skipped_and_named(tmp_path, model):
     assert labels.tolist() == [0, 0, 1, 1, 1]
     assert found.skipped == {str(path / "cat" / "1.png"): "not an image that Pillow can read"}
     torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([0, 2, 10, 11, 12]) / 255)
-    # those that could be read are counted
+    # only the readable images are counted
     assert torch.equal(found.images[torch.tensor([1, 2])], images[1:3])
     assert read(path, model, limit=6)[2].labels.tolist() == labels.tolist()
 
@@ -277,8 +279,8 @@ def test_a_set_that_cannot_be_read(tmp_path, model):
 
 
 def test_sizes(tmp_path, model):
-    """By default all pictures get the size that the network was trained on; as they are, they must have
-    one.
+    """By default all images get the size that the network was trained on. Without resizing, they must have
+    one size.
     """
     path = folder_of_classes(tmp_path / "d", sizes=((8, 8), (8, 12)))
     assert read(path, model)[0].shape == (4, 1, 8, 8)
@@ -318,7 +320,7 @@ def test_a_network_that_diverged_has_no_accuracy(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_set(tmp_path, model):
-    """What is held at once of a set is a batch: of two sets, the larger of 40 times as many pictures."""
+    """Only one batch of a set is in memory: the peak is the same for a set with 40 times as many images."""
     import tracemalloc
 
     peaks = []
@@ -330,7 +332,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path, model):
         survey.images[torch.arange(4)]
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    # names and numbers of each; its pixels are 16,384 bytes
+    # an image adds its name and numbers; its pixels would be 16,384 bytes
     assert peaks[1] < 1.5 * peaks[0] + 160 * 2000, peaks
 
 
@@ -354,7 +356,7 @@ def test_npz(tmp_path, model):
 @pytest.mark.parametrize("size", [(20, 30), (8, 8), (8, 12), (10, 10)])
 @pytest.mark.parametrize("resize", [8, 10])
 def test_arrays_are_fitted_as_files_are(tmp_path, size, resize):
-    """Pixels of any size, of colours: what the same pictures would be as files."""
+    """Arrays of any size and colour give the same pixels as files of the same images."""
     model = create_model("coda_xs_digits", num_classes=5, preprocessing=dict(resize=resize, crop=8))
     pixels = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(3))
@@ -365,7 +367,7 @@ def test_arrays_are_fitted_as_files_are(tmp_path, size, resize):
 
 
 def test_npz_of_jpegs(tmp_path):
-    """The form of CIFAR-10 without pickle: JPEGs end to end, some replaced by lossless pixels."""
+    """The pickle-free form of CIFAR-10: JPEGs one after the other, some of them replaced by lossless data."""
     pictures = [np.full((8, 8, 3), value, np.uint8) for value in (40, 80, 120)]
     parts = []
     for picture in pictures:
@@ -385,7 +387,7 @@ def test_npz_of_jpegs(tmp_path):
     assert [round(255 * float(v)) for v in images[:, 0, 0, 0]] == [40, 80, 121]
     assert labels.tolist() == [0, 1, 1]
     start = arrays["test_offset"][1]
-    arrays["test_jpeg"][start : start + 20] = 0  # the second is no image any more
+    arrays["test_jpeg"][start : start + 20] = 0  # the second image cannot be decoded any more
     np.savez(tmp_path / "c.npz", **arrays)
     images, labels, found = read(tmp_path / "c.npz", network)
     assert (labels.tolist(), images.shape) == ([0, 1], (2, 3, 8, 8))

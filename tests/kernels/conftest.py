@@ -1,5 +1,5 @@
-"""The interpreter multiplies small matrices with NumPy, whose threads cost more there than they give: four
-times the time on 2 cores.
+"""Under the interpreter NumPy multiplies small matrices, and its threads make that four times slower on 2
+cores.
 """
 
 import pytest
@@ -8,13 +8,13 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    # no interpreter; the tests must run there with pytest alone (tools/gpu_report.py)
+    # a GPU needs no interpreter, and its tests must run with pytest alone (tools/gpu_report.py)
     if torch.cuda.is_available():
         yield
         return
     try:
         import threadpoolctl
-    except ImportError:  # slower, and right all the same
+    except ImportError:  # slower but still correct
         yield
         return
     with threadpoolctl.threadpool_limits(1, user_api="blas"):

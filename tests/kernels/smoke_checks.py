@@ -1,8 +1,8 @@
-"""For the first minutes on a GPU (tools/gpu_smoke.py): every kernel in every dtype once, and what has been
-miscompiled elsewhere.
+"""Tests for the first minutes on a GPU (tools/gpu_smoke.py): every kernel in every dtype once, and the
+patterns that other projects found miscompiled.
 
-No part of the ordinary tests, which cover it and more; here each name says its shape, so that a failure can
-be read without this file. The three miscompilations: docstring of tests/kernels/test_gpu.py.
+They are not part of the ordinary tests, which cover all of this and more. Each name states its shape, so that
+a failure can be understood without this file. For the three miscompilations see tests/kernels/test_gpu.py.
 """
 
 from unittest import mock
@@ -14,8 +14,8 @@ from support_kernels import DEVICE, L_LAYERS, S_LAYERS, compare, grads_of, layer
 from coda_fast.functional import dau_conv2d
 from coda_kernels.layer import Layer
 
-# Which together launch every kernel (tests/bench/test_gpu_runs.py): stem, strides of 2, the widest of S-CoDA,
-# head, ranks in several pieces
+# Layers that together launch every kernel (tests/bench/test_gpu_runs.py): stem, strides of 2, the widest
+# layer of S-CoDA, head, ranks in several pieces
 CASES = {
     **{f"S{i}": (S_LAYERS[j], {}) for i, j in ((1, 0), (3, 2), (7, 5), (9, 6))},
     **{f"L{i}": (L_LAYERS[j], {}) for i, j in ((4, 2), (7, 4))},
@@ -27,7 +27,7 @@ NAMES = ("y", "dx", "dB", "dA", "db")
 
 
 def few_units(case):
-    """Under the interpreter 4 units, which all go the same way."""
+    """The case with 4 units under the interpreter, where all units take the same path."""
     channels, units, *rest = case
     return (channels, units if DEVICE.type == "cuda" else min(units, 4), *rest)
 
@@ -45,8 +45,8 @@ def say(case, dtype, size, batch):
 
 
 def checked(case, dtype, size, batch, tensors=None, **options):
-    """Output, gradients and explanation against float64; what differs is told with its shape and its worst
-    coordinate.
+    """Compare output, gradients and explanation with float64. A difference is reported with its shape and its
+    worst coordinate.
     """
     channels, units, rank, kernel, stride = case
     tensors = tensors or layer_tensors(channels, units, rank, kernel, size, batch=batch, dtype=dtype)
@@ -78,22 +78,22 @@ def test_kernels(name, dtype, record_property):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("name", ["S1", "S3", "S7", "L4"])
 def test_no_masked_address_is_read(name, dtype):
-    """Images that are mostly border, between images of NaN: what is read beyond a border and not masked is
-    no number.
+    """Images that are mostly border lie between images of NaN, so that an unmasked read beyond a border gives
+    NaN.
     """
     case = few_units(CASES[name][0])
     channels, units, rank, kernel, _ = case
     tensors = layer_tensors(channels, units, rank, kernel, (3, 3), batch=BATCH, dtype=dtype)
     around = torch.full((BATCH + 2, 3, 3, channels), float("nan"), device=DEVICE, dtype=dtype)
     around[1:-1] = tensors[0].detach().permute(0, 2, 3, 1)
-    # channels last, in place: no copy of its own
+    # channels last, so that the kernels read this memory and no copy of it
     tensors[0] = around[1:-1].permute(0, 3, 1, 2).requires_grad_()
     checked(case, dtype, (3, 3), BATCH, tensors)
 
 
 @pytest.mark.parametrize("name", ["S7", "L7"])
 def test_operands_in_registers_do_not_race(name):
-    """Long loops, many times: a hazard between reading and writing shows now and then, not always."""
+    """Long loops run many times, because a hazard between reading and writing shows only occasionally."""
     case = few_units(CASES[name][0])
     channels, units, rank, kernel, stride = case
     size, batch, times = ((8, 8), 64, 20) if DEVICE.type == "cuda" else (SIZE, BATCH, 2)
@@ -109,6 +109,6 @@ def test_operands_in_registers_do_not_race(name):
                 f"numbers of {NAMES[result]}"
             )
             assert not len(different), (
-                f"{found} are others than in the first, the first at {tuple(different[0].tolist())}"
+                f"{found} differ from the first run, the first at {tuple(different[0].tolist())}"
             )
     checked(case, torch.bfloat16, size, min(batch, 8))

@@ -1,12 +1,12 @@
-"""What the kernel tests share: where they run, layers of the published networks, and one tolerance."""
+"""Helpers for the kernel tests: the device, layers of the published networks, and one tolerance."""
 
 import torch
 from support import errors, random_layer, scale_held
 
 from coda_fast.functional import dau_conv2d
 
-# The device of every test here: a GPU where there is one, else Triton's interpreter on the CPU
-# (tests/conftest.py asks for it)
+# The device of every kernel test: a GPU if there is one, otherwise the CPU with Triton's interpreter, which
+# tests/conftest.py enables
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Distinct layers of the published networks: C, n, r, k, stride
@@ -39,13 +39,14 @@ def few_units(layer):
 
 
 def assert_as_accurate(actual, eager, truth, terms=None, more=()):
-    """The one tolerance: lists of results beside those of eager torch in the same dtype, both against
-    float64. The RMS error of each result, and the largest error anywhere in them (one number's error is a
-    draw of luck), is at most twice eager's, plus one rounding.
+    """The tolerance of the kernel tests: lists of results are compared with those of eager torch in the same
+    dtype, both against float64. The RMS error of each result, and the largest error in any of them, may be at
+    most twice eager's, plus one rounding. The largest error is taken over all results, because the error of
+    one number is random.
 
-    ``terms``: for each result, what it is a sum of, where that may cancel (see ``errors``). ``more``: further
-    pairs (eager, truth), for inputs next to these: in a result of few numbers eager's error is a draw of luck
-    too and may be nearly nothing, so the worst counts.
+    ``terms``: for each result the terms of the sum that may cancel (see ``errors``). ``more``: further pairs
+    (eager, truth) for inputs close to these. In a result of few numbers eager's error is random too and may
+    be nearly zero, so that the largest of them counts.
     """
     rounding = torch.finfo(actual[0].dtype).eps
     terms = terms or [()] * len(truth)
@@ -66,7 +67,7 @@ def assert_as_accurate(actual, eager, truth, terms=None, more=()):
 
 
 def layer_tensors(channels, units, rank, kernel, size, batch=1, bias=True, dtype=torch.float32):
-    """[x, B, A, b] on the device, |w| of order one; kernel an int or a pair, size a pair."""
+    """[x, B, A, b] on the device with |w| of order one; kernel is an int or a pair, size a pair."""
     kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     x = torch.randn(batch, channels, *size, dtype=torch.float64)
     tensors = [x, *random_layer(channels, units, rank, kernel, bias=bias)]
@@ -81,10 +82,10 @@ def grads_of(function, tensors, grad):
 
 
 def neighbours(tensors, number):
-    """The same tensors ``number`` times, every number of them off by the error of one rounding: the same
-    problem, its roundings redrawn.
+    """``number`` copies of the tensors, with every number changed by the error of one rounding: the same
+    problem with other roundings.
     """
-    # not a seed that a test has: what it adds is independent of what is there
+    # no test uses this seed, so that the changes are independent of the tensors
     generator = torch.Generator().manual_seed(31415926)
 
     def moved(t):
@@ -97,8 +98,8 @@ def neighbours(tensors, number):
 
 
 def compare(tensors, function=dau_conv2d, **options):
-    """Output and gradients of the fused kernels beside eager torch in the same dtype and the definition in
-    float64.
+    """Compare output and gradients of the fused kernels with those of eager torch in the same dtype and of
+    the definition in float64.
     """
     dtype = tensors[0].dtype
 
@@ -108,7 +109,7 @@ def compare(tensors, function=dau_conv2d, **options):
         )
 
     def expected(tensors):
-        """Eager torch, the truth, and the two parts of the truth: the direct one, and that which comes
+        """Eager torch, the truth, and the two parts of the truth: the direct part, and the part that comes
         from the norm.
         """
         exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
@@ -128,8 +129,8 @@ def compare(tensors, function=dau_conv2d, **options):
     ours = results("triton", tensors)
     assert all(result.dtype == dtype for result in ours)
     here, near = expected(tensors), [expected(t) for t in neighbours(tensors, 4)]
-    # What may cancel: the two parts, and the terms of each part, whose size is what one rounding of the
-    # inputs does to it
+    # Terms that may cancel: the two parts, and the terms of each part, whose size is estimated by the effect
+    # of one rounding of the inputs
     terms = [
         [part[i] for part in here[2:]]
         + [

@@ -1,5 +1,5 @@
-"""The fused kernels against the definition in float64, at shapes that nobody chose (test_layer.py does
-without hypothesis).
+"""The fused kernels against the definition in float64, at shapes that hypothesis chooses (test_layer.py does
+not need hypothesis).
 """
 
 import torch
@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @given(data=st.data())
 def test_any_shape(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
-    torch.manual_seed(draw(0, 2**32 - 1))  # the example's own, so that it is the same whenever it runs
+    torch.manual_seed(draw(0, 2**32 - 1))  # drawn with the example, so that its numbers are always the same
     kernel, stride, dilation = (draw(1, 3), draw(1, 3)), (draw(1, 3), draw(1, 2)), (draw(1, 2), draw(1, 2))
     padding = (draw(0, 2), draw(0, 2))
     size = [
@@ -23,7 +23,7 @@ def test_any_shape(data):
     ]
     channels, units, rank = draw(1, 20), draw(1, 20), draw(1, 40)
     norm = data.draw(st.sampled_from(["squash", "l2"]))
-    # one number over its length is a sign: eager makes no error
+    # one number divided by its length is a sign, in which eager makes no error
     assume(norm == "squash" or channels * kernel[0] * kernel[1] > 1)
     tensors = layer_tensors(
         channels,
@@ -42,7 +42,7 @@ def test_any_shape(data):
 
 
 def test_an_example_is_the_same_whenever_it_runs(monkeypatch):
-    """Nothing that ran before it, another test or another example, has a part in its numbers."""
+    """The numbers of an example do not depend on other tests or examples that ran before it."""
     seen = []
     monkeypatch.setitem(
         globals(), "compare", lambda tensors, **options: seen.append([*tensors, torch.get_rng_state()])

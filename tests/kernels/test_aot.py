@@ -1,5 +1,5 @@
-"""Every kernel compiled for GPUs that are not here: no spills, no local memory, tensor cores in use,
-within the device (tools/aot.py).
+"""Every kernel compiled for GPUs that are not present: no spills, no local memory, tensor cores in use,
+within the limits of the device (tools/aot.py).
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Reports of one launch of a layer, as JSON, in a process of its own: under the interpreter nothing compiles
+# Prints reports of one launch of a layer as JSON. It runs in another process, because nothing compiles under
+# the interpreter.
 COMPILE = """
 import dataclasses, json, sys
 from tools import aot
@@ -40,7 +41,7 @@ def report(kernel, layer="S7", **blocks):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90", "100", "gfx942"])
 def test_the_kernels_compile_well(arch):
-    """A layer of each form, forward, backward and explanation, for each architecture. `make aot` takes all
+    """A layer of each form, forward, backward and explanation, for each architecture. `make aot` compiles all
     layers.
     """
     done = python("-m", "tools.aot", "--layers", "S7", "L7", "--arch", arch, "--dtype", "bfloat16")
@@ -66,7 +67,9 @@ def test_float32_compiles_well():
 
 
 def test_the_forward_loop():
-    """The main loop of the workhorse: wgmma 64 x 256, no spills, far from issue-bound."""
+    """The main loop of the most important kernel uses wgmma 64 x 256, does not spill, and is not limited by
+    issuing instructions.
+    """
     found = report("contracted")
     assert "HGMMA.64x256x16" in found["mma"]
     assert found["spills"] == found["stack_bytes"] == 0
@@ -76,8 +79,8 @@ def test_the_forward_loop():
 
 @pytest.mark.parametrize("kernel", ["grad_z", "fold", "contracted"])
 def test_operands_in_registers_are_not_overwritten(kernel):
-    """No register that a wgmma under way reads as its first operand is written, by the code itself: a loop
-    gone through twice.
+    """The code does not write to a register that a running wgmma reads as its first operand. Loops are read
+    twice.
     """
     found = report(kernel)
     assert "HGMMA" in found["mma"]
@@ -85,7 +88,7 @@ def test_operands_in_registers_are_not_overwritten(kernel):
 
 
 def test_spills_are_found():
-    """A tile that no version of the compiler has the registers for is reported with its spills."""
+    """A tile that needs more registers than any compiler version has is reported with its spills."""
     found = report("contracted", BM=256)
     assert found["spills"] > 0
     assert any("spills" in fault for fault in found["faults"])
@@ -95,7 +98,7 @@ def test_missing_tensor_cores_are_found():
     interpret = os.environ.get("TRITON_INTERPRET")
     from tools import aot
 
-    if interpret is not None:  # the tool is for processes that compile, and says so to Triton
+    if interpret is not None:  # importing the tool switches the interpreter off
         os.environ["TRITON_INTERPRET"] = interpret
     from coda_kernels import config
 
@@ -116,8 +119,8 @@ def test_missing_tensor_cores_are_found():
 
 @pytest.mark.parametrize(("left", "expected"), [(1, ["MOV R20, R1 ", "LDS.64 R23, [R1] "]), (0, [])])
 def test_overwritten_operands_are_found(left, expected):
-    """The next turn of a loop writes what the second product of the last one may still read, unless it has
-    waited for it.
+    """The next iteration of a loop overwrites an operand that the second product of the previous one may
+    still read, unless it waits for it.
     """
     from tools import aot
 

@@ -1,9 +1,9 @@
-"""Nothing is read or written beside what is allocated, and nothing that nobody wrote has a part in a result.
+"""The kernels do not read or write outside of allocations, and unwritten memory does not affect results.
 
-Every tensor that the launchers allocate and every tensor that they are given lies between red zones: bytes
-0xFF, NaN in every floating dtype and -1 in the table of starts. Results must have the bits that they have
-without, and the zones be as they were. A load that a mask holds back is not seen, here or on a GPU; nor are
-alignment, the width of an index in hardware, and what runs at once.
+Every tensor that the launchers allocate or receive lies between red zones: bytes 0xFF, which are NaN in every
+floating dtype and -1 in the table of starts. Results must have the same bits as without red zones, and the
+zones must not change. These tests cannot see masked loads, alignment, the width of an index in hardware, or
+races.
 """
 
 import functools
@@ -177,7 +177,7 @@ class Zones:
         self.found = []
 
     def place(self, shape, strides, dtype, fill=0xFF):
-        """A tensor of that shape and those strides, all bytes ``fill``."""
+        """A tensor of that shape and those strides between red zones, with all bytes ``fill``."""
         size = torch.empty(0, dtype=dtype).element_size()
         extent = (
             size * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) if all(shape) else 0
@@ -189,7 +189,7 @@ class Zones:
         return memory.view(dtype).as_strided(shape, strides, ZONE // size)
 
     def copy(self, tensor, strides=None):
-        """The same numbers between zones, and NaN in the gaps that the strides leave."""
+        """The same numbers between red zones, with NaN in the gaps that the strides leave."""
         return refilled(
             self.place(tensor.shape, tensor.stride() if strides is None else strides, tensor.dtype), tensor
         )
@@ -201,13 +201,15 @@ class Zones:
 
 
 def refilled(placed, tensor):
-    """``placed`` with the numbers of ``tensor``; where images are one and the same, that of the first."""
+    """``placed`` with the numbers of ``tensor``. Where all images share memory, it gets those of the first
+    image.
+    """
     (placed if placed.stride(0) else placed[:1]).copy_(tensor if placed.stride(0) else tensor[:1])
     return placed
 
 
 def plainly(tensor, strides=None):
-    """The same numbers in those strides, between whatever there is, zeros in the gaps."""
+    """The same numbers in those strides, without red zones, and zeros in the gaps."""
     strides = tensor.stride() if strides is None else strides
     extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
     return refilled(
@@ -240,7 +242,7 @@ def allocate_between(zones, monkeypatch):
     allocator, new_empty = Allocator(zones), torch.Tensor.new_empty
 
     def placed(tensor, *shape, dtype=None, device=None, **options):
-        if device is not None or options or shape == (0,):  # the interpreter's own
+        if device is not None or options or shape == (0,):  # an allocation of the interpreter
             return new_empty(tensor, *shape, dtype=dtype, device=device, **options)
         return allocator.empty(*shape, dtype=dtype or tensor.dtype)
 
@@ -251,9 +253,7 @@ def allocate_between(zones, monkeypatch):
 
 
 def image_strides(form, channels, height, width):
-    """Strides of a batch of images: as they often are, or with gaps, none of which is a multiple of
-    anything.
-    """
+    """Strides of a batch of images: common ones, or with gaps that are not multiples of any block size."""
     if form == "expanded":
         return (0, height * width, width, 1)
     if form == "last":
@@ -271,7 +271,7 @@ EVERYTHING = Gradients(*[True] * 5)
 
 
 def passes(case, place, applied=False):
-    """Every pass of a layer, over tensors that ``place`` has copied: all that they give."""
+    """All results of every pass of a layer, computed from tensors that ``place`` has copied."""
     c = dict(zip(KEYS, case, strict=True))
     torch.manual_seed(3)
     parameters = random_layer(c["channels"], c["units"], c["rank"], c["kernel"], bias=c["bias"])
@@ -302,7 +302,7 @@ def passes(case, place, applied=False):
     found += backward(kept._replace(prepared=None), spec, detach=False, needs=EVERYTHING)
     found += backward(kept, spec, detach=True, needs=Gradients(True, True, False, False, False))
     found.append(backend.adjoint(x, upstream, parameters, spec))
-    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), "an argument was written to"
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), "an argument was changed"
     return [t for t in found if t is not None]
 
 
@@ -316,11 +316,11 @@ def check(case, monkeypatch, applied=False):
     for i, (a, b) in enumerate(zip(found, plain, strict=True)):
         assert a.isfinite().all(), f"result {i} is not finite"
         assert torch.equal(a, b), f"result {i} differs"
-    assert zones.untouched(), "written beside an allocation"
+    assert zones.untouched(), "written outside of an allocation"
 
 
 def only(index, monkeypatch):
-    """Every kernel has one tile, the first or the last."""
+    """Give every kernel one tile, the first or the last."""
     candidates = config.candidates
     monkeypatch.setattr(config, "candidates", lambda *args: (candidates(*args)[index],))
 
@@ -335,7 +335,7 @@ def test_red_zones(name, tile, monkeypatch):
 
 
 def test_the_zones_see_a_step_aside(monkeypatch):
-    """An allocation that is one row short is read past its end, and written there."""
+    """An allocation that is one row too short is read and written past its end, and the zones show it."""
     case, zones = CASES["odd everything"], Zones()
     place, short = zones.place, []
 
@@ -354,8 +354,9 @@ def test_the_zones_see_a_step_aside(monkeypatch):
 
 
 def test_the_least_of_least_lengths():
-    """1 / eps is infinity (times 0 NaN) for an eps that is not normal, in float64, which Triton takes for
-    constants below 2^-126: no matter where w is not 0, and the pixels of the padding have no w.
+    """For a subnormal eps, 1 / eps is infinity, and infinity times 0 is NaN. In float64 this also holds for
+    constants below 2^-126, which Triton takes for float32. It must not matter where w is not 0, nor for
+    padded pixels, which have no w.
     """
     x, *parameters = (
         t.to(DEVICE, f32) for t in (torch.randn(1, 3, 3, 3, dtype=torch.float64), *random_layer(3, 2, 4))
@@ -397,7 +398,7 @@ def noted(
     ids=str,
 )
 def test_grids(options):
-    """At most 65,535 programs in y and in z, 2^31 - 1 in x."""
+    """Grids have at most 65,535 programs in y and in z, and 2^31 - 1 in x."""
     for each in noted(**options):
         x, y, z = (*each.grid, 1, 1)[:3]
         assert 0 < x < 1 << 31, each.kernel
@@ -436,8 +437,8 @@ def test_published_sizes_and_far_larger_are_not_refused():
     "case", [(3, 6, 20, 8, 16), (9, 3, 256, 128, 64), (4, 3, 512, 256, 64), (9, 17, 16, 64, 16)], ids=str
 )
 def test_no_program_is_idle(case, monkeypatch):
-    """The last program of each job of `parameter_sums` writes something that no other does: host and
-    kernel count them alike.
+    """The last program of each job of `parameter_sums` writes something that no other program writes: host
+    and kernel count the programs alike.
     """
     channels, units, rank, columns, ranks = case
     tile = config.Tile.make(4, 1, BO=2, BR=ranks, BN=columns, BP=64)

@@ -1,4 +1,6 @@
-"""Launch configuration: a pure function of shape, dtype and device that always has an answer that fits."""
+"""The launch configuration is a pure function of shape, dtype and device, and always returns a configuration
+that fits.
+"""
 
 import dataclasses
 import json
@@ -25,7 +27,9 @@ def shape(channels, units, rank, kernel, stride=1, bits=16):
 
 @pytest.mark.parametrize("layer", [*S_LAYERS, *L_LAYERS], ids=str)
 def test_the_form_that_wins(layer):
-    """Generated where r >= 128 or a patch has at most 64 numbers, contracted elsewhere."""
+    """The generated form is used where r >= 128 or a patch has at most 64 numbers, and the contracted form
+    elsewhere.
+    """
     channels, _, rank, kernel, _ = layer
     assert shape(*layer).generated == (rank >= 128 or channels * kernel**2 <= 64)
 
@@ -66,9 +70,7 @@ def test_any_layer_has_tiles_that_fit(data):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_pure(kernel):
-    """Equal arguments, equal answers; nothing of the batch can enter, since there is nothing to pass it
-    by.
-    """
+    """Equal arguments give equal results. The batch size has no effect, because it is not an argument."""
     layer, device = shape(64, 64, 64, 3), Device(90, 132)
     assert candidates(SPECS[kernel], layer, device) == candidates(
         SPECS[kernel], Shape(64, 64, 64, (3, 3)), Device(90, 132)
@@ -98,11 +100,11 @@ def test_a_measured_row_comes_first(tmp_path, monkeypatch):
         tiles = candidates(SPECS["contracted"], layer, Device(90))
         assert tiles == (Tile.make(4, 4, BM=64, BO=2, BK=32, BR=32), *wanted)
         assert candidates(SPECS["contracted"], shape(64, 64, 64, 3, bits=32), Device(90))[0] != tiles[0], (
-            "another dtype"
+            "rows of another dtype do not count"
         )
-        assert candidates(SPECS["fold"], layer, Device(90))[0].stages == 3, "no row: the heuristic"
+        assert candidates(SPECS["fold"], layer, Device(90))[0].stages == 3, "no row, so the heuristic decides"
         assert candidates(SPECS["contracted"], layer, Device(80))[0] != tiles[0], "another device"
-        row["blocks"]["BK"] = 128  # a patch has 576 numbers: half a block would be read past its end
+        row["blocks"]["BK"] = 128  # half a block would be past the end of a patch of 576 numbers
         (tmp_path / "sm_90.json").write_text(json.dumps({"tiles": [row]}))
         config._read_table.cache_clear()
         with pytest.raises(
@@ -137,14 +139,14 @@ def test_where_to_begin_is_a_size_of_the_kernel():
     spec = SPECS["fold"]
     with pytest.raises(ValueError, match=r"begin of fold: expected sizes among .*, got \(1, 2, 3\)"):
         dataclasses.replace(spec, begin={"float32": (1, 2, 3)})
-    # a size in front of the others is nothing that float32 begins with
+    # a further size before the others does not change the size that float32 begins with
     more = dataclasses.replace(spec, sizes=((256, 128, 64, 8, 4), *spec.sizes))
     layer = shape(64, 64, 64, 3, bits=32)
     assert more.tiles(layer, Device(90)) == spec.tiles(layer, Device(90))
 
 
 def test_verified_only_by_a_table(tmp_path, monkeypatch):
-    """ "auto" takes the kernels on a GPU only where a run of all their tests has left its mark."""
+    """ "auto" uses the kernels on a GPU only if a run of all their tests has marked the table."""
     monkeypatch.setenv("CODA_FAST_TABLES", str(tmp_path))
     config._read_table.cache_clear()
     assert not config.verified((9, 0))
@@ -159,8 +161,8 @@ def test_verified_only_by_a_table(tmp_path, monkeypatch):
 
 
 def test_the_next_smaller_tile_is_taken_with_one_warning(monkeypatch):
-    """A device that refuses a tile gets the next one; the refused one is not tried again, and it is said
-    once.
+    """If a device refuses a tile, the next one is used. The refused tile is not tried again, and there is one
+    warning.
     """
     import triton
 

@@ -1,14 +1,14 @@
 """What Triton's interpreter cannot show of the kernels: compiled code, sizes past 2^31, streams, graphs,
 memory, a second device.
 
-tests/kernels/test_layer.py runs on the GPU too, where there is one; here is only the rest. Three patterns of
-these kernels have been miscompiled by some Triton or ptxas, elsewhere and silently, so that every shipped
-configuration is run and compared:
+tests/kernels/test_layer.py runs on the GPU too if there is one; this file has only the rest. In other
+projects, three patterns of these kernels were silently miscompiled by some version of Triton or ptxas.
+Therefore every shipped configuration is run and compared:
 
  -  8 warps in a loop over flattened taps: wrong results, https://github.com/pytorch/pytorch/issues/173068 and
    pull/177823
  -  wgmma with an operand from registers: a read-after-write hazard up to Triton 3.6,
-    https://github.com/triton-lang/triton/issues/9433, mended by pull/9514 and pull/8964
+    https://github.com/triton-lang/triton/issues/9433, fixed by pull/9514 and pull/8964
  -  masked asynchronous copies at image borders: the masked address is dereferenced,
    https://github.com/pytorch/pytorch/pull/187222
 """
@@ -56,9 +56,7 @@ def same_bits(found, expected):
 
 
 def step_of(tensors, grad, **options):
-    """A function that makes a training step and an explanation: [y, gradients of all tensors,
-    explanation].
-    """
+    """A function that runs a training step and an explanation: [y, gradients of all tensors, explanation]."""
 
     def step():
         return [
@@ -78,11 +76,11 @@ def explanation(tensors, grad, **options):
 
 
 def check_large(case, size, batch, images, gib, **options):
-    """``batch`` images beside only some of them: forward, all gradients, explanation, with an upstream
-    gradient that is zero but there.
+    """Compare ``batch`` images with only some of them: forward, all gradients and explanation, with an
+    upstream gradient that is zero for the other images.
 
-    Both sums have the same terms that are not zero, so that they differ by float32's order of summation and
-    one rounding.
+    Both sums have the same terms that are not zero, so that they differ by the order of summation in float32
+    and one rounding.
     """
     if DEVICE.type == "cuda" and (free := torch.cuda.mem_get_info()[0] / 2**30) < gib:
         pytest.skip(f"needs {gib} GiB of free GPU memory, there are {free:.0f}")
@@ -111,18 +109,18 @@ def check_large(case, size, batch, images, gib, **options):
         for a, b in zip([y[images], dx[images], *found], [y_few, *expected], strict=True):
             assert max(errors(a, b)) <= bound
         dx[images] = 0
-        assert not dx.any(), "a gradient where there is none"
+        assert not dx.any(), "the gradient of the other images must be zero"
         del y, grad, dx, found
 
 
 def around(*positions):
-    """The first and the last image, and those beside each position."""
+    """The first and the last image, and the neighbours of each position."""
     return [0, 1, 1 << 40, *(i + shift for i in positions for shift in (-1, 0, 1))]
 
 
 @pytest.mark.slow
 def test_input_and_padded_image_beyond_the_limit():
-    """x with 4100 x 8 x 256 x 256 elements, its padded copy a border more, the stride keeping the output
+    """x has 4100 x 8 x 256 x 256 elements, its padded copy has a border more, and the stride keeps the output
     small.
     """
     images = around(LIMIT // (8 * 256**2), LIMIT // (8 * 258**2))
@@ -132,7 +130,9 @@ def test_input_and_padded_image_beyond_the_limit():
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [3, 1])
 def test_outputs_beyond_the_limit(kernel):
-    """P n > 2^31 for the output and what is kept, in the contracted form and in the generated one."""
+    """P n > 2^31 for the output and the tensors kept for backward, in the contracted and in the generated
+    form.
+    """
     batch, pixels, units = 32_800, 32 * 32, 64
     rows = 16 + units  # of [dz | gs]
     last_unit = (LIMIT - (units - 1) * batch * pixels) // pixels  # where [n, P] passes the limit
@@ -142,7 +142,7 @@ def test_outputs_beyond_the_limit(kernel):
 
 @pytest.mark.slow
 def test_contraction_beyond_the_limit():
-    """P n r > 2^31 for the kept contraction."""
+    """P n r > 2^31 for the contraction kept for backward."""
     images = around(LIMIT // (32 * 32 * 16 * 64))
     check_large((8, 16, 64, 3), (32, 32), 2052, images, gib=20, padding=1, save_contraction=True)
 
@@ -155,8 +155,8 @@ def test_contraction_beyond_the_limit():
     ("channels", "units", "rank", "size", "batch"), [(64, 64, 64, 8, 64), (64, 64, 256, 20, 4)]
 )
 def test_same_bits_twice(channels, units, rank, size, batch, monkeypatch):
-    """Output, all gradients and explanation at real sizes, with sums split among programs; twice, and on
-    two streams at once.
+    """Output, all gradients and explanation at real sizes, with sums split among programs, are the same bits
+    twice and on two streams at once.
     """
     splits, parts = config.splits, []
     monkeypatch.setattr(config, "splits", lambda *args: parts.append(splits(*args)) or parts[-1])
@@ -179,7 +179,7 @@ def test_same_bits_twice(channels, units, rank, size, batch, monkeypatch):
 
 
 def captured(step):
-    """A function that replays ``step`` from a graph and gives its results."""
+    """A function that replays ``step`` from a CUDA graph and returns its results."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -197,7 +197,7 @@ def captured(step):
 
 
 def refill(tensors):
-    """New values in place: what was packed from the old ones is stale."""
+    """Write new values in place, so that parameters packed from the old values are stale."""
     with torch.no_grad():
         for tensor in tensors:
             tensor.copy_(torch.randn_like(tensor) * tensor.std())
@@ -206,7 +206,7 @@ def refill(tensors):
 @pytest.mark.parametrize("rank", [64, 128])
 @pytest.mark.parametrize("part", ["forward", "forward and backward"])
 def test_graph_of_a_layer(part, rank):
-    """Replayed with new inputs and with new parameters: the bits of eager mode."""
+    """A graph that is replayed with new inputs and new parameters gives the bits of eager mode."""
     tensors = layer_tensors(64, 32, rank, 3, (9, 9), batch=3, dtype=torch.bfloat16)
     grad = torch.randn(3, 32, 9, 9).to(DEVICE, torch.bfloat16)
 
@@ -225,7 +225,7 @@ def test_graph_of_a_layer(part, rank):
 
 
 def small_network():
-    """Both forms, a stride, and a head of 1 x 1."""
+    """A network with both forms, a stride, and a 1 x 1 head."""
     net = CoDANet(
         [16, 32, 10],
         ranks=[16, 32, 32],
@@ -276,7 +276,7 @@ def test_graphed_callable():
 # ------------------------------------------------------------------------------------------------------------
 
 # One layer of each kind: stem, contracted with a stride, contracted, head; generated with ranks in one piece,
-# and in several
+# and in several pieces
 SPECS = config.kernel_specs()
 GRID_LAYERS = [S_LAYERS[0], S_LAYERS[2], S_LAYERS[5], S_LAYERS[6], L_LAYERS[2], L_LAYERS[4]]
 FLOAT32_LAYERS = [S_LAYERS[0], S_LAYERS[2], S_LAYERS[5], L_LAYERS[4]]
@@ -290,14 +290,14 @@ def shape_of(case, dtype):
 
 
 def kernels_of(shape):
-    """Those that the layer launches."""
+    """The kernels that the layer launches."""
     left_out = ("contracted", "contracted_kept") if shape.generated else ("generated",)
     return [kernel for kernel in SPECS if kernel not in left_out]
 
 
 def cases():
-    """(layer, dtype, kernel, tile): all tiles that the package may use on this device (on a machine
-    without: an H100).
+    """(layer, dtype, kernel, tile): all tiles that the package may use on this device (on a machine without a
+    GPU: on an H100).
     """
     device = layer.device_of(DEVICE)
     dtyped = [(case, torch.bfloat16) for case in dict.fromkeys(S_LAYERS + L_LAYERS)] + [
@@ -326,8 +326,8 @@ def tile_id(tile):
 
 @contextlib.contextmanager
 def forced(monkeypatch, kernel, tile):
-    """Only this tile for this kernel, which must be launched; a tile that the device cannot hold skips the
-    test.
+    """Use only this tile for this kernel, which must be launched. A tile that the device cannot hold skips
+    the test.
     """
     candidates, used = config.candidates, []
 
@@ -345,8 +345,8 @@ def forced(monkeypatch, kernel, tile):
 
 
 def compare_layer(case, dtype, kernel=None, size=(12, 12)):
-    """Forward, gradients and explanation of two images against the definition in float64, in the way that
-    launches ``kernel``.
+    """Compare forward, gradients and explanation of two images with the definition in float64, in the form
+    that launches ``kernel``.
     """
     channels, units, rank, side, stride = case
     tensors = layer_tensors(channels, units, rank, side, size, batch=2, dtype=dtype)
@@ -365,7 +365,7 @@ def test_shipped_tile(case, dtype, kernel, tile, monkeypatch):
 @pytest.mark.parametrize("warps", [4, 8])
 @pytest.mark.parametrize(("case", "kernel"), list(grid_cases()))
 def test_warps_and_stages(case, kernel, warps, stages, monkeypatch):
-    """The wanted blocks, however they are launched."""
+    """The wanted blocks with every number of warps and stages."""
     wanted = config.candidates(SPECS[kernel], shape_of(case, torch.bfloat16), layer.device_of(DEVICE))[0]
     with forced(monkeypatch, kernel, config.Tile(wanted.blocks, warps, stages)):
         compare_layer(case, torch.bfloat16, kernel)
@@ -388,8 +388,8 @@ def _matmul_precision():
 )
 @pytest.mark.parametrize("case", [S_LAYERS[0], S7, L_LAYERS[3]], ids=str)
 def test_float32_follows_the_setting(case):
-    """torch.set_float32_matmul_precision: "highest" is as good as float32, "high" as TF32, and it is
-    followed.
+    """torch.set_float32_matmul_precision is followed: "highest" is as accurate as float32, and "high" as
+    TF32.
     """
     channels, units, rank, kernel, _ = case
     tensors = layer_tensors(channels, units, rank, kernel, (12, 12), batch=2)
@@ -413,8 +413,8 @@ def test_float32_follows_the_setting(case):
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_network(mode):
-    """torch.compile into one graph, several steps with new values and parameters: what eager mode
-    computes, within rounding.
+    """torch.compile into one graph gives the results of eager mode within rounding, over several steps with
+    new values and parameters.
     """
     torch._dynamo.reset()
     net, (images, grad) = small_network(), small_inputs()
@@ -435,11 +435,11 @@ def test_compiled_network(mode):
 
 
 def peak_bytes(batch):
-    """Memory that forward + backward of S-CoDA's layer 7 takes besides inputs and parameters."""
+    """Memory that forward + backward of S-CoDA's layer 7 takes in addition to inputs and parameters."""
     channels, units, rank, kernel, _ = S7
     tensors = layer_tensors(channels, units, rank, kernel, (8, 8), batch=batch, dtype=torch.bfloat16)
     grad = torch.randn(batch, units, 8, 8).to(DEVICE, torch.bfloat16)
-    for _ in range(2):  # the first time libraries take their workspaces
+    for _ in range(2):  # in the first call libraries allocate their workspaces
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         grads_of(lambda *t: fused(*t, padding=1), tensors, grad)
@@ -448,12 +448,12 @@ def peak_bytes(batch):
 
 
 def test_peak_memory():
-    """Of [P, n, d], the weights that each patch makes, there is never a twentieth: a batch of 1024 needs less
-    in all, and each image of any batch. (A small batch also pays for partial sums of the size of the
-    parameters, 47 MB here, which do not grow with it.)
+    """The memory is less than a twentieth of [P, n, d], the weights of every patch: a batch of 1024 needs
+    less in all, and each image of any batch does. (A small batch also pays for partial sums of the size of
+    the parameters, 47 MB here, which do not grow with it.)
     """
     channels, units, _, kernel, _ = S7
-    weights = 2 * 8 * 8 * units * channels * kernel**2  # bytes an image
+    weights = 2 * 8 * 8 * units * channels * kernel**2  # bytes per image
     small, large = peak_bytes(64), peak_bytes(1024)
     assert large < 1024 * weights / 20
     assert large - small < (1024 - 64) * weights / 20
@@ -467,7 +467,9 @@ def test_peak_memory():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("rank", [16, 128])
 def test_second_device(rank):
-    """Tensors on another device than the current one: launched there, with the results of the first."""
+    """Tensors on another device than the current one are computed there, with the results of the first
+    device.
+    """
     tensors = layer_tensors(9, 4, rank, 3, (9, 9), batch=2)
     grad = torch.randn(2, 4, 9, 9).to(DEVICE)
     expected = step_of(tensors, grad, padding=1)()
@@ -516,7 +518,7 @@ for dtype in (torch.bfloat16, torch.float32):
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool):
-    """No access outside an allocation (each tensor is one here), no race in shared memory."""
+    """No access outside an allocation (each tensor is one here), and no race in shared memory."""
     command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "1"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -1,6 +1,4 @@
-"""Where the kernels read and write, beyond 2^31: the index arithmetic itself, in a kernel of one program,
-against Python's integers.
-"""
+"""The index arithmetic of the kernels beyond 2^31, in a kernel of one program, against Python's integers."""
 
 import pytest
 import torch
@@ -37,7 +35,7 @@ def _starts(
 def test_window_starts(size, tile):
     stride, channels, block = 2, 8, 64
     rows, columns = size
-    height, width = stride * rows + 3, stride * columns + 5  # of the padded image
+    height, width = stride * rows + 3, stride * columns + 5  # size of the padded image
     per_image = rows * columns
     images = max(3, 2**31 // per_image + 2)
     pixels = images * per_image - 3
@@ -90,7 +88,7 @@ def test_window_offsets(kernel, dilation, channels):
     for k, found in enumerate(out.tolist()):
         tap, c = divmod(k, channels)
         inside = tap < kernel[0] * kernel[1]
-        # past the window: its first tap, where no load can fail
+        # past the window the first tap is read, where no load can fail
         i, j = divmod(tap, kernel[1]) if inside else (0, 0)
         assert found == (i * dilation[0] * width + j * dilation[1]) * channels + c
 
@@ -105,8 +103,8 @@ def _round(x_ptr, y_ptr, back_ptr, N: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_rounding_is_torchs(dtype):
-    """To nearest even and back, exactly, subnormal numbers and infinities too: what the interpreter does
-    by hand is what a GPU does.
+    """Rounding to the nearest even number and back is exact, for subnormal numbers and infinities too: the
+    interpreter's own implementation agrees with a GPU.
     """
     special = torch.tensor(
         [
@@ -135,7 +133,7 @@ def test_rounding_is_torchs(dtype):
     normal = (
         (expected == 0) | (expected.float().abs() >= torch.finfo(dtype).smallest_normal) | expected.isnan()
     )
-    if dtype == torch.float16:  # NumPy keeps subnormal float16 and so does a GPU
+    if dtype == torch.float16:  # NumPy keeps subnormal float16 numbers, as a GPU does
         normal = torch.ones_like(normal)
     assert torch.equal(y[normal].nan_to_num(7), expected[normal].nan_to_num(7))
     assert torch.equal(y.isnan(), expected.isnan())

@@ -1,4 +1,4 @@
-"""How much is launched and compiled, from recorded launches; and compiling ahead of the first step."""
+"""The number of launches and compilations, from recorded launches, and compilation before the first step."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from coda_kernels.config import Device
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 H100 = Device(90, 132)
 SIZES = {"coda_s_cifar10": (256, 3, 32, 32), "coda_l_imagenet100": (64, 3, 240, 240)}
-# Distinct compilations of each pass: Triton's own rules, which its interpreter has not, in a process of their
-# own
+# Prints the distinct compilations of each pass by Triton's own rules. It runs in another process, because the
+# interpreter does not have these rules.
 COUNT = """
 import json, sys, torch, coda_fast
 from coda_fast.compile import record_launches
@@ -44,8 +44,8 @@ def without_interpreter(*arguments, **variables):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_launches(name):
-    """Two a layer forward and five backward, but the fold of the first; an explanation has two backward.
-    Half of what it once was.
+    """Each layer has two launches forward and five backward, except that the first layer has no fold. An
+    explanation has two backward. An earlier version needed twice as many.
     """
     found = record_launches(coda_fast.create_model(name), SIZES[name], torch.bfloat16, device=H100)
     layers = 9
@@ -56,7 +56,9 @@ def test_launches(name):
 
 @pytest.mark.parametrize(("name", "most"), [("coda_s_cifar10", 39), ("coda_l_imagenet100", 40)])
 def test_compilations(name, most):
-    """Of a first training step 78 and 65 once; to predict and to explain compiles one more."""
+    """An earlier version needed 78 and 65 compilations for a first training step. Prediction and explanation
+    add one more.
+    """
     found = json.loads(without_interpreter("-c", COUNT, name, json.dumps(SIZES[name])))
     assert found["training"] <= most
     assert found["inference"] <= found["explanation"] <= found["training"]
@@ -64,7 +66,9 @@ def test_compilations(name, most):
 
 
 def test_no_torch_operator_runs_a_kernel():
-    """Allocations and views only: what is computed around the products is in the launches."""
+    """Torch's operators only allocate and create views: everything that is computed around the products is
+    part of the launches.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from coda_fast._geometry import Geometry
@@ -151,9 +155,7 @@ def test_without_a_gpu_one_is_named():
 
 
 def test_compiled_ahead_for_a_gpu_that_is_not_here(tmp_path):
-    """In two processes into Triton's cache; a second time all of it is found there, and nothing new is
-    written.
-    """
+    """Two processes fill Triton's cache. A second run finds all of it there and writes nothing."""
     net = """
 import sys, torch, coda_fast
 net = coda_fast.CoDANet([8, 4], ranks=[4, 4], kernel_sizes=[3, 1], strides=[1, 1], temperature=1)
@@ -173,7 +175,7 @@ print(count)
 
 
 def test_keys_do_not_depend_on_what_came_before():
-    """Kernels asked for in two orders have one key each: else a process would not find what another one
+    """Kernels requested in two orders have the same keys, so that a process finds what another process
     compiled.
     """
     code = """
@@ -192,7 +194,7 @@ print(sorted(found.items()))
 
 
 def test_what_the_compiler_refuses_is_named():
-    """Each kernel once, and the rest is compiled."""
+    """Each refused kernel is named once, and the others are compiled."""
     code = """
 import dataclasses, torch, coda_fast
 from coda_fast.compile import record_launches
@@ -213,7 +215,9 @@ except RuntimeError as error:
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_for_a_batch_that_is_at_hand(form, monkeypatch):
-    """As training asks: in the format of its images, and nothing where no layer takes the fused backend."""
+    """Compilation as training requests it: in the memory format of its images, and nothing if no layer uses
+    the fused backend.
+    """
     from coda_fast import backends, compile
 
     net = coda_fast.CoDANet([8, 4], ranks=[4, 4], kernel_sizes=[3, 1], strides=[1, 1], temperature=1)

@@ -1,4 +1,4 @@
-"""The fused kernels against the definition in float64: on a GPU where there is one, else under Triton's
+"""The fused kernels against the definition in float64: on a GPU if there is one, otherwise under Triton's
 interpreter.
 """
 
@@ -57,7 +57,9 @@ def test_layers_of_l_coda(layer):
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [*S_LAYERS[:4], S_LAYERS[6], *L_LAYERS[:3]], ids=str)
 def test_explanations(layer):
-    """Explanation mode: the output of the layer, the adjoint as its gradient; none for the parameters."""
+    """In explanation mode the output is that of the layer, its gradient in the image is the adjoint, and
+    parameters have no gradient.
+    """
     channels, units, rank, kernel, stride = few_units(layer)
     x, *parameters = layer_tensors(channels, units, rank, kernel, (4, 5), dtype=torch.bfloat16)
     compare([x, *(p.detach() for p in parameters)], stride=stride, padding=(kernel - 1) // 2, detach=True)
@@ -99,7 +101,9 @@ def test_geometry(options, bias, norm, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("rank", [1, 4, 8, 33, 144, 300])
 def test_any_rank(rank, dtype):
-    """Below the least that a tensor core takes, not a power of two, and beyond the largest resident tile."""
+    """Ranks below the minimum of a tensor core, ranks that are not powers of two, and ranks beyond the
+    largest resident tile.
+    """
     compare(layer_tensors(10, 3, rank, 3, (3, 4), dtype=dtype), padding=1)
 
 
@@ -111,7 +115,7 @@ def test_any_width(channels, units):
 @BOTH_NORMS
 @pytest.mark.parametrize("rank", [5, 130])
 def test_adjoint_and_its_gradient(norm, rank):
-    """G(x, v) and its derivatives in x, v and the parameters: F(x, u) with u of its own."""
+    """G(x, v) and its derivatives in x, v and the parameters, including F(x, u) with u different from x."""
     x, *parameters = layer_tensors(9, 4, rank, 3, (5, 4), batch=2)
     value = torch.randn(2, 4, 3, 2).to(DEVICE).requires_grad_()
     compare([x, value, *parameters], dau_conv2d_transpose, stride=2, padding=1, norm=norm)
@@ -119,7 +123,7 @@ def test_adjoint_and_its_gradient(norm, rank):
 
 @pytest.mark.parametrize("rank", [6, 140])
 def test_explanations_train(rank):
-    """A penalty on the explanation itself: gradients of a gradient, in the input and in the parameters."""
+    """A penalty on the explanation needs second derivatives in the input and in the parameters."""
     tensors = layer_tensors(9, 3, rank, 3, (4, 4))
     v, h = torch.randn(1, 3, 4, 4), torch.randn(1, 9, 4, 4)
 
@@ -136,8 +140,8 @@ def test_explanations_train(rank):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kernel", [3, 1])
 def test_smallest_tiles(kernel, dtype, monkeypatch):
-    """The last resort of every kernel. A tile of 32 pixels may lie wholly in the padding of pixels to 64:
-    it must read nothing else.
+    """The smallest tile of every kernel. A tile of 32 pixels may lie entirely in the padding of the pixels to
+    a multiple of 64, and must read nothing else.
     """
     candidates = config.candidates
     monkeypatch.setattr(config, "candidates", lambda *args: candidates(*args)[-1:])
@@ -146,8 +150,8 @@ def test_smallest_tiles(kernel, dtype, monkeypatch):
 
 @pytest.mark.parametrize("rank", [5, 128])
 def test_strides(rank):
-    """Sliced, expanded and channels_last inputs, transposed and expanded upstream gradients: the bits of
-    the contiguous ones.
+    """Sliced, expanded and channels_last inputs, and transposed and expanded upstream gradients, give the
+    bits of contiguous ones.
     """
     base = torch.randn(4, 18, 6, 7).to(DEVICE)
     parameters = [t.to(DEVICE).requires_grad_() for t in random_layer(9, 4, rank, dtype=torch.float32)]
@@ -179,8 +183,8 @@ def test_strides(rank):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rank", "kernel"), [(5, 3), (128, 3), (5, 1)])
 def test_parameters_channels_last(rank, kernel, dtype):
-    """Read as they lie, with the bits of contiguous ones; their gradients come in their layout. One of
-    another layout: all are copied.
+    """Parameters are read in their own layout and give the bits of contiguous ones. Their gradients have
+    their layout. If one has another layout, all are copied.
     """
     tensors = layer_tensors(9, 4, rank, kernel, (5, 4), batch=2, dtype=dtype)
     grad = torch.randn(2, 4, 5, 4).to(DEVICE, dtype)
@@ -199,7 +203,7 @@ def test_parameters_channels_last(rank, kernel, dtype):
 
 
 def test_batches():
-    """Images do not see each other; a batch of none gives empty results and zero gradients."""
+    """Images do not affect each other. An empty batch gives empty results and zero gradients."""
     x, *parameters = layer_tensors(9, 4, 5, 3, (5, 4), batch=3)
     run = lambda x: dau_conv2d(x, *parameters, padding=1, backend="triton")
     y = run(x)
@@ -214,7 +218,7 @@ def test_batches():
 
 @pytest.mark.parametrize("frozen", range(5))
 def test_frozen_tensors(frozen):
-    """Whatever needs no gradient gets none, and the others are unchanged, bit for bit."""
+    """A tensor that needs no gradient gets none, and the gradients of the others do not change by a bit."""
     tensors = layer_tensors(9, 4, 5, 3, (5, 4))
     grad = torch.randn(1, 4, 5, 4).to(DEVICE)
     run = lambda *t: dau_conv2d(*t, padding=1, backend="triton")
@@ -227,13 +231,13 @@ def test_frozen_tensors(frozen):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saved_contraction(dtype):
-    """The option changes where A u comes from in the backward pass, not what comes out."""
+    """The option changes how the backward pass obtains A u, but not the results."""
     compare(layer_tensors(9, 4, 5, 3, (5, 4), batch=2, dtype=dtype), padding=1, save_contraction=True)
 
 
 def test_saved_contraction_is_kept_where_there_is_one():
     kept, contraction = [], 2 * 20 * 4 * 16  # [P, n R], R = 5 padded to 16
-    for kernel in (3, 1):  # a patch of 9 numbers is generated
+    for kernel in (3, 1):  # the weights of a patch of 9 numbers are generated
         tensors = layer_tensors(9, 4, 5, kernel, (5, 4), batch=2)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
             dau_conv2d(*tensors, padding=kernel // 2, backend="triton", save_contraction=True)
@@ -243,9 +247,9 @@ def test_saved_contraction_is_kept_where_there_is_one():
 
 @pytest.mark.parametrize(("reduction", "generation"), [(1e-3, 1e3), (1e3, 1e-3), (1, 300)])
 def test_float16_far_from_one(reduction, generation):
-    """Weights of any size: t and the Gram matrices are scaled against each other, or they would leave the
-    range of float16 (NaN, or 10 to 35 times eager's error). What is left is four roundings where eager torch
-    has one or two.
+    """Weights of any size: t and the Gram matrices are scaled against each other. Otherwise they would exceed
+    the range of float16 (NaN, or 10 to 35 times eager's error). The remaining error is four roundings where
+    eager torch has one or two.
     """
     tensors = layer_tensors(32, 3, 6, 3, (5, 5), dtype=torch.float16)
     with torch.no_grad():
@@ -261,7 +265,7 @@ def test_float16_far_from_one(reduction, generation):
 
 
 def test_huge_pixels_and_no_weight():
-    """w = 0 gives 0 where |x|^2 overflows."""
+    """Where w is 0, the output is 0 although |x|^2 overflows."""
     x, reduction, weight, bias = (t.detach() for t in layer_tensors(9, 4, 5, 3, (4, 4)))
     y = dau_conv2d(x * 1e25, reduction, torch.zeros_like(weight), torch.zeros_like(bias), backend="triton")
     assert (y == 0).all()
@@ -284,8 +288,8 @@ def test_same_bits_twice():
 @pytest.mark.parametrize("rank", [5, 128])
 @pytest.mark.parametrize("zero", ["input", "weight and bias", "one patch, no bias"])
 def test_zeros(zero, rank, norm, dtype):
-    """w = 0: the output is 0 and so are the gradients under "squash"; under "l2" they are finite. Never
-    NaN.
+    """Where w is 0, the output is 0. The gradients are 0 under "squash", and finite under "l2". They are
+    never NaN.
     """
     x, reduction, weight, bias = layer_tensors(9, 4, rank, 3, (5, 5), dtype=dtype)
     with torch.no_grad():
@@ -298,7 +302,7 @@ def test_zeros(zero, rank, norm, dtype):
             x[0, :, :3, :3] = 0
             bias = None
     grad = torch.randn(1, 4, 3, 3).to(DEVICE, dtype)
-    # under "l2" gradients at w = 0 are of size 1 / eps, which must fit
+    # under "l2" gradients at w = 0 have the size 1 / eps, which must fit into the dtype
     eps = 1e-2 if dtype == torch.float16 else 1e-6
     y, *grads = grads_of(
         lambda *t: dau_conv2d(*t, norm=norm, eps=eps, backend="triton"), [x, reduction, weight, bias], grad
@@ -313,8 +317,8 @@ def test_zeros(zero, rank, norm, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [16, 128])
 def test_cancellation(rank, dtype):
-    """b = -A z at one pixel: w nearly vanishes there. |y| <= |x| holds, and no norm is negative or worse
-    than the direct formula's.
+    """b = -A z at one pixel, where w nearly vanishes. |y| <= |x| still holds, and no norm is negative or less
+    accurate than that of the direct formula.
     """
     x = torch.randn(1, 64, 5, 5, dtype=torch.float64)
     reduction, weight, _ = random_layer(64, 4, rank, scale=3.0)
@@ -333,8 +337,8 @@ def test_cancellation(rank, dtype):
 
 
 def test_never_longer_than_the_patch():
-    """w parallel to x and nearly cancelled: |y| = |x| under "l2", where any rounding of <w, x> against |w|
-    would show as more.
+    """w is parallel to x and nearly cancelled: |y| = |x| under "l2", so that any rounding of <w, x> relative
+    to |w| would exceed it.
     """
     x = torch.randn(1, 64, 3, 3, dtype=torch.float64)
     reduction, _, _ = random_layer(64, 1, 16)
@@ -348,10 +352,10 @@ def test_never_longer_than_the_patch():
 
 @ALL_DTYPES
 def test_norm_of_the_contracted_form(dtype):
-    """|w|^2 itself, against float64: as good as the direct |A z + b|^2 in the same dtype, where it cancels
-    too, and never negative.
+    """|w|^2 against float64 is as accurate as the direct |A z + b|^2 in the same dtype, also where it
+    cancels, and never negative.
 
-    Both are draws of roundings: RMS over a thousand numbers, of which a quarter more would be seen.
+    Both errors are random: the RMS over a thousand numbers shows a difference of a quarter.
     """
     x = torch.randn(1, 64, 6, 6, dtype=torch.float64)
     reduction, weight, _ = random_layer(64, 16, 64)
@@ -366,7 +370,7 @@ def test_norm_of_the_contracted_form(dtype):
     direct = (torch.einsum("ok...,pk->po...", wide[2], z) + wide[3]).flatten(2).square().sum(2).T  # [n, P]
     eager_z = torch.nn.functional.conv2d(*(t.cpu() for t in tensors[:2])).flatten(2)[0].T
     rows = torch.cat((tensors[2], tensors[3].unsqueeze(1)), 1).flatten(2).cpu()  # A~
-    # w in the dtype, as eager torch
+    # w in the dtype, as eager torch computes it
     eager = (torch.cat((eager_z, torch.ones_like(eager_z[:, :1])), 1) @ rows).double().square().sum(2)
     assert (square >= 0).all()
     others = slice(1, None)
@@ -379,7 +383,7 @@ def test_norm_of_the_contracted_form(dtype):
 @ALL_DTYPES
 @pytest.mark.parametrize("rank", [5, 128])
 def test_not_finite(rank, dtype):
-    """NaN in a weight, NaN or infinity in a pixel: they reach what depends on them, and nothing else."""
+    """NaN in a weight, and NaN or infinity in a pixel, reach only the results that depend on them."""
     x, reduction, weight, bias = (
         t.detach() for t in layer_tensors(9, 4, rank, 3, (6, 6), batch=2, dtype=dtype)
     )
@@ -399,7 +403,7 @@ def test_not_finite(rank, dtype):
 
 @pytest.mark.parametrize("factor", [1e-8, 1e8])
 def test_scales(factor):
-    """Inputs far from 1 keep their relative accuracy: z is scaled before it meets float16."""
+    """Inputs far from 1 keep their relative accuracy, because z is scaled before it is cast to float16."""
     x, reduction, weight, _ = (t.detach() for t in layer_tensors(9, 4, 5, 3, (4, 4), dtype=torch.bfloat16))
     x, options = x * factor, dict(norm="l2", eps=1e-20)
     y = dau_conv2d(x, reduction, weight, None, **options, backend="triton")
@@ -416,7 +420,7 @@ def test_scales(factor):
 
 
 def test_network():
-    """Logits, gradients and contribution maps of a network on the kernels are those of the definition."""
+    """Logits, gradients and contribution maps of a network with the kernels equal those of the definition."""
     net = create_model("coda_xs_digits", backend="triton").to(DEVICE)
     twin = create_model("coda_xs_digits", backend="reference", dtype=torch.float64).to(DEVICE)
     twin.load_state_dict({k: v.double() for k, v in net.state_dict().items()})

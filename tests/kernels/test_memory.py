@@ -1,4 +1,4 @@
-"""What a pass allocates, counted: the launchers run on meta tensors and only note their launches, at the
+"""The memory that a pass allocates: the launchers run on meta tensors and only record their launches, at the
 sizes of a training run.
 """
 
@@ -19,7 +19,7 @@ H100 = config.Device(90, 132)
 
 
 class Allocations(TorchDispatchMode):
-    """Peak of the live bytes of all storages made since the mode was entered, and the largest of them."""
+    """Records the peak of the live bytes of all storages created in this mode, and the largest storage."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,7 @@ class Allocations(TorchDispatchMode):
         self.live = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        # views of what was there do not count
+        # views of existing storages do not count
         before = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
         self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
@@ -43,7 +43,7 @@ class Allocations(TorchDispatchMode):
 
 
 def meta_layer(shape):
-    """(image, parameters, spec) as backends take them, on meta tensors."""
+    """(image, parameters, spec) in the form that backends take, as meta tensors."""
     channels, units, rank, kernel, stride = shape
     options = dict(device="meta", dtype=torch.bfloat16)
     image = torch.empty(BATCH, channels, SIZE, SIZE, **options).to(memory_format=torch.channels_last)
@@ -55,7 +55,7 @@ def meta_layer(shape):
 
 
 def forward(shape, keep="products"):
-    """(bytes allocated by a forward pass, results included, its results)."""
+    """(bytes allocated by a forward pass including its results, its results)."""
     image, parameters, spec = meta_layer(shape)
     with recording(H100), Allocations() as found:
         results = triton.align(image, None, parameters, spec, keep=keep)
@@ -63,7 +63,9 @@ def forward(shape, keep="products"):
 
 
 def sizes(shape):
-    """The letters of docs/kernels.md, in numbers; bytes of the padded image and the prepared parameters."""
+    """The values of the letters in docs/kernels.md, and the bytes of the padded image and the prepared
+    parameters.
+    """
     channels, units, rank, kernel, stride = shape
     s = config.Shape(channels, units, rank, (kernel, kernel), (stride, stride))
     out = (SIZE + 2 * ((kernel - 1) // 2) - kernel) // stride + 1
@@ -76,7 +78,7 @@ def sizes(shape):
 
 @pytest.mark.parametrize("shape", [*S_LAYERS, *L_LAYERS], ids=str)
 def test_forward(shape):
-    """The formula of docs/kernels.md, to the byte; nothing of size P n r or P n d."""
+    """The bytes equal the formula of docs/kernels.md, and no tensor has the size P n r or P n d."""
     s, pixels, whole, padded, padded_image, prepared = sizes(shape)
     found, _ = forward(shape)
     factor = 0 if s.generated else padded * (2 * s.R**2 + 4 * s.R + 8)
@@ -89,7 +91,7 @@ def test_forward(shape):
 
 @pytest.mark.parametrize("shape", [*S_LAYERS, *L_LAYERS], ids=str)
 def test_backward(shape):
-    """The formula of docs/kernels.md for a whole backward pass, results included, to the byte."""
+    """The bytes of a whole backward pass, including its results, equal the formula of docs/kernels.md."""
     s, pixels, whole, padded, padded_image, _ = sizes(shape)
     image, parameters, spec = meta_layer(shape)
     output, kept = forward(shape)[1]
@@ -126,8 +128,8 @@ def test_the_contraction_is_the_only_large_tensor_and_only_on_demand():
 
 @pytest.mark.parametrize("shape", [*S_LAYERS, *L_LAYERS], ids=str)
 def test_forward_against_the_dynamic_weight(shape):
-    """All that forward allocates, results included, against w alone, all in bfloat16: at most a tenth from
-    288 numbers a patch on.
+    """Everything that forward allocates, including its results, is compared with w alone, both in bfloat16:
+    at most a tenth for patches of 288 numbers or more.
     """
     s, pixels, *_ = sizes(shape)
     depth = s.channels * s.taps

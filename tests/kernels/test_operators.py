@@ -1,5 +1,5 @@
-"""The operators over the kernels: torch's own checks, compilation and export as with any backend, device
-guards aside (test_gpu.py).
+"""The operators on the kernels: torch's own checks, compilation and export as with any backend. Device guards
+are in test_gpu.py.
 """
 
 import io
@@ -45,7 +45,7 @@ def test_opcheck(layout, dtype, rank, applied, detach, keep):
     u = torch.randn(2, 9, 6, 7).to(DEVICE, dtype) if applied else None
     torch.library.opcheck(align, (x, u, *parameters, *WINDOW, *PLAIN, detach, keep, "triton"))
     if keep != "nothing":
-        # second derivatives are tests/test_ops.py's
+        # second derivatives are tested in tests/test_ops.py
         tensors = [None if t is None else t.detach() for t in (x, u, *parameters)]
         output, *kept = align(*tensors, *WINDOW, *PLAIN, detach, keep, "triton")
         needs = [True, applied, *[not detach] * 3]
@@ -73,7 +73,9 @@ def small_net():
 
 @pytest.mark.slow
 def test_compile_and_train():
-    """One graph, forward and backward; at most a static and a dynamic compilation for all batch sizes."""
+    """Forward and backward compile to one graph, with at most a static and a dynamic compilation for all
+    batch sizes.
+    """
     from torch._dynamo.testing import CompileCounterWithBackend
 
     net, counter = small_net(), CompileCounterWithBackend("aot_eager")
@@ -104,8 +106,8 @@ def test_export_and_load():
 
 
 def test_autocast():
-    """Under autocast everything is cast to its dtype first, as for a convolution; what is kept for
-    backward stays float32.
+    """Under autocast all inputs are cast to its dtype first, as for a convolution. Tensors kept for backward
+    stay float32.
     """
     tensors = layer_tensors(9, 4, 5, 3, (5, 4))
     with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -134,6 +136,6 @@ def test_refuses_other_dtypes():
         TypeError, match=r'backend="triton": expected float32, bfloat16 or float16, got torch.float64'
     ):
         align(tensors[0], None, *tensors[1:], *WINDOW, *PLAIN, False, "nothing", "triton")
-    # the function takes the factored backend for float64
+    # for float64 the function uses the factored backend
     y = coda_fast.functional.dau_conv2d(*tensors, backend="triton")
     assert y.dtype == torch.float64

@@ -1,5 +1,5 @@
-"""The tolerance of the kernel tests against faults put in on purpose, also where a gradient cancels to
-nothing; no kernel runs.
+"""The tolerance of the kernel tests finds faults put in on purpose, also where a gradient cancels to nothing.
+No kernel runs.
 """
 
 import pytest
@@ -10,9 +10,9 @@ from support_kernels import DEVICE, compare, layer_tensors
 
 from coda_fast.functional import dau_conv2d, dau_conv2d_transpose
 
-# Share of the terms by which a gradient is wrong: some tens of roundings, of 1e-7, 1e-3 and 8e-3
+# The error of a wrong gradient as a share of the terms: some tens of roundings, which are 1e-7, 1e-3 and 8e-3
 SHARES = [(torch.float32, 1e-5), (torch.float32, 1e-2), (torch.float16, 3e-2), (torch.bfloat16, 2e-1)]
-# In the first the gradient of B is zero: the layer depends on the direction of z alone, which is a sign
+# In the first layer the gradient of B is zero: it depends on the direction of z alone, which is a sign
 CASES = pytest.mark.parametrize(
     ("rank", "norm", "bias"), [(1, "l2", False), (4, "l2", True), (4, "squash", False)]
 )
@@ -24,7 +24,7 @@ def layer(rank, bias, dtype):
 
 
 def in_place_of_the_kernels(stand_in, function=dau_conv2d):
-    """``function`` for ``compare``, whose backend "triton" is another one."""
+    """Replace the backend "triton" in ``compare`` by ``stand_in``, and return ``function`` for it."""
 
     def chosen(*tensors, backend, **options):
         return (stand_in if backend == "triton" else function)(*tensors, backend="reference", **options)
@@ -38,14 +38,16 @@ def held(*tensors, **options):
 
 
 def exchanged(tensor):
-    """The tensor; its gradient is that of the unit before."""
+    """The tensor itself; in the backward pass its gradient is that of the unit before."""
     return tensor.detach() + (tensor - tensor.detach()).roll(1, 0)
 
 
 @CASES
 @pytest.mark.parametrize("dtype", WIDER, ids=str)
 def test_what_is_right_passes(dtype, rank, norm, bias):
-    """A wider dtype inside, rounded once, and the backend that computes in another order."""
+    """Correct results pass: those of a wider dtype rounded once, and those of the backend that sums in
+    another order.
+    """
     wide = lambda *t, **o: dau_conv2d(*(None if a is None else a.to(WIDER[dtype]) for a in t), **o).to(dtype)
     factored = lambda *t, backend, **o: dau_conv2d(*t, backend="factored", **o)
     for stand_in in (wide, factored):
@@ -68,7 +70,7 @@ def test_part_of_the_terms_of_one_gradient_too_much(dtype, share, rank, norm, bi
 @CASES
 @pytest.mark.parametrize("dtype", WIDER, ids=str)
 def test_other_faults(dtype, rank, norm, bias):
-    """No term from the norm, exchanged units in the output or in the gradient of A."""
+    """The term from the norm is missing, or units are exchanged in the output or in the gradient of A."""
 
     def unit_of_weight(x, reduction, weight, b, **options):
         return dau_conv2d(x, reduction, exchanged(weight), b, **options)
@@ -80,7 +82,7 @@ def test_other_faults(dtype, rank, norm, bias):
 
 
 def test_a_fault_in_the_derivative_of_the_adjoint():
-    """As above: rank 1 and "l2", where x reaches the weights by the direction of z alone."""
+    """The same for rank 1 and "l2", where x affects the weights by the direction of z alone."""
     x, *parameters = layer(1, False, torch.float32)
     value = torch.randn(2, 4, 5, 4).to(DEVICE).requires_grad_()
 
@@ -100,7 +102,7 @@ def test_a_fault_in_the_derivative_of_the_adjoint():
 
 @pytest.mark.parametrize(("rank", "norm", "bias"), [(8, "squash", True), (8, "l2", True), (8, "l2", False)])
 def test_the_scale_is_that_of_the_truth_unless_it_cancels(rank, norm, bias, monkeypatch):
-    """What ``compare`` takes for the terms does not widen the tolerance of an ordinary layer."""
+    """The terms that ``compare`` uses do not widen the tolerance of an ordinary layer."""
     seen = []
     monkeypatch.setattr(
         support_kernels,

@@ -1,4 +1,6 @@
-"""tools/tune.py without a GPU: which tiles it tries, that it tells right from wrong, and what it writes."""
+"""tools/tune.py without a GPU: the tiles that it tries, the wrong tiles that it finds, and the rows that it
+writes.
+"""
 
 import dataclasses
 import math
@@ -30,8 +32,8 @@ def shapes():
 @pytest.mark.parametrize("kernel", SPECS)
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_neighbours(kernel, device):
-    """The wanted tile first, all distinct, legal and fitting; each differs in warps, in stages, or in one
-    or two blocks.
+    """The wanted tile comes first. All tiles are distinct, legal and fit, and differ in warps, in stages, or
+    in one or two blocks.
     """
     for shape in shapes():
         if kernel == ("contracted" if shape.generated else "generated"):
@@ -55,12 +57,12 @@ def test_neighbours(kernel, device):
 def test_blocks_that_would_read_past_the_end_are_illegal():
     shape, device = Shape(64, 64, 64, (3, 3)), Device(90)
     wanted = config.candidates(SPECS["parameter_sums"], shape, device)[0]
-    # 64 pixels a block
+    # 64 pixels per block
     assert not tune.legal(
         SPECS["parameter_sums"], shape, device, Tile.make(8, 2, **dict(wanted.blocks, BP=128, BN=16))
     )
     wanted = config.candidates(SPECS["contracted"], shape, device)[0]
-    # 16 units a block
+    # 16 units per block
     assert not tune.legal(
         SPECS["contracted"], shape, device, Tile.make(8, 2, **dict(wanted.blocks, BO=32, BM=16))
     )
@@ -71,8 +73,8 @@ def test_blocks_that_would_read_past_the_end_are_illegal():
 
 
 def test_search_goes_where_it_is_faster():
-    """Downhill over several moves; what is infinite is no step, and an expired budget ends it with the
-    best so far.
+    """The search moves several times to a faster tile. It never moves to an infinite time, and an expired
+    budget ends it with the best tile so far.
     """
     shape, device = Shape(64, 64, 64, (3, 3)), Device(90)
     job = tune.Job(SPECS["fold"], shape, device, config.candidates(SPECS["fold"], shape, device)[0])
@@ -90,13 +92,13 @@ def test_search_goes_where_it_is_faster():
 
 @pytest.fixture(scope="module")
 def jobs():
-    torch.manual_seed(0)  # it is made before the seed of the test that comes first, whichever that is
+    torch.manual_seed(0)  # this fixture runs before the seed of the first test is set
     return tune.record(SMALL, "float32", DEVICE)
 
 
 def test_record(jobs):
-    """A training step launches every kernel but the other form; each launch writes something."""
-    # the latter only with save_contraction
+    """A training step launches every kernel except the other form's, and each launch writes a tensor."""
+    # contracted_kept runs only with save_contraction
     assert set(jobs) == set(SPECS) - {"generated", "contracted_kept"}
     assert all(len(job.launches) == 1 for job in jobs.values())
     assert all(launch.outputs or launch.after for job in jobs.values() for launch in job.launches)
@@ -116,8 +118,8 @@ def test_neighbours_compute_the_same(jobs, kernel):
 
 
 def test_a_wrong_tile_is_left_out(jobs):
-    """One whose program writes too little, and one that computes otherwise: reported, infinite, and
-    without a trace in the tensors.
+    """A tile whose program writes too little, and one that computes something else, are reported as infinite,
+    and the tensors are restored.
     """
     job, lines = jobs["fold"], []
     (launch,) = job.launches
@@ -135,9 +137,7 @@ def test_a_wrong_tile_is_left_out(jobs):
 
 
 def test_rows_are_read_by_the_package(tmp_path, monkeypatch):
-    """What is written is what ``config`` reads: the measured tile comes first, those of the heuristic
-    after it.
-    """
+    """``config`` reads the written rows: the measured tile comes first, then those of the heuristic."""
     monkeypatch.setenv("CODA_FAST_TABLES", str(tmp_path))
     shape, device = Shape(64, 64, 64, (3, 3)), Device(90, 132)
     config._read_table.cache_clear()

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import support
 import torch
 from PIL import Image
 
 from coda_fast import train
 from coda_fast.data.sources import Process
-from coda_fast.train.recipes import load_recipe
+from coda_fast.train.recipes import Data, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -41,6 +43,11 @@ NET = (
 ONE = Process(0, 1)
 
 
+def folder_data(folder, **options):
+    """The data of a recipe: the images of ``folder``, resized to 24 and cropped to 16 pixels."""
+    return Data(kind="folder", path=str(folder), **{"resize": 24, "size": 16, "workers": 0, **options})
+
+
 def recipe(*overrides, name="digits-s"):
     return load_recipe(name, [*TINY, *overrides])
 
@@ -51,15 +58,8 @@ def run(output, *overrides, resume=None):
 
 
 def environment(**more):
-    """The environment of a process that imports this source tree."""
-    path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels"))
-    return {
-        **os.environ,
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONFAULTHANDLER": "1",
-        **{k: str(v) for k, v in more.items()},
-    }
+    """The environment of a process that imports this source tree, with tracebacks of crashes."""
+    return support.environment(**{"PYTHONFAULTHANDLER": 1} | more)
 
 
 _STUCK = """
@@ -83,9 +83,7 @@ def stuck(folder, name):
 
 
 def command(output, *overrides, launcher=(), program=("-m", "coda_fast.train"), options=("--quiet",)):
-    """The command line of a run in a process of its own, or of several (``launcher``: options of
-    torchrun).
-    """
+    """The command line of a run in another process, or in several (``launcher``: options of torchrun)."""
     start = ("-m", "torch.distributed.run", *launcher) if launcher else ()
     return [
         sys.executable,
@@ -100,7 +98,7 @@ def finished(arguments, code=0, **more):
     return done.stdout + done.stderr
 
 
-def end_of(output, epoch=2, step=0):
+def checkpoint_at(output, epoch=2, step=0):
     """The content of the checkpoint at a position."""
     return torch.load(output / "checkpoints" / f"epoch_{epoch:04d}_step_{step:07d}.pt", weights_only=True)
 
@@ -148,3 +146,18 @@ def tree(root, counts, start=0, size=(40, 30)):
             (root / name / f"{i:03d}.JPEG").write_bytes(picture(value, size))
             value += 4
     return root
+
+
+def save_npz(path, changes):
+    """Write three black images to train and to test with, with some of the arrays replaced by ``changes``."""
+    images, labels = np.zeros((3, 4, 4, 3), np.uint8), np.arange(3)
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    np.savez(path, **{**arrays, **changes})
+    return path
+
+
+def class_folders(folder):
+    """Write 24 images in three classes to train with, and 11 to validate with."""
+    tree(folder / "train", {"ant": 9, "bee": 7, "cat": 8})
+    tree(folder / "val", {"ant": 3, "bee": 4, "cat": 4}, 100)
+    return folder

@@ -1,12 +1,11 @@
-"""Backends and precisions give the same curves of the loss."""
+"""Backends and precisions give the same loss curves."""
 
 import pytest
 import torch
-from support_train import end_of, losses, run
+from support_train import checkpoint_at, losses, run
 
-# float32 (unit rounding 6e-8) after u updates of Adam: the curves of two backends may part by FLOOR * GROWTH
-# ** u, relatively.
-# Measured: 1e-7, one unit in the last place of the loss, over 84 updates.
+# In float32 (unit rounding 6e-8) the curves of two backends may differ by FLOOR * GROWTH ** u after u updates
+# of Adam, relatively. Measured: 1e-7, one unit in the last place of the loss, over 84 updates.
 FLOOR, GROWTH = 1e-6, 1.03
 SMALL = ("log.every=1", "batch_size=16", "epochs=1")
 
@@ -58,8 +57,8 @@ def test_float64_keeps_backends_together_to_its_own_rounding(tmp_path):
     ends = []
     for backend in ("reference", "factored"):
         run(tmp_path / backend, f"model.backend={backend}", "precision=float64")
-        ends.append(end_of(tmp_path / backend))
-    # they are two
+        ends.append(checkpoint_at(tmp_path / backend))
+    # there are two decoders
     assert any(not torch.equal(tensor, ends[1]["model"][name]) for name, tensor in ends[0]["model"].items())
     for name, tensor in ends[0]["model"].items():
         torch.testing.assert_close(tensor, ends[1]["model"][name], rtol=0, atol=1e-12)

@@ -1,5 +1,5 @@
-"""Several processes on this machine (gloo): they give the curve of one, count nothing twice, are restarted
-when one dies, and meet over two agents.
+"""Several processes on this machine (gloo): they give the loss curve of one process, count nothing twice, are
+restarted when one dies, and meet over two agents.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from support_train import assert_same, command, end_of, environment, finished, losses, run
+from support_train import assert_same, checkpoint_at, command, environment, finished, losses, run
 from torch.distributed import TCPStore
 
 from coda_fast.train import TrainingError, rendezvous
@@ -25,7 +25,7 @@ OPTIONS = (
     "checkpoint.every_steps=6",
     "checkpoint.keep=100",
 )
-BOUND = 1e-12  # float64: sums in another order, grown over 42 updates; measured 2e-15
+BOUND = 1e-12  # float64: sums in another order, over 42 updates; measured 2e-15
 STANDALONE = ("--standalone", "--nproc-per-node=2")
 
 
@@ -55,7 +55,7 @@ def assert_same_curve(a, b):
 
 
 def assert_same_epochs(a, b):
-    for row, other in zip(end_of(a)["history"], end_of(b)["history"], strict=True):
+    for row, other in zip(checkpoint_at(a)["history"], checkpoint_at(b)["history"], strict=True):
         for key in ("train_loss", "val_loss", "ema_val_loss"):
             assert other[key] == pytest.approx(row[key], rel=1e-12)
         for key in ("train_accuracy", "val_accuracy", "ema_val_accuracy", "val_images", "learning_rate"):
@@ -64,13 +64,13 @@ def assert_same_epochs(a, b):
 
 def test_two_processes_are_as_one(alone, pair):
     assert_same_curve(alone, pair)
-    assert_same(end_of(alone), end_of(pair), BOUND)
+    assert_same(checkpoint_at(alone), checkpoint_at(pair), BOUND)
 
 
 def test_fsdp2_is_ddp_is_one_process(alone, tmp_path):
     finished(command(tmp_path, *OPTIONS, "strategy=fsdp2", "micro_batch=16", launcher=STANDALONE))
     assert_same_curve(alone, tmp_path)
-    assert_same(end_of(alone), end_of(tmp_path), BOUND)
+    assert_same(checkpoint_at(alone), checkpoint_at(tmp_path), BOUND)
 
 
 COMPILED = """
@@ -90,8 +90,8 @@ finally:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_what_the_large_recipes_ask_for(tmp_path, strategy):
-    """All their options together, except the compiler: two processes give the first epoch of one, up to
-    bfloat16.
+    """All options of the large recipes together, except the compiler: two processes give the first epoch of
+    one, within bfloat16.
     """
     options = (
         "precision=bfloat16",
@@ -103,7 +103,7 @@ def test_what_the_large_recipes_ask_for(tmp_path, strategy):
     )
     run(tmp_path / "one", *options)
     finished(command(tmp_path / "two", *options, f"strategy={strategy}", launcher=STANDALONE))
-    rows = [end_of(tmp_path / name, 1)["history"][0] for name in ("one", "two")]
+    rows = [checkpoint_at(tmp_path / name, 1)["history"][0] for name in ("one", "two")]
     assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=1e-3)
     assert rows[1]["val_images"] == rows[0]["val_images"]
 
@@ -114,36 +114,34 @@ def test_a_compiled_network_of_two_processes(alone, tmp_path, strategy):
     options = (*OPTIONS, "compile=true", f"strategy={strategy}", "devices=2")
     printed = finished(command(tmp_path / "out", *options, program=(tmp_path / "compiled.py",)))
     assert int(re.findall(r"graphs: (\d+)", printed)[0]) > 0
-    assert_same(end_of(alone), end_of(tmp_path / "out"), BOUND)
+    assert_same(checkpoint_at(alone), checkpoint_at(tmp_path / "out"), BOUND)
 
 
 def test_the_regulariser_draws_for_the_global_batch(tmp_path):
-    """Its random classes, its penalty and its gradients do not depend on the number of processes, under
-    DDP and FSDP2.
-    """
+    """Its random classes, penalty and gradients do not depend on the world size, with DDP and FSDP2."""
     options = ("precision=float64", "loss.matrix_weight=0.5", "epochs=1")
     run(tmp_path / "one", *options)
     finished(command(tmp_path / "two", *options, launcher=STANDALONE))
     finished(command(tmp_path / "sharded", *options, "strategy=fsdp2", launcher=STANDALONE))
-    assert_same(end_of(tmp_path / "one", 1), end_of(tmp_path / "two", 1), BOUND)
-    assert_same(end_of(tmp_path / "one", 1), end_of(tmp_path / "sharded", 1), BOUND)
+    assert_same(checkpoint_at(tmp_path / "one", 1), checkpoint_at(tmp_path / "two", 1), BOUND)
+    assert_same(checkpoint_at(tmp_path / "one", 1), checkpoint_at(tmp_path / "sharded", 1), BOUND)
 
 
 def test_a_run_of_two_goes_on_alone(alone, pair, tmp_path):
     """A checkpoint of two processes in the middle of an epoch can be resumed by one."""
     run(tmp_path, *OPTIONS, resume=str(pair / "checkpoints" / "epoch_0001_step_0000009.pt"))
-    assert_same(end_of(alone), end_of(tmp_path), BOUND)
+    assert_same(checkpoint_at(alone), checkpoint_at(tmp_path), BOUND)
     assert_same_epochs(alone, tmp_path)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_go_on_in_the_middle_of_an_epoch(pair, tmp_path, strategy):
-    """A checkpoint of two processes is resumed by two: bit for bit, or, where they are sharded, up to the
-    order of sums.
+    """A checkpoint of two processes is resumed by two: bit for bit, or, if the parameters are sharded, up to
+    the order of sums.
     """
     start = ("--quiet", "--resume", str(pair / "checkpoints" / "epoch_0001_step_0000009.pt"))
     finished(command(tmp_path, *OPTIONS, f"strategy={strategy}", launcher=STANDALONE, options=start))
-    assert_same(end_of(pair), end_of(tmp_path), BOUND if strategy == "fsdp2" else 0.0)
+    assert_same(checkpoint_at(pair), checkpoint_at(tmp_path), BOUND if strategy == "fsdp2" else 0.0)
 
 
 DYING = """
@@ -181,7 +179,7 @@ def test_a_worker_that_is_killed_is_restarted_and_nothing_is_lost(pair, tmp_path
     )
     printed = finished(arguments)
     assert "epoch_0001_step_0000009.pt: epoch 2, step 9" in printed  # update 30
-    assert_same(end_of(pair), end_of(tmp_path / "out"))
+    assert_same(checkpoint_at(pair), checkpoint_at(tmp_path / "out"))
     assert losses(pair) == losses(tmp_path / "out")
 
 
@@ -233,13 +231,13 @@ def test_two_agents_train_together_and_a_worker_is_killed(pair, tmp_path):
     codes, printed = train_on_two_hosts([((), "127.0.0.1", {})] * 2, tmp_path / "dying.py", tmp_path / "out")
     assert codes == [0, 0], printed[-4000:]
     assert "epoch_0001_step_0000009.pt: epoch 2, step 9" in printed
-    assert end_of(tmp_path / "out")["world"] == 2
-    assert_same(end_of(pair), end_of(tmp_path / "out"))
+    assert checkpoint_at(tmp_path / "out")["world"] == 2
+    assert_same(checkpoint_at(pair), checkpoint_at(tmp_path / "out"))
 
 
 @pytest.fixture
 def hosts():
-    """Two hosts, as (prefix of commands, address, environment) each: network namespaces that a virtual cable
+    """Two hosts, each as (prefix of commands, address, environment): network namespaces that a virtual cable
     connects.
     """
     names = [f"coda-{os.getpid()}-{i}" for i in range(2)]
@@ -281,8 +279,8 @@ def hosts():
 
 
 def test_a_run_of_two_hosts_outlives_one(alone, tmp_path, hosts):
-    """One of two hosts is lost in the second epoch, with its agent and its worker; --nnodes=1:2 lets the
-    other continue alone.
+    """One of two hosts is lost in the second epoch, with its agent and its worker. With --nnodes=1:2 the
+    other one continues alone.
     """
     lost = DYING.replace("self.setup.process.rank == 1", "'LOST' in os.environ").replace(
         "os.kill(os.getpid()", "os.kill(os.getppid(), 9), os.kill(os.getpid()"
@@ -292,13 +290,13 @@ def test_a_run_of_two_hosts_outlives_one(alone, tmp_path, hosts):
     codes, printed = train_on_two_hosts(hosts, tmp_path / "lost.py", tmp_path / "out", nodes="1:2")
     assert codes == [0, -9], printed[-4000:]
     assert "epoch_0001_step_0000009.pt: epoch 2, step 9" in printed
-    assert [end_of(tmp_path / "out", *position)["world"] for position in ((1, 9), (2, 0))] == [2, 1]
-    assert_same(end_of(alone), end_of(tmp_path / "out"), BOUND)
+    assert [checkpoint_at(tmp_path / "out", *position)["world"] for position in ((1, 9), (2, 0))] == [2, 1]
+    assert_same(checkpoint_at(alone), checkpoint_at(tmp_path / "out"), BOUND)
     assert_same_epochs(alone, tmp_path / "out")
 
 
 def test_workers_agree_on_an_attempt():
-    """Workers agree in whichever order they come, whatever earlier attempts left in the store, and however
+    """Workers agree in whatever order they arrive, whatever earlier attempts left in the store, and however
     many workers those had.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -324,7 +322,7 @@ def test_workers_agree_on_an_attempt():
 
 
 def test_half_an_attempt_is_no_attempt():
-    """Where a worker dies before it agrees, the others wait until torchrun ends them, or for as long as
+    """If a worker dies before it agrees, the others wait until torchrun ends them, or for as long as
     ``patience``.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -343,7 +341,7 @@ def test_a_signal_to_one_of_two_stops_both(pair, tmp_path):
     finished(
         command(tmp_path / "out", *OPTIONS, launcher=STANDALONE, options=("--quiet", "--resume", "auto"))
     )
-    assert_same(end_of(pair), end_of(tmp_path / "out"))
+    assert_same(checkpoint_at(pair), checkpoint_at(tmp_path / "out"))
 
 
 OTHER = """
@@ -363,8 +361,8 @@ main(["train", *sys.argv[1:]])
 
 
 def test_other_images_on_another_host_are_refused(tmp_path):
-    """With another number of images a process would take another number of steps, and wait for the other
-    without end.
+    """With another number of images a process would take another number of steps, and the others would wait
+    for it forever.
     """
     (tmp_path / "other.py").write_text(OTHER)
     printed = finished(
@@ -406,7 +404,7 @@ def test_who_fails_alone_says_why_and_the_others_no_more_than_that(tmp_path):
     summary = printed[printed.index("Root Cause") :]
     assert reason in summary
     assert "rank      : 1 " in summary
-    assert "[rank" not in printed, "a traceback of a peer"
+    assert "[rank" not in printed, "the summary has no traceback of another rank"
 
 
 def test_an_odd_share_is_refused(tmp_path):
@@ -418,5 +416,5 @@ def test_an_odd_share_is_refused(tmp_path):
 def test_lightning_starts_the_processes_of_one_machine(alone, tmp_path):
     """devices=2 without torchrun, as on a workstation with two GPUs."""
     finished(command(tmp_path, *OPTIONS, "devices=2"))
-    assert end_of(tmp_path)["world"] == 2
-    assert_same(end_of(alone), end_of(tmp_path), BOUND)
+    assert checkpoint_at(tmp_path)["world"] == 2
+    assert_same(checkpoint_at(alone), checkpoint_at(tmp_path), BOUND)

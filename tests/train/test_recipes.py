@@ -1,4 +1,4 @@
-"""Recipes: the published learning rates epoch by epoch, and which keys and values are accepted."""
+"""Recipes: the published learning rates epoch by epoch, and the keys and values that are accepted."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_every_recipe_names_a_model_and_says_what_it_is():
 def test_cifar10_is_as_published():
     recipe = load_recipe("cifar10-s")
     assert (recipe.epochs, recipe.batch_size, recipe.micro_batch) == (200, 16, 8)
-    assert split_batch(recipe, Process(0, 1)) == (16, 8)  # two of eight before each update
+    assert split_batch(recipe, Process(0, 1)) == (16, 8)  # two micro-batches of eight before each update
     # 2.5e-4 * 1.5^-floor(epoch / 30), by hand at the edges and by the formula in between
     found = rates(recipe)
     by_hand = {
@@ -109,9 +109,10 @@ def test_cosine_warms_up_and_ends_at_nothing():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
     schedule = make_schedule(recipe, optimizer, 5)
     found = [set_rate(schedule, update // 5, update) for update in range(50)]
-    assert found[:3] == pytest.approx([0.1, 0.19, 0.28])  # from lr / steps of warm-up, in equal steps
+    # the warm-up rises in equal steps from lr / number of steps
+    assert found[:3] == pytest.approx([0.1, 0.19, 0.28])
     assert found[10] == pytest.approx(1)
-    assert found[30] == pytest.approx(0.5)  # the middle of the 40 that are left
+    assert found[30] == pytest.approx(0.5)  # the middle of the remaining 40 epochs
     assert 0 < found[-1] < 0.002
 
 
@@ -250,7 +251,7 @@ def test_an_unknown_recipe_names_those_there_are():
 
 
 def _laughs():
-    """The "billion laughs": aliases that make a billion values of a few lines."""
+    """The "billion laughs": aliases that expand a few lines to a billion values."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     return "\n".join(lines)
@@ -320,7 +321,7 @@ def test_aliases_of_a_modest_recipe_are_fine(tmp_path):
     ],
 )
 def test_numbers_that_nobody_can_mean(change):
-    """Absurd numbers are refused by their key, before anything is allocated."""
+    """Absurd numbers are refused with the name of their key, before anything is allocated."""
     key, _, value = change.partition("=")
     with pytest.raises(TrainingError, match=f"{key.partition('[')[0]}.*: expected "):
         load_recipe("imagenet100-l", [change])

@@ -1,5 +1,5 @@
-"""Runs that stop and are resumed: exactly, after signals, from the right checkpoint, in a folder of their
-own; the best epoch.
+"""Runs that stop and are resumed: exactly, after signals, from the right checkpoint, each in its own folder;
+and the best epoch.
 """
 
 import errno
@@ -12,7 +12,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from support_train import assert_same, command, end_of, environment, finished, losses, recipe, run
+from support_train import assert_same, checkpoint_at, command, environment, finished, losses, recipe, run
 
 import coda_fast
 from coda_fast import checkpoints, train
@@ -47,7 +47,8 @@ def interrupt(monkeypatch):
     [
         (),
         ("data.pad=1", "data.flip=true", "ema.decay=0.9", "optimizer.clip=1.0", "loss.matrix_weight=0.1"),
-        ("optimizer.name=madgrad", "optimizer.weight_decay=0.1"),  # its steps of nothing are not nothing
+        # madgrad moves weights even if gradients are zero
+        ("optimizer.name=madgrad", "optimizer.weight_decay=0.1"),
     ],
 )
 def test_going_on_in_the_middle_of_an_epoch_is_exact(tmp_path, interrupt, monkeypatch, options):
@@ -55,7 +56,7 @@ def test_going_on_in_the_middle_of_an_epoch_is_exact(tmp_path, interrupt, monkey
     step = loop.Trainer.step
 
     def drawing(self, batch):
-        """A step that draws from the global generators, as dropout does."""
+        """A step that draws from the global random generators, as dropout does."""
         torch.rand(1), np.random.rand(), random.random()
         return step(self, batch)
 
@@ -67,7 +68,7 @@ def test_going_on_in_the_middle_of_an_epoch_is_exact(tmp_path, interrupt, monkey
     monkeypatch.setattr(loop.Trainer, "step", drawing)
     assert not (tmp_path / "broken" / "model.safetensors").exists()
     run(tmp_path / "broken", *options, resume="auto")
-    whole, broken = end_of(tmp_path / "whole"), end_of(tmp_path / "broken")
+    whole, broken = checkpoint_at(tmp_path / "whole"), checkpoint_at(tmp_path / "broken")
     assert_same(whole, broken)
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
     for row, other in zip(whole["history"], broken["history"], strict=True):
@@ -82,7 +83,7 @@ def test_going_on_in_the_middle_of_an_epoch_is_exact(tmp_path, interrupt, monkey
 def test_auto_starts_where_there_is_nothing(tmp_path):
     run(tmp_path / "a", "epochs=1", resume="auto")
     run(tmp_path / "b", "epochs=1")
-    assert_same(end_of(tmp_path / "a", 1), end_of(tmp_path / "b", 1))
+    assert_same(checkpoint_at(tmp_path / "a", 1), checkpoint_at(tmp_path / "b", 1))
 
 
 def test_auto_takes_the_newest_that_can_be_read(tmp_path, capsys):
@@ -95,7 +96,7 @@ def test_auto_takes_the_newest_that_can_be_read(tmp_path, capsys):
     assert "epoch_0002_step_0000000.pt: not a readable checkpoint (truncated" in printed
     assert "going on from" in printed
     assert "epoch_0001" in printed
-    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "other"))
+    assert_same(checkpoint_at(tmp_path / "whole"), checkpoint_at(tmp_path / "other"))
 
 
 def test_more_epochs_and_another_place_are_allowed_but_not_another_run(tmp_path):
@@ -103,7 +104,8 @@ def test_more_epochs_and_another_place_are_allowed_but_not_another_run(tmp_path)
     run(tmp_path / "a", *constant, "epochs=1")
     run(tmp_path / "a", *constant, "epochs=2", "micro_batch=32", resume="auto")
     run(tmp_path / "b", *constant, "epochs=2")
-    assert_same(end_of(tmp_path / "a"), end_of(tmp_path / "b"), 1e-3)  # micro-batches round otherwise
+    # micro-batches are rounded differently
+    assert_same(checkpoint_at(tmp_path / "a"), checkpoint_at(tmp_path / "b"), 1e-3)
     with pytest.raises(TrainingError, match=r"other values of optimizer.lr \(was 0.003, now 0.5\)"):
         run(tmp_path / "a", *constant, "epochs=3", "optimizer.lr=0.5", resume="auto")
     with pytest.raises(TrainingError, match=r"ema.decay \(was 0.9, now 0.0\)"):
@@ -111,7 +113,7 @@ def test_more_epochs_and_another_place_are_allowed_but_not_another_run(tmp_path)
 
 
 def test_fewer_epochs_than_were_run_are_refused(tmp_path, interrupt):
-    """The last row of the history would not be that of these weights."""
+    """Otherwise the last row of the history would not describe these weights."""
     options = ("schedule.kind=constant", "checkpoint.every_steps=5")
     interrupt(27)
     with pytest.raises(Interrupted):
@@ -146,7 +148,7 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path):
             {"format": "coda_fast.train", "version": "9"},
             "a checkpoint of coda-fast train 9 without bad, best, data",
         ),
-        (print, "not a readable checkpoint"),  # a function: nothing is unpickled freely
+        (print, "not a readable checkpoint"),  # a function, because unpickling must not run code
     ],
 )
 def test_a_foreign_checkpoint(tmp_path, content, message):
@@ -157,7 +159,7 @@ def test_a_foreign_checkpoint(tmp_path, content, message):
         torch.save(content, path)
     with pytest.raises(TrainingError, match=message) as refused:
         run(tmp_path / "out", resume=str(path))
-    assert "weights_only" not in str(refused.value)  # no advice to run what a foreign file holds
+    assert "weights_only" not in str(refused.value)  # the message does not suggest unpickling a foreign file
     assert not (tmp_path / "out").exists()
 
 
@@ -165,11 +167,11 @@ def test_a_foreign_checkpoint(tmp_path, content, message):
     ("name", "every", "stands_at"), [("SIGTERM", 4, 8), ("SIGUSR1", 4, 8), ("SIGTERM", 1000, 21)]
 )
 def test_a_signal_saves_and_stops(tmp_path, monkeypatch, name, every, stands_at):
-    """A run stops at the next row of metrics after update 26; where that is the end of the epoch, before the
-    evaluation.
+    """A run stops at the next row of metrics after update 26. If that is the end of the epoch, it stops
+    before the evaluation.
     """
     options = (f"log.every={every}", "ema.decay=0.9")
-    # metrics by the count of steps alone, not also by the clock of a busy machine
+    # metrics depend only on the number of steps, not also on the time of a busy machine
     monkeypatch.setattr(agreement, "HEARTBEAT", 1e9)
     run(tmp_path / "whole", *options)
     step = loop.Trainer.step
@@ -190,9 +192,9 @@ def test_a_signal_saves_and_stops(tmp_path, monkeypatch, name, every, stands_at)
 
 
 def assert_goes_on(tmp_path, options):
-    """Resume the run that was stopped; it ends with the weights and history of the whole one."""
+    """Resume the stopped run, and assert that it ends like the uninterrupted one, weights and history."""
     run(tmp_path / "stopped", *options, resume="auto")
-    whole, stopped = end_of(tmp_path / "whole"), end_of(tmp_path / "stopped")
+    whole, stopped = checkpoint_at(tmp_path / "whole"), checkpoint_at(tmp_path / "stopped")
     assert_same(whole, stopped)
     for row, other in zip(whole["history"], stopped["history"], strict=True):
         assert {k: v for k, v in row.items() if k != "images_per_second"} == {
@@ -218,7 +220,9 @@ def test_ctrl_c_names_what_is_kept(tmp_path, monkeypatch, capsys):
 
 
 def test_slow_steps_are_interrupted_soon(tmp_path, monkeypatch):
-    """A signal is heard after a slow step, not only at the next row of the log, which may be minutes away."""
+    """A signal takes effect after a slow step, and not only at the next row of the log, which may be minutes
+    later.
+    """
     step = loop.Trainer.step
 
     def slow(self, batch):
@@ -235,8 +239,8 @@ def test_slow_steps_are_interrupted_soon(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("at", [2, 5])
 def test_a_signal_during_evaluation(tmp_path, monkeypatch, at):
-    """The epoch is kept and its evaluation is repeated. The signal comes at batch ``at`` of the 8 in two
-    evaluations.
+    """The epoch is kept, and its evaluation is repeated. The signal comes at batch ``at`` of the 8 batches in
+    two evaluations.
     """
     options = ("evaluation.batch_size=120", "ema.decay=0.9")
     run(tmp_path / "whole", *options)
@@ -245,7 +249,7 @@ def test_a_signal_during_evaluation(tmp_path, monkeypatch, at):
     def signalled(self, images, *more):
         if not self.training and len(images) in (120, 90):
             seen.append(len(images))
-            if len(seen) == 2 * at:  # the weights and their average
+            if len(seen) == 2 * at:  # for the weights and for their average
                 os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, images, *more)
 
@@ -259,7 +263,7 @@ def test_a_signal_during_evaluation(tmp_path, monkeypatch, at):
 
 
 def test_a_checkpoint_before_an_evaluation_if_the_last_is_old(tmp_path, monkeypatch):
-    clock = iter(range(0, 10**6, 50))  # every look at the clock is 50 s later
+    clock = iter(range(0, 10**6, 50))  # each call of the clock is 50 s later
     monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
     run(tmp_path, "checkpoint.keep=9", "log.every=1000")
     names = {p.name for p in (tmp_path / "checkpoints").glob("epoch*")}
@@ -281,7 +285,7 @@ def test_a_real_signal_to_a_real_process(tmp_path):
             assert process.poll() is None, process.stderr.read()
         process.send_signal(signal.SIGTERM)
         printed = process.stderr.readline()
-        process.send_signal(signal.SIGTERM)  # again, on the way out
+        process.send_signal(signal.SIGTERM)  # a second signal while the process ends
         printed += process.communicate(timeout=60)[1]
     finally:
         process.kill()
@@ -316,7 +320,7 @@ def test_a_folder_with_nothing_but_the_best_is_not_written_over(falling, tmp_pat
 
 def test_best_is_the_best(tmp_path):
     run(tmp_path, "epochs=4", "optimizer.lr=0.1", "schedule.kind=constant", "checkpoint.keep=4")
-    rows = end_of(tmp_path, 4)["history"]
+    rows = checkpoint_at(tmp_path, 4)["history"]
     best = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
     first = max(range(4), key=lambda i: rows[i]["val_accuracy"])
     assert best["epoch"] == first + 1
@@ -331,7 +335,7 @@ FALLING = ("schedule.kind=constant", "checkpoint.keep=9", "epochs=4")
 
 @pytest.fixture(scope="module")
 def falling(tmp_path_factory):
-    """A run of four epochs, all kept, with accuracies that make the second the best."""
+    """A run of four epochs, all with checkpoints, whose accuracies make the second one the best."""
     output, evaluate = tmp_path_factory.mktemp("falling"), evaluation.evaluate
 
     def falling_from_the_second(setup, state, signals):
@@ -344,8 +348,8 @@ def falling(tmp_path_factory):
 
 
 def test_the_best_goes_along_into_another_folder(falling, tmp_path):
-    """best.pt comes along into another folder, also where no later epoch is better. Where no checkpoint holds
-    the best epoch, there is no best model.
+    """best.pt is copied into another folder, also if no later epoch is better. If no checkpoint holds the
+    best epoch, there is no best model.
     """
     last = falling / "epoch_0004_step_0000000.pt"
     run(tmp_path / "along", *FALLING, resume=str(last))
@@ -367,15 +371,15 @@ def test_a_best_of_what_came_later_is_not_lost_and_not_passed_by(falling, tmp_pa
     ):
         run(tmp_path / "run", *FALLING, resume=str(folder / "epoch_0001_step_0000000.pt"))
     run(tmp_path / "run", *FALLING, resume="auto")
-    rows = end_of(tmp_path / "run", 4)["history"]
-    assert rows[1]["val_accuracy"] == 0.9, "it went on from the best, not from the first"
+    rows = checkpoint_at(tmp_path / "run", 4)["history"]
+    assert rows[1]["val_accuracy"] == 0.9, "it resumes from the best checkpoint, not from the first"
 
 
 def test_a_torn_best_is_made_anew(tmp_path):
     run(tmp_path, "epochs=1")
     (tmp_path / "model_best.safetensors").unlink()
     best = tmp_path / "checkpoints" / "best.pt"
-    best.unlink()  # another name of the last
+    best.unlink()  # a link to the last checkpoint
     best.write_bytes(b"torn")
     run(tmp_path, "epochs=1", resume="auto")
     assert checkpoints.read_metadata(tmp_path / "model_best.safetensors")["epoch"] == 1
@@ -429,13 +433,13 @@ def test_nothing_that_can_be_read_is_no_new_beginning(tmp_path):
 
 
 def test_the_best_goes_on_where_the_others_are_torn(tmp_path, capsys):
-    """With keep=1, best.pt is a file of its own once a later epoch is worse."""
+    """With keep=1, best.pt is a separate file once a later epoch is worse."""
     options = ("epochs=3", "optimizer.lr=0.1", "schedule.kind=constant", "checkpoint.keep=1")
     run(tmp_path, *options)
     folder = tmp_path / "checkpoints"
     best = torch.load(folder / "best.pt", weights_only=True)["epoch"]
     last = folder / "epoch_0003_step_0000000.pt"
-    last.unlink()  # the best may be another name of it
+    last.unlink()  # best.pt may be a link to it
     last.write_bytes(b"torn")
     assert train.run(recipe(*options), tmp_path, "auto")["epoch"] == 3
     assert f"going on from {folder / 'best.pt'}: epoch {best + 1}" in capsys.readouterr().err
@@ -464,18 +468,18 @@ def test_what_a_run_writes_outlives_torn_checkpoints_of_later(tmp_path, monkeypa
 
 
 def test_the_best_is_named_after_a_death_before_that(tmp_path):
-    """A run that dies between a checkpoint and the link to it writes the link when it is resumed."""
+    """A run that dies between a checkpoint and the link to it creates the link when it is resumed."""
     options = ("schedule.kind=constant",)
     run(tmp_path, *options, "epochs=1")
     folder = tmp_path / "checkpoints"
-    assert end_of(tmp_path, 1)["best"] is not None
+    assert checkpoint_at(tmp_path, 1)["best"] is not None
     (folder / "best.pt").unlink()
     run(tmp_path, *options, "epochs=1", resume="auto")
     assert (folder / "best.pt").read_bytes() == (folder / "epoch_0001_step_0000000.pt").read_bytes()
 
 
 def test_a_run_that_began_meanwhile_is_not_written_over(tmp_path, monkeypatch):
-    """Both runs found an empty folder; the second was slower, and begins when the first has ended."""
+    """Both runs found an empty folder. The second was slower, and starts after the first has ended."""
     set_up, inside = engine.set_up, []
 
     def slow(*arguments):
@@ -501,13 +505,13 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
     monkeypatch.setattr(fcntl, "flock", none)
     train.run(recipe("epochs=1"), tmp_path)
     assert (tmp_path / "model.safetensors").exists()
-    if number != errno.ENOSYS:  # some versions of filelock have another kind of lock for this one
+    if number != errno.ENOSYS:  # for this error some versions of filelock use another kind of lock
         assert "cannot be locked: see to it that no other run writes there" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
-    """The second run waits a little, in case the first was just killed, and is refused. The first is not
-    disturbed.
+    """The second run waits briefly, in case the first was just killed, and is then refused. The first is not
+    affected.
     """
     run(tmp_path / "alone", "epochs=1")
     step, second = loop.Trainer.step, []
@@ -528,9 +532,9 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     run(tmp_path / "out", "epochs=1")
     assert "another process trains there" in second[0]
     assert "waiting up to 0 s for the run that holds" in second[0]
-    assert_same(end_of(tmp_path / "alone", 1), end_of(tmp_path / "out", 1))
+    assert_same(checkpoint_at(tmp_path / "alone", 1), checkpoint_at(tmp_path / "out", 1))
     monkeypatch.undo()
-    run(tmp_path / "out", "epochs=1", resume="auto")  # whose lock was given back
+    run(tmp_path / "out", "epochs=1", resume="auto")  # the lock was released
 
 
 def test_other_data_is_another_run(tmp_path):
@@ -612,3 +616,29 @@ def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     run(folder)
     return folder / "checkpoints" / "epoch_0001_step_0000000.pt"
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Its bytes are synchronised, then it gets its name, then the folder is synchronised: whenever the power
+    fails, the name stands for a whole checkpoint.
+    """
+    done = []
+
+    def recording(module, name):
+        call = getattr(module, name)
+
+        def record(first, *rest, **options):
+            place = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else os.fspath(first)
+            done.append((name, place))
+            return call(first, *rest, **options)
+
+        monkeypatch.setattr(module, name, record)
+
+    recording(os, "fsync"), recording(os, "replace")
+    run(tmp_path, "epochs=1")
+    folder = tmp_path / "checkpoints"
+    checkpoints_only = [(name, place) for name, place in done if os.path.dirname(place) == str(folder)]
+    (_, file), (_, temporary) = checkpoints_only[:2]
+    assert file == temporary
+    assert [name for name, _ in checkpoints_only[:2]] == ["fsync", "replace"]
+    assert done[done.index(("replace", temporary)) + 1] == ("fsync", str(folder))

@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support_train import TINY, assert_same, command, end_of, environment, finished, losses, recipe, run
+from support_train import (
+    TINY,
+    assert_same,
+    checkpoint_at,
+    command,
+    environment,
+    finished,
+    losses,
+    recipe,
+    run,
+)
 
 import coda_fast
 from coda_fast import checkpoints, cli, train
@@ -44,7 +54,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     with open(tmp_path / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(r["epoch"]) for r in rows] == [1, 2, 3]
-    # the result is a model like any other, and the accuracy that was reported is its own
+    # the result can be loaded like any model, and has the reported accuracy
     from coda_fast.demo import digits
 
     data = digits()
@@ -59,7 +69,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         images = (data.test_images * 255).round() / 255
         with torch.no_grad():
             right = (model(images).argmax(1) == data.test_labels).double().mean()
-        assert float(right) == pytest.approx(accuracy, abs=1e-8)  # as short as in metrics.csv
+        assert float(right) == pytest.approx(accuracy, abs=1e-8)  # rounded as in metrics.csv
         stored = checkpoints.read_metadata(tmp_path / f"{name}.safetensors")
         assert stored["recipe"]["epochs"] == 3
         assert stored["epoch"] == (int(best_row["epoch"]) if name == "model_best" else 3)
@@ -84,11 +94,11 @@ def test_the_moving_average_is_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.Trainer, "step", noting)
     run(tmp_path, "ema.decay=0.75", "epochs=1", "precision=float64")
-    average = seen[1]  # timm's copies at its first two calls
+    average = seen[1]  # timm copies the weights at its first two calls
     for weight in seen[2:]:
         average = 0.75 * average + 0.25 * weight
     torch.testing.assert_close(
-        end_of(tmp_path, 1)["ema"]["model.layers.0.weight"], average, rtol=1e-12, atol=1e-12
+        checkpoint_at(tmp_path, 1)["ema"]["model.layers.0.weight"], average, rtol=1e-12, atol=1e-12
     )
 
 
@@ -160,12 +170,12 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
     message += r".*epoch_0001_step_0000008.pt"
     with pytest.raises(TrainingError, match=message):
         run(tmp_path, "checkpoint.every_steps=29")
-    state = end_of(tmp_path, 1, 8)
+    state = checkpoint_at(tmp_path, 1, 8)
     assert all(torch.isfinite(t).all() for t in state["model"].values())
 
 
 def test_a_loss_that_is_not_finite_beside_weights_that_are(tmp_path, monkeypatch):
-    """Where weights are so large that |w|^2 overflows float32, the message names the largest."""
+    """If weights are so large that |w|^2 overflows float32, the message names the largest weight."""
     step = loop.Trainer.step
 
     def poisoned(self, batch):
@@ -173,7 +183,7 @@ def test_a_loss_that_is_not_finite_beside_weights_that_are(tmp_path, monkeypatch
         with torch.no_grad():
             layers[1].bias[0] = 1e25
         found = step(self, batch)
-        with torch.no_grad():  # as if nothing had been updated yet
+        with torch.no_grad():  # undo the updates
             for parameter in layers.parameters():
                 parameter.nan_to_num_(0.5, 0.5, 0.5)
             layers[1].bias[0] = 1e25
@@ -185,7 +195,7 @@ def test_a_loss_that_is_not_finite_beside_weights_that_are(tmp_path, monkeypatch
 
 
 def test_weights_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
-    """The update after the last loss that was seen can still spoil the weights."""
+    """The update after the last checked loss can still make the weights infinite or NaN."""
     step = loop.Trainer.step
 
     def poisoned(self, batch):
@@ -242,8 +252,8 @@ def test_a_full_disk_beside_the_checkpoints(tmp_path, monkeypatch, where, name, 
 
 
 def test_a_full_disk(tmp_path):
-    """A limit on the size of files looks to the writer like a full disk. The previous checkpoint stays, and
-    is named.
+    """A limit on the size of files has the same effect on a writer as a full disk. The previous checkpoint
+    stays and is named.
     """
     run(tmp_path, "epochs=1", "schedule.kind=constant")
     kept = (tmp_path / "checkpoints" / "epoch_0001_step_0000000.pt").read_bytes()
@@ -387,7 +397,7 @@ def test_the_command_line(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "model.safetensors" in printed.out
     assert "best" in printed.out
-    assert "img" in printed.err  # the bar
+    assert "img" in printed.err  # the progress bar
 
 
 def test_accuracy_of_rows_is_json(tmp_path):
@@ -507,8 +517,8 @@ def command_line(*arguments, capsys):
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "link.yaml"])
 def test_a_run_never_writes_over_its_recipe(tmp_path, capsys, name):
-    """The folder of a run gets a recipe.yaml with all values. It may replace a recipe that is equal to it,
-    not one that would be lost.
+    """The folder of a run gets a recipe.yaml with all values. It may replace an equal recipe, but not one
+    that would be lost.
     """
     (tmp_path / "recipe.yaml").write_text("# mine\n" + recipe("epochs=1").to_yaml())
     if name != "recipe.yaml":
@@ -552,7 +562,7 @@ def test_a_run_never_goes_into_its_data(tmp_path):
         ):
             run(tmp_path / output, *data)
     assert contents(tmp_path) == before
-    run(tmp_path / "set" / "run", *data)  # beside them it is in nobody's way
+    run(tmp_path / "set" / "run", *data)  # a folder next to them is accepted
 
 
 def test_a_run_never_writes_over_its_arrays(tmp_path):
@@ -597,7 +607,7 @@ def test_a_recipe_does_not_choose_where_it_writes(tmp_path, capsys, monkeypatch,
 
 
 def test_the_run_goes_on_without_tensorboard(tmp_path, capsys, monkeypatch):
-    """Where TensorBoard's thread finds the disk full, the run prints one line and no traceback, and ends with
+    """If TensorBoard's thread finds the disk full, the run prints one line and no traceback, and ends with
     the same weights.
     """
     pytest.importorskip("tensorboard")
@@ -622,13 +632,13 @@ def test_the_run_goes_on_without_tensorboard(tmp_path, capsys, monkeypatch):
     assert said.count("cannot be written: No space left on device; the run goes on without it") == 1
     assert unheard == []
     assert threading.excepthook == hook
-    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "full"))
+    assert_same(checkpoint_at(tmp_path / "whole"), checkpoint_at(tmp_path / "full"))
     assert {p.name for p in (tmp_path / "full").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
 
 
 @pytest.mark.parametrize("what", ["steps", "maps", "model.safetensors", "epoch_0002", "curve"])
 def test_a_full_disk_keeps_what_was_trained(tmp_path, monkeypatch, what):
-    """Whichever file the disk has no room for, the last checkpoint is named and unchanged, and no file is
+    """Whichever file does not fit on the disk, the last checkpoint is named and unchanged, and no file is
     half-written.
     """
     plain, good = checkpoints.os.replace, []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_train import ONE, assert_same, command, end_of, finished, picture, recipe, run, stuck
+from support_train import ONE, assert_same, checkpoint_at, command, finished, picture, recipe, run, stuck
 
 from coda_fast import train
 from coda_fast.data import DataError, Preprocessing
@@ -30,8 +30,8 @@ def pack(path, files):
 
 @pytest.fixture
 def shards(tmp_path):
-    """6 shards of 5 training images, 3 of 4, 1 and 2 for validation; the brightness of an image tells
-    which it is.
+    """6 shards of 5 training images, and 3 of 4, 1 and 2 images for validation. Each image has its own
+    brightness.
     """
     value = 0
     for kind, sizes in (("train", [5] * 6), ("val", [4, 1, 2])):
@@ -153,7 +153,7 @@ def test_a_run_on_shards_stops_and_goes_on(shards, tmp_path):
         *options,
         resume=str(tmp_path / "whole" / "checkpoints" / "epoch_0001_step_0000002.pt"),
     )
-    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "rest"))
+    assert_same(checkpoint_at(tmp_path / "whole"), checkpoint_at(tmp_path / "rest"))
 
 
 def test_other_workers_in_the_middle_of_an_epoch_of_shards_are_told_of(shards, tmp_path, capsys):
@@ -182,8 +182,8 @@ def test_other_workers_in_the_middle_of_an_epoch_of_shards_are_told_of(shards, t
 
 @pytest.mark.slow
 def test_workers_end_with_a_run_on_shards_and_leave_nothing(shards, tmp_path):
-    """Workers of an endless stream end with the run, also where it ends with an error while a worker waits
-    for a shard on storage that does not answer.
+    """Workers of an endless stream end with the run, even if it ends with an error while a worker waits for a
+    shard on storage that does not respond.
     """
     options = (
         "model.name=coda_s_cifar10",
@@ -197,7 +197,7 @@ def test_workers_end_with_a_run_on_shards_and_leave_nothing(shards, tmp_path):
         "batch_size=5",
         "data.workers=2",
     )
-    # not in tmp_path: names of sockets are short
+    # not in tmp_path, because paths of sockets must be short
     with tempfile.TemporaryDirectory(prefix="coda") as temporary:
         finished(command(tmp_path / "out", *options, f"data.path={shards.path}"), TMPDIR=temporary)
         assert not list(Path(temporary).glob("pymp-*"))
@@ -211,8 +211,8 @@ def test_workers_end_with_a_run_on_shards_and_leave_nothing(shards, tmp_path):
 
 @pytest.fixture
 def damaged_shards(shards):
-    """Training shards 2 and 5 are torn. The others hold 6 samples that cannot be read, and entries that are
-    no sample.
+    """Training shards 2 and 5 are torn. The others have 6 samples that cannot be read, and entries that are
+    not samples.
     """
     paths = [Path(shards.path.replace("{000..005}", f"00{i}")) for i in range(6)]
     good = picture(250, (20, 20))
@@ -222,7 +222,7 @@ def damaged_shards(shards):
         (3, {"text.cls": b"cat", "text.jpg": good, "negative.jpg": good, "negative.cls": b"-1"}),
     ):
         pack(paths[i], {**files, f"last{i}.jpg": good, f"last{i}.cls": b"0"})
-    for i, inside in ((2, 700), (5, 0)):  # at the third image, in its content and before its header
+    for i, inside in ((2, 700), (5, 0)):  # within the content of the third image, and before the first header
         with tarfile.open(paths[i]) as tar:
             cut = tar.getmembers()[4].offset + inside
         paths[i].write_bytes(paths[i].read_bytes()[:cut])
@@ -237,7 +237,7 @@ REASONS = {
     "train-003.tar:text": "cls: expected a class from 0 to 2, got 'cat'",
     "train-003.tar:negative": "cls: expected a class from 0 to 2, got '-1'",
     "train-002.tar": "expected a whole tar file: unexpected end of data",
-    "train-005.tar": "expected a whole tar file: empty header",  # cut where a header should begin
+    "train-005.tar": "expected a whole tar file: empty header",  # cut where a header would begin
 }
 
 
@@ -247,7 +247,7 @@ def test_samples_that_cannot_be_read_are_named_and_keep_their_place(damaged_shar
     changes = {"workers": workers} | ({"val_path": damaged_shards.path} if evaluation else {})
     found = open_data(damaged_shards.model_copy(update=changes), 3)
     batches = list(found.val.evaluation(5, ONE) if evaluation else found.train.training(0, 0, 0, 5, ONE))
-    # 4 whole shards, 3 images added, the torn ones up to the last sample after which another began
+    # 4 whole shards, 3 added images, and the torn shards up to the last complete sample
     if evaluation:
         assert (
             sum(len(b.labels) if b.valid is None else int(b.valid.sum()) for b in batches)
@@ -268,7 +268,7 @@ def test_samples_that_cannot_be_read_are_named_and_keep_their_place(damaged_shar
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_shards_go_on_exactly_from_anywhere(damaged_shards, workers):
-    """In 45 steps of 3 images each worker goes through its shards several times."""
+    """In 45 steps of 3 images each worker reads its shards several times."""
     source = open_data(damaged_shards.model_copy(update={"workers": workers, "train_samples": 135}), 3).train
     whole = list(source.training(4, 1, 0, 3, ONE))
     assert sum(b.valid is not None for b in whole) > 10
@@ -356,7 +356,7 @@ def entry(name, content=b"", kind=tarfile.REGTYPE, size=None, link="", pax=None)
 
 
 def shard_of(path, *entries, mode="w", format=tarfile.PAX_FORMAT):
-    """A tar file of these headers and contents, whether or not they fit each other."""
+    """A tar file of these headers and contents, whether or not they match."""
     with tarfile.open(path, mode, format=format) as tar:
         for made, content in entries:
             tar.addfile(made, io.BytesIO(content) if content else None)
@@ -370,9 +370,7 @@ def sample(name, label=0, image=None):
 
 
 def read(path, classes=3):
-    """The samples of a shard, as (name, label, or why it cannot be read); asserts that nothing was written
-    near it.
-    """
+    """The samples of a shard, as (name, label, or why it cannot be read). Asserts that nothing is written."""
     before = sorted(path.parent.rglob("*"))
     found = []
     for item in shards_module._shard(str(path), classes):
@@ -390,7 +388,7 @@ GOOD = sample("good", 2)
 @pytest.mark.parametrize(
     ("entries", "expected"),
     [
-        (sample("../../up", 1), [("../../up", 1)]),  # a name, no place
+        (sample("../../up", 1), [("../../up", 1)]),  # the path is only a name
         (sample("/etc/passwd", 1), [("/etc/passwd", 1)]),
         (
             (entry("a.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd"), entry("a.cls", b"1")),
@@ -403,9 +401,9 @@ GOOD = sample("good", 2)
         ((entry("a.jpg", kind=tarfile.CHRTYPE), entry("a.cls", b"1")), [("a", "no image")]),
         ((entry("a.jpg", kind=tarfile.BLKTYPE), entry("a.cls", kind=tarfile.FIFOTYPE)), []),
         ((entry("a.jpg", kind=tarfile.DIRTYPE), entry("a.cls", b"1")), [("a", "no image")]),
-        ((entry("a.jpg", kind=b"Z"), entry("a.cls", b"1")), [("a", "no image")]),  # a kind that nobody knows
-        ((*sample("a", 1), *sample("a", 0)), [("a", 1), ("a", 0)]),  # two samples of one name
-        # two images, one class
+        ((entry("a.jpg", kind=b"Z"), entry("a.cls", b"1")), [("a", "no image")]),  # an unknown type
+        ((*sample("a", 1), *sample("a", 0)), [("a", 1), ("a", 0)]),  # two samples with the same name
+        # two images and one class
         ((GOOD[0], *GOOD), [("good", "cls: expected a class from 0 to 2, found none"), ("good", 2)]),
         ((GOOD[0], GOOD[1], GOOD[1]), [("good", 2), ("good", "no image")]),
         ((entry("A.JPG", GOOD[0][1]), entry("A.CLS", b"1")), [("A", 1)]),
@@ -413,8 +411,8 @@ GOOD = sample("good", 2)
             (entry("A.jpg", GOOD[0][1]), entry("a.cls", b"1")),
             [("A", "cls: expected a class from 0 to 2, found none"), ("a", "no image")],
         ),
-        ((GOOD[0], entry("good.png", b"torn"), GOOD[1]), [("good", 2)]),  # jpg goes first
-        ((entry("a.jpg"), entry("a.cls", b"1")), [("a", "not an image")]),  # no byte
+        ((GOOD[0], entry("good.png", b"torn"), GOOD[1]), [("good", 2)]),  # jpg has priority
+        ((entry("a.jpg"), entry("a.cls", b"1")), [("a", "not an image")]),  # empty files
         (
             (
                 entry(""),
@@ -451,14 +449,14 @@ GOOD = sample("good", 2)
             (entry("a.cls", b"9" * 5000), entry("a.jpg", GOOD[0][1])),
             [("a", f"cls: expected a class from 0 to 2, got {'9' * 20!r}")],
         ),
-        # a digit of another script is a digit
+        # digits of other scripts are digits
         ((entry("a.cls", "\u0661".encode()), entry("a.jpg", GOOD[0][1])), [("a", 1)]),
     ],
     ids=lambda value: value[0][0].name[:20] + value[0][0].type.decode() if isinstance(value, tuple) else "",
 )
 def test_entries_of_bad_will(tmp_path, entries, expected):
-    """Whatever the name and the kind of an entry, nothing is written, no link is followed, and the entries
-    after it are read.
+    """Whatever the name and the type of an entry, nothing is written, no link is followed, and the later
+    entries are read.
     """
     path = shard_of(tmp_path / "t.tar", *entries, *sample("last", 0))
     found = read(path)
@@ -471,7 +469,7 @@ def test_entries_of_bad_will(tmp_path, entries, expected):
 @pytest.mark.parametrize(("ending", "most"), [("jpg", 2**28), ("cls", 2**20)])
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch, ending, most, mode):
-    """Also where compression makes them a few bytes. The entries after them are read."""
+    """This also holds if compression makes them a few bytes. The later entries are read."""
     monkeypatch.setattr(shards_module, "LARGEST", 2**21)
     size = min(most, 2**21) + 1
     other = entry("a.cls", b"1") if ending == "jpg" else GOOD[0]
@@ -496,13 +494,13 @@ def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch, ending, mo
 
 
 def test_a_file_that_claims_more_than_there_is(tmp_path):
-    """A header claims terabytes. The rest of the shard is lost and named once, and is not searched block by
-    block for hours.
+    """A header claims terabytes. The rest of the shard is lost and reported once, and is not searched block
+    by block for hours.
     """
     path = shard_of(tmp_path / "t.tar", *sample("first", 1), *sample("torn", 1))
     whole = path.read_bytes().rstrip(b"\0")
     whole += bytes(-len(whole) % 512)
-    # the last may go on after what is no sample
+    # the last sample may continue after an entry that is not part of a sample
     for name, samples in (("huge.jpg", ["first", "torn"]), ("huge.txt", ["first"])):
         made = tarfile.TarInfo(name)
         made.size = 10**13
@@ -517,14 +515,14 @@ def test_a_file_that_claims_more_than_there_is(tmp_path):
     "kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK]
 )
 def test_names_and_attributes_that_are_too_large(tmp_path, kind):
-    """tarfile alone would read them whole into memory."""
+    """tarfile alone would read them into memory completely."""
     import gzip
 
     made = tarfile.TarInfo("x")
     made.type, made.size = kind, 2**30
     with gzip.open(tmp_path / "t.tar", "wb", 1) as file:
         file.write(made.tobuf(tarfile.GNU_FORMAT))
-        file.write(bytes(2**20))  # the rest need not be there
+        file.write(bytes(2**20))  # the rest need not exist
     ((name, reason),) = read(tmp_path / "t.tar")
     assert name == "t.tar"
     assert (
@@ -536,7 +534,7 @@ def test_names_and_attributes_that_are_too_large(tmp_path, kind):
 @pytest.mark.parametrize("size", [10**12, 1000])
 @pytest.mark.parametrize("version", ["old", "0.1", "1.0"])
 def test_files_with_holes(tmp_path, version, size):
-    """A sparse file of a few bytes may stand for terabytes, which tarfile alone would allocate."""
+    """A sparse file of a few bytes may represent terabytes, which tarfile alone would allocate."""
     if version == "old":
         made = tarfile.TarInfo("a.jpg")
         made.type = tarfile.GNUTYPE_SPARSE
@@ -569,7 +567,7 @@ def test_files_with_holes(tmp_path, version, size):
 
 def test_headers_of_headers_of_headers(tmp_path):
     """tarfile reads nested headers recursively. Beyond Python's recursion limit the rest of the shard is lost
-    and named.
+    and reported.
     """
     made = tarfile.TarInfo("x")
     made.type, made.size = tarfile.XHDTYPE, 12
@@ -586,7 +584,7 @@ def test_shards_that_are_no_files(tmp_path, kind):
     {"pipe": os.mkfifo, "folder": os.mkdir, "loop": lambda p: os.symlink(p, p)}[kind](path)
     with pytest.raises(DataError, match="found 0; missing: .*t-0.tar"):
         shards_module.Shards(str(tmp_path / "t-{0..0}.tar"), None, 0, 3)
-    ((name, reason),) = read(path)  # where it takes the place of a shard
+    ((name, reason),) = read(path)  # which is reported as the shard itself
     assert name == "t-0.tar"
     assert reason.startswith("expected a whole tar file: ")
 

@@ -1,4 +1,4 @@
-"""Worker processes that decode end when the program does, whether one was killed or hangs in a read."""
+"""Worker processes for decoding end when the program does, even if one was killed or hangs in a read."""
 
 import os
 import signal
@@ -17,9 +17,9 @@ pytestmark = [
 
 @pytest.fixture
 def start(tmp_path):
-    """start(*overrides) starts a run on a tree of images in a process of its own."""
+    """start(*overrides) starts a run on a folder of images in another process."""
     tree(tmp_path / "set" / "train", {"ant": 20, "bee": 20, "cat": 20})
-    for i in range(1000):  # long epochs: each has workers of its own
+    for i in range(1000):  # long epochs, because each one starts new workers
         os.link(
             tmp_path / "set" / "train" / "ant" / "000.JPEG",
             tmp_path / "set" / "train" / "ant" / f"again{i}.JPEG",
@@ -35,7 +35,7 @@ def start(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # shells let programs in the background ignore it
+            # in shells, programs in the background ignore SIGINT
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
@@ -53,12 +53,12 @@ def children(process):
     ]
 
 
-def end_of(process, seconds=60):
-    """What the process printed. If it does not end, the test fails with the stacks of its threads."""
+def output_of(process, seconds=60):
+    """The output of the process. If it does not end, the test fails with the stacks of its threads."""
     try:
         return process.communicate(timeout=seconds)[1]
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)  # PYTHONFAULTHANDLER
+        process.send_signal(signal.SIGABRT)  # PYTHONFAULTHANDLER prints the stacks
         for child in children(process):
             os.kill(child, signal.SIGKILL)
         pytest.fail(process.communicate()[1])
@@ -73,11 +73,11 @@ def wait(condition, process, seconds=60):
 
 
 def test_a_worker_that_is_killed_ends_the_run(start, tmp_path):
-    """A worker may be killed for want of memory. The other one may wait for a lock that the dead one held."""
+    """A worker may be killed for lack of memory. The other one may wait for a lock that the dead one held."""
     process = start("checkpoint.every_steps=2")
     wait(lambda: list((tmp_path / "out" / "checkpoints").glob("epoch*.pt")), process)
     os.kill(children(process)[-1], signal.SIGKILL)
-    printed = end_of(process)
+    printed = output_of(process)
     assert process.returncode == 2, printed
     assert (
         "coda-fast: data: a process that reads images ended with code -9, perhaps for want of memory"
@@ -88,12 +88,12 @@ def test_a_worker_that_is_killed_ends_the_run(start, tmp_path):
 
 
 def test_ctrl_c_while_a_file_cannot_be_read(start, tmp_path):
-    """A worker that waits for storage does not keep the program from ending."""
+    """A worker that waits for storage does not prevent the program from ending."""
     (tmp_path / "set" / "train" / "bee" / "zzz.jpg").touch()
     process = start(**stuck(tmp_path / "site", "zzz.jpg"))
     wait(lambda: len(children(process)) == 2, process)
     time.sleep(3)
     process.send_signal(signal.SIGINT)
-    printed = end_of(process)
+    printed = output_of(process)
     assert process.returncode == 130, printed
     assert "Traceback" not in printed

@@ -6,10 +6,10 @@ The weight ``w = A z + b`` is affine in ``z = B x``. With ``z~ = [z; 1]`` and ``
     <w_o, u> = sum_k z_k (A_ok . u) + b_o . u      one matrix product with n r rows, contracted with z
     |w_o|^2  = z~^T (A~_o A~_o^T) z~               a quadratic form: Gram matrices times the numbers z_k z_l
 
-so ``w`` itself is needed only for the few pixels and units where it nearly cancels (``norm.Gram``). This
-*contracted* form pays where there are many pixels and d is large against r, because the Gram matrices are
-made once for all pixels and the contraction has r numbers where w has d. Elsewhere w is *generated*: in the
-forward pass where ``Layer._worth_generating`` says so, in the backward pass where d <= 2 r. Patches are
+so ``w`` itself is needed only for the few pixels and units where it nearly cancels (``squared_norm.Gram``).
+This *contracted* form pays where there are many pixels and d is large against r, because the Gram matrices
+are made once for all pixels and the contraction has r numbers where w has d. Elsewhere w is *generated*: in
+the forward pass where ``Layer._worth_generating`` says so, in the backward pass where d <= 2 r. Patches are
 gathered a chunk at a time, so that every intermediate stays in cache.
 
 Forward keeps <w, u> and |w|^2, two numbers for every unit and pixel, and the contraction A u if there is

@@ -9,7 +9,7 @@ import torch
 from coda_fast._spec import KEEPS, Gradients, Kept, Parameters, Spec
 from coda_fast.backends.factored import matrices
 from coda_fast.backends.factored.backward import Contracted, Generated
-from coda_fast.backends.factored.norm import Gram, Triangle, flushed_length
+from coda_fast.backends.factored.squared_norm import Gram, Triangle, flushed_length
 from coda_fast.backends.factored.windows import Windows
 
 
