@@ -25,7 +25,9 @@ FIELDS = ("op", "provider", "mode", "dtype", "shape", "device", "driver", "torch
 
 
 def environment(device: torch.device) -> dict:
-    """The columns that name the device, the versions and the date."""
+    """The columns that name the device, the versions and the date, and the folder of the tables if tiles come
+    from others than the package's.
+    """
     return {
         "device": device_name(device),
         "driver": _driver() if device.type == "cuda" else None,
@@ -35,6 +37,7 @@ def environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
+        **({"tables": Path(tables).name} if (tables := os.environ.get("CODA_FAST_TABLES")) else {}),
     }
 
 

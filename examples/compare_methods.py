@@ -1,11 +1,12 @@
-"""The network's own explanation beside other methods of attribution, on the same images:
+"""Compare the network's own explanation with other attribution methods on the same images:
 
     coda-fast demo
     python examples/compare_methods.py --checkpoint coda_demo/coda_demo.safetensors
 
-Two measures. Localisation: four scans in one image; the share of a map's positive mass that lies on the scan
-of the class that is asked for (chance is 0.25). Removal: the mean probability of the class while its least
-important pixels are set to zero. Higher is better in both. The other methods are captum's.
+There are two measures, and higher is better in both. Localisation: the share of a map's positive
+contributions on the scan of the explained class, in an image of four scans (chance is 0.25). Removal: the
+mean probability of the class while its least important pixels are set to zero. The other methods are
+captum's.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Which pixels of a picture speak for and against a class, and the proof that none is missing:
+"""Show which pixels of a picture speak for and against a class, and that no contribution is missing:
 
-    coda-fast demo                               # trains a network on digits; or take one of your own
+    coda-fast demo                               # trains a network on digits; or use your own
     python examples/explain_picture.py digit.png --checkpoint coda_demo/coda_demo.safetensors
 
-Prints the two most likely classes with their logits, the sums of their maps, and the pixel that matters most
-to each; writes the figure to ``--output``. What ``coda-fast explain`` does, as calls.
+This prints the two most likely classes with their logits, the sums of their maps, and the most important
+pixel of each, and writes the figure to ``--output``. ``coda-fast explain`` makes the same calls.
 """
 
 import argparse

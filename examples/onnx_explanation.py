@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 
 
 def read_picture(path: Path, rules: dict) -> np.ndarray:
-    """[1, C, H, W], float32 in [0, 1], by the rules that the file of the network holds: upright, transparency
-    on white, the shorter side resized, the middle cropped. (Grey of 16 bits is left out here.)
+    """[1, C, H, W], float32 in [0, 1], by the rules in the file of the network: upright, transparency on
+    white, the shorter side resized, the middle cropped. (16-bit grey is not supported here.)
     """
     picture = ImageOps.exif_transpose(Image.open(path))
     if picture.has_transparency_data:
@@ -47,7 +47,7 @@ def main(network: str, picture: Path) -> None:
     print(f"logit          {logit:+.6f}")
     print(f"map + bias     {total + bias:+.6f}  ({total:+.6f} of {maps[0].size} pixels, {bias:+.6f})")
     print(f"difference     {abs(total + bias - logit):.1e}")
-    # red speaks for the class, blue against it; the colours end where 99.5 % of the pixels do
+    # red speaks for the class, blue against it; the colour scale covers 99.5 % of the pixels
     strength = np.clip(maps[0] / (np.percentile(np.abs(maps), 99.5) or 1), -1, 1)[..., None]
     colours = 255 + np.abs(strength) * (np.where(strength < 0, [0, 0, 255], [255, 0, 0]) - 255)
     output = f"{picture.stem}_contributions.png"

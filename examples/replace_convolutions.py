@@ -1,8 +1,8 @@
-"""The convolutions of a ResNet as DAU layers: ``python examples/replace_convolutions.py``.
+"""Replace the convolutions of a ResNet by DAU layers: ``python examples/replace_convolutions.py``.
 
-Converts torchvision's ResNet-18 twice. As it is, with batch normalisation and ReLU, it trains as before. With
-both left out, every remaining part is linear or a DAU layer, so the network is a dynamic linear map and its
-logits are exact sums over pixels, through the residual branches too.
+torchvision's ResNet-18 is converted twice. With batch normalisation and ReLU it trains as before. Without
+them every part is linear or a DAU layer, so the network is a dynamic linear map and its logits are exact sums
+over pixels, also through the residual branches.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
     curl --data-binary @digit.png http://127.0.0.1:8000
 
-gives JSON: the class, its probability and logit, the bias, and the map, whose sum with the bias is the logit.
-One network serves all threads: explanation mode belongs to a call, not to the module.
+returns JSON: the class, its probability and logit, the bias, and the map. The sum of map and bias is the
+logit. One network serves all threads, because explanation mode belongs to a call and not to the module.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from coda_fast.data import ImageError
 
 
 def explained(model: coda_fast.CoDANet, picture: bytes) -> dict:
-    """What is answered for the bytes of a picture file. ImageError: they are none."""
+    """The answer for the bytes of a picture file. Raises ImageError if they are not a picture."""
     found = model.explain(model.transform(picture)[None])
     target = int(found.target)
     return {
@@ -30,7 +30,7 @@ def explained(model: coda_fast.CoDANet, picture: bytes) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", default="coda_demo/coda_demo.safetensors")
-    parser.add_argument("--port", type=int, default=8000)  # 0: any that is free
+    parser.add_argument("--port", type=int, default=8000)  # 0: any free port
     options = parser.parse_args()
     model = coda_fast.load(options.checkpoint).eval()
 

@@ -1,8 +1,8 @@
-"""A network trained on your own pictures: ``python examples/train_on_folder.py FOLDER --output runs/mine``.
+"""Train a network on your own pictures: ``python examples/train_on_folder.py FOLDER --output runs/mine``.
 
-FOLDER holds ``train/`` and ``val/``, and each of them a folder of pictures for each class. What ``coda-fast
-train`` does, as calls: a recipe that ships with the package, changed by ``key=value``; a run that is stopped
-goes on where it was when the same command is given again.
+FOLDER has ``train/`` and ``val/``, each with a folder of pictures for every class. As in ``coda-fast train``,
+a recipe of the package is changed by ``key=value``, and a stopped run is resumed when the same command is
+given again.
 """
 
 import argparse

@@ -1,1 +1,3 @@
-"""Experiments whose results docs/ shows, run from the root: ``python -m experiments.training`` and so on."""
+"""Experiments whose results are shown in docs/, run from the root: ``python -m experiments.training`` and so
+on.
+"""

@@ -1,5 +1,5 @@
-"""The paper's evaluation in small, on a CPU: networks that learn scikit-learn's digits at a low and a high
-temperature, every method of attribution, localisation and pixel removal (some minutes on two cores).
+"""The paper's evaluation on a small scale, on a CPU: networks trained on scikit-learn's digits at a low and a
+high temperature, with every attribution method, localisation and pixel removal (some minutes on two cores).
 
     python -m experiments.evaluate_digits
         bench/results/evaluation_digits.json, docs/localisation-digits.png, docs/removal-digits.png
@@ -23,8 +23,8 @@ from coda_fast.evaluation.runner import Evaluation, Settings, summary
 
 RESULTS, DOCS = results.FOLDER / "evaluation_digits.json", results.ROOT / "docs"
 TEMPERATURES, SEEDS, EPOCHS = (1.0, 40.0), (0, 1, 2), 30
-# a digit is 8 x 8: the published windows of 5 and 9 pixels of 32 would cover it whole, so Occ5 and Occ9
-# become 2 and 3 pixels
+# A digit has 8 x 8 pixels, and the published windows of 5 and 9 of 32 pixels would cover most of it, so that
+# Occ5 and Occ9 use 2 and 3 pixels
 SETTINGS = {"Occ5": {"size": 2, "stride": 1}, "Occ9": {"size": 3, "stride": 1}, "RISE": {"masks": 1000}}
 METRICS = {
     "localisation": Settings("localisation", side=2, grids=100),
@@ -34,12 +34,12 @@ IMAGES = {"localisation": None, "removal": 200}
 
 
 def methods() -> list[str]:
-    """All that are registered, of two that are the same on a CoDA-Net one."""
+    """All registered methods, but only one of two that are the same on a CoDA-Net."""
     return [name for name in baselines.METHODS if name not in baselines.TWINS]
 
 
 def evaluate(model, data, folder: Path, seed: int) -> dict:
-    """{metric: {method: summary}}; figures of the first seed are kept in docs/."""
+    """{metric: {method: summary}}. The figures of the first seed are kept in docs/."""
     found = {}
     for metric, settings in METRICS.items():
         images, labels = data.test_images[: IMAGES[metric]], data.test_labels[: IMAGES[metric]]
@@ -99,7 +99,9 @@ def measure() -> dict:
 
 
 def table() -> str:
-    """Markdown of what is stored: a method a row, mean over the seeds (least to most)."""
+    """Markdown of the stored results: a row for each method, with the mean over the seeds (smallest to
+    largest).
+    """
     stored = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = stored["rows"]
     measured = rows[0]["localisation"]

@@ -1,4 +1,4 @@
-"""Evaluation in batches beside one image and one class at a time, on the same device, in turns.
+"""Evaluation in batches compared with one image and one class at a time, on the same device, in turns.
 
 python -m experiments.evaluation_speed       bench/results/evaluation_speed.json
 """
@@ -22,7 +22,7 @@ def localisation_in_batches(model, grids, classes, side):
 
 
 def localisation_one_by_one(model, grids, classes, side):
-    """As the published implementation goes: every class of every grid by itself."""
+    """As in the published implementation: every class of every grid separately."""
     rows = []
     for grid, row in zip(grids, classes, strict=True):
         rows.append(torch.stack([model.explain(grid[None], int(c)).contribution_map[0, 0] for c in row]))
@@ -34,7 +34,7 @@ def removal_in_batches(model, images, targets, points):
 
 
 def removal_one_by_one(model, images, targets, points):
-    """Every mask of every image by itself."""
+    """Every mask of every image separately."""
     rows = []
     for image, target in zip(images, targets, strict=True):
         rows.append(
@@ -46,8 +46,8 @@ def removal_one_by_one(model, images, targets, points):
 
 
 def cases(device):
-    """(name, batched, one by one, arguments): the digits network and, smaller in number, S-CoDA; random
-    weights take as long as trained.
+    """(name, batched, one by one, arguments): the digits network, and S-CoDA with fewer images. Random
+    weights take as long as trained ones.
     """
     torch.manual_seed(0)
     for name, side, size, channels, grids, points in (
@@ -76,7 +76,7 @@ def run() -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for name, batched, single, arguments in cases(device):
-        # the same numbers
+        # both give the same numbers
         torch.testing.assert_close(batched(*arguments), single(*arguments), rtol=1e-3, atol=1e-5)
         runners = {
             key: measure.Runner([arguments], function)
@@ -91,7 +91,7 @@ def run() -> dict:
 
 
 def table() -> str:
-    """Markdown of what is stored."""
+    """Markdown of the stored results."""
     stored = json.loads(RESULTS.read_text(encoding="utf-8"))
     lines = ["| | one at a time, ms | batched, ms | faster by |", "|---|---|---|---|"]
     for row in stored["rows"]:

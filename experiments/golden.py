@@ -1,5 +1,5 @@
-"""Errors of every backend against the values of the published implementation, as tests/test_golden.py finds
-them.
+"""Errors of every backend against the values of the published implementation, as tests/test_golden.py
+computes them.
 
 python -m experiments.golden     bench/results/golden.json; "make tables" puts them into docs/numbers.md
 """
@@ -20,7 +20,9 @@ RESULTS = results.FOLDER / "golden.json"
 
 
 def measure() -> dict:
-    """The worst of all compared tensors of each golden file, a backend and dtype a column."""
+    """The largest error over all compared tensors of each golden file, with a column for each backend and
+    dtype.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tests = verify.collect("tests/test_golden.py", "-k", "test_layer")
         verify.shards(tests, 1, math.inf, Path(folder))
@@ -44,7 +46,7 @@ def measure() -> dict:
 
 
 def table() -> str:
-    """Markdown of what is stored."""
+    """Markdown of the stored results."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     columns = list(found["rows"][0]["errors"])
     lines = [

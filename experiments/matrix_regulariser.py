@@ -1,4 +1,4 @@
-"""Does the matrix regulariser make maps sparser? Networks that learn scikit-learn's digits under several
+"""Does the matrix regulariser make maps sparser? Networks are trained on scikit-learn's digits with several
 weights (lambda).
 
 python -m experiments.matrix_regulariser     bench/results/matrix_regulariser.json (minutes on two cores)
@@ -20,7 +20,7 @@ WEIGHTS, SEEDS, EPOCHS, TEMPERATURE = (0.0, 2.0, 10.0), (0, 1, 2), 8, 40.0
 
 
 def train(model, data, weight, seed):
-    """demo.train with the loss exchanged."""
+    """demo.train with another loss."""
     generator = torch.Generator().manual_seed(seed)
     loss = DynamicMatrixLoss(weight, generator=torch.Generator().manual_seed(seed))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -36,8 +36,8 @@ def train(model, data, weight, seed):
 
 
 def gini(values):
-    """Inequality of the absolute values of each row, from 0 (all alike) to 1 (one has all); [N, M] ->
-    mean.
+    """Inequality of the absolute values of each row, from 0 (all equal) to 1 (one value has everything); [N,
+    M] -> mean.
     """
     ranked = values.abs().double().sort(1).values
     count = ranked.shape[1]
@@ -74,7 +74,7 @@ def measure():
 
 
 def table() -> str:
-    """Markdown of what is stored: mean over the seeds (least to most)."""
+    """Markdown of the stored results: mean over the seeds (smallest to largest)."""
     stored = json.loads(RESULTS.read_text(encoding="utf-8"))
     keys = {
         "accuracy": "accuracy",

@@ -1,12 +1,12 @@
-"""What training costs and gives on this machine: decoding beside the network that consumes it, a step beside
-the peers, a real run.
+"""The cost and the result of training on this machine: decoding compared with the network that consumes the
+images, a training step compared with the peers, and a real run.
 
 python -m experiments.training
     bench/results/training.json: decoding and training steps, measured now (a minute)
 python -m experiments.training --run FOLDER
     bench/results/cifar10_xs.json and docs/cifar10_xs.png: a run of the recipe cifar10-xs
           [--localisation FOLDER]
-              with what ``coda-fast evaluate --metric localisation --output FOLDER`` found for it
+              with the results of ``coda-fast evaluate --metric localisation --output FOLDER``
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ PROVIDERS = {"coda_fast": None, "materialising": peers.materialising, "algebraic
 
 
 def photograph() -> bytes:
-    """A JPEG of the size and detail of an ImageNet photograph: noise of all scales, 500 x 375, quality 90."""
+    """A JPEG of the size and detail of an ImageNet photograph: noise at all scales, 500 x 375 pixels, quality
+    90.
+    """
     from PIL import Image
 
     generator, pixels = np.random.default_rng(0), np.zeros((375, 500, 3))
@@ -49,8 +51,8 @@ def photograph() -> bytes:
 
 
 def decoding(seconds: float = 3.0) -> list[dict]:
-    """Images/s of one core, by kind of work."""
-    # the tables are printed where the extra "train" is not installed
+    """Images per second of one core, for each kind of decoding."""
+    # imported here, because the tables are also printed without the extra "train"
     from coda_fast.data import Preprocessing
     from coda_fast.train.augmentation import Augmentation
 
@@ -136,7 +138,7 @@ def run() -> dict:
 
 
 def table() -> str:
-    """Markdown of what is stored."""
+    """Markdown of the stored results."""
     stored = json.loads(RESULTS.read_text(encoding="utf-8"))
     lines = [
         "| training step, images/s | coda_fast | as published (w materialised) | algebraic | faster than "
@@ -174,7 +176,7 @@ def table() -> str:
 
 
 def collect(folder: Path, localisation: Path | None) -> dict:
-    """What a finished run left, as data for the repository."""
+    """Store the results of a finished run in the repository."""
     import yaml
 
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:

@@ -360,7 +360,10 @@ def main(argv=None):
     parser.add_argument("--layers", nargs="+", metavar="S1", help="S1 to S9, L1 to L9")
     parser.add_argument("--arch", nargs="+", metavar="90", help=f"of {', '.join(map(str, ARCHITECTURES))}")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    parser.add_argument("--kernel", nargs="+", metavar="fold")
+    from coda_kernels import config
+
+    kernels = [module.__name__.rpartition(".")[2] for module in config.modules() if hasattr(module, "run")]
+    parser.add_argument("--kernel", nargs="+", choices=kernels)
     parser.add_argument("--jobs", type=int, help="processes; all cores")
     parser.add_argument(
         "--store",
@@ -379,7 +382,7 @@ def main(argv=None):
     if unknown := set(architectures) - set(ARCHITECTURES):
         parser.error(f"--arch: expected some of {ARCHITECTURES}, got {unknown}")
     part = options.layers or options.kernel
-    failed = 0
+    compiled = failed = 0
     for arch in architectures:
         for dtype in options.dtype or (DTYPES if arch == 90 else ("bfloat16",)):
             reports = sweep(
@@ -390,7 +393,7 @@ def main(argv=None):
                 options.jobs,
                 lambda t: print(t, file=sys.stderr),
             )
-            failed += sum(bool(r.faults) for r in reports)
+            compiled, failed = compiled + len(reports), failed + sum(bool(r.faults) for r in reports)
             for r in reports:
                 print(
                     f"{r.arch} {r.dtype} {r.kernel} | {r.layers} | {r.blocks} w{r.warps} s{r.stages} | reg "
@@ -401,6 +404,8 @@ def main(argv=None):
                 )
             if options.store or not part:
                 print(f"stored in {store(reports)}")
+    if not compiled:
+        parser.error(f"--kernel: expected one that these layers launch, got {' '.join(options.kernel)}")
     print(f"{failed} faults")
     return int(failed > 0)
 

@@ -1,4 +1,4 @@
-"""Training by the clock on one GPU: ``python -m experiments.fast_training``; command.py says what it does."""
+"""Training within a time limit on one GPU: ``python -m experiments.fast_training``, see command.py."""
 
 from experiments.fast_training.command import WEIGHTS, main, recipe_of
 from experiments.fast_training.images import TrainingProblem, made_up, read

@@ -1,16 +1,17 @@
-"""Train the recipe cifar10-s-fast within so many minutes on one GPU, then judge the result: accuracy,
+"""Train the recipe cifar10-s-fast within a number of minutes on one GPU, then evaluate the result: accuracy,
 localisation, removal.
 
     python -m experiments.fast_training --data cifar10.npz --output FOLDER --minutes 3.5
         training.json and the weights
     python -m experiments.fast_training --device cpu --quick --output FOLDER
-        rehearses it, on made-up images
+        rehearses it on generated images
 
-The whole step (images drawn and augmented on the device, network, loss, gradient, optimiser, moving average)
-is one CUDA graph: launched one by one, its kernels would wait for the host. Where it cannot be captured, the
-reason is printed and steps run one by one. How many steps fit is measured after the first ones, and the
-learning rate follows a cosine over just as many. ``coda-fast train`` is the program for all other training;
-this one needs torch, NumPy, Pillow, PyYAML and safetensors only, and can neither stop nor go on.
+The whole step (images selected and augmented on the device, network, loss, gradient, optimiser, moving
+average) is one CUDA graph, because kernels that are launched one by one would wait for the host. If it cannot
+be captured, the reason is printed and the kernels are launched one by one. The number of steps that fit into
+the time is measured after the first ones, and the learning rate follows a cosine over that many steps.
+``coda-fast train`` is the program for all other training. This one needs only torch, NumPy, Pillow, PyYAML
+and safetensors, and cannot be interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from experiments.fast_training.loop import train
 from experiments.fast_training.trainer import TINY, Trainer
 
 WEIGHTS = "cifar10_s_fast.safetensors"
-JUDGEMENT = 40.0  # seconds that are left for it
+JUDGEMENT = 40.0  # seconds reserved for the evaluation
 
 
 def recipe_of(name: str = "cifar10-s-fast") -> dict:
-    """The recipe as plain values; what it says about epochs is for runs that are not measured in minutes."""
+    """The recipe as plain values. Its settings for epochs do not apply to runs measured in minutes."""
     import yaml
 
     return yaml.safe_load(
@@ -116,7 +117,7 @@ def _run(options, start) -> int:
     found |= train(trainer, recipe, training, test=test, keep=checkpoint, say=say, **limits)
     checkpoint(trainer, found["history"][-1])
     found.pop("checkpoints")
-    del trainer.graph  # its memory is for the maps
+    del trainer.graph  # its memory is needed for the maps
     if device.type == "cuda":
         measure.empty(device)
     keep = lambda part: (found.update(judged=part), _write(found, folder))

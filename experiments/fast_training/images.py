@@ -1,4 +1,4 @@
-"""The images: CIFAR-10 as JPEGs end to end in one file, or made-up ones."""
+"""The images: CIFAR-10 as JPEGs one after the other in one file, or generated ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 
 class TrainingProblem(Exception):
-    """What keeps this from training; the message says what was expected and what was found."""
+    """An error that prevents training; the message says what was expected and what was found."""
 
 
 def read(path: Path, split: str, limit: int | None = None, threads: int = min(16, os.cpu_count() or 1)):
-    """(images uint8 [N, 3, H, W], labels [N]) of ``split``: JPEGs end to end, some replaced by pixels
-    without loss.
+    """(images uint8 [N, 3, H, W], labels [N]) of ``split``: JPEGs one after the other, some of them replaced
+    by lossless pixels.
     """
     from coda_fast.data import decode
 
@@ -36,7 +36,7 @@ def read(path: Path, split: str, limit: int | None = None, threads: int = min(16
         def some(indices):
             return [np.asarray(decode(raw[offsets[i] : offsets[i + 1]])) for i in indices]
 
-        # Pillow decodes without the interpreter's lock
+        # Pillow releases the interpreter's lock while it decodes
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             parts = list(
                 pool.map(some, np.array_split(np.arange(len(labels)), max(1, min(4 * threads, len(labels)))))
@@ -45,14 +45,14 @@ def read(path: Path, split: str, limit: int | None = None, threads: int = min(16
         if lossless is not None:
             inside = lossless[0] < len(labels)
             images[lossless[0][inside]] = lossless[1][inside]
-    except Exception as error:  # zipfile, NumPy and Pillow raise whatever the damage leads them to
+    except Exception as error:  # zipfile, NumPy and Pillow raise many exceptions for damaged files
         expected = f"an .npz file with {split}_jpeg, {split}_offset and {split}_label that fit"
         raise TrainingProblem(f"--data: {path}: expected {expected}: {error}") from None
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
 
 
 def made_up(count: int, classes: int = 10):
-    """Images that nobody photographed, for rehearsals."""
+    """Generated images, for rehearsals."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(
         count

@@ -1,4 +1,4 @@
-"""What the trained weights are worth: accuracy, completeness, localisation, pixel removal."""
+"""Evaluation of the trained weights: accuracy, completeness, localisation, pixel removal."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from coda_fast import evaluation
 def accuracy(
     model, images: torch.Tensor, labels: torch.Tensor, device, half: bool, batch: int = 1000
 ) -> float:
-    """Share of uint8 images that are classified as they are labelled; ``half``: as in training, under
-    autocast.
-    """
+    """Share of uint8 images that are classified correctly. ``half``: under autocast, as in training."""
     model, correct = _on(model, device), 0
     for some, classes in zip(images.split(batch), labels.split(batch), strict=True):
         with torch.autocast(
@@ -42,9 +40,9 @@ def _on(model, device):
 def judge(
     path: Path, images, labels, device, finish: float, keep, *, half: bool, quick: bool = False, say=print
 ) -> dict:
-    """What the weights in the file are worth, in float32 if not said otherwise. ``keep(found)`` after each
-    part, so that what is cut off loses one; what has no time left covers fewer images or grids, and says how
-    many.
+    """Evaluate the weights in the file, in float32 unless stated otherwise. ``keep(found)`` is called after
+    each part, so that a run that is cut off loses only one. A part without enough time covers fewer images or
+    grids, and states how many.
     """
     model, found = _on(coda_fast.load(path).float(), device), {}
     parts = _explanations(model, images.to(device).float().div_(255), labels.to(device), finish, quick)
@@ -59,7 +57,7 @@ def judge(
             if begun > finish:
                 raise TimeoutError("no time left")
             found[name] = part()
-        except Exception as error:  # the others may still say something
+        except Exception as error:  # the other metrics can still be measured
             found[name] = {"missing": measure.reason(error)}
         found.setdefault("seconds", {})[name] = round(time.monotonic() - begun, 2)
         say(f"{name}: {json.dumps(found[name])} ({found['seconds'][name]} s)")
@@ -68,9 +66,9 @@ def judge(
 
 
 def _explanations(model, pixels, labels, finish, quick) -> dict[str, Callable]:
-    """{metric: what measures it}."""
+    """{metric: function that measures it}."""
     removed, grids = (2, 2) if quick else (1024, 500)
-    # nothing would be sure after a few steps of a rehearsal
+    # after the few steps of a rehearsal no image would be confident
     logits = F.one_hot(labels, model.num_classes).float() if quick else None
 
     def completeness():
@@ -101,7 +99,7 @@ def _explanations(model, pixels, labels, finish, quick) -> dict[str, Callable]:
 
 
 def _until(finish, share):
-    """A ``progress`` that ends after this share of the time that is left, or after its first thing."""
+    """A ``progress`` that ends after this share of the remaining time, but not before its first item."""
     deadline = time.monotonic() + share * max(0.0, finish - time.monotonic())
 
     def progress(things, label):

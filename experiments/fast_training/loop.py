@@ -1,4 +1,4 @@
-"""Steps by the clock: how many fit is measured after the first ones."""
+"""Training steps within a time limit. The number of steps that fit is measured after the first ones."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from experiments.fast_training.images import TrainingProblem
 from experiments.fast_training.judgement import accuracy
 from experiments.fast_training.trainer import Trainer, batches_of, rate_of
 
-MARGIN = 0.98  # of the time that is left, at each estimate of how many steps fit: evaluations take some of it
+MARGIN = 0.98  # share of the remaining time that steps may use, because evaluations need some of it
 
 
 class Clock:
-    """How many steps are planned: ``steps``, or as many as fit until ``finish`` (time.monotonic)."""
+    """The number of planned steps: ``steps``, or as many as fit until ``finish`` (time.monotonic)."""
 
     def __init__(self, trainer: Trainer, finish: float, steps: int | None):
         self.trainer, self.finish, self.fixed = trainer, finish, steps is not None
         self.planned, self.first = steps or 1 << 40, trainer.done
         self.cut_off = False
         self.waiting = collections.deque()
-        # steps that do not count, because they compile and allocate, and when those that count began
+        # the number of steps that are not timed, because they compile and allocate, and the start of the
+        # timed ones
         self.uncounted, self.since = 0, time.monotonic()
 
     @property
@@ -32,8 +33,8 @@ class Clock:
         return self.trainer.done - self.first
 
     def after_step(self) -> float:
-        """The time now, after ``planned`` and ``cut_off`` have been brought up to date."""
-        if self.trainer.cuda:  # the host stays two steps ahead and no more, so that it knows the time
+        """Update ``planned`` and ``cut_off``, and return the current time."""
+        if self.trainer.cuda:  # the host is at most two steps ahead, so that it measures the time
             self.waiting.append(torch.cuda.Event())
             self.waiting[-1].record()
             if len(self.waiting) > 2:
@@ -56,7 +57,7 @@ class Clock:
 def train(
     trainer: Trainer, recipe: dict, finish: float, *, steps: int | None, test, keep, every: float, say=print
 ) -> dict:
-    """Steps until ``finish`` (time.monotonic), or exactly ``steps``. ``keep(trainer, row)`` is called
+    """Train until ``finish`` (time.monotonic), or for exactly ``steps``. ``keep(trainer, row)`` is called
     every ``every`` seconds.
     """
     count, batch = len(trainer.images), trainer.batch
@@ -82,7 +83,7 @@ def train(
             keep(trainer, history[-1])
             say(json.dumps(history[-1]))
             last = time.monotonic()
-            clock.since += last - now  # how long a step takes is not how long this took
+            clock.since += last - now  # the time of an evaluation is not part of the time of a step
             if not math.isfinite(loss := history[-1]["train_loss"]):
                 raise TrainingProblem(
                     f"loss: expected a finite number, got {loss} before step {trainer.done}"

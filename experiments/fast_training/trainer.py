@@ -1,4 +1,4 @@
-"""One training step, all of it on the device, so that it can be one CUDA graph."""
+"""One training step that runs entirely on the device, so that it can be a CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch.nn.functional as F
 import coda_fast
 from bench import measure
 
-# Of a rehearsal: the published network takes seconds a step on a CPU
+# The network of a rehearsal, because a step of the published network takes seconds on a CPU
 TINY = dict(out_channels=[8, 8, 10], ranks=[4, 4, 4], kernel_sizes=[3, 3, 1], strides=[2, 2, 1])
 
 
 class Trainer:
-    """Network, optimiser, moving average and images on a device, and one step of them.
+    """Network, optimiser, moving average and images on a device, and one training step.
 
-    ``step(index, rate)`` takes the images of these numbers; ``capture`` makes a CUDA graph of it.
+    ``step(index, rate)`` uses the images with these indices. ``capture`` makes a CUDA graph of it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Trainer:
     def step(self, index: torch.Tensor, rate: float) -> None:
         self.index.copy_(index)
         self.rate.fill_(rate)
-        # while there are few, as timm's with warm-up
+        # smaller in the first steps, as timm's moving average with warm-up
         self.keep.fill_(1 - min(self.decay, (1 + self.done) / (10 + self.done)))
         self._step() if self.graph is None else self.graph.replay()
         self.done += 1
@@ -71,7 +71,8 @@ class Trainer:
             logits = self.model(images.to(torch.float32, memory_format=self.layout).div_(255))
         logits = logits.float()
         loss = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float())
-        # copied, not accumulated: which stream autograd would accumulate on is decided before the capture
+        # gradients are copied and not accumulated, because autograd chooses the stream for accumulation
+        # before the capture
         torch._foreach_copy_(
             [parameter.grad for parameter in self.parameters], torch.autograd.grad(loss, self.parameters)
         )
@@ -88,7 +89,7 @@ class Trainer:
             ).double()
 
     def _augmented(self, images):
-        """Padded random crops and flips of uint8 images, drawn on their device."""
+        """Random crops of padded uint8 images, and flips, drawn on their device."""
         count, channels, height, width = images.shape
         if pad := self.spec.get("pad"):
             offsets = torch.randint(2 * pad + 1, (2, count, 1), device=self.device)
@@ -108,7 +109,9 @@ class Trainer:
         return images
 
     def capture(self, batches, rate: float) -> str | None:
-        """A few steps of their own stream, then the graph of one; why not, where that fails."""
+        """Run a few steps on another stream, then capture the graph of one step. Returns why not, if that
+        fails.
+        """
         if not self.cuda:
             return "a CPU has no CUDA graphs"
         try:
@@ -123,12 +126,12 @@ class Trainer:
                 self._step()
             self.graph = graph
         except Exception as error:
-            torch.cuda.synchronize()  # raises where the device is lost, and not only the capture
+            torch.cuda.synchronize()  # raises if the device is lost, and not only the capture
             return measure.reason(error)
         return None
 
     def averaged(self, dtype: torch.dtype) -> coda_fast.CoDANet:
-        """The network with the moving averages for weights."""
+        """The network with the moving averages as weights."""
         model = coda_fast.CoDANet(**self.model.config(), backend="auto", device="meta")
         state = {
             name: value.detach().to("cpu", dtype)
@@ -139,7 +142,9 @@ class Trainer:
 
 
 def rate_of(recipe: dict, batch: int, step: int, steps: int, warmup: int) -> float:
-    """A cosine from the recipe's rate at this batch to its last one, after a linear warm-up."""
+    """The learning rate of a step: a linear warm-up to the recipe's rate for this batch size, then a cosine
+    to its last rate.
+    """
     spec = recipe["optimizer"]
     scale = batch / spec["reference_batch"] if spec.get("rule", "none") != "none" else 1.0
     peak = spec["lr"] * (math.sqrt(scale) if spec.get("rule") == "sqrt" else scale)
@@ -151,8 +156,8 @@ def rate_of(recipe: dict, batch: int, step: int, steps: int, warmup: int) -> flo
 
 
 def batches_of(count: int, batch: int, seed: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(epoch, numbers of the images of a step) without end: permutations, of which the incomplete last batch
-    is left out.
+    """An endless iterator over (epoch, indices of the images of a step): permutations without the incomplete
+    last batch.
     """
     epoch = 0
     while True:

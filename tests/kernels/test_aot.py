@@ -66,6 +66,16 @@ def test_float32_compiles_well():
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
+def test_nothing_compiled_is_not_a_pass():
+    done = python("-m", "tools.aot", "--kernel", "banana")
+    assert (done.returncode, "invalid choice: 'banana'" in done.stderr) == (2, True), done.stderr
+    done = python(
+        "-m", "tools.aot", "--layers", "S7", "--arch", "90", "--dtype", "bfloat16", "--kernel", "generated"
+    )
+    assert done.returncode == 2
+    assert "--kernel: expected one that these layers launch, got generated" in done.stderr
+
+
 def test_the_forward_loop():
     """The main loop of the most important kernel uses wgmma 64 x 256, does not spill, and is not limited by
     issuing instructions.
