@@ -514,3 +514,15 @@ def test_commands_know_the_network_of_the_page(tmp_path):
     assert (work / "map.png").stat().st_size > 1000
     code, text = python(script, "--import", "nowhere", *explain)
     assert (code, "'nowhere': No module named 'nowhere'" in text) == (2, True), text
+
+
+def test_the_resnet_of_the_page():
+    """The code of docs/replace.md: a converted ResNet that explains itself."""
+    page = (ROOT / "docs" / "replace.md").read_text(encoding="utf-8")
+    code = next(
+        block.partition("```")[0] for block in page.split("```python\n") if "class DAUResNet" in block
+    ).replace("dict(num_classes=10,", "dict(num_classes=10, rank=2,")
+    found = {"coda_fast": coda_fast, "images": torch.rand(2, 3, 64, 64)}
+    exec(code, found)
+    assert found["explanation"].logits.shape == (2, 10)
+    assert (found["explanation"].completeness_error < 1e-5).all()

@@ -74,7 +74,7 @@ def test_peers_explain(peer):
 
 
 def toy(x, B, A, b, stride=1, padding=0, detach=False):
-    """The formula of a layer, as a peer."""
+    """The formula, once more."""
     return peers.materialising(x, B, A, b, stride, padding, detach)
 
 
@@ -108,11 +108,10 @@ def test_a_registered_peer_is_found_everywhere(registered, tmp_path):
     text = tables.everything(rows)
     assert "| layer | C, n, r, k, stride, size | toy | coda_fast |" in " ".join(text.split())
     assert "on the fastest algebraic or toyish" in text
-    assert (
-        len([line for line in text.splitlines() if line.startswith("| toy ")]) == 1
-    )  # the row of the network
+    # the row of the network
+    assert len([line for line in text.splitlines() if line.startswith("| toy ")]) == 1
     assert plots.styles()["toy"] == ("#009E73", "d", "a toy")
-    assert "| toy | The formula, once more. |" in documents.peers().splitlines()
+    assert "| toy | The formula of a layer, as a peer. |" in documents.peers().splitlines()
     assert "docs/benchmark.md" in documents.stale()
 
 
