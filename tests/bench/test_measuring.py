@@ -111,7 +111,7 @@ def test_a_registered_peer_is_found_everywhere(registered, tmp_path):
     # the row of the network
     assert len([line for line in text.splitlines() if line.startswith("| toy ")]) == 1
     assert plots.styles()["toy"] == ("#009E73", "d", "a toy")
-    assert "| toy | The formula of a layer, as a peer. |" in documents.peers().splitlines()
+    assert "| toy | The formula, once more. |" in documents.peers().splitlines()
     assert "docs/benchmark.md" in documents.stale()
 
 
