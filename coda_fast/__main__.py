@@ -1,4 +1,4 @@
-"""``python -m coda_fast``: the command line, as ``coda-fast``."""
+"""``python -m coda_fast``: the same command line as ``coda-fast``."""
 
 from coda_fast.cli import main
 

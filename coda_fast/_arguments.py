@@ -1,4 +1,4 @@
-"""Checks of the arguments of networks: each gives the value in one form, or an error with its name."""
+"""Checks of a network's arguments: each returns the value in one form or raises an error that names it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 from coda_fast._geometry import integer, pair
 
-# pixels: of an image's side, of a kernel, stride, padding or dilation. A file that asks for more is damaged,
-# or hostile
+# The largest image side, kernel, stride, padding or dilation, in pixels. A file that asks for more is damaged
+# or hostile.
 MOST = 1 << 16
 FLOAT32 = torch.finfo(torch.float32)
 
 
 def number(value, name: str) -> float:
-    """``value`` as a finite float that float32 holds; numpy's numbers included."""
+    """``value`` as a finite float within the range of float32; NumPy numbers are accepted."""
     try:
         if isinstance(value, bool | str | bytes | bytearray):
             raise TypeError
@@ -32,7 +32,7 @@ def number(value, name: str) -> float:
 
 
 def positive_integer(value, name: str, most: int | None = None) -> int:
-    """``value`` as an int of at least 1; numpy's integers included."""
+    """``value`` as an int of at least 1; NumPy integers are accepted."""
     try:
         found = integer(value)
     except TypeError:
@@ -55,7 +55,7 @@ def temperature(value) -> float:
 
 
 def short(value) -> str:
-    """A value in a message, in at most 100 characters."""
+    """A value as text for a message, at most 100 characters long."""
     text = (
         f"about 2**{value.bit_length() - 1}"
         if isinstance(value, int) and value.bit_length() > 64
@@ -65,7 +65,7 @@ def short(value) -> str:
 
 
 def list_of(values, name: str, count: int | None = None) -> list:
-    """``values`` as a list, of ``count`` entries."""
+    """``values`` as a list, which must have ``count`` entries if that is given."""
     if isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
         raise TypeError(f"{name}: expected a list with an entry for each layer, got {short(values)}")
     if count is not None and len(values) != count:
@@ -74,7 +74,7 @@ def list_of(values, name: str, count: int | None = None) -> list:
 
 
 def each(value, name: str, count: int) -> list:
-    """One value for each layer, of a list or of one for all."""
+    """One value for each layer, from a list or from a single value for all layers."""
     return (
         list_of(value, name, count)
         if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
@@ -83,7 +83,7 @@ def each(value, name: str, count: int) -> list:
 
 
 def pairs(values, name: str, count: int, least: int = 1) -> list:
-    """Two numbers for each layer, or what ``padding`` may be besides."""
+    """A pair of ints for each layer; paddings may also be strings ("same", "valid")."""
     found = []
     for index, value in enumerate(list_of(values, name, count)):
         if not (isinstance(value, str) and name == "paddings"):

@@ -20,15 +20,15 @@ def without_autocast(kind: str) -> contextlib.AbstractContextManager:
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in float32 at least. Sums, squares and quotients by T overflow or underflow in float16, and
-    lose their digits in bfloat16.
+    """``tensor`` in float32 or wider. Sums, squares and divisions by the temperature T overflow or underflow
+    in float16 and lose digits in bfloat16.
     """
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def cast_as_convolution(kind: str, arguments: Iterable) -> tuple:
-    """The arguments as autocast gives them to a convolution: float32 and narrower tensors in its dtype,
-    float64 tensors and whatever is not a tensor unchanged.
+    """The arguments as autocast passes them to a convolution: float32 and narrower tensors in its dtype,
+    float64 tensors and anything that is not a tensor unchanged.
     """
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

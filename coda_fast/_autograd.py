@@ -1,8 +1,10 @@
 """Derivatives of the operators of ``coda_fast.ops``, to any order, in reverse and forward mode and under the
 transforms of ``torch.func``.
 
-First derivatives are operators themselves. Second ones, and forward mode, are those of the definition
+First derivatives are operators themselves. Second derivatives and forward mode use the definition
 (``coda_fast.backends.reference``), which materialises w.
+
+Symbols: F(x, u) is the output of ``align``, G(x, v) that of ``adjoint``; B, A and b are the parameters.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def _align_jvp(tensors, tangents, spec):
 
 
 def _needed(needs: Gradients, *, shared, detach) -> Gradients:
-    """Which gradients ``align`` has: in explanation mode only that of u, which is x where u is not given."""
+    """Which gradients of ``align`` are needed: in explanation mode only that in u (in x if u is not given)."""
     direct, *of_parameters = needs.applied, *needs[2:]
     return Gradients(
         needs.input and (shared or not detach), direct, *(need and not detach for need in of_parameters)
@@ -151,8 +153,8 @@ def _second_derivatives(grad, tensors, upstream, needs, spec):
     """Gradients of <upstream, gradients of L> in (v, x, u, B, A, b), L = <v, F(x, u)>, by the definition,
     which materialises w.
 
-    Second derivatives commute, so those in what F depends on are the directional derivative of the gradients
-    along ``upstream``; that in v is the directional derivative of F.
+    Second derivatives commute, so the gradients in x, u, B, A and b are the directional derivative of the
+    gradients of L along ``upstream``; the gradient in v is the directional derivative of F.
     """
     of_grad = _align_jvp(tensors, upstream, spec) if needs[0] else None
     found = Gradients()
@@ -185,17 +187,17 @@ def _primals(ctx):
 
 
 def _transformed():
-    """Whether a transform of torch.func is at work."""
+    """Whether a transform of torch.func is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def differentiable(op: torch._ops.OpOverload):
     """The Autograd kernel of an operator.
 
-    torch.library.register_autograd would do, but for torch.func and forward mode, which it has not (pytorch
-    issue 168393; when that is closed, this can go). The dispatcher brings every level of every transform
-    here, one at a time, so what a level needs is a node of automatic differentiation of this level alone, as
-    torch.func itself makes for functions of the user.
+    torch.library.register_autograd would suffice if it supported torch.func and forward mode (pytorch issue
+    168393; this function can go when that is closed). The dispatcher calls this kernel once for every level
+    of every transform, so each call makes an autograd node of that level alone, as torch.func itself does
+    for the user's functions.
     """
     kind, setup, backward, jvp = _DERIVATIVES[op._opname]
 
@@ -208,7 +210,7 @@ def differentiable(op: torch._ops.OpOverload):
         def forward(keyset, *args):
             if not _transformed():
                 return below(keyset, *args)
-            # A node computes without gradients; the levels below this one decide for themselves.
+            # A node runs with gradients disabled; the levels below this one decide for themselves.
             with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
                 return below(keyset, *args)
 
@@ -223,7 +225,7 @@ def differentiable(op: torch._ops.OpOverload):
 
         @staticmethod
         def jvp(ctx, keyset, *tangents):
-            # off here, which the levels below would take for theirs
+            # Forward mode is off here; the levels below would take that setting for their own.
             with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
                 return jvp(ctx, tangents)
 

@@ -1,4 +1,4 @@
-"""Classes and labels as users have them: tensors or arrays of any integer dtype."""
+"""Classes and labels as users pass them: tensors of any integer dtype."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def class_name(names: list[str] | tuple[str, ...] | None, index: int) -> str:
-    """What a class is called: by ``names``, if there are any."""
+    """The name of a class: from ``names`` if given, else "class <index>"."""
     return names[index] if names else f"class {index}"
 
 
@@ -39,7 +39,7 @@ def one_each(value: torch.Tensor, count: int, name: str) -> torch.Tensor:
 
 
 def check_range(classes: torch.Tensor, count: int, name: str) -> None:
-    """Raise a ValueError unless all ``classes`` are from 0 to ``count - 1``."""
+    """Raise a ValueError unless all ``classes`` lie between 0 and ``count - 1``."""
     if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < count):
         raise ValueError(
             f"{name}: expected classes from 0 to {count - 1}, got {int(classes.min())} to "

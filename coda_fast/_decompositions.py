@@ -1,19 +1,19 @@
-"""The operators in terms of standard ones, for programs that must run without us: ONNX, AOTInductor,
-``run_decompositions``.
+"""The operators in terms of standard ones, for programs that must run without this package: ONNX,
+AOTInductor, ``run_decompositions``.
 
-Known to ``torch.onnx.export(dynamo=True)`` by itself, through torch's table of decompositions; everything
-else asks for them by ``coda_fast.export.decompositions()``. Neither eager calls nor torch.compile come here.
+``torch.onnx.export(dynamo=True)`` finds them by itself, in torch's table of decompositions; everything else
+asks for them with ``coda_fast.export.decompositions()``. Eager calls and torch.compile do not use them.
 
-The factored form (``coda_fast.backends.factored``) by convolutions, with ``z~ = [B x; 1]`` and ``A~ = [A
-b]``:
+They compute the factored form (``coda_fast.backends.factored``) with convolutions, where ``z~ = [B x; 1]``
+and ``A~ = [A b]``:
 
     <w_o, u> = sum_k z~_k (A~_ok * u)     one convolution with n m filters, contracted with z~
     |w_o|^2  = z~^T (A~_o A~_o^T) z~
-        in float64: float32 would cancel where w nearly vanishes; ONNX has no triangular factor
-    G(x, v)  = A~^T * (gs (x) z~)         one transposed convolution
+        in float64: float32 would cancel where w nearly vanishes, and ONNX has no Cholesky or QR factor
+    G(x, v)  = A~^T * (gs (x) z~)         one transposed convolution, gs = s(|w|^2) v
 
-Where a patch has fewer numbers than z~ has (d <= m), w itself is the smaller thing and is made. In float64
-|w|^2 is that of w itself: there is no wider type to cancel in.
+If a patch has no more numbers than z~ (d <= m), w itself is smaller and is materialised. In float64, |w|^2
+is always computed from w itself, because there is no wider type to absorb the cancellation.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from coda_fast._spec import KEEPS, Adjoint, Align, AlignBackward, rebuild
 
 
 def align(call: Align) -> tuple[torch.Tensor, ...]:
-    """``torch.ops.coda_fast.align``. Of what it keeps there are <w, u> and |w|^2; without the rest a
-    backward pass does as well.
+    """``torch.ops.coda_fast.align``. It keeps <w, u> and |w|^2 alone; a backward pass works without the
+    rest.
     """
     input, applied, wanted = call.input, call.applied, KEEPS[call.keep]
     layer = _Layer(input, call.parameters, call.spec)
@@ -44,7 +44,7 @@ def align(call: Align) -> tuple[torch.Tensor, ...]:
         square = layer.square(z)
         products = layer.convolve(u, layer.rows.flatten(0, 1)).unflatten(1, (layer.units, layer.terms))
         dot = (products * z.unsqueeze(1)).sum(2)
-        # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes
+        # Cauchy-Schwarz: only rounding can violate it, and only where w nearly vanishes
         length = layer.convolve(
             u.square().sum(1, keepdim=True), torch.ones_like(layer.rows[:1, 0, :1])
         ).sqrt()
@@ -58,8 +58,8 @@ def align(call: Align) -> tuple[torch.Tensor, ...]:
 
 
 def align_backward(call: AlignBackward) -> tuple[torch.Tensor, ...]:
-    """``torch.ops.coda_fast.align_backward`` of explanation mode, which is the adjoint; that of training
-    stays the operator it is.
+    """``torch.ops.coda_fast.align_backward`` in explanation mode, which is the adjoint; in training it is not
+    decomposed.
     """
     if not call.detach:
         return NotImplemented
@@ -91,8 +91,8 @@ def register(fakes: dict) -> None:
     """Put the decompositions into torch's table, where torch.onnx finds them. ``fakes``: the fake kernels, by
     operator.
 
-    FakeTensorMode would take a decomposition, where there is one, in place of the fake kernel, unless the
-    other table has that too.
+    FakeTensorMode prefers a decomposition to the fake kernel, unless torch's "meta" table holds the fake
+    kernel too.
     """
     for op, function in table().items():
         torch._decomp.register_decomposition(op)(function)
@@ -100,13 +100,12 @@ def register(fakes: dict) -> None:
 
 
 def announced(fake):
-    """The fake kernel, which also tells Inductor, where it is in use, that it calls our operators as they
-    are.
+    """The fake kernel, which also tells Inductor, if it is loaded, to call our operators as they are.
 
-    Otherwise Inductor takes an operator that stands in torch's table of decompositions, and that it has no
-    lowering of, for an oversight of torch's developers, and fails wherever the variable ``CI`` is set, as
-    services that run tests set it. It traces the operators, and thus comes here, before it lowers them;
-    importing it at once would take seconds from those who do not compile.
+    Otherwise Inductor treats an operator that has a decomposition in torch's table but no lowering as an
+    oversight of torch's developers, and fails if the environment variable ``CI`` is set, as it is on
+    continuous-integration services. Inductor traces the operators, and thus calls this function, before it
+    lowers them; importing Inductor up front would cost seconds for users who do not compile.
     """
 
     @functools.wraps(fake)
@@ -134,8 +133,8 @@ def _on_call(kind, function):
 
 
 class _Layer:
-    """A layer as filters of convolutions. n units, m terms in z~ (the rank, and one for the bias), d = C
-    kh kw numbers in a patch.
+    """A layer as convolution filters. n units, m terms in z~ (the rank, plus one for a bias), d = C kh kw
+    numbers in a patch.
     """
 
     def __init__(self, input, parameters, spec):
@@ -180,13 +179,13 @@ class _Layer:
         return self.spec.scale(square.sqrt(), square)
 
     def flushed(self, terms):
-        """How much shorter than it is a vector of so many numbers may seem: squares below the least number
-        are 0.
+        """By how much the computed length of a vector with ``terms`` entries may fall short: squares below
+        the smallest normal number are flushed to 0.
         """
         return (terms * torch.finfo(self.compute).tiny) ** 0.5
 
     def taps(self):
-        """Filters that each take one number of a patch, [d, C, kh, kw]: patches as channels."""
+        """Filters that each pick one number of a patch, [d, C, kh, kw]: they turn patches into channels."""
         d = self.patch.numel()
         return torch.eye(d, dtype=self.compute, device=self.x.device).view(d, *self.patch)
 
@@ -197,11 +196,11 @@ class _Layer:
         return F.conv2d(image, filters, bias, self.stride, [top, left], self.dilation)
 
     def convolve_transposed(self, value, filters):
-        """The transpose of ``convolve`` in its image: [N, filters, OH, OW] -> [N, C, H, W]."""
+        """The transpose of ``convolve`` with respect to its image: [N, filters, OH, OW] -> [N, C, H, W]."""
         left, right, top, bottom = self.padding
         symmetric = (left, top) == (right, bottom)
         padding = [top, left] if symmetric else [0, 0]
-        # up to stride - 1 pixels at the far edges are in no window: ask for all that there can be, then cut
+        # up to stride - 1 pixels at the far edges may be in no window: ask for the most, then crop
         further = [s - 1 for s in self.stride]
         image = F.conv_transpose2d(value, filters, None, self.stride, padding, further, 1, self.dilation)
         if symmetric and further == [0, 0]:
@@ -212,5 +211,5 @@ class _Layer:
 
 
 def _kept(image):
-    """[N, n, OH, OW] as backends keep it: [n, P]."""
+    """[N, n, OH, OW] in the layout that backends keep: [n, P]."""
     return image.transpose(0, 1).flatten(1).contiguous()

@@ -1,4 +1,4 @@
-"""What a network is, and whether a configuration says all of it."""
+"""A network as a configuration and tensors, and the check that these describe it completely."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from coda_fast._wrappers import plain_name, whole
 from coda_fast.dynamic_linear import DynamicLinear
 from coda_fast.nn import DAUConv2d
 
-# as safetensors names them
+# by their names in safetensors
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 def describe(model: DynamicLinear) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Configuration and tensors of a network (bare; its parts may be wrapped), of which
-    ``registry.class_of(model)(**config)`` is the same network.
+    """The configuration and tensors of a network; ``registry.class_of(model)(**config)`` with these tensors
+    is the same network. The network itself must be unwrapped; its parts may be wrapped.
 
     Raises:
-        ValueError: no configuration says all of it; the message names the part and what it has. See ``save``.
+        ValueError: no configuration describes it completely; the message names the part and what is
+            different about it. See ``save``.
     """
     kind = registry.class_of(model)
     _check_code("model", model, kind, ("forward", "evidence", "run_layers", "head", "check_images"))
     state = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     config = model.config()
     try:
-        twin = kind(**json.loads(json.dumps(config)), device="meta")  # as load will
+        twin = kind(**json.loads(json.dumps(config)), device="meta")  # as load will do
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"model: its configuration does not give a network: {error}") from None
-    # without what wraps them: of several modules of one name, the innermost comes last
+    # without wrappers: if several modules have the same plain name, the innermost comes last and wins
     parts = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     twins = dict(twin.named_modules())
     del twins[""]
@@ -52,7 +53,7 @@ def describe(model: DynamicLinear) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def _check_code(name, module, kind, methods):
-    """ValueError unless a module is of a class, and computes what that does."""
+    """Raise a ValueError unless a module is of class ``kind`` and overrides none of ``methods``."""
     if not isinstance(module, kind):
         raise ValueError(
             f"{name}: expected {kind.__name__}, got {type(module).__name__}, which no configuration describes"
@@ -67,7 +68,7 @@ def _check_code(name, module, kind, methods):
 
 
 def _check_options(name, module, same):
-    """ValueError unless a part is the same as that of the network which the configuration gives."""
+    """Raise a ValueError unless a part has the options of ``same``, its twin built from the configuration."""
     options = ("geometry", "norm", "eps") if isinstance(same, DAUConv2d) else ()
     found = {option: (getattr(module, option), getattr(same, option)) for option in options}
     if not options and not isinstance(same, DynamicLinear):
@@ -78,7 +79,7 @@ def _check_options(name, module, same):
 
 
 def _check_tensors(state, expected):
-    """ValueError unless the tensors are numbers of the shapes that are expected, all of one dtype."""
+    """Raise a ValueError unless the tensors are dense, have the expected shapes and share one dtype."""
     first = next(iter(state.values())).dtype
     owner = next(iter(state)).rpartition(".")[0]
     for name, tensor in state.items():
@@ -103,7 +104,7 @@ def _check_tensors(state, expected):
 
 
 def tensors_of(state):
-    """On the CPU, none in memory of another's: one tensor in two layers is stored twice."""
+    """The tensors on the CPU, none sharing memory with another: one that two layers share is stored twice."""
     found, owners = {}, set()
     for name, tensor in state.items():
         tensor = whole(tensor.detach()).cpu().contiguous()
@@ -114,16 +115,14 @@ def tensors_of(state):
 
 
 def _is_ours(method):
-    """Whether a method is of this package. Others may put names on a class (FSDP2) or methods that do not
-    compute.
-    """
+    """Whether a method comes from this package; FSDP2, for one, makes a subclass of each layer's class."""
     module = getattr(getattr(method, "fget", method), "__module__", "")
     return module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def is_dense(tensor):
-    """Whether a tensor is numbers in memory: not sparse, not quantised by a library; FSDP2's shards are
-    such.
+    """Whether a tensor holds plain numbers: it is neither sparse nor a library's quantised type. FSDP2's
+    shards count as dense.
     """
     kinds = (torch.Tensor, torch.nn.Parameter)
     return (

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and safetensors files that anybody may have written."""
+"""Writing files whole or not at all, and reading safetensors files from untrusted sources."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place if the block ends well and vanishes if it does
-    not. It does not wait for the disk: who needs a file to outlive a power failure calls ``os.fsync``.
+    """A temporary file beside ``path`` that replaces it if the block succeeds and is deleted if it fails.
+    It does not wait for the disk: a caller whose file must survive a power failure calls ``os.fsync``.
 
     Raises:
-        OSError: the place is taken by what is no file (a folder, a pipe, a device), or the file cannot be
+        OSError: ``path`` exists and is not a regular file (a folder, a pipe, a device), or the file cannot be
             written.
     """
     path = Path(path)
@@ -39,7 +39,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is not what a user expects of a result
+        temporary.chmod(0o666 & ~umask)  # a user expects the usual permissions, not mkstemp's 0600
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -47,7 +47,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def regular_file(path, kind="checkpoint") -> Iterator:
-    """A file, open for reading."""
+    """A regular file, open for reading."""
     try:
         file = open_file(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -62,7 +62,7 @@ def regular_file(path, kind="checkpoint") -> Iterator:
 
 @contextlib.contextmanager
 def opened(path, device="cpu", kind="checkpoint") -> Iterator:
-    """A safetensors file, its header read and checked against its length."""
+    """An open safetensors file, whose header has been checked against the length of the file."""
     safetensors = require_safetensors()
     with regular_file(path, kind) as file:
         zipped = file.read(2) == b"PK"  # as files of torch.save begin
@@ -76,13 +76,13 @@ def opened(path, device="cpu", kind="checkpoint") -> Iterator:
 
 
 def one_line(error):
-    """A message of others in one line of bearable length, with nothing in it that moves a cursor."""
+    """Another library's message as one line of at most 300 characters, without terminal control characters."""
     text = " ".join(printable(error).split())
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def some(values):
-    """The first of a list, each of bearable length."""
+    """The first five entries of a list as text, each cut to at most 80 characters."""
     shown = [text if len(text := repr(value)) <= 80 else f"{text[:77]}..." for value in values[:5]]
     return f"[{', '.join(shown)}{', ...' * (len(values) > 5)}]"
 
@@ -92,7 +92,7 @@ def several(problems):
 
 
 def require_safetensors():
-    """The safetensors module; ImportError with what to install."""
+    """The safetensors module, or an ImportError that says what to install."""
     try:
         import safetensors
         import safetensors.torch

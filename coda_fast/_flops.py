@@ -50,10 +50,10 @@ _FORMULAS = {
 
 
 def register_if_counting() -> None:
-    """Make the formulas known to ``FlopCounterMode``, if anybody has imported it: that loads Triton (76 MiB),
-    which a mere call of a layer must not.
+    """Register the formulas with ``FlopCounterMode`` if its module is already imported. Importing it loads
+    Triton (76 MiB), which calling a layer must not do.
 
-    A counter copies the formulas that there are when it is made, so one that is counting now gets ours, too.
+    A counter copies the registered formulas when it is made, so counters that are active now get ours, too.
     """
     if torch.compiler.is_compiling() or (counter := sys.modules.get(_COUNTER)) is None:
         return

@@ -44,8 +44,8 @@ class Geometry:
         return cls(kernel, stride, dilation, (horizontal, horizontal, vertical, vertical))
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the output for an image of ``height x width``; ValueError where the kernel
-        does not fit.
+        """Rows and columns of the output for an image of ``height x width``; ValueError if the kernel does
+        not fit.
         """
         left, right, top, bottom = self.padding
         padded = (height + top + bottom, width + left + right)
@@ -75,13 +75,13 @@ def pair(value: int | Sequence[int], name: str, least: int = 1) -> tuple[int, in
 
 
 def integer(value) -> int:
-    """``value`` as an int, numpy's ints included; TypeError for floats and bools."""
+    """``value`` as an int; NumPy integers are accepted, floats and bools are a TypeError."""
     if isinstance(value, bool):
         raise TypeError("expected an int, got a bool")
     return operator.index(value)
 
 
 def format_of(image: torch.Tensor) -> torch.memory_format:
-    """A convolution's rule: channels_last in, channels_last out; anything else gives a contiguous result."""
+    """The memory format of a convolution's output: channels_last if ``image`` is, contiguous otherwise."""
     last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format

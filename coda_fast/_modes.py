@@ -1,4 +1,4 @@
-"""What changes the calls of DAU layers within a ``with``: explanation mode, and functions that stand in for
+"""Context managers that change the calls of DAU layers: explanation mode, and functions that stand in for
 layers.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-# Explanation mode belongs to a call, not to a module: what is shared between threads and tasks is never
-# written. Each ``with`` is a scope; the scopes that a call is in are a context variable, so threads begin
-# with none, asyncio's tasks have their own, and each layer looks whether it is in one. A scope that was left
-# is closed, which counts also where it was left from another context (an asynchronous generator that is
-# finalised by the event loop) or out of order (two generators that take turns).
-_NUMBERS = itertools.count()  # layers by number: a value that compiled code can compare, unlike an address
+# Explanation mode belongs to a call, not to a module: no state shared between threads or tasks is written.
+# Each ``with`` opens a scope. A context variable holds the scopes that a call is in, so threads begin with
+# none and asyncio tasks have their own; each layer checks whether it is in one of them. Leaving a ``with``
+# closes its scope, even from another context (an asynchronous generator that the event loop finalises) or
+# out of order (two generators that take turns).
+_NUMBERS = itertools.count()  # identify layers: compiled code can compare a number, but not an address
 _SCOPES: contextvars.ContextVar[tuple[_Scope, ...]] = contextvars.ContextVar(
     "coda_fast.explanation_mode", default=()
 )
@@ -32,13 +32,13 @@ class _Scope:
 
 
 class _Thread(threading.local):
-    """What torch.compile needs beside the context variable: it can trace attributes of an object, but not
-    setting a context variable, and before torch 2.14 not reading one.
+    """What torch.compile needs besides the context variable: it can trace attributes of an object, but not
+    the setting of a context variable, nor, before torch 2.14, the reading of one.
     """
 
     def __init__(self):
-        self.entered = ()  # scopes that compiled code entered, while it is in them
-        # of the context variable, for compiled code of older releases: of this thread, whichever its tasks
+        self.entered = ()  # the scopes that compiled code is in
+        # a copy of the context variable for compiled code before torch 2.14; all tasks of a thread share it
         self.mirror = ()
         self.stand_in = None  # what is called in place of DAU layers, see ``calls_replaced``
 
@@ -67,9 +67,7 @@ def _leave(scope):
 
 
 class ModalLayer(nn.Module):
-    """A layer whose calls may be in explanation mode, and that ``calls_replaced`` may call something else
-    for.
-    """
+    """A layer whose calls may be in explanation mode, and may be replaced by ``calls_replaced``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,8 +80,8 @@ class ModalLayer(nn.Module):
             return True
         return any(scope.open and self._number in scope.layers for scope in _scopes())
 
-    # The mode of a replica of torch.nn.DataParallel is that of the call which made it: its thread begins with
-    # an empty context.
+    # A replica of torch.nn.DataParallel takes its mode from the call that made it, because its own thread
+    # begins with an empty context.
     _replica_explains = False
 
     def _replicate_for_data_parallel(self):
@@ -92,7 +90,7 @@ class ModalLayer(nn.Module):
         return replica
 
     def __setstate__(self, state):
-        # A copy (copy, deepcopy, pickle) is a layer of its own, whatever scope of explanation mode its
+        # A copy (copy, deepcopy, pickle) is a new layer, outside any scope of explanation mode that the
         # original is in.
         super().__setstate__(state)
         self._number = next(_NUMBERS)
@@ -102,19 +100,19 @@ class ModalLayer(nn.Module):
 def explanation_mode(module: nn.Module) -> Iterator[nn.Module]:
     """Within it, every DAU layer of ``module`` treats its scaled weight as a constant in the backward pass.
 
-    The gradient of an output with respect to the input is then the row of the global linear map ``W(x)``. It
-    is a property of the calls made within the ``with``, in its thread and asyncio task: other threads, tasks,
-    copies and later callers see nothing of it, and a module can be explained in many threads while it trains
-    in another. What was computed within it stays as it was computed, wherever and whenever its backward pass
-    runs, also if a checkpointed segment is recomputed after the ``with`` (``use_reentrant=False``; the older
-    form, which recomputes without a trace of how it was called, is refused). A compiled module has one graph
-    for each mode.
+    The gradient of an output with respect to the input is then the row of the global linear map ``W(x)``. The
+    mode is a property of the calls made within the ``with``, in its thread and asyncio task: it does not
+    affect other threads, tasks, copies or later calls, and a module can be explained in many threads while it
+    trains in another. A call keeps its mode wherever and whenever its backward pass runs, even if a
+    checkpointed segment is recomputed after the ``with``. This needs ``use_reentrant=False``; a reentrant
+    checkpoint, which recomputes without knowing how it was called, is refused. A compiled module has one
+    graph for each mode.
 
-    As with ``torch.no_grad``, a generator that yields within it leaves it on for the code that it yields to,
-    until it goes on.
+    As with ``torch.no_grad``, a generator that yields within the ``with`` leaves the mode on for the code
+    that it yields to, until it resumes.
 
     Raises:
-        ValueError: a module without DAU layers. RuntimeError, at the call: a reentrant checkpoint.
+        ValueError: the module has no DAU layers. RuntimeError, at the call: the checkpoint is reentrant.
 
     >>> import torch, coda_fast
     >>> net = torch.nn.Sequential(coda_fast.DAUConv2d(6, 8, 3, rank=4), coda_fast.DAUConv2d(8, 2, 3, rank=4))
@@ -152,8 +150,8 @@ def calls_replaced(stand_in: Callable[[Any, torch.Tensor], torch.Tensor]) -> Ite
     """Within it, and in this thread alone, ``stand_in(layer, input)`` is called in place of every DAU layer's
     ``forward``, which ``stand_in`` may call in turn.
 
-    Tools that must know what a network does with its layers, whatever its ``forward`` is, need neither hooks,
-    which all threads would share, nor a copy. Nothing that belongs to another task may run within it.
+    Tools that must see how a network uses its layers, whatever its ``forward``, thus need neither hooks,
+    which all threads would share, nor a copy. No code of another asyncio task may run within it.
     """
     before, THREAD.stand_in = THREAD.stand_in, stand_in
     try:
@@ -171,8 +169,8 @@ def call_stand_in(layer, input):
 
 
 def refuse_reentrant_checkpoint():
-    """Its forward pass runs without a graph, and what its backward pass calls again cannot know the mode
-    of the first call.
+    """Raise a RuntimeError inside a reentrant checkpoint: its forward pass runs without a graph, and when its
+    backward pass calls a layer again, that call cannot know the mode of the first one.
     """
     forward = torch.utils.checkpoint.CheckpointFunction.forward.__code__
     frame = sys._getframe(1)

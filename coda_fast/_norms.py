@@ -1,8 +1,8 @@
-"""The norms of a DAU: functions s with which a dynamic weight w is scaled to ``s(|w|^2) w``, so that its
-length is bounded.
+"""The norms of a DAU: functions s that scale a dynamic weight w to ``s(|w|^2) w``, so that its length is
+bounded.
 
-A third one is a class here, an entry of ``NORMS``, and the same for the Triton kernels in
-``coda_kernels/norms.py``; every backend, check and derivative finds it from there.
+To add a norm, write a class here, enter it in ``NORMS``, and do the same for the Triton kernels in
+``coda_kernels/norms.py``; every backend, check and derivative then finds it. Below, q is |w|^2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class Norm(Protocol):
-    """A norm as functions of the length |w| and its square q. Autograd goes through them."""
+    """A norm as functions of the length |w| and its square q, which autograd can differentiate."""
 
     def scale(self, length: torch.Tensor, square: torch.Tensor, eps: float) -> torch.Tensor:
         """s(q). NaN where q is infinite: |w|^2 has left the range of the dtype."""
@@ -22,7 +22,7 @@ class Norm(Protocol):
     def slope(
         self, factor: torch.Tensor, length: torch.Tensor, square: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """``factor * ds/d|w|``, which overflows nowhere if ``factor`` does not; any value at w = 0."""
+        """``factor * ds/d|w|``, which overflows only if ``factor`` does; at w = 0 its value does not matter."""
 
     def curvature(self, length: torch.Tensor, square: torch.Tensor, eps: float) -> torch.Tensor:
         """``(d slope_1 / d|w|) / |w|`` with ``slope_1 = (ds/d|w|) / |w|``, for second derivatives, where
@@ -30,7 +30,7 @@ class Norm(Protocol):
         """
 
     def flat_below(self, eps: float) -> float:
-        """The length up to which s is constant, or has a slope that does not count because w = 0."""
+        """The length up to which s is constant, or its slope does not matter because w = 0."""
 
 
 class Squash:
@@ -54,7 +54,7 @@ class L2:
     """``s(q) = 1 / max(sqrt(q), eps)``: the scaled weight has length 1 (L2 in arXiv:2104.00032)."""
 
     def scale(self, length, square, eps):
-        # as Squash does, not 1 / infinity = 0
+        # NaN where the square is infinite, as in Squash, rather than 1 / infinity = 0
         return torch.where(square == math.inf, math.nan, 1 / length.clamp_min(eps))
 
     def slope(self, factor, length, square, eps):
@@ -74,7 +74,7 @@ def named(name: str) -> Norm:
     """The norm of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such norm.
     """
     if name not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {name!r}")

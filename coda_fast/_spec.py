@@ -1,7 +1,7 @@
 """A DAU layer without its tensors (``Spec``), its tensors by name, and the calls of the three operators.
 
-Operators have flat schemas. Everything else passes these tuples on as they are; ``flatten`` and ``rebuild``
-are the only places that know the order of a schema.
+Operators have flat schemas. All other code passes these tuples around whole; only ``flatten`` and
+``rebuild`` know the order of the arguments in a schema.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Spec:
 
 
 class Parameters(NamedTuple):
-    """The parameters of a layer, as tensors or whatever belongs to each of them."""
+    """The parameters of a layer, or one thing for each of them (a shape, a dtype, a tangent)."""
 
     reduction_weight: Any  # B, [r, C, kh, kw]
     weight: Any  # A, [n, r, C, kh, kw]
@@ -47,16 +47,16 @@ class Parameters(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What ``align`` keeps for its backward pass, None where it does not: tensors, or shapes, or dtypes."""
+    """What ``align`` keeps for its backward pass, as tensors, shapes or dtypes; None for what it does not."""
 
     dot: Any = None  # <w, u>, [n, P]
     square: Any = None  # |w|^2, [n, P]
-    contraction: Any = None  # A u of all pixels, laid out as the backend likes
-    prepared: Any = None  # the parameters, laid out as the backend likes
+    contraction: Any = None  # A u of all pixels, in a layout of the backend's choice
+    prepared: Any = None  # the parameters, in a layout of the backend's choice
 
 
-# What ``align`` leaves for the backward pass under each value of ``keep``; each leaves all that those before
-# it leave. A backend without a contraction, or without a layout of its own, leaves None there.
+# What ``align`` keeps for the backward pass under each value of ``keep``; each value keeps all that those
+# before it keep. A backend that makes no contraction, or has no layout of its own, keeps None there.
 KEEPS = {
     "nothing": Kept(dot=False, square=False, contraction=False, prepared=False),
     "norm": Kept(dot=False, square=True, contraction=False, prepared=True),
@@ -66,7 +66,7 @@ KEEPS = {
 
 
 class Gradients(NamedTuple):
-    """Gradients of ``F(x, u)``, or whether each is needed."""
+    """The gradients of ``F(x, u)``, or for each of them whether it is needed."""
 
     input: Any = None  # in x
     applied: Any = None  # in u
@@ -79,7 +79,7 @@ class Align(NamedTuple):
     """A call of ``torch.ops.coda_fast.align``: F(x, u)."""
 
     input: torch.Tensor
-    applied: torch.Tensor | None  # u; None: u = x
+    applied: torch.Tensor | None  # u; None means u = x
     parameters: Parameters
     spec: Spec
     detach: bool
@@ -130,7 +130,7 @@ def flatten(call: Align | AlignBackward | Adjoint) -> list:
 
 
 def rebuild(kind: type[Call], arguments) -> Call:
-    """The call that ``flatten`` made ``arguments`` of."""
+    """The inverse of ``flatten``: the call with these arguments."""
     rest, found = iter(arguments), {}
     take = lambda part: part(*itertools.islice(rest, len(part._fields)))
     for name in kind._fields:

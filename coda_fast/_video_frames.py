@@ -1,4 +1,4 @@
-"""A frame of an explained video: the picture, its contribution map, and below them what they are of."""
+"""A frame of an explained video: the picture beside its contribution map, with a caption below."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from coda_fast import fonts, plot
 
-SIDE = 256  # the least number of pixels of a panel's shorter side
+SIDE = 256  # the smallest length in pixels of a panel's shorter side
 
 
 @functools.lru_cache
 def _font(size, file=None):
-    """The font of figures, which has most alphabets, or that of ``file``."""
+    """The font in ``file``, by default that of the figures, which covers most alphabets."""
     import matplotlib
     from PIL import ImageFont
 
@@ -24,8 +24,8 @@ def _font(size, file=None):
 
 
 def side_by_side(image, contribution, scale, name, sure, view=None):
-    """Frame and map side by side, below them the class with its probability and the colour scale: [H, W, 3]
-    uint8, with an even height and width.
+    """The frame and its map side by side, with the class, its probability and the colour scale below them:
+    [H, W, 3] uint8, with an even height and width.
     """
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
@@ -50,7 +50,7 @@ def side_by_side(image, contribution, scale, name, sure, view=None):
     draw.line([(start - 1, 0), (start - 1, height), (start + width, height)], "#999999")
     draw.line([(0, height), (width - 1, height)], "#999999")
 
-    def caption(kept):  # in pieces of one font each, because Pillow draws a text in one font
+    def caption(kept):  # as pieces of one font each, because Pillow draws a text in a single font
         text = f"{name}: {sure}" if kept == len(name) else f"{name[:kept].rstrip()}\u2026: {sure}"
         return [(piece, _font(14 * unit, file)) for piece, file in fonts.pieces(text)]
 

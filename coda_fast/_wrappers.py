@@ -1,4 +1,4 @@
-"""The wrappers that other libraries put around a network, and the network inside of them."""
+"""The wrappers that other libraries put around a network, and the network inside them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import nn
 if TYPE_CHECKING:
     pass
 
-# The class of a wrapper -> its attribute that holds the wrapped module: of torch.compile, data parallelism,
-# averages of weights (torch, timm), Lightning Fabric and activation checkpointing. Classes are known by name,
-# because importing all of them would take seconds. A module that computes anything of its own is no wrapper.
+# Name of a wrapper's class -> the attribute that holds the wrapped module. The wrappers are those of
+# torch.compile, data parallelism, weight averaging (torch, timm), Lightning Fabric and activation
+# checkpointing. Classes are known by name because importing them all would take seconds. A module that
+# computes anything itself is not a wrapper.
 _INSIDE = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
@@ -28,15 +29,14 @@ _LIBRARIES = ("torch", "timm", "lightning", "lightning_fabric")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside of wrappers, in any order and depth; a module that is not wrapped is returned as it
-    is.
+    """The network inside wrappers of any order and depth; a module that is not wrapped is returned as it is.
 
-    Wrappers are those of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, averages of
-    weights (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEma``, ``ModelEmaV2``, ``ModelEmaV3``: the
+    Wrappers are those of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, weight averaging
+    (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEma``, ``ModelEmaV2``, ``ModelEmaV3``: the
     averaged network), Lightning Fabric and activation checkpointing.
 
-    ``coda_fast.save``, explanations, losses and metrics unwrap what they are given; wrappers have no
-    ``explain`` of their own:
+    ``coda_fast.save``, explanations, losses and metrics unwrap their arguments by themselves. A wrapper has
+    no method ``explain`` of its own:
 
     >>> import torch, coda_fast
     >>> wrapped = torch.nn.DataParallel(coda_fast.create_model("coda_xs_digits"))
@@ -49,7 +49,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _inside(model):
-    """The class name of a wrapper and the module that it holds; None: ``model`` is no wrapper."""
+    """The class name of a wrapper and the module that it holds; None if ``model`` is no wrapper."""
     for kind in type(model).__mro__:
         if kind.__name__ in _INSIDE and kind.__module__.partition(".")[0] in _LIBRARIES:
             return kind.__name__, getattr(model, _INSIDE[kind.__name__])
@@ -57,7 +57,7 @@ def _inside(model):
 
 
 def wrapped_by(model: nn.Module, kind: str) -> bool:
-    """Whether a wrapper of the class named ``kind`` is among those that ``unwrap`` takes away."""
+    """Whether a wrapper of the class named ``kind`` is among those that ``unwrap`` removes."""
     while (inner := _inside(model)) is not None:
         if inner[0] == kind:
             return True
@@ -71,5 +71,5 @@ def plain_name(name: str) -> str:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that is sharded over processes (FSDP2's DTensor). Every process must call it."""
+    """The whole of a tensor that may be sharded over processes (FSDP2's DTensor). All of them must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

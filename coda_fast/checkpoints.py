@@ -1,4 +1,4 @@
-"""Networks as files: safetensors with the configuration inside."""
+"""Saving and loading networks: safetensors files that contain the configuration."""
 
 from __future__ import annotations
 
@@ -41,29 +41,29 @@ __all__ = [
     "save",
     "to_published",
 ]
-_PREFIX = "coda_fast."  # of formats, before the name of a network's class
+_PREFIX = "coda_fast."  # a file's format is this and the name of the network's class
 
 
 def save(model: Network, path: str | os.PathLike, metadata: Mapping[str, object] | None = None) -> None:
     """Write weights and configuration to one safetensors file, all or nothing.
 
-    What ``load`` makes of the file gives the same outputs, bit for bit: every layer's own options are stored,
-    and a network that the file cannot describe is refused before anything is written.
+    The network that ``load`` reads from the file gives the same outputs, bit for bit: the options of every
+    layer are stored, and a network that the file cannot describe is refused before anything is written.
 
     Args:
-        model: a CoDANet or another registered network, or a wrapper of one (``coda_fast.unwrap``). One that
-            is sharded by FSDP2 is gathered: every process must call this, the first one writes.
-        metadata: anything JSON can hold, returned by ``read_metadata`` (accuracy, recipe ...).
+        model: a CoDANet or another registered network, or a wrapper of one (``coda_fast.unwrap``). If FSDP2
+            shards it, it is gathered: every process must call this, and rank zero writes.
+        metadata: anything JSON can hold (accuracy, recipe ...); ``read_metadata`` returns it.
 
     Raises:
         ImportError: safetensors is not installed. OSError: the file cannot be written; an older one stays as
             it was.
-        TypeError: not such a network, or metadata that JSON cannot hold.
-        ValueError: a class that is not registered, or a network with what no configuration describes: layers
-            of another class, of another dtype, pruned or parametrised (``torch.nn.utils.prune.remove``,
-            ``torch.nn.utils.parametrize.remove_parametrizations``), further parameters or buffers, a forward
-            pass of its own, class names that do not fit. Hooks and functions put on an instance are not
-            looked for.
+        TypeError: the model is not such a network, or JSON cannot hold the metadata.
+        ValueError: the network's class is not registered, or the network has something that no configuration
+            describes: layers of another class or dtype, pruned or parametrised layers
+            (``torch.nn.utils.prune.remove``, ``torch.nn.utils.parametrize.remove_parametrizations`` mend
+            them), further parameters or buffers, a forward pass of its own, class names that do not fit.
+            Hooks and functions put on an instance go unnoticed.
     """
     safetensors = require_safetensors()
     model = need_network(model)
@@ -91,19 +91,20 @@ def save(model: Network, path: str | os.PathLike, metadata: Mapping[str, object]
 
 
 def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overrides: Any) -> Network:
-    """Read what ``save`` wrote. Configuration and tensors are compared before any tensor is read.
+    """Read what ``save`` wrote. The shapes of the tensors are checked against the configuration before any
+    tensor is read.
 
-    ``model.transform`` is what the file says of pictures; of files from before that was stored, what the
-    recipe of their training says, or resized and cropped to ``image_size``.
+    ``model.transform`` follows the preprocessing stored in the file. A file from before that was stored uses
+    the preprocessing of its training recipe, or else resizes and crops to ``image_size``.
 
     Args:
         overrides: arguments of ``CoDANet`` (or of the class that the file names) that replace the stored
             ones (``backend="reference"``, ``temperature=...``).
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: not a checkpoint of coda_fast, of a network that is
-            not registered, no file at all (a folder, a pipe, a device), damaged, or weights that do not fit.
-            OSError: it may not be read.
+        FileNotFoundError: there is no such file. CheckpointError: the file is not a checkpoint of coda_fast,
+            holds a network that is not registered, is not a regular file (a folder, a pipe, a device), is
+            damaged, or its weights do not fit. OSError: reading it is not permitted.
     """
     with opened(path, device) as file:
         header = _header(path, file)
@@ -117,12 +118,12 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
                 f"{path}: expected tensors of one dtype, {' or '.join(DTYPES)}, got {some(sorted(dtypes))}"
             )
         layers = config.get("out_channels") if network is CoDANet else None
-        # or a long list would make as many layers first
+        # checked first, because a long list would build as many layers
         if isinstance(layers, list) and 2 * len(layers) > len(found):
             raise CheckpointError(
                 f"{path}: expected at least 2 tensors for each of {len(layers)} layers, got {len(found)}"
             )
-        try:  # on no device first: nothing is allocated for a configuration that does not fit the tensors
+        try:  # on the meta device: nothing is allocated for a configuration that does not fit the tensors
             model = network(**(config | overrides), device="meta", dtype=dtype)
         except (ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
@@ -131,8 +132,8 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
         _check_keys(str(path), shapes, {name: tuple(t.shape) for name, t in model.state_dict().items()})
         need_memory(f"{path}: weights", sum(p.nbytes for p in model.parameters()), device)
         try:
-            # Copies: libraries round differently where numbers lie otherwise in memory than torch puts them,
-            # and the file may change.
+            # Copies, because the file may change, and because libraries round differently if a tensor is not
+            # aligned in memory as torch aligns it.
             tensors = {name: file.get_tensor(name).clone() for name in found}
         except Exception as error:  # safetensors raises bare exceptions of its own
             raise CheckpointError(f"{path}: cannot read the tensors: {one_line(error)}") from None
@@ -141,9 +142,9 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
 
 
 def _config(path, header, network, overrides):
-    """The stored configuration, of entries that ``save`` writes alone."""
+    """The stored configuration, which may have no entries but those that ``save`` writes."""
     config = _json(header, "config", path)
-    # what the file says of pictures is for another size, as in create_model
+    # the stored preprocessing is for the stored image size, as in create_model
     if "image_size" in overrides:
         config.pop("preprocessing", None)
     elif "preprocessing" not in config and (implied := _implied(header)) is not None:
@@ -156,8 +157,8 @@ def _config(path, header, network, overrides):
 
 
 def _implied(header):
-    """The preprocessing of a file from before it was written down, by the recipe in its metadata; None:
-    that says nothing of it.
+    """The preprocessing of a file from before it was stored, taken from the recipe in its metadata; None if
+    the recipe does not give it.
     """
     try:
         data = json.loads(header["metadata"])["recipe"]["data"]
@@ -169,13 +170,13 @@ def _implied(header):
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
-    """The ``metadata`` that was given to ``save``. Raises as ``load``."""
+    """The ``metadata`` that was given to ``save``. Raises what ``load`` raises."""
     with opened(path) as file:
         return _json(_header(path, file), "metadata", path)
 
 
 def _check_keys(source, found, expected):
-    """Shapes by name."""
+    """Raise a CheckpointError unless ``found`` and ``expected``, shapes by name, agree."""
     problems = [f"unknown key {name!r}"[:200] for name in found if name not in expected]
     problems += [f"missing key {name!r}" for name in expected if name not in found]
     problems += [

@@ -1,5 +1,5 @@
-"""Compiling the fused kernels of a model before its first step, in parallel, also for a GPU that is not
-here.
+"""Compiling the fused kernels of a model before its first step, in parallel, for the GPU of this machine or
+another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PASSES = ("inference", "training", "explanation")
 
 
 class _Launches(TorchDispatchMode):
-    """The operators of the fused backend go to its launchers, which note what they would launch."""
+    """Sends the operators of the fused backend to its launchers, which record what they would launch."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().removeprefix("coda_fast::")
@@ -40,16 +40,16 @@ def record_launches(
     device: Device | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, list]:
-    """Every kernel launch that the passes of a model make on a GPU, from shapes alone, nothing computed:
-    {pass: launches}.
+    """Every kernel launch that the passes of a model make on a GPU: {pass: launches}. They follow from the
+    shapes alone; nothing is computed.
 
     Args:
-        model: any module with DAU layers; it is left as it is.
+        model: any module with DAU layers; it is left unchanged.
         input_shape: of a batch of images, (N, C, H, W).
         dtype: of parameters and images, or that of autocast; None: the dtype of the model's first DAU layer.
-        passes: of "inference", "training" (forward and backward, with a gradient of the parameters only) and
-            "explanation".
-        device: ``coda_kernels.config.Device``; None: the GPU at hand, an H100 where there is none.
+        passes: some of "inference", "training" (forward and backward, with gradients of the parameters only)
+            and "explanation".
+        device: ``coda_kernels.config.Device``; None: the GPU of this machine, or an H100 if there is none.
         memory_format: of the images.
     """
     from coda_kernels import compile as compiler
@@ -69,7 +69,7 @@ def record_launches(
             f"model: expected a module with at least one DAUConv2d, got {type(model).__name__} without any"
         )
     dtype = dtype or layers[0].weight.dtype
-    # shapes, strides and the way through the model are all that is needed of it
+    # only the model's shapes, strides and control flow are needed
     shadow = copy.deepcopy(model).to("meta", dtype)
     for module in shadow.modules():
         if isinstance(module, DAUConv2d):
@@ -108,25 +108,25 @@ def compile_kernels(
     memory_format: torch.memory_format = torch.contiguous_format,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> int:
-    """Compile every fused kernel that a model will launch, in parallel, into Triton's cache: the first step
-    then begins at once.
+    """Compile every fused kernel that a model will launch, in parallel, into Triton's cache, so that the
+    first step begins at once.
 
-    The batch size does not matter. A kernel that is in the cache already costs a few milliseconds.
+    The batch size does not matter. A kernel that is already in the cache costs a few milliseconds.
 
     Args:
         model, input_shape, dtype, passes, memory_format: as in :func:`record_launches`.
-        workers: processes; None: one for each processor.
-        arch: compute capability as 80, 90 or 100, or AMD's "gfx942"; None: that of the GPU at hand. Another
-            one needs no GPU.
-        progress: called with how many kernels are done, and of how many.
+        workers: number of processes; None: one for each processor.
+        arch: compute capability as 80, 90 or 100, or AMD's "gfx942"; None: that of the GPU of this machine.
+            If it is given, no GPU is needed.
+        progress: called with the number of kernels done and the number of all kernels.
 
     Returns:
-        How many kernels there were.
+        The number of kernels.
 
     Raises:
-        ValueError: a model without DAU layers, a shape that is none, an unknown pass or architecture.
-        BackendUnavailable: no Triton, or no GPU here and none named.
-        RuntimeError: what the compiler refused.
+        ValueError: the model has no DAU layers, or the shape, a pass or the architecture is invalid.
+        BackendUnavailable: Triton is missing, or there is no GPU here and ``arch`` is not given.
+        RuntimeError: the compiler refused a kernel.
     """
     if missing := backends._triton_unavailable("cuda"):
         raise backends.BackendUnavailable(f"compile_kernels: {missing}")
@@ -149,9 +149,9 @@ def compile_kernels(
 def compile_for(
     model: torch.nn.Module, images: torch.Tensor, dtype: torch.dtype, passes: Iterable[str] = PASSES
 ) -> int:
-    """What :func:`compile_kernels` does, for a batch of images on its device, and only if a layer would use
-    the fused backend there: how many kernels there were. ``dtype``: in which the layers compute, under
-    autocast another than the images'.
+    """:func:`compile_kernels` for a batch of images on its device, if a layer would use the fused backend
+    there; returns the number of kernels. ``dtype`` is the one in which the layers compute; under autocast it
+    differs from that of the images.
     """
     layers = [module for module in model.modules() if isinstance(module, DAUConv2d)]
     if not any(backends.choose(layer.backend, images.device, dtype) == "triton" for layer in layers):

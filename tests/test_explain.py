@@ -270,6 +270,7 @@ def _tensors_alive():
     return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_thousand_calls_keep_memory_flat():
     model, images = _model(), torch.rand(2, 3, 16, 16)
     process = psutil.Process()

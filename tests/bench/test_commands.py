@@ -98,6 +98,7 @@ def test_benchmark(tmp_path, verdict):
         assert median == pytest.approx(row["p50_us"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_no_speedup_where_tests_fail(tmp_path, verdict):
     Verdict(passes=1, failures=("tests/test_golden.py::test_layer",)).write(verdict)
     status, text = bench(

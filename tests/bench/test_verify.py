@@ -83,6 +83,7 @@ def test_shards(file, tmp_path):
     assert (verdict.passes, verdict.skipped, len(verdict.failures), verdict.unfinished) == (1, 1, 1, 0)
 
 
+@pytest.mark.slow
 def test_shards_are_cut_off(file, tmp_path):
     tests = verify.collect(file(HANGING), root=tmp_path)
     start = time.monotonic()

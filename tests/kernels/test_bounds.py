@@ -325,10 +325,15 @@ def only(index, monkeypatch):
     monkeypatch.setattr(config, "candidates", lambda *args: (candidates(*args)[index],))
 
 
-@pytest.mark.parametrize("tile", [0, -1], ids=["first", "last"])
-@pytest.mark.parametrize(
-    "name", [name if i < 3 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(CASES)]
-)
+def _cases():
+    """Each case with the first and the last tile; the long ones are slow."""
+    for i, name in enumerate(CASES):
+        for tile, which in ((0, "first"), (-1, "last")):
+            long = i >= 3 or (name == "generated" and which == "last")
+            yield pytest.param(name, tile, id=f"{name}-{which}", marks=[pytest.mark.slow] if long else [])
+
+
+@pytest.mark.parametrize(("name", "tile"), _cases())
 def test_red_zones(name, tile, monkeypatch):
     only(tile, monkeypatch)
     check(CASES[name], monkeypatch, applied=name in ("odd everything", "patch past a block"))

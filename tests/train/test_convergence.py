@@ -30,6 +30,7 @@ def test_factored_learns_as_the_definition(reference, tmp_path):
     assert_alike(curve(tmp_path, "model.backend=factored"), reference)
 
 
+@pytest.mark.slow
 def test_triton_learns_as_the_definition(reference, tmp_path, monkeypatch):
     """Only a few steps, because on a CPU the kernels run in Triton's interpreter."""
     pytest.importorskip("triton")
