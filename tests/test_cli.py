@@ -356,7 +356,7 @@ def test_pixels_out_of_range_are_one_line(checkpoint, image, tmp_path, capsys, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nobody"], "nobody: no such checkpoint"),
+        (["nobody"], "nobody: no such checkpoint, and no network of that name"),
         (["coda_s_cifar10", "--arch", "70"], "arch: expected one of 80, .*, gfx942, got 70"),
         (
             ["coda_s_cifar10", "--dtype", "float64"],

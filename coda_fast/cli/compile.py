@@ -31,7 +31,10 @@ def command(network: str, size: int | None, dtype: str, arch: str | None, worker
     """
     from coda_fast import compile_kernels, create_model, list_models
 
-    model = create_model(network) if network in list_models() else checkpoints.load(network)
+    try:
+        model = create_model(network) if network in list_models() else checkpoints.load(network)
+    except FileNotFoundError as error:
+        raise click.UsageError(f"{error}, and no network of that name (list_models)") from None
     model = model.to(memory_format=torch.channels_last)
     if (side := size or model.image_size) is None:
         raise click.UsageError(f"--size: expected the height and width of the images, {network} names none")
