@@ -1,9 +1,10 @@
-"""What a network must offer so that it can be explained, penalised, saved and registered, whatever its shape.
+"""The base class of networks of any structure that can be explained, penalised, saved and registered.
 
-A network is dynamic linear if its class evidence is ``W(x) x``: for a given image a linear map of the encoded
-image, whose weights the image itself generates. Networks made of DAU layers, sums, concatenations, and linear
-operations without a bias are, however these are connected. ``DynamicLinear`` finds all it needs through the
-calls that ``evidence`` makes; ``coda_fast.network.Network`` adds what tools want to know of a classifier.
+A network is dynamic linear if its class evidence is ``W(x) x``: for a given image, a linear map of the
+encoded image, whose weights the image itself generates. A network of DAU layers, sums, concatenations and
+linear operations without a bias is dynamic linear, however these are connected. ``DynamicLinear`` finds all
+it needs through the calls of DAU layers that ``evidence`` makes; ``coda_fast.network.Network`` adds what
+tools need to know about a classifier.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d
 
 
 class NoCut(ValueError):
-    """A DAU layer that does not cut a network: logits are not a sum of contributions of its input alone."""
+    """A DAU layer does not cut the network: logits are not a sum of contributions of its input alone."""
 
 
 class DynamicLinear(nn.Module):
     """A classifier of images ``logits = sum_pixels(evidence(encoder(images))) / temperature + logit_bias``.
 
-    A subclass writes ``evidence`` and says its ``num_classes``. What ``evidence`` does must depend on its
-    input and on parameters alone (no dropout), call its DAU layers as modules, and be linear but for them.
+    A subclass defines ``evidence`` and ``num_classes``. ``evidence`` must depend on its input and parameters
+    alone (no dropout), call its DAU layers as modules, and be linear apart from them.
 
     Args:
         image_channels: C of the images: 3 for colour, 1 for grey.
@@ -39,11 +40,11 @@ class DynamicLinear(nn.Module):
 
     Attributes:
         encoder: ``[x, 1 - x]``: images [N, C, H, W] -> encoded images [N, 2 C, H, W].
-        num_classes: how many logits there are.
+        num_classes: the number of logits.
         class_names: one for each class, or None.
 
     Raises:
-        ValueError: arguments that are no such numbers.
+        ValueError: an argument is not such a number.
 
     >>> import torch
     >>> class Residual(DynamicLinear):
@@ -70,19 +71,21 @@ class DynamicLinear(nn.Module):
         self.encoder, self.pool = AddInverse(), SumPool2d()
 
     def evidence(self, encoded: torch.Tensor) -> torch.Tensor:
-        """Class evidence maps [N, classes, H', W'] of encoded images [N, 2 C, H, W]: dynamic linear, for each
-        image by itself.
+        """Class evidence maps [N, classes, H', W'] of encoded images [N, 2 C, H, W], dynamic linear in each
+        image independently of the others.
         """
         raise NotImplementedError(f"{type(self).__name__}: expected a method evidence, got none")
 
     def head(self, activations: torch.Tensor) -> torch.Tensor:
         """Class evidence maps [N, classes, H, W] -> logits [N, classes], summed and divided by T in float32
-        at least.
+        or wider.
 
-        They have the dtype of the maps (sums of a network with a large T leave float16, logits do not), but
-        are float32 under autocast: beside the bias, bfloat16 would tell hardly any two logits apart.
+        The logits have the dtype of the maps (with a large T the sums leave the range of float16, but the
+        logits do not). Under autocast they are float32, because next to the bias, bfloat16 could hardly tell
+        two logits apart.
         """
-        if activations.dim() != 4 or activations.shape[1] != self.num_classes:
+        traced = isinstance(activations, torch.fx.Proxy)
+        if not traced and (activations.dim() != 4 or activations.shape[1] != self.num_classes):
             raise ValueError(
                 f"evidence: expected maps [N, {self.num_classes}, H, W], got shape {list(activations.shape)}"
             )
@@ -95,9 +98,9 @@ class DynamicLinear(nn.Module):
         return self.head(self.evidence(self.encoder(images)))
 
     def check_images(self, images: torch.Tensor) -> None:
-        """TypeError or ValueError unless ``images`` is a floating-point [N, image_channels, H, W]."""
+        """Raise TypeError or ValueError unless ``images`` is a floating-point [N, image_channels, H, W]."""
         if isinstance(images, torch.fx.Proxy):
-            return  # traced: nothing is known of it
+            return  # traced by torch.fx: its shape and dtype are not known
         if not isinstance(images, torch.Tensor):
             raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
         if not images.dtype.is_floating_point:
@@ -108,17 +111,16 @@ class DynamicLinear(nn.Module):
             )
 
     def dau_layers(self) -> dict[str, DAUConv2d]:
-        """The DAU layers by name, in the order in which they were made, without what wraps them."""
+        """The DAU layers by name, without wrappers, in the order in which they were made."""
         return {
             plain_name(name): module for name, module in self.named_modules() if isinstance(module, DAUConv2d)
         }
 
     def find_layer(self, layer: str | DAUConv2d | int | None) -> tuple[int | str, DAUConv2d | None]:
-        """What an explanation calls a DAU layer, and the layer: its name and itself, or (0, None) for None or
-        0, the encoded image.
+        """(name, DAU layer) from either of the two; (0, None) for None or 0, which mean the encoded image.
 
         Raises:
-            ValueError: no layer of this network. TypeError: neither a name nor a layer.
+            ValueError: not a layer of this network. TypeError: neither a name nor a layer.
         """
         layers, layer = self.dau_layers(), unwrap(layer)
         if layer is None or (isinstance(layer, int) and not isinstance(layer, bool) and layer == 0):
@@ -136,12 +138,13 @@ class DynamicLinear(nn.Module):
         return layer, layers[layer]
 
     def cut(self, encoded: torch.Tensor, layer: DAUConv2d | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what enters ``layer``, the evidence), computed from there on in explanation mode: the gradient of
-        evidence with respect to what enters is a row of the linear map between them. None: the encoded image.
+        """(input of ``layer``, evidence) in explanation mode: the gradient of an entry of the evidence with
+        respect to that input is a row of the linear map between them. ``layer=None``: the encoded image.
 
         Raises:
-            NoCut: a layer that does not cut the network: evidence also comes by ways that do not lead through
-                its input, whose contributions are then not all; or one that is not called once.
+            NoCut: the layer does not cut the network, because some paths from the image to the evidence
+                bypass it, so that its input does not make up all contributions; or it is not called exactly
+                once.
         """
         encoded = encoded.detach().requires_grad_()
         with torch.enable_grad(), explanation_mode(self):
@@ -172,10 +175,10 @@ class DynamicLinear(nn.Module):
         """(evidence, pull_back) of encoded images: ``pull_back(v) = W(x)^T v``, for v in the shape of the
         evidence, has the shape of the encoded image.
 
-        Both are differentiable in parameters and image in full: ``pull_back`` also through the activations
-        that the weights of a layer are generated from, which explanation mode cuts off. Costs ``evidence``
-        twice, the second time without its layers. A chain does better by ``DAUConv2d.adjoint``, and can be
-        exported then: see ``CoDANet``.
+        Both are fully differentiable in parameters and image: ``pull_back`` also through the activations
+        from which a layer generates its weights, where explanation mode stops gradients. ``evidence`` runs
+        twice, the second time without its layers. A chain of layers is faster with ``DAUConv2d.adjoint``, and
+        can then be exported: see ``CoDANet``.
         """
         calls = []
 
@@ -189,8 +192,8 @@ class DynamicLinear(nn.Module):
         autocast = _autocast_state(encoded.device.type)
 
         def linear(applied):
-            """The network once more, as the linear map that it is for this image: nothing is computed in the
-            layers, whose outputs are known.
+            """The network once more, as the linear map that it is for this image. The layers compute nothing,
+            because their outputs are known.
             """
             rest = iter(calls)
 
@@ -207,8 +210,8 @@ class DynamicLinear(nn.Module):
         return evidence, lambda value: transposed(value)[0]
 
     def layer_sizes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
-        """(units, rows, columns) of what leaves each DAU layer, of an image of ``height x width``; those of
-        the last call where there are several. Nothing is computed.
+        """(units, rows, columns) of the output of each DAU layer for an image of ``height x width``; of the
+        last call if a layer is called several times. Nothing is computed.
 
         Raises:
             ValueError: a kernel does not fit.
@@ -231,8 +234,8 @@ class DynamicLinear(nn.Module):
 
 
 class _Apply(torch.autograd.Function):
-    """A DAU layer whose weights are those that ``input`` generates, applied to something else; its output is
-    known, because that has the same values.
+    """A DAU layer with the weights that ``input`` generates, applied to ``applied``. Its output is known,
+    because ``applied`` has the same values as ``input``.
     """
 
     @staticmethod
@@ -252,7 +255,7 @@ class _Apply(torch.autograd.Function):
 
 
 def _autocast_state(kind):
-    """A context of the autocast that is on now; a backward pass may run in a thread that does not know it."""
+    """A context that restores the present autocast state in a backward pass, which may run in any thread."""
     if not autocasting(kind):
         return contextlib.nullcontext
     return functools.partial(torch.autocast, kind, torch.get_autocast_dtype(kind))
@@ -262,18 +265,18 @@ def _as_maps(logits, maps):
     return logits if autocasting(maps.device.type) else logits.to(maps.dtype)
 
 
-# What asks about a dtype is one call in a graph of torch.fx, where it is not known yet.
+# torch.fx does not know dtypes while it traces, so it must not trace into functions that ask for one.
 torch.fx.wrap("wide")
 torch.fx.wrap("_as_maps")
 
 
-# -- the network inside of what a user gives
+# -- the network inside what a user passes
 
 
 def need_network(
     model: nn.Module, name: str = "model", kind: type[DynamicLinear] = DynamicLinear
 ) -> DynamicLinear:
-    """The network that ``model`` is or wraps; TypeError where there is none of this kind."""
+    """The network that ``model`` is or wraps; TypeError if it is not of class ``kind``."""
     inner: nn.Module = unwrap(model)
     if not isinstance(inner, kind):
         wrong = f"expected a {kind.__name__}, got a {type(inner).__name__}"
@@ -282,19 +285,18 @@ def need_network(
 
 
 def not_a_network(model: nn.Module) -> str:
-    """What an error says of a model that cannot explain itself."""
+    """The text of an error about a model that cannot explain itself."""
     layers = sum(isinstance(module, DAUConv2d) for module in model.modules())
     hint = f" with {layers} DAU layers: make a coda_fast.Network of them (docs/replace.md)" if layers else ""
     return f"expected a coda_fast.Network, got a {type(model).__name__}{hint}"
 
 
 def network_in(model: nn.Module) -> nn.Module:
-    """The network that ``model`` is or wraps, whose own rules (sigmoid, encoded pixels) then count; else
-    ``model`` as it is. A sharded one is gathered.
+    """The network that ``model`` is or wraps, which is then evaluated by its own rules (sigmoid, encoded
+    pixels); otherwise ``model`` itself. A sharded network is gathered.
 
     Raises:
-        ValueError: a module that holds a network as a part: by which rules it is to be judged cannot be
-            known.
+        ValueError: the model contains a network as a part, so it is not known whose rules apply.
     """
     inner = unwrap(model)
     if isinstance(inner, DynamicLinear):
@@ -311,11 +313,10 @@ def network_in(model: nn.Module) -> nn.Module:
 
 
 def gathered(model: DynamicLinear) -> DynamicLinear:
-    """A network whose layers can be called one by one: ``model`` itself, or, where FSDP2 has its weights, a
-    copy with all of them, which every process must make.
+    """A network whose layers can be called one by one: ``model`` itself, or, if FSDP2 shards its weights, a
+    copy with whole weights, which every process must make.
 
-    (FSDP2 lends a layer its weights in a forward pass
-    of the whole network alone.)
+    FSDP2 gives a layer its whole weights only during a forward pass of the whole network.
     """
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return model
