@@ -37,7 +37,7 @@ KERNELS = (
 
 @functools.cache
 def recorded(layer: str) -> dict[str, list]:
-    """{"forward" and "backward": launches} of a layer at the published batch size, channels last, in
+    """{"forward" and "backward": launches} of a layer at the batch size of the benchmark, channels last, in
     bfloat16.
     """
     case = cases.layers(BATCH)[layer]
