@@ -82,7 +82,7 @@ def _align_jvp(tensors, tangents, spec):
 
 
 def _needed(needs: Gradients, *, shared, detach) -> Gradients:
-    """Which gradients of ``align`` are needed: in explanation mode only that in u (in x if u is not given)."""
+    """Which gradients of ``align`` are needed: in explanation mode only that in u, or in x without a u."""
     direct, *of_parameters = needs.applied, *needs[2:]
     return Gradients(
         needs.input and (shared or not detach), direct, *(need and not detach for need in of_parameters)

@@ -53,7 +53,9 @@ def describe(model: DynamicLinear) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def _check_code(name, module, kind, methods):
-    """Raise a ValueError unless a module is of class ``kind`` and overrides none of ``methods``."""
+    """Raise a ValueError unless a module is of class ``kind`` and overrides none of ``methods``. Other
+    libraries may add names to its class (FSDP2), or methods that do not compute.
+    """
     if not isinstance(module, kind):
         raise ValueError(
             f"{name}: expected {kind.__name__}, got {type(module).__name__}, which no configuration describes"
@@ -115,7 +117,7 @@ def tensors_of(state):
 
 
 def _is_ours(method):
-    """Whether a method comes from this package; FSDP2, for one, makes a subclass of each layer's class."""
+    """Whether a method is defined in this package."""
     module = getattr(getattr(method, "fget", method), "__module__", "")
     return module.partition(".")[0] == __name__.partition(".")[0]
 

@@ -76,7 +76,7 @@ def opened(path, device="cpu", kind="checkpoint") -> Iterator:
 
 
 def one_line(error):
-    """Another library's message as one line of at most 300 characters, without terminal control characters."""
+    """Another library's message as one line of at most 300 characters, without control characters."""
     text = " ".join(printable(error).split())
     return text if len(text) <= 300 else f"{text[:297]}..."
 

@@ -62,6 +62,7 @@ def register_if_counting() -> None:
         return
     ours = {getattr(torch.ops.coda_fast, name): _on_call(*formula) for name, formula in _FORMULAS.items()}
     registry.update(ours)
+    # torch has no public way to find the counters that are counting
     for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
         if isinstance(mode, counter._FlopCounterMode):
             mode.counter.flop_registry.update(ours)

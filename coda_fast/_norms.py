@@ -22,7 +22,7 @@ class Norm(Protocol):
     def slope(
         self, factor: torch.Tensor, length: torch.Tensor, square: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """``factor * ds/d|w|``, which overflows only if ``factor`` does; at w = 0 its value does not matter."""
+        """``factor * ds/d|w|``, which overflows only if ``factor`` does. At w = 0 any value will do."""
 
     def curvature(self, length: torch.Tensor, square: torch.Tensor, eps: float) -> torch.Tensor:
         """``(d slope_1 / d|w|) / |w|`` with ``slope_1 = (ds/d|w|) / |w|``, for second derivatives, where

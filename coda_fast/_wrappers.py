@@ -71,5 +71,5 @@ def plain_name(name: str) -> str:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded over processes (FSDP2's DTensor). All of them must call it."""
+    """The whole of a tensor, which may be sharded over processes (FSDP2's DTensor); each must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

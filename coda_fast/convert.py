@@ -1,4 +1,4 @@
-"""DAU layers in the place of a model's convolutions."""
+"""Replacing a model's convolutions by DAU layers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Conversion:
     """What ``convert_conv2d`` did.
 
     Attributes:
-        module: the converted module: the one that was given, changed in place, unless that was itself a
+        module: the converted module. It is the given module, changed in place, unless that was itself a
             convolution.
         converted: names of the convolutions that are DAU layers now ("" is the module itself).
         kept: names of the convolutions that are not replaced, each with the reason.
-        inexact: names of the modules that make contributions miss the output, each with the reason: a bias,
-            or the kind of a normalisation or activation. What ``forward`` computes without a module is not
-            seen.
+        inexact: names of the modules because of which contributions do not add up to the output, each with
+            the reason: a bias, or the class of a normalisation or activation. Operations that ``forward``
+            computes without a module are not noticed.
     """
 
     module: nn.Module
@@ -62,25 +62,24 @@ def convert_conv2d(
     """Replace every ``nn.Conv2d`` of a module, in place, by a ``DAUConv2d`` of the same geometry, device,
     dtype and mode.
 
-    The new layers have fresh weights, frozen where those of the convolution are. A DAU layer computes its
-    weight from its input, so that no parameter of it corresponds to a convolution's weight, and its bias adds
+    The new layers have fresh weights, which are frozen if the convolution's are. A DAU layer computes its
+    weight from its input, so none of its parameters corresponds to a convolution's weight, and its bias adds
     to the computed weight, not to the output. Make the optimiser afterwards; a layer has about ``rank`` times
-    the parameters. A convolution that is used in several places becomes one layer in all of them. Shapes stay
-    the same, so the model runs and trains. Contributions of its pixels add up to its outputs where nothing
-    between the layers has a bias or normalises; the result names what does. They are those of aligned
-    weights only where there are no activations and no max pooling either (``coda_fast.CoDANet`` has none).
+    as many parameters. A convolution that is used in several places becomes one layer in all of them. Shapes
+    stay the same, so the model runs and trains. The contributions of its pixels add up to its outputs if
+    nothing between the layers has a bias or normalises; the result names what does. They come from aligned
+    weights alone only if there are no activations and no max pooling either (``coda_fast.CoDANet`` has none).
 
-    These are kept, and reported with the reason: convolutions with groups, with other padding than zeros,
-    with hooks, with a weight that they share with another module, or of a derived class (such as
-    parametrised, pruned, lazy or quantised ones); transposed convolutions, and those of one or three
-    dimensions.
+    These convolutions are kept and reported with the reason: those with groups, padding other than zeros,
+    hooks, or a weight that they share with another module; those of a derived class (such as parametrised,
+    pruned, lazy or quantised ones); transposed ones; and those of one or three dimensions.
 
     Args:
-        module: any module; where it is a convolution itself, its replacement is ``Conversion.module``.
+        module: any module; if it is itself a convolution, its replacement is ``Conversion.module``.
         rank: of the new layers, as for ``DAUConv2d``.
         only: which convolutions to replace: names or patterns of names (``"layer4.*"``), or a function of
             name and convolution; None: all. The others are not reported. A convolution that is used in
-            several places is replaced in all of them if one is chosen.
+            several places is replaced in all of them if one of them is chosen.
         bias: of the new layers, as for ``DAUConv2d``.
         norm: of the new layers, as for ``DAUConv2d``.
         eps: of the new layers, as for ``DAUConv2d``.
@@ -89,7 +88,7 @@ def convert_conv2d(
 
     Raises:
         ValueError: there is nothing to replace, no convolution has a given name or pattern, a layer refuses
-            the options, or the weights do not fit into memory; the module is then unchanged. TypeError:
+            the options, or the weights do not fit in memory; the module is then unchanged. TypeError:
             ``module`` is not a module, or ``only`` holds something that is not a string.
 
     >>> from torch import nn
@@ -134,7 +133,7 @@ def convert_conv2d(
     ]
     probe = next(iter(different.values())).weight
     check_size([sum(numbers)], probe.device, probe.dtype)
-    # All layers are made before the first is put in its place: an error leaves the module unchanged.
+    # All layers are made before the first is installed, so that an error leaves the module unchanged.
     layers = {key: _layer(conv, options) for key, conv in different.items()}
     for name in converted:
         parent, _, last = name.rpartition(".")
@@ -160,7 +159,7 @@ def _choice(only, found):
 
 
 def _owners(module: nn.Module) -> dict[int, list[str]]:
-    """The names of the modules that have each parameter; one name for a module in several places."""
+    """For the id of each parameter, the names of the modules that hold it; a module has one name only."""
     owners: dict[int, list[str]] = {}
     for name, child in module.named_modules():
         for parameter in child.parameters(recurse=False):
@@ -169,7 +168,7 @@ def _owners(module: nn.Module) -> dict[int, list[str]]:
 
 
 def _obstacle(conv, owners):
-    """Why a convolution must be kept; empty: it can be replaced."""
+    """Why a convolution must be kept; empty if it can be replaced."""
     if not isinstance(conv, nn.Conv2d):
         kind = (
             "transposed" if isinstance(conv, _ConvTransposeNd) else f"of {len(conv.kernel_size)} dimensions"
@@ -194,8 +193,9 @@ def _obstacle(conv, owners):
 
 
 def _inexact(module: nn.Module) -> dict[str, str]:
-    """The modules whose output is not linear in their input, nor homogeneous of degree 1 as that of a DAU
-    layer and of ReLU are. Contributions add up behind those.
+    """The modules that keep contributions from adding up, by name, with the reason: their output is neither
+    linear in their input, as that of a DAU layer in explanation mode is, nor homogeneous of degree 1, as that
+    of a ReLU is.
     """
     found = {}
     for name, child in module.named_modules():

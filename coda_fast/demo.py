@@ -1,9 +1,9 @@
 """The two-minute demonstration: train small CoDA-Nets on real images, at a low and a high temperature, and
 look inside.
 
-Shows the paper's main finding: the temperature T presses the layers to align, so that with T the contribution
-maps locate the class (grid pointing game), at equal accuracy. Data: the 1,797 scans of handwritten digits
-that scikit-learn ships.
+It shows the paper's main finding: a higher temperature T makes the layers align more, so that contribution
+maps locate the class better (grid pointing game) at equal accuracy. Data: the 1,797 scans of handwritten
+digits that scikit-learn ships.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GRID = 2
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Where the demonstration left its files, and its numbers."""
+    """The paths of the files that the demonstration wrote, and its numbers."""
 
     figure: Path
     checkpoint: Path
@@ -62,10 +62,10 @@ def run(
             written.
     """
     folder, data = Path(folder), digit_tensors(seed)
-    plot.new_figure(1, 1), checkpoints.require_safetensors()  # what is missing is said before the work
+    plot.new_figure(1, 1), checkpoints.require_safetensors()  # a missing package fails before the work
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
-        pass  # so is a folder that cannot be written
+        pass  # and so does a folder that cannot be written
     models, rows = [], []
     for temperature in TEMPERATURES:
         torch.manual_seed(seed)
@@ -105,7 +105,7 @@ def run(
 def train(
     model: CoDANet, data: Digits, *, epochs: int, seed: int = 0, progress: Callable | None = None
 ) -> None:
-    """Adam on binary cross-entropy with a cosine schedule, batches of 64."""
+    """Minimise binary cross-entropy with Adam, a cosine schedule and batches of 64."""
     batch, generator = 64, torch.Generator().manual_seed(seed)
     targets = F.one_hot(data.train_labels, model.num_classes).to(data.train_images.dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -141,8 +141,8 @@ def evaluate(model: CoDANet, data: Digits, seed: int = 0) -> dict:
 def localisation_score(
     model: nn.Module, data: Digits, logits: torch.Tensor, seed: int
 ) -> tuple[float | None, int]:
-    """Mean score of the grid pointing game and the number of grids; None where fewer than four classes
-    have confident images.
+    """Mean score of the grid pointing game and the number of grids; (None, 0) if fewer than four classes
+    have images that the model classifies confidently.
     """
     if len(confident_images(logits, data.test_labels)) < GRID**2:
         return None, 0
@@ -153,7 +153,7 @@ def localisation_score(
 
 
 def score_text(score: float | None) -> str:
-    """A localisation score for people."""
+    """A localisation score as text."""
     return "unknown" if score is None else f"{score:.3f}"
 
 
@@ -169,7 +169,7 @@ def figure(models: list[CoDANet], data: Digits, rows: list[dict], seed: int) -> 
     grid, classes = canvases(data.test_images[cells], GRID), data.test_labels[cells]
     of_digits = [m.explain(images, m(images).topk(2).indices) for m in models]
     of_grid = [m.explain(grid, classes) for m in models]
-    # logits differ in size between the networks: one colour scale for each of them, over all its maps
+    # logits differ in size between the networks, so each has one colour scale for all its maps
     scales = [
         plot.symmetric_scale(torch.cat((d.contribution_map.flatten(), g.contribution_map.flatten())))
         for d, g in zip(of_digits, of_grid, strict=True)
@@ -194,8 +194,8 @@ def figure(models: list[CoDANet], data: Digits, rows: list[dict], seed: int) -> 
 
 
 def _draw_digits(axes, models, explanations, scales, labels):
-    """A row for each digit: the image, why both networks decide so, why not otherwise, and a weight. The
-    artist of a map of each network.
+    """Draw a row for each digit: the image, a map of the predicted class from both networks, one of the
+    second class, and a weight. Return a matplotlib artist of one map of each network, for its colour bar.
     """
     artists = [None, None]
     for i, row in enumerate(axes):
@@ -217,7 +217,7 @@ def _draw_digits(axes, models, explanations, scales, labels):
 
 
 def _draw_grid(axes, model, explained, scale, size):
-    """Four digits of ``size`` pixels in one image, and where the network sees each."""
+    """Draw an image of four digits, ``size`` pixels wide each, and where the network sees each of them."""
     plot.show_image(axes[0], explained.images[0], "four scans in one image")
     for k, panel in enumerate(axes[1:]):
         title = f"T = {model.temperature:g}: where is the {int(explained.target[0, k])}?"

@@ -1,6 +1,4 @@
-"""Exact decomposition of predictions: a logit as the sum of the contributions of pixels (or of any layer's
-inputs).
-"""
+"""Exact decomposition of predictions: a logit as a sum of contributions of pixels, or of a layer's inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ def explain(
 ) -> Explanation:
     """Decompose logits of ``model`` exactly into contributions; also available as ``model.explain``.
 
-    ``contribution_map = sum_channels [W_{0->L}(x)]_c * x`` (arXiv:2104.00032, eq. 11), with the 1/T included.
+    ``contribution_map = sum_channels [W_{0->L}(x)]_c * x`` (arXiv:2104.00032, eq. 11), including 1/T.
 
     Args:
         model: a CoDANet or another ``DynamicLinear``, or a wrapper of one (``coda_fast.unwrap``). One sharded
@@ -42,20 +40,19 @@ def explain(
         images: [N, C, H, W] in [0, 1], any size.
         target: None: the predicted class; an int: that class for every image; N classes: one for each image;
             [N, K] classes: several for each image.
-        layer: decompose in terms of what enters this DAU layer instead of the encoded image: its index in a
-            CoDANet, its name in other networks, or the module.
-        memory_budget: bytes that one chunk of images may take for activations and results; at least one image
-            and class is taken.
+        layer: decompose with respect to the input of this DAU layer instead of the encoded image: its index
+            in a CoDANet, its name in other networks, or the module.
+        memory_budget: bytes that one chunk of images may take for activations and results; a chunk has at
+            least one image and class.
 
-    Leaves no graph, no hook, no changed mode and no ``.grad`` behind, and works under ``torch.no_grad`` and
+    It leaves no graph, hook, changed mode or ``.grad`` behind, and works under ``torch.no_grad`` and
     ``inference_mode``.
 
     Raises:
-        ValueError, TypeError: images of the wrong shape or with NaN or infinite values, targets or layers
-            that do not exist, a layer that some ways from image to logits lead around, logits that are not
-            finite.
+        ValueError, TypeError: images have the wrong shape or NaN or infinite values, targets or the layer do
+            not exist, some paths from image to logits bypass the layer, or logits are not finite.
 
-    Warns once, by a ``PixelRangeWarning``, of images that leave [0, 1] by more than rounding.
+    Issues a ``PixelRangeWarning``, once, if pixels leave [0, 1] by more than rounding.
 
     >>> import torch, coda_fast
     >>> model = coda_fast.create_model("coda_xs_digits")
@@ -69,7 +66,7 @@ def explain(
     index, chosen = model.find_layer(layer)
     names, model = model.class_names, gathered(model)
     if chosen is not None:
-        chosen = model.find_layer(index)[1]  # of the gathered one
+        chosen = model.find_layer(index)[1]  # of the gathered model
     targets = None if target is None else _targets(target, len(images), model.num_classes, images.device)
     classes = 1 if targets is None else targets.shape[1]
     fixed, each = _bytes_per_image(model, images)
@@ -108,19 +105,17 @@ def explain(
 
 
 class PixelRangeWarning(UserWarning):
-    """Images that leave [0, 1] by more than rounding; said once in a process."""
+    """Pixels leave [0, 1] by more than rounding; issued once per process."""
 
 
 _WARNED = threading.Event()
 
 
 def _check_pixels(images) -> float:
-    """The largest absolute pixel; ValueError for NaN and infinity, one warning where pixels are not in [0,
-    1].
-    """
+    """The largest absolute pixel; ValueError for NaN and infinity, one warning if pixels leave [0, 1]."""
     if not images.numel():
         return 0.0
-    low, high = torch.stack(images.detach().aminmax()).tolist()  # one look at the device
+    low, high = torch.stack(images.detach().aminmax()).tolist()  # one transfer from the device
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("images: expected finite values, got NaN or infinity")
     slack = max(1e-4, 2 * torch.finfo(images.dtype).eps)
@@ -138,12 +133,12 @@ def _check_pixels(images) -> float:
             PixelRangeWarning,
             stacklevel=_outside(),
         )
-        _WARNED.set()  # not before: where warnings are errors, each call is one
+        _WARNED.set()  # only now: if warnings are errors, every call raises
     return max(abs(low), abs(high))
 
 
 def _outside() -> int:
-    """The ``stacklevel`` of a warning of the function that calls this: the first frame that is not ours."""
+    """The ``stacklevel`` for a warning of the calling function: that of the first frame outside coda_fast."""
     level = 1
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "coda_fast":
@@ -152,14 +147,14 @@ def _outside() -> int:
 
 
 def _explain_chunk(model, images, targets, layer, together):
-    # not inference tensors, whatever the caller's mode: they are differentiated
+    # These tensors are differentiated, so they must not be inference tensors, whatever the caller's mode.
     with torch.inference_mode(False), torch.no_grad():
         encoded = model.encoder(images.clone())
     with torch.inference_mode(False), torch.enable_grad():
         entering, evidence = model.cut(encoded, layer)
         logits = model.head(evidence.detach())
         targets = logits.argmax(1, keepdim=True) if targets is None else targets.clone()
-        # many classes in one backward pass: the weights of a layer are the same for them
+        # one backward pass for many classes, because they share the weights of each layer
         one_hot = torch.zeros(targets.shape[1], *logits.shape, dtype=evidence.dtype, device=evidence.device)
         one_hot.scatter_(2, targets.t().unsqueeze(2), 1)
 
@@ -179,15 +174,15 @@ def _explain_chunk(model, images, targets, layer, together):
 
 
 def _targets(target, batch, classes, device):
-    """Any legal form of targets as [N, K]."""
+    """Any accepted form of ``target`` as [N, K]."""
     if isinstance(target, torch.Tensor):
-        as_classes(target, "target")  # before a copy of it
+        as_classes(target, "target")  # checked before it is copied
     try:
         tensor = torch.as_tensor(target, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"target: expected an int, [N] or [N, K] ints, got {target!r} ({error})") from None
     if not isinstance(target, torch.Tensor) and not tensor.numel():
-        tensor = tensor.long()  # of an empty list, torch makes floats
+        tensor = tensor.long()  # torch makes floats of an empty list
     tensor = as_classes(tensor, "target")
     if tensor.dim() == 0:
         tensor = tensor.expand(batch)
@@ -200,9 +195,9 @@ def _targets(target, batch, classes, device):
 
 
 def _bytes_per_image(model, images) -> tuple[int, int]:
-    """Bytes that an image takes, whatever is explained, and for each class besides: activations that a
-    forward pass in explanation mode keeps (what enters each layer, its output, <w, x> and |w|^2); results,
-    and the largest pair of values on their way back.
+    """(bytes per image, further bytes per image and class). The first are for the activations that a forward
+    pass in explanation mode keeps: each layer's input and output, <w, x> and |w|^2. The second are for the
+    results and the largest pair of a layer's input and output gradients.
     """
     height, width = images.shape[2:]
     entering = 2 * images.shape[1] * height * width

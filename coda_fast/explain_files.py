@@ -1,8 +1,8 @@
-"""Explanations of files: a figure for each picture, a video for each video; of a folder, all its pictures.
+"""Explanations of files: a figure for each picture (in a folder, all its pictures), a video for each video.
 
-What ``coda-fast explain`` does, one step after the other: ``plan`` says what is read and what is written,
-``readable`` looks at every picture before anything is written, ``explain_picture`` draws one, as
-``coda_fast.video.explain_video`` does a video.
+These are the steps of ``coda-fast explain``: ``plan`` decides what is read and what is written, ``readable``
+reads every picture before anything is written, and ``explain_picture`` draws one, as
+``coda_fast.video.explain_video`` does for a video.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from coda_fast.video import is_video
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A file to explain, and the file that shows it.
+    """A file to explain, and the file that will show its explanation.
 
     Attributes:
-        source, result: paths; named: whether the file itself was asked for, or the folder that it is in;
-        video: whether it is one.
+        source: the file to explain.
+        result: the file to write.
+        named: whether the user named the file itself, not the folder that it is in.
+        video: whether it is a video.
     """
 
     source: Path
@@ -38,12 +40,14 @@ class Job:
 
 
 def plan(images: Iterable[Path], output: Path, ending: str | None = None) -> list[Job]:
-    """What ``images``, files or folders of pictures, become below the folder ``output``: NAME_explained.png,
-    or a video with ``ending`` (None: "gif" of a GIF, else "mp4"). Of a folder, pictures lie in folders of the
-    same names, and keep their endings in the name where several differ in nothing else.
+    """A job for each picture or video in ``images``, which are files or folders of pictures.
+
+    Results lie below the folder ``output``: NAME_explained.png, or a video with ``ending`` (None: "gif" for a
+    GIF, else "mp4"). The pictures of a folder keep their subfolders, and names that would differ in nothing
+    else keep their endings.
 
     Raises:
-        ValueError: a folder without pictures, or several files that would be written to one.
+        ValueError: a folder has no pictures, or several files would be written to one.
     """
     jobs, found = [], []  # found: path, and where its result goes below the output folder
     for path in images:
@@ -72,11 +76,11 @@ def plan(images: Iterable[Path], output: Path, ending: str | None = None) -> lis
 def as_network_sees(
     model: Network, path: Path, preprocessing: Preprocessing, classes: int = 1
 ) -> torch.Tensor:
-    """A picture as ``preprocessing`` makes it, [C, H, W].
+    """A picture after ``preprocessing``, [C, H, W].
 
     Raises:
-        ValueError: a picture that cannot be read, or whose explanation for so many classes this machine
-            cannot hold.
+        ValueError: the picture cannot be read, or this machine has too little memory for its explanation
+            with this number of classes.
     """
     tensor = preprocessing(path)
     height, width = tensor.shape[1:]
@@ -92,16 +96,16 @@ def readable(
     skip: Callable[[ValueError], None] = lambda error: None,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> list[Job]:
-    """The pictures that can be explained. Each is read once for this, and forgotten: a set need not fit into
-    memory.
+    """The jobs whose pictures can be explained. Each picture is read once for this and not kept, so the
+    pictures need not fit in memory together.
 
     Args:
-        classes: to be explained; none: the two most likely.
-        skip: called with what is wrong with a picture of a folder, which is then passed over.
+        classes: the classes to explain; empty: the two most likely.
+        skip: called with the error if a picture of a folder cannot be explained, which is then left out.
         progress: as in ``coda_fast.demo.run``.
 
     Raises:
-        ValueError: a picture that was named cannot be explained, or none can.
+        ValueError: a picture that the user named cannot be explained, or none can.
     """
     found = []
     for job in progress(jobs, "reading") if progress and len(jobs) > 1 else jobs:
@@ -121,14 +125,14 @@ def readable(
 def explain_picture(
     model: Network, source: Path, target_path: Path, preprocessing: Preprocessing, classes: Sequence[int] = ()
 ) -> Explanation:
-    """Write the figure of one picture as PNG, whole or not at all: the picture as it was given, with what the
-    network saw of it, and the maps where they belong. Folders are made for it.
+    """Write the figure of one picture as PNG, whole or not at all. It shows the original picture with the
+    crop that the network sees, and the maps in the place of that crop. Missing folders are made.
 
     Args:
-        classes: to be explained; none: the two most likely.
+        classes: the classes to explain; empty: the two most likely.
 
     Raises:
-        ValueError: a picture that cannot be read or explained, or to which the network has no finite answer.
+        ValueError: the picture cannot be read or explained, or the network's logits are not finite.
     """
     image = as_network_sees(model, source, preprocessing, _count(model, classes))
     batch = image[None].to(next(model.parameters()))

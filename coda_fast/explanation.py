@@ -1,4 +1,4 @@
-"""What an explanation is: tensors that add up to logits, which can be chosen from, moved, saved and shown."""
+"""Explanations: tensors that add up to logits, and that can be indexed, moved, saved and shown."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FORMAT = "coda_fast.Explanation"
-_SHOWN, _CLASSES = 4, 5  # images, and classes of each, in a notebook
+_SHOWN, _CLASSES = 4, 5  # the most images, and classes of each, that a notebook shows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Explanation:
-    """Why a network gave its logits; N images, K explained classes each, all tensors on the images' device.
+    """Why a network gave its logits: N images, K explained classes each, all tensors on the images' device.
 
     With ``layer=None`` (or 0), C = 6 for colour images: red, green, blue, then 1 - red, 1 - green, 1 - blue.
-    With ``layer=l`` C, H, W are those of the activations that enter layer l.
+    With ``layer=l``, C, H and W are those of the input of layer l.
 
     Attributes:
-        logits: [N, classes], in the dtype of the network; the rest is in float32 at least.
+        logits: [N, classes], in the dtype of the network; the rest is in float32 or wider.
         target: explained classes, [N, K].
         dynamic_weight: ``[W(x)]_c / T``: the row of the global linear map that gives each logit, [N, K, C, H,
             W].
@@ -44,12 +44,12 @@ class Explanation:
             contributions.
         layer: the DAU layer whose inputs are the terms of the decomposition: its index in a CoDANet, its name
             in other networks; 0: the encoded image.
-        images: what was explained, [N, C, H, W]: the tensor that was given, without its graph.
-        logit_bias: the constant in every logit that no pixel contributes.
+        images: the explained images, [N, C, H, W]: the given tensor, without its graph.
+        logit_bias: the constant in every logit, to which no pixel contributes.
         class_names: those of the network, or None.
 
-    ``len(e)`` is N; ``e[i]``, ``e[1:3]``, ``e[[0, 2]]`` and iteration give explanations of these images. In a
-    notebook it shows itself.
+    ``len(e)`` is N; ``e[i]``, ``e[1:3]``, ``e[[0, 2]]`` and iteration give explanations of these images. A
+    notebook shows an explanation as a figure and a table.
 
     >>> import torch, coda_fast
     >>> e = coda_fast.create_model("coda_xs_digits").explain(torch.rand(5, 1, 8, 8), target=[[3, 7]] * 5)
@@ -74,11 +74,11 @@ class Explanation:
         return len(self.target)
 
     def __getitem__(self, index: int | slice | Sequence | torch.Tensor) -> Explanation:
-        """Of some of the images: an int gives a batch of one; a slice; several ints, or N bools, as a list,
-        an array or a tensor.
+        """The explanation of some of the images. ``index`` is an int (which gives a batch of one), a slice,
+        or several ints or N bools as a list, an array or a tensor.
 
         Raises:
-            IndexError: there is no such image. TypeError: anything else.
+            IndexError: there is no such image. TypeError: the index is anything else.
         """
         chosen = _chosen(index, len(self))
         return self._each(lambda tensor: tensor[chosen])
@@ -98,8 +98,8 @@ class Explanation:
         return f"Explanation({text})"
 
     def to(self, *args: Any, **kwargs: Any) -> Explanation:
-        """On another device, or in another floating-point dtype: arguments as of ``torch.Tensor.to``;
-        classes stay integers.
+        """The explanation on another device or in another floating-point dtype. Arguments are those of
+        ``torch.Tensor.to``; classes stay integers.
         """
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and not dtype.is_floating_point:
@@ -111,15 +111,15 @@ class Explanation:
         return self._each(move)
 
     def name(self, index: int) -> str:
-        """Of a class."""
+        """The name of a class."""
         return class_name(self.class_names, index)
 
     def plot(self) -> Figure:
-        """A figure: a row for each image with its maps and the proof that they are complete, see
+        """A figure with a row for each image: its maps and the proof that they are complete. See
         ``coda_fast.plot.explanation_figure``.
 
         Raises:
-            ValueError: an explanation without its images. ImportError: matplotlib is not installed.
+            ValueError: the explanation has no images. ImportError: matplotlib is not installed.
         """
         from coda_fast import plot
 
@@ -131,8 +131,10 @@ class Explanation:
         return plot.explanation_figure(self.images, self, self.logit_bias, self.class_names)
 
     def save(self, path: str | os.PathLike) -> None:
-        """All of it, images too, to a safetensors file that ``load`` reads; all or nothing. ImportError:
-        safetensors is not installed.
+        """Write all of it, including images, to a safetensors file that ``load`` reads, whole or not at all.
+
+        Raises:
+            ImportError: safetensors is not installed.
         """
         safetensors = _files.require_safetensors()
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
@@ -145,12 +147,12 @@ class Explanation:
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> Explanation:
-        """What ``save`` wrote, bit for bit.
+        """The explanation that ``save`` wrote, bit for bit.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: not an explanation, no file at all (a folder, a pipe,
-                a device), or a damaged one.
-            OSError: it may not be read. ImportError: safetensors is not installed.
+            FileNotFoundError: there is no such file. ValueError: it is not an explanation, not a regular file
+                (but a folder, a pipe, a device), or damaged.
+            OSError: reading it is not permitted. ImportError: safetensors is not installed.
         """
         with _files.opened(path, device, "explanation") as file:
             header = file.metadata() or {}
@@ -165,7 +167,7 @@ class Explanation:
                 _check_shapes(shapes, facts)
                 explanation = cls(**{name: file.get_tensor(name) for name in shapes}, **facts)
                 explanation._check_values()
-            except Exception as error:  # safetensors and json raise what the damage leads them to
+            except Exception as error:  # a damaged file can make safetensors and json raise anything
                 reason = " ".join(printable(error).split())[:300]
                 raise ValueError(
                     f"{path}: expected an explanation that was saved, got a damaged one: {reason}"
@@ -190,8 +192,8 @@ class Explanation:
         )
 
     def _repr_html_(self) -> str:
-        """For notebooks: the first images with their maps, classes and completeness errors. Never raises:
-        what cannot be drawn is said.
+        """For notebooks: the first images with their maps, classes and completeness errors. If the figure
+        cannot be drawn, its place says why; nothing is raised.
         """
         words = f"<p><code>{html.escape(printable(repr(self)))}</code></p>"
         if not len(self) or self.target.device.type == "meta":
@@ -215,7 +217,7 @@ class Explanation:
 
             picture = base64.b64encode(plot.render(shown.plot(), dpi=100)).decode()
             drawn = f'<img alt="images and contribution maps" src="data:image/png;base64,{picture}">'
-        # a cell of a notebook that shows a result must not fail for want of its picture
+        # a notebook cell that shows a result must not fail because its picture cannot be drawn
         except Exception as error:
             drawn = f"<p>no figure: {html.escape(printable(error))}</p>"
         return f"<div>{drawn}<table><tr>{head}</tr>{rows}</table>{words}</div>"
@@ -230,10 +232,10 @@ _OF_CLASSES = ("target", "dynamic_weight", "contributions", "contribution_map", 
 
 
 def _chosen(index, count):
-    """What to index tensors of ``count`` images with so that one dimension stays for them."""
+    """An index for tensors of ``count`` images that keeps their first dimension."""
     if isinstance(index, slice):
         rows = range(count)[index]
-        return index if rows.step > 0 else list(rows)  # torch has no steps back
+        return index if rows.step > 0 else list(rows)  # torch has no negative steps
     if not isinstance(index, torch.Tensor | np.ndarray | list | range):
         try:
             row = range(count)[integer(index)]  # its IndexError ends an iteration
@@ -255,7 +257,7 @@ def _chosen(index, count):
             )
         return rows.nonzero()[:, 0].tolist()
     if not rows.numel():
-        rows = rows.long()  # of an empty list, torch makes floats
+        rows = rows.long()  # torch makes floats of an empty list
     rows = as_classes(rows, "index")
     if rows.dim() > 1:
         raise TypeError(f"index: expected one dimension, that of the images, got shape {list(rows.shape)}")
@@ -270,7 +272,7 @@ def _count(number: int, one: str, several: str | None = None) -> str:
 
 
 def _facts(facts):
-    """What is stored beside the tensors; ValueError where it is something else."""
+    """The fields stored beside the tensors, checked; ValueError if they are wrong."""
     if not isinstance(facts, dict) or set(facts) != {"layer", "logit_bias", "class_names"}:
         raise ValueError(f"expected layer, logit_bias and class_names, got {str(facts)[:100]}")
     layer, bias, names = facts["layer"], facts["logit_bias"], facts["class_names"]
@@ -288,7 +290,7 @@ def _facts(facts):
 
 
 def _check_shapes(shapes, facts):
-    """ValueError unless these are the shapes of one explanation."""
+    """Raise a ValueError unless these are the shapes of one explanation."""
     names = {field.name for field in dataclasses.fields(Explanation)} - set(facts)
     if odd := (set(shapes) | {"images"}) ^ names:
         raise ValueError(

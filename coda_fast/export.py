@@ -1,9 +1,9 @@
-"""Networks as files that run without PyTorch (ONNX) or without Python (a package of AOTInductor), with their
-exact explanation.
+"""Exporting networks with their exact explanation, to files that run without PyTorch (ONNX) or without Python
+(an AOTInductor package).
 
 ``torch.onnx.export(model, ..., dynamo=True)`` alone also gives a file of standard operators. These functions
-add the explanation as part of the program, names of inputs and outputs, any image size and metadata, and
-leave either a whole file or none.
+add the explanation to the program, name inputs and outputs, allow any image size, add metadata, and write a
+whole file or none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from coda_fast._geometry import pair
 from coda_fast._version import __version__
 from coda_fast.dynamic_linear import DynamicLinear, need_network
 
-# bytes of weights: protobuf limits a file to 2 GiB, of which the graph takes some
+# the most bytes of weights: protobuf limits a file to 2 GiB, and the graph needs some of it
 ONNX_LIMIT = 2**31 - 2**24
 
 
@@ -38,23 +38,23 @@ class Explainer(nn.Module):
     """A network that returns its explanation too: ``forward(images, target)`` gives the logits and the
     contribution map of one class for each image.
 
-    It needs no automatic differentiation: a vector that is one for the class is sent back through the
-    transposed layers, whose weights are those that the image generates, and multiplied by the encoded image.
-    So it can be exported like any other module, and is itself differentiable. The map is the one of
+    It needs no automatic differentiation: it multiplies the one-hot vector of the class by the transposed
+    layers, with the weights that the image generates, and the result by the encoded image. So it can be
+    exported like any other module, and is itself differentiable. The map is that of
     ``model.explain(images, target)``: ``contribution_map.sum((1, 2)) + logit_bias`` is the logit, up to
     rounding.
 
     Args:
-        model: a CoDANet with a classifier (also of timm, or in a wrapper: ``coda_fast.unwrap``); shared, not
-            copied. Dropout, which some networks of timm have before the classifier, is not applied, not even
-            in training mode.
+        model: a CoDANet with a classifier, from timm too, or a wrapper of one (``coda_fast.unwrap``). It is
+            shared, not copied. Dropout, which some timm networks have before the classifier, is not applied,
+            not even in training mode.
 
-    Shapes: images [N, C, H, W] in [0, 1], target [N] of integers; logits [N, classes], contribution map [N,
-    H, W], in logits (float32, or float64 for a network in float64).
+    Shapes: images [N, C, H, W] in [0, 1], integer target [N]; logits [N, classes], contribution map [N, H, W]
+    in logits (float32, or float64 for a network in float64).
 
     Raises:
-        TypeError: not a CoDANet, or a target that is not of integers. ValueError: a network without a
-            classifier, shapes that do not fit, classes that do not exist. An exported program cannot raise;
+        TypeError: the model is not a CoDANet, or the target does not hold integers. ValueError: the network
+            has no classifier, shapes do not fit, or classes do not exist. An exported program cannot raise;
             there, a class that does not exist has a map of zeros.
 
     >>> import torch, coda_fast
@@ -67,7 +67,7 @@ class Explainer(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         network = need_network(model)
-        network.config()  # raises for a network of timm without a classifier, which has no logits to explain
+        network.config()  # raises for a timm network without a classifier, which has no logits to explain
         self.model = network
 
     def forward(self, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +80,7 @@ class Explainer(nn.Module):
         classes = torch.arange(model.num_classes, device=target.device)
         chosen = (target.unsqueeze(1) == classes).to(evidence.dtype)
         value = pull_back(chosen[:, :, None, None].expand_as(evidence))  # the head sums over pixels
-        # 1 / T is applied last, in float32: a number as small as 1e-5 has two digits in float16
+        # 1 / T is applied last, in float32, because float16 holds a number like 1e-5 to two digits only
         return model.head(evidence), (wide(value) * wide(encoded)).sum(1) / model.temperature
 
 
@@ -132,23 +132,24 @@ def export_onnx(
 ) -> None:
     """Write ``model`` as one ONNX file of standard operators, for onnxruntime and other runtimes.
 
-    Input ``images`` [N, C, H, W] in [0, 1], unnormalised, any N, float32 (as everything inside, whatever the
-    dtype of the model); output ``logits`` [N, classes]. With ``explain`` also the input ``target`` [N],
-    int64, and the output ``contribution_map`` [N, H, W]: see ``Explainer``. The file's metadata hold
-    ``class_names`` (JSON), ``image_size`` (where the model names them), ``preprocessing`` (JSON: how a
-    picture becomes an input, see ``coda_fast.data.Preprocessing``), ``image_channels``, ``logit_bias``,
-    ``temperature``, ``coda_fast_version`` and ``torch_version``. The model is not changed.
+    The input ``images`` is [N, C, H, W] in [0, 1], not normalised, with any N, in float32 (as all numbers in
+    the file are, whatever the dtype of the model); the output ``logits`` is [N, classes]. With ``explain``
+    there are also the input ``target`` [N], int64, and the output ``contribution_map`` [N, H, W]: see
+    ``Explainer``. The file's metadata hold ``class_names`` (JSON) and ``image_size`` if the model has them,
+    ``preprocessing`` (JSON: how a picture becomes an input, see ``coda_fast.data.Preprocessing``),
+    ``image_channels``, ``logit_bias``, ``temperature``, ``coda_fast_version`` and ``torch_version``. The
+    model is not changed.
 
     Args:
         model: a CoDANet with a classifier, or a wrapper of one.
-        path: ends in ``.onnx``; missing folders are made.
+        path: must end in ``.onnx``; missing folders are made.
         explain: whether the program also computes the explanation.
         size: H and W, for a file that takes images of this size only; None: any size.
 
     Raises:
-        ImportError: onnx or onnxscript is not installed. TypeError, ValueError: not a CoDANet with a
-            classifier, a name or size that does not fit, more than 2 GiB of weights. OSError: the file cannot
-            be written; an older file of this name is then still there.
+        ImportError: onnx or onnxscript is not installed. TypeError, ValueError: the model is not a CoDANet
+            with a classifier, the path or size does not fit, or there are more than 2 GiB of weights.
+            OSError: the file cannot be written; an older file of this name then stays as it was.
     """
     target, network = _path(path, ".onnx"), need_network(model)
     try:
@@ -164,8 +165,8 @@ def export_onnx(
             f"{weights}; export to pt2"
         )
     with torch.no_grad(), warnings.catch_warnings():
-        # The exporter warns that images and target share their first axis, which is meant, and older releases
-        # warn about a function that they call themselves.
+        # The exporter warns that images and target share their first axis, which is intended, and older
+        # releases warn about a function that they call themselves.
         warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         program = torch.onnx.export(
@@ -189,13 +190,13 @@ def export_pt2(
     explain: bool = False,
     size: int | tuple[int, int] | None = None,
 ) -> None:
-    """Compile ``model`` ahead of time by AOTInductor into one package, for the kind of device that it is on.
+    """Compile ``model`` ahead of time with AOTInductor into one package, for the type of device it is on.
 
     ``torch._inductor.aoti_load_package(path)`` gives a function of (images) or, with ``explain``, (images,
     target); it needs PyTorch but neither coda_fast nor a compiler, and C++ can load it without Python.
     Inputs, outputs, metadata (its ``get_metadata()``) and arguments are those of ``export_onnx``; ``path``
-    ends in ``.pt2``. Compilation takes half a minute to some minutes. The package checks the shapes and
-    dtypes of its inputs only where the environment sets ``AOTI_RUNTIME_CHECK_INPUTS=1``.
+    must end in ``.pt2``. Compilation takes half a minute to a few minutes. The package checks the shapes and
+    dtypes of its inputs only if the environment sets ``AOTI_RUNTIME_CHECK_INPUTS=1``.
 
     Raises:
         ExportError: there is no C++ compiler. TypeError, ValueError, OSError: as ``export_onnx``.
@@ -213,7 +214,7 @@ def export_pt2(
     module, arguments, axes = _prepare(network, explain, size, None, (dynamic, dynamic))
     options = {
         "aot_inductor.metadata": _metadata(network),
-        # torch.export takes 2 for the least length of a dynamic axis, but a network takes 1 as well.
+        # torch.export assumes that a dynamic axis has a length of at least 2, but a network accepts 1.
         "aot_inductor.check_lowerbound": False,
         # What depends on the weights alone is computed once, not at every call.
         "aot_inductor.use_runtime_constant_folding": True,
@@ -221,7 +222,7 @@ def export_pt2(
     with torch.no_grad():
         program = torch.export.export(module, arguments, dynamic_shapes=tuple(axes.values()))
         program = program.run_decompositions(torch.export.default_decompositions() | decompositions())
-        package = io.BytesIO()  # written to a file, the folders inside would have the temporary file's name
+        package = io.BytesIO()  # in memory: folders inside it would get the name of a temporary file
         aoti_compile_and_package(program, package_path=package, inductor_configs=options)
     _write(target, lambda temporary: temporary.write_bytes(package.getbuffer()))
 
@@ -236,8 +237,8 @@ def _path(path, ending):
 
 
 def _prepare(model, explain, size, device, any_size):
-    """A float32 copy to be exported, example arguments, and for each input the axes that may have any length,
-    as ``dynamic_shapes`` of torch.export.
+    """A float32 copy to export, example arguments, and for each input the axes that may have any length, in
+    the form of torch.export's ``dynamic_shapes``.
     """
     explainer = Explainer(model)
     if explain and type(model).linearise is DynamicLinear.linearise:
@@ -251,7 +252,7 @@ def _prepare(model, explain, size, device, any_size):
     for layer in explainer.model.dau_layers().values():
         layer.backend = "auto"  # this backend calls the operators, for which there are decompositions
     device = next(explainer.parameters()).device
-    # A batch of 2, because torch.export takes lengths of 0 and 1 for constants.
+    # A batch of 2, because torch.export treats lengths of 0 and 1 as constants.
     images = torch.empty(2, model.image_channels, *sizes, device=device)
     batch = torch.export.Dim("batch")
     axes = {0: batch} | (dict(zip((2, 3), any_size, strict=True)) if size is None else {})
@@ -265,8 +266,8 @@ def _prepare(model, explain, size, device, any_size):
 
 
 def _example_size(model):
-    """A size with which no layer's output has a height or width of 1, which torch.export would take for a
-    constant. Height and width differ, because it would take equal ones for the same variable.
+    """A size at which no layer's output has a height or width of 1, which torch.export would treat as a
+    constant. Height and width differ, because it would treat equal ones as the same variable.
     """
     for side in (32, 64, 128, 256, 512, 1024, 2048):
         try:
@@ -280,7 +281,9 @@ def _example_size(model):
 
 
 def _check_size(model, size):
-    """The least height and width of the image and all layers' outputs. ValueError: a kernel does not fit."""
+    """The smallest height and width among the image and all layers' outputs; ValueError if a kernel does not
+    fit.
+    """
     sizes = [rows_columns for _, *rows_columns in model.layer_sizes(*size).values()]
     return tuple(min(size[i], *(each[i] for each in sizes)) for i in (0, 1))
 
@@ -303,8 +306,8 @@ def _metadata(model):
 
 
 def _strip(model):
-    """Take away the notes of the exporter on every node: lines of source code with paths of this machine,
-    which are larger than the graph.
+    """Remove the exporter's notes from every node: they hold source code and paths of this machine, and are
+    larger than the graph.
     """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

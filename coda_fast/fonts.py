@@ -1,4 +1,4 @@
-"""Names of classes in every script: which installed font has their characters, for figures and videos."""
+"""Fonts for class names in any script: the installed fonts whose characters figures and videos need."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import unicodedata
 import warnings
 from pathlib import Path
 
-# Of packages that ship fonts, those that are looked through where they are installed (none is imported)
+# Packages that ship fonts; those that are installed are searched, none is imported.
 _PACKAGES = ("matplotlib_fontja", "manimgx_fonts", "manimgx_fonts_cjk", "mplfonts", "koreanize_matplotlib")
-# joiners and variation selectors: nothing is missing where a font lacks them
+# joiners and variation selectors: a font may lack them without loss
 _IGNORABLE = frozenset("\u200c\u200d\ufe0e\ufe0f")
 _LOST: set[str] = set()
 
 
 def drawable(text: str) -> tuple[str, list[str]]:
-    """A text as figures can show it, and the families of fonts to draw it with.
+    """A text as figures can show it, and the font families to draw it with.
 
-    What matplotlib's default font lacks (Chinese, Japanese, emoji ...) comes from the first installed font
-    that has it: of matplotlib, of the system, or of a package such as matplotlib-fontja. What no font has is
-    drawn as U+25A1, an empty box, and named in one warning; control characters are drawn as U+FFFD.
+    Characters that matplotlib's default font lacks (Chinese, Japanese, emoji ...) come from the first
+    installed font that has them: matplotlib's, the system's, or one of a package such as matplotlib-fontja.
+    Characters that no font has are drawn as U+25A1, an empty box, and named in one warning; control
+    characters are drawn as U+FFFD.
     """
     from matplotlib import rcParams
 
@@ -31,7 +32,7 @@ def drawable(text: str) -> tuple[str, list[str]]:
 
 
 def pieces(text: str) -> list[tuple[str, str]]:
-    """The same for who draws with one font at a time: the text in pieces, each with the file of its font."""
+    """The same for callers that draw with one font at a time: (piece of the text, font file) pairs."""
     text, fonts = _with_fonts(text)
     default = _default_font()
     return [
@@ -41,7 +42,7 @@ def pieces(text: str) -> list[tuple[str, str]]:
 
 
 def _with_fonts(text):
-    """The text with what cannot be drawn replaced, and the fonts of those characters that the default font
+    """The text with undrawable characters replaced, and the fonts for characters that the default font
     lacks.
     """
     text = "".join(map(_visible, " ".join(text.split())))
@@ -57,7 +58,7 @@ def _with_fonts(text):
 def _visible(character):
     category = unicodedata.category(character)
     if category == "Cf" and character not in _IGNORABLE:
-        return ""  # marks of direction and the like: a name could turn the text around it
+        return ""  # direction marks and the like, with which a name could reorder the text around it
     return "\ufffd" if category in ("Cc", "Cs") else character
 
 
@@ -88,19 +89,19 @@ def _opened(path):
     return FT2Font(path)
 
 
-# of characters that were looked for: the font, or None
+# the font of each character searched for so far, or None
 _FONTS: dict[str, str | None] = {}
 
 
 def _fonts_with(characters):
-    """For each of the characters an installed font, upright and of normal weight if there is one; None:
-    there is none.
+    """An installed font for each of the characters, upright and of normal weight if possible; None if there
+    is no font.
     """
     if wanted := characters - set(_FONTS):
         known = _entries()
         _FONTS.update(dict.fromkeys(wanted))
         _look(known, wanted)
-        # fonts that came after matplotlib had made its list
+        # fonts that were installed after matplotlib made its list
         if lost := {c for c in wanted - _IGNORABLE if _FONTS[c] is None}:
             _look([entry for entry in _entries(refreshed=True) if entry not in known], lost)
     return {c: _FONTS[c] for c in characters}
@@ -116,15 +117,15 @@ def _look(entries, wanted):
         try:
             font = _opened(entry.fname)
             found = {c for c in remaining if font.get_char_index(ord(c))}
-        except Exception:  # whatever a font file is, it is not worth a figure
+        except Exception:  # no broken font file may make a figure fail
             continue
         _FONTS.update(dict.fromkeys(found, entry))
         remaining -= found
 
 
 def _entries(refreshed=False):
-    """What matplotlib knows of fonts, with those of the packages, and, refreshed, with all that the system
-    has by now.
+    """The fonts that matplotlib knows and those of the packages; if ``refreshed``, also all that the system
+    has now.
     """
     from matplotlib import font_manager
 
@@ -133,9 +134,9 @@ def _entries(refreshed=False):
     paths = [path for name in _PACKAGES for path in _package_fonts(name)]
     for path in [*paths, *(font_manager.findSystemFonts() if refreshed else ())]:
         if path not in known:
-            with contextlib.suppress(Exception):  # one that matplotlib cannot read, as coloured emoji
+            with contextlib.suppress(Exception):  # fonts that matplotlib cannot read, such as coloured emoji
                 manager.addfont(path)
-    # boxes with numbers
+    # without fonts that draw any character as a box with its code
     return [entry for entry in manager.ttflist if not entry.name.startswith("Last Resort")]
 
 

@@ -1,5 +1,5 @@
-"""The DAU convolution and its adjoint as functions of tensors: checks, autocast, choice of backend,
-explanation mode.
+"""The DAU convolution and its adjoint as functions of tensors, which check arguments, follow autocast, choose
+a backend and implement explanation mode.
 """
 
 from __future__ import annotations
@@ -47,32 +47,33 @@ def dau_conv2d(
         bias: b, [n, C, kh, kw], or None.
         stride, padding, dilation: as in ``torch.nn.functional.conv2d``; padding may be "same" or "valid".
         norm: "squash" or "l2".
-        eps: least length of w under "l2"; "squash" needs none.
+        eps: lower bound of the length of w that "l2" divides by; "squash" needs none.
         detach: explanation mode. The output is the same; every ``s * w`` counts as a constant, so the
             gradient of the input is ``dau_conv2d_transpose(input, grad, ...)`` and the parameters get none.
-            With ``create_graph=True`` that gradient can be differentiated in turn, in the input and in the
-            parameters.
+            With ``create_graph=True`` that gradient can itself be differentiated, with respect to the input
+            and the parameters.
         backend: "auto", "reference", "factored" or "triton"; see ``coda_fast.backend_info``.
-        save_contraction: keep the contraction A x_p of all pixels, [n r, P], from forward for a cheaper
-            backward pass (one of its three large matrix products less), where the layer is computed by one: d
-            > 2 r, in the triton backend r <= 64 and d > 64. "auto" keeps it on a CPU in float32 and float64
-            where d >= 256 and it has at most 256 MiB a layer and call (``KEPT_DEPTH``, ``KEPT_BYTES`` in
-            ``coda_fast.backends.factored``); the triton backend does so only if asked.
+        save_contraction: keep the contraction A x_p of all pixels, [n r, P], for the backward pass, which
+            then needs two large matrix products instead of three. It exists only in layers that compute it:
+            d > 2 r in the factored backend, r <= 64 and d > 64 in the triton backend. "auto" keeps it on a
+            CPU in float32 and float64 if d >= 256 and it takes at most 256 MiB per layer and call
+            (``KEPT_DEPTH``, ``KEPT_BYTES`` in ``coda_fast.backends.factored``); the triton backend keeps it
+            only on True.
 
-    ``|w|^2`` must be a number of float32 (of float64 in float64): inputs and parameters that make ``|w|``
-    larger than 1.8e19 give NaN, as infinite ones do; a ``w`` shorter than 1e-18 counts as 0 (``eps`` should
-    be no less). Up to 1e18 and down to inputs of 1e-30 results and gradients are right to the digits of the
-    dtype (``tests/test_extremes.py``). Images in [0, 1] and the weights of a trained network are far from the
-    ends. In float16 the triton backend needs ``|x_p| / |z_p|^2`` below 65504 for right gradients under "l2":
-    take bfloat16 there, where ``z`` may be small.
+    ``|w|^2`` must be within the range of float32 (of float64 in float64): inputs and parameters that make
+    ``|w|`` larger than 1.8e19 give NaN, as infinite ones do; a ``w`` shorter than 1e-18 counts as 0 (``eps``
+    should not be smaller than that). For ``|w|`` up to 1e18 and inputs down to 1e-30, results and gradients
+    are accurate to the precision of the dtype (``tests/test_extremes.py``). Images in [0, 1] and the weights
+    of a trained network are far from these limits. In float16, the triton backend needs ``|x_p| / |z_p|^2``
+    below 65504 for correct gradients under "l2": use bfloat16 if ``z`` may be small.
 
     Returns:
         y, [N, n, OH, OW] (or [n, OH, OW]), in the dtype and memory format of the input. Under autocast
-        everything is cast to the autocast dtype first, as for a convolution; sums and norms are float32 or
-        better inside.
+        everything is cast to the autocast dtype first, as for a convolution; internal sums and norms are in
+        float32 or wider.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or options that do not fit.
+        TypeError, ValueError: shapes, dtypes, devices or options do not fit.
         BackendUnavailable: the backend cannot run here.
 
     >>> import torch
@@ -114,14 +115,15 @@ def dau_conv2d_transpose(
     eps: float = EPS,
     backend: str = "auto",
 ) -> torch.Tensor:
-    r"""The adjoint of a DAU convolution: sends ``value`` back through the weights that ``input`` generates.
+    r"""The adjoint of a DAU convolution: multiplies ``value`` by the transpose of the weights that ``input``
+    generates.
 
     ``G(x, v) = fold(sum_o v_po s(|w_po|^2) w_po)`` with w computed from ``x``: the transpose of the matrix
-    W(x) of ``dau_conv2d(x) = W(x) x``. Linear in ``value`` and differentiable in every argument, to any
-    order.
+    W(x) in ``dau_conv2d(x) = W(x) x``, applied to v. It is linear in ``value`` and differentiable in every
+    argument, to any order. ``fold`` is the transpose of taking patches, ``torch.nn.functional.fold``.
 
     Args:
-        input: x, [N, C, H, W] or [C, H, W]: what the weights are computed from.
+        input: x, [N, C, H, W] or [C, H, W], from which the weights are computed.
         value: v, [N, n, OH, OW] or [n, OH, OW]: one number for every output of ``dau_conv2d(input, ...)``.
         reduction_weight, weight, bias, stride, padding, dilation, norm, eps, backend: as in ``dau_conv2d``,
             raising the same.
@@ -161,7 +163,7 @@ def dau_conv2d_transpose(
 
 
 class _DynamicLinear(torch.autograd.Function):
-    """Explanation mode of the reference: the layer forward, its adjoint backward, and forward mode with w
+    """Explanation mode of the reference backend: its backward pass is the adjoint, and forward mode treats w
     as a constant.
     """
 
@@ -192,33 +194,33 @@ class _DynamicLinear(torch.autograd.Function):
             None if t is None else torch.autograd.forward_ad.unpack_dual(t, level=0).primal
             for t in ctx.saved_tensors
         )
-        # off here, which levels below would take for theirs
+        # Forward mode is off here; the levels below would take that setting for their own.
         with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
             if tangent is not None:
                 return reference.align(input, tangent, Parameters(*parameters), ctx.spec)
 
 
 def _keep(input, parameters, spec, detach, save_contraction, backend):
-    """What forward leaves for a backward pass, if there can be one; in explanation mode only the input has a
-    gradient.
+    """What the forward pass keeps for a backward pass, if there can be one; in explanation mode only the
+    input has a gradient.
 
-    Where somebody watches what is saved, it is the same in both modes: a checkpointed segment may be
-    recomputed outside of the mode, and what counts of that is only what it saves (the graph is that of the
-    first call). Who watches wants memory: "auto" keeps little there.
+    Under saved-tensor hooks both modes save the same. Activation checkpointing may recompute a segment
+    outside the mode, and uses only the tensors which that saves (the graph is that of the first call). Such
+    hooks are there to save memory, so "auto" does not keep the contraction under them.
     """
     if (
         not torch.compiler.is_compiling()
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
         detach, save_contraction = False, save_contraction is True
-    if torch.jit.is_tracing():  # it traces with gradients, checks without, and both must give one graph
+    if torch.jit.is_tracing():  # traces with gradients, checks without; both must give the same graph
         return "products"
     wanted = (input,) if detach else (input, *parameters)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)):
         return "nothing"
     if detach:
         return "norm"
-    # an exported program leaves the batch size open, and keeps nothing whose size would decide
+    # an exported program has an unknown batch size, on which this decision must not depend
     if save_contraction == "auto":
         save_contraction = (
             backend == "factored"
@@ -278,13 +280,13 @@ def _check(input, parameters, stride, padding, dilation, norm, eps) -> Spec:
 
 
 def check_save_contraction(value: bool | str) -> None:
-    """ValueError unless ``value`` is True, False or "auto"."""
+    """Raise a ValueError unless ``value`` is True, False or "auto"."""
     if not isinstance(value, bool) and value != "auto":
         raise ValueError(f'save_contraction: expected True, False or "auto", got {value!r}')
 
 
 def check_norm(norm: str, eps: float) -> None:
-    """ValueError unless ``norm`` is known and ``eps`` a positive number."""
+    """Raise a ValueError unless ``norm`` is known and ``eps`` is a positive number."""
     _norms.named(norm)
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps!r}")

@@ -41,7 +41,7 @@ class HubCoDANet(
     """A CoDANet with the methods of ``huggingface_hub.PyTorchModelHubMixin``.
 
     A folder holds ``config.json`` (the arguments of ``CoDANet`` and the dtype) and ``model.safetensors``,
-    which ``coda_fast.load`` also reads. ``from_pretrained`` takes a folder or the name of a repository, and
+    which ``coda_fast.load`` reads too. ``from_pretrained`` takes a folder or the name of a repository, and
     arguments of ``CoDANet`` that replace the stored ones.
 
     Args:
@@ -50,8 +50,8 @@ class HubCoDANet(
         **options: as for ``CoDANet``.
 
     Raises:
-        ValueError: a ``dtype`` that is not one, or as ``CoDANet``. ImportError: safetensors is not installed.
-        CheckpointError: a folder without the configuration of a CoDANet.
+        ValueError: ``dtype`` is not a dtype, or as ``CoDANet``. ImportError: safetensors is not installed.
+        CheckpointError: the folder has no configuration of a CoDANet.
     """
 
     def __init__(self, *args: Any, dtype: torch.dtype | str | None = None, **options: Any):

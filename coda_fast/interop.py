@@ -1,4 +1,4 @@
-"""A CoDA-Net's own explanations behind the interfaces of other libraries: captum's ``attribute`` and
+"""A CoDA-Net's own explanations through the interfaces of other libraries: captum's ``attribute`` and
 Quantus' ``explain_func``.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 from coda_fast._classes import one_each
 from coda_fast.dynamic_linear import need_network
 
-try:  # no other module of the package imports this one, so that nobody else waits for captum
+try:  # no other module of the package imports this one, so that only its users wait for captum
     from captum.attr import Attribution as _Attribution
 except ImportError:
     _Attribution = object
@@ -36,8 +36,8 @@ def _with_wrapped(function: _Function) -> _Function:
 
 
 class CoDAAttribution(_Attribution):
-    """The exact decomposition as a ``captum.attr.Attribution``; where captum is not installed, a class of its
-    own with the same methods.
+    """The exact decomposition as a ``captum.attr.Attribution``; if captum is not installed, a plain class
+    with the same methods.
 
     The network decomposes the encoded image ``[x, 1 - x]``. The contributions of a colour and its complement
     are added, so that attributions have the shape of the image and still sum exactly to the logit minus its
@@ -58,7 +58,7 @@ class CoDAAttribution(_Attribution):
 
     @classmethod
     def get_name(cls) -> str:
-        """The name of the method; captum's own would put spaces between the capitals of the class."""
+        """The name of the method; captum's default would put spaces between the capitals of the class."""
         return "CoDA"
 
     @property
@@ -67,7 +67,7 @@ class CoDAAttribution(_Attribution):
         return True
 
     def has_convergence_delta(self) -> bool:
-        """Whether ``attribute`` can return what the sum of attributions lacks: it can."""
+        """Whether ``attribute`` can return the error of the sum of attributions: it can."""
         return True
 
     @_with_wrapped
@@ -85,11 +85,11 @@ class CoDAAttribution(_Attribution):
             target: one class for all images, a class for each, or None for the predicted classes.
             additional_forward_args: None, because a CoDA-Net takes nothing but images.
             return_convergence_delta: whether to return also the sum of attributions minus (logit minus bias),
-                [N], which is nothing but rounding.
+                [N], which is rounding error only.
 
         Raises:
-            ValueError, TypeError: as ``explain``; several inputs, further arguments, or several classes for
-                an image.
+            ValueError, TypeError: as ``explain``; or there are several inputs, further arguments, or several
+                classes for an image.
         """
         if additional_forward_args is not None:
             got = type(additional_forward_args).__name__
@@ -102,7 +102,7 @@ class CoDAAttribution(_Attribution):
                 raise ValueError(f"inputs: expected a tensor or a tuple of one, got {len(inputs)} inputs")
             (inputs,) = inputs
         if isinstance(target, torch.Tensor) and target.numel() == 1:
-            # Where captum repeats a single image, it does not repeat the class of that image.
+            # When captum repeats a single image, it does not repeat the class of that image.
             target = target.reshape(())
         explained = self.forward_func.explain(inputs, target)
         if explained.target.shape[1] != 1:
@@ -125,8 +125,8 @@ def quantus_explain_func(
     """Contribution maps [N, 1, H, W] of images [N, C, H, W] for one class each, [N]: the ``explain_func`` of
     a Quantus metric.
 
-    The model is moved to ``device`` (None: it stays where it is). Quantus passes further keywords, which are
-    not used.
+    The model is moved to ``device`` (None: it stays where it is). Further keywords that Quantus passes are
+    ignored.
 
     >>> import numpy, coda_fast
     >>> model = coda_fast.create_model("coda_xs_digits")

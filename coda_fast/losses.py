@@ -1,4 +1,4 @@
-"""The matrix regulariser: a penalty on the global linear map, so that it becomes small and sparse
+"""The matrix regulariser: a penalty on the global linear map that makes it small and sparse
 (arXiv:2104.00032).
 """
 
@@ -19,7 +19,7 @@ PENALTIES = ("l1", "l2")
 
 
 class MatrixLoss(NamedTuple):
-    """What ``DynamicMatrixLoss`` gives: ``total = bce + weight * penalty`` (to be minimised), its terms,
+    """What ``DynamicMatrixLoss`` returns: ``total = bce + weight * penalty`` (to be minimised), its terms,
     and the logits [N, classes].
     """
 
@@ -32,22 +32,22 @@ class MatrixLoss(NamedTuple):
 def matrix_penalty(
     model: DynamicLinear, images: torch.Tensor, classes: torch.Tensor, norm: str = "l1"
 ) -> torch.Tensor:
-    """Mean over the entries of the rows ``[W_{0->L}(x)]_c`` of the global linear map of each image, 1/T
-    included: of their absolute values ("l1") or squares ("l2").
+    """Mean absolute value ("l1") or mean square ("l2") of the entries of the rows ``[W_{0->L}(x)]_c`` of each
+    image's global linear map, including 1/T.
 
-    A row is one number for the class at every output, sent back through the transposed layers, whose weights
-    are those that the image generates. Differentiable in the parameters in full: also through the activations
-    that a layer's weights are generated from. Explanation mode would not do: it cuts that path. Costs a
-    forward pass, and for each class an adjoint of every layer and the backward pass of that.
+    A row is a vector with a one for the class at every output pixel, multiplied by the transposed layers with
+    the weights that the image generates. The penalty is fully differentiable in the parameters, also through
+    the activations from which a layer generates its weights; explanation mode would stop those gradients. It
+    costs a forward pass, and for each class an adjoint of every layer and its backward pass.
 
     Args:
-        model: a CoDANet or another ``DynamicLinear``, or a wrapper of one (``coda_fast.unwrap``);
-            DistributedDataParallel has no part in what its network is called for alone, and is refused where
-            there are gradients to share.
+        model: a CoDANet or another ``DynamicLinear``, or a wrapper of one (``coda_fast.unwrap``).
+            DistributedDataParallel does not see calls of the network inside it, and is refused if there are
+            gradients to share.
         images: [N, C, H, W]; classes: the rows of each image, [N, K], of any integer dtype.
 
     Raises:
-        ValueError, TypeError: shapes, classes or a norm that do not fit.
+        ValueError, TypeError: shapes, classes or the norm do not fit.
     """
     if norm not in PENALTIES:
         raise ValueError(f"norm: expected one of {', '.join(map(repr, PENALTIES))}, got {norm!r}")
@@ -58,7 +58,7 @@ def matrix_penalty(
 
 
 def random_rows(labels: torch.Tensor, scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The class of each image first, then those of the ``count - 1`` highest of its other ``scores``.
+    """The label of each image first, then the classes of its ``count - 1`` highest other ``scores``.
 
     Args:
         labels: [N], int64; scores: [N, classes], random numbers below 1.
@@ -71,7 +71,7 @@ def random_rows(labels: torch.Tensor, scores: torch.Tensor, count: int) -> torch
 
 
 def _trained_network(model):
-    """The CoDANet inside of wrappers; an error where its gradients would be wrong without notice."""
+    """The network inside wrappers; an error if its gradients would silently be wrong."""
     given, model = model, need_network(model)
     if torch.is_grad_enabled() and wrapped_by(given, "DistributedDataParallel"):
         raise TypeError(
@@ -93,8 +93,8 @@ def _checked_rows(classes, name, count, num_classes):
 
 
 def _check_range(classes, count, name):
-    """ValueError unless all are from 0 to ``count - 1``. On CUDA a kernel asserts it and prints the message:
-    to read the numbers here, the program would wait for the device in every step.
+    """Raise a ValueError unless all classes lie between 0 and ``count - 1``. On CUDA a kernel asserts it and
+    prints the message, because reading the numbers here would synchronise with the device in every step.
     """
     if not classes.numel():
         return
@@ -110,30 +110,30 @@ def _check_range(classes, count, name):
 def _penalty(model, evidence, pull_back, classes, norm, valid=None):
     if not len(classes):
         return sum((p * 0).sum() for p in model.parameters())
-    total, wide = 0, torch.float64 if evidence.dtype == torch.float64 else torch.float32
+    total, dtype = 0, torch.float64 if evidence.dtype == torch.float64 else torch.float32
     for k in range(classes.shape[1]):
         chosen = F.one_hot(classes[:, k], model.num_classes).to(evidence)
         chosen = chosen if valid is None else chosen * valid[:, None]
         value = pull_back(chosen[:, :, None, None].expand_as(evidence))  # the head sums over pixels
-        row = value.to(wide) / model.temperature  # last: 1 / T = 1e-5 has two digits in float16
+        row = value.to(dtype) / model.temperature  # last: float16 holds 1 / T = 1e-5 to two digits only
         total = total + (row.abs() if norm == "l1" else row.square()).mean()
     return total / classes.shape[1]
 
 
 class DynamicMatrixLoss(nn.Module):
-    """Binary cross-entropy plus ``weight`` times the mean entry of the global linear map of the true class
-    and of random other classes.
+    """Binary cross-entropy plus ``weight`` times the matrix penalty (``matrix_penalty``) on the rows of the
+    true class and of random other classes.
 
     Both terms share one forward pass.
 
     Args:
         weight: lambda; published: 0.1, 0.25, 0.5, 1, with T = 64.
-        classes: rows of each image: the true class and ``classes - 1`` others (published: 2).
+        classes: number of rows for each image: the true class and ``classes - 1`` others (published: 2).
         norm: "l1" (published) or "l2".
-        generator: of the other classes, on the CPU; None: torch's global one.
+        generator: draws the other classes, on the CPU; None: torch's global one.
 
     Raises:
-        ValueError: a negative weight, less than one class, an unknown norm.
+        ValueError: the weight is negative, there is less than one class, or the norm is unknown.
 
     >>> import torch, coda_fast
     >>> model = coda_fast.create_model("coda_xs_digits")
@@ -161,10 +161,18 @@ class DynamicMatrixLoss(nn.Module):
         rows: torch.Tensor | None = None,
         valid: torch.Tensor | None = None,
     ) -> MatrixLoss:
-        """Images [N, C, H, W], their classes [N] or [N, 1], the rows of each image [N, K] (None: drawn by
-        ``self.rows``), and which images the penalty counts [N] (None: all; the others are in its mean as
-        zeros). Classes may be of any integer dtype. The losses are in float32 at least, the logits as the
-        network gives them. ValueError, TypeError: what does not fit, as in ``matrix_penalty``.
+        """The losses, in float32 or wider, and the logits in the dtype of the network.
+
+        Args:
+            model: as in ``matrix_penalty``.
+            images: [N, C, H, W].
+            labels: their classes, [N] or [N, 1], of any integer dtype.
+            rows: the classes whose rows are penalised, [N, K], of any integer dtype; None: drawn by
+                ``self.rows``.
+            valid: which images the penalty counts, [N]; the others enter its mean as zeros. None: all.
+
+        Raises:
+            ValueError, TypeError: as ``matrix_penalty``.
         """
         logits, penalty = self.logits_and_penalty(model, images, labels, rows, valid)
         targets = F.one_hot(labels.long().reshape(-1), logits.shape[1])
@@ -179,7 +187,7 @@ class DynamicMatrixLoss(nn.Module):
         rows: torch.Tensor | None = None,
         valid: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What ``forward`` gives without the cross-entropy, for a caller that computes another one."""
+        """(logits, penalty): ``forward`` without the cross-entropy, for callers that compute another one."""
         model = _trained_network(model)
         model.check_images(images)
         labels = one_each(labels, len(images), "labels")

@@ -1,4 +1,4 @@
-"""CoDA-Nets: the network class, the named configurations, and how networks get their names."""
+"""CoDA-Nets: the network class, making networks by name, and registering further ones."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ class CoDANet(Network):
     r"""Convolutional Dynamic Alignment Network: ``logits = sum_pixels(DAU_L(... DAU_1([x, 1 - x]))) / T +
     logit_bias``.
 
-    Dynamic linear: for a given image the logits (less the constant ``logit_bias``) are a linear map of the
-    encoded image, which ``explain`` returns (arXiv:2104.00032). Train it with binary cross-entropy on one-hot
-    targets.
+    It is dynamic linear: for a given image the logits (minus the constant ``logit_bias``) are a linear map of
+    the encoded image, which ``explain`` returns (arXiv:2104.00032). Train it with binary cross-entropy on
+    one-hot targets.
 
     Args:
         out_channels, ranks, kernel_sizes, strides: one entry for each DAU layer; the last of ``out_channels``
             is the number of classes. A kernel size or stride is one number, or two for rows and columns.
         paddings, dilations: one entry for each layer, likewise; None: ``dilation * (k - 1) // 2``, and 1.
-        temperature: T; larger T asks the layers for better alignment (paper, section 3.3).
+        temperature: T; a larger T makes the layers align better (paper, section 3.3).
         logit_bias: added to every logit; ``log(0.1 / 0.9)`` starts all classes at 10 %.
         norm, eps, bias: as in ``DAUConv2d``, for all layers, or a list with one entry for each.
         backend, save_contraction: as in ``DAUConv2d``, for all layers.
         image_channels: 3 for colour, 1 for grey images.
-        image_size: native size in pixels: a hint for tools, any size is accepted.
-        preprocessing: what pictures go through before the network, which ``transform`` does: resize, crop and
-            interpolation of ``coda_fast.data.Preprocessing`` (as a dict, or one itself); None: resized and
-            cropped to ``image_size``, if there is one.
-        class_names: a hint for tools, one for each class.
+        image_size: native size in pixels, as a hint for tools; any size is accepted.
+        preprocessing: how ``transform`` turns pictures into inputs: a ``coda_fast.data.Preprocessing``, or a
+            dict of its resize, crop and interpolation; None: resize and crop to ``image_size``, if that is
+            given.
+        class_names: one for each class, as a hint for tools.
 
     Attributes:
         transform: ``coda_fast.data.Preprocessing``: ``model(model.transform("photo.jpg")[None])``. Stored
             with the weights.
 
     Raises:
-        ValueError, TypeError: lists of different lengths, values that a layer refuses, weights that this
-            machine cannot hold: before anything is allocated.
+        ValueError, TypeError: lists differ in length, a layer refuses a value, or the weights do not fit in
+            this machine's memory. Raised before anything is allocated.
 
     >>> import torch, coda_fast
     >>> net = coda_fast.CoDANet([16, 10], ranks=[8, 8], kernel_sizes=[3, 1], strides=[2, 1], temperature=100)
@@ -109,11 +109,11 @@ class CoDANet(Network):
         self.layers = nn.ModuleList(
             DAUConv2d(channels, **layer, **common) for channels, layer in zip(widths, layers, strict=False)
         )
-        self.pool = self._modules.pop("pool")  # last, as it is called
+        self.pool = self._modules.pop("pool")  # registered last, because it is called last
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
-        """Units of the last layer."""
+        """The number of units of the last layer."""
         return self.layers[-1].out_channels
 
     @property
@@ -122,16 +122,16 @@ class CoDANet(Network):
         return f"layers.{len(self.layers) - 1}"
 
     def config(self) -> dict:
-        """The constructor's arguments, as plain JSON values (device, dtype, backend and save_contraction left
-        out).
+        """The constructor's arguments as plain JSON values, without device, dtype, backend and
+        save_contraction.
 
-        Lists have an entry for each layer. ``norm``, ``eps`` and ``bias`` are one value where all layers
-        agree, and ``dilations`` is there where one is not 1. ``CoDANet(**config)`` has layers of the same
+        Lists have an entry for each layer. ``norm``, ``eps`` and ``bias`` are a single value if all layers
+        agree; ``dilations`` is present only if one is not 1. ``CoDANet(**config)`` has layers with the same
         options and shapes.
 
         Raises:
-            ValueError: a layer that is no ``DAUConv2d``, a ``transform`` that is no ``Preprocessing`` of its
-                channels.
+            ValueError: a layer is not a ``DAUConv2d``, or ``transform`` is not a ``Preprocessing`` with the
+                network's channels.
         """
         layers = [unwrap(layer) for layer in self.layers]
         for index, layer in enumerate(layers):
@@ -160,7 +160,7 @@ class CoDANet(Network):
 
     @classmethod
     def adapted(cls, config: dict, num_classes: int | None = None, rank: int | None = None) -> dict:
-        """As in ``Network``; ``rank`` is that of the first layer, the others keep their proportion to it."""
+        """As in ``Network``; ``rank`` is that of the first layer, and the others keep their ratio to it."""
         config = dict(config)
         if num_classes is not None:
             config["out_channels"] = [*config["out_channels"][:-1], num_classes]
@@ -175,28 +175,28 @@ class CoDANet(Network):
         return self.run_layers(encoded)
 
     def run_layers(self, activations: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Layers ``start`` to ``stop`` (excluded; None: all the rest) applied to what enters layer
-        ``start``, [N, C, H, W].
+        """Apply layers ``start`` to ``stop`` (exclusive; None: all the rest) to the input of layer ``start``,
+        [N, C, H, W].
         """
         for layer in self.layers[start:stop]:
             activations = layer(activations)
         return activations
 
     def send_back(self, activations: Sequence[torch.Tensor], value: torch.Tensor) -> torch.Tensor:
-        """``value``, one number for every output of the last layer [N, n, OH, OW], sent back through the
-        transposed layers, whose weights are those that ``activations``, what enters each layer, generate: to
-        the first of these, in its shape and dtype.
+        """Multiply ``value``, [N, n, OH, OW] for the output of the last layer, by the transposed layers, the
+        last layer first. ``activations`` are the inputs of the layers, which generate their weights. The
+        result has the shape and dtype of the first of them.
         """
         for layer, entering in zip(reversed(self.layers), reversed(activations), strict=True):
             value = layer.adjoint(entering, value.to(entering.dtype))
         return value
 
     def find_layer(self, layer: int | DAUConv2d | None) -> tuple[int, DAUConv2d]:  # type: ignore[override]
-        """The index of a layer, given by its index or itself (None: the first), and the layer. The layers of
-        a chain have numbers where those of other networks have names.
+        """(index, layer) from either of the two (None: the first layer). The layers of a chain have numbers,
+        those of other networks have names.
 
         Raises:
-            ValueError: no layer of this network. TypeError: neither an index nor a layer.
+            ValueError: not a layer of this network. TypeError: neither an index nor a layer.
         """
         count, layer = len(self.layers), unwrap(layer)
         layers = [unwrap(candidate) for candidate in self.layers]
@@ -215,8 +215,8 @@ class CoDANet(Network):
             raise ValueError(f"layer: expected an index from {-count} to {count - 1}, got {index}")
         return index % count, layers[index]
 
-    # A chain needs no record of what it calls: what comes before a layer is computed without a graph, and
-    # what transposes it is a program that can be compiled and exported.
+    # A chain need not record its calls: the layers before a cut run without a graph, and the transposed chain
+    # is a program that can be compiled and exported.
 
     def cut(self, encoded: torch.Tensor, layer: DAUConv2d | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DynamicLinear.cut``."""
@@ -228,7 +228,7 @@ class CoDANet(Network):
             return entering, self.run_layers(entering, index)
 
     def linearise(self, encoded: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-        """See ``DynamicLinear.linearise``; each layer goes back by its adjoint."""
+        """See ``DynamicLinear.linearise``; each layer is transposed by its adjoint."""
         activations = [encoded]
         for layer in self.layers:
             activations.append(layer(activations[-1]))
@@ -250,8 +250,8 @@ for _name, (_classes, _config, _origin) in MODELS.items():
 
 
 def list_models() -> dict[str, str]:
-    """Names that ``create_model`` knows, with their origin: "published" (the paper's), "coda_fast" (ours, not
-    in the paper), or what ``register_model`` was told.
+    """The names that ``create_model`` knows, with their origin: "published" (in the paper), "coda_fast"
+    (ours, not in the paper), or what was passed to ``register_model``.
     """
     return {name: model.origin for name, model in registry.models().items()}
 
@@ -259,18 +259,18 @@ def list_models() -> dict[str, str]:
 def create_model(
     name: str, *, num_classes: int | None = None, rank: int | None = None, **overrides: Any
 ) -> Network:
-    """A network by name, with fresh weights: a CoDANet, or what was registered by that name.
+    """A network by name, with fresh weights: a CoDANet, or the class registered under that name.
 
     Args:
         name: a key of ``list_models()``.
         num_classes: width of the last layer.
-        rank: rank of the first layer; the others keep their proportion to it (the paper's rank ablation: 4,
-            8, 16, 144 for ``coda_s_cifar10``).
+        rank: rank of the first layer; the others keep their ratio to it (the paper's rank ablation: 4, 8, 16,
+            144 for ``coda_s_cifar10``).
         overrides: any argument of ``CoDANet`` (``temperature=10`` is the paper's temperature ablation), or of
-            the class that is registered.
+            the registered class.
 
     Raises:
-        ValueError: unknown name or values that do not fit. TypeError: unknown override.
+        ValueError: the name is unknown, or values do not fit. TypeError: an override is unknown.
 
     >>> import coda_fast
     >>> sum(p.numel() for p in coda_fast.create_model("coda_s_cifar10").parameters())
@@ -283,31 +283,31 @@ def create_model(
 def model_config(
     name: str, *, num_classes: int | None = None, rank: int | None = None, **overrides: Any
 ) -> dict:
-    """The arguments that ``create_model`` calls the class of the network with; same arguments, ValueError as
-    there.
+    """The arguments with which ``create_model`` calls the class of the network. Takes the same arguments and
+    raises the same ValueError.
     """
     model = registry.model(name)
     if rank is not None and "ranks" in overrides:
         raise ValueError("rank and ranks: expected one of them, got both")
     config = model.network.adapted(model.config, num_classes, rank)
-    if "image_size" in overrides:  # what is said of pictures is for the other size
+    if "image_size" in overrides:  # the stored preprocessing is for the other size
         config.pop("preprocessing", None)
     return config | overrides
 
 
 def register_model(name: str, network: type[Network], config: Mapping, origin: str = "registered") -> None:
-    """Give a network a name that ``create_model``, ``list_models`` and timm know, and its class one that
-    files know: ``coda_fast.load`` makes a network of it. To be called where the class is imported.
+    """Register a network under a name, for ``create_model``, ``list_models`` and timm, and its class, so that
+    ``coda_fast.load`` can make such a network from a file. Call this in the module that defines the class.
 
     Args:
         name: of the model.
-        network: a subclass of ``coda_fast.network.Network``. Its own name stands in files.
-        config: its arguments, those without which it cannot be made at least.
-        origin: who it is from, for ``list_models``.
+        network: a subclass of ``coda_fast.network.Network``. Files contain the name of the class.
+        config: its arguments, at least those without a default.
+        origin: whose network it is, for ``list_models``.
 
     Raises:
-        ValueError: a name that another has; a network that its own ``config`` does not describe, or that
-            cannot be made on the meta device. TypeError: not such a class.
+        ValueError: the name is taken, the network's ``config()`` does not describe it, or it cannot be made
+            on the meta device. TypeError: ``network`` is not such a class.
     """
     if not (isinstance(network, type) and issubclass(network, Network)):
         raise TypeError(f"network: expected a subclass of coda_fast.network.Network, got {network!r}")
@@ -335,7 +335,7 @@ def register_model(name: str, network: type[Network], config: Mapping, origin: s
 def _layer_arguments(
     out_channels, ranks, kernel_sizes, strides, paddings, dilations, *, norm, eps, bias
 ) -> list[dict]:
-    """The arguments of each ``DAUConv2d`` but for ``in_channels``, checked."""
+    """The checked arguments of each ``DAUConv2d``, except ``in_channels``."""
     out_channels = [
         _arguments.positive_integer(n, f"out_channels[{i}]")
         for i, n in enumerate(_arguments.list_of(out_channels, "out_channels"))
@@ -387,5 +387,5 @@ def _plain(value):
 
 
 def _one(values):
-    """One value where all layers have the same."""
+    """A single value if all layers have the same one, else the list."""
     return values[0] if all(value == values[0] for value in values) else values

@@ -15,7 +15,7 @@ _L = dict(
     kernel_sizes=[7] + [3] * 8,
     strides=[3, 1, 1, 2, 1, 1, 2, 1, 1],
 )
-# name: (classes, arguments of CoDANet but for the classes, origin)
+# name: (number of classes, arguments of CoDANet with out_channels of all layers but the last, origin)
 MODELS: dict[str, tuple[int, dict[str, Any], str]] = {
     "coda_s_cifar10": (
         10,

@@ -1,6 +1,6 @@
-"""The base class of classifiers that this package explains, penalises, saves, and gives out by name.
+"""The base class of classifiers that this package explains, penalises, saves and makes by name.
 
-A new network takes two places: its own file, with a subclass of ``Network``, and one call of
+A new network needs two things: a subclass of ``Network`` in a file of its own, and one call of
 ``coda_fast.register_model`` (docs/networks.md).
 """
 
@@ -24,31 +24,31 @@ LOGIT_BIAS = math.log(0.1 / 0.9)
 
 
 class Network(DynamicLinear):
-    """A ``DynamicLinear`` that describes itself: what pictures it takes, what its classes are called, and by
-    which arguments it can be made again.
+    """A ``DynamicLinear`` that describes itself: which pictures it takes, the names of its classes, and the
+    arguments with which it can be made again.
 
-    A subclass takes the arguments below as keywords (``**options``) and hands them on; it also takes
-    ``device`` and ``dtype``, for its layers. It writes ``evidence``, and ``config`` with its own arguments.
+    A subclass takes the arguments below as keywords (``**options``) and passes them on; it also takes
+    ``device`` and ``dtype``, for its layers. It defines ``evidence``, and ``config`` with its own arguments.
 
     Args:
-        num_classes: how many logits there are.
-        temperature: T; larger T asks the layers for better alignment (paper, section 3.3).
+        num_classes: the number of logits.
+        temperature: T; a larger T makes the layers align better (paper, section 3.3).
         logit_bias: added to every logit; ``log(0.1 / 0.9)`` starts all classes at 10 %.
         image_channels: 3 for colour, 1 for grey images.
-        image_size: native size in pixels: a hint for tools, any size is accepted.
-        preprocessing: what pictures go through before the network, which ``transform`` does: resize, crop and
-            interpolation of ``coda_fast.data.Preprocessing`` (as a dict, or one itself); None: resized and
-            cropped to ``image_size``, if there is one.
-        class_names: a hint for tools, one for each class.
+        image_size: native size in pixels, as a hint for tools; any size is accepted.
+        preprocessing: how ``transform`` turns pictures into inputs: a ``coda_fast.data.Preprocessing``, or a
+            dict of its resize, crop and interpolation; None: resize and crop to ``image_size``, if that is
+            given.
+        class_names: one for each class, as a hint for tools.
 
     Attributes:
         transform: ``coda_fast.data.Preprocessing``: ``model(model.transform("photo.jpg")[None])``. Stored
             with the weights.
-        classifier: name of the DAU layer that turns features into evidence, if there is one that all ways
-            lead through and that nothing follows; timm's interface asks for it. The subclass sets it.
+        classifier: name of the DAU layer that turns features into evidence, if there is one that all paths
+            go through and that nothing follows; timm's interface needs it. The subclass sets it.
 
     Raises:
-        ValueError, TypeError: arguments that are none.
+        ValueError, TypeError: an argument is not valid.
     """
 
     classifier: str | None = None
@@ -76,15 +76,15 @@ class Network(DynamicLinear):
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
-        """How many logits there are."""
+        """The number of logits."""
         return self._num_classes
 
     def config(self) -> dict:
-        """The constructor's arguments, as plain JSON values (device and dtype left out): ``kind(**config)``
-        has the same layers. A subclass adds its own: ``{"width": self.width} | super().config()``.
+        """The constructor's arguments as plain JSON values, without device and dtype: calling the class with
+        them gives the same layers. A subclass adds its own: ``{"width": self.width} | super().config()``.
 
         Raises:
-            ValueError: a ``transform`` that is no ``Preprocessing`` of its channels.
+            ValueError: ``transform`` is not a ``Preprocessing`` with the network's channels.
         """
         if not isinstance(self.transform, Preprocessing) or self.transform.channels != self.image_channels:
             raise ValueError(
@@ -103,8 +103,8 @@ class Network(DynamicLinear):
 
     @classmethod
     def adapted(cls, config: dict, num_classes: int | None = None, rank: int | None = None) -> dict:
-        """A configuration for another number of classes, or of another rank; None: as it is. A subclass whose
-        arguments say these otherwise overrides it.
+        """``config`` with another number of classes or another rank; None leaves it unchanged. A subclass
+        whose arguments express these differently overrides it.
         """
         changes = {"num_classes": num_classes, "rank": rank}
         return config | {name: value for name, value in changes.items() if value is not None}
@@ -127,5 +127,5 @@ class Network(DynamicLinear):
         return explanation_mode(self)
 
     def extra_repr(self) -> str:
-        """Temperature and bias."""
+        """The temperature and the logit bias."""
         return f"temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"

@@ -18,7 +18,7 @@ __all__ = ["AddInverse", "DAUConv2d", "SumPool2d", "explanation_mode"]
 
 
 class DAUConv2d(ModalLayer):
-    r"""Layer of Dynamic Alignment Units, in place of ``nn.Conv2d`` (same positional arguments).
+    r"""A layer of Dynamic Alignment Units, used like ``nn.Conv2d`` (same positional arguments).
 
     Each unit computes its weight from the patch it is applied to and bounds its norm, so that the output is
     ``W(x) x``; see ``coda_fast.functional.dau_conv2d`` for the equations, ``norm``, ``eps``, ``backend`` and
@@ -28,8 +28,8 @@ class DAUConv2d(ModalLayer):
         in_channels, out_channels: C and n, the number of units.
         kernel_size, stride, padding, dilation: ints or pairs; padding may be "same" or "valid".
         groups: 1 only.
-        bias: whether the generated weight has a constant part ``b``. It is a bias of the *weight*: the layer
-            stays dynamic linear.
+        bias: whether the generated weight has a constant part ``b``. It is a bias of the *weight*, so the
+            layer stays dynamic linear.
         padding_mode: "zeros" only.
         rank: r, the rank of the map from patch to weight; at least 1.
 
@@ -38,7 +38,7 @@ class DAUConv2d(ModalLayer):
     None. Attribute ``explaining``: whether a call made here and now is in ``explanation_mode`` (read-only).
 
     Raises:
-        ValueError, TypeError: at construction, for anything that the layer does not support, with the reason.
+        ValueError, TypeError: at construction, an argument is not supported; the message says why.
 
     >>> import torch, coda_fast
     >>> layer = coda_fast.DAUConv2d(6, 16, 3, padding=1, rank=32)
@@ -102,7 +102,7 @@ class DAUConv2d(ModalLayer):
             pair(dilation, "dilation"),
         )
         self.padding = padding if isinstance(padding, str) else pair(padding, "padding", least=0)
-        _ = self.geometry  # refuses what does not fit together
+        _ = self.geometry  # raises if these do not fit together
         self.groups, self.padding_mode = groups, padding_mode
         self.norm, self.eps, self.backend, self.save_contraction = norm, eps, backend, save_contraction
         window = (in_channels, *self.kernel_size)
@@ -118,10 +118,10 @@ class DAUConv2d(ModalLayer):
         r"""Uniform: ``reduction_weight`` within ``1 / sqrt(d)``, ``weight`` and ``bias`` within ``1 /
         sqrt(r)``.
 
-        The fan-in of the weight generation is r, not the r C kh kw that the shape of ``weight`` suggests to
-        ``nn.init``: with that, ``|w|^2`` is d times smaller, "squash" passes about ``|w|^2`` of its input,
-        and a deep stack is silent from the start. As here, ``|w|^2`` is about ``d mean(x^2) / 9 + d / (3 r)``
-        and a unit passes on most of the energy along its weight.
+        The fan-in of the weight generation is r, not the r C kh kw that ``nn.init`` infers from the shape of
+        ``weight``. With that, ``|w|^2`` would be d times smaller, "squash" would pass about ``|w|^2`` of its
+        input, and a deep stack would output nearly nothing at the start of training. Here ``|w|^2`` is about
+        ``d mean(x^2) / 9 + d / (3 r)``, and a unit passes on most of the energy along its weight.
         """
         for tensor, fan_in in (
             (self.reduction_weight, self.reduction_weight[0].numel()),
@@ -161,8 +161,8 @@ class DAUConv2d(ModalLayer):
         )
 
     def adjoint(self, input: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """``value`` [N, n, OH, OW] sent back through the weights that ``input`` [N, C, H, W] generates, [N,
-        C, H, W]: see ``coda_fast.functional.dau_conv2d_transpose``.
+        """``value`` [N, n, OH, OW] times the transpose of the weights that ``input`` [N, C, H, W] generates:
+        [N, C, H, W]. See ``coda_fast.functional.dau_conv2d_transpose``.
         """
         return dau_conv2d_transpose(
             input,
@@ -179,7 +179,7 @@ class DAUConv2d(ModalLayer):
         )
 
     def _trace(self, input):
-        """A leaf of torch.fx.symbolic_trace, as an nn.Conv2d is."""
+        """Make the layer a leaf of torch.fx.symbolic_trace, as an nn.Conv2d is."""
         names = [name for name, module in input.tracer.root.named_modules() if module is self]
         if not names or not names[0]:
             raise TypeError(
@@ -195,8 +195,8 @@ class DAUConv2d(ModalLayer):
         )
 
     def _apply(self, fn, recurse=True):
-        # module.to(memory_format=torch.channels_last) would refuse the five dimensions of ``weight``: it
-        # travels as four
+        # module.to(memory_format=torch.channels_last) refuses the five dimensions of ``weight``, so ``fn``
+        # gets it with four
         def four_dimensional(tensor):
             return (
                 fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]) if tensor.dim() == 5 else fn(tensor)
@@ -218,8 +218,8 @@ class DAUConv2d(ModalLayer):
 
 
 def check_size(numbers: Iterable[int], device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """ValueError where weights of so many numbers cannot be: more than a tensor can have, or than the
-    machine can hold.
+    """Raise a ValueError if the layers' weights, of these ``numbers`` of elements, are too large for a tensor
+    or for this machine's memory.
     """
     size = getattr(torch.get_default_dtype() if dtype is None else dtype, "itemsize", 4)
     place = torch.get_default_device() if device is None else torch.device(device)
@@ -229,13 +229,13 @@ def check_size(numbers: Iterable[int], device: torch.device | str | None, dtype:
             "weights: expected less than 2**63 bytes for a layer, got about "
             f"2**{(max(numbers) * size).bit_length() - 1}"
         )
-    if place.type != "meta" and sum(numbers) * size > 2**28:  # smaller ones are not worth the question
+    if place.type != "meta" and sum(numbers) * size > 2**28:  # smaller ones need no check
         need_memory(f"weights of {sum(numbers):.1e} numbers", sum(numbers) * size, place)
 
 
 class AddInverse(nn.Module):
-    """``x -> [x, 1 - x]`` along the channels, [N, C, H, W] -> [N, 2 C, H, W]: every colour, black too, has a
-    direction of its own.
+    """``x -> [x, 1 - x]`` along the channels, [N, C, H, W] -> [N, 2 C, H, W], so that every colour, even
+    black, has a direction of its own.
 
     Images are expected in [0, 1] and unnormalised.
     """

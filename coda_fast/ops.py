@@ -1,29 +1,29 @@
 """The operators that every fused backend shares: ``torch.ops.coda_fast.align``, ``align_backward`` and
 ``adjoint``.
 
-    align(x, u)           F(x, u)[p, o] = s(|w|^2) <w[p, o], u_p> with w computed from x; ``applied=None`` is
-                          u = x, the layer itself
+    align(x, u)           F(x, u)[p, o] = s(|w|^2) <w[p, o], u_p> with w computed from x; ``applied=None``
+                          means u = x, the layer itself
     align_backward(g, ..) its gradients; with ``detach`` (explanation mode) only the direct term G(x, g)
-    adjoint(x, v)         G(x, v), the transpose of u -> F(x, u)
+    adjoint(x, v)         G(x, v), the transpose of u -> F(x, u), applied to v
 
-``align`` is the DAU convolution as an operator: ``coda_fast.dau_conv2d`` is F(x, x), its ``detach`` is
-explanation mode. How a backend computes it (the *contracted* or the *generated* form) is the backend's
-choice.
+``align`` is the DAU convolution as an operator: ``coda_fast.functional.dau_conv2d`` is F(x, x), and its
+``detach`` is explanation mode. Each backend chooses how it computes it, in the *contracted* or the
+*generated* form.
 
-Each is differentiable to any order, in reverse and forward mode and under the transforms of ``torch.func``
-(``coda_fast._autograd``), has a fake kernel with true strides (torch.compile, torch.export) and a FLOP
-formula, and hands the work to ``coda_fast.backends.<backend>``. Registered one level below
-``torch.library.custom_op``, whose wrapper imports the compiler at the first eager call: seconds and 110 MB
-for those who never compile.
+Each operator is differentiable to any order, in reverse and forward mode and under the transforms of
+``torch.func`` (``coda_fast._autograd``), has a fake kernel with true strides (torch.compile, torch.export)
+and a FLOP formula, and calls ``coda_fast.backends.<backend>`` for the work. The operators are registered one
+level below ``torch.library.custom_op``, whose wrapper imports the compiler at the first eager call, which
+would cost seconds and 110 MB for users who never compile.
 
-Autocast: ``coda_fast.functional`` casts before it calls, the same for every backend. Called directly under
-autocast, ``align`` and ``adjoint`` cast like a convolution (float64 stays); ``align_backward`` takes what
-``align`` left, as it is.
+Autocast: ``coda_fast.functional`` casts before it calls an operator, in the same way for every backend.
+Called directly under autocast, ``align`` and ``adjoint`` cast like a convolution (float64 stays);
+``align_backward`` takes what ``align`` kept, unchanged.
 
-``keep`` says what ``align`` leaves for the backward pass: "nothing", "norm" (|w|^2: explanation mode),
-"products" (and <w, u>) or "contraction" (and sum over the patch of A u, where the backend has it). What is
-not kept is an empty tensor [0]; a backward pass that misses something computes it again. ``prepared`` goes
-with it: the parameters in the backend's own layout, where it has one.
+``keep`` says what ``align`` keeps for the backward pass: "nothing", "norm" (|w|^2, for explanation mode),
+"products" (also <w, u>) or "contraction" (also A u, summed over each patch, if the backend has it). All but
+"nothing" also keep ``prepared``, the parameters in the backend's own layout, if it has one. What is not kept
+is an empty tensor [0]; a backward pass that lacks something computes it again.
 
 The arguments of a schema are those of ``coda_fast._spec.Align``, ``AlignBackward`` and ``Adjoint``.
 """
@@ -50,7 +50,7 @@ _SCHEMAS = {
 }
 _LIBRARY = torch.library.Library("coda_fast", "DEF")
 for _name, _schema in _SCHEMAS.items():
-    # our results follow the input's memory format: the compiler must not choose another one for it
+    # results follow the memory format of the input, so the compiler must not choose another one for the input
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 align, align_backward, adjoint = (getattr(torch.ops.coda_fast, name).default for name in _SCHEMAS)
 
@@ -61,14 +61,14 @@ def _check_keep(keep):
 
 
 def _filled(results, like, dtypes):
-    """Operators return tensors: [0] stands for None."""
+    """Results with an empty tensor [0] for None, because operators return tensors only."""
     return tuple(
         like.new_empty(0, dtype=dtype) if t is None else t for t, dtype in zip(results, dtypes, strict=True)
     )
 
 
 def _given(kept):
-    """None for [0], as backends take it. What belongs to an empty batch is [n, 0], and given."""
+    """``kept`` with None for [0], as backends take it; [n, 0] belongs to an empty batch and stays."""
     return Kept(*(t if t.numel() or t.dim() > 1 else None for t in kept))
 
 
@@ -139,14 +139,14 @@ def _adjoint_fake(call):
 def _vmap_align_backward(info, in_dims, *args):
     grad_dim, *others = (dim for dim, arg in zip(in_dims, args, strict=True) if isinstance(arg, torch.Tensor))
     alone = isinstance(grad_dim, int) and all(dim is None for dim in others)
-    # of transforms, this vmap being the last
+    # the number of active transforms, the last of which is this vmap
     levels = len(torch._C._functorch.get_interpreter_stack() or ())
     tracked = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args)
     watched = levels > 1 or tracked or torch.autograd.forward_ad._current_level >= 0
     call = rebuild(AlignBackward, args)
     if not alone or not call.detach or watched:
         return _one_by_one(align_backward, info, in_dims, args)
-    # nobody differentiates what the backend does
+    # no gradients through the backend are needed
     with torch.no_grad(), without_autocast(call.grad.device.type):
         values = call.grad.movedim(grad_dim, 0)
         found = fused(call.backend).adjoints(
@@ -166,7 +166,7 @@ def _vmap_align(info, in_dims, *args):
 
 
 def _one_by_one(op, info, in_dims, args):
-    """The operator for every entry of the batch."""
+    """Call the operator for each entry of the batch."""
     entry = lambda i: (
         arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)
     )
@@ -180,7 +180,7 @@ def _one_by_one(op, info, in_dims, args):
 
 
 def _kernel(kind, function):
-    """Run without a graph and without autocast, which would undo the precision that a backend chooses."""
+    """Run without a graph, and without autocast, which would change the precision that a backend chooses."""
 
     def run(first, *rest):
         with torch.no_grad(), without_autocast(first.device.type):

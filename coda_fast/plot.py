@@ -1,4 +1,4 @@
-"""Pictures of explanations: red-blue contribution maps, and the dynamic weight as a colour picture with
+"""Figures of explanations: contribution maps in red and blue, and the dynamic weight as a colour picture with
 transparency.
 """
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
     from coda_fast.data.preprocessing import Preprocessing
 
-COLOURS = "bwr"  # blue: against the class, white: nothing, red: for it, as in the paper
+COLOURS = "bwr"  # blue: against the class, white: zero, red: for the class, as in the paper
 PERCENTILE = 99.5
 
 
 def symmetric_scale(maps: torch.Tensor) -> float:
-    """The end of a symmetric colour scale: the ``PERCENTILE`` of absolute contributions, so that single
-    pixels do not bleach a map.
+    """The end of a symmetric colour scale: the ``PERCENTILE`` of absolute contributions, so that a few
+    extreme pixels do not make the map pale.
     """
     values = maps.detach().abs().flatten().double()
     if not len(values) or not (scale := float(np.percentile(values.cpu().numpy(), PERCENTILE))):
@@ -45,18 +45,18 @@ def symmetric_scale(maps: torch.Tensor) -> float:
 
 
 def weight_rgba(dynamic_weight: torch.Tensor, contribution_map: torch.Tensor) -> np.ndarray:
-    """The dynamic weight as the picture that it looks for, [H, W, 4] in [0, 1].
+    """The dynamic weight as the picture that it responds to, [H, W, 4] in [0, 1].
 
-    Colour: per channel, the share of the positive weight on ``x`` in that on ``x`` and ``1 - x``: the colour
-    to which the linear map of this pixel responds most. Alpha: the pixel's contribution, 0 where it is
-    negative, opaque from the ``PERCENTILE`` on.
+    Colour: for each channel, the positive weight on ``x`` as a share of the positive weights on ``x`` and
+    ``1 - x``, which is the colour to which the linear map of this pixel responds most. Alpha: the pixel's
+    contribution, 0 if it is negative, opaque from the ``PERCENTILE`` on.
 
     Args:
         dynamic_weight: [2 C, H, W] with C = 1 or 3 (as ``explanation.dynamic_weight[i, k]``).
         contribution_map: [H, W].
 
     Raises:
-        ValueError: shapes that do not fit, for example of an explanation with ``layer=``.
+        ValueError: shapes do not fit, for example those of an explanation with ``layer=``.
     """
     if dynamic_weight.dim() != 3 or dynamic_weight.shape[0] not in (2, 6):
         raise ValueError(
@@ -79,8 +79,8 @@ def weight_rgba(dynamic_weight: torch.Tensor, contribution_map: torch.Tensor) ->
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A picture as it was given, upright, and the part of it that a network saw, ``box``: left, top,
-    right, bottom in its pixels.
+    """The original picture, upright, and the part of it that a network saw, ``box``: left, top, right, bottom
+    in its pixels.
     """
 
     picture: np.ndarray  # [H, W, 3] uint8
@@ -88,8 +88,8 @@ class View:
 
     @classmethod
     def of(cls, image: Image, preprocessing: Preprocessing, most: int = 1024) -> View:
-        """Of a picture of Pillow (``coda_fast.data.decode``), reduced to at most so many pixels a side; of a
-        strip that is cropped, the middle alone.
+        """The view of a Pillow image (``coda_fast.data.decode``), reduced to at most ``most`` pixels a side.
+        Of a very long image that is cropped, only the middle is kept.
         """
         box = preprocessing.box(*image.size)
         if preprocessing.crop is not None and (size := middle(*image.size)) != image.size:
@@ -106,11 +106,11 @@ class View:
     def cropped(self) -> bool:
         """Whether the network saw less than all of it."""
         height, width = self.picture.shape[:2]
-        # sides are quotients
+        # tolerant, because the sides of the box are quotients
         return not np.allclose(self.box, (0, 0, width, height), rtol=0, atol=1e-6 * max(height, width))
 
     def seen(self) -> tuple[int, int, int, int]:
-        """``box`` in whole pixels: all that the network saw something of, at least one."""
+        """``box`` in whole pixels: all pixels that the network saw at least partly, and at least one."""
         height, width = self.picture.shape[:2]
         left, top, right, bottom = self.box
         left, top = min(math.floor(left), width - 1), min(math.floor(top), height - 1)
@@ -122,22 +122,22 @@ class View:
         )
 
     def faded(self) -> np.ndarray:
-        """The picture in pale grey, to draw over: [H, W, 3] uint8."""
+        """The picture in pale grey, as a background: [H, W, 3] uint8."""
         grey = self.picture.astype(np.float32).mean(2, keepdims=True)
         return np.repeat(150 + 0.4 * grey, 3, 2).astype(np.uint8)
 
     def with_map(self, colours: np.ndarray, side: int) -> np.ndarray:
-        """The colours of a map [h, w, 3] uint8, where they belong on the faded picture, whose shorter side
-        gets about ``side`` pixels; all pixels of the map of one size, which is a whole number. Without a
-        crop, the map.
+        """The map ``colours`` [h, w, 3] uint8 in its place on the faded picture, whose shorter side gets
+        about ``side`` pixels; each pixel of the map is enlarged by the same integer factor. Without a crop,
+        ``colours`` itself.
         """
         if not self.cropped:
             return colours
         return self._composed(self.faded(), colours, side)
 
     def with_crop(self, colours: np.ndarray, side: int) -> np.ndarray:
-        """The picture, faded but for what the network saw, in the size of ``with_map``; without a crop,
-        what it saw, ``colours``.
+        """The picture in the size of ``with_map``, faded outside the part that the network saw; without a
+        crop, ``colours`` (what the network saw) itself.
         """
         if not self.cropped:
             return colours
@@ -151,7 +151,7 @@ class View:
 
         height, width = (colours.shape if shape is None else shape)[:2]
         left, top, right, bottom = self.box
-        # of the map, in pixels of the page
+        # the side of a map's pixel on the canvas
         pixel = max(1, round(side / min(page.shape[:2]) * (right - left) / width))
         across, down = pixel * width / (right - left), pixel * height / (bottom - top)
         whole = max(1, round(page.shape[1] * across)), max(1, round(page.shape[0] * down))
@@ -165,8 +165,8 @@ class View:
 
 
 def show_view(axes: Axes, view: View, title: str = "") -> None:
-    """Draw a picture as it was given; of a cropped one, what the network did not see is faded, and a line
-    is drawn around the rest.
+    """Draw the original picture. If it is cropped, the part that the network did not see is faded, and a line
+    surrounds the rest.
     """
     height, width = view.picture.shape[:2]
     axes.imshow(view.faded() if view.cropped else view.picture, extent=(0, width, height, 0))
@@ -178,9 +178,7 @@ def show_view(axes: Axes, view: View, title: str = "") -> None:
 
 
 def _under(axes, view):
-    """The faded picture below what is drawn over a part of it; where that goes, as ``extent`` of
-    ``imshow``.
-    """
+    """Draw the faded picture as a background; return where to draw over it, as ``extent`` of ``imshow``."""
     if view is None:
         return None
     height, width = view.picture.shape[:2]
@@ -191,7 +189,7 @@ def _under(axes, view):
 
 
 def _over(axes, view):
-    """Back to all of the picture, after a part of it was drawn over."""
+    """Reset the limits of the axes to the whole picture, after drawing over a part of it."""
     if view is not None:
         height, width = view.picture.shape[:2]
         axes.set(xlim=(0, width), ylim=(height, 0))
@@ -223,7 +221,7 @@ def show_map(
     axes: Axes, contribution_map: torch.Tensor, scale: float, title: str = "", view: View | None = None
 ) -> AxesImage:
     """Draw a contribution map [H, W] in red (for) and blue (against), white at 0, saturated at +-``scale``,
-    over the picture of ``view`` if there is one; returns the artist.
+    over the picture of ``view`` if that is given. Return the matplotlib artist.
     """
     pixels, extent = contribution_map.detach().cpu().float().numpy(), _under(axes, view)
     artist = axes.imshow(
@@ -241,7 +239,7 @@ def show_weight(
     title: str = "",
     view: View | None = None,
 ) -> None:
-    """Draw ``weight_rgba`` on white, at its place in the picture of ``view`` if there is one."""
+    """Draw ``weight_rgba`` on white, at its place in the picture of ``view`` if that is given."""
     extent = _under(axes, view)
     if view is not None and view.cropped:
         axes.imshow(np.ones((1, 1, 3)), extent=extent)
@@ -251,7 +249,7 @@ def show_weight(
 
 
 def proof(explanation: Explanation, i: int, k: int, logit_bias: float) -> str:
-    """One line: the contributions and the bias add up to the logit."""
+    """Text that shows that the contributions and the bias add up to the logit."""
     target = explanation.target[i, k]
     total = float(explanation.contributions[i, k].sum(dtype=torch.float64))
     logit, error = float(explanation.logits[i, target]), float(explanation.completeness_error[i, k])
@@ -259,7 +257,7 @@ def proof(explanation: Explanation, i: int, k: int, logit_bias: float) -> str:
 
 
 def probability(p: float) -> str:
-    """A sigmoid for a title; never a false certainty."""
+    """A probability as text for a title, never as "0.000" or "1.000"."""
     return "p < 0.001" if p < 0.001 else "p > 0.999" if p > 0.999 else f"p = {p:.3f}"
 
 
@@ -271,10 +269,10 @@ def explanation_figure(
     labels: Sequence[int] | None = None,
     views: Sequence[View] | None = None,
 ) -> Figure:
-    """One row for each image: the image, a contribution map for each explained class, and, of an encoded
-    image in grey or colour (``layer=None``), the dynamic weight of the first of them.
+    """A figure with a row for each image: the image, a contribution map for each explained class, and the
+    dynamic weight of the first class if that applies to the encoded image (``layer=None``).
 
-    All maps share one symmetric scale; below each stands the proof that it is complete.
+    All maps share one symmetric scale; below each is the proof that it is complete.
 
     Args:
         images: [N, C, H, W], as given to ``model.explain``.
@@ -282,24 +280,23 @@ def explanation_figure(
         logit_bias: ``model.logit_bias``.
         class_names: one for each class; numbers if None.
         labels: the true class of each image, written above it.
-        views: the pictures as they were given: they are drawn in place of ``images``, and all maps over them,
-            where they belong.
+        views: the original pictures, which are drawn instead of ``images``, with all maps over them, in
+            their places.
 
     Raises:
-        ValueError: images and explanation that do not belong together. ImportError: matplotlib is not
-            installed.
+        ValueError: images and explanation do not belong together. ImportError: matplotlib is not installed.
     """
     _check_together(images, explanation, labels)
     encoded, (count, classes) = explanation.layer == 0, explanation.target.shape
 
     def name(number):
         text = " ".join(str(class_name(class_names, number)).split())
-        return _shortened(text, 20)  # or titles run into each other
+        return _shortened(text, 20)  # longer titles would overlap
 
     shape = images.shape[2:] if not views else views[0].picture.shape
-    # a strip is drawn small rather than on a page of metres
+    # bounded, so that a very long image is drawn small, not on a page of metres
     aspect = min(4.0, max(0.25, shape[0] / shape[1]))
-    weighted = encoded and explanation.dynamic_weight.shape[2] in (2, 6)  # or there is no picture of it
+    weighted = encoded and explanation.dynamic_weight.shape[2] in (2, 6)  # other weights have no picture
     columns = classes + 1 + weighted
     figure = new_figure(width=2.3 * columns + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
     axes: Any = figure.subplots(max(1, count), columns, squeeze=False)
@@ -329,7 +326,7 @@ def explanation_figure(
                 axes[i, -1], explanation.dynamic_weight[i, 0], explanation.contribution_map[i, 0], title, view
             )
     if count:
-        low = count * aspect < 0.6  # and so is the bar
+        low = count * aspect < 0.6  # the colour bar is then too low for the long label
         colour_bar(
             figure, artist, axes, "logit, per pixel" if low else "contribution to the logit, per pixel"
         )
@@ -337,7 +334,7 @@ def explanation_figure(
 
 
 def _check_together(images, explanation, labels):
-    """ValueError unless explanation and labels are of these images."""
+    """Raise a ValueError unless explanation and labels belong to these images."""
     count, _, *size = explanation.contribution_map.shape
     if count != len(images) or (explanation.layer == 0 and size != list(images.shape[2:])):
         raise ValueError(
@@ -349,7 +346,7 @@ def _check_together(images, explanation, labels):
 
 
 def _shortened(text, most):
-    """The beginning of a text that takes at most so many columns; Chinese characters take two."""
+    """The beginning of a text, at most ``most`` columns wide; Chinese characters take two columns."""
     widths = list(itertools.accumulate(1 + (unicodedata.east_asian_width(c) in "WF") for c in text))
     if not widths or widths[-1] <= most:
         return text
@@ -357,7 +354,7 @@ def _shortened(text, most):
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches, outside pyplot's global state."""
+    """An empty figure, with its size in inches, outside pyplot's global state."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -365,7 +362,7 @@ def new_figure(width: float, height: float) -> Figure:
         raise ImportError(
             "figures need matplotlib: pip install 'coda-fast[cli]' or pip install matplotlib"
         ) from None
-    # inches: the proof under a map stays apart from the title of the next
+    # h_pad in inches keeps the proof under a map apart from the title of the next
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.07))
 
 
@@ -376,7 +373,7 @@ def colour_bar(
     label: str = "contribution to the logit, per pixel",
     location: str = "right",
 ) -> None:
-    """The scale that the maps of ``axes`` share."""
+    """Draw the colour bar of the scale that the maps of ``axes`` share."""
     bar = figure.colorbar(artist, ax=axes, location=location, shrink=0.8, aspect=25, pad=0.02, extend="both")
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -390,7 +387,7 @@ def render(figure: Figure, dpi: int = 150) -> bytes:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> None:
-    """Write the figure (PNG, SVG or PDF by its ending), all or nothing."""
+    """Write the figure (PNG, SVG or PDF by its ending), whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
 
@@ -403,5 +400,5 @@ def _bare(axes, title):
         spine.set_color("0.6")
     if title:
         text, families = drawable(title)
-        # names of classes may hold dollars
+        # names of classes may contain dollar signs
         axes.set_title(text, fontsize=9, fontfamily=families, parse_math=False)

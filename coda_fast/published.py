@@ -1,4 +1,4 @@
-"""State dicts of the published implementation of CoDA-Nets, in both directions, bit for bit."""
+"""Conversion from and to state dicts of the published implementation of CoDA-Nets, bit for bit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from coda_fast.functional import EPS
 from coda_fast.models import CoDANet
 from coda_fast.safety import need_memory
 
-# What the published implementation calls B, A and b. Its A is [d n, r, 1, 1] and its b [d n]: all units of
-# the first entry of the patch, then all units of the second.
+# The keys of B, A and b in the published implementation. Its A is [d n, r, 1, 1] and its b [d n]: all units
+# for the first entry of the patch, then all units for the second, and so on.
 _PUBLISHED = {
     "reduction_weight": "weight_mod.weighting_f.0.weight",
     "weight": "weight_mod.weighting_f.1.weight",
@@ -40,12 +40,12 @@ def from_published(
     """A CoDANet from a state dict of the published implementation; widths, ranks and kernel sizes follow from
     the tensors.
 
-    Keys are ``<layer>.weight_mod.weighting_f.{0.weight, 1.weight, 1.bias}`` with the layers numbered from 0,
-    behind any common prefix such as ``module.``.
+    Keys are ``<layer>.weight_mod.weighting_f.{0.weight, 1.weight, 1.bias}`` with layers numbered from 0,
+    after any common prefix such as ``module.``.
 
     Raises:
-        CheckpointError: unknown, missing or misshapen keys, all named in one message; a number of strides or
-            paddings that is not that of the layers, or any value that ``CoDANet`` refuses.
+        CheckpointError: keys are unknown, missing or of the wrong shape (all are named in one message), there
+            are not as many strides or paddings as layers, or ``CoDANet`` refuses a value.
     """
     layers = _published_layers(state_dict)
     for name, values in (("strides", strides), ("paddings", paddings)):
@@ -87,11 +87,12 @@ def from_published(
 
 
 def to_published(model: CoDANet) -> dict[str, torch.Tensor]:
-    """The state dict that the published implementation would hold; the exact inverse of ``from_published``.
+    """The state dict of the same network in the published implementation; the exact inverse of
+    ``from_published``.
 
     Raises:
-        TypeError, ValueError: as ``save``; and for layers with a dilation, or some with a bias and some
-            without, for which the published form has no place.
+        TypeError, ValueError: as ``save``; or layers have a dilation, or only some have a bias, which the
+            published form cannot express.
     """
     config, tensors = describe(need_network(model, kind=CoDANet))
     tensors = tensors_of(tensors)
@@ -113,24 +114,24 @@ def to_published(model: CoDANet) -> dict[str, torch.Tensor]:
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """A state dict from a ``torch.save`` file, on the CPU, with ``weights_only=True``: nothing is ever
-    unpickled freely.
+    """A state dict from a ``torch.save`` file, on the CPU. It is read with ``weights_only=True``, so that no
+    code in it can run.
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: not such a file, no file at all (a folder, a pipe, a
-            device), or it holds more than tensors, or more than this machine can. OSError: it may not be
-            read.
+        FileNotFoundError: there is no such file. CheckpointError: it is not such a file, not a regular file
+            (but a folder, a pipe, a device), holds other things than tensors, or does not fit in this
+            machine's memory. OSError: reading it is not permitted.
     """
     with regular_file(path) as file:
         try:
             with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
-                # packed, they may be a small file
+                # a small file may unpack to large tensors
                 need_memory("tensors", sum(member.file_size for member in archive.infolist()))
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged files end in whatever exception their bytes lead to
+        except Exception as error:  # a damaged file can raise any exception
             reason = str(error).split("\n")[0] or type(error).__name__
-            # torch's own message advises to read it without weights_only
+            # torch's own message suggests reading it without weights_only
             if isinstance(error, pickle.UnpicklingError):
                 reason = "it is damaged, or holds other things"
             raise CheckpointError(
@@ -142,7 +143,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def _published_layers(state_dict):
-    """One dict of tensors in our shapes for each layer, in order."""
+    """A dict of tensors in our shapes for each layer, in order."""
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(f"state dict: expected names to tensors, got {type(state_dict).__name__}")
     found, problems = _by_layer(state_dict)
@@ -151,10 +152,10 @@ def _published_layers(state_dict):
     tensors = [tensor for layer in found.values() for tensor in layer.values()]
     if len({tensor.dtype for tensor in tensors}) > 1:
         problems.append("tensors of different dtypes")
-    # up to a layer whose number may be anything
+    # counts up to the number of layers found, because a layer's number can be huge
     problems += [f"no keys for layer {index}" for index in range(len(found)) if index not in found]
     if not problems:
-        try:  # a tensor that is expanded takes nothing in a file
+        try:  # an expanded tensor takes no space in a file
             need_memory("weights", sum(tensor.numel() * tensor.element_size() for tensor in tensors))
         except ValueError as error:
             raise CheckpointError(f"state dict of the published implementation: {error}") from None
@@ -172,7 +173,7 @@ def _published_layers(state_dict):
 
 
 def _by_layer(state_dict):
-    """{layer: {our name of a tensor: tensor}}, and what is wrong with the keys."""
+    """{layer: {our name of a tensor: tensor}}, and a list of what is wrong with the keys."""
     pattern = re.compile(
         r"(?P<prefix>(?:.*[^0-9])?)(?P<layer>[0-9]{1,9})\.(?P<key>"
         + "|".join(map(re.escape, _PUBLISHED.values()))
@@ -205,7 +206,7 @@ def _by_layer(state_dict):
 
 
 def _in_our_shapes(index, tensors, channels, problems):
-    """The tensors of a layer that takes so many channels (None: any); or None, and why in ``problems``."""
+    """The tensors of a layer with ``channels`` inputs (None: any); or None, and why in ``problems``."""
     if "reduction_weight" not in tensors or "weight" not in tensors:
         return None
     reduction, weight, bias = tensors["reduction_weight"], tensors["weight"], tensors.get("bias")

@@ -1,6 +1,4 @@
-"""The classes of networks that files may name, and the named configurations that ``create_model`` and timm
-know.
-"""
+"""The network classes that files may name, and the named configurations for ``create_model`` and timm."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# type[Any]: constructors of networks also take device and dtype, which that of Network does not take.
+# type[Any], because constructors of subclasses take device and dtype, and that of Network does not.
 _CLASSES: dict[str, type[Any]] = {}
 _MODELS: dict[str, Model] = {}
 _LISTENERS: list[Callable[[str], None]] = []
@@ -16,7 +14,7 @@ _LISTENERS: list[Callable[[str], None]] = []
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A named configuration: the class of the network, its arguments, and who it is from."""
+    """A named configuration: the class of the network, its arguments, and its origin."""
 
     network: type[Any]
     config: dict
@@ -24,10 +22,10 @@ class Model:
 
 
 def add(name: str, network: type[Any], config: Mapping, origin: str) -> None:
-    """Enter a model and its class, and tell who listens.
+    """Register a model and its class, and call the listeners.
 
     Raises:
-        ValueError: the name stands for another model, or the name of the class for another class.
+        ValueError: the name belongs to another model, or the name of the class to another class.
     """
     known, entry = _CLASSES.get(network.__name__, network), Model(network, dict(config), origin)
     if known is not network:
@@ -44,7 +42,7 @@ def add(name: str, network: type[Any], config: Mapping, origin: str) -> None:
 
 
 def listen(listener: Callable[[str], None]) -> None:
-    """Call ``listener`` with the name of every model, those that come later too."""
+    """Call ``listener`` with the name of every model, including those that are registered later."""
     _LISTENERS.append(listener)
     for name in list(_MODELS):
         listener(name)
@@ -56,22 +54,22 @@ def models() -> dict[str, Model]:
 
 
 def model(name: str) -> Model:
-    """A model by name; ValueError where there is none."""
+    """A model by name; ValueError if there is none."""
     if name not in _MODELS:
         raise ValueError(f"model: expected one of {', '.join(_MODELS)}, got {name!r}")
     return _MODELS[name]
 
 
 def classes() -> dict[str, type[Any]]:
-    """The classes of networks by name."""
+    """The registered network classes by name."""
     return dict(_CLASSES)
 
 
 def class_of(network: object) -> type[Any]:
-    """The registered class that a network is of, or of a subclass of; a file names it.
+    """The registered class that a network belongs to or inherits from; a file names it.
 
     Raises:
-        ValueError: none is.
+        ValueError: there is none.
     """
     for kind in type(network).__mro__:
         if _CLASSES.get(kind.__name__) is kind:
@@ -83,5 +81,5 @@ def class_of(network: object) -> type[Any]:
 
 
 def name_of(kind: type, otherwise: str) -> str:
-    """The name of the registered class that ``kind`` is or inherits from; ``otherwise`` where none is."""
+    """The name of the registered class that ``kind`` is or inherits from, or ``otherwise`` without one."""
     return next((k.__name__ for k in kind.__mro__ if _CLASSES.get(k.__name__) is k), otherwise)

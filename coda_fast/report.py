@@ -1,5 +1,5 @@
-"""One self-contained HTML file that shows why a network decides as it does, image by image, beside other
-methods of attribution.
+"""A self-contained HTML page that shows for each image why a network decides as it does, beside other
+attribution methods.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from coda_fast.explain_files import as_network_sees
 from coda_fast.network import Network
 from coda_fast.safety import batch_within, check_explainable, printable
 
-SHOWN = 160  # pixels of a picture's shorter side on the page; sharp squares, not blurred, when enlarged
-# by default: some passes an image, where occlusion and RISE take thousands of a large one
+SHOWN = 160  # the shorter side of a picture on the page, in pixels; enlarged pixels are sharp squares
+# The default methods take a few passes per image; occlusion and RISE take thousands for a large one.
 METHODS = ("IxG", "IntGrad", "GCam")
 
 _PAGE = """<!doctype html>
@@ -96,8 +96,8 @@ _FIGURE = (
 
 
 class Picture(NamedTuple):
-    """A picture of the page: its caption, [C, H, W] in [0, 1] as the network takes it, and as it was
-    given, if that is another.
+    """A picture for the page: its caption, the network's input [C, H, W] in [0, 1], and the original picture
+    if that differs.
     """
 
     name: str
@@ -106,8 +106,8 @@ class Picture(NamedTuple):
 
 
 def render(model: Network, images: Sequence[torch.Tensor], names: Sequence[str], **options: Any) -> str:
-    """The page of images [C, H, W] in [0, 1], of any sizes, with their captions, as one text; ``options``
-    and errors as of ``stream``.
+    """The page for images [C, H, W] in [0, 1] of any size, with their captions, as one string. Takes the
+    ``options`` of ``stream`` and raises the same errors.
     """
     if not images or len(images) != len(names):
         raise ValueError(
@@ -129,21 +129,21 @@ def stream(
     skipped: Sequence[str] = (),
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> Iterator[str]:
-    """The page in pieces, nothing loaded from elsewhere: a picture is asked for and explained when its piece
-    is.
+    """The page in pieces, which loads nothing from elsewhere. Each picture is taken and explained only when
+    its piece is.
 
     Args:
         classes: how many of the most likely classes get a map.
-        methods: names of ``coda_fast.baselines`` beside the network's own maps, none if empty; two that are
-            the same on a CoDA-Net are one column. None: ``METHODS``, or none where captum is missing, which
-            the page then says.
+        methods: names of ``coda_fast.baselines`` to show beside the network's own maps, none if empty; two
+            that are equal on a CoDA-Net share a column. None: ``METHODS``, or none if captum is missing,
+            which the page then says.
         notes: sentences for the top of the page.
-        skipped: files that could not be read and why, for its end, where it is looked at for the first time.
+        skipped: unreadable files, with the reasons, for the end of the page; it is read only then.
 
     Raises:
-        ValueError: unknown methods, images that the model cannot take, or whose explanation this machine
-            cannot hold.
-        ImportError: jinja2 or matplotlib is missing, or captum for methods that are asked for.
+        ValueError: a method is unknown, the model cannot take an image, or an explanation does not fit in
+            memory.
+        ImportError: jinja2 or matplotlib is missing, or captum if ``methods`` names some that need it.
     """
     try:
         import jinja2
@@ -177,19 +177,20 @@ def stream(
     pieces = page.generate(
         title=title, subtitle=subtitle, bias=bias, items=items, notes=list(notes), skipped=skipped
     )
-    return map(str, pieces)  # some are jinja's own text, which escapes what it is added to
+    return map(str, pieces)  # some are jinja's Markup, which would escape strings that it is joined with
 
 
 def find_images(paths: Iterable[Path], limit: int) -> tuple[list[tuple[Path, str, bool]], int]:
-    """The files that ``paths`` name, and image files in the folders among them, at any depth, hidden ones
-    left out.
+    """The files among ``paths``, and the image files in the folders among them, at any depth, except hidden
+    ones.
 
-    Of those in folders at most ``limit``, evenly from their order, so that a folder of classes is shown in
-    all its parts.
+    At most ``limit`` files from folders are taken, evenly spaced in their order, so that all classes of a
+    folder of classes are shown.
 
     Returns:
-        Path, caption (below a folder: from there) and whether it was found in a folder, in the order of
-        ``paths``; how many image files the folders hold. OSError: a folder that cannot be read.
+        A list of (path, caption, whether it was found in a folder) in the order of ``paths``, and the number
+        of image files in the folders. Captions of files in a folder are relative paths. OSError: a folder
+        cannot be read.
     """
     listed = []
     for path in paths:
@@ -209,11 +210,11 @@ def read_pictures(
     classes: int,
     skipped: list[str],
 ) -> Iterator[Picture]:
-    """The pictures of ``find_images``, each read when it is asked for. What is wrong with one of a folder
-    goes into ``skipped``.
+    """The pictures of ``find_images``, each read when it is needed. The error of an unreadable one in a
+    folder is added to ``skipped``.
 
     Raises:
-        ValueError: a picture that was named cannot be read, or none can.
+        ValueError: a picture that the user named cannot be read, or none can.
     """
     count, shown = 0, 0
     for path, name, in_folder in files:
@@ -236,18 +237,18 @@ def read_pictures(
 
 
 def write(path: str | Path, page: str | Iterable[str]) -> None:
-    """The page, or its pieces, as a file, whole or not at all."""
+    """Write the page, or its pieces, to a file, whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines([page] if isinstance(page, str) else page)
 
 
 def _columns(methods):
-    """{title: method}, in order, each once."""
+    """{title of a column: method}, in order, without duplicates."""
     columns, pairs = {}, [(method, twin) for twin, method in baselines.TWINS.items()]
     for method in methods:
         pair = next((pair for pair in pairs if set(pair) <= set(methods) and method in pair), (method,))
         columns[" = ".join(pair)] = pair[0]
-    columns.pop("Ours", None)  # always there
+    columns.pop("Ours", None)  # the network's own maps are always shown
     return columns
 
 
@@ -297,8 +298,8 @@ def _item(model, picture, classes, attributions):
 
 
 def _layer_maps(model, batch, best):
-    """The maps [H, W] of the best class at all DAU layers but the first that cut the network, by name; in a
-    CoDANet by number, counted from 1.
+    """(name, map [H, W] of the best class) for all DAU layers after the first that cut the network. In a
+    CoDANet the name is the layer's number, counted from 1.
     """
     found = []
     for layer in list(model.dau_layers().values())[1:]:
@@ -309,7 +310,7 @@ def _layer_maps(model, batch, best):
 
 
 def _within(attribution, model, image):
-    """The method in batches that the network can take of images of this size."""
+    """The method with a batch size that fits in memory for images of this size."""
     settings = dict(attribution.settings)
     if "batch_size" in settings:
         settings["batch_size"] = batch_within(model, *image.shape[1:], settings["batch_size"])

@@ -1,5 +1,5 @@
-"""What commands refuse before they do any work: outputs that would replace inputs, paths that are not
-regular files, sizes that this machine cannot hold.
+"""What commands check before they do any work: outputs must not replace inputs, paths must be regular files,
+and sizes must fit in this machine's memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 if TYPE_CHECKING:
     from coda_fast.models import CoDANet
 
-MOST_PIXELS = 89_478_485  # of an image; the bound of Pillow: a quarter of a GiB at 24 bits a pixel
+MOST_PIXELS = 89_478_485  # of an image; Pillow's limit: a quarter of a GiB at 24 bits per pixel
 
 
 class NotAFile(ValueError):
@@ -31,11 +31,11 @@ class NotAFile(ValueError):
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """A regular file, open for reading. Nothing else is opened: a pipe would block the program until somebody
+    """A regular file, open for reading. Nothing else is opened: a pipe would block the program until someone
     writes to it, and a device may never end.
 
     Raises:
-        NotAFile: the path is not a regular file. OSError: it is missing, or may not be read.
+        NotAFile: the path is not a regular file. OSError: it is missing, or reading it is not permitted.
     """
     _need_regular(path, os.stat(path).st_mode)
     # The file may be replaced after the check. Opening a pipe in this way does not block.
@@ -50,7 +50,7 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
 
 
 def kind_of(mode: int) -> str:
-    """The kind of file that a mode of ``os.stat`` stands for, in words."""
+    """The type of file, in words, of a mode that ``os.stat`` returns."""
     kinds = {
         stat.S_ISREG: "a file",
         stat.S_ISDIR: "a folder",
@@ -68,7 +68,7 @@ def _need_regular(path, mode):
 def walk(
     root: str | os.PathLike, onerror: Callable[[OSError], None] | None = None
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """``os.walk`` that follows links and visits every folder once, also where links form a circle."""
+    """``os.walk`` that follows links and visits every folder once, even if links form a circle."""
     seen = set()
     for folder, below, names in os.walk(os.fspath(root), onerror=onerror, followlinks=True):
         real = os.path.realpath(folder)
@@ -86,8 +86,8 @@ def read_npz(
 
     Raises:
         ValueError: the file is not an .npz file, is damaged, holds arrays of Python objects, has a header
-            that claims another size than the file holds, or holds arrays that do not fit into memory.
-        OSError: it is missing, or may not be read.
+            that claims another size than the file holds, or holds arrays that do not fit in memory.
+        OSError: it is missing, or reading it is not permitted.
     """
     with open_file(path) as file:
         try:
@@ -114,8 +114,8 @@ def read_npz(
 
 
 def _claimed_bytes(member):
-    """The size of an array's file by its header; None: it is not an array, or its header does not say how
-    large it is.
+    """The size of an array's file according to its header; None if it is not an array, or its header does not
+    give the size.
     """
     try:
         version = np.lib.format.read_magic(member)
@@ -132,8 +132,8 @@ def _claimed_bytes(member):
 
 
 def printable(text: object) -> str:
-    """``text`` for a terminal, a page or a log, with control characters and undecodable bytes written as
-    escapes: names of files may hold both.
+    """``text`` for a terminal, a page or a log, with control characters and undecodable bytes as escapes;
+    file names may contain both.
     """
     text = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
@@ -163,7 +163,7 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
                 f"output: expected another file than those that are read, got {path}, which is "
                 f"{read[identity]}"
             )
-        if not stat.S_ISREG(mode):  # os.replace would replace a device by a file
+        if not stat.S_ISREG(mode):  # os.replace would replace even a device by a file
             raise ValueError(f"output: expected a file at {path}, got {kind_of(mode)}")
 
 
@@ -171,7 +171,7 @@ def check_output_folder(folder: str | os.PathLike, inputs: Iterable[str | os.Pat
     """Check that results do not go into a folder that is read, or below one, under any name or link.
 
     Raises:
-        ValueError: ``folder`` is or lies in one of ``inputs``, or a file is in its place.
+        ValueError: ``folder`` is one of ``inputs`` or lies in one, or there is a file in its place.
     """
     read: dict[tuple[int, int], str | os.PathLike] = {}
     for path in inputs:
@@ -189,7 +189,7 @@ def check_output_folder(folder: str | os.PathLike, inputs: Iterable[str | os.Pat
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """A folder for results, made with those above it. If the block fails, those made and empty go again."""
+    """A folder for results, made with its parents. If the block fails, new empty folders are removed."""
     folder = Path(folder)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ class TooLarge(ValueError):
 
 
 def machine_memory(device: torch.device | str = "cpu") -> int:
-    """The most bytes that this process can have: the memory of the GPU; for a CPU the least of the
+    """The most bytes that this process can use: the memory of the GPU, or for a CPU the smallest of the
     machine's memory, the limit of its container and the limits of its shell.
     """
     device = torch.device(device)
@@ -238,7 +238,7 @@ def machine_memory(device: torch.device | str = "cpu") -> int:
 
 
 def need_memory(what: str, needed: int, device: torch.device | str = "cpu") -> None:
-    """Raise TooLarge where ``what`` needs more bytes than the machine or GPU has."""
+    """Raise TooLarge if ``what`` needs more bytes than the machine or GPU has."""
     if needed > (there := machine_memory(device)):
         raise TooLarge(
             f"{what}: expected what fits into the {_gib(there)} GiB of this machine, got what needs "
@@ -259,10 +259,10 @@ def explanation_memory(model: CoDANet, height: int, width: int, classes: int = 1
 
 
 def check_explainable(model: CoDANet, height: int, width: int, name: str, classes: int = 1) -> None:
-    """Check that an image of this size can be explained; ``name`` is what messages call it.
+    """Check that an image of this size can be explained; messages call it ``name``.
 
     Raises:
-        TooLarge: an explanation of ``classes`` classes does not fit into memory. ValueError: the image is
+        TooLarge: an explanation of ``classes`` classes does not fit in memory. ValueError: the image is
             smaller than the kernel of a layer.
     """
     try:

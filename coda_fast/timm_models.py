@@ -1,5 +1,5 @@
-"""Plug-in for timm: importing this module registers every model of ``coda_fast.list_models()`` under its own
-name, and so every model that ``coda_fast.register_model`` adds later.
+"""A plug-in for timm: importing this module registers every model of ``coda_fast.list_models()`` with timm
+under the same name, and later every model that ``coda_fast.register_model`` adds.
 
 >>> import timm, coda_fast.timm_models
 >>> timm.create_model("coda_s_cifar10", num_classes=100).num_classes
@@ -30,8 +30,8 @@ __all__ = ["POOLS", "TimmCoDANet"]  # register_model adds the names of the model
 
 
 def _default_cfg(name):
-    """What timm's data pipeline and checkpoint loading ask about a model. Mean 0 and deviation 1:
-    CoDA-Nets take pixels in [0, 1].
+    """What timm's data pipeline and checkpoint loading need to know about a model. Mean 0 and standard
+    deviation 1, because CoDA-Nets take pixels in [0, 1].
     """
     network = create_model(name, device="meta")
     cfg, layers = _data_cfg(network.transform), network.dau_layers()
@@ -45,8 +45,8 @@ def _default_cfg(name):
 
 
 def _data_cfg(transform):
-    """Preprocessing in timm's terms: with these, its pipeline makes of an upright, opaque picture of 8
-    bits what ``transform`` does.
+    """Preprocessing in timm's terms: with them, timm's pipeline does the same as ``transform`` to an upright,
+    opaque 8-bit picture.
     """
     channels, crop = transform.channels, transform.crop
     cfg = dict(
@@ -56,17 +56,17 @@ def _data_cfg(transform):
         crop_mode="center",
         crop_pct=1.0,
     )
-    if crop is None:  # timm crops always: to what the network's name says
+    if crop is None:  # timm always crops; without input_size it uses its own default
         return cfg
     share = crop / transform.resize
-    if math.floor(crop / share) != transform.resize:  # so timm finds the size to resize to
+    if math.floor(crop / share) != transform.resize:  # timm computes the size to resize to like this
         share = math.nextafter(share, 0.0)
     return cfg | dict(input_size=(channels, crop, crop), crop_pct=share)
 
 
 def _transform_of(cfg, transform):
-    """The same the other way: what a configuration of timm, of a checkpoint perhaps, says of
-    preprocessing.
+    """The inverse: the preprocessing that a timm configuration, perhaps of a checkpoint, describes;
+    ``transform`` itself if it describes none.
     """
     height, width = (cfg.get("input_size") or (0, 0, 1))[1:]
     if height != width or (cfg.get("crop_mode") or "center") != "center":
@@ -76,7 +76,7 @@ def _transform_of(cfg, transform):
         return Preprocessing(
             transform.channels, resize, height, cfg.get("interpolation") or transform.interpolation
         )
-    except ValueError:  # timm's "random", say
+    except ValueError:  # such as timm's interpolation "random"
         return transform
 
 
@@ -94,13 +94,13 @@ def _network(name, *, num_classes, in_chans, global_pool="sum", drop_rate=0.0, *
 
 
 def _fit_state_dict(state_dict, model):
-    """Pretrained tensors for ``model``: those of a classifier for other classes left out, other image
-    channels refused.
+    """Pretrained tensors for ``model``, without the classifier if it is for another number of classes.
+    Weights for other image channels are refused.
     """
     first = state_dict.get("layers.0.reduction_weight") if isinstance(model, TimmCoDANet) else None
     if first is not None and first.shape[1] != 2 * model.in_chans:
-        # not adapted as timm does: a sum over colours keeps z, but no weight has the norm that three colours
-        # gave
+        # timm would sum the weights over colours; here that keeps z, but the dynamic weights would have
+        # another norm
         raise ValueError(
             f"in_chans: expected {first.shape[1] // 2} as in the pretrained weights, got {model.in_chans}"
         )
@@ -116,7 +116,7 @@ def _entrypoint(name):
             raise ValueError(f"features_only: expected a network with stages in a row, got {name}")
         names = options.get("class_names")
         if pretrained and names is not None and options.get("num_classes", len(names)) != len(names):
-            del options["class_names"]  # which timm read from a folder: of other classes than are asked for
+            del options["class_names"]  # timm read them from a folder, but other classes are asked for
         model = build_model_with_cfg(
             lambda **kwargs: _network(name, **kwargs),
             name,
@@ -125,7 +125,7 @@ def _entrypoint(name):
             feature_cfg={"out_indices": None, "feature_cls": "getter"},  # None: all
             **options,
         )
-        if isinstance(model, Network):  # not one that gives features alone
+        if isinstance(model, Network):  # not a feature extractor
             if options.keys() & {"preprocessing", "image_size"}:
                 model.pretrained_cfg = model.default_cfg = {
                     **model.pretrained_cfg,
@@ -133,7 +133,7 @@ def _entrypoint(name):
                 }
             else:
                 model.transform = _transform_of(model.pretrained_cfg, model.transform)
-            names = model.pretrained_cfg.get("label_names")  # as timm calls them
+            names = model.pretrained_cfg.get("label_names")  # timm's name for them
             if model.class_names is not None:
                 model.pretrained_cfg = model.default_cfg = {
                     **model.pretrained_cfg,
@@ -145,8 +145,8 @@ def _entrypoint(name):
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = (
-        f"``coda_fast.create_model({name!r})`` for timm; ``options``: of it, of its class for timm and of "
-        "``timm.create_model``."
+        f"``coda_fast.create_model({name!r})`` for timm; takes its ``options``, those of its class for timm "
+        "and those of ``timm.create_model``."
     )
     return create
 

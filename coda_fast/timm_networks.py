@@ -26,7 +26,7 @@ POOLS = {
 
 
 class _Classifying(Network):
-    """What a network for timm has whatever its shape; before the class of the network among the bases."""
+    """What every network for timm has. List this class before that of the network among the bases."""
 
     num_features: int  # channels that enter the classifier
     global_pool: str  # a key of POOLS
@@ -58,7 +58,7 @@ class _Classifying(Network):
             raise ValueError("model: expected a network with a classifier, got one with num_classes=0")
 
     def _set_pool(self, num_classes, global_pool):
-        """Check both, set the pooling, and drop names of other classes."""
+        """Check both arguments, set the pooling, and drop class names that no longer fit."""
         if global_pool is None:
             global_pool = "sum" if num_classes else self.global_pool
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:
@@ -78,11 +78,11 @@ class _Classifying(Network):
 
 
 class TimmNetwork(_Classifying):
-    """A network of any shape with timm's interface, as far as it goes without stages in a row: no
-    ``features_only``, no gradient checkpointing. Its class for timm is made by ``timm_class``.
+    """A network of any structure with timm's interface, except what needs a sequence of stages:
+    ``features_only`` and gradient checkpointing. ``timm_class`` makes the class for timm of a network.
 
-    Without a classifier it returns features, and there is nothing to explain or to save: ValueError. What the
-    network calls its ``classifier`` says where features end.
+    Features are the input of the layer that the network names as its ``classifier``. Without a classifier it
+    returns features; explaining or saving it then raises a ValueError.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -92,7 +92,7 @@ class TimmNetwork(_Classifying):
         self.num_features = self.get_submodule(self.classifier).in_channels if self.classifier else 0
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As ``TimmCoDANet.reset_classifier``. ValueError: also where the network names no classifier."""
+        """As ``TimmCoDANet.reset_classifier``; also a ValueError if the network names no classifier."""
         if self.classifier is None:
             raise ValueError(f"num_classes: {type(self).__name__} names no classifier that could be another")
         self._set_pool(num_classes, global_pool)
@@ -106,7 +106,7 @@ class TimmNetwork(_Classifying):
         self._num_classes = num_classes
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """What enters the classifier, [N, num_features, H', W'], of images [N, in_chans, H, W] in [0, 1]."""
+        """The classifier's input, [N, num_features, H', W'], for images [N, in_chans, H, W] in [0, 1]."""
         self.check_images(images)
         classifier = self.get_classifier()
         skip = lambda layer, input: input if layer is classifier else layer.forward(input)
@@ -118,21 +118,21 @@ class TimmNetwork(_Classifying):
         return self.pool(features) if pre_logits else self.head(self.get_classifier()(features))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """ValueError where it is to be enabled."""
+        """Raise a ValueError if ``enable``: there is no gradient checkpointing."""
         if enable:
             raise ValueError(f"enable: expected False, {type(self).__name__} has no gradient checkpointing")
 
 
 @functools.cache
 def timm_class(network: type[Network]) -> type[Network]:
-    """The class for timm of a class of networks."""
+    """The class for timm that belongs to a class of networks."""
     if issubclass(network, CoDANet):
         return TimmCoDANet
     return type(f"Timm{network.__name__}", (TimmNetwork, network), {"__module__": __name__})
 
 
 def __getattr__(name):
-    """The classes that ``timm_class`` makes, by name: pickle looks here."""
+    """The classes that ``timm_class`` makes, by name, where pickle looks for them."""
     if (network := registry.classes().get(name.removeprefix("Timm"))) and name.startswith("Timm"):
         return timm_class(network)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -142,15 +142,16 @@ class TimmCoDANet(_Classifying, CoDANet):
     """A CoDANet with timm's interface; the last DAU layer is the classifier, the layers before it are the
     features.
 
-    With a classifier it is the CoDANet of the same weights: ``explain``, ``coda_fast.save``, losses and
-    evaluation work on it. Without one, or as a feature extractor, it returns features, and there is nothing
-    to explain or to save as a CoDANet: ValueError.
+    With a classifier it is a CoDANet with the same weights: ``explain``, ``coda_fast.save``, losses and
+    evaluation work on it. Without one, or as a feature extractor, it returns features; explaining or saving
+    it then raises a ValueError.
 
     Args:
-        args, options: as for ``CoDANet``, the classifier included.
+        args, options: as for ``CoDANet``, including the classifier.
         num_classes: 0 leaves the classifier out; None: the last of ``out_channels``.
-        global_pool: "sum", the definition; without a classifier also "avg" and "" (none, [N, C, H, W]).
-        drop_rate: of the features before the classifier, while training.
+        global_pool: "sum", as CoDA-Nets are defined; without a classifier also "avg" and "" (none, [N, C, H,
+            W]).
+        drop_rate: dropout rate of the features before the classifier, in training.
 
     Attributes: ``feature_info``, one entry for each run of feature layers of the same resolution (its last
     layer); ``num_features`` and ``head_hidden_size``, the channels of the features.
@@ -188,21 +189,21 @@ class TimmCoDANet(_Classifying, CoDANet):
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
-        """Units of the classifier; 0 without one."""
+        """The number of units of the classifier; 0 without one."""
         return self.layers[-1].out_channels if len(self.layers) > self.depth else 0
 
     @property
     def num_features(self) -> int:  # type: ignore[override]
-        """Channels that enter the classifier."""
+        """The number of channels that enter the classifier."""
         return self.layers[self.depth - 1].out_channels if self.depth else 2 * self.image_channels
 
     @property
     def classifier(self) -> str:  # type: ignore[override]
-        """The name of the layer that gives the classes."""
+        """The name of the layer that outputs the classes."""
         return f"layers.{self.depth}"
 
     def _set_features(self, depth):
-        """The first ``depth`` layers are the features."""
+        """Make the first ``depth`` layers the features."""
         self.depth, self.feature_info, reduction = depth, [], 1
         for index, layer in enumerate(self.layers[:depth]):
             reduction *= max(layer.stride)
@@ -213,11 +214,12 @@ class TimmCoDANet(_Classifying, CoDANet):
                 self.feature_info.append(info)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A classifier with fresh weights for ``num_classes``, 0: none; ``global_pool``: None keeps the
-        pooling, a classifier has "sum".
+        """Replace the classifier by one for ``num_classes`` with fresh weights (0: by none). ``global_pool``:
+        None keeps the pooling, except that a classifier has "sum".
 
         Raises:
-            ValueError: not a number of classes, not a pooling, or a pooling that a classifier cannot have.
+            ValueError: the number of classes or the pooling is invalid, or the pooling does not go with a
+                classifier.
         """
         self._set_pool(num_classes, global_pool)
         like = next(self.parameters(), torch.empty(0))
@@ -233,7 +235,7 @@ class TimmCoDANet(_Classifying, CoDANet):
             self.layers.append(classifier.train(self.training))
 
     def run_layers(self, activations: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """What comes out of layers ``start`` to ``stop`` - 1."""
+        """The output of layers ``start`` to ``stop`` (exclusive)."""
         for index in range(len(self.layers))[start:stop]:
             layer = self.layers[index]
             if index == self.depth:
@@ -262,9 +264,9 @@ class TimmCoDANet(_Classifying, CoDANet):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Features at ``indices`` of ``feature_info`` (an int: the last ones; None: all), behind the final
-        features unless ``intermediates_only``. There is no norm to apply, and ``output_fmt`` is "NCHW": else
-        ValueError.
+        """Features at ``indices`` of ``feature_info`` (an int: so many last ones; None: all), after the final
+        features unless ``intermediates_only``. There is no norm to apply. ``output_fmt`` must be "NCHW", else
+        a ValueError is raised.
         """
         if output_fmt != "NCHW":
             raise ValueError(f'output_fmt: expected "NCHW", got {output_fmt!r}')
@@ -282,8 +284,8 @@ class TimmCoDANet(_Classifying, CoDANet):
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the layers behind the last of ``indices``, and the classifier if a layer goes or
-        ``prune_head``; the absolute indices.
+        """Drop the layers after the last of ``indices``, and the classifier if a layer is dropped or if
+        ``prune_head``. Return the absolute indices.
         """
         taken, last = feature_take_indices(len(self.feature_info), indices)
         end = self._ends()[last]
@@ -297,11 +299,9 @@ class TimmCoDANet(_Classifying, CoDANet):
         return [int(info["module"].rpartition(".")[2]) + 1 for info in self.feature_info]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """While training, keep only what enters each layer and compute the rest again in the backward
-        pass.
-        """
+        """In training, keep only the input of each layer and compute the rest again in the backward pass."""
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Layers as groups of parameters, in order, for layer-wise learning rates."""
+        """The layers as groups of parameters, in order, for layer-wise learning rates."""
         return {"blocks": r"^layers\.(\d+)\."}

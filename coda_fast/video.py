@@ -25,7 +25,7 @@ from coda_fast.video_files import VideoError, Writer, count_frames, frame_rate, 
 __all__ = ["PERCENTILE", "SIDE", "ExplainedVideo", "VideoError", "explain_video", "is_video"]
 
 PERCENTILE = 99.75  # of absolute contributions over the video, as published
-_BINS, _LOW, _HIGH = 36_000, -12.0, 6.0  # of the histogram of contributions, in decades; a bin is 0.1 % wide
+_BINS, _LOW, _HIGH = 36_000, -12.0, 6.0  # histogram of contributions: range in decades; a bin is 0.1 % wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,35 +57,34 @@ def explain_video(
     """Write the frames of ``source`` as the network sees them (left) beside their contribution maps (right),
     without sound.
 
-    The file is decoded once to find the class and once to find the scale, where they are not given, and once
-    to write, so that memory does not grow with its length. Frames are turned upright by their rotation
-    metadata; pixels that are not square are used as stored. They go through ``model.transform`` like
-    pictures. Where it crops, the result shows whole frames, faded outside of the crop, and the map over the
-    crop.
+    The file is decoded once to find the class and once to find the scale, unless they are given, and once to
+    write, so that memory does not grow with its length. Frames are turned upright by their rotation metadata;
+    pixels that are not square are used as stored. Frames go through ``model.transform`` like pictures. If it
+    crops them, the result shows whole frames, faded outside the crop, and the map over the crop.
 
-    A file whose end is damaged gives a warning, and the frames before it are explained.
+    If the end of the file is damaged, a warning is issued and the frames before it are explained.
 
     Args:
         model: a CoDANet, or a wrapper of one.
         source: a file that PyAV can read.
-        target_path: its ending gives the format (.mp4, .gif ...); the file appears when it is complete.
+        target_path: its ending determines the format (.mp4, .gif ...); the file appears when it is complete.
         target: the class to explain; None: the one predicted for most frames.
         start: seconds after the first frame.
-        end: seconds after the first frame, not included; None: the end of the video.
+        end: seconds after the first frame, exclusive; None: the end of the video.
         crop: x, y, width, height in pixels of the upright source.
         size: use whole frames, resized so that the shorter side has this many pixels (0: not resized); None:
             resize and crop them as ``model.transform`` does.
         scale: the end of the colour scale in logits; None: the ``PERCENTILE`` of absolute contributions over
             the video.
-        batch: the number of frames explained at once; fewer where they would take more memory than
+        batch: the number of frames explained at once; fewer if they would take more memory than
             ``MEMORY_BUDGET`` of ``coda_fast.explain``.
         progress: called after each batch of each pass with its number of frames and the number of frames of
-            all passes together, by the length in the container's header (None: it has none).
+            all passes together, computed from the container's header (None if that gives no length).
 
     Raises:
-        VideoError: not a video, no frame in the range, a crop outside the frame, frames of several sizes, a
-            class that does not exist, a scale or a time that is not a positive number, logits that are not
-            finite, frames that do not fit into memory, a file that cannot be written (disk full ...).
+        VideoError: the file is not a video, has no frame in the range or frames of several sizes; the crop is
+            outside the frame; the class does not exist; a scale or time is not a positive number; logits are
+            not finite; frames do not fit in memory; or the result cannot be written (disk full ...).
         ImportError: PyAV or matplotlib is missing.
     """
     model = need_network(model)
@@ -126,11 +125,11 @@ class _Clip:
     crop: tuple[int, int, int, int] | None
     preprocessing: Preprocessing
     batch: int
-    report: Callable[[int], None]  # after each batch, of how many frames it was
+    report: Callable[[int], None]  # called after each batch with its number of frames
 
     def batches(self):
-        """Lists of (image [C, H, W], time, frame [H, W, 3] where the image is a part of it alone, else
-        None).
+        """Lists of (image [C, H, W], time, frame [H, W, 3]); the frame is None unless the image is a crop of
+        it.
         """
         frames, together = [], None
         for pixels, time in read_frames(self.source, self.start, self.end, self.crop):
@@ -185,13 +184,13 @@ def _scale(clip, target):
         maps = clip.explained(frames, target).contribution_map.abs().double().cpu()
         histogram += torch.histc(maps.clamp(10**_LOW, 10**_HIGH * 0.999).log10(), _BINS, _LOW, _HIGH)
     index = int(torch.searchsorted(histogram.cumsum(0), histogram.sum() * PERCENTILE / 100))
-    # Where most contributions are zero, the percentile is in the lowest bin; the largest takes its place.
+    # If most contributions are zero, the percentile is in the lowest bin; then the maximum replaces it.
     index = index or int(histogram.argwhere().amax() if histogram.any() else 0)
     return 10 ** (_LOW + (min(index, _BINS - 1) + 1) * (_HIGH - _LOW) / _BINS) if index else 1.0
 
 
 def _write(clip, writer, target, scale):
-    """Every frame beside its map."""
+    """Write every frame beside its map."""
     from PIL import Image
 
     name, count, worst = class_name(clip.model.class_names, target), 0, 0.0

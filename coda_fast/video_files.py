@@ -1,4 +1,4 @@
-"""Videos and animated GIFs as files: which are such, their frames with their times, and how to write them."""
+"""Video files and animated GIFs: recognising them, reading their frames with times, and writing them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _ENDINGS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 
 
 class VideoError(ValueError):
-    """A file or an option with which no video can be explained; the message names the file, what was expected
+    """A file or an option is unsuitable for explaining a video; the message names the file, what was expected
     and what was found.
     """
 
 
 def is_video(path: str | os.PathLike) -> bool:
-    """Whether a file is an animation for Pillow or, where Pillow cannot read it, a video for PyAV."""
+    """Whether a file is an animated GIF for Pillow or, if Pillow cannot read it, a video for PyAV."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -54,8 +54,8 @@ def _av():
     return av
 
 
-# The formats of ffmpeg that are one file of pictures. Others are not read: playlists and scripts make ffmpeg
-# open the files and addresses that they name, and it takes any text file for a recording of a terminal.
+# The ffmpeg formats that are a single file of pictures. No others are read: playlists and scripts make ffmpeg
+# open the files and addresses that they name, and ffmpeg takes any text file for a terminal recording.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,flv,mpeg,mpegts,mpegvideo,m4v,ogg,asf,"
     "h264,hevc,vvc,h263,h261,av1,obu,ivf,nut,rm,mxf,"
@@ -64,20 +64,20 @@ _FORMATS = (
 
 
 def _open(source):
-    """A container of PyAV. FFmpegError: not a video, or of a format that is not read."""
+    """A PyAV container; FFmpegError if it is not a video, or its format is not one of ``_FORMATS``."""
     with open_file(source):
         pass  # raises for a pipe, which would block, and for a device
     return _av().open(os.fspath(source), options={"format_whitelist": _FORMATS})
 
 
 def frame_rate(source: str | os.PathLike) -> Fraction:
-    """Frames per second, 25 where the file does not say."""
+    """Frames per second; 25 if the file does not say."""
     with _open(source) as container:
         return container.streams.video[0].average_rate or Fraction(25)
 
 
 def count_frames(source: str | os.PathLike, start: Fraction, end: Fraction | None) -> int | None:
-    """The number of frames in the range by the container's header; None: it does not give its length."""
+    """The number of frames in the range, by the container's header; None if that does not give a length."""
     av = _av()
     try:
         with open_file(source):
@@ -176,7 +176,7 @@ class Writer:
         self.av, self.rate, self.last = _av(), rate, -1
         self.stream: Any = None
         self.graph: Any = None
-        self.name = name  # of the file that the temporary one becomes, for messages
+        self.name = name  # the final name of the temporary file, for messages
         self.gif = path.suffix.lower() == ".gif"
         self.base = Fraction(1, 100) if self.gif else Fraction(1, 90_000)
         try:
@@ -193,7 +193,7 @@ class Writer:
 
     def _write(self, pixels, time):
         frame = self.av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        # Times must increase; rounded to the 1/100 s of a GIF, those of faster videos would not.
+        # Times must increase, but those of fast videos may not when rounded to the 1/100 s of a GIF.
         self.last = max(round(time / self.base), self.last + 1)
         frame.pts, frame.time_base = self.last, self.base
         if self.stream is None:
@@ -234,7 +234,7 @@ class Writer:
             self.container.mux(self.stream.encode(frame))
 
     def finish(self) -> None:
-        """Write what encoder and container still hold, and the end of the file."""
+        """Flush the encoder and the container, and end the file."""
         with self._errors_in_words():
             if self.graph is not None:
                 self.graph.push(None)
@@ -243,7 +243,7 @@ class Writer:
             self.container.close()
 
     def close(self) -> None:
-        """Close the file. An error of this does not hide the one that made the caller stop."""
+        """Close the file. Errors are ignored, so that they do not hide the one that made the caller stop."""
         with contextlib.suppress(self.av.FFmpegError, OSError):
             self.container.close()
 

@@ -1,8 +1,8 @@
-"""Choice of the implementation of the DAU layer.
+"""The implementations (backends) of the DAU layer, and the choice among them.
 
-``reference`` is the definition: two functions, F(x, u) and its transpose G(x, v), that automatic
-differentiation goes through. ``factored`` and ``triton`` are fused: each is a module with the functions of
-``Backend``. They know nothing of autograd; ``coda_fast.ops`` makes operators of them.
+``reference`` is the definition: two functions, F(x, u) and its transpose G(x, v), which autograd
+differentiates. ``factored`` and ``triton`` are fused: each is a module with the functions of ``Backend``.
+They know nothing about autograd; ``coda_fast.ops`` makes operators of them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ BACKENDS = ("reference", *FUSED)
 
 
 class Backend(Protocol):
-    """A fused backend: a module with these functions, which compute, and check nothing.
+    """A fused backend: a module with these functions, which do not check their arguments.
 
-    x is [N, C, H, W], ``applied`` is u of the same shape, None where it is x itself; ``parameters`` have the
-    dtype and device of x. F(x, u) is [N, n, OH, OW], in the memory format that ``_geometry.format_of`` gives.
+    ``input`` is x, [N, C, H, W]; ``applied`` is u, of the same shape, or None if u is x itself;
+    ``parameters`` have the dtype and device of x. F(x, u) is [N, n, OH, OW], in the memory format
+    ``_geometry.format_of(x)``.
     """
 
     def align(
@@ -35,7 +36,7 @@ class Backend(Protocol):
         *,
         keep: str,
     ) -> tuple[torch.Tensor, Kept]:
-        """F(x, u), and what ``keep``, a key of ``coda_fast._spec.KEEPS``, asks for; None for the rest."""
+        """F(x, u), and what ``keep``, a key of ``coda_fast._spec.KEEPS``, requests; None for the rest."""
 
     def align_backward(
         self,
@@ -49,15 +50,16 @@ class Backend(Protocol):
         detach: bool,
         needs: Gradients,
     ) -> Gradients:
-        """Gradients of <grad, F(x, u)>, None where ``needs`` is False; that in u is part of that in x where u
-        is x. With ``detach`` (explanation mode) the direct term G(x, grad) alone, in the place of u's
-        gradient, which is x's where u is x. ``kept``: what ``align`` has left; at least |w|^2.
+        """The gradients of <grad, F(x, u)>, None where ``needs`` is False. If u is x, the gradient in x
+        includes that in u. With ``detach`` (explanation mode) there is only the direct term G(x, grad), in
+        place of the gradient in u, or of that in x if u is x. ``kept`` is what ``align`` has kept, at least
+        |w|^2.
         """
 
     def adjoint(
         self, input: torch.Tensor, value: torch.Tensor, parameters: Parameters, spec: Spec
     ) -> torch.Tensor:
-        """G(x, v), in shape, dtype and memory format of x."""
+        """G(x, v), in the shape, dtype and memory format of x."""
 
     def adjoints(
         self,
@@ -68,15 +70,15 @@ class Backend(Protocol):
         kept: Kept,
         spec: Spec,
     ) -> torch.Tensor:
-        """G(x, v_k) of K values [K, N, n, OH, OW] as [K, N, C, H, W], in dtype and format of u. ``kept``:
-        what ``align`` has left, if anything.
+        """G(x, v_k) for K values [K, N, n, OH, OW], as [K, N, C, H, W] in the dtype and memory format of u.
+        ``kept`` is what ``align`` has kept, if anything.
         """
 
     def kept_shapes(self, input: torch.Tensor, parameters: Parameters, spec: Spec, *, keep: str) -> Kept:
-        """Shapes of what ``align`` keeps; (0,) for what it does not."""
+        """The shapes of what ``align`` keeps; (0,) for what it does not keep."""
 
     def gradients_like(self, parameters: Parameters) -> Parameters:
-        """Empty tensors such as ``align_backward`` makes for the gradients of parameters."""
+        """Uninitialised tensors with the layout of the parameter gradients that ``align_backward`` makes."""
 
 
 def fused(name: str) -> Backend:
@@ -92,7 +94,7 @@ class BackendUnavailable(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class BackendInfo:
-    """Which backend serves a device under ``backend="auto"``, and why the others do or do not."""
+    """The backend that serves a device under ``backend="auto"``, and why each one can or cannot run there."""
 
     device: str
     auto: str
@@ -104,7 +106,7 @@ class BackendInfo:
 
 
 def backend_info(device: torch.device | str = "cpu") -> BackendInfo:
-    """What ``backend="auto"`` picks for tensors on ``device``, and why.
+    """The backend that ``backend="auto"`` picks for tensors on ``device``, and why.
 
     >>> import coda_fast
     >>> coda_fast.backend_info("cpu").auto
@@ -129,7 +131,7 @@ def backend_info(device: torch.device | str = "cpu") -> BackendInfo:
 
 
 def check_name(name: str) -> None:
-    """ValueError unless ``name`` is a backend or "auto"."""
+    """Raise a ValueError unless ``name`` is a backend or "auto"."""
     if name not in (*BACKENDS, "auto"):
         raise ValueError(
             f"backend: expected one of {', '.join(map(repr, (*BACKENDS, 'auto')))}, got {name!r}"
@@ -138,7 +140,9 @@ def check_name(name: str) -> None:
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend to use for tensors of this device and dtype: "reference", "factored" or "triton".
-    ValueError, BackendUnavailable.
+
+    Raises:
+        ValueError: there is no such backend. BackendUnavailable: it cannot run here.
     """
     check_name(name)
     if name == "triton" and (missing := _triton_unavailable(device.type)):
@@ -146,12 +150,12 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
             f'backend="triton" is not available: {missing}; use backend="auto" or "factored"'
         )
     name = _auto(device) if name == "auto" else name
-    # tensor cores have no float64 worth a kernel; the factored backend computes the same thing
+    # float64 on tensor cores is not worth a kernel; the factored backend computes the same
     return "factored" if name == "triton" and dtype == torch.float64 else name
 
 
 def _auto(device: torch.device) -> str:
-    """Fused kernels only on GPUs whose table says that they passed their tests there."""
+    """The backend for "auto": Triton only on kinds of GPU on which its kernels have passed their tests."""
     return (
         "triton"
         if device.type == "cuda" and not _triton_unavailable("cuda") and _verified(device)
@@ -175,7 +179,7 @@ def _triton_unavailable(kind: str) -> str | None:
     return coda_kernels.unavailable(kind)
 
 
-# Constants under torch.compile, which need not trace them: torch.compiler.assume_constant_result without
-# importing the compiler
+# Mark these as constants for torch.compile, as torch.compiler.assume_constant_result does, but without
+# importing the compiler.
 for _function in (_triton_unavailable, _auto):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010

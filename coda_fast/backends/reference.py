@@ -1,8 +1,7 @@
-"""The definition of a DAU layer, to the letter: the truth that every other backend is tested against.
+"""The literal definition of a DAU layer, against which every other backend is tested.
 
-The dynamic weight ``w`` is materialised (``n * d`` numbers for every output pixel) and automatic
-differentiation does the rest, to any order. Slow and memory-hungry by design; choose it for tests and for
-teaching.
+The dynamic weight ``w`` is materialised (``n * d`` numbers for every output pixel) and autograd does the
+rest, to any order. It is slow and needs much memory by design; use it for tests and for teaching.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from coda_fast import _norms
 from coda_fast._spec import Gradients, Parameters, Spec
 
-# x, u, B, A, b and the like; None: no bias, u = x, or a tangent of zero
+# x, u, B, A, b and the like; None means no bias, u = x, or a zero tangent
 Tensors = Sequence[Any]
 
 
@@ -39,7 +38,9 @@ def adjoint(input: torch.Tensor, value: torch.Tensor, parameters: Parameters, sp
 
 
 def _in_float32(function):
-    """Derivatives of lower precision are computed in float32: powers of |w| leave float16's range."""
+    """A decorator that computes derivatives of lower precision in float32, because powers of |w| leave the
+    range of float16.
+    """
 
     def run(tensors, tangents, spec):
         dtype = tensors[0].dtype
@@ -86,10 +87,10 @@ def adjoint_jvp(tensors: Tensors, tangents: Tensors, spec: Spec) -> torch.Tensor
 @_in_float32
 def gradients_jvp(tensors: Tensors, tangents: Tensors, spec: Spec) -> Gradients:
     """Directional derivative of the gradients (dx, du, dB, dA, db) of ``L = <v, F(x, u)>`` at ``tensors`` =
-    (v, x, u, B, A, b) along ``tangents``. With ``u = None`` (u = x) dx is the whole gradient of the image.
+    (v, x, u, B, A, b) along ``tangents``. With ``u = None`` (u = x), dx is the whole gradient in the image.
 
-    The gradient of L in w is ``v (s u + s1 <w, u> w)``; the others follow from it, as w is linear in z, A and
-    b and z in B and x.
+    The gradient of L in w is ``v (s u + s1 <w, u> w)``. The others follow from it, because w is linear in z,
+    in A and in b, and z is linear in B and in x. ``of_t`` is the tangent of ``t``; s1 is that of ``_slopes``.
     """
     shared = tensors[2] is None
     (v, x, u, reduce, weight, bias), (of_v, of_x, of_u, of_reduce, of_weight, of_bias) = (
@@ -116,7 +117,7 @@ def gradients_jvp(tensors: Tensors, tangents: Tensors, spec: Spec) -> Gradients:
     of_dw = of_v * (scale * applied + first * dot * w) + v * (
         of_scale * applied + scale * of_applied + (of_first * dot + first * of_dot) * w + first * dot * of_w
     )
-    # as products of matrices: [r, n d], [N, n d, P], [r, d]
+    # as matrices, for products: [r, n d], [N, n d, P], [r, d]
     rows, of_rows = (t.transpose(0, 1).reshape(len(reduce), -1) for t in (weight, of_weight))
     flat, of_flat = (t.reshape(len(x), rows.shape[1], z.shape[2]) for t in (dw, of_dw))
     reduce_rows, of_reduce_rows = (t.reshape(len(reduce), -1) for t in (reduce, of_reduce))
@@ -166,8 +167,8 @@ def _weight_jvp(tensors, tangents, spec):
 
 
 def _slopes(w, spec):
-    """s1 and s2 with ``ds = s1 <w, dw>``, ``ds1 = s2 <w, dw>``; 0 at w = 0, where what they are multiplied
-    with vanishes faster, and where s is constant.
+    """s1 and s2 with ``ds = s1 <w, dw>`` and ``ds1 = s2 <w, dw>``. They are 0 where s is constant, and at w =
+    0, where their factors vanish faster.
     """
     norm, length = _norms.named(spec.norm), _length(w)
     inside = length > norm.flat_below(spec.eps)
@@ -194,15 +195,15 @@ def _generate(z, weight, bias=None):
 
 
 def _rows(tensor):
-    """[a, b, ...] as [a, b, everything else]. Not ``flatten``, which ``is_grads_batched`` of
-    torch.autograd.grad does not know.
+    """[a, b, ...] as [a, b, product of the rest]. It does not use ``flatten``, which torch.autograd.grad does
+    not support with ``is_grads_batched``.
     """
     return tensor.reshape(*tensor.shape[:2], math.prod(tensor.shape[2:]))
 
 
 def _length(w):
-    """|w|, [N, n, P]. At w = 0 all derivatives are 0 (the limit of the first; torch's own second one is
-    NaN).
+    """|w|, [N, n, P]. At w = 0 all derivatives are 0 (for the first that is the limit; torch's own second one
+    is NaN).
     """
     some = (w != 0).any(2)
     length = torch.linalg.vector_norm(

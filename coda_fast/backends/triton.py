@@ -1,12 +1,13 @@
-"""The DAU layer as fused Triton kernels (package ``coda_kernels``): the order of launches.
+"""The DAU layer as fused Triton kernels (package ``coda_kernels``): this module launches them in order.
 
     align            prepare (packed parameters, norms, padded image, z) -> contracted or generated
     align_backward   prepare_backward (z, padded image, gs, t, Gram matrices) -> grad_z -> fold;
                      parameter_sums -> finish
     adjoint          prepare -> contracted or generated for the norm -> prepare_backward -> fold
 
-Half precision multiplies 16-bit operands into float32 accumulators; norms, sums and what backward keeps are
-float32. The functions are those of ``coda_fast.backends.Backend``.
+In half precision, products of 16-bit operands accumulate in float32; norms, sums and what is kept for the
+backward pass are float32. The functions are those of ``coda_fast.backends.Backend``. ``coda_kernels``
+explains the symbols.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def align_backward(
     detach: bool,
     needs: Gradients,
 ) -> Gradients:
-    """See ``coda_fast.backends.Backend.align_backward``. Launches only what is needed."""
+    """See ``coda_fast.backends.Backend.align_backward``. It launches only the kernels that are needed."""
     from coda_kernels import fold, grad_z, prepare, prepare_backward
 
     x, shared = input.detach(), applied is None
@@ -64,7 +65,7 @@ def align_backward(
     need_z = (needs.input or need_parameters.reduction_weight) and not detach
     full = need_z or any(need_parameters)
     ranks = layer.shape.R if need_z else 0
-    direct_rows = layer.rows[layer.shape.R :]  # of b
+    direct_rows = layer.rows[layer.shape.R :]  # the rows of b
     found = Gradients()
     with layer.on_device():
         if kept.prepared is None:
@@ -169,7 +170,7 @@ def _layer(input, parameters, spec, prepared=None) -> Layer:
 
 
 def _forward(layer: Layer, input, applied, keep, norm_only=False):
-    """F(x, u), and what ``keep`` asks for; ``norm_only`` leaves all but |w|^2 out."""
+    """F(x, u), and what ``keep`` requests; with ``norm_only``, only |w|^2 is computed."""
     from coda_kernels import contracted, generated, prepare
     from coda_kernels.layer import as_image
 
@@ -179,7 +180,7 @@ def _forward(layer: Layer, input, applied, keep, norm_only=False):
         dot=torch.empty(s.units, pixels, device=device) if wanted.dot else None,
         square=torch.empty(s.units, pixels, device=device) if wanted.square else None,
         contraction=torch.empty(pixels, s.units * s.R, dtype=layer.dtype, device=device)
-        if wanted.contraction and not s.generated  # that form has no contraction
+        if wanted.contraction and not s.generated  # the generated form has no contraction
         else None,
     )
     if pixels:
@@ -218,7 +219,7 @@ def _parameter_gradients(layer: Layer, x, shared, f: Factors, ranks, needs) -> P
     )
     sums = reduce = None
     if need_weight or need_bias:
-        # dz and gs have one window, and make one product, where u is x
+        # if u is x, dz and gs multiply the same windows, in one product
         together = need_reduce and shared
         first, last = 0 if together else ranks, ranks + s.units if need_bias else ranks
         sums = parameter_sums.run(

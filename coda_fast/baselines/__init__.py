@@ -1,15 +1,15 @@
-"""The attribution methods that the CoDA-Nets paper compares with (arXiv:2104.00032, section 4.3), behind one
-call, by captum.
+"""The attribution methods that the CoDA-Nets paper compares with (arXiv:2104.00032, section 4.3), through one
+interface; most are computed by captum.
 
 Every method explains the image through the model's own encoder, and its map is summed over the channels of
-the image. A CoDA-Net has no non-linearity that captum knows: on one, DeepLIFT is Input x Gradient and guided
-backpropagation is the gradient, to rounding. Show them as one method there.
+the image. A CoDA-Net has no non-linearity that captum knows, so that on it DeepLIFT equals Input x Gradient
+and guided backpropagation equals the gradient, up to rounding. Show these as one method.
 
-A further method is one function with the decorator ``baseline``, in the file of its family or in code of your
-own. Names, settings, checks, the command line and the documents find it from there.
+To add a method, write one function with the decorator ``baseline``, in the file of its family or in your own
+code. Names, settings, checks, the command line and the documentation then include it.
 """
 
-# the order of ``METHODS``
+# imported in the order of ``METHODS``
 from coda_fast.baselines import ours, perturbations, gradients  # noqa: F401, I001
 from coda_fast.baselines._attribution import Attribution, attribute, create
 from coda_fast.baselines._registry import METHODS, REVISION, TWINS, Setting, baseline

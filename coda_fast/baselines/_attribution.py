@@ -1,4 +1,4 @@
-"""A method for a model, whatever the method: checks of what it is given, and the model left as it was."""
+"""Applying any attribution method to a model: checks of the arguments, and a model that stays unchanged."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from coda_fast.evaluation._common import evaluated
 
 @dataclasses.dataclass(frozen=True)
 class Attribution:
-    """A method for a model; make it with ``create``.
+    """An attribution method for a model; make it with ``create``.
 
     Attributes:
         method: its name.
-        settings: all of them, plain values: what a result must be stored with.
+        settings: all its settings as plain values, to be stored with results.
     """
 
     method: str
@@ -33,11 +33,10 @@ class Attribution:
     _function: Callable = None  # type: ignore[assignment]
 
     def attribute(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Maps that say where ``images`` [N, C, H, W] speak for ``targets``: [N] -> [N, H, W], [N, K] -> [N,
-        K, H, W].
+        """Maps of how much each pixel of ``images`` [N, C, H, W] speaks for ``targets``: [N] -> [N, H, W],
+        [N, K] -> [N, K, H, W].
 
-        Leaves the model's mode, gradients and hooks as they were. ValueError, TypeError: shapes that do not
-        fit.
+        The model's mode, gradients and hooks stay as they were. ValueError, TypeError: shapes do not fit.
         """
         if not isinstance(images, torch.Tensor):
             raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
@@ -48,12 +47,12 @@ class Attribution:
             raise ValueError(
                 f"targets: expected [{len(images)}] or [{len(images)}, K], got shape {list(targets.shape)}"
             )
-        if targets.numel() and targets.min() < 0:  # would count from the end
+        if targets.numel() and targets.min() < 0:  # a negative index would count from the end
             raise ValueError(f"targets: expected classes from 0, got {int(targets.min())}")
         table = targets if targets.dim() == 2 else targets[:, None]
         if not len(images):
             return images.new_zeros(*targets.shape, *images.shape[2:])
-        # not inference tensors, whatever the caller's mode: they are differentiated
+        # These tensors are differentiated, so they must not be inference tensors, whatever the caller's mode.
         with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model):
             _check_classes(self.model, images, table)
             maps = self._function(self, images.detach().clone(), table.clone())
@@ -65,16 +64,16 @@ def create(method: str, model: nn.Module, *, layer: nn.Module | None = None, **s
 
     Args:
         method: a key of ``METHODS``; "Ours" is the contribution map of a CoDA-Net itself.
-        model: a CoDA-Net, or any classifier [N, C, H, W] -> [N, classes]. Of a wrapped one
-            (``coda_fast.unwrap``), the network inside: captum's hooks do not reach into what is compiled.
-        layer: for "GCam", whose output is weighted; default: a CoDA-Net's last layer, else the last
-            convolution that is called.
-        settings: see ``METHODS[method]``; ``batch_size`` bounds how many images (perturbed ones included) are
-            computed at once.
+        model: a CoDA-Net, or any classifier [N, C, H, W] -> [N, classes]. A wrapped one is unwrapped
+            (``coda_fast.unwrap``), because captum's hooks do not work in compiled modules.
+        layer: for "GCam" only, the layer whose output is weighted; default: a CoDA-Net's last layer, else the
+            last convolution that is called.
+        settings: see ``METHODS[method]``; ``batch_size`` limits how many images (including perturbed ones)
+            are computed at once.
 
     Raises:
-        ValueError: unknown method; "Ours" for a model that cannot explain itself. TypeError: unknown setting.
-            ImportError: no captum.
+        ValueError: the method is unknown, or it is "Ours" and the model cannot explain itself. TypeError: a
+            setting is unknown. ImportError: captum is missing.
 
     >>> import torch, coda_fast
     >>> model = coda_fast.create_model("coda_xs_digits")
@@ -105,8 +104,8 @@ def attribute(
 
 @contextlib.contextmanager
 def _quiet(model) -> Iterator[None]:
-    """``evaluated``, captum's advice unsaid. Parameters' ``.grad`` is not touched, here or by captum: a
-    thread that trains may be at it.
+    """``evaluated``, without captum's warnings. Neither this nor captum touches the parameters' ``.grad``,
+    because another thread may be training the model.
     """
     with evaluated(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"captum\..*")
@@ -114,7 +113,7 @@ def _quiet(model) -> Iterator[None]:
 
 
 def _check_classes(model, images, targets):
-    """ValueError for a class that the model does not have."""
+    """Raise a ValueError for a class that the model does not have."""
     with torch.no_grad():
         count = model.num_classes if isinstance(model, DynamicLinear) else model(images[:1]).shape[1]
     if int(targets.max()) >= count:

@@ -1,4 +1,4 @@
-"""What is known of each attribution method, and the decorator that says it."""
+"""The registry of attribution methods, and the decorator that adds one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 from coda_fast._geometry import integer
 
-# Raised when a method gives other numbers than before: an evaluation does not go on with pieces of another
-# revision
+# Increased when a method gives other numbers than before: an evaluation does not continue with pieces of
+# another revision.
 REVISION = 2
 # {method: its settings with their published values}, in the order in which they are shown
 METHODS: dict[str, dict] = {}
-# {method: what it is on a CoDA-Net, to rounding (tested)}
+# {method: the method that it equals on a CoDA-Net, up to rounding (tested)}
 TWINS: dict[str, str] = {}
 
 
@@ -25,9 +25,9 @@ class Setting:
     """A number that a method depends on.
 
     Attributes:
-        value: the published one.
-        most: the largest one; beyond it a method would take more memory or time than anyone has a use for.
-        least: the smallest integer; None: any positive number, whole or not.
+        value: the published value.
+        most: the largest value; above it a method would take more memory or time than is useful.
+        least: the smallest value, of an integer; None: any positive number, integer or not.
     """
 
     value: int | float
@@ -35,7 +35,7 @@ class Setting:
     least: int | None = 1
 
     def check(self, value: int | float) -> None:
-        """ValueError for a value that is not allowed."""
+        """Raise a ValueError if a value is not allowed."""
         if self.least is None:
             if not (isinstance(value, int | float) and 0 < value <= self.most):
                 raise ValueError(f"expected a positive number up to {self.most}, got {value!r}")
@@ -63,7 +63,7 @@ class Method:
     takes_layer: bool
 
     def chosen(self, settings: dict) -> dict:
-        """The published settings, but for these. TypeError: unknown ones; ValueError: bad values."""
+        """The published settings, updated with these. TypeError: unknown names; ValueError: bad values."""
         if unknown := set(settings) - set(self.settings):
             raise TypeError(
                 f"{self.name}: expected settings among {', '.join(self.settings) or 'none'}, got "
@@ -87,7 +87,7 @@ ENTRIES: dict[str, Method] = {}
 
 
 def captum(model: nn.Module | None = None):
-    """The package ``captum.attr``, whatever the model. ImportError that says how to get it."""
+    """The package ``captum.attr``, whatever the model, or an ImportError that says how to install it."""
     try:
         import captum.attr
     except ImportError:
@@ -116,18 +116,18 @@ def baseline(
     in the documents.
 
     Args:
-        name: what users call it; not taken yet.
-        each_class: the function explains one class of each image, classes [M] -> maps [M, H, W]; it gets
-            every image with every class of it, ``batch_size`` pairs at once. Needs that setting.
-        needs: called with the model when the method is created; raises ImportError for a package that is
-            missing, ValueError for a model that it does not fit. Default: captum is there.
-        check: called with all settings together; ValueError if they do not fit each other.
+        name: the name by which users select it; not taken yet.
+        each_class: the function explains one class of each image, classes [M] -> maps [M, H, W]; it gets each
+            image with each of its classes, ``batch_size`` pairs at once, which must be one of the settings.
+        needs: called with the model when the method is created; raises ImportError if a package is missing,
+            ValueError if the model is unsuitable. Default: captum must be installed.
+        check: called with all settings together; raises a ValueError if they do not fit each other.
         takes_layer: whether ``create`` takes ``layer=`` for it.
-        twin: a registered method that gives the same on a CoDA-Net, to rounding.
+        twin: a registered method that gives the same on a CoDA-Net, up to rounding.
         **settings: each with its published value and bounds.
 
     Raises:
-        TypeError, ValueError: an argument that is not as described here, or a function without a docstring.
+        TypeError, ValueError: an argument is not as described here, or the function has no docstring.
     """
     if name in METHODS:
         raise ValueError(f"name: expected one that is not taken, got {name!r}")
@@ -157,8 +157,8 @@ def baseline(
 
 
 def _pairwise(function):
-    """A method for one class of each image, as one for several: every image with every class of it,
-    ``batch_size`` pairs at once.
+    """A method for several classes of each image, from one for a single class: it computes the pairs of an
+    image and one of its classes, ``batch_size`` at once.
     """
 
     def method(attribution, images, targets):

@@ -1,4 +1,4 @@
-"""Methods that go back through the network once or a few times for a class."""
+"""Methods that need one or a few backward passes for each class."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def deep_lift(method: Attribution, x: torch.Tensor, target: torch.Tensor) -> tor
     try:
         return deep_lift.attribute(x, baselines=0, target=target).sum(1)
     except (AssertionError, RuntimeError) as error:
-        if "more than once" not in str(error):  # of another cause: out of memory, a class that does not exist
+        if "more than once" not in str(error):  # another cause, such as out of memory
             raise
         raise ValueError(
             "DeepLIFT: expected a model that calls each of its activation modules once, and captum says: "
@@ -73,15 +73,15 @@ _RELU = (torch.relu, torch.relu_, F.relu, F.relu_)
 
 
 def _separate_activations(model):
-    """A copy of ``model``, as it is now, that calls a module of its own, never in place, wherever it
-    rectifies.
+    """A copy of ``model`` in its present state, in which every call of a ReLU is a module of its own and not
+    in place.
 
-    captum's rules hang on modules: it misses what is in place or a function, and DeepLIFT needs a module for
-    each call. A model that torch.fx cannot trace is copied without what is in place; captum then has the last
-    word.
+    captum attaches its rules to modules: it misses functions and in-place activations, and DeepLIFT needs a
+    separate module for each call. If torch.fx cannot trace the model, the copy only has no in-place
+    activations, and captum decides whether it can explain that.
     """
     if isinstance(model, CoDANet):
-        return model  # no activation
+        return model  # it has no activations
     copied = copy.deepcopy(model)
     with contextlib.suppress(Exception):  # tracing runs the model's own code: anything can be raised
         traced = torch.fx.symbolic_trace(copied)
@@ -112,8 +112,8 @@ def _separate_activations(model):
 
 
 def _last_layer(model, x):
-    """The last layer of a CoDA-Net, what another ``Network`` calls its classifier, or the last convolution
-    that a forward pass calls. ValueError if there is none.
+    """The last layer of a CoDA-Net, the layer that another ``Network`` names as its classifier, or the last
+    convolution that a forward pass calls. ValueError if there is none.
     """
     if isinstance(model, Network) and model.classifier:
         return model.get_submodule(model.classifier)

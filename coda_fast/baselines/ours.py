@@ -1,4 +1,4 @@
-"""The explanation that a CoDA-Net gives of itself, among the methods that it is compared with."""
+"""A CoDA-Net's own explanation as an attribution method, to be compared with the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods that look at what the network says of perturbed images."""
+"""Methods that compare the network's outputs for perturbed images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def occlusion(method: Attribution, images: torch.Tensor, targets: torch.Tensor) 
     """Occlusion: the logit's drop under a black window, over its area, summed over the windows that cover a
     pixel.
 
-    One sweep of the window for all classes of an image.
+    All classes of an image share one sweep of the window.
     """
     s = method.settings
     size, channels = min(s["size"], *images.shape[2:]), images.shape[1]
@@ -43,17 +43,19 @@ def occlusion(method: Attribution, images: torch.Tensor, targets: torch.Tensor) 
             )
             # the window covers all channels: each has the same value
             maps.append(found.view(len(x), -1, *x.shape[1:])[:, :, 0])
-    # published: the drop of each window over its area, summed over the windows that cover a pixel; captum has
-    # their mean
+    # The published map is the drop of each window over its area, summed over the windows that cover a pixel;
+    # captum returns their mean.
     height, width = (
         _coverage(length, size, min(s["stride"], size)).to(images.device) for length in images.shape[2:]
     )
-    # captum adds up in float32
+    # captum accumulates in float32
     return torch.cat(maps).to(images.dtype) * (height[:, None] * width / size**2).to(images.dtype)
 
 
 def _coverage(length, window, stride):
-    """How many windows cover each of ``length`` places; the last window may stick out."""
+    """The number of windows that cover each of ``length`` positions; the last window may extend beyond the
+    end.
+    """
     starts = torch.arange(-(-(length - window) // stride) + 1) * stride
     place = torch.arange(length)[:, None]
     return ((starts <= place) & (place < starts + window)).sum(1)
@@ -81,8 +83,8 @@ def rise(method: Attribution, images: torch.Tensor, targets: torch.Tensor) -> to
     """RISE: the mean of random masks that keep a share p1 of the image, weighted by the probability under
     each.
 
-    ``1 / (N p1) sum_i score(x * M_i) M_i`` (arXiv:1806.07421, eq. 6), the masks for all images and classes
-    alike. captum does not have it.
+    ``1 / (N p1) sum_i score(x * M_i) M_i`` (arXiv:1806.07421, eq. 6), with the same N masks M_i for all
+    images and classes. captum does not implement it.
     """
     s = method.settings
     drawn = _rise_random(
@@ -105,16 +107,16 @@ def rise(method: Attribution, images: torch.Tensor, targets: torch.Tensor) -> to
 
 
 def _rise_random(number, cells, p1, size, generator):
-    """What is random of all masks, whatever batches they are made in: patterns [number, cells, cells],
-    shifts [number] down and across.
+    """The random numbers of all masks, drawn at once so that they do not depend on the batch size: patterns
+    [number, cells, cells], and shifts [number] down and across.
     """
     grid = (torch.rand(number, cells, cells, generator=generator) < p1).float()
     return grid, *(torch.randint(-(-length // cells), (number,), generator=generator) for length in size)
 
 
 def _rise_masks(grid, down, across, height, width):
-    """Patterns one cell larger than the image when enlarged, shifted by less than a cell; [number, H, W]
-    in [0, 1].
+    """Masks [number, H, W] in [0, 1]: patterns enlarged to one cell more than the image, and shifted by less
+    than a cell.
     """
     cells = grid.shape[1]
     larger = [(cells + 1) * -(-length // cells) for length in (height, width)]
@@ -140,8 +142,8 @@ def _rise_masks(grid, down, across, height, width):
 def lime(method: Attribution, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """LIME: a linear model of which segments, found by quickshift, are shown; its largest coefficients.
 
-    captum draws the same samples for every class of an image, from the same seed: the network answers them
-    once.
+    From the same seed, captum draws the same samples for every class of an image, so the network classifies
+    them only once.
     """
     try:
         from captum._utils.models.linear_model import SkLearnRidge
@@ -178,7 +180,9 @@ def lime(method: Attribution, images: torch.Tensor, targets: torch.Tensor) -> to
 
 
 class _Answers:
-    """A model that answers its k-th call as it did before; set ``calls`` to 0 to begin again."""
+    """A model that remembers its outputs: after ``calls`` is set to 0, the k-th call returns the k-th output
+    again, without looking at its input.
+    """
 
     def __init__(self, model):
         self.model, self.calls, self.given = model, 0, []

@@ -1,5 +1,5 @@
-"""The command line: ``coda-fast demo|train|explain|evaluate|report|compile|export|info``. Bad input: one
-line, exit code 2, no file. A module for each command.
+"""The command line: ``coda-fast demo|train|explain|evaluate|report|compile|export|info``, with a module for
+each command. Bad input gives a one-line message and exit code 2, and writes no file.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     except click.Abort:
         raise SystemExit(130) from None
     except (ValueError, ImportError, OSError, backends.BackendUnavailable) as error:
-        # what the library raises for bad input, each with one clear line; anything else is a bug and keeps
-        # its traceback
+        # The library raises these for bad input, with a clear one-line message. Anything else is a bug and
+        # keeps its traceback.
         _fail(str(error))
     except (MemoryError, torch.OutOfMemoryError) as error:
         _fail(f"not enough memory: {error or 'of this machine'}")
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # what torch says on a CPU
+        if "allocate memory" not in str(error):  # torch's message on a CPU
             raise
         _fail(f"not enough memory: {str(error).partition('DefaultCPUAllocator: ')[2] or error}")
     raise SystemExit(code if isinstance(code, int) else 0)
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 def cli(modules: tuple[str, ...]) -> None:
     """Convolutional Dynamic Alignment Networks: image classifiers that explain themselves."""
     if modules:
-        sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look there
+        sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not search there
     for module in modules:
         try:
             importlib.import_module(module)
@@ -80,7 +80,7 @@ for _module in (demo, train, explain, evaluate, report, compile, export, info):
 
 
 def _warn(message, category, filename, lineno, file=None, line=None):
-    """Ours in one line; those of libraries as Python shows them."""
+    """Show our own warnings in one line, and those of libraries as Python does."""
     if (
         issubclass(category, PixelRangeWarning)
         or Path(filename).parent.parent.name == "coda_fast"

@@ -1,4 +1,4 @@
-"""What several commands ask for, and how they show that they work."""
+"""Options, argument checks and the progress bar that several commands share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZE = click.option(
 
 
 class Methods(click.Option):
-    """An option whose help ends with the names of all attribution methods that are registered."""
+    """An option whose help ends with the names of all registered attribution methods."""
 
     def get_help_record(self, context):
         from coda_fast import baselines
@@ -36,7 +36,7 @@ class Methods(click.Option):
 
 
 def bar(items, label):
-    """Progress over items, where there is somebody to see it."""
+    """A progress bar over items, shown only in a terminal."""
     return tqdm(items, desc=label, disable=None)
 
 
@@ -52,7 +52,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def class_index(text: str, model) -> int:
-    """A class by number or by name."""
+    """The index of a class that is given by number or name."""
     names = model.class_names or []
     if text in names:
         return names.index(text)

@@ -164,8 +164,8 @@ def command(
 
 
 def _survey(model, data, across, *, size, limit, workers):
-    """The images with their predictions, and how many the network can take at once; methods will look at
-    grids of ``across`` x ``across`` of them.
+    """The images with their predictions, and the number that the network can take at once. Methods will
+    explain grids of ``across`` x ``across`` images.
     """
     from coda_fast.evaluation import data as source
     from coda_fast.evaluation import runner
@@ -188,7 +188,7 @@ def _survey(model, data, across, *, size, limit, workers):
 
 
 def _attributions(model, methods, changes):
-    """{name: method} of those that are asked for; of two that are the same on a CoDA-Net, one."""
+    """{name: method} for the requested methods; of two that are equal on a CoDA-Net, only one."""
     from coda_fast import baselines
 
     names = (
@@ -205,7 +205,7 @@ def _attributions(model, methods, changes):
 
 
 def _measure(model, found, attributions, settings, description, output, batch):
-    """The metric for each method, printed and written: paths of the files."""
+    """Print and write the metric of each method; return the paths of the files."""
     from coda_fast.evaluation import runner
     from coda_fast.evaluation.localisation import surest
 
@@ -231,7 +231,7 @@ def _measure(model, found, attributions, settings, description, output, batch):
 
 
 def _method_settings(changes, names):
-    """{method: {setting: number}} of the methods that are measured."""
+    """{method: {setting: number}} for the methods to measure."""
     found = {name: {} for name in names}
     for change in changes:
         key, _, value = change.partition("=")

@@ -103,7 +103,7 @@ def command(images, checkpoint, targets, output, size, device, start, end, crop,
         for job in pictures:
             try:
                 found = explain_files.explain_picture(model, job.source, job.result, preprocessing, classes)
-            except ValueError as error:  # it is not what it was, or the network has no finite answer to it
+            except ValueError as error:  # the file has changed since, or the logits are not finite
                 if job.named:
                     raise
                 skip(error)

@@ -57,18 +57,19 @@ def command(
         )
     output = Path("coda_runs") / chosen.name if output is None else output
     own = Path(recipe)
-    # written over with itself, it stays as it is
+    # a recipe that would be overwritten with identical content is allowed
     if own.is_file() and own.read_text(encoding="utf-8") != chosen.to_yaml():
         safety.check_outputs([output / name for name in training.FILES], [own])
     try:
         training.run(chosen, output, resume, progress=not quiet)
     except Stopped as stop:
-        for number in SIGNALS:  # a second one, on the way out, would take the exit code
+        for number in SIGNALS:  # a second signal during the exit would change the exit code
             signal.signal(number, signal.SIG_IGN)
         click.echo(f"coda-fast: {stop}", err=True)
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return training.STOPPED
-    # all is written; threads of gloo can abort the interpreter's end, and the agent would restart
+    # Everything is written. Threads of gloo can abort the interpreter at its exit, whereupon torchrun's agent
+    # would restart the run.
     if "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(0)

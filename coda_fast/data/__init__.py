@@ -1,9 +1,9 @@
-"""One way to read a picture, for training, evaluation, explanation and service alike (docs/data.md).
+"""Reading pictures, in the same way for training, evaluation, explanation and serving (docs/data.md).
 
 ``decode`` reads the pixels of a file, ``preprocessing`` resizes and crops them for a network, ``listing``
-says which files are pictures and of which class. ``sources`` and ``shards`` give batches of data sets,
-``arrays`` and ``digits`` read data sets that are stored in a few files; ``workers`` decode pictures in other
-processes.
+finds the files that are pictures, with their classes. ``sources`` and ``shards`` give batches of data sets,
+``arrays`` and ``digits`` read data sets that are stored in a few files, and ``workers`` decodes pictures in
+other processes.
 """
 
 from coda_fast.data.decode import decode

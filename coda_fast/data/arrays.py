@@ -27,12 +27,12 @@ BINARY = "the folder of CIFAR-10's binary version, with data_batch_1.bin, or an 
 
 
 class NoArrays(DataError):
-    """A file that holds none of the splits that are wanted."""
+    """A file holds none of the wanted splits."""
 
 
 @dataclasses.dataclass
 class Split:
-    """uint8 images in memory, and those that could not be read: (name, reason)."""
+    """uint8 images in memory, and (name, reason) of each image that could not be read."""
 
     arrays: Arrays
     failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -50,14 +50,14 @@ def read_arrays(
     """Splits of an .npz file, and the names of the classes, if the file holds them (``class_names``).
 
     A split is ``{split}_images`` uint8 [N, H, W(, C)] and ``{split}_labels`` [N] or [N, 1] (``images`` and
-    ``labels`` for the split ""). Or it is the bytes of JPEGs one after the other, ``{split}_jpeg``, which
-    begin at ``{split}_offset`` [N + 1], with ``{split}_label`` [N]; the pictures ``{split}_lossless_idx`` [K]
-    of these are replaced by ``{split}_lossless_rgb`` [K, H, W, 3].
+    ``labels`` for the split ""). Or it is ``{split}_jpeg``, the bytes of JPEGs one after another, which begin
+    at ``{split}_offset`` [N + 1], with ``{split}_label`` [N]. In the latter case, ``{split}_lossless_rgb``
+    [K, H, W, 3] replaces the pictures with the indices ``{split}_lossless_idx`` [K].
 
     Args:
         path: the file.
         splits: their names.
-        channels: of the network; grey pictures become colour and colour grey, as in files.
+        channels: of the network; grey pictures become colour and colour ones grey, as in files.
         limit: the most pictures of each split; the first ones are taken.
         device: where the images are kept.
         progress: a wrapper like tqdm around the decoding of JPEGs, ``progress(iterable, label)``.
@@ -136,7 +136,7 @@ def _of_channels(images, channels):
 
 
 def _classes(labels, split, path):
-    """Labels as int64, of integers from 0 on or floating-point numbers that are such."""
+    """Labels as int64, from integers or integer-valued floating-point numbers, all at least 0."""
     if (
         labels.dtype.kind == "f"
         and labels.size
@@ -206,7 +206,7 @@ def _jpegs(arrays, split, path, channels, limit, device, progress):
 
 
 def _misfit(raw, offsets, labels, index, pixels):
-    """In what way the arrays of concatenated JPEGs do not fit each other, in words; None: they do."""
+    """Text that says how the arrays of concatenated JPEGs do not fit each other; None if they do."""
     if any(array is None for array in (raw, offsets, labels)):
         return "one is missing"
     if raw.ndim != 1 or raw.dtype != np.uint8:
@@ -237,10 +237,10 @@ def _misfit(raw, offsets, labels, index, pixels):
 def read_cifar10(
     folder: str | os.PathLike, device: torch.device | str = "cpu"
 ) -> tuple[list[Arrays], list[str]]:
-    """Training and test images of the folder of the binary version, and the names of the classes.
+    """Training and test images from the folder of the binary version, and the names of the classes.
 
     Raises:
-        DataError: files are missing or truncated, or they are those of the Python version, which are pickles.
+        DataError: files are missing or truncated, or belong to the Python version, which consists of pickles.
     """
     folder = Path(folder)
     folder = folder / "cifar-10-batches-bin" if (folder / "cifar-10-batches-bin").is_dir() else folder

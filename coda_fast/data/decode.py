@@ -1,9 +1,9 @@
-"""The 8-bit pixels of a picture from a file, bytes or Pillow, by one set of rules for all commands
-(docs/data.md has them as a table).
+"""The 8-bit pixels of a picture from a file, bytes or Pillow, by the same rules for all commands
+(docs/data.md lists them in a table).
 
 A picture is turned upright by its EXIF orientation; transparency is flattened on white; 16 bits are scaled to
-8; of an animation the first picture is taken; CMYK, palettes and other colour modes are converted by Pillow,
-and ICC profiles are not used. Colour becomes grey by ITU-R 601, grey becomes colour as three equal channels.
+8; an animation gives its first picture; Pillow converts CMYK, palettes and other colour modes; ICC profiles
+are not used. Colour becomes grey by ITU-R 601, grey becomes colour as three equal channels.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from coda_fast.safety import MOST_PIXELS, NotAFile, open_file
 if TYPE_CHECKING:
     from PIL import Image
 
-# The version of the rules of this module. A training that began under another version saw other pixels, and
-# cannot be resumed under this one. Version 1 stands for the rules of the releases before this module.
+# The version of the rules of this module. A training run that began under another version saw other pixels,
+# and cannot be resumed under this one. Version 1 stands for the rules of releases before this module.
 RULES = 2
-MODES = {1: "L", 3: "RGB"}  # number of channels -> mode of Pillow
+MODES = {1: "L", 3: "RGB"}  # number of channels -> Pillow's mode
 
 
 def decode(
@@ -35,15 +35,14 @@ def decode(
     name: str | None = None,
     least: int | None = None,
 ) -> Image.Image:
-    """The uint8 pixels of a picture, as an image of Pillow of mode "RGB" or "L".
+    """The uint8 pixels of a picture, as a Pillow image of mode "RGB" or "L".
 
     Args:
-        source: a path, the bytes of a file, or a picture of Pillow, which is not changed if it has been
-            loaded already.
+        source: a path, the bytes of a file, or a Pillow image, which is not changed if it is already loaded.
         channels: 3 or 1.
         name: of the picture, for messages; None: its path.
-        least: the number of pixels of each side that suffices: a JPEG may be decoded at an eighth, a quarter
-            or half of its size, as long as it is not smaller than this; None: whole pictures are decoded.
+        least: the length of each side, in pixels, that suffices: a JPEG may be decoded at an eighth, a
+            quarter or half of its size, as long as no side is shorter than this; None: always whole.
 
     Raises:
         ImageError: the file is missing, is not a regular file (a pipe or a device is not opened), is not a
@@ -70,8 +69,8 @@ def decode(
         raise ImageError("too large: its pixels do not fit into the memory that is left", name) from None
     except ImageError:
         raise
-    except Exception as error:  # damage makes decoders raise errors of any class
-        reason = str(error).partition(" <_io.")[0]  # no addresses of buffers
+    except Exception as error:  # a damaged file can make decoders raise any exception
+        reason = str(error).partition(" <_io.")[0]  # without memory addresses
         raise ImageError(f"damaged or truncated image: {reason or type(error).__name__}", name) from None
 
 
@@ -81,10 +80,10 @@ def named(source: object) -> str:
 
 
 class _Quiet:
-    """A context in which Pillow's warnings (of damaged EXIF and the like) are not shown.
+    """A context in which Pillow's warnings (about damaged EXIF and the like) are not shown.
 
-    Python's filters of warnings are global, so that all threads share one change of them, which the last
-    thread undoes. If each thread saved and restored them by itself, one could restore those of another.
+    Python's warning filters are global, so all threads share one change of them, which the last thread
+    undoes. If each thread saved and restored them by itself, it could restore those of another.
     """
 
     def __init__(self):
@@ -109,7 +108,7 @@ _QUIET = _Quiet()
 
 
 def _plain(image):
-    """The image without metadata: orientation and transparency are applied already, and must not be again."""
+    """The image without metadata: orientation and transparency have been applied, and must not be again."""
     image.info = {}
     return image
 
@@ -129,7 +128,7 @@ def _opened(source, name):
 
 
 def check_pixels(width: int, height: int, name: str = "") -> None:
-    """ImageError where an image has more than ``MOST_PIXELS`` pixels, or none."""
+    """Raise an ImageError if an image has more than ``MOST_PIXELS`` pixels, or none."""
     if not 0 < width * height <= MOST_PIXELS:
         raise ImageError(f"too large: expected 1 to {MOST_PIXELS:,} pixels, got {width} x {height}", name)
 
@@ -160,7 +159,7 @@ def _upright(image):
 
     try:
         orientation = image.getexif().get(0x0112)
-    except Exception:  # damage makes Pillow raise errors of any class; the pixels are unaffected
+    except Exception:  # damaged EXIF can make Pillow raise any exception; the pixels are unaffected
         return image
     turns = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
              Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)  # fmt: skip
@@ -168,8 +167,8 @@ def _upright(image):
 
 
 def _eight_bits(image, name):
-    """Grey of 16 bits, 0 to 65535, or floating point, 0 to 1, rounded to 8 bits. Pillow's own conversion
-    would clip both at 255.
+    """A grey image of 16 bits (0 to 65535) or floating point (0 to 1), rounded to 8 bits. Pillow's own
+    conversion would clip both at 255.
     """
     from PIL import Image
 
@@ -188,7 +187,7 @@ def _eight_bits(image, name):
             name,
         )
     pixels = pixels.astype(np.int64)
-    clear = image.info.get("transparency")  # of a grey PNG: the value of transparent pixels
+    clear = image.info.get("transparency")  # in a grey PNG, the value of transparent pixels
     if isinstance(clear, int):
         pixels = np.where(pixels == clear, 65535, pixels)
     return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))

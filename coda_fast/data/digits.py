@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels, grey."""
+"""scikit-learn's 1,797 scans of handwritten digits, with 8 x 8 grey pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from coda_fast.data.sources import Arrays, to_float
 
 
 def digits(seed: int = 0) -> tuple[Arrays, Arrays, list[str]]:
-    """Images for training, a quarter of all images for testing, and the names of the classes.
+    """Training images, test images (a quarter of all), and the names of the classes.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -34,7 +34,7 @@ def digits(seed: int = 0) -> tuple[Arrays, Arrays, list[str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """Images [N, 1, 8, 8] in [0, 1] with labels [N], to train with and to test with."""
+    """Training and test images [N, 1, 8, 8] in [0, 1], with labels [N]."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -44,7 +44,7 @@ class Digits:
 
 
 def digit_tensors(seed: int = 0) -> Digits:
-    """What ``digits`` gives, as tensors that a network takes. ImportError as there."""
+    """The data of ``digits`` as tensors that a network takes; raises the same ImportError."""
     train, test, names = digits(seed)
     images = (to_float(split.images, torch.float32) for split in (train, test))
     return Digits(next(images), train.labels, next(images), test.labels, names)

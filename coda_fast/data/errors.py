@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names what was expected and what was found."""
+    """Data cannot be used; the message names what was expected and what was found."""
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used. ``reason`` says what was expected and what was found; the message begins
-    with the ``name`` of the file.
+    """A picture cannot be used. ``reason`` says what was expected and what was found; the message begins with
+    the ``name`` of the file.
     """
 
     def __init__(self, reason: str, name: str = ""):

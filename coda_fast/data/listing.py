@@ -1,8 +1,8 @@
-"""Which files are pictures, and of which class: the same for all commands.
+"""Finding pictures and their classes, by the same rules for all commands.
 
 A picture's name ends in one of ``SUFFIXES``, in upper or lower case. Files and folders whose name begins with
 a dot are hidden and not read (macOS puts ``._name.png`` beside ``name.png``). Folders are read at any depth,
-through links, and each of them once, also where links form a circle. The order is by folder, then by name.
+through links, and each only once, even if links form a circle. The order is by folder, then by name.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ ANNOTATIONS = "val_annotations.txt"
 
 
 def pictures(root: str | os.PathLike) -> list[Path]:
-    """The pictures below a folder. OSError: a folder cannot be read."""
+    """The pictures below a folder; OSError if a folder cannot be read."""
 
     def refuse(error: OSError) -> None:
         raise error
 
     found = []
     for folder, below, names in walk(root, onerror=refuse):
-        # Of several links to one folder, walk follows the first: sorted, it is always the same one.
+        # If several links lead to one folder, walk follows the first; sorting makes that always the same one.
         below[:] = sorted(name for name in below if not name.startswith("."))
         shown = (name for name in sorted(names) if not name.startswith("."))
         found.append((folder, [name for name in shown if name.lower().endswith(SUFFIXES)]))
@@ -34,17 +34,17 @@ def pictures(root: str | os.PathLike) -> list[Path]:
 
 
 def class_folders(root: str | os.PathLike) -> list[str]:
-    """The names of the folders in a folder that are not hidden, in order."""
+    """The sorted names of the folders in a folder, without hidden ones."""
     entries = os.scandir(os.fspath(root))
     return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def labelled_pictures(root: str | os.PathLike) -> dict[str, list[str]]:
-    """The pictures of each class, classes in the order of their names. The pictures of a class are below the
-    folder that is named after it, or ``ANNOTATIONS`` gives them.
+    """The pictures of each class, with the classes in the order of their names. The pictures of a class lie
+    below the folder that is named after it, or the file ``ANNOTATIONS`` lists them.
 
     Raises:
-        DataError: annotations that are damaged, or name files in other folders. OSError: a file or folder
+        DataError: the annotations are damaged, or name files in other folders. OSError: a file or folder
             cannot be read.
     """
     root = Path(root)

@@ -1,5 +1,5 @@
-"""How a picture becomes the input of a network. This is a part of the model, is stored in its file, and is
-the same for every command.
+"""How a picture becomes the input of a network. The preprocessing is a part of the model, stored in its file,
+and the same for every command.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from coda_fast.safety import MOST_PIXELS
 if TYPE_CHECKING:
     from PIL import Image
 
-# the names of Pillow; all but "nearest" are antialiased
+# Pillow's names; all but "nearest" are antialiased
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "box", "hamming", "nearest")
-LARGEST = 1 << 16  # pixels of a side: a model file that asks for more is damaged or hostile
+LARGEST = 1 << 16  # the longest side in pixels: a model file that asks for more is damaged or hostile
 LONGEST = 256  # the largest ratio of the sides of a picture that is enlarged as a whole
-# Where only the middle of a picture is used, a strip is cut before it is resized to at most this ratio of the
-# sides, because resizing all of it could take any amount of memory.
+# If only the middle of a picture is used, a strip (a very long picture) is cut to at most this ratio of its
+# sides before it is resized, because resizing all of it could take any amount of memory.
 STRIP = 4
 VALUE_RANGE = (0.0, 1.0)  # of the input of a CoDA-Net, which encodes it as [x, 1 - x]
 
@@ -38,12 +38,12 @@ class Preprocessing:
     """Turns pictures into inputs of a network: resizes the shorter side, crops the middle, scales to [0, 1].
     ``model.transform`` is one.
 
-    Called with a picture (a path, the bytes of a file, a picture of Pillow, an array [H, W(, C)] or a tensor
-    [C, H, W]), it returns float32 [C, H, W]. Called with a tensor [..., C, H, W], it returns one of as many
-    dimensions, on the same device and, if that is floating point, in the same dtype. Files are decoded by the
-    rules of ``coda_fast.data.decode``. 8-bit pixels are resized by Pillow, as torchvision and timm do;
-    floating-point tensors, which should be in [0, 1], by torch, which computes the same up to the rounding to
-    8 bits and is differentiable.
+    Called with a picture (a path, the bytes of a file, a Pillow image, an array [H, W(, C)] or a tensor [C,
+    H, W]), it returns float32 [C, H, W]. Called with a tensor [..., C, H, W], it returns a tensor with as
+    many dimensions, on the same device and, if the input is floating point, in the same dtype. Files are
+    decoded by the rules of ``coda_fast.data.decode``. Pillow resizes 8-bit pixels, as in torchvision and
+    timm. torch resizes floating-point tensors, which should be in [0, 1]; its result is the same up to the
+    rounding to 8 bits, and differentiable.
 
     Args:
         channels: 3 for colour, 1 for grey.
@@ -53,9 +53,9 @@ class Preprocessing:
         interpolation: one of ``INTERPOLATIONS``.
 
     Raises:
-        ValueError: a value of the wrong kind, or a crop larger than the resized picture.
-        ImageError: when called, a picture that cannot be used.
-        TypeError: when called, an argument that is not a picture.
+        ValueError: a value is of the wrong kind, or the crop is larger than the resized picture.
+        ImageError: when called, the picture cannot be used.
+        TypeError: when called, the argument is not a picture.
         ImportError: when called, torchvision or Pillow is missing.
 
     >>> import torch
@@ -90,12 +90,11 @@ class Preprocessing:
     def of(
         cls, value: Preprocessing | Mapping | None, channels: int, image_size: int | None = None
     ) -> Preprocessing:
-        """A preprocessing for a network of so many channels, from another one or a result of ``config``.
-
-        None stands for a picture that is resized and cropped to ``image_size``, if that is given.
+        """A preprocessing for a network with this number of channels, from another one or from a result of
+        ``config``. None means to resize and crop to ``image_size``, if that is given.
 
         Raises:
-            ValueError: anything else, unknown keys, or values that do not fit.
+            ValueError: ``value`` is anything else, keys are unknown, or values do not fit.
         """
         if value is None:
             return cls(channels, image_size, image_size)
@@ -121,7 +120,7 @@ class Preprocessing:
         )
 
     def config(self) -> dict:
-        """The arguments as values for JSON, without ``channels``, which the network knows."""
+        """The arguments as JSON values, without ``channels``, which the network knows."""
         return {
             "resize": self.resize,
             "crop": self.crop,
@@ -159,14 +158,14 @@ class Preprocessing:
     def pixels(
         self, source: str | os.PathLike | bytes | np.ndarray | Image.Image, name: str | None = None
     ) -> np.ndarray:
-        """The input before it is divided by 255, uint8 [C, H, W], of anything but a tensor. It is a quarter
-        as large to send to a device.
+        """The input before it is divided by 255, uint8 [C, H, W], for any picture but a tensor. It takes a
+        quarter of the bytes to send to a device.
         """
         source = _of_array(source) if isinstance(source, np.ndarray) else source
         return as_array(self.apply(decode(source, self.channels, name=name), name or named(source)))
 
     def apply(self, image: _Pixels, name: str = "") -> _Pixels:
-        """Resize and crop decoded pixels: a picture of Pillow, or a floating-point tensor [..., C, H, W]."""
+        """Resize and crop decoded pixels: a Pillow image, or a floating-point tensor [..., C, H, W]."""
         if self.resize is None:
             return image
         functional, modes = _torchvision()
@@ -213,7 +212,7 @@ class Preprocessing:
         return (self.resize, other) if width <= height else (other, self.resize)
 
     def _check_resized(self, width, height, name):
-        """Raise an ImageError where the resized picture would be too large."""
+        """Raise an ImageError if the resized picture would be too large."""
         if (
             self.crop is None
             and self.resize > min(width, height)
@@ -270,7 +269,7 @@ class Preprocessing:
 
 
 def as_array(image: Image.Image) -> np.ndarray:
-    """A picture of mode "RGB" or "L" as uint8 [C, H, W]."""
+    """A Pillow image of mode "RGB" or "L" as uint8 [C, H, W]."""
     pixels = np.asarray(image, np.uint8)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if pixels.ndim == 3 else pixels[None].copy()
 

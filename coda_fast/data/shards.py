@@ -1,7 +1,7 @@
 """WebDataset shards: tar files of images and classes, for many processes on many nodes.
 
-Python's ``tarfile`` reads them, and not webdataset's iterator of tar files, because that takes a damaged
-header for the end of a shard, and reads entries of any size into memory.
+They are read with Python's ``tarfile`` instead of webdataset's own iterator, which takes a damaged header for
+the end of a shard, and reads entries of any size into memory.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from coda_fast.safety import open_file
 
 MOST_SHARDS = 10**6
 LARGEST = 2**28  # bytes of an image in a shard
-LARGEST_TEXT = 2**20  # bytes of a class, and of a long name or attributes in a header of tar
+LARGEST_TEXT = 2**20  # bytes of a class, and of a long name or attributes in a tar header
 
 
 class Shards:
-    """WebDataset tar files, of which each sample is an image (jpg, jpeg, png, webp) and a class (cls).
+    """WebDataset tar files, in which each sample is an image (jpg, jpeg, png, webp) and a class (cls).
 
-    For training each process and worker cycles through its share of the shards, so that the images of a step,
-    unlike those of the other sources, depend on the number of processes. A sample that cannot be read is an
-    invalid image of its batch, and so is the unreadable rest of a damaged shard.
+    In training each process and worker cycles through its share of the shards, so that the images of a step,
+    unlike those of the other sources, depend on the number of processes. An unreadable sample is an invalid
+    image of its batch, and so is the unreadable rest of a damaged shard.
 
     Args:
         pattern: a folder, or paths or addresses with braces, such as ``train-{0000..0146}.tar``.
@@ -45,12 +45,12 @@ class Shards:
         classes: the number of classes; those of the samples are from 0 to ``classes - 1``.
         device: where batches are sent.
         samples: the number of images of a training epoch.
-        buffer: the number of samples from which the next one of a training is drawn.
+        buffer: the number of samples in the shuffle buffer, from which the next training sample is drawn.
         augmentation: decodes images for training; None: as ``preprocessing`` does.
 
     Raises:
-        DataError: no shards, missing ones, too many, or commands (``pipe:``). ImportError: webdataset is
-            missing.
+        DataError: there are no shards or too many, some are missing, or the pattern holds commands
+            (``pipe:``). ImportError: webdataset is missing.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class Shards:
         return self.samples
 
     def facts(self) -> dict:
-        """The number of shards, a checksum of their names, and the rules of decoding."""
+        """The number of shards, a checksum of their names, and the version of the decoding rules."""
         names = "\n".join(url.rpartition("/")[2] for url in self.urls)
         return {"shards": len(self.urls), "checksum": zlib.crc32(names.encode()), "rules": RULES}
 
     def need_enough(self, process: Process) -> None:
-        """Raise a DataError where some process has fewer shards than workers. All processes raise it, so that
+        """Raise a DataError if some process has fewer shards than workers. All processes raise it, so that
         none waits for others that have ended.
         """
         workers = max(1, self.workers)
@@ -124,18 +124,18 @@ class Shards:
     def training(
         self, seed: int, epoch: int, start: int, batch_size: int, process: Process
     ) -> Generator[Batch, None, None]:
-        """The ``len(self)`` images of an epoch, from step ``start`` on: as many images as the earlier steps
-        had are read and skipped.
+        """The ``len(self)`` images of an epoch, from step ``start`` on. The images of earlier steps are read
+        and skipped.
         """
         rank, world_size = process.rank, process.world_size
         urls = [self.urls[i] for i in order(len(self.urls), seed, epoch)][rank::world_size]
         results = self._read(self._stream(urls, (seed, epoch, rank), start, batch_size // world_size))
-        with contextlib.closing(results):  # the iterator has no end, and its workers have to be stopped
+        with contextlib.closing(results):  # the iterator is endless, and its workers must be stopped
             for _, decoded in zip(range(start, len(self) // batch_size), results, strict=False):
                 yield batch_of(decoded, self.device)
 
     def evaluation(self, batch_size: int, process: Process) -> Generator[Batch, None, None]:
-        """Batches in which every sample of every shard comes once, over all processes."""
+        """Batches that contain every sample of every shard once, over all processes."""
         urls = self.urls[process.rank :: process.world_size]
         if urls:
             for decoded in self._read(self._stream(urls, None, 0, batch_size)):
@@ -155,10 +155,10 @@ class Shards:
 
 
 class _Stream(torch.utils.data.IterableDataset):
-    """Decoded batches of a process' shards; a DataError is given as a value: see ``batch_of``.
+    """Decoded batches from a process' shards; a DataError is yielded as a value: see ``batch_of``.
 
-    Batch j of the process is made by worker j modulo the number of workers. Without ``randomness`` all
-    samples come once, in order. With it, the stream is shuffled, has no end, and begins with batch ``start``.
+    Worker ``j`` modulo the number of workers makes batch j of the process. Without ``randomness`` all samples
+    come once, in order. With it, the stream is shuffled, endless, and begins with batch ``start``.
     """
 
     def __init__(self, urls, decoder, classes, randomness, start, batch_size, buffer):
@@ -202,7 +202,7 @@ class _Stream(torch.utils.data.IterableDataset):
                 raise _nothing_in(urls, problem)
 
     def _generators(self, batch):
-        # nothing is random where a Preprocessing decodes
+        # a Preprocessing uses no random numbers
         if self.randomness is None or not hasattr(self.decoder, "preprocessing"):
             return None
         return [
@@ -215,8 +215,8 @@ def _nothing_in(urls, problem=""):
 
 
 class _Entry(tarfile.TarInfo):
-    """The header of an entry, which raises an error where it is damaged. tarfile by itself takes a damaged or
-    missing header after the first one for the end of the file.
+    """The header of a tar entry; a damaged one raises an error. tarfile by itself takes a damaged or missing
+    header after the first one for the end of the file.
     """
 
     @classmethod
@@ -240,8 +240,8 @@ class _Entry(tarfile.TarInfo):
 
 
 class _Ending:
-    """A stream that raises an error when it is read many times after its end. tarfile does that, for hours,
-    to skip an entry whose header claims terabytes.
+    """A stream that raises an error when it is read many times after its end, as tarfile does, for hours, to
+    skip an entry whose header claims terabytes.
     """
 
     def __init__(self, stream):
@@ -269,7 +269,7 @@ def _shard(url, classes):
         ):
             for key, files in _samples(tar):
                 yield _item(f"{name}:{key}", files, classes)
-    except Exception as error:  # damage and failed downloads lead to errors of any class
+    except Exception as error:  # damaged files and failed downloads can raise any exception
         yield Item(name, None, 0, f"expected a whole tar file: {error}")
 
 
@@ -284,14 +284,14 @@ _TEXT_TYPES = (
 
 
 def _samples(tar):
-    """(key, {extension: content}) of consecutive files of one name, an image and its class. Instead of a
-    content there may be a string that says why the file is not read.
+    """(key, {extension: content}) of consecutive files with the same name, an image and its class. In place
+    of the content there may be a string that says why the file is not read.
     """
     from webdataset.tariterators import base_plus_ext
 
     key, files = None, {}
     while (entry := tar.next()) is not None:
-        tar.members = []  # tarfile would hold the headers of all entries in memory
+        tar.members = []  # tarfile would keep the headers of all entries in memory
         base, extension = base_plus_ext(entry.name)
         if not entry.isreg() or base is None or extension.lower() not in (*_IMAGES, "cls"):
             continue
@@ -312,7 +312,7 @@ def _samples(tar):
 
 def _count(pattern):
     """An upper bound of the number of shards that a pattern stands for. Its braces are not expanded, because
-    the list might not fit into memory.
+    the list might not fit in memory.
     """
     total, alternatives = 1, []
     for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):
@@ -320,7 +320,7 @@ def _count(pattern):
     for character in pattern:
         if character == "{":
             alternatives.append(1)
-        # for nested braces this counts more than there are: it is an upper bound
+        # overestimates for nested braces, which an upper bound may
         elif character == "," and alternatives:
             alternatives = [number + 1 for number in alternatives]
         elif character == "}" and alternatives:

@@ -2,8 +2,8 @@
 ``Shards``, in ``coda_fast.data.shards``, reads tar files.
 
 All of them give batches of uint8 images, which ``to_float`` turns into the input of a network on the device.
-Files are decoded by a ``Preprocessing`` or, for training, by a ``RandomDecoder``. Everything random is a
-function of (seed, epoch, step) or (seed, epoch, image).
+Files are decoded by a ``Preprocessing`` or, for training, by a ``RandomDecoder``. All random numbers are
+functions of (seed, epoch, step) or (seed, epoch, image).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Batch:
     """Images and their classes.
 
     Attributes:
-        images: uint8 [N, C, H, W]; black where an image could not be read.
+        images: uint8 [N, C, H, W]; an unreadable image is black.
         labels: [N].
-        valid: [N], False where an image could not be read; None: all could be read.
+        valid: [N], False for unreadable images; None: all could be read.
         failures: (name, reason) of the images that could not be read.
     """
 
@@ -67,7 +67,7 @@ class RandomDecoder(Protocol):
         """The preprocessing without augmentation, whose results have the same shape."""
 
     def pixels(self, source: str | bytes, generator: np.random.Generator) -> np.ndarray:
-        """The picture as uint8 [C, H, W]. ImageError: it cannot be read."""
+        """The picture as uint8 [C, H, W]; ImageError if it cannot be read."""
 
 
 # images, labels, valid and failures of a ``Batch``, on the CPU
@@ -79,7 +79,7 @@ def decode_all(
     decoder: Preprocessing | RandomDecoder,
     generators: Sequence[np.random.Generator] | None,
 ) -> Decoded:
-    """Decode a batch. An image that cannot be read is black and not valid.
+    """Decode a batch. An unreadable image is black and not valid.
 
     Args:
         items: the images.
@@ -87,7 +87,7 @@ def decode_all(
         generators: one for each item; None: nothing is random.
 
     Raises:
-        DataError: images of several sizes.
+        DataError: the images have several sizes.
     """
     pictures: list[np.ndarray | None] = []
     failures = []
@@ -109,7 +109,7 @@ def decode_all(
 
 
 def of_one_size(shapes: set) -> None:
-    """Raise a DataError where there are several shapes [C, H, W]."""
+    """Raise a DataError if there are several shapes [C, H, W]."""
     if len(shapes) > 1:
         some = ", ".join(f"{height} x {width}" for _, height, width in sorted(shapes)[:3])
         raise DataError(
@@ -132,7 +132,7 @@ def batch_of(decoded: Decoded | DataError, device: torch.device | str) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """One of the processes that share the batches of a run, by its rank."""
+    """One of the processes that share the batches of a run, given by its rank."""
 
     rank: int = 0
     world_size: int = 1
@@ -144,24 +144,24 @@ class Process:
 
 
 def seeded(*numbers: int) -> int:
-    """One seed, made of all bits of several numbers."""
+    """A single seed that depends on all bits of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the ``count`` images in an epoch, a permutation."""
+    """The order of the ``count`` images in an epoch, as a permutation."""
     return np.random.default_rng((seed, epoch, 0)).permutation(count)
 
 
 def to_float(images: torch.Tensor, dtype: torch.dtype, channels_last: bool = False) -> torch.Tensor:
-    """uint8 images as floating point in [0, 1], which is all the normalisation that a CoDA-Net expects."""
+    """uint8 images as floating point in [0, 1], the only normalisation that a CoDA-Net expects."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return images.to(dtype, memory_format=layout).div_(255)
 
 
 class Arrays:
     """A data set in memory, on ``device``: images uint8 [N, C, H, W], labels [N]. ``rules``: the version of
-    the rules of decoding (``RULES``), if the images come from files.
+    the decoding rules (``RULES``), if the images come from files.
     """
 
     def __init__(
@@ -177,7 +177,9 @@ class Arrays:
         return len(self.labels)
 
     def facts(self) -> dict:
-        """The number of images, a checksum of all labels and 64 of the images, and the rules of decoding."""
+        """The number of images, a checksum of all labels and about 64 images, and the version of the decoding
+        rules, if there is one.
+        """
         some = self.images[:: max(1, len(self) // 64)].cpu().numpy()
         checksum = zlib.crc32(some.tobytes(), zlib.crc32(self.labels.cpu().numpy().tobytes()))
         return {"images": len(self), "checksum": checksum} | (
@@ -194,12 +196,12 @@ class Arrays:
             yield self.some(index)
 
     def evaluation(self, batch_size: int, process: Process = Process()) -> Generator[Batch, None, None]:
-        """Batches in which every image comes once, over all processes."""
+        """Batches that contain every image once, over all processes."""
         for index in _once(len(self), batch_size, process):
             yield self.some(index)
 
     def sample(self, count: int) -> Batch:
-        """``count`` images, evenly spaced over the data set and always the same."""
+        """``count`` images, evenly spaced over the data set, and always the same ones."""
         return self.some(_spread(len(self), count))
 
     def some(self, indices: Sequence[int] | np.ndarray) -> Batch:
@@ -240,7 +242,7 @@ class Folder:
         return len(self.files)
 
     def facts(self) -> dict:
-        """The number of images, a checksum of names and labels, and the rules of decoding."""
+        """The number of images, a checksum of names and labels, and the version of the decoding rules."""
         names = "\n".join(f"{'/'.join(Path(path).parts[-2:])} {label}" for path, label in self.files)
         return {
             "images": len(self),
@@ -251,7 +253,7 @@ class Folder:
     def training(
         self, seed: int, epoch: int, start: int, batch_size: int, process: Process
     ) -> Generator[Batch, None, None]:
-        """As ``Arrays.training``; the augmentation of an image is drawn for (seed, epoch, image)."""
+        """As ``Arrays.training``; the augmentation of an image depends on (seed, epoch, image)."""
         randomness = None if self.augmentation is None else (seed, epoch)
         yield from self._batches(_plan(len(self), seed, epoch, start, batch_size, process), randomness)
 
@@ -273,7 +275,7 @@ class Folder:
         )
 
     def name(self, index: int) -> str:
-        """As ``Arrays.name``: the path."""
+        """As ``Arrays.name``: the path of the file."""
         return self.files[index][0]
 
     def in_memory(
@@ -291,7 +293,7 @@ class Folder:
         for batch in progress(batches) if progress else batches:
             failures += batch.failures
             good = slice(None) if batch.valid is None else batch.valid
-            if len(batch.labels[good]):  # a batch of black images only may have another size
+            if len(batch.labels[good]):  # a batch of unreadable images only may have another size
                 images.append(batch.images[good].cpu())
                 labels.append(batch.labels[good].cpu())
         if not images:
@@ -331,7 +333,7 @@ def _plan(count, seed, epoch, start, batch_size, process):
 
 
 class _Files(torch.utils.data.Dataset):
-    """Decoded batches by lists of indices. A DataError is returned as a value: see ``batch_of``."""
+    """Decoded batches for lists of indices. A DataError is returned as a value: see ``batch_of``."""
 
     def __init__(self, files, decoder, randomness, shape=None):
         self.files, self.decoder, self.randomness, self.shape = files, decoder, randomness, shape

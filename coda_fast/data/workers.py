@@ -1,6 +1,6 @@
 """Worker processes of torch's DataLoader that decode images, and end when the program does.
 
-Two private attributes of torch's loader are used, ``_workers`` and ``_shutdown_workers``, because it has no
+Two private attributes of torch's loader are used, ``_workers`` and ``_shutdown_workers``, because there is no
 public way to see which worker was killed, or to end one that hangs in a read.
 """
 
@@ -20,9 +20,9 @@ PATIENCE = 2.0  # seconds that workers have to end before they are killed
 def read(dataset: torch.utils.data.Dataset, workers: int, **options: Any) -> Iterator:
     """Iterate over a DataLoader of ``dataset`` with this number of worker processes and these ``options``.
 
-    However the iteration ends, the workers end with it. torch alone would wait without a limit for a worker
-    that hangs in a read, or that waits for a lock of a killed worker: it sends SIGTERM, which these workers
-    ignore (``_ignore_signals``).
+    However the iteration ends, the workers end with it. torch alone would wait forever for a worker that
+    hangs in a read, or that waits for a lock of a killed worker: it sends SIGTERM, which these workers ignore
+    (``_ignore_signals``).
 
     Raises:
         ChildProcessError: a worker was killed.
@@ -44,7 +44,7 @@ def read(dataset: torch.utils.data.Dataset, workers: int, **options: Any) -> Ite
                     decoded = next(results)
                 except StopIteration:
                     return
-                # which error a killed worker leads to depends on what it was doing
+                # the error that a killed worker causes depends on what it was doing
                 except Exception:
                     _need_alive(children, patience=1.0)
                     raise
@@ -55,8 +55,8 @@ def read(dataset: torch.utils.data.Dataset, workers: int, **options: Any) -> Ite
 
 
 def _end(results, children):
-    """End the workers as torch does, which also frees their shared memory, and kill those that have not ended
-    after ``PATIENCE``; torch waits longer.
+    """End the workers as torch does, which also frees their shared memory, but kill those that have not ended
+    after ``PATIENCE`` seconds; torch waits longer.
     """
     timer = threading.Timer(PATIENCE, lambda: [child.kill() for child in children])
     timer.daemon = True
@@ -66,7 +66,7 @@ def _end(results, children):
 
 
 def _need_alive(children, patience):
-    """Raise a ChildProcessError if a worker was killed or is found to be within ``patience`` seconds."""
+    """Raise a ChildProcessError if a worker was killed, or turns out to be within ``patience`` seconds."""
     end = time.monotonic() + patience
     while children:
         if killed := [child for child in children if child.exitcode not in (None, 0)]:
@@ -81,15 +81,15 @@ def _need_alive(children, patience):
 
 
 class _DefaultChildHandler:
-    """The system's handling of SIGCHLD while anything is read. torch's handler raises an error for every
-    worker that is killed, wherever the program happens to be at that moment; the loader notices the death by
-    itself within 5 s. Readers are counted, because they need not end in the order in which they began.
+    """A context with the system's default handling of SIGCHLD. torch's handler raises an error for every
+    killed worker, wherever the program happens to be at that moment; the loader notices the death by itself
+    within 5 s. Readers are counted, because they need not end in the order in which they began.
     """
 
     readers, replaced = 0, None
 
     def __enter__(self):
-        # Python allows handlers to be set in the main thread only.
+        # Python can set handlers in the main thread only.
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         if self.in_main_thread:
             if not _DefaultChildHandler.readers:
@@ -108,8 +108,8 @@ def _unchanged(decoded):
 
 
 def _ignore_signals(_):
-    """Make a worker ignore signals that are sent to the whole process group: they are for the process that
-    trains, which needs its workers to finish the step.
+    """Make a worker ignore signals that are sent to the whole process group. They are meant for the training
+    process, which needs its workers to finish the step.
     """
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)

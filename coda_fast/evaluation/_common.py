@@ -21,7 +21,7 @@ PROTOCOLS = ("plain", "published")
 
 
 class AttributionMethod(Protocol):
-    """An object with an ``Attribution`` as its method: what ``coda_fast.baselines.create`` makes."""
+    """An object whose method ``attribute`` is an ``Attribution``, as ``coda_fast.baselines.create`` makes."""
 
     def attribute(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Maps [N, K, H, W] of images [N, C, H, W] for classes [N, K]."""
@@ -31,7 +31,7 @@ def attribution_of(model: nn.Module, attribution: Attribution | AttributionMetho
     """``attribution`` itself or its method ``attribute``; for None, the contribution maps of a CoDA-Net.
 
     Raises:
-        ValueError: None, and a model that cannot explain itself. TypeError: not a function.
+        ValueError: it is None and the model cannot explain itself. TypeError: it is not a function.
     """
     if attribution is None:
         model = network_in(model)
@@ -50,7 +50,7 @@ def attribution_of(model: nn.Module, attribution: Attribution | AttributionMetho
 
 
 def maps_of(attribute: Attribution, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The maps [N, K, H, W] of an attribution. ValueError: another shape, or maps that are not finite."""
+    """The maps [N, K, H, W] of an attribution; ValueError if they have another shape or are not finite."""
     maps = attribute(images, targets).detach()
     expected = (len(images), targets.shape[1], *images.shape[2:])
     if maps.shape != expected:
@@ -89,8 +89,8 @@ def evaluated(model: object) -> Iterator[None]:
 
 
 def log_odds(model: object, logits: torch.Tensor) -> torch.Tensor:
-    """The log-odds of each class, in float32 at least. Those of a CoDA-Net, which is trained with a sigmoid
-    for each class, are its logits; those of other models are computed from the softmax.
+    """The log-odds of each class, in float32 or wider. For a CoDA-Net, which is trained with a sigmoid for
+    each class, they are its logits; for other models they are computed from the softmax.
     """
     if isinstance(network_in(model), DynamicLinear) or not isinstance(model, torch.nn.Module):
         return wide(logits)

@@ -24,7 +24,7 @@ def completeness_error(
         batch_size: the number of images explained at once.
 
     Raises:
-        ValueError, TypeError: a model without DAU layers; shapes that do not fit.
+        ValueError, TypeError: the model is not a CoDA-Net, or shapes do not fit.
     """
     network = network_in(model)
     if not isinstance(network, DynamicLinear):

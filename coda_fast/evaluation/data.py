@@ -29,12 +29,12 @@ BATCH = 64  # the number of pictures that are read and classified at once
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """A data set of which the pictures are listed, but not read yet.
+    """A data set whose pictures are listed, but not yet read.
 
     Attributes:
         source: reads the pictures.
         skipped: the reason for each picture that is already known to be unreadable, by name.
-        note: an assumption about the labels that the user has to know, or empty.
+        note: an assumption about the labels that the user should know, or empty.
     """
 
     source: Arrays | Folder
@@ -58,13 +58,13 @@ def load(
 
     Args:
         source: "digits" (scikit-learn, the test half of the demo); an .npz file with ``images`` [N, H, W(,
-            C)] uint8 and ``labels`` [N] or [N, 1], or as training reads it (``test_images``, ``test_labels``,
-            or JPEGs: ``coda_fast.data.arrays``); or a folder with a folder for each class, in which image
-            files are at any depth. Folders are matched with ``model.class_names``, or taken in the order of
-            their names.
+            C)] uint8 and ``labels`` [N] or [N, 1], or in the form that training reads (``test_images``,
+            ``test_labels``, or JPEGs: ``coda_fast.data.arrays``); or a folder with a folder for each class,
+            with image files at any depth. Folders are matched with ``model.class_names``, or assigned to
+            classes in the order of their names.
         model: a CoDA-Net, or another model with its attributes for images and classes.
         preprocessing: makes inputs of pictures; None: ``model.transform``.
-        limit: the most images: the first ones, or of a folder evenly from all classes.
+        limit: the most images: the first ones, or in a folder evenly from all classes.
         workers: the number of worker processes that decode files.
         progress: a wrapper like tqdm around the decoding of an .npz file, ``progress(iterable, label)``.
 
@@ -110,8 +110,8 @@ def _npz(path, channels, limit, progress):
 
 
 def _files(path, model, limit):
-    """(path, class) of the pictures of a folder of classes; and in words how classes were assigned to
-    folders, if their names are not those of the model's classes.
+    """(path, class) of each picture in a folder of classes; and a note on how classes were assigned to
+    folders, if the folders are not named after the model's classes.
     """
     try:
         found = listing.labelled_pictures(path)
@@ -144,7 +144,7 @@ def _files(path, model, limit):
 
 def _shares(classes, limit):
     """(number of the class, number in the class, file) of at most ``limit`` files: the first of every class,
-    then the second of every class and so on; where the limit ends a round, evenly from all classes.
+    then the second of every class and so on; if the limit ends a round, evenly from all classes.
     """
     rounds = (
         [(k, i, files[i]) for k, files in enumerate(classes) if i < len(files)]
@@ -177,7 +177,7 @@ def _fitted(found, preprocessing, limit=None):
 
 
 def first_size(data: Labelled) -> tuple[int, int]:
-    """(height, width) of the first picture that can be read. DataError: none can."""
+    """(height, width) of the first readable picture; DataError if there is none."""
     for i in range(len(data)):
         batch = data.source.some([i])
         if not batch.failures:

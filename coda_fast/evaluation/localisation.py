@@ -30,8 +30,8 @@ class Localisation:
     """Scores of G grids with n cells.
 
     Attributes:
-        scores: the share of the positive contributions that lie in the right cell, [G, n], from 0 to 1; 0
-            where a map has no positive contributions.
+        scores: the share of the positive contributions that lie in the right cell, [G, n], from 0 to 1; 0 if
+            a map has no positive contributions.
         images: the images of the grids, as indices of the given ones, [G, n].
         targets: their classes, [G, n].
     """
@@ -92,7 +92,7 @@ def surest(
 def draw_grids(
     confident: dict[int, list[int]], cells: int, grids: int, seed: int = 42, protocol: str = "plain"
 ) -> np.ndarray:
-    """The images of the grids, [G, cells]; G is ``grids``, or less where there are too few confident images.
+    """The images of the grids, [G, cells]; G is ``grids``, or less if there are too few confident images.
 
     "plain": every grid draws its classes among those that have unused images, and takes the most confident
     unused image of each. "published" is how the published results were made: a list of images is drawn in the
@@ -101,7 +101,7 @@ def draw_grids(
     is skipped between grids.
 
     Raises:
-        ValueError: fewer classes with confident images than a grid has cells.
+        ValueError: fewer classes have confident images than a grid needs.
     """
     common.check_choice("protocol", protocol, common.PROTOCOLS)
     least = cells + (protocol == "published")
@@ -161,7 +161,7 @@ def canvases(images: torch.Tensor, side: int, protocol: str = "plain") -> torch.
 
 def cell_shares(maps: torch.Tensor, side: int, protocol: str = "plain") -> torch.Tensor:
     """The share of the positive contributions of map j that lie in cell j: [G, side^2, side H, side W] ->
-    [G, side^2]. ValueError: maps that are not those of such grids.
+    [G, side^2]. ValueError: the maps do not have the shape of such grids.
     """
     height, width = maps.shape[2:]
     if height % side or width % side or maps.shape[1] != side**2:
@@ -205,7 +205,7 @@ def localisation(
             model's own contribution maps.
         side: the number of rows and columns of a grid.
         grids: the most grids; the published evaluation has 500 of 3 x 3.
-        protocol: "plain", or "published": exactly what the published numbers were made with (see
+        protocol: "plain", or "published", which is exactly how the published numbers were made (see
             ``draw_grids``), with grids filled column by column.
         seed: of the generator that draws the grids.
         threshold: the probability above which an image is confident.
@@ -215,7 +215,7 @@ def localisation(
         progress: a wrapper like tqdm, ``progress(iterable, label)``.
 
     Raises:
-        ValueError, TypeError: shapes or options that do not fit; fewer classes with confident images than a
+        ValueError, TypeError: shapes or options do not fit, or fewer classes have confident images than a
             grid needs.
     """
     labels, model = common.labelled(images, labels), network_in(model)

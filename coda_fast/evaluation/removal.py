@@ -1,5 +1,5 @@
-"""Pixel removal: a good map ranks lowest the pixels that a prediction does not need (arXiv:2104.00032,
-section 4.3).
+"""Pixel removal: a good map gives the lowest ranks to pixels that a prediction does not need
+(arXiv:2104.00032, section 4.3).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from coda_fast.models import CoDANet
 from coda_fast.nn import DAUConv2d
 
 ORDERS = ("least", "most")
-# The share of a layer's outputs that change from one point of the curve to the next above which the layer,
-# and all layers after it, are computed anew as a whole.
+# If more than this share of a layer's outputs change from one point of the curve to the next, the layer and
+# all layers after it are recomputed as a whole.
 WHOLE = 0.6
 
 
@@ -63,13 +63,13 @@ def pixel_removal(
     attribution_batch: int = 32,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> Removal:
-    """The probability of the target while pixels are removed, the least (or most) important first. Of a
-    CoDA-Net it is the sigmoid of the logit, of other classifiers the softmax.
+    """The probability of the target while pixels are removed, the least (or most) important first. For a
+    CoDA-Net it is the sigmoid of the logit, for other classifiers the softmax.
 
     A removed pixel is zero in all channels of the encoded image (all six of a CoDA-Net, which no real pixel
-    is), so that it contributes nothing. Of a model without ``encoder`` the image itself is masked. The
-    defaults are the published settings: for 32 x 32 images 0 to 256 pixels in steps of 2. Published numbers
-    are of the first 1,024 test images and their true classes.
+    is), so that it contributes nothing. For other models the image itself is masked. The defaults are the
+    published settings: for 32 x 32 images 0 to 256 pixels in steps of 2. The published numbers are for the
+    first 1,024 test images and their true classes.
 
     Args:
         model: a classifier; a CoDA-Net in a wrapper is unwrapped (``coda_fast.unwrap``).
@@ -88,7 +88,7 @@ def pixel_removal(
         progress: a wrapper like tqdm, ``progress(iterable, label)``.
 
     Raises:
-        ValueError, TypeError: shapes or options that do not fit.
+        ValueError, TypeError: shapes or options do not fit.
     """
     targets, model = common.labelled(images, targets, "targets"), network_in(model)
     common.check_choice("order", order, ORDERS)
@@ -128,7 +128,7 @@ def _turns(maps, order):
 
 
 def _curves(model, images, classes, turns, counts, insert, batch_size):
-    """The probabilities [N, P] of the targets at the points ``counts``, of whole masked images."""
+    """The probabilities [N, P] of the targets at the points ``counts``, computed from whole masked images."""
     with torch.no_grad():
         encoded = model.encoder(images) if isinstance(model, DynamicLinear) else images
         found = []
@@ -154,8 +154,8 @@ def _by_changes(model, images):
 
 
 def _curves_by_changes(model, images, classes, turns, counts, insert, batch_size):
-    """As ``_curves``, point after point. Of the first layers, only those outputs are computed anew that
-    depend on pixels removed since the last point. The other layers compute several points in one batch.
+    """As ``_curves``, point after point. The first layers recompute only those outputs that depend on pixels
+    removed since the last point. The other layers compute several points in one batch.
     """
     parts = zip(*(t.split(batch_size) for t in (images, classes, turns)), strict=True)
     return torch.cat([_changes(model, *part, counts, insert, batch_size) for part in parts])
@@ -187,8 +187,8 @@ def _changes(model, images, classes, turns, counts, insert, batch_size):
 
 
 def _worth_updating(layers, changed):
-    """The number of first layers to update in part, where the pixels ``changed`` [N, 1, H, W] change from
-    point to point.
+    """The number of first layers to update in part, if the pixels ``changed`` [N, 1, H, W] change from point
+    to point.
     """
     for i, layer in enumerate(layers):
         changed = _reached(layer, changed)
@@ -205,8 +205,8 @@ def _reached(layer, changed):
 
 
 def _update(layer, input, output, where):
-    """Compute ``output`` [N, n, OH, OW] of a layer again, in place, at the pixels ``where`` [N, 1, OH, OW]:
-    their patches are images of the size of the kernel.
+    """Recompute ``output`` [N, n, OH, OW] of a layer in place at the pixels ``where`` [N, 1, OH, OW]. Their
+    patches form a batch of images of the size of the kernel.
     """
     g = layer.geometry
     padded = F.pad(input, g.padding)

@@ -134,7 +134,7 @@ class Evaluation:
             progress: a wrapper like tqdm, ``progress(iterable, label)``.
 
         Raises:
-            ValueError: settings that the images do not fit, or a folder that holds another evaluation.
+            ValueError: the settings do not fit the images, or the folder holds another evaluation.
         """
         self.work()  # raises before the folder is written to
         _claim(self.folder, self.model, self.description, dataclasses.asdict(self.settings))
@@ -160,7 +160,7 @@ class Evaluation:
         return Removal(counts / self._pixels(), values)
 
     def _stored(self, path, count):
-        """The numbers of a piece, or None where the file is missing or damaged."""
+        """The numbers of a piece, or None if the file is missing or damaged."""
         columns = self.settings.side**2 if self.settings.metric == "localisation" else self.settings.points
         try:
             with open_file(path) as file:
@@ -238,7 +238,7 @@ class Evaluation:
 
 def _claim(folder, model, description, settings):
     """Write into the folder which evaluation it holds: model, data (by content, not by path), settings and
-    versions. ValueError: it holds another one.
+    versions. ValueError if it holds another one.
     """
     parameter = next(model.parameters(), torch.empty(0))
     versions = {
@@ -297,8 +297,8 @@ def write_accuracy(model: nn.Module, found: Survey, description: dict, folder: P
 
 
 def summary(found: Localisation | Removal) -> dict[str, float]:
-    """The summary of one method: of localisation ``Localisation.summary``, of removal the mean and quartiles
-    of the area, and the ends of the mean curve.
+    """The summary of one method: for localisation ``Localisation.summary``, for removal the mean and
+    quartiles of the area, and the ends of the mean curve.
     """
     if isinstance(found, Localisation):
         return found.summary()

@@ -11,9 +11,9 @@ from the recipe (``setup``), restores a checkpoint (``resume``, ``checkpoints``)
 ``logger`` shows and writes metrics.
 
 A run is a function of its recipe and seed. The order of an epoch is a permutation seeded by (seed, epoch).
-Random numbers of an optimiser step come from generators seeded by (seed, epoch, step), drawn for the *global*
-batch, of which each process takes its slice, or by (seed, epoch, image). Therefore the number of processes
-changes nothing but rounding, and epoch and step are all of a run's position.
+The random numbers of an optimiser step come from generators seeded by (seed, epoch, step), which draw for the
+*global* batch, of which each process takes its slice, or by (seed, epoch, image). Therefore the number of
+processes changes nothing but rounding, and epoch and step determine the position of a run completely.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["FILES", "STOPPED", "Recipe", "TrainingError", "list_recipes", "load_
 
 
 def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, progress: bool = True) -> dict:
-    """Train by a ``Recipe`` into the folder ``output``: see ``coda_fast.train.engine.run``."""
+    """Train by a ``Recipe``, with results in the folder ``output``: see ``coda_fast.train.engine.run``."""
     from coda_fast.train import engine  # Lightning is loaded when it is needed
 
     return engine.run(recipe, output, resume, progress)

@@ -1,4 +1,4 @@
-"""``python -m coda_fast.train RECIPE [KEY=VALUE ...]``: what ``coda-fast train`` does, for torchrun."""
+"""``python -m coda_fast.train RECIPE [KEY=VALUE ...]``: the same as ``coda-fast train``, for torchrun."""
 
 from coda_fast.cli import main
 

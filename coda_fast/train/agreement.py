@@ -17,11 +17,11 @@ from coda_fast.train.state import State
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-HEARTBEAT = 2.0  # seconds between messages, roughly, so that a signal to stop need not wait for a logged step
+HEARTBEAT = 2.0  # approximate seconds between messages, so that a stop signal need not wait for a logged step
 
 
 class Agreement:
-    """One process of a run, and how it agrees with the others. Every method is called by all processes."""
+    """A process of a run, which can agree with the others. All processes must call every method."""
 
     def __init__(self, fabric: Fabric, state: State):
         self.fabric, self.state = fabric, state
@@ -29,7 +29,7 @@ class Agreement:
         self.is_rank_zero = fabric.is_global_zero
 
     def on_rank_zero(self, work: Callable[[], Any]) -> Any:
-        """Call ``work`` in rank zero; all processes return its result.
+        """Call ``work`` in rank zero, and return its result in all processes.
 
         Raises:
             TrainingError: in all processes, with the message of the error that ``work`` raised.
@@ -56,7 +56,7 @@ class Agreement:
         return float(self.sum(torch.tensor(float(flag), device=self.fabric.device))) > 0
 
     def gather(self, value: Any) -> list:
-        """The value of each process, in the order of ranks; Fabric gathers nothing but tensors."""
+        """The value of each process, in the order of ranks. Fabric itself gathers tensors only."""
         if self.process.world_size == 1:
             return [value]
         gathered = [None] * self.process.world_size
@@ -65,15 +65,15 @@ class Agreement:
 
 
 class Heartbeat:
-    """Decides after how many steps the processes exchange their next message: about ``HEARTBEAT`` seconds by
-    the clock of rank zero, as a number of steps that is the same for all of them.
+    """Decides after how many steps the processes exchange their next message: as many as take about
+    ``HEARTBEAT`` seconds by the clock of rank zero, the same number in all processes.
     """
 
     def __init__(self):
         self.interval, self.passed, self.last = 1, 0, time.perf_counter()
 
     def is_due(self) -> bool:
-        """Count a step; returns whether a message is due after it."""
+        """Count a step, and return whether a message is due after it."""
         self.passed += 1
         return self.passed >= self.interval
 
@@ -82,8 +82,8 @@ class Heartbeat:
         return time.perf_counter() - self.last
 
     def restart(self, waited: float) -> None:
-        """Count anew after a message, which came ``waited`` seconds after the last one by the clock of rank
-        zero.
+        """Start counting again after a message, which came ``waited`` seconds after the last one by the clock
+        of rank zero.
         """
         self.interval = max(1, int(HEARTBEAT * self.passed / max(waited, 1e-9)))
         self.passed, self.last = 0, time.perf_counter()

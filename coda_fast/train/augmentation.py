@@ -1,8 +1,8 @@
-"""Random augmentation of the pictures of a training step: crops and RandAugment as they are decoded, flips
-and padded crops on the device.
+"""Random augmentation of training pictures: crops and RandAugment during decoding, flips and padded crops on
+the device.
 
-Pillow cuts and resizes a crop in one operation. timm's RandAugment draws from the global generators, which
-are seeded for each picture and restored after it.
+Pillow crops and resizes in one operation. timm's RandAugment draws from the global generators, which are
+seeded for each picture and restored after it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Augmentation:
 
     Attributes:
         preprocessing: the preprocessing of the network; without a ``crop``, nothing is cropped.
-        scale: the least and largest share of the picture's area that a crop covers, with an aspect ratio of
-            3/4 to 4/3; None: a crop is a random square of the resized picture, as large as the network's.
+        scale: the smallest and largest share of the picture's area that a crop covers, with an aspect ratio
+            of 3/4 to 4/3; None: a crop is a random square of the resized picture, as large as the network's.
         randaugment: number and strength of the operations; None: no RandAugment.
     """
 
@@ -50,9 +50,7 @@ class Augmentation:
         generator: np.random.Generator,
         name: str | None = None,
     ) -> np.ndarray:
-        """The augmented pixels of a picture, which ``name`` names in messages. ImageError: it cannot be
-        read.
-        """
+        """The augmented pixels of a picture that messages call ``name``; ImageError if it is unreadable."""
         from PIL.Image import Resampling
 
         wanted = self.preprocessing
@@ -67,8 +65,8 @@ class Augmentation:
         return as_array(image)
 
     def _least(self):
-        """The least number of pixels of each side to which a JPEG may be decoded: twice the size after
-        resizing, and large enough that the smallest crop is not enlarged.
+        """The smallest side, in pixels, to which a JPEG may be decoded: twice the size after resizing, and
+        large enough that the smallest crop is not enlarged.
         """
         wanted = self.preprocessing
         if wanted.crop is None:
@@ -78,7 +76,7 @@ class Augmentation:
 
     def _part(self, width, height, generator):
         """The part of the picture that becomes the crop, in pixels: left, top, right, bottom. torchvision's
-        own function would draw it from torch's global generator.
+        own function would use torch's global generator.
         """
         for _ in range(10 if self.scale is not None else 0):
             area, ratio = (
@@ -99,8 +97,8 @@ class Augmentation:
 
 @contextlib.contextmanager
 def _seeded(generator):
-    """A context in which the global generators, from which libraries draw, are seeded by this one. Afterwards
-    they are restored.
+    """A context in which the global generators, which libraries use, are seeded from ``generator``.
+    Afterwards they are restored.
     """
     before, seed = (random.getstate(), np.random.get_state()), int(generator.integers(2**32))
     random.seed(seed), np.random.seed(seed)
@@ -116,8 +114,8 @@ def _randaugment(count, strength, channels):
     from timm.data.auto_augment import RandAugment, rand_augment_ops
 
     fill = (128,) * 3 if channels == 3 else 128
-    # The strength of the paper is on a scale of 30, that of timm on a scale of 10. The paper translates by at
-    # most 100 of 224 pixels, which is a share of 0.45 of the side for images of any size.
+    # The paper's strength is on a scale of 30, timm's on a scale of 10. The paper translates by at most 100
+    # of 224 pixels, a share of 0.45 of the side, which suits images of any size.
     operations = rand_augment_ops(strength / 3, 1.0, {"translate_pct": 0.45, "img_mean": fill})
     for operation in operations:
         # at low strength timm posterizes to 0 bits, which Pillow refuses

@@ -1,5 +1,5 @@
 """Checkpoints of a run: each is one file of torch.save, which is written whole or not at all and read with
-``weights_only=True``. A full disk or a killed process would leave checkpoints of Fabric half written.
+``weights_only=True``. Fabric's own checkpoints would be left half written by a full disk or a killed process.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def save(setup: Setup, state: State, is_best: bool = False) -> None:
 
 
 def _write(path, content, state):
-    """Write, sync, rename, sync the folder. Where that fails (a full disk), no file changes."""
+    """Write, sync, rename, sync the folder. If that fails (a full disk), no file changes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -130,7 +130,7 @@ def load_whole_model(setup: Setup, weights: dict) -> CoDANet:
 
 
 def read(path: str | os.PathLike) -> dict:
-    """The content of a checkpoint, on the CPU. TrainingError: it is missing, damaged, or another kind of
+    """The content of a checkpoint, on the CPU; TrainingError if it is missing, damaged, or another kind of
     file.
     """
     path = Path(path)
@@ -140,10 +140,10 @@ def read(path: str | os.PathLike) -> dict:
         raise TrainingError(f"{path}: expected a checkpoint file or 'auto', got a folder")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    # torch's own message advises to read it without weights_only, which could run any code
+    # torch's own message suggests reading it without weights_only, which could run any code
     except pickle.UnpicklingError:
         raise TrainingError(f"{path}: not a readable checkpoint (truncated, or of another program)") from None
-    except Exception as error:  # damage leads to errors of any class
+    except Exception as error:  # a damaged file can raise any exception
         reason = str(error).split("\n")[0] or type(error).__name__
         raise TrainingError(
             f"{path}: not a readable checkpoint (truncated, or of another program): {reason[:200]}"
@@ -173,7 +173,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def epoch_of(path: Path) -> int | None:
-    """The epoch of a checkpoint, by its content; None: it cannot be read."""
+    """The epoch of a checkpoint, by its content; None if it cannot be read."""
     try:
         return read(path)["epoch"]
     except TrainingError:
@@ -188,11 +188,11 @@ def position(path: Path) -> tuple[int, int]:
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint and its content; None: the folder has no checkpoints. ``warn`` is called
-    with a message for each that cannot be read.
+    """The newest readable checkpoint and its content; None if the folder has no checkpoints. ``warn`` is
+    called with a message for each that cannot be read.
 
     Raises:
-        TrainingError: there are checkpoints, but none can be read. A new run would write over them.
+        TrainingError: there are checkpoints, but none can be read. A new run would overwrite them.
     """
     there = listed(folder)
     best = Path(folder) / "best.pt"
@@ -202,7 +202,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | Non
         except TrainingError as error:
             warn(f"skipped {error}")
             continue
-        # The best checkpoint is later than this one where the checkpoints between them were removed.
+        # The best checkpoint is later than this one if the checkpoints between them were removed.
         if best.exists() and not best.samefile(path) and (epoch_of(best) or 0) > content["epoch"]:
             return best, read(best)
         return path, content
@@ -214,7 +214,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | Non
 
 
 def link_best(path: Path, best: Path) -> None:
-    """Make ``best`` a hard link to ``path``, or a copy of it where the file system has no links."""
+    """Make ``best`` a hard link to ``path``, or a copy of it if the file system has no links."""
     import shutil
 
     with atomic_path(best) as temporary:
@@ -226,8 +226,8 @@ def link_best(path: Path, best: Path) -> None:
 
 
 def name_best(folder: Path, state: State) -> None:
-    """Link best.pt to the best epoch of this run. The link is missing where a run ended before it was made,
-    or is resumed in another folder.
+    """Link best.pt to the best epoch of this run. The link is missing if a run ended before it was made, or
+    is resumed in another folder.
     """
     best = folder / "best.pt"
     if state.best is None or state.last_good is None or read_best(best, state):
@@ -240,7 +240,7 @@ def name_best(folder: Path, state: State) -> None:
 
 
 def read_best(path: Path, state: State) -> dict | None:
-    """The content of the checkpoint if it is of the best epoch of this run's history, else None."""
+    """The content of the checkpoint if it is that of the best epoch in this run's history, else None."""
     try:
         found = read(path)
     except TrainingError:
@@ -250,9 +250,9 @@ def read_best(path: Path, state: State) -> dict | None:
 
 
 def prune(written: Path, keep: int) -> None:
-    """Delete older checkpoints than ``written``, so that ``keep`` remain together with it, and temporary
-    files of interrupted writers. ``best.pt`` is not deleted, and neither are later checkpoints: they could
-    not be read when the run was resumed.
+    """Delete checkpoints older than ``written``, so that ``keep`` remain including it, and temporary files of
+    interrupted writers. ``best.pt`` stays, and so do later checkpoints, which could not be read when the run
+    was resumed.
     """
     for path in [path for path in listed(written.parent) if position(path) <= position(written)][keep:]:
         path.unlink(missing_ok=True)

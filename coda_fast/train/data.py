@@ -29,9 +29,9 @@ class Source:
     Attributes:
         train: training images.
         val: validation images.
-        class_names: None: not known.
+        class_names: the names of the classes, or None if they are not known.
         num_classes: the number of classes.
-        preprocessing: makes such images of pictures; it becomes the network's ``transform``.
+        preprocessing: turns pictures into such images; it becomes the network's ``transform``.
         failures: (name, reason) of the images that could not be read while the data was opened.
     """
 
@@ -64,7 +64,7 @@ def open_data(
         progress: a wrapper like tqdm, ``progress(iterable, label)``.
 
     Raises:
-        TrainingError: no images, an unknown layout, or damaged files.
+        TrainingError: there are no images, the layout is unknown, or files are damaged.
     """
     _check_keys(spec)
     readers = {
@@ -84,7 +84,7 @@ def open_data(
 
 
 def _check_keys(spec):
-    """Raise a TrainingError where a key is missing, or one is given that this kind of data does not use."""
+    """Raise a TrainingError if a key is missing, or one is given that this kind of data does not use."""
     if spec.kind != "digits":
         if spec.path is None:
             raise TrainingError(
@@ -103,7 +103,7 @@ def _check_keys(spec):
 
 
 def _check_arrays(found, channels):
-    """Raise a TrainingError unless a network of so many channels can train with these images in memory."""
+    """Raise a TrainingError unless a network with ``channels`` can train with these images in memory."""
     for split in (found.train, found.val):
         if split.images.shape[1] != channels:
             raise TrainingError(
@@ -224,7 +224,7 @@ def _labelled_files(spec):
         raise TrainingError(
             f"data.path: expected images of every class in {train_root}, found none of {empty[:3]}"
         )
-    # Without the images of other classes, the validation accuracy would be misleading.
+    # Leaving out the images of other classes would make the validation accuracy misleading.
     if unknown := sorted(set(val) - set(train)):
         raise TrainingError(
             f"data.val_path: expected the classes of {train_root} in {val_root}, found others: {unknown[:3]}"
@@ -256,7 +256,7 @@ def _folder_in_memory(spec, channels, device, progress, names, splits, plain):
 
 
 def _first_readable(folder):
-    """The first picture that can be read, [1, C, H, W]; None: none of the first hundred can."""
+    """The first readable picture, [1, C, H, W]; None if none of the first hundred is."""
     batches = (folder.some([i]) for i in range(min(len(folder), 100)))
     return next((batch.images for batch in batches if batch.valid is None), None)
 
@@ -276,7 +276,7 @@ def _webdataset(spec, channels, device, progress):
 
 
 def _decoders(spec, channels):
-    """The decoders of validation and of training pictures."""
+    """The decoders of validation pictures and of training pictures."""
     need("torchvision")
     if spec.size is None and (spec.resize or spec.scale):
         raise TrainingError(

@@ -1,5 +1,5 @@
-"""A run from its start to its end: processes, folder, set-up, the checkpoint to resume from, the loop. Errors
-that end a run become one message.
+"""A run from start to end: processes, folder, set-up, the checkpoint to resume from, the loop. An error that
+ends a run becomes a single message.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from coda_fast.train.unreadable import note_unreadable
 
 
 def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, progress: bool = True) -> dict:
-    """Train by ``recipe`` into the folder ``output``, in this process or as one of many (torchrun, SLURM).
+    """Train by ``recipe``, with results in the folder ``output``, in this process or as one of many
+    (torchrun, SLURM).
 
     Args:
         recipe: what to train, on which data, and how.
@@ -39,8 +40,8 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
         The last row of the history: losses, accuracies, images/s.
 
     Raises:
-        TrainingError: the run cannot start or go on. Stopped: a signal asked for the end; the run can be
-            resumed from a checkpoint.
+        TrainingError: the run cannot start or go on. Stopped: a signal stopped the run, which can be resumed
+            from a checkpoint.
         ImportError: packages of the extra "train" are missing.
     """
     state = State()
@@ -65,11 +66,11 @@ def _run(recipe, output, resume_from, progress, state):
         agreement.on_rank_zero(lambda: folder.check(recipe))
         start = resume.find(folder, resume_from, agreement)
         setup = set_up(recipe, output, agreement, logger)
-        # Models may draw from the global generators, which have another seed in each process.
+        # Models may use the global generators, which get a different seed in each process.
         random_state.seed_all(seeded(recipe.seed, 1, agreement.process.rank))
         if start is not None:
             resume.restore(setup, state, *start)
-            start = None  # frees the content of the checkpoint, which is as large as model and optimiser
+            start = None  # free the content of the checkpoint, which is as large as model and optimiser
         note_unreadable(setup, state, setup.source.failures)
         agreement.on_rank_zero(lambda: resume.begin(folder, recipe, state))
         try:
@@ -83,9 +84,7 @@ def _run(recipe, output, resume_from, progress, state):
 
 @contextlib.contextmanager
 def _failures_in_words(state):
-    """A context that turns errors into messages of one line, and reports those of this process to
-    torchrun.
-    """
+    """A context that turns errors into one-line messages, and reports those of this process to torchrun."""
     try:
         yield
     except Stopped:

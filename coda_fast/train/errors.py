@@ -1,4 +1,4 @@
-"""How a run ends before its last epoch, and the names of the files that it leaves."""
+"""The ways in which a run ends before its last epoch, and the names of the files that it leaves."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FILES = ("recipe.yaml", *MODELS.values(), "steps.csv", "metrics.csv", "curve.png
 
 
 class TrainingError(ValueError):
-    """A run that cannot start or go on; the message names what was expected, what was found, and the last
-    good checkpoint.
+    """A run cannot start or go on; the message names what was expected, what was found, and the last good
+    checkpoint.
     """
 
 
 class Stopped(Exception):
-    """A signal asked for the end of the run, which can be resumed from ``checkpoint``."""
+    """A signal stopped the run, which can be resumed from ``checkpoint``."""
 
     def __init__(self, checkpoint: Path | None):
         super().__init__(
@@ -30,7 +30,7 @@ class Stopped(Exception):
 
 
 def need(module: str, extra: str = "train") -> Any:
-    """The module of this name. ImportError: it is missing; the message says what to install."""
+    """The module of this name, or an ImportError that says what to install."""
     import importlib
 
     try:

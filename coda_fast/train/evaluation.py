@@ -1,4 +1,4 @@
-"""Loss and accuracy on the validation images, of the weights and of their moving average."""
+"""Loss and accuracy on the validation images, for the weights and for their moving average."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from coda_fast.train.unreadable import note_unreadable
 
 @torch.no_grad()
 def evaluate(setup: Setup, state: State, signals: Signals) -> dict:
-    """The part of an epoch's row that is about validation: ``val_loss``, ``val_accuracy``, with 100 classes
-    or more ``val_top5``; the same of the moving average, with the prefix ``ema_``; and ``val_images``. Every
-    image counts once, over all processes.
+    """The validation part of an epoch's row: ``val_loss``, ``val_accuracy``, and with 100 classes or more
+    ``val_top5``; the same for the moving average, with the prefix ``ema_``; and ``val_images``. Every image
+    counts once, over all processes.
 
     Raises:
-        Stopped: a signal asks for it; the run that is resumed repeats the evaluation.
+        Stopped: a signal stopped the run; when it is resumed, it repeats the evaluation.
         TrainingError: no image can be read, or more than ``data.max_corrupt`` cannot.
     """
     setup.module.eval()
@@ -50,8 +50,8 @@ def evaluate(setup: Setup, state: State, signals: Signals) -> dict:
 
 
 def _sums(setup, state, signals, batches, modules):
-    """Sums over the images of this process, [modules, 4]: losses, correct answers, labels among the five most
-    likely classes, images. Also (name, reason) of the images that could not be read.
+    """Sums over the images of this process, [modules, 4]: losses, correct predictions, labels among the five
+    most likely classes, images. Also (name, reason) of each image that could not be read.
     """
     sums, failures = torch.zeros(len(modules), 4, dtype=torch.float64), []
     while True:
@@ -66,7 +66,7 @@ def _sums(setup, state, signals, batches, modules):
         if batch is None:  # other processes still have batches
             if not setup.is_sharded:
                 continue
-            batch = _no_images(setup)  # with sharded weights, all processes take part in a forward pass
+            batch = _no_images(setup)  # with sharded weights, all processes must run every forward pass
         batch = batch.to(setup.device)
         failures += batch.failures
         images = to_float(batch.images, setup.dtype, setup.recipe.channels_last)

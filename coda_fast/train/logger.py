@@ -1,9 +1,9 @@
 """The output of a run other than checkpoints: progress bar, messages, CSV files, TensorBoard, contribution
 maps, and the summary at the end.
 
-Files in the output folder: ``steps.csv`` (a row for each ``log.every`` steps), ``metrics.csv`` (a row an
-epoch), ``tensorboard/``, ``maps/epoch_0001.png``, ``curve.png``. A run that is resumed removes the rows of
-steps after its checkpoint and appends its own.
+Files in the output folder: ``steps.csv`` (a row every ``log.every`` steps), ``metrics.csv`` (a row per
+epoch), ``tensorboard/``, ``maps/epoch_0001.png``, ``curve.png``. A resumed run removes the rows of steps
+after its checkpoint and appends its own.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ STEP_FIELDS = ("epoch", "step", "updates", "loss", "accuracy", "learning_rate", 
 
 
 class Logger:
-    """The logger of a process. Rank zero writes the files and, with ``progress``, shows bar and messages;
+    """The logger of a process. Rank zero writes the files and, with ``progress``, shows the bar and messages;
     other ranks do neither.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, progress: bool, is_rank_zero: bool):
         self.recipe, self.folder, self.is_rank_zero = recipe, folder, is_rank_zero
         self.shows_progress = progress and is_rank_zero
-        self.bar: Any = None  # of tqdm
+        self.bar: Any = None  # a tqdm
         self.board: SummaryWriter | None = None
         self.steps_file: TextIO | None = None
 
@@ -58,8 +58,8 @@ class Logger:
 
     @contextlib.contextmanager
     def open(self, updates: int, steps: int) -> Iterator[None]:
-        """A context in which files and bar are open. ``updates``: the steps that are done; ``steps``: of an
-        epoch.
+        """A context in which files and bar are open. ``updates`` is the number of steps already done,
+        ``steps`` the number in an epoch.
         """
         if not self.is_rank_zero:
             yield
@@ -106,7 +106,7 @@ class Logger:
             self._on_board("add_scalar", f"step/{key}", row[key], row["updates"])
 
     def epoch(self, history: list[dict]) -> None:
-        """Write the last row of the history, which is that of the epoch that has just ended."""
+        """Write the last row of the history, that of the epoch that has just ended."""
         self._write_metrics(history)
         row = history[-1]
         for key, value in row.items():
@@ -124,7 +124,7 @@ class Logger:
             return
         try:
             getattr(self.board, method)(*arguments, **options)
-        except OSError as error:  # also errors of its thread, which a later call raises
+        except OSError as error:  # also errors of TensorBoard's thread, which a later call raises
             self._lose_board(error)
 
     def _lose_board(self, error):
@@ -141,8 +141,8 @@ class Logger:
         return bool(log.maps) and (epoch % log.maps_every == 0 or epoch == self.recipe.epochs)
 
     def shows(self, epoch: int) -> bool:
-        """Whether the row of this epoch is written, and its maps if they are due. A run may have ended after
-        the checkpoint of an epoch and before these.
+        """Whether the row of this epoch has been written, and its maps if they are due. A run may have ended
+        after the checkpoint of an epoch and before these.
         """
         try:
             with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
@@ -157,9 +157,7 @@ class Logger:
     def maps(
         self, model: CoDANet, images: torch.Tensor, labels: torch.Tensor, epoch: int, updates: int
     ) -> None:
-        """Draw the contribution maps of ``images`` for their two most likely classes, after ``epoch``
-        epochs.
-        """
+        """Draw the contribution maps of ``images`` for their two most likely classes, after this epoch."""
         with torch.no_grad():
             classes = model(images).topk(min(2, model.num_classes)).indices
         figure = plot.explanation_figure(
@@ -212,9 +210,7 @@ class Logger:
 
 
 def _pass_on(hook, arguments):
-    """Call ``hook`` for errors of all threads but TensorBoard's, which the next call of TensorBoard
-    raises.
-    """
+    """Call ``hook`` for errors of all threads except TensorBoard's, which its next call raises."""
     if not type(arguments.thread).__module__.startswith("tensorboard."):
         hook(arguments)
 

@@ -2,9 +2,9 @@
 
 A step is one optimiser update over ``recipe.batch_size`` images. Each process computes its slice in
 micro-batches of equal size, so that the mean over processes and micro-batches is the mean over the global
-batch. Processes communicate for the gradient, and every ``log.every`` steps (or every ``HEARTBEAT`` seconds,
-where steps are slow) in one sum of metrics, which also contains what all processes must know: whether a
-signal asks for the end, a checkpoint is due, or images could not be read.
+batch. Processes communicate for the gradient, and every ``log.every`` steps (or every ``HEARTBEAT`` seconds
+if steps are slow) with one sum of metrics. It also contains what all processes must know: whether a signal
+asks to stop, a checkpoint is due, or images could not be read.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from coda_fast.train.unreadable import note_unreadable
 
 
 class Message(NamedTuple):
-    """Sums over the processes: metrics since the last row, requests (above 0: asked for), and ``waited``, the
-    seconds since the last message by the clock of rank zero.
+    """Sums over the processes: metrics since the last row, requests (positive if any process makes one), and
+    ``waited``, the seconds since the last message by the clock of rank zero.
     """
 
     losses: float
@@ -59,7 +59,7 @@ class Trainer:
         """Train for the remaining epochs and write the resulting files. Returns the last row of the history.
 
         Raises:
-            Stopped: a signal asked for it. TrainingError: the run cannot go on.
+            Stopped: a signal stopped the run. TrainingError: the run cannot go on.
         """
         setup, state, epochs = self.setup, self.state, self.setup.recipe.epochs
         with self.signals, setup.logger.open(state.updates, setup.steps):
@@ -114,7 +114,7 @@ class Trainer:
         }
 
     def train_steps(self, batches: Iterator[Batch]) -> None:
-        """Train to the end of the epoch, with messages between the processes."""
+        """Train to the end of the epoch, and exchange messages with the other processes."""
         setup, state, recipe = self.setup, self.state, self.setup.recipe
         every, heartbeat, failures = recipe.checkpoint.every_steps, Heartbeat(), []
         sums, begun = torch.zeros(5, dtype=setup.sum_dtype, device=setup.device), heartbeat.last
@@ -186,8 +186,8 @@ class Trainer:
         return passed > 60 * minutes > 0 or (is_last and passed > 60 and self.evaluates())
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """One optimiser update. Returns sums on the device, [5]: losses, correct answers, images that could
-        be read, penalties, and 1 for the step.
+        """Make one optimiser update. Returns sums on the device, [5]: losses, correct predictions, readable
+        images, penalties, and 1 for the step.
         """
         setup, state, recipe = self.setup, self.state, self.setup.recipe
         batch = batch.to(setup.device)
@@ -206,7 +206,7 @@ class Trainer:
                 logits, losses, penalty = setup.module(
                     images[some], labels, None if rows is None else rows[some], valid
                 )
-                # an image that could not be read is black, and has no weight
+                # an unreadable image is black and has weight zero
                 losses = losses if valid is None else losses * valid
                 self.fabric.backward((losses.mean() + penalty) / parts)
             correct = logits.detach().argmax(1) == labels
@@ -223,11 +223,11 @@ class Trainer:
         return torch.cat([sums, sums.new_ones(1)])
 
     def compile_ahead(self, images: torch.Tensor) -> None:
-        """Compile the fused kernels of the network in parallel, once on each host. The first step would
-        compile one after the other.
+        """Compile the fused kernels of the network in parallel, once on each host; the first step would
+        compile them one after the other.
         """
         self.is_compiled = True
-        # A sharded network cannot be compiled here, because each process has a part of the weights only.
+        # A sharded network cannot be compiled here, because each process has only a part of the weights.
         if self.setup.device.type != "cuda" or self.setup.is_sharded:
             return
         if self.fabric.local_rank == 0:
@@ -242,13 +242,13 @@ class Trainer:
         self.fabric.barrier()
 
     def show_if_missing(self) -> None:
-        """Show the last epoch of the run that is resumed, if that ended before it was shown. Of rank zero."""
+        """Show the last epoch of a resumed run, if the run ended before showing it. Rank zero calls this."""
         if not self.setup.logger.shows(self.state.epoch):
             self.show()
 
     def show(self) -> None:
-        """Show the epoch that has ended, and contribution maps by the weights of the last checkpoint. Of rank
-        zero.
+        """Show the epoch that has ended, and contribution maps by the weights of the last checkpoint. Rank
+        zero calls this.
         """
         logger, source, model = self.setup.logger, self.setup.source, self.setup.whole_model
         logger.epoch(self.state.history)

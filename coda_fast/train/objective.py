@@ -1,5 +1,5 @@
-"""The function that training minimises: binary cross-entropy with one-hot targets, plus the regulariser of
-the dynamic matrix.
+"""The function that training minimises: binary cross-entropy with one-hot targets, plus the matrix
+regulariser.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Objective(nn.Module):
         return logits, self._cross_entropy(logits, labels), penalty
 
     def _cross_entropy(self, logits, labels):
-        """The loss of each image, a mean over classes. Label smoothing moves all targets towards 1/2."""
+        """The loss of each image, averaged over classes. Label smoothing moves all targets towards 1/2."""
         logits = wide(logits)
         targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
         targets = targets * (1 - self.smoothing) + self.smoothing / 2
@@ -76,8 +76,8 @@ class Objective(nn.Module):
         return random_rows(labels, scores, self.matrix.classes)
 
     def weights_in_words(self) -> str:
-        """Whether the weights are finite, and the largest of them, for messages about a loss that is not
-        finite: images are in [0, 1], so that only large weights can make |w|^2 overflow in float32.
+        """Text for messages about a loss that is not finite: whether the weights are finite, and the largest
+        of them. Images are in [0, 1], so only large weights can make |w|^2 overflow in float32.
         """
         parameters = [(name, p.detach()) for name, p in self.model.named_parameters() if p.numel()]
         sizes = {name: float(p.abs().max()) for name, p in parameters}

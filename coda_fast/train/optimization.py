@@ -1,4 +1,4 @@
-"""Optimisers and schedules of the learning rate, those of timm, by the recipe."""
+"""timm's optimisers and learning-rate schedules, as the recipe specifies them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser of timm that the recipe names.
+    """The timm optimiser that the recipe names.
 
     Raises:
         TrainingError: timm has no such optimiser, it does not have these settings, or the loop cannot run it.
@@ -64,7 +64,7 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> 
 
 
 def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
-    """The scheduler of timm for the recipe; an epoch has ``steps`` optimiser steps.
+    """The timm scheduler for the recipe; an epoch has ``steps`` optimiser steps.
 
     Raises:
         TrainingError: the warm-up is as long as the run.
@@ -94,7 +94,7 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) 
         )
 
     class Pieces(Scheduler):
-        """Linear pieces of the learning rate, for which timm has no scheduler; "constant" has no pieces."""
+        """A piecewise linear learning rate, for which timm has no scheduler; "constant" has no pieces."""
 
         def _get_lr(self, t):
             for first, epochs, start, end in spec.pieces or ():
@@ -107,7 +107,7 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) 
 
 
 def set_rate(schedule: Scheduler, epoch: int, updates: int) -> float:
-    """Set and return the learning rate of a step."""
+    """Set the learning rate of a step, and return it."""
     schedule.step(epoch)
     schedule.step_update(updates)
     return schedule.optimizer.param_groups[0]["lr"]

@@ -1,5 +1,5 @@
-"""Processes and devices: Lightning Fabric by the recipe and the environment of torchrun and SLURM, the
-parameter groups of FSDP2, and errors that are due to the end of other processes.
+"""Processes and devices: Lightning Fabric, configured by the recipe and the environment of torchrun or SLURM,
+the parameter groups of FSDP2, and errors caused by the end of other processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
     SLURM take precedence over the recipe.
 
     Raises:
-        TrainingError: devices that this machine does not have.
+        TrainingError: the recipe asks for devices that this machine does not have.
     """
     fabric = need("lightning.fabric")
     accelerator = _accelerator(recipe)
@@ -53,8 +53,8 @@ def _accelerator(recipe):
 
 
 def _devices_and_nodes(recipe, accelerator):
-    """The number of processes of each node, and of nodes. Fabric detects the launcher, but expects the same
-    numbers as arguments.
+    """The number of processes on each node, and the number of nodes. Fabric detects the launcher, but expects
+    the same numbers as arguments.
     """
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
@@ -89,8 +89,8 @@ def _strategy(name, world_size):
 
 
 def shard(objective: Objective, device_mesh: DeviceMesh) -> Objective:
-    """Shard an objective by FSDP2, in place, with one group of parameters for each layer. With the matrix
-    regulariser, which uses weights outside of their layer, there is one group for all.
+    """Shard an objective with FSDP2, in place, with one parameter group for each layer. With the matrix
+    regulariser, which uses weights outside their layer's forward pass, there is a single group.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -107,20 +107,20 @@ def is_sharded(fabric: Fabric) -> bool:
 
 
 def lost_connection(error: Exception) -> str | None:
-    """The message, in one line, of an error that is due to other processes, which have ended or cannot be
-    found; None: it is another error.
+    """The message, in one line, of an error that occurs because other processes have ended or cannot be
+    found; None for any other error.
     """
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "/gloo/" in text:
         return text[:200]
     if isinstance(error, getattr(torch.distributed, "DistError", ())):
-        return text[:800] or type(error).__name__  # NCCL gives the reason at the end
+        return text[:800] or type(error).__name__  # long, because NCCL puts the reason at the end
     return None
 
 
 def report(error: Exception) -> None:
     """Tell torchrun why this process ends, for its summary. torch's decorator ``record`` would also report
-    the processes that only lost the connection to this one.
+    processes that merely lost the connection to this one.
     """
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return

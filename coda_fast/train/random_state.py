@@ -1,4 +1,4 @@
-"""The global random generators of a process: those of torch, NumPy and Python. Lightning's functions that
+"""The global random generators of a process: those of torch, NumPy and Python. Lightning's own functions to
 collect and restore their states are private.
 """
 
@@ -11,14 +11,14 @@ import torch
 
 
 def seed_all(seed: int) -> None:
-    """Seed all of them."""
+    """Seed all global generators."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def get_state() -> dict:
-    """The states of all of them, as plain values that a checkpoint can hold."""
+    """The states of all global generators, as plain values that a checkpoint can hold."""
     legacy = np.random.get_state(legacy=False)
     name, keys, position = legacy["bit_generator"], legacy["state"]["key"], legacy["state"]["pos"]
     version, numbers, next_gauss = random.getstate()

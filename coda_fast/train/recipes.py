@@ -1,5 +1,5 @@
-"""Recipes: everything that a run depends on, as YAML files in ``coda_fast/recipes`` or elsewhere, with
-``key=value`` overrides.
+"""Recipes: all that a run depends on, as YAML files in ``coda_fast/recipes`` or elsewhere, with ``key=value``
+overrides.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     YAML.
 
     Raises:
-        TrainingError: no such recipe, unknown keys (the message names similar ones), values of the wrong
-            type, or overrides that change nothing.
+        TrainingError: there is no such recipe, keys are unknown (the message names similar ones), values have
+            the wrong type, or overrides change nothing.
     """
     values = _read(name)
     known = set(keys())
@@ -73,8 +73,8 @@ def _read(name):
 
 
 def _refuse_unused(recipe, changes):
-    """Raise a TrainingError where an override has no effect together with the other values. One that sets the
-    default is allowed.
+    """Raise a TrainingError if an override has no effect together with the other values. An override that
+    sets the default is allowed.
     """
     unused = recipe.unused()
     for key, value in changes:
@@ -90,8 +90,8 @@ def _refuse_unused(recipe, changes):
 
 
 def make_recipe(values: dict, source: str) -> Recipe:
-    """A checked ``Recipe`` from plain values, which ``source`` names in messages. TrainingError: unknown keys
-    or values that do not fit.
+    """A checked ``Recipe`` from plain values, which messages call ``source``; TrainingError if keys are
+    unknown or values do not fit.
     """
     from pydantic import ValidationError
 
@@ -100,7 +100,7 @@ def make_recipe(values: dict, source: str) -> Recipe:
     except ValidationError as error:
         problems = []
         for found in error.errors()[:10]:
-            # keys and indices of lists, without the types that pydantic tried for a union
+            # keys and list indices, without the types that pydantic tried for a union
             key = ".".join(
                 str(part)
                 for part in found["loc"]
@@ -173,7 +173,7 @@ def _parse(text, what):
 
 
 def _need_modest(found, what):
-    """Raise a TrainingError where aliases of YAML make too many values, or a value that contains itself."""
+    """Raise a TrainingError if YAML aliases make too many values, or a value that contains itself."""
     level, count = [found], 0
     for _ in range(DEEPEST + 1):
         count += len(level)

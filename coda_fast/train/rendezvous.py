@@ -1,7 +1,7 @@
-"""The process group of torchrun's current attempt, for workers that it has restarted.
+"""The process group of torchrun's current attempt, which also works for restarted workers.
 
 torchrun has one key-value store for all attempts. A restarted worker that joined as Lightning does would find
-the addresses of ended workers there, and would fail or wait, depending on which process comes first.
+the addresses of ended workers in it, and would fail or wait, depending on which process comes first.
 Therefore the workers agree on a name for the attempt, which becomes the prefix of the process group's keys.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def join_attempt(backend: str) -> None:
-    """Initialise torch's process group, by the environment that torchrun sets."""
+    """Initialise torch's process group from the environment variables that torchrun sets."""
     from torch.distributed import PrefixStore, TCPStore, init_process_group
 
     environment = os.environ
@@ -34,7 +34,7 @@ def join_attempt(backend: str) -> None:
 
 
 def agree_on_attempt(store: Store, rank: int, world_size: int, patience: float = 300.0) -> str:
-    """A name for the attempt that all of its workers get, and no worker of an earlier attempt.
+    """A name for the attempt, the same for all of its workers and unknown to workers of earlier attempts.
 
     torchrun has no such name, because each agent counts its own restarts. But the workers of an attempt start
     after all earlier ones have ended. So each worker writes a random name of its own. Rank zero offers a name

@@ -12,7 +12,7 @@ from coda_fast.train.state import State
 
 
 def write_models(setup: Setup, state: State) -> list[Path]:
-    """Write model.safetensors, and model_ema.safetensors and model_best.safetensors where the run has them.
+    """Write model.safetensors, and model_ema.safetensors and model_best.safetensors if the run has them.
     Returns their paths.
     """
     assert state.last_good is not None, "an epoch ends with a checkpoint"
@@ -30,8 +30,8 @@ def write_models(setup: Setup, state: State) -> list[Path]:
 
 
 def _write(setup, content, weights, name):
-    """Write one set of weights of a checkpoint as a model file, with its recipe and its row of the
-    history.
+    """Write one set of weights of a checkpoint as a model file, with the recipe and the last row of the
+    checkpoint's history.
     """
     path = setup.output / name
     metadata = {"recipe": setup.recipe.model_dump(mode="json"), **content["history"][-1], "weights": weights}

@@ -16,7 +16,7 @@ from coda_fast.train.state import State
 
 
 def find(folder: RunFolder, resume: str | None, agreement: Agreement) -> tuple[Path, dict] | None:
-    """The checkpoint to resume from and its content, the same for all processes. None: the run is a new one.
+    """The checkpoint to resume from and its content, the same for all processes; None if the run is new.
 
     Raises:
         TrainingError: there is no such checkpoint, it cannot be read, or the folder holds a run that would be
@@ -82,7 +82,7 @@ def restore(setup: Setup, state: State, path: Path, content: dict) -> None:
     """Restore weights, optimiser, schedule, position, history and random states from a checkpoint.
 
     Raises:
-        TrainingError: the checkpoint is of another recipe, other data, or another model.
+        TrainingError: the checkpoint belongs to another recipe, other data, or another model.
     """
     stored = make_recipe(content["recipe"], str(path))
     _check_same_run(setup, path, content, stored)
@@ -145,11 +145,11 @@ def _load_weights(setup, path, content):
 
     whole = StateDictOptions(full_state_dict=True)
     try:
-        # The optimiser comes first: to create the state into which it loads, torch takes a step, which
-        # changes the weights with some optimisers.
+        # The optimiser comes first: to create the state into which it loads, torch makes an optimiser step,
+        # which with some optimisers changes the weights.
         optimizer = setup.optimizer.optimizer
         set_optimizer_state_dict(setup.objective, optimizer, content["optimizer"], options=whole)
-        # For sharded modules, torch replaces the tensors of the given dictionary by shards: it gets a copy.
+        # torch gets a copy, because for sharded modules it replaces the tensors of the dictionary by shards.
         set_model_state_dict(setup.objective, dict(content["model"]), options=whole)
         if setup.ema is not None:
             set_model_state_dict(setup.ema.module, dict(content["ema"]), options=whole)
@@ -165,7 +165,7 @@ def _load_weights(setup, path, content):
 
 
 def begin(folder: RunFolder, recipe: Recipe, state: State) -> None:
-    """Lock the folder, and write best.pt and recipe.yaml of this run into it. Of rank zero."""
+    """Lock the folder, and write best.pt and recipe.yaml of this run into it. Rank zero calls this."""
     folder.lock()
     if state.last_good is None and checkpoints.listed(folder.checkpoints):
         raise TrainingError(f"{folder.path} holds a run that began meanwhile; --resume auto goes on with it")

@@ -13,13 +13,13 @@ from coda_fast._files import atomic_path
 from coda_fast.train.errors import FILES, TrainingError
 from coda_fast.train.schema import Recipe
 
-PATIENCE = 100.0  # seconds; an NFS server holds the locks of a lost host for 90
-# the errors of file systems without locks
+PATIENCE = 100.0  # seconds; an NFS server keeps the locks of a lost host for 90 s
+# the errors that file systems without locks give
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class RunFolder(contextlib.ExitStack):
-    """The folder, and its lock from the call of ``lock`` to the end of the context. ``say`` is called with
+    """The folder of a run, locked from the call of ``lock`` to the end of the context. ``say`` is called with
     messages.
     """
 
@@ -28,7 +28,7 @@ class RunFolder(contextlib.ExitStack):
         self.path, self.checkpoints, self.say, self.is_locked = path, path / "checkpoints", say, False
 
     def check(self, recipe: Recipe) -> None:
-        """Raise a TrainingError where the run would write into its data."""
+        """Raise a TrainingError if the run would write into its own data."""
         data = recipe.data
         read = [path for path in (data.path, data.val_path) if path is not None]
         classes = []
@@ -42,7 +42,7 @@ class RunFolder(contextlib.ExitStack):
 
     def lock(self) -> None:
         """Make the folder and lock it; further calls do nothing. The lock is a file, because runs may be on
-        hosts that share nothing but the file system. Where the file system has no locks, a message says so.
+        hosts that share nothing but the file system. If the file system has no locks, a message says so.
 
         Raises:
             TrainingError: the folder cannot be written to, or another process trains there.
@@ -65,7 +65,7 @@ class RunFolder(contextlib.ExitStack):
         try:
             try:
                 lock.acquire(timeout=0)
-            except Timeout:  # the lock of a run that was killed may remain for a while
+            except Timeout:  # the lock of a killed run may remain for a while
                 self.say(f"waiting up to {PATIENCE:.0f} s for the run that holds {self.path}")
                 lock.acquire(timeout=PATIENCE)
         except Timeout:

@@ -1,4 +1,4 @@
-"""The keys of a recipe: their types, their bounds, and which of them need each other."""
+"""The keys of a recipe: their types, their bounds, and the keys that they depend on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    """The network: a name of ``coda_fast.list_models()``, and arguments of ``coda_fast.create_model`` that
+    """The network: a name in ``coda_fast.list_models()``, and arguments of ``coda_fast.create_model`` that
     replace those of the named network (null: not replaced).
     """
 
@@ -50,7 +50,7 @@ class Model(_Section):
 
 
 class RandAugment(_Section):
-    """RandAugment of timm: ``n`` operations, all of which are applied, of strength ``m`` on the scale of
+    """timm's RandAugment: ``n`` operations, all of which are applied, with strength ``m`` on the scale of
     arXiv:1909.13719, which ends at 30.
     """
 
@@ -64,16 +64,16 @@ class Data(_Section):
     kind: Literal["digits", "npz", "cifar10", "folder", "webdataset"]
     path: str | None = None  # a file, a folder, or (webdataset) a pattern of shards
     val_path: str | None = None  # of the validation images; null: beside the training images
-    # the number of classes (webdataset); at most so many, in the order of their names (folder); null: all
+    # webdataset: the number of classes; folder: the most classes, the first in the order of names; null: all
     classes: Annotated[int, Field(ge=1, le=10**7)] | None = None
     flip: bool = False  # flip half of the images left to right
     pad: Annotated[int, Field(ge=0, le=256)] = 0  # pixels of padding before a random crop, as for CIFAR
     resize: Side | None = None  # the shorter side before the crop
     size: Side | None = None  # the side of the square crop; null: all images have one size already
-    # a filter of Pillow, antialiased
+    # one of Pillow's filters, antialiased
     interpolation: Literal[INTERPOLATIONS] = "bilinear"  # type: ignore[valid-type]
-    # the least and largest share of the area that a random crop covers (Inception); null: ``size`` of
-    # ``resize``
+    # the smallest and largest share of the area that a random crop covers (as for Inception); null: a crop of
+    # ``size`` pixels from a picture resized to ``resize``
     scale: tuple[Share, float] | None = None
     randaugment: RandAugment | None = None
     in_memory: bool = False  # folder: decode all images once and store them on the device
@@ -84,7 +84,7 @@ class Data(_Section):
 
 
 class Loss(_Section):
-    """Binary cross-entropy, mean over batch and classes, plus ``matrix_weight`` times the matrix
+    """Binary cross-entropy, averaged over batch and classes, plus ``matrix_weight`` times the matrix
     regulariser (coda_fast.losses).
     """
 
@@ -95,7 +95,7 @@ class Loss(_Section):
 
 
 class Optimizer(_Section):
-    """An optimiser of timm. The learning rate at ``batch_size`` B is ``lr`` (rule "none"), ``lr B /
+    """A timm optimiser. The learning rate at ``batch_size`` B is ``lr`` (rule "none"), ``lr B /
     reference_batch`` ("linear") or ``lr sqrt(B / reference_batch)`` ("sqrt").
     """
 
@@ -112,9 +112,9 @@ class Optimizer(_Section):
 
 class Schedule(_Section):
     """The learning rate over time. "constant"; "step": divided by ``divisor`` every ``every`` epochs;
-    "cosine": updated every step, after ``warmup`` epochs from 0, to ``last`` times the rate; "pieces": linear
-    pieces ``[first epoch, epochs, rate at the first, rate at the last]``, scaled by the optimiser's rule, of
-    which the first begins with ``optimizer.lr``.
+    "cosine": updated every step, with a warm-up from 0 over ``warmup`` epochs, decaying to ``last`` times the
+    rate; "pieces": linear pieces ``[first epoch, epochs, rate at the first, rate at the last]``, scaled by
+    the optimiser's rule, the first of which begins with ``optimizer.lr``.
     """
 
     kind: Literal["constant", "step", "cosine", "pieces"] = "constant"
@@ -147,8 +147,8 @@ class Ema(_Section):
 
 
 class Checkpoint(_Section):
-    """A checkpoint is written after every epoch, and more often if these keys say so. The newest ``keep`` of
-    them and the best one are not deleted.
+    """Checkpoints are written after every epoch, and more often if these keys say so. The newest ``keep`` and
+    the best one are not deleted.
     """
 
     every_steps: Count = 0
@@ -157,7 +157,7 @@ class Checkpoint(_Section):
 
 
 class Log(_Section):
-    """Metrics are written, and checked for NaN, every ``every`` steps. ``maps``: the number of validation
+    """Metrics are written, and checked for NaN, every ``every`` steps. ``maps`` is the number of validation
     images that are explained.
     """
 
@@ -175,8 +175,8 @@ class Evaluation(_Section):
 
 
 class Recipe(_Section):
-    """Everything that a run depends on. ``batch_size``: images of one optimiser step, over all processes;
-    ``micro_batch``: the most that a process computes at once.
+    """All that a run depends on. ``batch_size`` is the number of images of an optimiser step, over all
+    processes; ``micro_batch`` is the most images that a process computes at once.
     """
 
     name: str
@@ -191,7 +191,7 @@ class Recipe(_Section):
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     ema: Ema = Ema()
-    # bfloat16: autocast, weights stay float32
+    # bfloat16 means autocast; weights stay float32
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     channels_last: bool = False
     compile: bool = False
@@ -231,11 +231,11 @@ class Recipe(_Section):
         return self
 
     def learning_rate(self) -> float:
-        """The rate at the recipe's batch size, by its rule."""
+        """The learning rate at the recipe's batch size, by the optimiser's rule."""
         return self.optimizer.lr * self.scale()
 
     def scale(self) -> float:
-        """The factor by which ``optimizer.rule`` changes learning rates."""
+        """The factor by which ``optimizer.rule`` scales learning rates."""
         optimizer = self.optimizer
         if optimizer.rule == "none" or optimizer.reference_batch is None:
             return 1.0
@@ -243,7 +243,7 @@ class Recipe(_Section):
         return ratio**0.5 if optimizer.rule == "sqrt" else ratio
 
     def unused(self) -> dict[str, str]:
-        """The keys that have no effect together with the other values, and what they need to have one."""
+        """The keys that have no effect together with the other values, each with what it needs for one."""
         kinds = {"step": ("every", "divisor"), "cosine": ("warmup", "last"), "pieces": ("pieces",)}
         found = {
             f"schedule.{key}": f"schedule.kind={kind}"
@@ -267,8 +267,8 @@ class Recipe(_Section):
         return found
 
     def differences(self, other: Recipe) -> list[str]:
-        """The keys that differ from ``other`` and change what is computed: a run cannot be resumed with other
-        values of these.
+        """The keys that differ from ``other`` and change what is computed. A run cannot be resumed with
+        different values of these.
         """
         mine, theirs = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
         free = _FREE if self.schedule.kind == "cosine" else (*_FREE, "epochs")
@@ -295,7 +295,7 @@ _DATA_OF = {
     "shuffle": ("webdataset",),
 }
 
-# Keys that a resumed run may change, because they say where and how it is computed, and not what.
+# Keys that a resumed run may change, because they do not change what is computed, only where and how.
 _FREE = (
     "name",
     "about",

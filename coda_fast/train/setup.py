@@ -1,4 +1,4 @@
-"""Set-up of a run: model, data and optimiser by its recipe, checked before anything is written."""
+"""Setting up a run: model, data and optimiser by its recipe, all checked before anything is written."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class Setup:
         agreement: communication with the other processes.
         logger: shows and writes metrics.
         source: training and validation images.
-        facts: about the images; those of another data set differ.
+        facts: about the images, such that another data set has different facts.
         steps: the number of optimiser steps of an epoch.
         local_batch: the number of images of a step in each process.
         micro_batch: the number of images that a process computes at once.
         objective: model and loss.
-        module: the objective as Fabric wraps it.
+        module: the objective, wrapped by Fabric.
         ema: timm's moving average of the objective, if the recipe has one.
-        optimizer: as Fabric wraps it.
+        optimizer: the optimiser, wrapped by Fabric.
         schedule: of the learning rate.
-        whole_model: of rank zero, a model with all weights of the last checkpoint, for maps and files; None
+        whole_model: in rank zero, a model with all weights of the last checkpoint, for maps and files; None
             in other processes.
     """
 
@@ -92,12 +92,12 @@ class Setup:
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """The dtype of sums of metrics: Apple's GPUs have no float64."""
+        """The dtype for sums of metrics: float64, except on Apple's GPUs, which do not have it."""
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process has a part of the weights only."""
+        """Whether each process has only a part of the weights."""
         return processes.is_sharded(self.agreement.fabric)
 
 
@@ -106,7 +106,7 @@ def set_up(recipe: Recipe, output: Path, agreement: Agreement, logger: Logger) -
     is written.
 
     Raises:
-        TrainingError: values of the recipe that do not fit each other, the data, or this machine.
+        TrainingError: values of the recipe do not fit each other, the data, or this machine.
     """
     fabric, process = agreement.fabric, agreement.process
     local_batch, micro_batch = split_batch(recipe, process)
@@ -156,8 +156,8 @@ def set_up(recipe: Recipe, output: Path, agreement: Agreement, logger: Logger) -
 
 
 def split_batch(recipe: Recipe, process: Process) -> tuple[int, int]:
-    """The number of images of a step for each process, and of a micro-batch: micro-batches are as large as
-    ``micro_batch`` allows, and all equal. TrainingError: the batch cannot be divided among the processes.
+    """The number of images of a step in each process, and of a micro-batch. Micro-batches are as large as
+    ``micro_batch`` allows, and all equal. TrainingError if the batch cannot be divided among the processes.
     """
     if recipe.batch_size % process.world_size:
         raise TrainingError(
@@ -179,8 +179,8 @@ def differences(before: dict, after: dict, first: str, second: str) -> str:
 
 
 def _check_same_data(gathered):
-    """Raise a TrainingError, in every process, unless all have the same images. Otherwise they could take
-    different numbers of steps, and wait for each other without end.
+    """Raise a TrainingError, in every process, unless all have the same images. Processes with different
+    images could make different numbers of steps, and wait for each other without end.
     """
     for rank, facts in enumerate(gathered):
         if changed := differences(gathered[0], facts, "process 0", f"process {rank}"):
@@ -229,7 +229,7 @@ def _create_model(recipe, options, **more):
         return create_model(recipe.model.name, **options | recipe.model.arguments(), **more)
     except (ValueError, TypeError) as error:
         raise TrainingError(f"model: {str(error).removeprefix('model: ')}") from None
-    # torch, of sizes that 64 bits do not hold
+    # torch raises these for sizes that do not fit in 64 bits
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise TrainingError(
             f"model: expected layers that this machine can hold, got {' '.join(str(error).split())[:200]}"
@@ -237,7 +237,7 @@ def _create_model(recipe, options, **more):
 
 
 def _check_memory(recipe, model, source, device, local_batch, micro_batch):
-    """Raise a TrainingError where weights, images or activations of a step alone do not fit into memory."""
+    """Raise a TrainingError if weights, images or activations of a step alone do not fit in memory."""
     weights = sum(p.numel() for p in model.parameters()) * DTYPES[recipe.precision].itemsize
     try:
         safety.need_memory("model: weights, their gradients and a copy", 3 * weights, device)
@@ -258,7 +258,7 @@ def _check_memory(recipe, model, source, device, local_batch, micro_batch):
 
 
 def _objective(recipe, model, agreement):
-    """The objective, the whole model of rank zero, and the moving average, on the device."""
+    """The objective, rank zero's whole model, and the moving average, on the device."""
     is_sharded = processes.is_sharded(agreement.fabric)
     if recipe.channels_last and not is_sharded:  # FSDP2 takes contiguous weights only
         model = model.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. Lightning handles them in its Trainer, but not in Fabric."""
+"""Signals that stop a run. Lightning handles them in its Trainer, but not in Fabric."""
 
 from __future__ import annotations
 

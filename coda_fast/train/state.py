@@ -18,11 +18,11 @@ class State:
         updates: the number of complete steps of all epochs.
         history: a row of metrics for each epoch.
         best: the highest ``score`` of the history.
-        sums: of the current epoch, float64 [3]: loss x images, correct answers, images.
+        sums: for the current epoch, float64 [3]: loss x images, correct predictions, images.
         seconds: the duration of the steps of the current epoch.
         unreadable: the reason for each image that could not be read, by name.
         last_good: the newest checkpoint.
-        saved_at: when that was written, on the monotonic clock.
+        saved_at: the time when that was written, by the monotonic clock.
     """
 
     epoch: int = 0
@@ -37,7 +37,7 @@ class State:
     saved_at: float = 0.0
 
     def end_epoch(self, row: dict) -> bool:
-        """Append the row of the epoch; returns whether it is the best so far."""
+        """Append the row of the epoch, and return whether it is the best so far."""
         self.epoch, self.step = self.epoch + 1, 0
         self.history.append(row)
         found = score(row)
@@ -47,14 +47,14 @@ class State:
         return True
 
     def last_good_in_words(self) -> str:
-        """The newest checkpoint, for messages about errors that end a run."""
+        """Text about the newest checkpoint, for errors that end a run."""
         if self.last_good is None:
             return "no checkpoint was written before"
         return f"the last good checkpoint is {self.last_good}"
 
 
 def score(row: dict) -> float | None:
-    """The score by which epochs are compared: the validation accuracy, of the moving average if there is
+    """The score by which epochs are compared: the validation accuracy, that of the moving average if there is
     one.
     """
     return row.get("ema_val_accuracy", row.get("val_accuracy"))

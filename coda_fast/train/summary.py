@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def curve(history: list[dict], recipe: Recipe) -> Figure:
-    """Loss and accuracy against epochs."""
+    """A figure of loss and accuracy against epochs."""
     figure = plot.new_figure(width=9, height=3.4)
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for prefix, label in (
@@ -28,15 +28,15 @@ def curve(history: list[dict], recipe: Recipe) -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    own = recipe.model.out_channels  # with layers of its own, a network differs from the one that it names
+    own = recipe.model.out_channels  # a network with layers of its own is not the one that the recipe names
     network = recipe.model.name if own is None else f"layers of {', '.join(map(str, own))} channels"
     title, families = plot.drawable(f"{recipe.name}: {network}, batch {recipe.batch_size}")
-    figure.suptitle(title, fontsize=10, fontfamily=families, parse_math=False)  # a name may hold dollars
+    figure.suptitle(title, fontsize=10, fontfamily=families, parse_math=False)  # names may contain dollars
     return figure
 
 
 def summary(history: list[dict]) -> str:
-    """The best and the last epoch, as a table."""
+    """A table of the best and the last epoch."""
     scored = [row for row in history if "val_accuracy" in row]
     best = max(scored, key=lambda row: row.get("ema_val_accuracy", row["val_accuracy"]), default=history[-1])
     columns = (

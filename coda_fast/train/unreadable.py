@@ -1,4 +1,4 @@
-"""Images that cannot be read: they are counted over all processes, named once, and limited in number."""
+"""Unreadable images: they are counted over all processes, named once, and limited in number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def note_unreadable(setup: Setup, state: State, failures: list[tuple[str, str]])
     """Add each process' ``failures``, (name, reason), to the state.
 
     Raises:
-        TrainingError: in every process, there are more than ``data.max_corrupt``.
+        TrainingError: there are more than ``data.max_corrupt``; raised in every process.
     """
     for failure in setup.agreement.gather(failures):
         for name, reason in failure:

@@ -1,5 +1,5 @@
 """The norm of a unit as a sum of squares, ``|A_o^T z + b_o|^2 = |L_o^T z + shift_o|^2 + rest_o``, and the
-powers of two with which the backward pass keeps its factors in range. Device code of ``prepare``.
+powers of two that keep the factors of the backward pass in range. Device code of ``prepare``.
 """
 
 import triton
@@ -10,8 +10,8 @@ from coda_kernels._tiles import dot, narrow, widen
 
 @triton.jit
 def _unit_scale(longest, other):
-    """A power of two, at least the largest entry of A_o A_o^T and of A_o b_o: products of lengths, by
-    Cauchy-Schwarz. 2^-100 to 2^100.
+    """A power of two from 2^-100 to 2^100, at least the largest entry of A_o A_o^T and of A_o b_o: these are
+    at most products of lengths (Cauchy-Schwarz), whose squares are ``longest`` (of A_o's rows) and ``other``.
     """
     product = tl.sqrt(longest) * tl.sqrt(tl.maximum(longest, other))
     bits = tl.minimum(tl.maximum(product, 2.0**-100), 2.0**100).to(tl.int32, bitcast=True)
@@ -21,7 +21,7 @@ def _unit_scale(longest, other):
 
 @triton.jit
 def lengths(i_o, weight_ptr, bias_ptr, scale_ptr, rank, D, ranks, HAS_BIAS: tl.constexpr):
-    """`_unit_scale` of a unit that needs no norm factor."""
+    """Store `_unit_scale` for a unit that needs no norm factor."""
     BR: tl.constexpr = 16
     BK: tl.constexpr = 256
     p_a = weight_ptr + tl.cast(i_o, tl.int64) * (rank * D)
@@ -52,10 +52,10 @@ def norm_factor(
     """``|A_o^T z + b_o|^2 = |L_o^T z + shift_o|^2 + rest_o``, from the Cholesky factor of
     ``[A_o; b_o] [A_o; b_o]^T`` with b_o last.
 
-    A sum of squares cannot be negative. 16-bit weights multiply exactly into float32 sums; float32 weights
-    (WIDE) take float64, which keeps float32's accuracy where w nearly vanishes. One program a unit, R <= 64.
-    What it costs is the latency of R steps one after the other, so that the matrix is taken in quarters, one
-    of which is its transposed neighbour and three are gone after half of the steps.
+    A sum of squares cannot be negative. Products of 16-bit weights are exact in float32; float32 weights
+    (WIDE) use float64, which keeps float32's accuracy where w nearly vanishes. One program per unit, R <= 64.
+    Its cost is the latency of R sequential steps, so the matrix is split into quarters: one of them is the
+    transpose of its neighbour, and after half of the steps three are no longer needed.
     """
     H: tl.constexpr = R // 2 if R > 16 else R
     dtype = tl.float64 if WIDE else tl.float32
@@ -95,8 +95,8 @@ def norm_factor(
             b_22 = dot(b_a2, b_t2, b_22, "ieee")
             if HAS_BIAS:
                 b_cross2 += tl.sum((b_a2 if WIDE else widen(b_a2)) * b_b[None, :], 1)
-    # rows of length 1, so that a pivot is compared with its own row, not with longer ones whose number in z
-    # may be 0
+    # scale rows to length 1, so that a pivot is compared with its own row, not with longer ones, whose number
+    # in z may be 0
     b_squares = tl.sum(tl.where(on_diagonal, b_11, 0), 1)
     longest, b_length1 = tl.max(b_squares, 0), tl.sqrt(b_squares)
     b_inverse1 = 1 / tl.where(b_squares == 0, 1, b_length1)
@@ -110,14 +110,14 @@ def norm_factor(
         b_22 *= b_inverse2[:, None] * b_inverse2[None, :]
         b_cross2 *= b_inverse2
     tl.store(scale_ptr + i_o + tl.arange(0, 1), _unit_scale(longest.to(tl.float32), rest.to(tl.float32)))
-    # that of a far longer b, too: `contracted` multiplies shift over size by up to 2^40 and squares it
-    # NaN is in the factor, too
+    # at least 2^-22 |b_o|, for a far longer b: `contracted` multiplies shift over size by up to 2^40 and
+    # squares it. If `maximum` drops a NaN here, the factor still has it
     size = tl.maximum(tl.sqrt(tl.maximum(longest, tl.max(rest, 0) * 2.0**-44)), 1e-12)
     scaling = 1 / size
     b_length1 *= scaling
     if H < R:
         b_length2 *= scaling
-    least = R * (1e-14 if WIDE else 1e-7)  # pivots below are rounding: A_o has no more rows of its own
+    least = R * (1e-14 if WIDE else 1e-7)  # smaller pivots are rounding: the row depends on earlier ones
     for j in range(H):
         b_column = tl.sum(tl.where(o_h[None, :] == j, b_11, 0), 1)
         pivot = tl.sum(tl.where(o_h == j, b_column, 0), 0)

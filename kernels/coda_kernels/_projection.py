@@ -1,5 +1,5 @@
-"""What both preparations do with images: the padded copy that windows are read from, and z = B x. Device code
-of ``prepare`` and ``prepare_backward``.
+"""The padded copy of an image, from which windows are read, and z = B x. Device code of ``prepare`` and
+``prepare_backward``.
 """
 
 import triton
@@ -7,7 +7,7 @@ import triton.language as tl
 
 from coda_kernels._tiles import dot, narrow, pixel_tile, widen, window_starts
 
-PADDING_BLOCK = tl.constexpr(2048)  # entries of the padded image a program
+PADDING_BLOCK = tl.constexpr(2048)  # entries of the padded image per program
 
 
 @triton.jit
@@ -15,8 +15,8 @@ def pad_image(
     i, image_ptr, padded_ptr, total, s_image, s_channel, s_row, s_column, H, W, HP, WP, top, left,
     C: tl.constexpr, CP: tl.constexpr,
 ):  # fmt: skip
-    """The zero-padded, channels-last copy [N, HP, WP, CP] of an image [N, C, H, W] of any strides;
-    ``total`` entries.
+    """Write the zero-padded, channels-last copy [N, HP, WP, CP] of an image [N, C, H, W] of any strides;
+    it has ``total`` entries.
     """
     first = tl.cast(i, tl.int64) * PADDING_BLOCK
     o = tl.arange(0, PADDING_BLOCK)
@@ -42,25 +42,25 @@ def project(
     DW: tl.constexpr, LAST: tl.constexpr, R: tl.constexpr, BETA: tl.constexpr, LENGTH: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``[z | beta] = x_p [B; b]^T``, with LENGTH also ``|x_p|^2``; with ``starts``, where windows start. R =
-    0, no BETA: not that part.
+    """``[z | beta] = x_p [B; b]^T``; with LENGTH also ``|x_p|^2``, with ``starts`` also where windows start.
+    There is no z if R = 0, and no beta without BETA.
 
-    It reads the image and the parameters as they are, so that it does not wait for their copies.
+    It reads the original image and parameters, so that it does not wait for their copies.
     """
     TAPS: tl.constexpr = KH * KW
     NB = units_padded if BETA else 0
-    columns = tl.maximum((R + NB + BN - 1) // BN, 1)  # one where it is for the lengths alone
+    columns = tl.maximum((R + NB + BN - 1) // BN, 1)  # one if only lengths are wanted
     i_m, i_n = i // columns, i % columns
     first, o_p, o_known = pixel_tile(i_m, P, BM)
     m_p = o_p < PP
-    # one wide division serves the tile: pixels relative to its first image
+    # one 64-bit division per tile: pixels are relative to its first image
     image = first // (OH * OW)
     rest = (o_known - image * (OH * OW)).to(tl.int32)
     o_n, rest = image + rest // (OH * OW), rest % (OH * OW)
     o_h, o_w = rest // OW * SH - top, rest % OW * SW - left
     o_image = o_n * s_image
     o_j = i_n * BN + tl.arange(0, BN)
-    # columns before R are rows of B, those after it rows of b; what is padded is zero, and reads what exists
+    # columns before R are rows of B, the others rows of b; masked ones are zero, at an address that exists
     if R > 0 and BETA:
         m_w = ((o_j < R) & (o_j < rank)) | ((o_j >= R) & (o_j - R < units))
         p_w = tl.where(o_j < R, reduce_ptr, bias_ptr) + tl.where(m_w, tl.where(o_j < R, o_j, o_j - R), 0) * (
@@ -80,7 +80,7 @@ def project(
         m_k = (o_c < C) & (tap < TAPS)
         o_y, o_x = o_h[:, None] + (tap // KW * DH)[None, :], o_w[:, None] + (tap % KW * DW)[None, :]
         m_x = (o_y >= 0) & (o_y < H) & (o_x >= 0) & (o_x < W) & m_k[None, :]
-        o_y, o_x = tl.where(m_x, o_y, 0), tl.where(m_x, o_x, 0)  # masked or not, an address that exists
+        o_y, o_x = tl.where(m_x, o_y, 0), tl.where(m_x, o_x, 0)  # a valid address even if masked
         p_x = x_ptr + (o_image[:, None] + o_y.to(tl.int64) * s_row + o_x.to(tl.int64) * s_column)
         b_x = tl.load(p_x + (o_c.to(tl.int64) * s_channel)[None, :], mask=m_x, other=0)
         o_d = tap * C + o_c if LAST else o_c * TAPS + tap
@@ -95,7 +95,7 @@ def project(
     if BETA:
         m_b = m_p[:, None] & ((o_j >= R) & (o_j < R + NB))[None, :]
         tl.store(beta_ptr + o_p[:, None] * NB + (o_j - R)[None, :], b_acc, m_b)
-    # not "m_p & (i_n == 0)": Triton 3.9's interpreter refuses a mask made of a number
+    # not "m_p & (i_n == 0)": Triton 3.9's interpreter refuses a mask made from a scalar
     m_once = o_p < tl.where(i_n == 0, PP, 0)
     if LENGTH:
         tl.store(length_ptr + o_p, b_length, m_once)

@@ -1,25 +1,25 @@
-"""What the kernels share: where the window of an output pixel starts, where its entries lie, products in the
-operands' dtype, and how results are stored.
+"""Device code that the kernels share: where the window of an output pixel starts, where its entries lie,
+products in the operands' dtype, and how results are stored.
 
 Images are padded (the glossary of symbols is in ``coda_kernels/__init__.py``), so that no load needs a mask
-and a window is one constant pattern of offsets. Pixels are int64 (any tensor may pass 2^31 elements); offsets
-inside one window are int32.
+and a window is one constant pattern of offsets. Pixel numbers are int64, because tensors may have more than
+2^31 elements; offsets inside a window are int32.
 """
 
 import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-# NumPy has no bfloat16. Triton's interpreter (3.6 to 3.9) keeps its bits in integers, multiplies those, cuts
-# off where a GPU rounds, and makes 1e-38 of 0: under it, conversion is done here, bit by bit, and arithmetic
-# goes through float32, with the results of a GPU.
+# NumPy has no bfloat16. Triton's interpreter (3.6 to 3.9) keeps its bits in integers, multiplies those,
+# truncates where a GPU rounds, and turns 0 into 1e-38. Under the interpreter, this module therefore converts
+# bit by bit and computes in float32, with the results of a GPU.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def pixel_tile(i_p, P, BP: tl.constexpr):
-    """The first pixel of tile ``i_p``, all of them, and the same clamped to the last that exists, safe to
-    load from. int64.
+    """The first pixel of tile ``i_p``, all its pixels, and these clamped to the last one that exists, which
+    is safe to load from; int64.
 
     The first one is clamped too: pixels are padded to whole blocks, and a tile may lie in the padding.
     """
@@ -30,10 +30,10 @@ def pixel_tile(i_p, P, BP: tl.constexpr):
 
 @triton.jit
 def window_starts(first, o_p, OH, OW, HP, WP, CP: tl.constexpr, SH, SW):
-    """Offset in the padded image [N, HP, WP, CP] of the first entry of the window of every output pixel,
+    """The offset in the padded image [N, HP, WP, CP] of the first entry of every output pixel's window,
     int64.
 
-    ``first``: a pixel shortly before all of them, so that one wide division serves the tile.
+    ``first`` is a pixel shortly before all of them, so that a tile needs only one 64-bit division.
     """
     image = first // (OH * OW)
     rest = (o_p - image * (OH * OW)).to(tl.int32)
@@ -46,8 +46,8 @@ def window_starts(first, o_p, OH, OW, HP, WP, CP: tl.constexpr, SH, SW):
 def window_offsets(
     o_k, WP, CP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr
 ):
-    """Offset of entry k = (kh, kw, c) of a window from its start; entries past the end, where weights are
-    zero, read its first tap.
+    """The offset of entry k = (kh, kw, c) of a window from its start; entries past its end, whose weights
+    are zero, read its first tap.
     """
     tap, o_c = o_k // CP, o_k % CP
     o_x = (tap // KW) * (DH * WP * CP) + (tap % KW) * (DW * CP) + o_c
@@ -56,7 +56,7 @@ def window_offsets(
 
 @triton.jit
 def narrow(b_x, dtype: tl.constexpr):
-    """float32 to ``dtype``, to nearest even."""
+    """float32 to ``dtype``, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = b_x.to(tl.uint32, bitcast=True)
         bits = tl.where(b_x == b_x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
@@ -74,7 +74,7 @@ def widen(b_x):
 
 @triton.jit
 def times(b_x, b_y):
-    """``x * y`` in the dtype of x, one rounding."""
+    """``x * y`` in the dtype of x, rounded once."""
     if INTERPRETED:
         return narrow(widen(b_x) * widen(b_y), b_x.dtype)
     return b_x * b_y
@@ -90,13 +90,13 @@ def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def landed(b_acc):
-    """``acc``, once the products that it is made of are done: for a loop whose first operand is made in
+    """``acc``, after waiting for the products that it is made of: for loops whose first operand is made in
     registers.
 
-    wgmma reads these registers while the program goes on. Triton 3.6 waits for all but three products before
-    the next operand is written over them (https://github.com/triton-lang/triton/issues/9433), 3.8 still for
-    all but one where the assembler saves registers. A use of the result, here by no instruction, makes it
-    wait for all; loads go on.
+    wgmma reads these registers while the program goes on. Before the next operand overwrites them, Triton 3.6
+    waits for all but three products (https://github.com/triton-lang/triton/issues/9433), and 3.8 for all but
+    one if the assembler saves registers. Using the result, here without an instruction, makes it wait for all
+    of them; loads go on.
     """
     if not INTERPRETED and cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
         b_acc = tl.inline_asm_elementwise(
@@ -110,9 +110,9 @@ def store_forward(
     b_dot, b_square, length_ptr, y_ptr, dot_ptr, square_ptr, o_p, m_p, o_o, P, units, keep, depth,
     SCALE: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Scale, and store y as [P, n] and what backward needs as [n, P]."""
-    # Cauchy-Schwarz; only rounding can violate it, and only where w nearly vanishes. A vector may be longer
-    # by ``flushed`` than it seems: squares below the least number are 0
+    """Scale <w, u>, and store y as [P, n] and what the backward pass needs as [n, P]."""
+    # Cauchy-Schwarz: only rounding can violate it, and only where w nearly vanishes. A vector may be longer
+    # than computed by ``flushed``, because squares below the smallest normal number become 0
     flushed = tl.sqrt(depth * 1.1754944e-38)
     b_bound = (tl.sqrt(b_square) + flushed) * (tl.sqrt(tl.load(length_ptr + o_p)) + flushed)[:, None]
     b_dot = tl.clamp(b_dot, -b_bound, b_bound, propagate_nan=tl.PropagateNan.ALL)
@@ -130,10 +130,10 @@ def store_forward(
 def dot_per_unit(
     b_image, p_scale, m_scale, p_matrix, b_acc, PP, units, s_unit: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """``acc + sum_o (image * scale_o) matrix_o``: one block of the image stays in registers, units in the
-    inner loop.
+    """``acc + sum_o (image * scale_o) matrix_o``: a block of the image stays in registers, and the inner loop
+    runs over units.
 
-    float32 sums the units apart: one long chain of additions loses twice as much as eager torch does.
+    In float32 the units are summed separately: one long chain of additions loses twice what eager torch does.
     """
     b_before = b_acc
     if b_image.dtype == tl.float32:

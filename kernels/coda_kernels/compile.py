@@ -1,8 +1,8 @@
-"""What would be launched, without launching it; and compiling it ahead, in several processes, also for a GPU
-that is not here.
+"""Recording launches without launching anything, and compiling them ahead of time, in several processes, for
+the GPU of this machine or another.
 
 with recording(Device(90, 132)) as launches:
-    on this thread, launchers only note what they would launch: tensors may be "meta"
+    on this thread, launchers only record what they would launch: tensors may be on the meta device
     ...
 compile_launches(launches, arch=90, workers=16)   into Triton's cache, where the first real launch finds it
 """
@@ -32,9 +32,9 @@ _recording: contextvars.ContextVar[tuple[Device, list[Launch]] | None] = context
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A launch: ``kernel`` as "module.name", its grid, arguments in order (numbers, or pointers as
-    ("bfloat16", whether 16 bytes divide them)), and constants and options by name (functions as ("function",
-    "module.name")). ``bytes``: of all its tensors, each once.
+    """A recorded launch: ``kernel`` as "module.name", its grid, its arguments in order (numbers, or pointers
+    as ("bfloat16", whether they are aligned to 16 bytes)), and constants and options by name (functions as
+    ("function", "module.name")). ``bytes`` is the size of all its tensors, each counted once.
     """
 
     kernel: str
@@ -45,7 +45,7 @@ class Launch:
 
     @classmethod
     def make(cls, kernel, grid, named: dict) -> Launch:
-        """A note of ``kernel[grid](**named)``."""
+        """The record of ``kernel[grid](**named)``."""
         runtime = _runtime_arguments(kernel)
         tensors = [a for a in named.values() if hasattr(a, "untyped_storage")]
         sizes = {
@@ -61,9 +61,7 @@ class Launch:
         )
 
     def specialised(self, arch: int | str):
-        """The kernel with arguments that Triton compiles it for exactly as for the launch: (function,
-        arguments, options).
-        """
+        """(function, arguments, options) for which Triton compiles the kernel exactly as for the launch."""
         import torch
         from triton.runtime.jit import MockTensor
 
@@ -79,8 +77,8 @@ class Launch:
         return _function(self.kernel), arguments, options
 
     def compile(self, arch: int | str):
-        """Triton's CompiledKernel for a compute capability as 90, or for AMD's "gfx942"; kept in Triton's
-        cache. Needs no GPU.
+        """Compile into Triton's cache, without a GPU, and return Triton's CompiledKernel. ``arch`` is a
+        compute capability such as 90, or AMD's "gfx942".
         """
         from triton.runtime import driver
 
@@ -89,12 +87,12 @@ class Launch:
             function, arguments, options = self.specialised(arch)
             return function.warmup(*arguments, grid=self.grid, **options)
         finally:
-            driver.set_active(None)  # found anew by whoever needs one
+            driver.set_active(None)  # Triton finds the real driver again when it needs one
 
 
 @functools.cache
 def _runtime_arguments(kernel) -> tuple[str, ...]:
-    """Names of the arguments that are not constants, in order."""
+    """The names of the arguments that are not compile-time constants, in order."""
     parameters = inspect.signature(kernel.fn).parameters.values()
     return tuple(p.name for p in parameters if "constexpr" not in str(p.annotation))
 
@@ -109,13 +107,13 @@ def _function(name):
 
 
 class _Absent:
-    """As much of a Triton driver as compiling needs."""
+    """The part of a Triton driver that compiling needs, for a GPU that is absent."""
 
     def __init__(self, arch):
         self.arch = arch
 
     def get_current_device(self):
-        return self.arch  # what is compiled for one architecture is not looked for by another
+        return self.arch  # keeps the kernels of different architectures apart
 
     def get_current_stream(self, device):
         return 0
@@ -141,8 +139,8 @@ def _pointer(tensor):
 
 @contextlib.contextmanager
 def recording(device: Device) -> Iterator[list[Launch]]:
-    """Within it, on this thread, launches for ``device`` are noted in the list that it gives, and nothing
-    is computed.
+    """A context in which, on this thread, launches for ``device`` are recorded in the list that it yields,
+    and nothing is computed.
     """
     launches: list[Launch] = []
     token = _recording.set((device, launches))
@@ -153,13 +151,13 @@ def recording(device: Device) -> Iterator[list[Launch]]:
 
 
 def recorded_device() -> Device | None:
-    """The device that launches are recorded for; None: they are real."""
+    """The device for which launches are recorded; None if launches are real."""
     found = _recording.get()
     return found and found[0]
 
 
 def launch(kernel, grid, **arguments) -> None:
-    """``kernel[grid](**arguments)``, or a note of it."""
+    """Launch ``kernel[grid](**arguments)``, or record the launch."""
     _settle_keys()
     if (found := _recording.get()) is None:
         kernel[grid](**arguments)
@@ -169,8 +167,9 @@ def launch(kernel, grid, **arguments) -> None:
 
 @functools.cache
 def _settle_keys() -> None:
-    """Triton 3.6's key of a compiled kernel depends on which functions had theirs before: asked for in one
-    order here, every process finds in the cache what another one has compiled ahead.
+    """Compute the cache keys of all functions in a fixed order. In Triton 3.6 the key of a compiled kernel
+    depends on which functions computed theirs before; in a fixed order, every process finds in the cache what
+    another one has compiled.
     """
     if not interpreted():
         from triton.runtime import JITFunction
@@ -182,7 +181,7 @@ def _settle_keys() -> None:
 
 
 def distinct(launches: Iterable[Launch], arch: int | str) -> list[Launch]:
-    """One launch for each compilation that they need, in order."""
+    """One launch for each compilation that the launches need, in order."""
     found: dict[tuple, Launch] = {}
     for each in launches:
         found.setdefault(specialisation(each, arch), each)
@@ -190,13 +189,13 @@ def distinct(launches: Iterable[Launch], arch: int | str) -> list[Launch]:
 
 
 def specialisation(each: Launch, arch: int | str) -> tuple:
-    """What Triton compiles anew for, by its own rules."""
+    """The key by which Triton decides, by its own rules, whether a launch needs a compilation of its own."""
     from triton.runtime import driver
 
     driver.set_active(_Absent(arch))
     try:
         function, arguments, options = each.specialised(arch)
-        # Triton's interpreter, which does not compile: all that is not the grid
+        # Triton's interpreter does not compile: take everything but the grid
         if not hasattr(function, "device_caches"):
             return each.kernel, each.arguments, each.options
         binder = function.device_caches[arch][-1]
@@ -212,11 +211,11 @@ def compile_launches(
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> int:
-    """Compile every kernel that ``launches`` need, in ``workers`` processes (None: one for each processor);
-    how many there were.
+    """Compile every kernel that ``launches`` need, in ``workers`` processes (None: one for each processor),
+    and return their number.
 
-    ``progress`` is called with how many are done, and of how many. RuntimeError: what the compiler said, of
-    all that it refused.
+    ``progress`` is called with the number of kernels done and the number of all. RuntimeError: the compiler
+    refused some; the message holds what it said about each.
     """
     pending = distinct(launches, arch)
     count, done, failures, lock = len(pending), 0, [], threading.Lock()
@@ -267,11 +266,11 @@ def _tuples(value):
 
 
 def main() -> None:
-    """A worker: launches as lines of JSON on standard input, "ok" or what went wrong for each on standard
-    output.
+    """A worker process: it reads launches as lines of JSON from standard input, and writes for each "ok" or
+    what went wrong to standard output.
     """
     arch, out = json.loads(sys.argv[1]), sys.stdout
-    sys.stdout = sys.stderr  # whatever a compiler prints
+    sys.stdout = sys.stderr  # where anything that a compiler prints goes
     for line in sys.stdin:
         try:
             Launch(*_tuples(json.loads(line))).compile(arch)

@@ -1,5 +1,5 @@
-"""F(x, u) where r is small against d: y_po = s(|w_po|^2) <w_po, u_p> with w_po = A_o^T z_p + b_o, which is
-not made.
+"""F(x, u) if r is small compared with d (r <= 64, d > 64): y_po = s(|w_po|^2) <w_po, u_p> with w_po = A_o^T
+z_p + b_o, which is not materialised.
 
     <w, u> = sum_k z_k (A_ok . u) + b_o . u      |w|^2 = |L_o^T z + shift_o|^2 + rest_o
 """
@@ -26,8 +26,8 @@ from coda_kernels.prepare import Prepared
 
 @triton.jit
 def _inverse_power_of_two(b_x):
-    """1 / 2^floor(log2 x) for x >= 0, a scale that rounds nothing; from 2^-100 to 2^40, so that its square
-    times a norm is finite.
+    """1 / 2^floor(log2 x) for x >= 0, a scale without rounding; from 2^-100 to 2^40, so that its square times
+    a norm is finite.
     """
     b_x = tl.clamp(b_x, 2.0**-40, 2.0**100)
     return ((254 << 23) - (b_x.to(tl.int32, bitcast=True) & (255 << 23))).to(tl.float32, bitcast=True)
@@ -36,15 +36,15 @@ def _inverse_power_of_two(b_x):
 @triton.jit(do_not_specialize=["P", "OH", "OW", "HP", "WP", "SH", "SW", "keep"])
 def contracted(
     u_ptr,  # padded image [N, HP, WP, CP]
-    # [n', R, K], n' = n rounded up to whole blocks, as for everything of a unit that is read by blocks
+    # [n', R, K], n' = n rounded up to whole blocks, as for all data of units that are read by blocks
     a_ptr,
     z_ptr,  # [PP, R]
     beta_ptr,  # [PP, NB], float32, NB = n' or 0
     length_ptr,  # [PP]: |u_p|^2
-    factor_ptr,  # [n', R, R]: L_o^T over its largest entry
-    shift_ptr,  # [n', R], over the same
+    factor_ptr,  # [n', R, R]: L_o^T over ``scale``
+    shift_ptr,  # [n', R], over ``scale`` too
     rest_ptr,  # [n']
-    scale_ptr,  # [n']: that largest entry
+    scale_ptr,  # [n']: ``size`` of ``prepare``, the length of the longest row of A_o
     y_ptr,  # out [P, n]
     dot_ptr,  # out [n, P]
     square_ptr,  # out [n, P]
@@ -57,9 +57,9 @@ def contracted(
     SH: tl.int32,
     SW: tl.int32,
     units: tl.int32,
-    keep: tl.int32,  # what is stored for backward: 0 nothing, 1 |w|^2, 2 <w, u> too
+    keep: tl.int32,  # what is stored for the backward pass: 0 nothing, 1 |w|^2, 2 also <w, u>
     NB: tl.int32,  # n', or 0 without a bias
-    # K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
+    # K and R as loop bounds, known only at run time, so that the loops are pipelined and not unrolled
     depth: tl.int32,
     ranks: tl.int32,
     CP: tl.constexpr,
@@ -80,10 +80,10 @@ def contracted(
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Implicit GEMM [pixels, d] x [d, n R]; its tile is contracted with z in registers, then the norm reuses
-    the same registers.
+    """Implicit GEMM [pixels, d] x [d, n R]; its tile is contracted with z in registers, which the norm then
+    reuses.
 
-    NORM_ONLY leaves the product out: |w|^2 is all that the adjoint map needs.
+    NORM_ONLY leaves the product out, because the adjoint needs only |w|^2.
     """
     blocks = (units + BO - 1) // BO
     i_m, i_n = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -104,22 +104,22 @@ def contracted(
         m_c = m_p[:, None] & (i_j + o_j < units * R)[None, :]
         p_c = contraction_ptr + o_p[:, None] * (units * R) + (i_j + o_j)[None, :]
         tl.store(p_c, narrow(b_acc, contraction_ptr.dtype.element_ty), m_c)
-    # <w, u> is reduced before the norm is begun: one accumulator alive at a time (the other order spilled 592
-    # bytes)
+    # <w, u> is reduced before the norm begins, so that one accumulator is live at a time (the other order
+    # spilled 592 bytes)
     b_z = tl.load(z_ptr + o_p[:, None] * R + o_r[None, :])
     b_wide = widen(b_z)
     b_dot = tl.sum(tl.reshape(b_acc, (BM, BO, R)) * b_wide[:, None, :], 2)
     if HAS_BIAS and not NORM_ONLY:
         b_dot += tl.load(beta_ptr + o_p[:, None] * NB + o_o[None, :])
-    # |L^T z + shift|^2 + rest in units of the largest entries of z and of L: 16-bit z is
-    # exact in float16, and L loses less than z did
+    # |L^T z + shift|^2 + rest, with z over a power of two near its largest entry, and L over ``scale``: so
+    # 16-bit z is exact in float16, and L loses less than z did
     b_inverse = _inverse_power_of_two(tl.max(tl.abs(b_wide), 1))
     o_b = tl.arange(0, BR)
     p_l = factor_ptr + i_j * R + (o_j * R)[None, :] + o_b[:, None]
     p_z = z_ptr + o_p[:, None] * R + o_b[None, :]
     # zeros without a bias; starting from a constant spills
     b_v = b_inverse[:, None] * tl.load(shift_ptr + i_j + o_j)[None, :]
-    for k in range(0, ranks, BR):  # z again, a piece at a time: all of L at once took 40 registers
+    for k in range(0, ranks, BR):  # z again, in pieces: all of L at once took 40 registers
         b_l = tl.load(p_l + k)
         b_unit = widen(tl.load(p_z + k)) * b_inverse[:, None]
         b_v = landed(dot(narrow(b_unit, b_l.dtype), b_l, b_v, PRECISION))
@@ -144,8 +144,8 @@ def run(
     contraction: torch.Tensor | None,
     norm_only: bool = False,
 ) -> None:
-    """Fills ``output`` [..., n] of P pixels and, where they are given, <w, u> and |w|^2 [n, P] in float32 and
-    the contraction [P, n R].
+    """Fill ``output`` [..., n] of P pixels and, if they are given, <w, u> (``dot``) and |w|^2 (``square``),
+    [n, P] in float32, and ``contraction`` [P, n R].
     """
     s, pixels = layer.shape, output.shape[:-1].numel()
 
@@ -218,5 +218,5 @@ SPEC = _spec(
     ((128, 256, 8, 3), LARGE, *SMALLER),
     {"float32": (64, 128, 4, 2), 80: LARGE, 100: LARGE, "amd": LARGE},
 )
-# with the stores of the contraction, which need registers
+# for keeping the contraction, whose stores need registers
 SPEC_KEPT = _spec("contracted_kept", (LARGE, *SMALLER), {"float32": (64, 64, 4, 2)})

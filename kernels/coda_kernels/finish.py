@@ -1,5 +1,5 @@
-"""Gradients of the parameters, second part: the sums of ``parameter_sums``, its parts added up, with what
-comes from the norm, in the layout and dtype of the parameters.
+"""Gradients of the parameters, second part: adds up the partial sums of ``parameter_sums`` and the terms from
+the norm, and writes them in the layout and dtype of the parameters.
 """
 
 import torch
@@ -15,20 +15,20 @@ from coda_kernels.parameter_sums import Sums
 
 @triton.jit(do_not_specialize=["weights", "parts", "reduce_parts", "rank", "C", "CP", "TAPS"])
 def finish(
-    # [parts, n, R, K], float32, and so on: what `parameter_sums` leaves, t and with it its sums times scale
+    # [parts, n, R, K], float32: the sums of `parameter_sums`; those of t are times ``scale``, as t is
     weight_sum_ptr,
     moments_ptr,  # [parts, n, R, R]
     direct_ptr,  # [parts, n, K]
     first_ptr,  # [parts, n, R]
     zeroth_ptr,  # [parts, n]
-    reduce_sum_ptr,  # [parts of their own, R, K]
+    reduce_sum_ptr,  # [reduce_parts, R, K]
     weight_ptr,  # packed [n', R, K]
     bias_ptr,  # packed [n', K]
     scale_ptr,  # [n]
     d_reduce_ptr,  # out [rank, C, kh, kw]
     d_weight_ptr,  # out [n, rank, C, kh, kw]
     d_bias_ptr,  # out [n, C, kh, kw]
-    weights: tl.int32,  # programs for dA and db; the rest makes dB
+    weights: tl.int32,  # programs for dA and db; the others compute dB
     parts: tl.int32,
     s_part: tl.int64,
     reduce_parts: tl.int32,
@@ -46,7 +46,7 @@ def finish(
     PRECISION: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Adds up the parts, with what comes from the norm, in the layout and dtype of the parameters."""
+    """Add up the parts and the terms from the norm, in the layout and dtype of the parameters."""
     BR: tl.constexpr = R if R < 64 else 64
     blocks = (K + BK - 1) // BK
     i = tl.program_id(0)
@@ -143,16 +143,16 @@ def run(
     d_weight: torch.Tensor | None,
     d_bias: torch.Tensor | None,
 ) -> None:
-    """Fills the gradients that are given: dB from ``reduce``, [parts, R, K], dA and db from ``sums``."""
+    """Fill the gradients that are given: dB from ``reduce``, [parts, R, K], dA and db from ``sums``."""
     s = layer.shape
-    block = 64 if s.R <= 64 else 32  # registers
+    block = 64 if s.R <= 64 else 32  # limited by registers
     blocks = cdiv(s.K, block)
     weights = 0 if sums is None else s.units * blocks
     asked = [] if sums is None else [a for a in sums if a.dim() > 1]
     parts, s_part = (len(asked[0]), asked[0].stride(0)) if asked else (0, 0)
     reduces, s_reduce = (0, 0) if reduce is None else (len(reduce), reduce.stride(0))
     programs = weights + (0 if d_reduce is None else cdiv(s.R, 64) * blocks)
-    # what is added to rounded products may be a product of rounded numbers
+    # TF32 suffices, because these products are added to products of 16-bit numbers
     rounded = s.bits == 16 and not layer.device.amd and not interpreted()
     sums = Sums(*[layer.scale] * len(Sums._fields)) if sums is None else sums
     launch(

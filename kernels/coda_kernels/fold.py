@@ -1,8 +1,8 @@
-"""The gradient of the image, the transpose of taking its windows: G(x, v) with what z sends back.
+"""The gradient of the image, by the transpose of taking its windows: G(x, v), plus the gradient through z.
 
     dx = fold(sum_o gs_o (A_o^T z + b_o) + B^T dz)           gs = g s(q): prepare_backward.py
 
-The scaled operand z gs is made in registers and goes to the tensor cores from there.
+The scaled operand z gs is made in registers, from which the tensor cores read it.
 """
 
 import math
@@ -19,7 +19,7 @@ from coda_kernels.layer import Layer, as_image, cdiv
 
 @triton.jit
 def _class_pixels(i_m, o_i, N, class_h, class_w, BM: tl.constexpr):
-    """Image, row and column, within their class, of the input pixels of tile ``i_m``, and which exist."""
+    """(image, row, column, exists) of the input pixels of tile ``i_m``; rows and columns within the class."""
     first = tl.cast(i_m, tl.int64) * BM
     o_x = tl.minimum(first + o_i, N * class_h * class_w - 1)
     image = first // (class_h * class_w)
@@ -42,7 +42,7 @@ def fold(
     OH: tl.int32,
     OW: tl.int32,
     PP: tl.int64,
-    units: tl.int32,  # n, kh kw and E, as bounds of loops
+    units: tl.int32,  # n, kh kw and E as loop bounds
     taps: tl.int32,
     columns_e: tl.int32,
     s_e: tl.int32,
@@ -68,8 +68,8 @@ def fold(
     """dx for a tile of input pixels and channels: the transposed convolution of [dz | gs] with [B; b] and,
     with DIRECT, of gs (x) z with A.
 
-    A gather over taps, so no atomics. Input pixels are taken by their remainder modulo the stride: pixels of
-    one class see the same taps.
+    It gathers over taps and needs no atomics. Input pixels are grouped into classes by their remainder modulo
+    the stride: pixels of a class see the same taps.
     """
     columns: tl.constexpr = (CP + BC - 1) // BC
     i_m, i_c = tl.program_id(0) // columns, tl.program_id(0) % columns
@@ -77,18 +77,18 @@ def fold(
     class_h, class_w = (H + SH - 1) // SH, (W + SW - 1) // SW
     o_n, o_a, o_b, m_x = _class_pixels(i_m, tl.arange(0, BM), N, class_h, class_w, BM)
     m_x = m_x & (o_a * SH + i_h < H) & (o_b * SW + i_w < W)
-    # the output pixel on the same spot; a tap adds a constant. Relative to the tile's first, so that a row
-    # costs 32 bits
+    # the output pixel at the same position, to which a tap adds a constant; relative to the tile's first, so
+    # that it fits in 32 bits
     n_first, a_first, b_first, exists = _class_pixels(i_m, 0, N, class_h, class_w, BM)
     first_p = tl.minimum((n_first * OH + a_first) * OW + b_first, N * OH * OW - 1)
     o_rel = ((o_n * OH + o_a) * OW + o_b - first_p).to(tl.int32)
     o_c = i_c * BC + tl.arange(0, BC)
-    o_known = o_c % CP  # past the last channel: any, not stored
+    o_known = o_c % CP  # any channel past the last one, which is not stored
     o_r, o_e = tl.arange(0, BR), tl.arange(0, BE)
     b_acc = tl.zeros((BM, BC), tl.float32)
     for tap in range(taps):
         t_h, t_w = i_h + TOP - tap // KW * DH, i_w + LEFT - tap % KW * DW
-        # the tap reaches this class of pixels, or none of it
+        # a tap reaches either all pixels of this class or none
         if (t_h % SH == 0) & (t_w % SW == 0):
             t_h, t_w = t_h // SH, t_w // SW
             m_p = m_x & (o_a + t_h >= 0) & (o_a + t_h < OH) & (o_b + t_w >= 0) & (o_b + t_w < OW)
@@ -113,8 +113,8 @@ def fold(
                 )
                 b_rows = tl.load(rows_ptr + ((e + o_e) * K)[:, None] + o_k[None, :])
                 b_acc = dot(b_e, b_rows, b_acc, PRECISION)
-    # found anew, not carried through the loop in the layout of the store: 64 registers (a range that looks
-    # different keeps it so)
+    # recomputed: carried through the loop in the layout of the store, it took 64 registers (the range looks
+    # different, so that the compiler does not merge the two)
     o_n, o_a, o_b, m_x = _class_pixels(i_m, tl.arange(BM, 2 * BM) - BM, N, class_h, class_w, BM)
     o_h, o_w = o_a * SH + i_h, o_b * SW + i_w
     m_x = m_x & (o_h < H) & (o_w < W)
@@ -132,8 +132,8 @@ def run(
     rows: torch.Tensor,
     memory_format: torch.memory_format,
 ) -> torch.Tensor:
-    """An image like ``like``: the transposed convolution of ``e`` [P, E] with ``rows`` [E, K] and, with gs,
-    of gs (x) z with A.
+    """An image with the shape of ``like``: the transposed convolution of ``e`` [PP, E] with ``rows`` [E, K],
+    plus, with gs, that of gs (x) z with A.
     """
     s, (left, _, top, _) = layer.shape, layer.geometry.padding
     batch, _, height, width = like.shape
@@ -196,7 +196,7 @@ def _shared_bytes(s, b, stages):
 
 SPEC = KernelSpec(
     name="fold",
-    # pixels, most of BC, most of BR: with 64 ranks at once up to 57 spills
+    # pixels, largest BC, largest BR; 64 ranks at once caused up to 57 spills
     sizes=(
         (128, 64, 32, 4, 3),
         (128, 64, 32, 8, 3),

@@ -1,5 +1,5 @@
-"""F(x, u) where r >= 128 or d <= 64: y_po = s(|w_po|^2) <w_po, u_p> with w_po = A_o^T z_p + b_o, made a tile
-of d at a time in registers.
+"""F(x, u) if r > 64 or d <= 64: y_po = s(|w_po|^2) <w_po, u_p> with w_po = A_o^T z_p + b_o, which is made in
+registers, a tile of d at a time.
 
     <w, u> += w u,   |w|^2 += w w
 """
@@ -33,8 +33,8 @@ def generated(
     SH: tl.int32,
     SW: tl.int32,
     units: tl.int32,
-    keep: tl.int32,  # what is stored for backward: 0 nothing, 1 |w|^2, 2 <w, u> too
-    depth: tl.int32,  # K and R, as above
+    keep: tl.int32,  # what is stored for the backward pass: 0 nothing, 1 |w|^2, 2 also <w, u>
+    depth: tl.int32,  # K and R as loop bounds, known only at run time, as in ``contracted``
     ranks: tl.int32,
     CP: tl.constexpr,
     KH: tl.constexpr,
@@ -52,8 +52,8 @@ def generated(
     BD: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """GEMM [pixels, R] x [R, BD of d] a unit: a tile of w, multiplied by u and by itself where it stands.
-    z stays put if BR = R.
+    """GEMM [pixels, R] x [R, BD of d] for each unit: a tile of w, multiplied by u and by itself in registers.
+    z stays in registers if BR = R.
     """
     blocks = (units + BO - 1) // BO
     i_m, i_n = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -99,7 +99,9 @@ def run(
     dot: torch.Tensor | None,
     square: torch.Tensor | None,
 ) -> None:
-    """Fills ``output`` [..., n] of P pixels and, where they are given, <w, u> and |w|^2 [n, P] in float32."""
+    """Fill ``output`` [..., n] of P pixels and, if given, <w, u> (``dot``) and |w|^2 (``square``), [n, P] in
+    float32.
+    """
     s, pixels = layer.shape, output.shape[:-1].numel()
 
     def with_tile(tile):
@@ -146,7 +148,7 @@ def _shared_bytes(s, b, stages):
 
 SPEC = KernelSpec(
     name="generated",
-    # pixels, columns BO BD, most of BR
+    # pixels, columns BO BD, largest BR
     sizes=(
         (128, 128, 256, 8, 2),
         (128, 64, 256, 8, 1),

@@ -2,7 +2,7 @@
 
     dz_p = sum_o gs_o A_o u_p + t_o A_o w_po         with gs and t of prepare_backward.py
 
-The scaled operand (u gs or z t) is made in registers and goes to the tensor cores from there.
+The scaled operand (u gs or z t) is made in registers, from which the tensor cores read it.
 """
 
 import torch
@@ -23,10 +23,10 @@ def grad_z(
     z_ptr,  # [PP, R]
     gs_ptr,  # [n, PP]
     t_ptr,  # [n, PP]
-    gram_ptr,  # [n, R, R]
-    cross_ptr,  # [n, R]: A_o b_o
-    contraction_ptr,  # [P, n R]: A_o u, where forward kept it
-    e_ptr,  # out: dz, with zeros past P, is the first R columns of [PP, s_e]
+    gram_ptr,  # [n, R, R]: G_o = A_o A_o^T, scaled down
+    cross_ptr,  # [n, R]: A_o b_o, scaled down
+    contraction_ptr,  # [P, n R]: A_o u, if the forward pass kept it
+    e_ptr,  # out: the first R columns of [PP, s_e] are dz, with zeros past P
     P: tl.int64,
     PP: tl.int64,
     OH: tl.int32,
@@ -36,7 +36,7 @@ def grad_z(
     SH: tl.int32,
     SW: tl.int32,
     s_e: tl.int32,
-    # n, K and R, as bounds of loops: known at run time only, so that these are pipelined and not unrolled
+    # n, K and R as loop bounds, known only at run time, so that the loops are pipelined and not unrolled
     units: tl.int32,
     depth: tl.int32,
     ranks: tl.int32,
@@ -55,8 +55,8 @@ def grad_z(
     BK: tl.constexpr,
     BU: tl.constexpr,
 ):
-    """``dz = sum_o gs_o A_o u + t_o (G_o z + A_o b_o)``, BR ranks a program; t comes scaled up, G and A
-    b scaled down.
+    """``dz = sum_o gs_o A_o u + t_o (G_o z + A_o b_o)``, BR ranks per program. t is scaled up by
+    ``layer.scale``, G_o and A_o b_o are scaled down by it.
     """
     tiles: tl.constexpr = R // BR
     i_m, i_r = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -95,7 +95,7 @@ def grad_z(
 
 
 def run(layer: Layer, *, factors: Factors, pixels: int, contraction: torch.Tensor | None) -> None:
-    """Fills the first R columns of ``factors.e``. ``contraction``: [P, n R], where forward has kept it."""
+    """Fill the first R columns of ``factors.e``. ``contraction``: [P, n R], if the forward pass kept it."""
     s, f = layer.shape, factors
 
     def with_tile(tile):
@@ -130,7 +130,7 @@ def run(layer: Layer, *, factors: Factors, pixels: int, contraction: torch.Tenso
     layer.run(SPEC, with_tile)
 
 
-# BU of 32 at most: with 64 of both, Triton 3.8 makes wgmma that ptxas serialises
+# BU is at most 32: with BK and BU of 64, Triton 3.8 generates wgmma that ptxas serialises
 def _blocks(s, pixels, ranks, depth):
     depths = dict(BK=min(depth, s.block_k), BU=min(s.R, depth, 32, s.block_k))
     return dict(BM=pixels, BR=min(s.R, ranks), **depths)
@@ -138,7 +138,7 @@ def _blocks(s, pixels, ranks, depth):
 
 SPEC = KernelSpec(
     name="grad_z",
-    # pixels, ranks, most of BK and BU
+    # pixels, ranks, largest BK and BU
     sizes=((128, 64, 64, 4, 3), (64, 64, 32, 4, 2), (64, 32, 32, 4, 1), (32, 16, 16, 4, 1)),
     blocks=_blocks,
     limits=lambda s: dict(BM=PIXELS, BR=rank_limits(s), BK=depth_limits(s), BU=rank_limits(s)),

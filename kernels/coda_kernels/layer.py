@@ -1,10 +1,10 @@
-"""A layer as the kernels take it: parameters packed, sizes by name, tiles tried in turn. No autograd, no
-checks of the caller's arguments, no choice of dtype. The order of launches is
-``coda_fast.backends.triton``'s.
+"""A layer as the kernels take it: packed parameters, sizes by name, and tiles that are tried in turn. It has
+no autograd, does not check the caller's arguments and does not choose a dtype. ``coda_fast.backends.triton``
+orders the launches.
 
-Memory besides inputs and results (P pixels, n units, r ranks; numbers, see docs/kernels.md): forward keeps
-[P, n] twice for backward, and both make a padded image [N, H', W', C'], z [P, r]; nothing of size P n r or
-P n d unless the contraction is asked for.
+Memory besides inputs and results, in numbers (see docs/kernels.md): the forward pass keeps [n, P] twice for
+the backward pass, and both make a padded image [N, HP, WP, CP] and z [PP, R]. Nothing has size P n r or P n d
+unless the contraction is requested.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Result = TypeVar("Result")
 
 
 class Layer:
-    """A layer's parameters in the kernels' layout, for images of one size, and what every launch needs of
-    them.
+    """A layer's parameters in the kernels' layout, for images of one size, and the arguments that launches
+    share.
 
     Args:
         image_size: height and width.
@@ -36,7 +36,7 @@ class Layer:
         geometry: has ``kernel``, ``stride`` and ``dilation`` as (vertical, horizontal), and ``padding`` as
             left, right, top, bottom.
         norm: a name in ``norms.NORMS``.
-        prepared: what ``prepare.run`` has left of the parameters; without it, that comes before all others.
+        prepared: the parameters that ``prepare.run`` has packed; without it, ``prepare`` must run first.
     """
 
     def __init__(self, image_size, reduce, weight, bias, *, geometry, norm: str, eps: float, prepared=None):
@@ -68,8 +68,8 @@ class Layer:
         self.scale = self.prepared[rows.numel() :].view(torch.float32)
 
     def padded_image(self, image):
-        """(the zero-padded, channels-last tensor that windows are read from, [N, H', W', C'], how many
-        programs have yet to fill it): the image itself where it is one already.
+        """(the padded image [N, HP, WP, CP], the number of programs that have yet to fill it). It is the
+        image itself, with no such programs, if that already has this form.
         """
         s, last = self.shape, image.permute(0, 2, 3, 1)
         whole = self.padded_size == tuple(last.shape[1:3]) and s.CP == s.channels
@@ -79,38 +79,38 @@ class Layer:
         return padded, cdiv(padded.numel(), PADDING_BLOCK.value)
 
     def pixels(self, image) -> int:
-        """Output pixels of a batch of images."""
+        """The number of output pixels of a batch of images."""
         return len(image) * self.out[0] * self.out[1]
 
-    # -- arguments that several kernels have, by name
+    # -- arguments that several kernels share, by name
 
     def sizes(self) -> dict[str, int]:
-        """Those of the output and of the padded image, and the stride."""
+        """The sizes of the output and of the padded image, and the stride."""
         names = ("OH", "OW", "HP", "WP", "SH", "SW")
         return dict(zip(names, (*self.out, *self.padded_size, *self.shape.stride), strict=True))
 
     def image_sizes(self, image) -> dict[str, int]:
-        """Height and width, and how much lies above and to the left of them in the padded image."""
+        """The height and width of an image, and the padding above and to the left of it."""
         left, _, top, _ = self.geometry.padding
         return dict(H=image.shape[2], W=image.shape[3], top=top, left=left)
 
     def window(self) -> dict[str, int]:
-        """Channels, kernel and dilation."""
+        """The padded channels, kernel and dilation."""
         s = self.shape
         return dict(CP=s.CP, KH=s.kernel[0], KW=s.kernel[1], DH=s.dilation[0], DW=s.dilation[1])
 
     def or_dummy(self, tensor):
-        """A pointer of the right device and dtype where a kernel does not read one."""
+        """The tensor, or for None one of the right device and dtype, for an argument that is not read."""
         return self.weight if tensor is None else tensor
 
     def or_float(self, tensor):
-        """Likewise, to float32."""
+        """As ``or_dummy``, in float32."""
         return self.scale if tensor is None else tensor
 
     # -- launching
 
     def on_device(self):
-        """Context in which launches go to the device of the tensors, not to the current one."""
+        """A context in which launches go to the device of the tensors instead of the current device."""
         return (
             torch.cuda.device(self.torch_device)
             if self.torch_device.type == "cuda"
@@ -118,8 +118,8 @@ class Layer:
         )
 
     def run(self, spec: config.KernelSpec, with_tile: Callable[[config.Tile], Result]) -> Result:
-        """Call ``with_tile`` with the first tile that the device can hold; what did not fit once is not tried
-        again.
+        """Call ``with_tile`` with the first tile that fits on the device; a tile that did not fit is not
+        tried again.
         """
         key = (spec.name, self.shape, self.device)
         tiles = config.candidates(spec, self.shape, self.device)
@@ -139,7 +139,7 @@ class Layer:
 
 
 _first_fitting: dict = {}
-_shape = functools.lru_cache(4096)(Shape)  # what follows from one is computed once
+_shape = functools.lru_cache(4096)(Shape)  # cached, so that its properties are computed once
 
 
 def cdiv(a: int, b: int) -> int:
@@ -148,23 +148,23 @@ def cdiv(a: int, b: int) -> int:
 
 
 def whole_blocks(pixels):
-    """``pixels`` rounded up to whole blocks of the longest kind."""
+    """``pixels`` rounded up to whole blocks of 64, the longest."""
     return -(-pixels // 64) * 64
 
 
 @functools.lru_cache(4096)
 def _check_offsets(s, image_size, padding, out):
-    """ValueError where an offset that the kernels take in 32 bits does not fit: in a window, or from the
-    first pixel of a tile of `fold` to a row of [dz | gs] that it reads; or the number of a pixel in its
-    image.
+    """Raise a ValueError if a number that the kernels hold in 32 bits does not fit: an offset in a window, an
+    offset from the first pixel of a tile of `fold` to a row of [dz | gs] that it reads, or the number of a
+    pixel in its image.
     """
     (height, width), (left, right, top, bottom), (rows, columns), stride = image_size, padding, out, s.stride
     full_height, full_width = height + top + bottom, width + left + right
     extents = [d * (k - 1) + 1 for k, d in zip(s.kernel, s.dilation, strict=True)]
     window = extents[0] * full_width * s.CP
-    # pixels that `fold` takes at a time, 256 at most
+    # `fold` takes at most 256 pixels of a class at a time
     class_h, class_w = max(1, cdiv(height, stride[0])), max(1, cdiv(width, stride[1]))
-    # what a tap adds, at most
+    # the most that a tap adds
     down, right_or_left = (
         cdiv(max(e, p), t) + 1 for e, p, t in zip(extents, (top, left), stride, strict=True)
     )
@@ -186,32 +186,32 @@ def _check_offsets(s, image_size, padding, out):
 
 
 def strides(prefix: str, image: torch.Tensor, channel: str = "channel") -> dict[str, int]:
-    """The strides of an image [N, C, H, W], by the names of a kernel's arguments."""
+    """The strides of an image [N, C, H, W], by the names of the kernels' arguments."""
     names = ("image", channel, "row", "column")
     return {f"{prefix}_{name}": stride for name, stride in zip(names, image.stride(), strict=True)}
 
 
 def channels_last(*parameters):
-    """Whether all of them, [.., C, kh, kw] or None, lie in memory as [.., kh, kw, C]; else they are taken
-    contiguous.
+    """Whether all parameters, [..., C, kh, kw] or None, lie in memory as [..., kh, kw, C]; otherwise the
+    kernels take them contiguous.
     """
     return all(p is None or p.movedim(-3, -1).is_contiguous() for p in parameters)
 
 
 def gradients_like(*parameters):
-    """Tensors for the gradients of parameters, in the layout in which these are read."""
+    """Uninitialised tensors for the gradients of parameters, in the layout in which parameters are read."""
     form = torch.preserve_format if channels_last(*parameters) else torch.contiguous_format
     return [None if p is None else torch.empty_like(p, memory_format=form) for p in parameters]
 
 
 def as_image(last, memory_format):
-    """[N, H, W, C] as [N, C, H, W] in that format: for channels_last, as it is."""
+    """[N, H, W, C] as [N, C, H, W] in a memory format; channels_last needs no copy."""
     return last.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    """What configuration needs to know of a torch device; the interpreter on a CPU takes a small Hopper."""
+    """A torch device for the configuration; the interpreter on a CPU uses that of a small Hopper GPU."""
     if device.type != "cuda":
         return Device(90, processors=4)
     properties = torch.cuda.get_device_properties(device)
@@ -226,9 +226,9 @@ def device_of(device: torch.device) -> Device:
 
 
 def precision(dtype: torch.dtype, device: Device) -> str:
-    """How float32 operands are multiplied, after ``torch.set_float32_matmul_precision``: "highest" is three
-    TF32 products (about 2^-21) on NVIDIA tensor cores, "high" and "medium" one; AMD and the interpreter
-    compute float32 as it is.
+    """How float32 operands are multiplied, by ``torch.set_float32_matmul_precision``: "highest" means three
+    TF32 products (error about 2^-21) on NVIDIA tensor cores, "high" and "medium" one; AMD GPUs and the
+    interpreter use full float32.
     """
     if dtype != torch.float32 or device.amd or (interpreted() and recorded_device() is None):
         return "ieee"

@@ -1,7 +1,7 @@
-"""The norms of a DAU on the device: functions s with which a weight w is scaled to s(|w|^2) w.
+"""The norms of a DAU on the device: functions s that scale a weight w to s(|w|^2) w.
 
-A third one is two functions here, an entry of ``NORMS``, and the same for torch in ``coda_fast/_norms.py``:
-kernels are compiled with the functions that they are given.
+To add a norm, write two functions here, enter them in ``NORMS``, and do the same for torch in
+``coda_fast/_norms.py``; kernels are compiled with the functions that they are given.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import triton.language as tl
 
 
 class Norm(typing.NamedTuple):
-    """Of blocks of float32, with the constant EPS."""
+    """A norm as functions of float32 blocks and the constant EPS; q is |w|^2."""
 
-    scale: triton.runtime.JITFunction  # (q, EPS) -> s(q); NaN where q is infinite: w was too long for float32
+    scale: triton.runtime.JITFunction  # (q, EPS) -> s(q); NaN if q is infinite: w is too long for float32
     slope: triton.runtime.JITFunction  # (factor, |w|, q, EPS) -> factor ds/d|w|, finite at w = 0
 
 
@@ -27,8 +27,8 @@ def squash_scale(b_square, EPS: tl.constexpr):
 
 @triton.jit
 def squash_slope(b_factor, b_length, b_square, EPS: tl.constexpr):
-    """factor (1 - q) / (1 + q)^2, whose square would overflow; 0 at w = 0, where the factor may be
-    anything.
+    """factor (1 - q) / (1 + q)^2, as two quotients because the square would overflow; 0 at w = 0, where
+    the factor may be anything.
     """
     return tl.where(b_length == 0, 0, b_factor * ((1 - b_square) / (1 + b_square)) / (1 + b_square))
 
@@ -45,7 +45,7 @@ def l2_scale(b_square, EPS: tl.constexpr):
 
 @triton.jit
 def l2_slope(b_factor, b_length, b_square, EPS: tl.constexpr):
-    """-factor / q, 0 up to the length eps."""
+    """-factor / q; 0 for lengths up to eps."""
     return tl.where(b_length <= EPS, 0, -b_factor / tl.where(b_square == 0, 1, b_square))
 
 

@@ -1,10 +1,10 @@
-"""Gradients of the parameters, first part: sums over all pixels of (something of the pixel) x (its window),
-split over pixels, each part in fixed order. ``finish`` adds the parts up.
+"""Gradients of the parameters, first part: sums over all pixels of outer products (row of the pixel) (x) (its
+window). Pixels are split into parts, each summed in a fixed order; ``finish`` adds the parts up.
 
     dA_o = sum_p gs_o z u^T + (sum_p t_o z z^T) A_o + (sum_p t_o z) b_o^T
-           rows (o, k) made in registers: the Khatri-Rao product gs (x) z
-    db_o = sum_p gs_o u^T + (sum_p t_o z)^T A_o + (sum_p t_o) b_o^T            rows as they are
-    dB   = sum_p dz x^T              the same: both are columns of [dz | gs]
+           rows (o, k) are made in registers: the Khatri-Rao product gs (x) z
+    db_o = sum_p gs_o u^T + (sum_p t_o z)^T A_o + (sum_p t_o) b_o^T            rows are read from memory
+    dB   = sum_p dz x^T              likewise: both are columns of [dz | gs]
 """
 
 import math
@@ -32,10 +32,10 @@ def _outer_sum(
     """``sum_p row_p (x) image_p`` over ``count`` pixels from ``first`` on: tile ``i``, of BO BR rows and BN
     of ``width`` columns.
 
-    SCALED: row (o, k) is ``scale_o z_k``, BO units with BR of their R ranks; else BO = 1 and BR rows, and the
-    rows' own sums too where they do not come pixels first. WINDOWS: image_p is the window that begins at
-    starts_p, else R numbers. This loop runs over pixels, so that finding their windows would be its overhead:
-    hence the table of starts.
+    With SCALED, row (o, k) is ``scale_o z_k``, for BO units and BR of their R ranks; else BO = 1, with BR
+    rows, whose own sums are stored too unless PIXELS_FIRST (pixels are the first dimension of rows). With
+    WINDOWS, image_p is the window that begins at starts_p, else R numbers. The loop runs over pixels and must
+    not compute their windows each time, hence the table of starts.
     """
     columns = (width + BN - 1) // BN
     i_rows, i_n = i // columns, i % columns
@@ -75,8 +75,8 @@ def _outer_sum(
             p_scale += BP
         elif not PIXELS_FIRST:
             b_totals += tl.sum(widen(b_rows), 1)
-        # what is made in registers comes second: first, it would go to the tensor cores from there, which
-        # ptxas serialises
+        # the operand made in registers comes second: as the first one, the tensor cores would read it from
+        # registers, which ptxas serialises
         b_acc = (
             dot(tl.trans(b_u), tl.trans(b_rows), b_acc, PRECISION)
             if SCALED
@@ -95,31 +95,31 @@ def _outer_sum(
         b_acc,
         m_row[:, None] & (o_j < width)[None, :],
     )
-    if not SCALED and not PIXELS_FIRST:  # whole blocks of 16, so that nothing is left unwritten
+    if not SCALED and not PIXELS_FIRST:  # in whole blocks of 16, so that all entries are written
         tl.store(totals_ptr + o_r, b_totals, mask=o_r < tl.where(i_n == 0, (rows + 15) // 16 * 16, 0))
 
 
 @triton.jit(do_not_specialize=["PP", "chunk", "weights", "moments", "directs", "WP", "rows", "units"])
 def parameter_sums(
     u_ptr,  # padded image [N, HP, WP, CP]
-    starts_ptr,  # [PP]: where in u the window of a pixel starts
+    starts_ptr,  # [PP]: the offset in u at which a pixel's window starts
     z_ptr,  # [PP, R]
     gs_ptr,  # [n, PP]
     t_ptr,  # [n, PP]
-    # [PP, >= rows], stride s_e: rows of their own, dz, gs or both; zeros past the last pixel, like all rows
-    # here
+    # [PP, >= rows], stride s_e: columns of dz, gs or both, as rows of the sum; zeros past the last pixel, as
+    # in all rows here
     e_ptr,
     weight_ptr,  # out [parts, n, R, K], float32: sum_p gs z u^T
     moments_ptr,  # out [parts, n, R, R], float32: sum_p t z z^T
     direct_ptr,  # out [parts, rows, K], float32: sum_p e u^T
     first_ptr,  # out [parts, n, R], float32: sum_p t z
     zeroth_ptr,  # out [parts, n], float32: sum_p t
-    s_part: tl.int64,  # between parts of any of them
-    weights: tl.int32,  # programs that do each job, in this order; the rest sums t z and t
+    s_part: tl.int64,  # stride between parts of any of these
+    weights: tl.int32,  # number of programs for each job, in this order; the others sum t z and t
     moments: tl.int32,
     directs: tl.int32,
     PP: tl.int64,  # pixels, rounded up to whole blocks
-    chunk: tl.int32,  # pixels a part, whole blocks
+    chunk: tl.int32,  # pixels per part, whole blocks
     s_e: tl.int32,
     rows: tl.int32,
     units: tl.int32,
@@ -137,14 +137,14 @@ def parameter_sums(
     BN: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """All sums over one part of the pixels."""
+    """Compute all sums over one part of the pixels."""
     i, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = part * chunk
     count = tl.minimum(PP - first, chunk).to(tl.int32)
     shift = part * s_part
     narrowest: tl.constexpr = BN if BN < R else R
-    narrower: tl.constexpr = narrowest if narrowest < 64 else 64  # columns of what is as wide as z
-    lower: tl.constexpr = 64 if BR * BO > 64 else BR * BO  # rows of what is not scaled
+    narrower: tl.constexpr = narrowest if narrowest < 64 else 64  # columns of sums that are as wide as z
+    lower: tl.constexpr = 64 if BR * BO > 64 else BR * BO  # rows of sums without SCALED
     if i < weights:
         _outer_sum(
             i, first, count, u_ptr, starts_ptr, z_ptr, gs_ptr, weight_ptr + shift, zeroth_ptr, PP, R, 0,
@@ -170,7 +170,7 @@ def parameter_sums(
 
 
 class Sums(NamedTuple):
-    """Sums over the pixels in parts, float32, views of one buffer; [0] where not asked for."""
+    """Sums over the pixels in parts, float32, as views of one buffer; [0] for those not requested."""
 
     weight: torch.Tensor  # of gs z u^T, [parts, n, R, K]
     moments: torch.Tensor  # of t z z^T, [parts, n, R, R]
@@ -191,8 +191,8 @@ def run(
     weight: bool = True,
     totals: bool = True,
 ) -> Sums:
-    """``e`` [P, E] is columns of a tensor. ``weight``: whether sums of gs and of t z z^T are asked for;
-    ``totals``: those of t z and t.
+    """The sums over all pixels, in parts. ``e`` is some columns of a tensor, [PP, E]. ``weight`` requests the
+    sums of gs z u^T and t z z^T, ``totals`` those of t z and t.
     """
     s, pixels, rows = layer.shape, len(starts), e.shape[1]
     shapes = Sums(
@@ -212,7 +212,7 @@ def run(
         moments = groups * (s.R // tile["BR"]) * thin if weight else 0
         directs = cdiv(rows, lower) * cdiv(s.K, min(tile["BN"], 128))
         tiles = weights + moments + directs + (cdiv(s.units, lower) * thin if totals else 0)
-        # a part's pixels are int32
+        # the number of pixels in a part is int32
         parts = max(config.splits(tiles, pixels, tile["BP"], layer.device), cdiv(pixels, 1 << 30))
         chunk = cdiv(cdiv(pixels, parts), tile["BP"]) * tile["BP"]
         parts = cdiv(pixels, chunk)
@@ -265,7 +265,7 @@ def _columns(s):
 
 def _blocks(s, size, most, pixels):
     most = min(most, _columns(s))
-    # columns past the window are wasted; fewer at a time need their rows made more often
+    # columns past the window are wasted, but with fewer columns at a time the rows are made more often
     columns = min((n for n in (256, 128, 64, 32, 16) if n <= most), key=lambda n: cdiv(s.K, n) * (n + 64))
     ranks, rows = min(s.R, 64, size), size * (2 if columns < most else 1)
     units = max(1, min(power_of_two(s.units), 16, rows // ranks))
@@ -274,8 +274,8 @@ def _blocks(s, size, most, pixels):
 
 SPEC = KernelSpec(
     name="parameter_sums",
-    # rows BO BR, columns, pixels: 256 x 128 takes fewer registers, but Triton before 3.9 makes wgmma of it
-    # that ptxas serialises
+    # rows BO BR, columns, pixels: 256 x 128 takes fewer registers, but Triton before 3.9 generates wgmma for
+    # it that ptxas serialises
     sizes=(
         (128, 256, 64, 8, 3),
         (256, 128, 64, 8, 3),

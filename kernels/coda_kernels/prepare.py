@@ -1,9 +1,9 @@
 """What a forward pass needs before its products, in one launch: norms of the units, packed parameters, the
 padded image, and z = B x with <b_o, u> and |u|^2.
 
-Every program takes one of these jobs, which do not wait for each other. A launch costs some microseconds of
-the host and of the device whatever it does, and jobs that wait for memory or, as the norm does, for
-themselves leave room for the others.
+Every program does one of these jobs, which do not depend on each other. A launch costs the host and the
+device a few microseconds whatever it does, and while some jobs wait for memory or (the norm) for their own
+previous step, the others can use the device.
 """
 
 import functools
@@ -19,7 +19,7 @@ from coda_kernels.compile import launch
 from coda_kernels.config import ANY_SIZE, PIXELS, KernelSpec, depth_limits, power_of_two
 from coda_kernels.layer import Layer, cdiv, strides, whole_blocks
 
-PACK_ROWS = tl.constexpr(16)  # rows of packed parameters a program: sections of them are whole blocks of 16
+PACK_ROWS = tl.constexpr(16)  # rows of packed parameters per program; A, B and b are whole blocks of 16 rows
 
 
 @triton.jit
@@ -27,8 +27,8 @@ def _pack(
     i, reduce_ptr, weight_ptr, bias_ptr, packed_ptr, units, rank, C: tl.constexpr, CP: tl.constexpr,
     TAPS: tl.constexpr, LAST: tl.constexpr, NR, R: tl.constexpr, K, BK: tl.constexpr,
 ):  # fmt: skip
-    """16 rows of [A; B; b], [NR + R + n', K] with patches as (kh, kw, CP), zeros where padded; A is [n',
-    R] rows.
+    """Write 16 rows of [A; B; b], [NR + R + n', K], with windows as (kh, kw, CP) and zeros as padding; A has
+    NR = n' R rows.
     """
     o_g, o_k = i * PACK_ROWS + tl.arange(0, PACK_ROWS), tl.arange(0, BK)
     first = i * PACK_ROWS
@@ -56,25 +56,25 @@ def _pack(
     "HP", "WP", "SH", "SW",
 ])  # fmt: skip
 def prepare(
-    x_ptr,  # [N, C, H, W], what z is computed from, and beta and length where they are
-    u_ptr,  # [N, C, H, W], what is padded
+    x_ptr,  # [N, C, H, W]: the image that is projected to z, beta and length
+    u_ptr,  # [N, C, H, W]: the image that is padded
     reduce_ptr,  # [rank, C, kh, kw]
     weight_ptr,  # [n, rank, C, kh, kw]
     bias_ptr,  # [n, C, kh, kw]
-    packed_ptr,  # out [n' R + R + n', K]: A, B and b with patches as (kh, kw, CP), zeros where padded
-    # out [n', R, R]: L_o^T over the length of the longest row of A_o, which no entry exceeds: it fits any
-    # dtype
+    packed_ptr,  # out [n' R + R + n', K]: A, B and b with windows as (kh, kw, CP), zeros as padding
+    # out [n', R, R]: L_o^T over ``size``, the length of the longest row of A_o, which no entry exceeds, so
+    # that it fits in any dtype
     factor_ptr,
-    shift_ptr,  # out [n', R], float32: over the same
+    shift_ptr,  # out [n', R], float32: over ``size`` too
     rest_ptr,  # out [n'], float32
-    size_ptr,  # out [n'], float32: that length, at least 1e-12
-    scale_ptr,  # out [n], float32: what the backward pass scales its factors and the Gram matrices with
+    size_ptr,  # out [n'], float32: that length, but at least 1e-12 and 2^-22 |b_o|
+    scale_ptr,  # out [n], float32: the backward pass multiplies t and divides Gram matrices by it
     padded_ptr,  # out [N, HP, WP, CP]
-    # out [PP, R], PP = P rounded up to whole blocks, as for everything that is read by blocks of pixels
+    # out [PP, R], PP = P rounded up to whole blocks, as for all data that are read by blocks of pixels
     z_ptr,
     beta_ptr,  # out [PP, n'], float32
     length_ptr,  # out [PP], float32
-    norms: tl.int32,  # programs that do each job, in this order; the rest projects
+    norms: tl.int32,  # number of programs for each job, in this order; the others project
     packs: tl.int32,
     paddings: tl.int32,
     x_image,
@@ -101,7 +101,7 @@ def prepare(
     rank: tl.int32,
     units: tl.int32,
     units_padded: tl.int32,  # n'
-    # K, as the bound of a loop: known at run time only, so that it is pipelined and not unrolled
+    # K as a loop bound, known only at run time, so that the loop is pipelined and not unrolled
     depth: tl.int32,
     C: tl.constexpr,
     CP: tl.constexpr,
@@ -115,15 +115,15 @@ def prepare(
     BETA: tl.constexpr,  # project with b
     LENGTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    FACTOR: tl.constexpr,  # the contracted form's
+    FACTOR: tl.constexpr,  # compute the norm factor, for the contracted form
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The norms, packed parameters, padded image, z, <b_o, u> and |u|^2 of a forward pass. The longest jobs
-    begin first.
+    """Compute the norms, packed parameters, padded image, z, <b_o, u> and |u|^2 of a forward pass. The
+    longest jobs begin first.
     """
     i = tl.program_id(0)
     if i < norms:
@@ -154,13 +154,13 @@ def prepare(
 
 
 class Prepared(NamedTuple):
-    """What ``prepare`` makes, None where it was not asked for; P is rounded up to whole blocks here and in
-    all that the backward pass makes, so that its loops need no masks.
+    """What ``prepare`` makes, None for what was not requested. Pixels are rounded up to whole blocks, PP,
+    here and in all that the backward pass makes, so that loops over them need no masks.
     """
 
-    z: torch.Tensor | None = None  # [P, R]
-    beta: torch.Tensor | None = None  # <b_o, x>, [P, n']
-    length: torch.Tensor | None = None  # |x_p|^2, [P]
+    z: torch.Tensor | None = None  # [PP, R]
+    beta: torch.Tensor | None = None  # <b_o, x_p>, [PP, n']
+    length: torch.Tensor | None = None  # |x_p|^2, [PP]
     factor: torch.Tensor | None = None  # L_o^T over the size, [n', R, R]: see ``_norm_factor``
     shift: torch.Tensor | None = None  # [n', R]
     rest: torch.Tensor | None = None  # [n']
@@ -178,8 +178,8 @@ def run(
     lengths: bool = False,
     parameters: bool = False,
 ) -> Prepared:
-    """z with ``reduced``; <b_o, x> and |x_p|^2 with ``lengths``; packed parameters and, where the contracted
-    form needs it, the norm factor with ``parameters``; and, by ``paddings`` programs, ``padded`` from u.
+    """With ``reduced``, z; with ``lengths``, <b_o, x_p> and |x_p|^2; with ``parameters``, packed parameters,
+    and the norm factor for the contracted form. ``paddings`` programs fill ``padded`` from u.
     """
     s, pixels, wide = layer.shape, layer.pixels(x), layer.shape.bits == 32
     reduce, weight, bias = layer.parameters
@@ -190,7 +190,7 @@ def run(
     made = Prepared(z, *((new(whole, units), new(whole)) if lengths else (None, None)))
     factored = parameters and not s.generated
     if factored:
-        # units that are only there for whole blocks are zero
+        # units that only pad to whole blocks are zero
         per_unit = new if s.units == s.units_padded else functools.partial(torch.zeros, **new.keywords)
         made = made._replace(
             factor=per_unit(s.units_padded, s.R, s.R, dtype=torch.float32 if wide else torch.float16),
@@ -255,8 +255,8 @@ def run(
 
 
 def projection_spec(name, sizes, begin, columns, most):
-    """The spec of a kernel whose tiles are those of ``project``: ``columns`` that there are, and at ``most``,
-    for a shape.
+    """The spec of a kernel whose tiles are those of ``project``: ``columns`` and ``most`` give, for a shape,
+    the number of columns and the largest BN.
     """
 
     def blocks(s, pixels, size):
@@ -265,7 +265,7 @@ def projection_spec(name, sizes, begin, columns, most):
 
     return KernelSpec(
         name=name,
-        sizes=sizes,  # pixels, most of BN
+        sizes=sizes,  # pixels, largest BN
         blocks=blocks,
         limits=lambda s: dict(BM=PIXELS, BN=(16, most(s), ANY_SIZE), BK=depth_limits(s)),
         shared_bytes=lambda s, b, stages: stages * (b["BM"] + b["BN"]) * b["BK"] * s.bits // 8,

@@ -1,9 +1,9 @@
-"""What a backward pass needs before its products, in one launch: z again and where windows start, Gram
+"""What a backward pass needs before its products, in one launch: z (recomputed), the starts of windows, Gram
 matrices, the padded image, and the factors of the gradient.
 
     gs = g s(q),   t = 2 g <w, u> s'(q) = g (<w, u> / |w|) ds/d|w|         q = |w|^2
 
-Every program takes one of these jobs, as in ``prepare``.
+Every program does one of these jobs, as in ``prepare``.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,8 @@ from coda_kernels.compile import launch
 from coda_kernels.layer import Layer, cdiv, strides, whole_blocks
 from coda_kernels.prepare import projection_spec
 
-FACTOR_PIXELS = tl.constexpr(64)  # gradient factors: pixels a program, of 16 units each
-GRAM_RANKS = tl.constexpr(64)  # at most, of a tile of a Gram matrix
+FACTOR_PIXELS = tl.constexpr(64)  # gradient factors: pixels per program, for 16 units
+GRAM_RANKS = tl.constexpr(64)  # the most ranks of a tile of a Gram matrix
 
 
 @triton.jit
@@ -27,8 +27,8 @@ def _gram(
     i, weight_ptr, bias_ptr, scale_ptr, gram_ptr, cross_ptr, K, R: tl.constexpr, HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the Gram matrix of a unit, for the gradient ``A_o w = G_o z + A_o b_o``, over
-    ``scale``; parameters packed.
+    """A tile of a unit's Gram matrix G_o = A_o A_o^T, over ``scale``, for ``A_o w = G_o z + A_o b_o`` in the
+    gradient of z; from packed parameters.
     """
     BR: tl.constexpr = R if R < GRAM_RANKS else GRAM_RANKS
     tiles: tl.constexpr = R // BR
@@ -60,8 +60,8 @@ def _gram(
 
 @triton.jit
 def _saturated(b_x, dtype: tl.constexpr):
-    """To ``dtype``; float16 stops at its largest number, where "l2" asks for 1 / eps of it at w = 0:
-    infinity times 0 is NaN.
+    """To ``dtype``; float16 saturates at its largest number, because under "l2" a factor is 1 / eps at w = 0,
+    and infinity times 0 would be NaN.
     """
     if dtype == tl.float16:
         b_x = tl.clamp(b_x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
@@ -74,10 +74,10 @@ def _grad_factors(
     g_row, g_column, s_e, first_e, units, units_padded, HAS_BIAS: tl.constexpr, SCALE: tl.constexpr,
     SLOPE: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """gs = g s(q) and, with ``full``, t = 2 g <w, u> s'(q); both 0 in the limit q = 0. Reads an upstream
-    gradient of any strides.
+    """gs = g s(q) and, with ``full``, t = 2 g <w, u> s'(q); both are 0 in the limit q = 0. The upstream
+    gradient may have any strides.
 
-    t goes with |w|^-2: times a power of two near |A_o|^2 it is of the size of the gradient, and fits float16.
+    t scales like |w|^-2: times a power of two near |A_o|^2 it is as large as the gradient, and fits float16.
     """
     BO: tl.constexpr = 16
     blocks = (units + BO - 1) // BO
@@ -90,19 +90,19 @@ def _grad_factors(
         tl.load(grad_ptr + o_grad[:, None] + (o_o.to(tl.int64) * g_unit)[None, :], mask=m_g, other=0)
     )
     o_kept, o_out = o_p[:, None] + (o_o * P)[None, :], o_p[:, None] + (o_o * PP)[None, :]
-    # not 0, which may make infinity of 1 / eps, and NaN of the padding
+    # not 0, for which 1 / eps may be infinite, and the padding NaN
     b_square = tl.load(square_ptr + o_kept, mask=m_g, other=1)
     b_length = tl.sqrt(b_square)
     b_gs = _saturated(b_grad * SCALE(b_square, EPS), gs_ptr.dtype.element_ty)
     tl.store(gs_ptr + o_out, b_gs, m_o)
-    if HAS_BIAS:  # columns past the last unit are written too, with zeros
+    if HAS_BIAS:  # columns past the last unit are written as zeros
         tl.store(
             e_ptr + o_p[:, None] * s_e + (first_e + o_o)[None, :],
             b_gs,
             (o_p < PP)[:, None] & (o_o < units_padded)[None, :],
         )
     if full:
-        # of the size of |u|, also where q is flushed
+        # at most about |u|, even where q is flushed to 0
         b_ratio = tl.load(dot_ptr + o_kept, mask=m_g, other=0) / tl.maximum(b_length, 1e-18)
         b_t = SLOPE(b_grad * b_ratio, b_length, b_square, EPS)
         b_t *= tl.load(scale_ptr + tl.minimum(o_o, units - 1))[None, :]
@@ -114,24 +114,24 @@ def _grad_factors(
     "left", "total", "P", "PP", "rank", "units", "OH", "OW", "HP", "WP", "SH", "SW",
 ])  # fmt: skip
 def prepare_backward(
-    x_ptr,  # [N, C, H, W], what z is computed from
-    u_ptr,  # [N, C, H, W], what is padded
+    x_ptr,  # [N, C, H, W]: the image from which z is computed
+    u_ptr,  # [N, C, H, W]: the image that is padded
     reduce_ptr,  # [rank, C, kh, kw]
     weight_ptr,  # packed [n', R, K]
     bias_ptr,  # packed [n', K]
-    scale_ptr,  # [n]: what t is multiplied by and the Gram matrix divided by
+    scale_ptr,  # [n]: t is multiplied, and the Gram matrix and A_o b_o divided, by it
     grad_ptr,  # strides g_image, g_unit, g_row, g_column
     dot_ptr,  # [n, P], or unused without ``full``
     square_ptr,  # [n, P]
     gs_ptr,  # out [n, PP], with zeros past P
     t_ptr,  # out [n, PP], likewise
-    e_ptr,  # out: column first_e + o of [PP, s_e] is gs_o too, with a bias
-    gram_ptr,  # out [n, R, R]: A_o A_o^T
-    cross_ptr,  # out [n, R]: A_o b_o
+    e_ptr,  # out, with a bias: column first_e + o of [PP, s_e] is gs_o, too
+    gram_ptr,  # out [n, R, R]: A_o A_o^T over ``scale``
+    cross_ptr,  # out [n, R]: A_o b_o over ``scale``
     padded_ptr,  # out [N, HP, WP, CP]
     z_ptr,  # out [PP, R]
     starts_ptr,  # out [PP], int64
-    projects: tl.int32,  # programs that do each job, in this order; the rest makes gradient factors
+    projects: tl.int32,  # number of programs for each job, in this order; the others make gradient factors
     grams: tl.int32,
     paddings: tl.int32,
     x_image,
@@ -183,7 +183,7 @@ def prepare_backward(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """z, Gram matrices, padded image and gradient factors of a backward pass."""
+    """Compute z, Gram matrices, padded image and gradient factors of a backward pass."""
     i = tl.program_id(0)
     if i < projects:
         project(
@@ -210,16 +210,16 @@ def prepare_backward(
 
 
 class Factors(NamedTuple):
-    """What ``prepare_backward`` makes, None where it was not asked for; P in whole blocks."""
+    """What ``prepare_backward`` makes, None for what was not requested."""
 
     padded: torch.Tensor  # the padded u
-    z: torch.Tensor  # [P, R]
-    gs: torch.Tensor  # [n, P]
-    e: torch.Tensor  # [dz | gs], [P, ranks + n'], dz to come, gs where there is a bias
-    t: torch.Tensor | None  # times ``layer.scale``, [n, P]
-    starts: torch.Tensor | None  # of windows in the padded image, int64, [P]
+    z: torch.Tensor  # [PP, R]
+    gs: torch.Tensor  # [n, PP]
+    e: torch.Tensor  # [dz | gs], [PP, ranks + n']; ``grad_z`` fills dz; gs is there with a bias
+    t: torch.Tensor | None  # times ``layer.scale``, [n, PP]
+    starts: torch.Tensor | None  # of windows in the padded image, int64, [PP]
     gram: torch.Tensor | None  # A_o A_o^T over ``layer.scale``, [n, R, R]
-    cross: torch.Tensor | None  # A_o b_o over it, [n, R]
+    cross: torch.Tensor | None  # A_o b_o over ``layer.scale``, [n, R]
 
 
 def run(
@@ -233,8 +233,8 @@ def run(
     ranks: int = 0,
     full: bool = False,
 ) -> Factors:
-    """``ranks`` is R where dz will be needed, else 0; with ``full`` there are the padded image, the starts of
-    its windows and t; else the image is u as it is.
+    """The factors of a backward pass. ``ranks`` is R if dz will be needed, else 0. With ``full`` they include
+    the padded image, the starts of its windows and t; otherwise ``padded`` is u itself.
     """
     s, pixels = layer.shape, square.shape[1]
     whole = whole_blocks(pixels)

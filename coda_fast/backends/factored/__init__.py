@@ -1,5 +1,5 @@
-"""The DAU layer by library matrix products over small chunks of patches, on any device. The dynamic weight of
-all pixels is never in memory at once.
+"""The DAU layer computed by library matrix products over small chunks of patches, on any device. The dynamic
+weights of all pixels are never in memory at once.
 
 The weight ``w = A z + b`` is affine in ``z = B x``. With ``z~ = [z; 1]`` and ``A~ = [A b]``,
 
@@ -7,21 +7,21 @@ The weight ``w = A z + b`` is affine in ``z = B x``. With ``z~ = [z; 1]`` and ``
     |w_o|^2  = z~^T (A~_o A~_o^T) z~               a quadratic form: Gram matrices times the numbers z_k z_l
 
 so ``w`` itself is needed only for the few pixels and units where it nearly cancels (``squared_norm.Gram``).
-This *contracted* form pays where there are many pixels and d is large against r, because the Gram matrices
-are made once for all pixels and the contraction has r numbers where w has d. Elsewhere w is *generated*: in
-the forward pass where ``Layer._worth_generating`` says so, in the backward pass where d <= 2 r. Patches are
+This *contracted* form pays if there are many pixels and d is large compared with r, because the Gram matrices
+are made once for all pixels and the contraction has r numbers where w has d. Otherwise w is *generated*: in
+the forward pass if ``Layer._worth_generating`` says so, in the backward pass if d <= 2 r. Patches are
 gathered a chunk at a time, so that every intermediate stays in cache.
 
-Forward keeps <w, u> and |w|^2, two numbers for every unit and pixel, and the contraction A u if there is
-memory for it. The backward pass computes the rest again:
+The forward pass keeps <w, u> and |w|^2, two numbers for every unit and pixel, and the contraction A u if
+``keep`` requests it. The backward pass recomputes the rest:
 
     gs  = g s(q),   t = 2 g <w, u> s'(q)                     g: upstream gradient, q = |w|^2
     du  = (gs (x) z~) A~
     dA~ = (gs (x) z~)^T u + (sum_p t z~ z~^T) A~
     dz  = sum_o gs_o A_o u + t_o A_o A~_o^T z~
 
-Pixels are columns of matrices. A patch is laid out (C, kh, kw), as the parameters are, so that they need no
-copy.
+Pixels are columns of matrices. A patch is laid out as (C, kh, kw), like the parameters, so that these need no
+copy. (x) is the outer product, * elsewhere any shape; P counts all output pixels, p those of a chunk.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ import torch
 from coda_fast._spec import KEEPS, Gradients, Kept, Parameters, Spec
 from coda_fast.backends.factored.layer import Layer, has_contraction
 
-# save_contraction="auto" keeps a contraction of at most so many bytes, of patches of at least so many
-# numbers: each number of it saves as many multiplications, and costs to be written and read whatever they are
+# save_contraction="auto" keeps a contraction of at most KEPT_BYTES if patches have at least KEPT_DEPTH
+# numbers: each number of a contraction saves that many multiplications, and the cost to write and read it
+# does not depend on them.
 KEPT_BYTES = 256 << 20
 KEPT_DEPTH = 256
 

@@ -1,4 +1,4 @@
-"""What the backward pass does with a chunk of pixels, with and without w."""
+"""The backward pass for a chunk of pixels, with and without materialising w."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Results = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class Contracted:
-    """Backward where nothing of the size of w is made."""
+    """The backward pass in the contracted form: nothing of the size of w is made."""
 
     def __init__(self, layer: Layer, need_u: bool, need_z: bool, need_generate: bool):
         self.layer, self.need_u, self.need_z, self.need_generate = layer, need_u, need_z, need_generate
@@ -76,8 +76,8 @@ class Contracted:
         return dz, patch
 
     def parameters(self, d_bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """dA [n, r, d] and db [n, d]: what the chunks gave, and moments A~; ``d_bias`` is what b's own
-        rows gave.
+        """dA [n, r, d] and db [n, d]: the sums over chunks, plus moments A~; ``d_bias`` is the sum from b's
+        own rows.
         """
         generate, bias = self.layer.generate, self.layer.bias
         n, r, d = generate.shape
@@ -93,7 +93,7 @@ class Contracted:
 
 
 class Generated:
-    """Backward where w is made."""
+    """The backward pass in the generated form: w is materialised."""
 
     def __init__(self, layer: Layer, need_u: bool, need_z: bool, need_generate: bool):
         self.layer, self.need_u, self.need_z, self.need_generate = layer, need_u, need_z, need_generate
@@ -113,7 +113,8 @@ class Generated:
         """dz [r, p] and sum_o gs_o w_o as rows [p, d], None where not needed."""
         w = self.layer._weights_of_all(z, self.by_rank)
         u = u.t().contiguous().unsqueeze(1)
-        # gs u + t w cancels: what is left must not be that the w of the forward pass was rounded otherwise
+        # For d = 1, gs u + t w cancels. The remainder must not come from different rounding of w in the
+        # forward pass, so gs and t are recomputed from this w.
         if w.shape[2] == 1:
             gs, t = self.layer._grad_factors(v.t(), (w * u).sum(2), w.square().sum(2))
         else:
@@ -135,7 +136,7 @@ class Generated:
         return dz, patch
 
     def parameters(self, d_bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """dA [n, r, d] and db [n, d]: what the chunks gave."""
+        """dA [n, r, d] and db [n, d]: the sums over chunks."""
         (n, r, d), bias = self.layer.generate.shape, self.layer.bias
         if self.d_generate is None:  # no pixels
             return torch.zeros_like(self.layer.generate), None if bias is None else torch.zeros_like(bias)

@@ -1,4 +1,4 @@
-"""The passes of a layer in factored form, over chunks of pixels."""
+"""The forward, backward and adjoint passes of a layer in factored form, over chunks of pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coda_fast.backends.factored.windows import Windows
 
 @dataclasses.dataclass
 class Layer:
-    """A DAU layer as matrices. Shapes: p pixels of a chunk, d = C kh kw; ``columns`` are [*, p]."""
+    """A DAU layer as matrices. Shapes: p pixels in a chunk, P in all, d = C kh kw; ``columns`` are [*, p]."""
 
     reduce: torch.Tensor  # B, [r, d]
     generate: torch.Tensor  # A, [n, r, d]
@@ -24,7 +24,7 @@ class Layer:
 
     @classmethod
     def make(cls, input: torch.Tensor, parameters: Parameters, spec: Spec) -> Layer:
-        """The layer with its parameters in float32 at least."""
+        """The layer with its parameters in float32 or wider."""
         compute = torch.float64 if input.dtype == torch.float64 else torch.float32
         reduce, weight, bias = parameters
         return cls(
@@ -39,7 +39,7 @@ class Layer:
     def align(
         self, input: torch.Tensor, applied: torch.Tensor | None, keep: str
     ) -> tuple[torch.Tensor, Kept]:
-        """F(x, u) as [N, n, OH, OW], and what ``keep`` asks for."""
+        """F(x, u) as [N, n, OH, OW], and what ``keep`` requests."""
         windows = Windows(input, self)
         applied_windows = windows if applied is None else Windows(applied, self)
         wanted, (n, r, d) = KEEPS[keep], self.generate.shape
@@ -55,7 +55,7 @@ class Layer:
         return output, Kept(dot if wanted.dot else None, square if wanted.square else None, contraction)
 
     def _generate(self, windows, applied_windows, dot, square):
-        """<w, u> and |w|^2 [n, P] of weights that are made, a chunk at a time."""
+        """Compute <w, u> and |w|^2 [n, P] from w, which is generated a chunk at a time."""
         scratch = matrices.Scratch()
         for chunk in windows.chunks(*self._generated_chunks()):
             x = windows.gather(chunk).t().contiguous()
@@ -66,7 +66,7 @@ class Layer:
         square.square_()
 
     def _contract(self, windows, applied_windows, dot, square, contraction):
-        """<w, u> and |w|^2 [n, P] without w, and A u [n r, P] if there is a tensor for it."""
+        """Compute <w, u> and |w|^2 [n, P] without w, and A u [n r, P] if there is a tensor for it."""
         n, r, d = self.generate.shape
         norm = self._norm(matrices.Scratch())
         together = applied_windows is windows and self.bias is not None  # b u and B x in one product
@@ -92,9 +92,7 @@ class Layer:
         kept: Kept,
         needs: Gradients,
     ) -> Gradients:
-        """Gradients of F. With ``applied=None`` (u = x) du is part of dx and returned
-        there.
-        """
+        """The gradients of F. With ``applied=None`` (u = x), dx includes du."""
         need_x, need_u, need_reduce, need_weight, need_bias = needs
         contraction = kept.contraction
         shared = applied is None
@@ -110,7 +108,7 @@ class Layer:
         form = (Generated if self.generated else Contracted)(
             self, need_u, need_x or need_reduce, need_generate
         )
-        # b and B: with one u for both, their few rows make one product
+        # b and B have few rows; if u is x, one product computes both
         of_bias, of_reduce = self.has_bias_rows, shared and form.need_z
         heads = matrices.stacked([self.bias] * of_bias + [self.reduce] * of_reduce)
         d_heads = None if heads is None else torch.zeros_like(heads)
@@ -147,8 +145,8 @@ class Layer:
     def adjoint(
         self, input: torch.Tensor, value: torch.Tensor, like: torch.Tensor, square: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """G(x, v) as [N, C, H, W], in dtype and format of ``like``; ``square`` saves the norms where they
-        are known.
+        """G(x, v) as [N, C, H, W], in the dtype and memory format of ``like``. ``square`` is |w|^2 if it is
+        known, which saves computing it.
         """
         windows = Windows(input, self)
         padded = windows.new_padded()
@@ -176,7 +174,7 @@ class Layer:
                 if known is not None:
                     gs = known[:, chunk.columns]
                 else:
-                    norm = norm or self._norm(scratch)  # for all chunks
+                    norm = norm or self._norm(scratch)  # made once for all chunks
                     scale = self._scale(norm.square(z, z.new_empty(len(v), z.shape[1])))
                     gs = scale.mul_(v[:, chunk.columns])
                 patch = self._direct(gs, z, scratch)
@@ -191,8 +189,8 @@ class Layer:
         like: torch.Tensor,
         square: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """G(x, v_k) as [K, N, C, H, W]. Of more than one v the weights themselves are made, a chunk at a
-        time: n r d products a pixel for all of them and n d for each, where ``adjoint`` takes n r d for each.
+        """G(x, v_k) as [K, N, C, H, W]. For more than one v, w is materialised a chunk at a time: that takes
+        n r d products per pixel for all v and n d for each, whereas ``adjoint`` takes n r d for each.
         """
         if len(values) == 1:
             return self.adjoint(input, values[0], like, square)[None]
@@ -209,28 +207,26 @@ class Layer:
                 if square is None
                 else square[:, chunk.columns]
             )
-            # else bmm copies pixel by pixel
+            # contiguous, because bmm would otherwise copy pixel by pixel
             gs = (self._scale(q) * v[:, :, chunk.columns]).permute(2, 0, 1).contiguous()
             windows.scatter_add(sums, chunk, torch.bmm(gs, w).transpose(0, 1))
         return torch.stack([windows.crop(padded, like) for padded in sums])
 
-    # -- their pieces
+    # -- their parts
 
     @property
     def generated(self) -> bool:
-        """Whether the weights are made in the backward pass: there are n d of them a pixel, where the
-        contraction has n r numbers.
-        """
+        """Whether the backward pass materialises w: it has n d numbers per pixel, the contraction n r."""
         return generates(*self.generate.shape[1:])
 
     def _worth_generating(self, pixels) -> bool:
         """Whether generating w is cheaper than the contracted form.
 
-        Both take a product of r d multiplications for every unit and pixel. The generated form then handles d
-        numbers of w. The contracted form handles r numbers of the contraction, and for the norm r^2 / 2
-        multiplications, by numbers that cost r^2 / 2 once for every pixel and r^2 d / 2 once for every unit.
-        The factors below are hundredths of a nanosecond, measured with two threads of a Zen 4
-        (docs/benchmark.md); that of r includes that the contraction is written to new memory. Where d <= 2 r
+        Both forms take a product of r d multiplications for every unit and pixel. The generated form then
+        processes the d numbers of w. The contracted form processes the r numbers of the contraction, and for
+        the norm r^2 / 2 multiplications with coefficients that cost r^2 / 2 once for every pixel and r^2 d /
+        2 once for every unit. The factors below are hundredths of a nanosecond, measured with two threads of
+        a Zen 4 (docs/benchmark.md); that of r includes writing the contraction to new memory. If d <= 2 r,
         the answer is always yes, as in ``generated``.
         """
         n, r, d = self.generate.shape
@@ -239,39 +235,39 @@ class Layer:
         return pixels == 0 or 30 * d < 70 * r + r * r * (1 + 17 / n + 2 * d / pixels)
 
     def _generated_chunks(self):
-        """The arguments of ``Windows.chunks`` for the generated form: chunks of twice the bytes, with no more
-        of the parameters.
+        """The arguments of ``Windows.chunks`` for the generated form: chunks of twice the bytes, but the same
+        minimum from the parameters.
         """
         n, r, d = self.generate.shape
         return max(1, min(n, matrices.units_at_once()) * d // 2), n * r * d // 2
 
     @property
     def has_bias_rows(self) -> bool:
-        """Whether b multiplies u apart from A; where w is generated, b is part of it."""
+        """Whether b multiplies u separately from A; if w is generated, b is part of it."""
         return self.bias is not None and not self.generated
 
     def _like_parameter(self, gradient, input):
-        """[..., d] -> [..., C, kh, kw], in the dtype of the input. Not a view, which automatic
-        differentiation in forward mode refuses.
+        """[..., d] -> [..., C, kh, kw], in the dtype of the input. Not as a view, which forward-mode autograd
+        refuses.
         """
         shape = (*gradient.shape[:-1], input.shape[1], *self.spec.geometry.kernel)
         return torch.ops.aten._unsafe_view(gradient, shape).to(input.dtype)
 
     def _numbers(self):
-        """Numbers of the largest intermediate for every pixel. Those of the norm are read only once, and may
-        be twice as many.
+        """How many numbers the largest intermediate has for every pixel. That of the norm is read only once,
+        and may have twice as many.
         """
         n, r, d = self.generate.shape
         return n * d if self.generated else max(n * r, d, Gram.numbers(r) // 2)
 
     def _norm(self, scratch):
-        """``Gram`` looks at the numbers that it has computed, for which a GPU would have to wait."""
+        """``Gram`` on a CPU, else ``Triangle``: ``Gram`` reads its results, which would stall a GPU."""
         if self.generate.device.type == "cpu":
             return Gram(self.generate, self.bias, scratch)
         return Triangle(self.generate, self.bias)
 
     def _weights(self, z, scratch):
-        """w of rows z [p, r], a few units at a time: (which units, w [units, p, d])."""
+        """w for rows z [p, r], a few units at a time: (slice of units, w [units, p, d])."""
         n, _, d = self.generate.shape
         at_once, numbers = matrices.units_at_once(), d * max(1, len(z))
         count = at_once * max(1, 2 * matrices.chunk_bytes(z) // (z.element_size() * numbers) // at_once)
@@ -290,7 +286,7 @@ class Layer:
         return self.generate.transpose(0, 1).flatten(1)
 
     def _weights_of_all(self, z, by_rank):
-        """w of columns z [r, p], of all units by pixel: [p, n, d]."""
+        """w for columns z [r, p], of all units, by pixel: [p, n, d]."""
         n, _, d = self.generate.shape
         w = matrices.product(z.t().contiguous(), by_rank).view(-1, n, d)
         return w if self.bias is None else w.add_(self.bias)
@@ -307,7 +303,7 @@ class Layer:
         return self.spec.scale(square.sqrt(), square)
 
     def _grad_factors(self, grad, dot, square):
-        """gs = g s(q) and t = 2 g <w, u> s'(q), with their limits (0) at q = 0."""
+        """gs = g s(q) and t = 2 g <w, u> s'(q); at q = 0 their limits, which are 0."""
         length = square.sqrt()
         flushed = flushed_length(self.generate.shape[1] + 1, square.dtype)
         ratio = torch.where(length > 0, dot / length.clamp_min(flushed), 0)  # bounded by 2 |u|
@@ -316,10 +312,10 @@ class Layer:
 
 
 def generates(rank: int, depth: int) -> bool:
-    """Whether w has no more numbers than the contraction and the norm need: then it is made."""
+    """Whether to generate w, because it has no more numbers than the contraction and the norm need."""
     return depth <= 2 * rank
 
 
 def has_contraction(rank: int, depth: int, dtype: torch.dtype) -> bool:
-    """Whether there is a contraction A u that forward could keep: in float32 and float64 only."""
+    """Whether there is a contraction A u that the forward pass could keep; in float32 and float64 only."""
     return dtype in (torch.float32, torch.float64) and not generates(rank, depth)

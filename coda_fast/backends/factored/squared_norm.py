@@ -1,4 +1,4 @@
-"""|w|^2 without w: as a quadratic form in z on a CPU, as a sum of squares elsewhere."""
+"""|w|^2 without w: as a quadratic form in z on a CPU, as a sum of squares on other devices."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import torch
 
 from coda_fast.backends.factored import matrices
 
-# Pixel-units are computed from w itself where |w|^2 is less than this share of sum_k |z_k A_k|^2, of which it
-# is about the whole where nothing cancels: the quadratic form is rounded in proportion to that sum.
+# |w|^2 of a unit at a pixel is computed from w itself if it is less than this share of sum_k |z_k A_k|^2. The
+# rounding error of the quadratic form is proportional to that sum, which is about |w|^2 if nothing cancels.
 CANCELLED = 1 / 16
-# What is added to z_k^2 and |A_k|^2 in that sum, so that it exceeds what |w|^2 has lost where products of
-# small numbers became 0
+# Added to z_k^2 and |A_k|^2 in that sum, so that it exceeds what |w|^2 loses when products of small numbers
+# underflow to 0
 FLUSHED = 1e-27
 
 
 class Gram:
     """|w|^2 as a quadratic form in z, whose matrix is A A^T.
 
-    By symmetry it needs half of the products z_k z_l: those on and right of the diagonal blocks of a few rows
-    each. It is rounded in proportion to sum_k |z_k A_k|^2; pixel-units where |w|^2 is small beside that are
-    computed from w itself, which is exact there too.
+    By symmetry it needs half of the products z_k z_l: those on and right of the diagonal blocks, which have a
+    few rows each. Its rounding error is proportional to sum_k |z_k A_k|^2; where |w|^2 is small compared with
+    that, it is computed from w itself, which is accurate there too.
     """
 
     def __init__(self, generate: torch.Tensor, bias: torch.Tensor | None, scratch: matrices.Scratch):
@@ -47,14 +47,14 @@ class Gram:
     @staticmethod
     @functools.cache
     def _layout(r, dtype):
-        """The blocks, as (first row, last row, where its products begin, end); how often each product
-        counts; where those z_k^2 are.
+        """The blocks, each as (first row, end row, start and end of its products); how often each product
+        counts; the positions of the z_k^2.
         """
         size, start, blocks, times, diagonal = max(8, -(-r // 4)), 0, [], [], []
         for first in range(0, r, size):
             last, width = min(first + size, r), r - first
             blocks.append((first, last, start, start + (last - first) * width))
-            # within a block every product is there twice
+            # within a diagonal block, every product with k != l occurs twice
             times += ([1] * (last - first) + [2] * (r - last)) * (last - first)
             diagonal += range(start, blocks[-1][3], width + 1)
             start = blocks[-1][3]
@@ -63,14 +63,14 @@ class Gram:
 
     @classmethod
     def numbers(cls, r: int) -> int:
-        """Products z_k z_l a pixel, with z and 1."""
+        """The number of products z_k z_l per pixel, including z and 1."""
         return len(cls._layout(r, torch.float32)[1])
 
     def square(
         self, z: torch.Tensor, q: torch.Tensor, u: torch.Tensor | None = None, dot: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """|w|^2 of columns z into ``q`` [n, p]. Where it had to be computed from w, so is <w, u>, in
-        ``dot`` [n, p].
+        """Write |w|^2 for columns z into ``q`` [n, p]. Where it is computed from w, <w, u> in ``dot`` [n, p]
+        is, too.
         """
         r, pixels = z.shape
         terms = self.scratch(z, self.coefficients.shape[1], pixels)
@@ -100,7 +100,7 @@ class Gram:
 
 
 class Triangle:
-    """|w|^2 as |R z~|^2 with a triangular factor R of [A b]: never negative, and exact where w nearly
+    """|w|^2 as |R z~|^2 with a triangular factor R of [A b]: never negative, and accurate where w nearly
     cancels.
     """
 
@@ -113,7 +113,7 @@ class Triangle:
     def square(
         self, z: torch.Tensor, q: torch.Tensor, u: torch.Tensor | None = None, dot: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """|w|^2 of columns z into ``q`` [n, p]. Puts ``dot`` within Cauchy and Schwarz's bound, which
+        """Write |w|^2 for columns z into ``q`` [n, p]. Clamp ``dot`` to the Cauchy-Schwarz bound, which
         rounding exceeds where w cancels.
         """
         n, k, m = self.factor.shape
@@ -129,8 +129,8 @@ class Triangle:
 
 
 def flushed_length(terms: int, dtype: torch.dtype) -> float:
-    """How much shorter than it is a vector of so many numbers may seem: squares below the least number are
-    0.
+    """By how much the computed length of a vector with ``terms`` entries may fall short: squares below the
+    smallest normal number are flushed to 0.
     """
     return (terms * torch.finfo(dtype).tiny) ** 0.5
 
@@ -138,10 +138,10 @@ def flushed_length(terms: int, dtype: torch.dtype) -> float:
 def norm_factor(rows: torch.Tensor) -> torch.Tensor:
     """R_o with ``|R_o v| = |rows_o^T v|`` for every v: [n, m, d] -> [n, min(m, d), m].
 
-    float64 takes a QR. float32 takes a Cholesky factor of the float64 Gram matrix, which costs 1/6 to 2/3 of
-    a QR in float32 and is no less accurate: its jitter of 1e-14, which keeps rank-deficient rows legal, is
-    the square of float32's own resolution of w. Each row has a jitter of its own length: one of the longest
-    row would add to |w| where that row's number in z is 0.
+    float64 uses a QR. float32 uses a Cholesky factor of the float64 Gram matrix, which costs 1/6 to 2/3 of a
+    QR in float32 and is no less accurate: its jitter of 1e-14, which permits rank-deficient rows, is the
+    square of float32's own resolution of w. The jitter of each row is relative to its own length; one
+    relative to the longest row would add to |w| where that row's number in z is 0.
     """
     n, m, d = rows.shape
     if m >= d:
@@ -155,8 +155,8 @@ def norm_factor(rows: torch.Tensor) -> torch.Tensor:
     gram *= inverse.unsqueeze(2) * inverse.unsqueeze(1)
     gram.diagonal(dim1=1, dim2=2).add_(1e-14 * m)
     factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
-    # only weights that are not finite get here; like any layer, answer with NaN, where the user's own check
-    # looks for it
+    # The factorisation fails only for weights that are not finite. Like any layer, give NaN, which the user's
+    # own checks can find.
     return (
         (factor * length.unsqueeze(1))
         .masked_fill((failed > 0)[:, None, None], float("nan"))

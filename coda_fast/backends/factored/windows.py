@@ -1,4 +1,4 @@
-"""The windows of images as columns of matrices, a chunk at a time."""
+"""The windows of images as columns of matrices, gathered a chunk at a time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from coda_fast.backends.factored import matrices
 if TYPE_CHECKING:
     from coda_fast.backends.factored.layer import Layer
 
-# A chunk has at least so many times the bytes of A, which every chunk reads, whatever the budget is; and
-# twice as many where every chunk also adds to the gradient of A
+# The smallest size of a chunk, in multiples of the bytes of A, which every chunk reads; twice that if every
+# chunk also adds to the gradient of A. It takes precedence over the budget.
 CHUNK_PARAMETERS = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Consecutive pixels: whole images, or lines of one."""
+    """Consecutive pixels: whole images, or some lines of one image."""
 
     images: slice
     lines: slice
@@ -52,8 +52,8 @@ class Windows:
         )
 
     def chunks(self, numbers_per_pixel: int, parameters: int, factor: int = 1) -> Iterator[Chunk]:
-        """As few chunks as the budget allows, of about equal size: whole images where several fit, else lines
-        of one image.
+        """As few chunks as the budget allows, of about equal size: whole images if they fit, else lines of
+        one image.
         """
         size = self.padded.element_size()
         budget = (
@@ -74,11 +74,11 @@ class Windows:
     def gather(self, chunk: Chunk) -> torch.Tensor:
         """Patches as columns, [d, p]."""
         part = self.windows[:, :, :, chunk.images, chunk.lines]
-        # reshape alone may give a view of overlapping rows
+        # contiguous, because reshape may give a view of overlapping rows
         return part.reshape(-1, chunk.columns.stop - chunk.columns.start).contiguous()
 
     def scatter_add(self, padded: torch.Tensor, chunk: Chunk, patches: torch.Tensor) -> None:
-        """Adds patches [..., p, d] to a padded image [..., N, H, W, C], or to several."""
+        """Add patches [..., p, d] to a padded image [..., N, H, W, C], or to several."""
         g, (*many, _, height, width, channels) = self.geometry, padded.shape
         row = width * channels
         steps, taps = (
@@ -91,11 +91,12 @@ class Windows:
         )[..., chunk.images, chunk.lines, :, :, :, :]
         patches = patches.view(windows.shape)
         each_tap = lambda t: [tap for row in t.unbind(-2) for tap in row.unbind(-1)]
-        # windows overlap, so the taps are added one after the other (on a GPU too, as none of them is dense)
+        # Windows overlap, so the taps must be added one after another. On a GPU they are too, because none of
+        # these tensors is dense.
         torch._foreach_add_(each_tap(windows), each_tap(patches))
 
     def new_padded(self) -> torch.Tensor:
-        """A padded image of zeros, channels last because gradients are added pixel by pixel."""
+        """A padded image of zeros, with channels last, because gradients are added pixel by pixel."""
         batch, channels, height, width = self.padded.shape
         return self.padded.new_zeros(batch, height, width, channels)
 
@@ -116,13 +117,13 @@ class Windows:
         return image.transpose(0, 1).to(self.compute).reshape(image.shape[1], -1)
 
     def crop(self, padded: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """A padded image [N, H', W', C] as [N, C, H, W], in dtype and format of ``like``."""
+        """A padded image [N, H', W', C] as [N, C, H, W], in the dtype and memory format of ``like``."""
         left, _, top, _ = self.geometry.padding
         image = padded[:, top : top + like.shape[2], left : left + like.shape[3]].permute(0, 3, 1, 2)
         return image.to(like.dtype).contiguous(memory_format=format_of(like))
 
 
 def _even(count, most):
-    """The size of equal parts of ``count``, of at most ``most`` (1 at least)."""
+    """The size of nearly equal parts of ``count``: at most ``most``, at least 1."""
     parts = -(-count // max(1, min(count, most))) if count else 1
     return max(1, -(-count // parts))
