@@ -73,7 +73,8 @@ def save(model: Network, path: str | os.PathLike, metadata: Mapping[str, object]
         stored = json.dumps(dict(metadata or {}))
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(
-            f"metadata: expected a dict that JSON can hold, got another ({type(error).__name__}: {error})"
+            f"metadata: expected a dict that JSON can hold, got one that it cannot "
+            f"({type(error).__name__}: {error})"
         ) from None
     header = {
         "format": _PREFIX + registry.class_of(model).__name__,

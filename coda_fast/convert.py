@@ -113,7 +113,7 @@ def convert_conv2d(
     if not found:
         raise ValueError(
             f"module: expected at least one nn.Conv2d{'' if only is None else ' that only= chooses'}, got a "
-            f"{type(module).__name__} without"
+            f"{type(module).__name__} without one"
         )
     owners = _owners(module)
     kept = {name: reason for name, conv in found.items() if (reason := _obstacle(conv, owners))}
@@ -154,7 +154,9 @@ def _choice(only, found):
         raise TypeError(f"only: expected names, or a function of name and convolution, got {odd[0]!r}")
     chosen = {pattern: [name for name in found if fnmatch.fnmatchcase(name, pattern)] for pattern in patterns}
     if lost := [pattern for pattern, names in chosen.items() if not names]:
-        raise ValueError(f"only: expected names or patterns of convolutions, got {lost[0]!r}, which none has")
+        raise ValueError(
+            f"only: expected names or patterns of convolutions, got {lost[0]!r}, which matches none"
+        )
     return {name for names in chosen.values() for name in names}
 
 

@@ -168,7 +168,7 @@ class DynamicLinear(nn.Module):
                 return entered[0], evidence
             raise NoCut(
                 f"layer: expected one that all ways from the image to the logits lead through, got {name!r}, "
-                "which some lead around"
+                "which some bypass"
             )
 
     def linearise(self, encoded: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
@@ -200,7 +200,7 @@ class DynamicLinear(nn.Module):
             def stand_in(layer, applied):
                 known, input, output = next(rest)
                 if known is not layer:
-                    raise RuntimeError("evidence: expected the same calls of layers twice, got others")
+                    raise RuntimeError("evidence: expected the same calls of layers in both runs, got others")
                 return _Apply.apply(applied, input, output, layer, autocast)
 
             with calls_replaced(stand_in):

@@ -276,7 +276,7 @@ def _example_size(model):
         except ValueError:
             continue
     raise ValueError(
-        "model: expected a network for images of at most 2048 x 2056 pixels; name the size of the images"
+        "model: expected a network for images of at most 2048 x 2056 pixels; pass the size of the images"
     )
 
 

@@ -258,7 +258,9 @@ def _check(input, parameters, stride, padding, dilation, norm, eps) -> Spec:
             f"bias: expected {[weight.shape[0], channels, *kernel]}, got shape {list(bias.shape)}"
         )
     if min(*weight.shape) < 1:
-        raise ValueError(f"weight: expected at least one of everything, got shape {list(weight.shape)}")
+        raise ValueError(
+            f"weight: expected at least one unit, rank, channel and tap, got {list(weight.shape)}"
+        )
     if input.dim() not in (3, 4) or input.shape[-3] != channels:
         raise ValueError(
             f"input: expected [N, {channels}, H, W] or [{channels}, H, W], got shape {list(input.shape)}"

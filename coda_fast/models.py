@@ -323,7 +323,7 @@ def register_model(name: str, network: type[Network], config: Mapping, origin: s
     if shapes[0] != shapes[1] or made.config() != twin.config():
         raise ValueError(
             f"network: expected {network.__name__}.config() to hold all arguments of the constructor, got "
-            f"{made.config()}, of which another network comes"
+            f"{made.config()}, which gives another network"
         )
     if network.evidence is DynamicLinear.evidence or not made.dau_layers():
         raise ValueError(f"network: expected evidence made of DAU layers, got none in {network.__name__}")

@@ -75,8 +75,8 @@ def class_of(network: object) -> type[Any]:
         if _CLASSES.get(kind.__name__) is kind:
             return kind
     raise ValueError(
-        f"model: expected a network of a registered class, got {type(network).__name__}: enter it with "
-        "coda_fast.register_model, or no file that names it can be loaded"
+        f"model: expected a network of a registered class, got {type(network).__name__}: register it "
+        "with coda_fast.register_model, so that files that name it can be loaded"
     )
 
 

@@ -113,7 +113,7 @@ def _fit_state_dict(state_dict, model):
 def _entrypoint(name):
     def create(pretrained: bool = False, **options) -> nn.Module:
         if options.get("features_only") and not issubclass(registry.model(name).network, CoDANet):
-            raise ValueError(f"features_only: expected a network with stages in a row, got {name}")
+            raise ValueError(f"features_only: expected a network with a sequence of stages, got {name}")
         names = options.get("class_names")
         if pretrained and names is not None and options.get("num_classes", len(names)) != len(names):
             del options["class_names"]  # timm read them from a folder, but other classes are asked for

@@ -94,7 +94,9 @@ class TimmNetwork(_Classifying):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """As ``TimmCoDANet.reset_classifier``; also a ValueError if the network names no classifier."""
         if self.classifier is None:
-            raise ValueError(f"num_classes: {type(self).__name__} names no classifier that could be another")
+            raise ValueError(
+                f"num_classes: expected a network that names its classifier, got {type(self).__name__}"
+            )
         self._set_pool(num_classes, global_pool)
         like, fresh = next(self.parameters()), nn.Identity()
         if num_classes:

@@ -101,7 +101,7 @@ class Shards:
     def __len__(self) -> int:
         if self.samples is None:
             raise DataError(
-                "data.train_samples: expected the number of images that an epoch of shards is, got none"
+                "data.train_samples: expected the number of images of an epoch of shards, got none"
             )
         return self.samples
 

@@ -110,9 +110,7 @@ def _check_arrays(found, channels):
                 f"data: the model takes {channels} channels, the images have {split.images.shape[1]}"
             )
         if not len(split):
-            raise TrainingError(
-                "data: expected images to train with and to validate with, got none of one of them"
-            )
+            raise TrainingError("data: expected training and validation images, got none for one of the two")
         least, most = int(split.labels.min()), int(split.labels.max())
         if not 0 <= least <= most < found.num_classes:
             raise TrainingError(f"data: expected labels 0 to {found.num_classes - 1}, got {least} to {most}")

@@ -103,5 +103,5 @@ def _failures_in_words(state):
         if not distributed.is_initialized():
             raise TrainingError(f"processes: cannot begin to talk to each other: {reason}{known}") from None
         raise TrainingError(
-            f"processes: lost touch; if another one of this run ended, its message says why ({reason}){known}"
+            f"processes: lost connection; if another process ended, its message says why ({reason}){known}"
         ) from None

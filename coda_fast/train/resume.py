@@ -116,19 +116,19 @@ def _check_same_run(setup, path, content, stored):
             f"{key} (was {_value(stored, key)!r}, now {_value(recipe, key)!r})" for key in changed
         )
         raise TrainingError(
-            f"{path}: the run that stands here had other values of {values}; a changed run needs a "
+            f"{path}: the run in this checkpoint had other values of {values}; a changed run needs a "
             "folder of its own"
         )
     for key in (key for key in setup.facts if key.endswith("_rules")):
         if (rules := content["data"].get(key, 1)) != RULES:
             raise TrainingError(
-                f"{path}: the run that stands here began with pictures that were decoded by other rules "
+                f"{path}: the run in this checkpoint began with pictures that were decoded by other rules "
                 f"(version {rules}, now {RULES}: orientation, transparency and 16 bits are read as "
                 "docs/data.md says); finish it with the release that began it, or begin anew in another "
                 "folder"
             )
     if changed := differences(content["data"], setup.facts, "was", "now"):
-        raise TrainingError(f"{path}: the run that stands here had other data: {changed}")
+        raise TrainingError(f"{path}: the run in this checkpoint had other data: {changed}")
     if recipe.epochs < (least := content["epoch"] + (content["step"] > 0)):
         raise TrainingError(
             f"{path}: epochs: expected at least {least}, where the run stands, got {recipe.epochs}"

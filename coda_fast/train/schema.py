@@ -207,8 +207,8 @@ class Recipe(_Section):
     def _fits(self):
         if self.optimizer.rule != "none" and self.optimizer.reference_batch is None:
             raise ValueError(
-                "optimizer.reference_batch: expected the batch that lr is for, by the rule "
-                f"{self.optimizer.rule!r}, got none"
+                "optimizer.reference_batch: expected the batch size for which lr is given, as the rule "
+                f"{self.optimizer.rule!r} needs it, got none"
             )
         if self.schedule.kind == "pieces" and (end := sum(self.schedule.pieces[-1][:2])) < self.epochs:
             raise ValueError(f"schedule.pieces: expected learning rates for {self.epochs} epochs, got {end}")
