@@ -159,7 +159,8 @@ def test_strides(rank):
     plain = base[::2, ::2].contiguous().requires_grad_()
     transposed = torch.randn(4, 2, 7, 6).to(DEVICE).permute(1, 0, 3, 2)
     expanded = torch.randn(2, 1, 6, 1).to(DEVICE).expand(2, 4, 6, 7)
-    for grad in (transposed, expanded):
+    # how a gradient lies is read by a kernel that does not know the rank: once is enough
+    for grad in (transposed, expanded) if rank == 5 else (transposed,):
         truth = grads_of(lambda x, *_: run(x), [plain, *parameters], grad.contiguous())
         for x in (
             base[::2, ::2].detach(),
