@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    pass
 
 # Name of a wrapper's class -> the attribute that holds the wrapped module. The wrappers are those of
 # torch.compile, data parallelism, weight averaging (torch, timm), Lightning Fabric and activation

@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 
+from coda_fast import safety
 from coda_fast._autocast import wide
 from coda_fast._classes import as_classes, check_range
 from coda_fast.dynamic_linear import DynamicLinear, gathered, need_network
@@ -192,6 +193,39 @@ def _targets(target, batch, classes, device):
         )
     check_range(tensor, classes, "target")
     return tensor.reshape(batch, -1)
+
+
+def explanation_memory(model: DynamicLinear, height: int, width: int, classes: int = 1) -> int:
+    """An estimate of the peak memory, in bytes, of explaining ``classes`` classes of one image."""
+    parameter = next(model.parameters())
+    fixed, each = _bytes_per_image(
+        model, torch.empty(1, model.image_channels, height, width, dtype=parameter.dtype, device="meta")
+    )
+    results = 3 * 2 * model.image_channels * height * width * max(4, parameter.element_size())
+    return fixed + each + (classes - 1) * results  # backward passes run one class after the other
+
+
+def check_explainable(model: DynamicLinear, height: int, width: int, name: str, classes: int = 1) -> None:
+    """Check that an image of this size can be explained; messages call it ``name``.
+
+    Raises:
+        TooLarge: an explanation of ``classes`` classes does not fit in memory. ValueError: the image is
+            smaller than the kernel of a layer.
+    """
+    try:
+        needed = explanation_memory(model, height, width, classes)
+    except ValueError as error:
+        raise ValueError(f"{name}: {width} x {height} pixels: {error}") from None
+    safety.need_memory(
+        f"{name}: an explanation of {width} x {height} pixels", needed, next(model.parameters()).device
+    )
+
+
+def batch_within(model: DynamicLinear, height: int, width: int, most: int, classes: int = 1) -> int:
+    """The largest batch of at most ``most`` images whose explanation stays within ``MEMORY_BUDGET``; at
+    least one image.
+    """
+    return max(1, min(most, MEMORY_BUDGET // max(1, explanation_memory(model, height, width, classes))))
 
 
 def _bytes_per_image(model, images) -> tuple[int, int]:

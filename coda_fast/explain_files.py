@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from coda_fast import plot, safety
+from coda_fast import plot
 from coda_fast._files import atomic_path
 from coda_fast.data import Preprocessing, decode, listing
+from coda_fast.explain import check_explainable
 from coda_fast.explanation import Explanation
 from coda_fast.network import Network
 from coda_fast.video import is_video
@@ -84,7 +85,7 @@ def as_network_sees(
     """
     tensor = preprocessing(path)
     height, width = tensor.shape[1:]
-    safety.check_explainable(model, height, width, str(path), classes)
+    check_explainable(model, height, width, str(path), classes)
     return tensor
 
 

@@ -53,7 +53,7 @@ class Explainer(nn.Module):
     in logits (float32, or float64 for a network in float64).
 
     Raises:
-        TypeError: the model is not a CoDANet, or the target does not hold integers. ValueError: the network
+        TypeError: the model is no ``Network``, or the target does not hold integers. ValueError: the network
             has no classifier, shapes do not fit, or classes do not exist. An exported program cannot raise;
             there, a class that does not exist has a map of zeros.
 
@@ -147,7 +147,7 @@ def export_onnx(
         size: H and W, for a file that takes images of this size only; None: any size.
 
     Raises:
-        ImportError: onnx or onnxscript is not installed. TypeError, ValueError: the model is not a CoDANet
+        ImportError: onnx or onnxscript is not installed. TypeError, ValueError: the model is no ``Network``
             with a classifier, the path or size does not fit, or there are more than 2 GiB of weights.
             OSError: the file cannot be written; an older file of this name then stays as it was.
     """

@@ -9,6 +9,7 @@ import itertools
 import unicodedata
 import warnings
 from pathlib import Path
+from typing import Any
 
 # Packages that ship fonts; those that are installed are searched, none is imported.
 _PACKAGES = ("matplotlib_fontja", "manimgx_fonts", "manimgx_fonts_cjk", "mplfonts", "koreanize_matplotlib")
@@ -90,7 +91,7 @@ def _opened(path):
 
 
 # the font of each character searched for so far, or None
-_FONTS: dict[str, str | None] = {}
+_FONTS: dict[str, Any] = {}
 
 
 def _fonts_with(characters):

@@ -20,9 +20,10 @@ from coda_fast._classes import class_name
 from coda_fast._files import atomic_path
 from coda_fast.data import Preprocessing, decode, listing
 from coda_fast.dynamic_linear import NoCut, need_network
+from coda_fast.explain import batch_within, check_explainable
 from coda_fast.explain_files import as_network_sees
 from coda_fast.network import Network
-from coda_fast.safety import batch_within, check_explainable, printable
+from coda_fast.safety import printable
 
 SHOWN = 160  # the shorter side of a picture on the page, in pixels; enlarged pixels are sharp squares
 # The default methods take a few passes per image; occlusion and RISE take thousands for a large one.

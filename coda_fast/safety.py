@@ -11,13 +11,10 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from coda_fast.models import CoDANet
 
 MOST_PIXELS = 89_478_485  # of an image; Pillow's limit: a quarter of a GiB at 24 bits per pixel
 
@@ -244,43 +241,6 @@ def need_memory(what: str, needed: int, device: torch.device | str = "cpu") -> N
             f"{what}: expected what fits into the {_gib(there)} GiB of this machine, got what needs "
             f"{_gib(needed)} GiB"
         )
-
-
-def explanation_memory(model: CoDANet, height: int, width: int, classes: int = 1) -> int:
-    """An estimate of the peak memory, in bytes, of explaining ``classes`` classes of one image."""
-    from coda_fast.explain import _bytes_per_image
-
-    parameter = next(model.parameters())
-    fixed, each = _bytes_per_image(
-        model, torch.empty(1, model.image_channels, height, width, dtype=parameter.dtype, device="meta")
-    )
-    results = 3 * 2 * model.image_channels * height * width * max(4, parameter.element_size())
-    return fixed + each + (classes - 1) * results  # backward passes run one class after the other
-
-
-def check_explainable(model: CoDANet, height: int, width: int, name: str, classes: int = 1) -> None:
-    """Check that an image of this size can be explained; messages call it ``name``.
-
-    Raises:
-        TooLarge: an explanation of ``classes`` classes does not fit in memory. ValueError: the image is
-            smaller than the kernel of a layer.
-    """
-    try:
-        needed = explanation_memory(model, height, width, classes)
-    except ValueError as error:
-        raise ValueError(f"{name}: {width} x {height} pixels: {error}") from None
-    need_memory(
-        f"{name}: an explanation of {width} x {height} pixels", needed, next(model.parameters()).device
-    )
-
-
-def batch_within(model: CoDANet, height: int, width: int, most: int, classes: int = 1) -> int:
-    """The largest batch of at most ``most`` images whose explanation stays within ``MEMORY_BUDGET`` of
-    ``coda_fast.explain``; at least one image.
-    """
-    from coda_fast.explain import MEMORY_BUDGET
-
-    return max(1, min(most, MEMORY_BUDGET // max(1, explanation_memory(model, height, width, classes))))
 
 
 def _gib(size):

@@ -18,8 +18,8 @@ from coda_fast._video_frames import SIDE, side_by_side
 from coda_fast.data import Preprocessing
 from coda_fast.data.errors import ImageError
 from coda_fast.dynamic_linear import need_network
+from coda_fast.explain import batch_within, check_explainable
 from coda_fast.network import Network
-from coda_fast.safety import batch_within, check_explainable
 from coda_fast.video_files import VideoError, Writer, count_frames, frame_rate, is_video, read_frames
 
 __all__ = ["PERCENTILE", "SIDE", "ExplainedVideo", "VideoError", "explain_video", "is_video"]

@@ -20,9 +20,9 @@ from torch import nn
 
 import coda_fast
 from coda_fast import CheckpointError, DAUConv2d, baselines, checkpoints, evaluation, plot, registry, report
+from coda_fast.explain import explanation_memory
 from coda_fast.export import export_onnx
 from coda_fast.losses import DynamicMatrixLoss, matrix_penalty
-from coda_fast.safety import explanation_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 CUTS, AROUND = ("stem", "classes"), ("near", "far.0", "far.1", "inner")

@@ -9,6 +9,7 @@ import click
 
 from coda_fast import checkpoints, safety
 from coda_fast.cli import _options
+from coda_fast.explain import batch_within, check_explainable
 
 
 @click.command("evaluate")
@@ -179,12 +180,12 @@ def _survey(model, data, across, *, size, limit, workers):
     if listed.note:
         click.echo(listed.note, err=True)
     height, width = source.first_size(listed)
-    safety.check_explainable(model, across * height, across * width, f"data: {data}", across**2)
-    batch = safety.batch_within(model, height, width, source.BATCH)
+    check_explainable(model, across * height, across * width, f"data: {data}", across**2)
+    batch = batch_within(model, height, width, source.BATCH)
     found = source.survey(model, listed, batch_size=batch, progress=_options.bar)
     for path, reason in found.skipped.items():
         click.echo(safety.printable(f"skipped {path}: {reason}"), err=True)
-    return found, safety.batch_within(model, height, width, runner.Evaluation.batch_size)
+    return found, batch_within(model, height, width, runner.Evaluation.batch_size)
 
 
 def _attributions(model, methods, changes):

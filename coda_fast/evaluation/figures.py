@@ -12,20 +12,18 @@ from coda_fast.evaluation.removal import Removal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from coda_fast.evaluation.runner import Settings
-
 # The colours of Okabe and Ito, which people with red-green colour blindness can tell apart. Further methods
 # get the same colours with another line style.
 COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
-def save(results: dict[str, Localisation | Removal], folder: Path, settings: Settings) -> list[Path]:
+def save(results: dict[str, Localisation | Removal], folder: Path, metric: str, order: str) -> list[Path]:
     """Write localisation.png and .svg, or removal.png and .svg; returns their paths."""
-    if settings.metric == "localisation":
+    if metric == "localisation":
         figure = boxes(cast("dict[str, Localisation]", results))
     else:
-        figure = curves(cast("dict[str, Removal]", results), settings.order)
-    paths = [Path(folder) / f"{settings.metric}.{suffix}" for suffix in ("png", "svg")]
+        figure = curves(cast("dict[str, Removal]", results), order)
+    paths = [Path(folder) / f"{metric}.{suffix}" for suffix in ("png", "svg")]
     for path in paths:
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=200, format=path.suffix[1:])

@@ -214,7 +214,7 @@ class Evaluation:
             temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         with atomic_path(paths[1]) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(_table(results))
-        return [*paths, *figures.save(results, self.folder, self.settings)]
+        return [*paths, *figures.save(results, self.folder, self.settings.metric, self.settings.order)]
 
     def _completeness(self, most: int = 256):
         """The completeness error of the first images that were evaluated, for their own classes; empty unless

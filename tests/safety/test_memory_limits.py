@@ -9,7 +9,7 @@ from PIL import Image
 from support_safety import refusal, run, write_inputs
 
 import coda_fast
-from coda_fast import cli, safety
+from coda_fast import cli, explain, safety
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_the_estimate_of_an_explanation(monkeypatch):
 
     with Peak() as watched:
         model.explain(images, [[1, 2]])
-    estimate = safety.explanation_memory(model, 160, 160, 2)
+    estimate = explain.explanation_memory(model, 160, 160, 2)
     assert estimate / 2 < watched.peak < 2 * estimate
 
 
@@ -91,16 +91,16 @@ def test_a_large_picture_is_explained_or_refused_by_a_stated_bound(inputs, tmp_p
         capsys, "explain", tmp_path / "photo.png", *options
     )
     model = coda_fast.load(inputs / "net.safetensors")
-    safety.check_explainable(model, 1200, 1600, "photo", 2)  # 2 megapixels are accepted
+    explain.check_explainable(model, 1200, 1600, "photo", 2)  # 2 megapixels are accepted
 
 
 def test_batches_shrink_with_the_size_of_images():
     model = coda_fast.create_model("coda_xs_digits")
-    assert safety.batch_within(model, 8, 8, 256) == 256
-    assert safety.batch_within(model, 20_000, 20_000, 256) == 1
-    some = safety.batch_within(model, 400, 400, 256)
+    assert explain.batch_within(model, 8, 8, 256) == 256
+    assert explain.batch_within(model, 20_000, 20_000, 256) == 1
+    some = explain.batch_within(model, 400, 400, 256)
     assert 1 < some < 256
-    assert some * safety.explanation_memory(model, 400, 400) <= 1 << 30
+    assert some * explain.explanation_memory(model, 400, 400) <= 1 << 30
 
 
 @pytest.mark.parametrize(
