@@ -62,3 +62,9 @@ def write_inputs(folder):
         Image.new("L", (8, 8), value).save(folder / name)
     np.savez(folder / "d.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4))
     return folder
+
+
+def removal_of_digits(inputs):
+    """The options of a short evaluation by pixel removal."""
+    data = ("--data", "digits", "--limit", 3, "--metric", "removal", "--points", 3)
+    return ("--checkpoint", inputs / "net.safetensors", *data)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from PIL import Image
-from support_safety import contents, npy, refusal, run, write_inputs
+from support_safety import contents, npy, refusal, removal_of_digits, run, write_inputs
 
 from coda_fast import safety
 
@@ -156,36 +156,14 @@ def test_outputs_that_are_no_files(inputs, tmp_path, capsys):
 def test_a_description_that_is_none(inputs, tmp_path, capsys, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "evaluation.json").write_text(content)
-    options = (
-        "--checkpoint",
-        inputs / "net.safetensors",
-        "--data",
-        "digits",
-        "--limit",
-        3,
-        "--metric",
-        "removal",
-        "--points",
-        3,
-    )
+    options = removal_of_digits(inputs)
     line = refusal(capsys, "evaluate", *options, "--output", tmp_path / "out")
     assert "evaluation.json: expected the description of an evaluation, got another file" in line
     assert (tmp_path / "out" / "evaluation.json").read_text() == content
 
 
 def test_pieces_that_are_none_are_measured_again(inputs, tmp_path, capsys):
-    options = (
-        "--checkpoint",
-        inputs / "net.safetensors",
-        "--data",
-        "digits",
-        "--limit",
-        3,
-        "--metric",
-        "removal",
-        "--points",
-        3,
-    )
+    options = removal_of_digits(inputs)
     assert run(capsys, "evaluate", *options, "--output", tmp_path / "out")[0] == 0
     (piece,) = (tmp_path / "out").glob("pieces/*/*.npy")
     whole = piece.read_bytes()
