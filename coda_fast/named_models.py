@@ -53,6 +53,31 @@ MODELS: dict[str, tuple[int, dict[str, Any], str]] = {
         ),
         "coda_fast",
     ),
+    "coda_xs_cifar10": (
+        10,
+        dict(
+            out_channels=[16, 24, 32, 48, 48, 64],
+            ranks=[8] * 2 + [16] * 5,
+            kernel_sizes=[3] * 6 + [1],
+            strides=[2, 1, 2, 1, 2, 1, 1],
+            temperature=400.0,
+            image_size=32,
+        ),
+        "coda_fast",
+    ),
+    "coda_xs_imagenette": (
+        10,
+        dict(
+            out_channels=[16, 32, 48, 64, 64],
+            ranks=[8] * 2 + [16] * 4,
+            kernel_sizes=[5] + [3] * 4 + [1],
+            strides=[2, 2, 1, 2, 1, 1],
+            temperature=400.0,
+            image_size=64,
+            preprocessing=dict(resize=72, crop=64),
+        ),
+        "coda_fast",
+    ),
     "coda_m_tinyimagenet": (
         200,
         dict(
