@@ -89,11 +89,29 @@ def as_network_sees(
     return tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Means:
+    """What explains a picture: a network, the preprocessing of the picture, and the classes to explain
+    (empty: the two most likely).
+    """
+
+    model: Network
+    preprocessing: Preprocessing
+    classes: Sequence[int] = ()
+
+    @property
+    def count(self) -> int:
+        """The number of classes that are explained."""
+        return len(self.classes) or min(2, self.model.num_classes)
+
+    def read(self, path: Path) -> torch.Tensor:
+        """A picture as the network sees it; raises what ``as_network_sees`` does."""
+        return as_network_sees(self.model, path, self.preprocessing, self.count)
+
+
 def readable(
-    model: Network,
+    means: Callable[[Path], Means],
     jobs: Sequence[Job],
-    preprocessing: Preprocessing,
-    classes: Sequence[int] = (),
     skip: Callable[[ValueError], None] = lambda error: None,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> list[Job]:
@@ -101,7 +119,7 @@ def readable(
     pictures need not fit in memory together.
 
     Args:
-        classes: the classes to explain; empty: the two most likely.
+        means: what explains a picture.
         skip: called with the error if a picture of a folder cannot be explained, which is then left out.
         progress: as in ``coda_fast.demo.run``.
 
@@ -111,7 +129,7 @@ def readable(
     found = []
     for job in progress(jobs, "reading") if progress and len(jobs) > 1 else jobs:
         try:
-            as_network_sees(model, job.source, preprocessing, _count(model, classes))
+            means(job.source).read(job.source)
         except ValueError as error:
             if job.named:
                 raise
@@ -123,19 +141,14 @@ def readable(
     return found
 
 
-def explain_picture(
-    model: Network, source: Path, target_path: Path, preprocessing: Preprocessing, classes: Sequence[int] = ()
-) -> Explanation:
+def explain_picture(means: Means, source: Path, target_path: Path) -> Explanation:
     """Write the figure of one picture as PNG, whole or not at all. It shows the original picture with the
     crop that the network sees, and the maps in the place of that crop. Missing folders are made.
-
-    Args:
-        classes: the classes to explain; empty: the two most likely.
 
     Raises:
         ValueError: the picture cannot be read or explained, or the network's logits are not finite.
     """
-    image = as_network_sees(model, source, preprocessing, _count(model, classes))
+    model, image = means.model, means.read(source)
     batch = image[None].to(next(model.parameters()))
     with torch.no_grad():
         logits = model(batch)
@@ -143,9 +156,9 @@ def explain_picture(
         raise ValueError(
             f"{source}: the network gives logits that are not finite: {logits.flatten().tolist()[:4]}"
         )
-    chosen = torch.tensor([list(classes)]) if classes else logits.topk(_count(model, classes)).indices
+    chosen = torch.tensor([list(means.classes)]) if means.classes else logits.topk(means.count).indices
     explanation = model.explain(batch, chosen)
-    views = [plot.View.of(decode(source), preprocessing)]
+    views = [plot.View.of(decode(source), means.preprocessing)]
     drawn = plot.render(
         plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names, views=views)
     )
@@ -153,7 +166,3 @@ def explain_picture(
     with atomic_path(target_path) as temporary:
         temporary.write_bytes(drawn)
     return explanation
-
-
-def _count(model, classes):
-    return len(classes) or min(2, model.num_classes)

@@ -249,33 +249,56 @@ for _name, (_classes, _config, _origin) in MODELS.items():
     registry.add(_name, CoDANet, _config | {"out_channels": _widths}, _origin)
 
 
-def list_models() -> dict[str, str]:
+def list_models(pretrained: bool = False) -> dict[str, str]:
     """The names that ``create_model`` knows, with their origin: "published" (in the paper), "coda_fast"
-    (ours, not in the paper), or what was passed to ``register_model``.
+    (ours, not in the paper), or what was passed to ``register_model``. With ``pretrained`` only those whose
+    weights the package contains.
     """
-    return {name: model.origin for name, model in registry.models().items()}
+    found = {name: model.origin for name, model in registry.models().items()}
+    if pretrained:
+        from coda_fast import (
+            pretrained as shipped,
+        )  # late, because it reads files with networks of this module
+
+        return {name: found[name] for name in shipped.names()}
+    return found
 
 
 def create_model(
-    name: str, *, num_classes: int | None = None, rank: int | None = None, **overrides: Any
+    name: str,
+    *,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    rank: int | None = None,
+    **overrides: Any,
 ) -> Network:
-    """A network by name, with fresh weights: a CoDANet, or the class registered under that name.
+    """A network by name: a CoDANet, or the class registered under that name. Its weights are fresh, or with
+    ``pretrained`` those that the package contains (``coda_fast.pretrained``).
 
     Args:
         name: a key of ``list_models()``.
-        num_classes: width of the last layer.
+        pretrained: whether the weights are trained ones, in float32. Needs safetensors.
+        num_classes: width of the last layer. If pretrained weights are for another number of classes, that
+            layer has fresh weights.
         rank: rank of the first layer; the others keep their ratio to it (the paper's rank ablation: 4, 8, 16,
             144 for ``coda_s_cifar10``).
         overrides: any argument of ``CoDANet`` (``temperature=10`` is the paper's temperature ablation), or of
             the registered class.
 
     Raises:
-        ValueError: the name is unknown, or values do not fit. TypeError: an override is unknown.
+        ValueError: the name is unknown, values do not fit, or the package contains no weights of that name.
+            TypeError: an override is unknown.
+        CheckpointError: the file of the pretrained weights is damaged, or they do not fit the overrides.
+        ImportError: safetensors, which reads pretrained weights, is not installed.
 
     >>> import coda_fast
     >>> sum(p.numel() for p in coda_fast.create_model("coda_s_cifar10").parameters())
     7782816
     """
+    if pretrained:
+        from coda_fast import pretrained as shipped
+
+        return shipped.create(name, num_classes=num_classes, rank=rank, **overrides)
     config = model_config(name, num_classes=num_classes, rank=rank, **overrides)
     return registry.model(name).network(**config)
 

@@ -9,11 +9,19 @@ import click
 import torch
 from tqdm import tqdm
 
-CHECKPOINT = click.option(
+from coda_fast import pretrained
+from coda_fast.data.decode import picture_size
+from coda_fast.network import Network
+
+_MODEL_FILE = (
+    "A model file (of coda_fast.save, train or demo), or the name of a network that the package contains: "
+    f"{', '.join(pretrained.names())}."
+)
+CHECKPOINT = click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help=_MODEL_FILE)
+ANY_CHECKPOINT = click.option(
     "--checkpoint",
-    required=True,
     type=click.Path(path_type=Path),
-    help="A model file: of coda_fast.save, train or demo.",
+    help=f"{_MODEL_FILE} Default: one of these, by the size of the picture.",
 )
 DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 SIZE = click.option(
@@ -49,6 +57,37 @@ def usable_device(name: str) -> torch.device:
             f"--device: {name!r} cannot be used here: {str(error).splitlines()[0]}"
         ) from None
     return device
+
+
+class Networks:
+    """The network of ``--checkpoint``, or without one, for each file the network of the package that is meant
+    for pictures of its size. Each is read once.
+    """
+
+    def __init__(self, checkpoint: Path | None, device: torch.device):
+        self.device = device
+        self.loaded: dict[str, Network] = {}
+        self.file = None if checkpoint is None else pretrained.find(checkpoint)
+        self.given = None if checkpoint is None else str(checkpoint)
+        if self.given is not None:  # errors come first
+            self.load(self.given)
+
+    def files(self) -> list[Path]:
+        """The files that may not be overwritten."""
+        return [] if self.file is None else [self.file]
+
+    def name(self, path: Path) -> str:
+        """What explains this file: the checkpoint as it was given, or a name of ``pretrained.names()``."""
+        return self.given or pretrained.for_picture(*(picture_size(path) or (10**4, 10**4)))
+
+    def load(self, name: str) -> Network:
+        """The network of that name."""
+        if name not in self.loaded:
+            self.loaded[name] = pretrained.load(name, device=self.device).eval()
+        return self.loaded[name]
+
+    def __call__(self, path: Path) -> Network:
+        return self.load(self.name(path))
 
 
 def class_index(text: str, model) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from coda_fast import checkpoints, safety
+from coda_fast import pretrained, safety
 from coda_fast.cli import _options
 from coda_fast.explain import batch_within, check_explainable
 
@@ -125,7 +125,8 @@ def command(
     """
     from coda_fast.evaluation import runner
 
-    model = checkpoints.load(checkpoint, device=_options.usable_device(device)).eval()
+    model = pretrained.load(checkpoint, device=_options.usable_device(device)).eval()
+    checkpoint = pretrained.find(checkpoint)
     settings = (
         None if metric == runner.ACCURACY else runner.Settings(metric, side, grids, protocol, **removal)
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 
 import click
 from tqdm import tqdm
 
-from coda_fast import checkpoints, explain_files, plot, safety
+from coda_fast import explain_files, plot, safety
 from coda_fast._classes import class_name
 from coda_fast.cli import _options
 from coda_fast.video import explain_video
@@ -31,7 +32,7 @@ def _seconds(context, parameter, text):
 
 @click.command("explain")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_options.CHECKPOINT
+@_options.ANY_CHECKPOINT
 @click.option(
     "--target",
     "targets",
@@ -69,9 +70,16 @@ def command(images, checkpoint, targets, output, size, device, start, end, crop,
     into folders of the same names. A video or an animated GIF becomes a video (without sound) of its frames
     beside their contribution maps, for one class: by default that predicted for most frames.
     """
-    model = checkpoints.load(checkpoint, device=_options.usable_device(device)).eval()
-    classes = [_options.class_index(t, model) for t in targets]
-    preprocessing = model.transform.at(size, crop=False)
+    networks = _options.Networks(checkpoint, _options.usable_device(device))
+    classes = functools.cache(lambda name: [_options.class_index(t, networks.load(name)) for t in targets])
+    if networks.given is not None:
+        classes(networks.given)
+
+    def means(path):
+        name = networks.name(path)
+        model = networks.load(name)
+        return explain_files.Means(model, model.transform.at(size, crop=False), classes(name))
+
     jobs = explain_files.plan(images, output, ending)
     videos = [job for job in jobs if job.video]
     pictures = [job for job in jobs if not job.video]
@@ -82,33 +90,33 @@ def command(images, checkpoint, targets, output, size, device, start, end, crop,
             f"{', '.join(given)}: expected videos only, got {pictures[0].source}, a picture or a file that "
             "cannot be read"
         )
-    if videos and len(classes) > 1:
+    if videos and len(targets) > 1:
         raise click.UsageError(
-            f"--target: expected one class for a video ({videos[0].source}), got {len(classes)}"
+            f"--target: expected one class for a video ({videos[0].source}), got {len(targets)}"
         )
     safety.check_output_folder(output, [path for path in images if path.is_dir()])
-    safety.check_outputs([job.result for job in jobs], [*(job.source for job in jobs), checkpoint])
+    safety.check_outputs([job.result for job in jobs], [*(job.source for job in jobs), *networks.files()])
 
     def skip(error):
         click.echo(safety.printable(f"skipped {error}"), err=True)
 
     # before anything is written
-    pictures = explain_files.readable(model, pictures, preprocessing, classes, skip, _options.bar)
+    pictures = explain_files.readable(means, pictures, skip, _options.bar)
     with safety.new_folder(output):
         for job in videos:
-            target = classes[0] if classes else None
-            _explain_clip(
-                model, job, start=start or 0.0, end=end, crop=crop, scale=scale, size=size, target=target
-            )
+            name = networks.name(job.source)
+            target = next(iter(classes(name)), None)
+            options = dict(start=start or 0.0, end=end, crop=crop, scale=scale, size=size, target=target)
+            _explain_clip(networks.load(name), job, **options)
         for job in pictures:
             try:
-                found = explain_files.explain_picture(model, job.source, job.result, preprocessing, classes)
+                found = explain_files.explain_picture(means(job.source), job.source, job.result)
             except ValueError as error:  # the file has changed since, or the logits are not finite
                 if job.named:
                     raise
                 skip(error)
             else:
-                _say(job, found)
+                _say(job, found, None if checkpoint else networks.name(job.source))
 
 
 def _explain_clip(model, job, **options):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from coda_fast import checkpoints, safety
+from coda_fast import pretrained, safety
 from coda_fast.cli import _options
 
 
@@ -38,7 +38,7 @@ from coda_fast.cli import _options
 def command(
     checkpoint: Path, kind: str, explained: bool, output: Path | None, size: int | None, device: str
 ) -> None:
-    """Write the network of CHECKPOINT, and its exact explanation, as a file that runs without coda_fast: in
+    """Write the network of CHECKPOINT (a file, or a name of the package), and its exact explanation, as a file that runs without coda_fast: in
     onnxruntime, or compiled.
 
     Images are [N, C, H, W], float32 in [0, 1]. The file names its inputs, outputs and classes:
@@ -47,10 +47,10 @@ def command(
     from coda_fast import export as exporter
 
     output = Path(f"{checkpoint.stem}.{kind}") if output is None else output
-    safety.check_outputs([output], [checkpoint])
+    safety.check_outputs([output], [pretrained.find(checkpoint)])
     safety.check_output_folder(output.parent)
     write = exporter.export_onnx if kind == "onnx" else exporter.export_pt2
-    model = checkpoints.load(checkpoint, device=_options.usable_device(device))
+    model = pretrained.load(checkpoint, device=_options.usable_device(device))
     try:
         write(model, output, explain=explained, size=size)
     except exporter.ExportError as error:

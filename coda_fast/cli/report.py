@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from coda_fast import checkpoints, safety
+from coda_fast import safety
 from coda_fast.cli import _options
 
 
 @click.command("report")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_options.CHECKPOINT
+@_options.ANY_CHECKPOINT
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -52,16 +52,18 @@ def command(images, checkpoint, output, classes, methods, limit, size, device) -
     """
     from coda_fast import report as page
 
-    model = checkpoints.load(checkpoint, device=_options.usable_device(device)).eval()
-    count = min(classes, model.num_classes)
-    preprocessing = model.transform.at(size, crop=False)
+    networks = _options.Networks(checkpoint, _options.usable_device(device))
     if output.exists():
         everything, _ = page.find_images(images, sys.maxsize)
-        safety.check_outputs([output], [checkpoint, *(path for path, *_ in everything)])
+        safety.check_outputs([output], [*networks.files(), *(path for path, *_ in everything)])
     safety.check_output_folder(output.parent)
     files, found = page.find_images(images, limit)
     if not files:
         raise click.UsageError("IMAGES: expected at least one image that can be read, got 0 files")
+    name = networks.name(files[0][0])
+    model = networks.load(name)
+    count = min(classes, model.num_classes)
+    preprocessing = model.transform.at(size, crop=False)
     skipped: list[str] = []
     others = (
         None

@@ -74,6 +74,19 @@ def decode(
         raise ImageError(f"damaged or truncated image: {reason or type(error).__name__}", name) from None
 
 
+def picture_size(source: str | os.PathLike) -> tuple[int, int] | None:
+    """(height, width) that the header of a picture gives, before its orientation is applied; None if it is
+    not a file that Pillow recognises. No pixel is decoded.
+    """
+    from PIL import Image
+
+    try:
+        with _QUIET, _opened(source, named(source)) as file, Image.open(file) as image:
+            return image.height, image.width
+    except Exception:  # a damaged file can make decoders raise any exception; ``decode`` says what is wrong
+        return None
+
+
 def named(source: object) -> str:
     """The name of a picture in messages: its path, or empty if it has none."""
     return os.fspath(source) if isinstance(source, str | os.PathLike) else ""

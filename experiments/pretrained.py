@@ -1,0 +1,196 @@
+"""The networks that the package contains: from a finished run to the file, its checksum and the numbers of its
+model card.
+
+python -m experiments.pretrained ship NAME --run FOLDER
+    coda_fast/weights/NAME.safetensors in half precision, its line in SHA256SUMS, and the curve of the run of
+    ``coda-fast train``, in bench/results/pretrained_NAME.json
+python -m experiments.pretrained digits
+    the same for coda_xs_digits: the demo's network, trained here (half a minute)
+python -m experiments.pretrained collect NAME --results FOLDER [FOLDER ...]
+    adds the results of ``coda-fast evaluate --checkpoint NAME --output FOLDER`` to these rows, and their
+    figures to docs/; of a method that several folders hold, the one with the most grids or images
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+import coda_fast
+from bench import results
+from coda_fast import checkpoints, demo, pretrained
+
+# WordNet's names of the synsets that Imagenette takes from ImageNet, in the order of its folders
+IMAGENETTE = [
+    "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck",
+    "gas pump", "golf ball", "parachute",
+]  # fmt: skip
+DATA = {
+    "coda_xs_digits": "scikit-learn digits",
+    "coda_xs_cifar10": "CIFAR-10 (JPEG)",
+    "coda_xs_imagenette": "Imagenette",
+}
+
+
+def rows(name: str) -> Path:
+    """The file with the measured results of a network."""
+    return results.FOLDER / f"pretrained_{name}.json"
+
+
+def ship(name: str, model: coda_fast.CoDANet, facts: dict) -> None:
+    """Write a network into the package, and the facts about it to its rows."""
+    if name == "coda_xs_imagenette":
+        model.class_names = IMAGENETTE
+    file = pretrained.FOLDER / f"{name}.safetensors"
+    checkpoints.save(model.half(), file, {"data": DATA[name]})
+    known = pretrained.checksums() | {name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    lines = (f"{checksum}  {key}.safetensors\n" for key, checksum in sorted(known.items()))
+    pretrained.SUMS.write_text("".join(lines), encoding="ascii")
+    found = {
+        "name": name,
+        "data": DATA[name],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "temperature": model.temperature,
+        "bytes": file.stat().st_size,
+        **results.environment(torch.device("cpu")),
+        **facts,
+    }
+    rows(name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def of_run(folder: Path) -> tuple[coda_fast.CoDANet, dict]:
+    """The network of a finished run, its moving average if it has one, with the recipe and the curve."""
+    import yaml
+
+    file = next(
+        path for path in (folder / "model_ema.safetensors", folder / "model.safetensors") if path.exists()
+    )
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as stored:
+        history = [
+            {key: float(value) for key, value in row.items() if value} for row in csv.DictReader(stored)
+        ]
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["data"]["path"] = None
+    return coda_fast.load(file), {"weights": file.stem, "recipe": recipe, "history": history}
+
+
+def of_demo() -> tuple[coda_fast.CoDANet, dict]:
+    """The network that ``coda-fast demo --train`` trains at the higher temperature."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = demo.run(folder)
+        return coda_fast.load(result.checkpoint), {"demo": result.numbers}
+
+
+def collect(name: str, folders: list[Path]) -> None:
+    """Add the results of evaluations to the rows of a network, and copy their figures."""
+    found = json.loads(rows(name).read_text(encoding="utf-8"))
+    for folder in folders:
+        stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        metric = stored["settings"]["metric"]
+        if metric == "accuracy":
+            found["accuracy"] = stored["accuracy"]
+            continue
+        found["completeness_error"] = stored["completeness_error"]
+        errors = standard_errors(folder / "results.csv")
+        measured = found.setdefault(metric, {})
+        for method, row in stored["methods"].items():
+            row["standard_error"] = errors[method]
+            if method not in measured or amount(row) >= amount(measured[method]):
+                measured[method] = row
+        figure = folder / f"{metric}.png"
+        if len(stored["methods"]) == max(map(len, (measured, stored["methods"]))):
+            shutil.copyfile(figure, results.ROOT / "docs" / f"{metric}-{name.rpartition('_')[2]}.png")
+    rows(name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def amount(row: dict) -> int:
+    """How many grids or images a method was measured on."""
+    return row.get("grids") or row["images"]
+
+
+def standard_errors(table: Path) -> dict[str, float]:
+    """The standard error of the mean of each method. Cells of one grid share its images, so that a grid counts
+    as one value, and so does the area of an image's removal curve.
+    """
+    values: dict[str, dict[str, list[float]]] = {}
+    with open(table, newline="", encoding="utf-8") as file:
+        for method, group, *cells in list(csv.reader(file))[1:]:
+            numbers = cells[-1:] if len(cells) == 4 else cells  # a score, or a curve
+            values.setdefault(method, {}).setdefault(group, []).extend(map(float, numbers))
+    means = {
+        method: torch.tensor([sum(v) / len(v) for v in groups.values()], dtype=torch.float64)
+        for method, groups in values.items()
+    }
+    return {method: float(mean.std() / len(mean) ** 0.5) for method, mean in means.items()}
+
+
+def table(name: str) -> str:
+    """Markdown: every method's localisation and removal, with the 95 % confidence interval of the mean."""
+    found = json.loads(rows(name).read_text(encoding="utf-8"))
+    lines = [
+        "| method | localisation, mean | 25 % | median | 75 % | grids | removal, area | images |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    localised, removed = found.get("localisation", {}), found.get("removal", {})
+    for method, row in sorted(localised.items(), key=lambda item: -item[1]["mean"]):
+        other = removed.get(method)
+        lines.append(
+            f"| {method} | {_mean(row)} | {row['q25']:.3f} | {row['median']:.3f} | {row['q75']:.3f} | "
+            f"{row['grids']} | " + (f"{_mean(other)} | {other['images']} |" if other else "| |")
+        )
+    return "\n".join([*lines, "", summary(found)])
+
+
+def _mean(row):
+    return f"{row['mean']:.3f} ± {1.96 * row['standard_error']:.3f}"
+
+
+def summary(found: dict) -> str:
+    """The sentence below the table: what was measured, on what and with what."""
+    parts = [f"{found['name']}, {found['parameters']:,} parameters, T = {found['temperature']:g}"]
+    if accuracy := found.get("accuracy"):
+        parts.append(
+            f"accuracy {accuracy['top1']:.2%} on the {accuracy['images']:,} test images of {found['data']}"
+        )
+    if error := found.get("completeness_error"):
+        parts.append(
+            f"completeness error at most {error['worst']:.0e}, relative, on {error['images']} images"
+        )
+    return (
+        "; ".join(parts)
+        + ". Mean ± half of the 95 % confidence interval. 3 x 3 grids, chance 0.111; removal: "
+        f"least important first, mean probability over 0 to 25 %. {found['device']}, torch {found['torch']}; "
+        f"commit {found['commit']}, {found['date']}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("ship")
+    one.add_argument("name", choices=DATA)
+    one.add_argument("--run", type=Path, required=True)
+    commands.add_parser("digits")
+    two = commands.add_parser("collect")
+    two.add_argument("name", choices=DATA)
+    two.add_argument("--results", type=Path, nargs="+", required=True)
+    options = parser.parse_args()
+    if options.command == "ship":
+        ship(options.name, *of_run(options.run))
+    elif options.command == "digits":
+        ship("coda_xs_digits", *of_demo())
+    else:
+        collect(options.name, options.results)
+
+
+if __name__ == "__main__":
+    main()
