@@ -55,8 +55,10 @@
     return node;
   }
 
-  function field(label, control, ...more) {
-    return make("div", { className: "coda-field" }, make("label", {}, label, control), ...more);
+  // The name for screen readers is given apart, because the text of a label includes the options within it.
+  function field(label, control, name) {
+    control.setAttribute("aria-label", name);
+    return make("label", { className: "coda-field" }, make("span", {}, label), control);
   }
 
   // -- drawing
@@ -285,21 +287,18 @@
       ...notes.map((note) => make("p", { className: "coda-note" }, note)));
     const main = figure(parts.map, parts.caption);
     main.className = "coda-main";
-    main.append(scale, parts.reading);
+    main.append(scale, parts.reading, parts.proof);
     const pictures = figure(parts.picture, seen);
     pictures.className = "coda-picture";
     const methods = parts.methods.map((drawing, i) =>
       figure(drawing, `${data.methods[i].label} for ${first}, a scale of its own`));
-    parts.all = [
-      make("div", { className: "coda-panels" }, pictures, main, classes),
-      parts.proof,
-      make("div", { className: "coda-fields" },
-        field("and not", parts.other),
-        field("contributions of", parts.level),
-        field("picture \u2194 map", parts.opacity),
-        field(parts.t, parts.temperature, parts.reset),
-        make("div", { className: "coda-field" }, parts.save)),
-    ];
+    classes.append(make("div", { className: "coda-fields" },
+      field("and not", parts.other, "and not"),
+      field("contributions of", parts.level, "contributions of"),
+      field("picture \u2194 map", parts.opacity, "opacity of the map, in percent"),
+      field(parts.t, parts.temperature, "temperature"),
+      make("div", { className: "coda-field" }, parts.reset, parts.save)));
+    parts.all = [make("div", { className: "coda-panels" }, pictures, main, classes)];
     if (methods.length) parts.all.push(make("div", { className: "coda-methods" }, ...methods));
     return parts;
   }
@@ -324,7 +323,8 @@
       option.disabled = k >= count || k === state.classIndex;
     }
     parts.other.value = state.other;
-    parts.caption.textContent = other === null ? `why ${name}` : `why ${name} and not ${other}`;
+    const entering = state.level ? `, by what enters ${shown.level.label}` : "";
+    parts.caption.textContent = `why ${name}${other === null ? "" : ` and not ${other}`}${entering}`;
     const scale = short(shown.scale * factor), [low, , high] = parts.ends;
     low.textContent = `\u2212${scale} ${other === null ? "against" : `for ${other}`}`;
     high.textContent = `for ${other === null ? "" : `${name} `}+${scale}`;
@@ -427,7 +427,8 @@
     write(level, gap, top + height + 4.2 * line, all);
     write(parts.proof.textContent, gap, top + height + 5.2 * line, all);
     canvas.toBlob((blob) => {
-      const url = URL.createObjectURL(blob), name = data.name.replace(/[^\w.-]+/g, "_").slice(-80);
+      const name = data.name.replace(/\.\w+$/, "").replace(/[^\w.-]+/g, "_").slice(-80);
+      const url = URL.createObjectURL(blob);
       make("a", { href: url, download: `${name}_explained.png` }).click();
       setTimeout(() => URL.revokeObjectURL(url), 10000); // some browsers read it later
     });
