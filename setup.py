@@ -50,6 +50,7 @@ TOOLS = [
     "psutil",
     "packaging",
     "threadpoolctl",
+    "playwright",  # drives the Chromium that is installed; it downloads none
     SETUPTOOLS,
 ]
 FONTS = ["matplotlib-fontja"]  # Japanese and many Chinese characters, for names of classes
@@ -70,7 +71,10 @@ setup(
         *find_packages("kernels", include=["coda_kernels", "coda_kernels.*"]),
     ],
     package_dir={"coda_kernels": "kernels/coda_kernels"},
-    package_data={"coda_fast": ["py.typed", "recipes/*.yaml"], "coda_kernels": ["py.typed", "tables/*.json"]},
+    package_data={
+        "coda_fast": ["py.typed", "recipes/*.yaml", "viewer/viewer.css", "viewer/viewer.js"],
+        "coda_kernels": ["py.typed", "tables/*.json"],
+    },
     install_requires=["torch>=2.11", "numpy"],
     extras_require={
         "cli": CLI,

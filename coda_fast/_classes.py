@@ -45,3 +45,15 @@ def check_range(classes: torch.Tensor, count: int, name: str) -> None:
             f"{name}: expected classes from 0 to {count - 1}, got {int(classes.min())} to "
             f"{int(classes.max())}"
         )
+
+
+def fits_no_class(logits: torch.Tensor) -> bool:
+    """Whether an image with these ``logits`` [classes] belongs to none of the classes: each class has a
+    probability of its own, the sigmoid of its logit, and all of them are below one half.
+
+    Raises:
+        ValueError: ``logits`` has another shape.
+    """
+    if logits.dim() != 1 or not len(logits):
+        raise ValueError(f"logits: expected those of one image, [classes], got shape {list(logits.shape)}")
+    return bool((logits < 0).all())

@@ -47,7 +47,7 @@ def path(name: str) -> Path:
         found = "no file"
     if found != sums[name]:
         raise checkpoints.CheckpointError(
-            f"{file}: expected the file that coda_fast ships, with the SHA-256 checksum {sums[name][:12]}..., "
+            f"{file}: expected the file that coda_fast ships, with the SHA-256 checksum {sums[name][:12]}, "
             f"got {found[:12]}; install coda_fast again"
         )
     return file

@@ -5,29 +5,26 @@ attribution methods.
 from __future__ import annotations
 
 import base64
-import contextlib
-import dataclasses
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from coda_fast import __version__, baselines, plot
-from coda_fast._classes import class_name
+from coda_fast import __version__, baselines, plot, viewer
 from coda_fast._files import atomic_path
 from coda_fast.data import Preprocessing, decode, listing
-from coda_fast.dynamic_linear import NoCut, need_network
-from coda_fast.explain import batch_within, check_explainable
-from coda_fast.explain_files import as_network_sees
+from coda_fast.dynamic_linear import DynamicLinear, need_network
+from coda_fast.explain import check_explainable
 from coda_fast.network import Network
 from coda_fast.safety import printable
+from coda_fast.viewer import METHODS, Picture
 
-SHOWN = 160  # the shorter side of a picture on the page, in pixels; enlarged pixels are sharp squares
-# The default methods take a few passes per image; occlusion and RISE take thousands for a large one.
-METHODS = ("IxG", "IntGrad", "GCam")
+SHOWN = 160  # the shorter side of a picture without scripts, in pixels; enlarged pixels are sharp squares
+# By default, as many classes get a map as take this many bytes, but at least so many.
+_MAP_BYTES, _LEAST_CLASSES = 1 << 20, 3
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -39,48 +36,27 @@ _PAGE = """<!doctype html>
   body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; max-width: 76rem;
        padding: 0 1rem; }
   h1 { font-size: 1.5rem; margin-bottom: .2rem; }
-  h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; border-top: 1px solid #ddd; padding-top: 1rem; }
-  h3 { font-size: .9rem; margin: 1rem 0 .3rem; color: #444; font-weight: 600; }
+  section { margin-top: 2.2rem; border-top: 1px solid #ddd; padding-top: 1rem; }
   p { margin: .3rem 0; max-width: 60rem; }
-  .row { display: flex; flex-wrap: wrap; gap: 1rem; }
-  .beside { display: flex; flex-wrap: wrap; column-gap: 3rem; }
-  figure { margin: 0; }
+  figure { margin: 0; display: inline-block; }
   figure img { display: block; image-rendering: pixelated; border: 1px solid #ccc; }
   figcaption { font-size: .78rem; color: #444; margin-top: .25rem; }
-  .bar { height: .8rem; width: 16rem; background: linear-gradient(90deg, #00f, #fff, #f00);
-       border: 1px solid #ccc; display: inline-block; }
   .note { color: #555; font-size: .85rem; }
-  table { border-collapse: collapse; font-size: .85rem; }
-  td, th { padding: .15rem .6rem; border-bottom: 1px solid #e5e5e5; text-align: right; }
-  th:first-child, td:first-child { text-align: left; }
 </style>
+{{ head }}
 </head>
 <body>
 <h1>{{ title }}</h1>
 <p class="note">{{ subtitle }}</p>
-<p>Every logit is the bias {{ bias }} plus the sum of the contributions of all pixels, exactly;
-the completeness error beside each map is
-what rounding leaves of that. Red speaks for the class, blue against it: <span class="bar"></span></p>
+<p>Every logit is the bias {{ bias }} plus the sum of the contributions of all pixels, exactly; the error
+below each map is what rounding leaves of that. Red speaks for the class, blue against it. Choose a class to
+see its map, and a second one to see why the first and not the second. Another temperature T rescales this
+network; a network that is trained at that T gives other maps.</p>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}
 {% for item in items %}
 <section>
-<h2>{{ item.name }}: {{ item.prediction }}</h2>
-<div class="row">
-  {{ figure(item.image) }}
-  <table><tr><th>class</th><th>probability</th><th>logit</th><th>completeness error</th></tr>
-  {% for c in item.classes %}
-  <tr><td>{{ c.name }}</td><td>{{ c.probability }}</td><td>{{ c.logit }}</td><td>{{ c.error }}</td></tr>
-  {% endfor %}
-  </table>
-</div>
-<div class="beside">
-<div><h3>Contribution maps, one scale: &plusmn; {{ item.scale }} logits a pixel</h3>
-<div class="row">{% for f in item.maps %}{{ figure(f) }}{% endfor %}</div></div>
-{% if item.methods %}<div><h3>Other methods for {{ item.classes[0].name }}, each on a scale of its own</h3>
-<div class="row">{% for f in item.methods %}{{ figure(f) }}{% endfor %}</div></div>{% endif %}
-</div>
-<h3>Contributions to {{ item.prediction }} of what enters each layer, each on a scale of its own</h3>
-<div class="row">{% for f in item.layers %}{{ figure(f) }}{% endfor %}</div>
+{{ item.element }}
+<noscript>{{ figure(item.image) }} {{ figure(item.map) }}</noscript>
 </section>
 {% endfor %}
 {% if skipped %}
@@ -94,16 +70,6 @@ _FIGURE = (
     'width="{{ f.width }}" '
     'height="{{ f.height }}"><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}'
 )
-
-
-class Picture(NamedTuple):
-    """A picture for the page: its caption, the network's input [C, H, W] in [0, 1], and the original picture
-    if that differs.
-    """
-
-    name: str
-    image: torch.Tensor
-    view: plot.View | None = None
 
 
 def render(model: Network, images: Sequence[torch.Tensor], names: Sequence[str], **options: Any) -> str:
@@ -122,7 +88,7 @@ def stream(
     model: Network,
     pictures: Iterable[Picture],
     *,
-    classes: int = 3,
+    classes: int | None = None,
     methods: Sequence[str] | None = None,
     title: str = "Why this network decides as it does",
     subtitle: str = "",
@@ -134,7 +100,7 @@ def stream(
     its piece is.
 
     Args:
-        classes: how many of the most likely classes get a map.
+        classes: how many of the most likely classes get a map; None: ``default_classes`` of each picture.
         methods: names of ``coda_fast.baselines`` to show beside the network's own maps, none if empty; two
             that are equal on a CoDA-Net share a column. None: ``METHODS``, or none if captum is missing,
             which the page then says.
@@ -148,22 +114,22 @@ def stream(
     """
     try:
         import jinja2
+        import markupsafe
     except ImportError:
         raise ImportError("the report needs jinja2: pip install jinja2") from None
     model = need_network(model)
-    if not 1 <= classes <= model.num_classes:
+    if classes is not None and not 1 <= classes <= model.num_classes:
         raise ValueError(f"classes: expected 1 to {model.num_classes}, got {classes}")
-    try:
-        attributions = {
-            title: baselines.create(name, model)
-            for title, name in _columns(METHODS if methods is None else methods).items()
-        }
+    chosen = METHODS if methods is None else tuple(methods)
+    try:  # before the first picture
+        for name in viewer.columns(chosen).values():
+            baselines.create(name, model)
     except ImportError as error:
         if methods is not None:
             raise
-        attributions, notes = {}, [*notes, f"No other methods are shown: {error}."]
+        chosen, notes = (), [*notes, f"No other methods are shown: {error}."]
     items = (
-        _item(model, picture, classes, attributions)
+        _item(model, picture, classes, chosen)
         for picture in (progress(pictures, "report") if progress else pictures)
     )
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
@@ -176,9 +142,23 @@ def stream(
     )
     bias = f"{model.logit_bias:.3f}"
     pieces = page.generate(
-        title=title, subtitle=subtitle, bias=bias, items=items, notes=list(notes), skipped=skipped
+        title=title,
+        subtitle=subtitle,
+        bias=bias,
+        items=items,
+        notes=list(notes),
+        skipped=skipped,
+        head=markupsafe.Markup(viewer.head()),
     )
     return map(str, pieces)  # some are jinja's Markup, which would escape strings that it is joined with
+
+
+def default_classes(model: DynamicLinear, height: int, width: int) -> int:
+    """How many of the most likely classes get a map by default: those whose maps take a megabyte, at least 3
+    and at most 20, of an image of ``height x width`` pixels. Larger maps would make the page too large.
+    """
+    bytes_each = max(1, 4 * height * width)
+    return min(model.num_classes, viewer.MOST_CLASSES, max(_LEAST_CLASSES, _MAP_BYTES // bytes_each))
 
 
 def find_images(paths: Iterable[Path], limit: int) -> tuple[list[tuple[Path, str, bool]], int]:
@@ -208,11 +188,11 @@ def read_pictures(
     model: Network,
     files: Iterable[tuple[Path, str, bool]],
     preprocessing: Preprocessing,
-    classes: int,
+    classes: int | None,
     skipped: list[str],
 ) -> Iterator[Picture]:
-    """The pictures of ``find_images``, each read when it is needed. The error of an unreadable one in a
-    folder is added to ``skipped``.
+    """The pictures of ``find_images``, each read when it is needed. The error of one in a folder that cannot
+    be read, or explained for this number of ``classes``, is added to ``skipped``.
 
     Raises:
         ValueError: a picture that the user named cannot be read, or none can.
@@ -221,7 +201,11 @@ def read_pictures(
     for path, name, in_folder in files:
         count += 1
         try:
-            image = as_network_sees(model, path, preprocessing, classes)
+            image = preprocessing(path)
+            height, width = image.shape[1:]
+            check_explainable(
+                model, height, width, str(path), classes or default_classes(model, height, width)
+            )
             view = plot.View.of(decode(path), preprocessing)
         except ValueError as error:
             if not in_folder:
@@ -243,85 +227,25 @@ def write(path: str | Path, page: str | Iterable[str]) -> None:
         file.writelines([page] if isinstance(page, str) else page)
 
 
-def _columns(methods):
-    """{title of a column: method}, in order, without duplicates."""
-    columns, pairs = {}, [(method, twin) for twin, method in baselines.TWINS.items()]
-    for method in methods:
-        pair = next((pair for pair in pairs if set(pair) <= set(methods) and method in pair), (method,))
-        columns[" = ".join(pair)] = pair[0]
-    columns.pop("Ours", None)  # the network's own maps are always shown
-    return columns
+def _item(model, picture, classes, methods):
+    import markupsafe
 
-
-def _item(model, picture, classes, attributions):
-    name, image, view = printable(picture.name), picture.image, picture.view
-    check_explainable(model, *image.shape[-2:], name, classes)
-    batch = image[None].to(next(model.parameters()))
-    with torch.no_grad():
-        logits = model(batch)
-    if not torch.isfinite(logits).all():
-        raise ValueError(f"{name}: the network gives logits that are not finite")
-    top = logits.topk(classes).indices
-    explained = model.explain(batch, top)
-    maps, scale = explained.contribution_map[0], plot.symmetric_scale(explained.contribution_map)
-    rows = [
-        {
-            "name": class_name(model.class_names, int(c)),
-            "probability": plot.probability(float(logits[0, c].sigmoid()))
-            .removeprefix("p ")
-            .removeprefix("= "),
-            "logit": f"{float(logits[0, c]):.3f}",
-            "error": f"{float(explained.completeness_error[0, k]):.1e}",
-        }
-        for k, c in enumerate(top[0])
-    ]
-    best = top[:, :1]
-    layers = _layer_maps(model, batch, best)
-    others = [
-        (method, _within(a, model, image).attribute(batch, best)[0, 0]) for method, a in attributions.items()
-    ]
+    classes = classes or default_classes(model, *picture.image.shape[-2:])
+    payload = viewer.describe(model, picture, classes=classes, methods=methods)
+    level = payload["levels"][0]
+    maps = np.frombuffer(base64.b64decode(level["maps"]), "<f4")
+    best = maps.reshape(level["count"], level["height"], level["width"])[0]
     return {
-        "name": name,
-        "prediction": f"{rows[0]['name']} ({plot.probability(float(logits[0, top[0, 0]].sigmoid()))})",
-        "image": _picture(image, view),
-        "classes": rows,
-        "scale": f"{scale:.2g}",
-        "maps": [
-            _map(m, scale, f"why {row['name']}" if k == 0 else f"why {row['name']}?", view)
-            for k, (m, row) in enumerate(zip(maps, rows, strict=True))
-        ],
-        "methods": [_map(m, plot.symmetric_scale(m), method, view) for method, m in others],
-        "layers": [
-            _map(m, plot.symmetric_scale(m), f"layer {name}, {m.shape[1]} x {m.shape[0]}", view)
-            for name, m in layers
-        ],
+        "element": markupsafe.Markup(viewer.element(payload)),
+        "image": _picture(picture.image, picture.view),
+        "map": _map(best, level["scale"], f"why {payload['classes'][0]['name']}", picture.view),
     }
-
-
-def _layer_maps(model, batch, best):
-    """(name, map [H, W] of the best class) for all DAU layers after the first that cut the network. In a
-    CoDANet the name is the layer's number, counted from 1.
-    """
-    found = []
-    for layer in list(model.dau_layers().values())[1:]:
-        with contextlib.suppress(NoCut):
-            e = model.explain(batch, best, layer=layer)
-            found.append((e.layer if isinstance(e.layer, str) else e.layer + 1, e.contribution_map[0, 0]))
-    return found
-
-
-def _within(attribution, model, image):
-    """The method with a batch size that fits in memory for images of this size."""
-    settings = dict(attribution.settings)
-    if "batch_size" in settings:
-        settings["batch_size"] = batch_within(model, *image.shape[1:], settings["batch_size"])
-    return dataclasses.replace(attribution, settings=settings)
 
 
 def _map(values, scale, caption, view):
     import matplotlib
 
-    shade = matplotlib.colormaps[plot.COLOURS]((values.detach().double().cpu().numpy() / scale + 1) / 2)
+    shade = matplotlib.colormaps[plot.COLOURS]((values.astype(np.float64) / scale + 1) / 2)
     colours = np.round(255 * shade[..., :3]).astype(np.uint8)
     return _figure(colours if view is None else view.with_map(colours, SHOWN), caption)
 

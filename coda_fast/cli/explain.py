@@ -9,10 +9,11 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from coda_fast import explain_files, plot, safety
+from coda_fast import explain_files, safety
 from coda_fast._classes import class_name
 from coda_fast.cli import _options
 from coda_fast.video import explain_video
+from coda_fast.viewer import verdict
 
 
 def _seconds(context, parameter, text):
@@ -116,7 +117,7 @@ def command(images, checkpoint, targets, output, size, device, start, end, crop,
                     raise
                 skip(error)
             else:
-                _say(job, found, None if checkpoint else networks.name(job.source))
+                _say(job, means(job.source), found, None if checkpoint else networks.name(job.source))
 
 
 def _explain_clip(model, job, **options):
@@ -140,11 +141,11 @@ def _explain_clip(model, job, **options):
     )
 
 
-def _say(job, explanation):
-    best = int(explanation.logits[0].argmax())
-    sure = plot.probability(float(explanation.logits[0, best].sigmoid()))
+def _say(job, means, explanation, network):
+    """One line about a picture; ``network`` is the name of the network if it was chosen by the picture."""
     error = float(explanation.completeness_error.max())
+    by = f", explained by {network}" if network else ""
     click.echo(
-        f"{safety.printable(job.source)}: {explanation.name(best)} ({sure}), completeness error {error:.1e} "
-        f"logits -> {safety.printable(job.result)}"
+        f"{safety.printable(job.source)}: {verdict(explanation.logits[0], means.model.class_names)}{by}, "
+        f"completeness error {error:.1e} logits -> {safety.printable(job.result)}"
     )

@@ -38,8 +38,8 @@ from coda_fast.cli import _options
 def command(
     checkpoint: Path, kind: str, explained: bool, output: Path | None, size: int | None, device: str
 ) -> None:
-    """Write the network of CHECKPOINT (a file, or a name of the package), and its exact explanation, as a file that runs without coda_fast: in
-    onnxruntime, or compiled.
+    """Write the network of CHECKPOINT (a file, or a name of the package), and its exact explanation, as a
+    file that runs without coda_fast: in onnxruntime, or compiled.
 
     Images are [N, C, H, W], float32 in [0, 1]. The file names its inputs, outputs and classes:
     docs/export.md.

@@ -25,9 +25,8 @@ from coda_fast.cli import _options
 @click.option(
     "--classes",
     type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    help="Maps of this many most likely classes.",
+    help="Maps of this many most likely classes. Default: as many as take a megabyte for each picture, 3 to "
+    "20.",
 )
 @click.option(
     "--methods",
@@ -48,7 +47,8 @@ def command(images, checkpoint, output, classes, methods, limit, size, device) -
     """Write one HTML file that shows predictions and their contribution maps for IMAGES: files, or folders of
     them and of such folders.
 
-    The page loads nothing from elsewhere. Files that cannot be read are named on it.
+    On the page, one chooses classes, reads contributions of pixels, and compares maps. It loads nothing from
+    elsewhere. Files that cannot be read are named on it.
     """
     from coda_fast import report as page
 
@@ -62,7 +62,7 @@ def command(images, checkpoint, output, classes, methods, limit, size, device) -
         raise click.UsageError("IMAGES: expected at least one image that can be read, got 0 files")
     name = networks.name(files[0][0])
     model = networks.load(name)
-    count = min(classes, model.num_classes)
+    count = None if classes is None else min(classes, model.num_classes)
     preprocessing = model.transform.at(size, crop=False)
     skipped: list[str] = []
     others = (

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from coda_fast import baselines, plot, pretrained, safety
-from coda_fast._classes import class_name
+from coda_fast._classes import class_name, fits_no_class
 from coda_fast.data import decode
 from coda_fast.data.decode import picture_size
 from coda_fast.explanation import Explanation
 from coda_fast.network import Network
+from coda_fast.viewer import verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,7 +122,7 @@ def _draw(axes, row, methods):
     scale = plot.symmetric_scale(torch.stack((*maps, difference)))
     sigmoid = e.logits[0].sigmoid()
     plot.show_view(axes[0], row.view, row.credit)
-    fits = "" if float(sigmoid.max()) >= 0.5 else f"fits none of the {row.model.num_classes} classes\n"
+    fits = f"fits none of the {row.model.num_classes} classes\n" if fits_no_class(e.logits[0]) else ""
     axes[0].set_xlabel(f"{fits}explained by {row.network}", fontsize=7)
     for k in range(2):
         title = f"why {names[k]}: " if k == 0 else f"why {names[k]}? "
@@ -184,10 +185,6 @@ def run(folder: str | os.PathLike, progress: Callable[[Iterable, str], Iterable]
 def sentence(found: Explained) -> str:
     """What the network says of a photograph, and how complete its explanation is."""
     e = found.explanation
-    best = float(e.logits[0, e.target[0, 0]].sigmoid())
-    name = class_name(found.model.class_names, int(e.target[0, 0]))
-    says = f"{name} ({plot.probability(best)})"
-    if best < 0.5:
-        says = f"none of {found.model.num_classes} classes, most likely {says}"
     error = float(e.completeness_error.max())
+    says = verdict(e.logits[0], found.model.class_names)
     return f"{says}, explained by {found.network}, completeness error {error:.0e} logits"
