@@ -203,9 +203,8 @@ def read_pictures(
         try:
             image = preprocessing(path)
             height, width = image.shape[1:]
-            check_explainable(
-                model, height, width, str(path), classes or default_classes(model, height, width)
-            )
+            most = classes or default_classes(model, height, width)
+            check_explainable(model, height, width, str(path), most)
             view = plot.View.of(decode(path), preprocessing)
         except ValueError as error:
             if not in_folder:

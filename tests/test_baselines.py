@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from coda_fast import baselines, checkpoints, create_model, report
+from coda_fast import baselines, checkpoints, create_model, viewer
 from coda_fast.baselines import _registry, perturbations
 from coda_fast.cli import cli
 
@@ -469,8 +469,8 @@ def test_a_registered_method_is_found_everywhere(toy, network, tmp_path):
     with pytest.raises(TypeError, match="Toy: expected settings among gain, batch_size, got size"):
         baselines.create(toy, network, size=1)
 
-    assert report._columns(["Toy"]) == {"Toy": "Toy"}
-    assert report._columns(["Toy", "IxG"]) == {"IxG = Toy": "IxG"}
+    assert viewer.columns(["Toy"]) == {"Toy": "Toy"}
+    assert viewer.columns(["Toy", "IxG"]) == {"IxG = Toy": "IxG"}
 
     checkpoint, output = tmp_path / "net.safetensors", tmp_path / "out"
     checkpoints.save(network.float(), checkpoint)

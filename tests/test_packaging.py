@@ -155,6 +155,7 @@ def test_the_wheel_holds_the_two_packages_whole_and_nothing_else(wheel, sources)
     assert "coda_fast/recipes/digits-s.yaml" in recipes
     assert {name for name in names if name.endswith(".yaml")} == recipes
     assert {"coda_fast/py.typed", "coda_kernels/py.typed"} <= names
+    assert {"coda_fast/viewer/viewer.css", "coda_fast/viewer/viewer.js"} <= names
 
 
 def test_the_wheel_carries_the_licence(wheel, metadata):

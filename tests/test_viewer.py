@@ -107,7 +107,11 @@ def test_describe_takes_less(model, picture, monkeypatch):
     many = create_model("coda_xs_digits", num_classes=30).eval()
     for classes, maps, listed in ((None, 20, 20), (2, 2, 20), (25, 25, 25)):
         found = viewer.describe(many, picture, classes=classes, methods=[], layers=False)
-        assert (found["levels"][0]["count"], len(found["classes"]), found["class_count"]) == (maps, listed, 30)
+        assert (found["levels"][0]["count"], len(found["classes"]), found["class_count"]) == (
+            maps,
+            listed,
+            30,
+        )
 
 
 @pytest.mark.parametrize("classes", [0, 11])
@@ -255,7 +259,9 @@ def test_classes(view, model, picture):
         bar = rows.nth(k).locator(".coda-bar").evaluate("bar => parseFloat(bar.style.width) / 100")
         assert bar == pytest.approx(probability, abs=1e-5)
     ends = view.root.locator(".coda-ends").inner_text().replace("\u2212", "-")
-    assert [float(end) for end in re.findall(r"[-+][\d.e-]+", ends)] == pytest.approx([-scale, scale], rel=5e-3)
+    assert [float(end) for end in re.findall(r"[-+][\d.e-]+", ends)] == pytest.approx(
+        [-scale, scale], rel=5e-3
+    )
 
 
 def test_pixels_and_boxes(view, model, picture):
@@ -283,7 +289,7 @@ def test_pixels_and_boxes(view, model, picture):
 
 
 def test_proof(show, model, picture, payload):
-    """The sum is computed from the maps on the page: it is the logit, and of a map that is wrong it is not."""
+    """The sum is computed from the maps on the page: it is the logit; of a wrong map it is not."""
     view = show(viewer.head() + viewer.element(payload))
     e = explained(model, picture)
     for k in (0, 4):
@@ -377,7 +383,9 @@ def test_temperature(view, model, picture):
     probability = float(e.logits[0, e.target[0, 0]].sigmoid())
     bar = view.root.locator(".coda-bar").first.evaluate("bar => parseFloat(bar.style.width) / 100")
     assert bar == pytest.approx(probability, abs=1e-5)
-    assert view.root.locator("h2").inner_text() == f"{heading}, at the network's own T = {model.temperature:g}"
+    assert (
+        view.root.locator("h2").inner_text() == f"{heading}, at the network's own T = {model.temperature:g}"
+    )
     back.click()
     assert (logit(), view.root.locator("h2").inner_text()) == (before, heading)
 
@@ -485,3 +493,30 @@ def test_narrow_screens_and_names_of_controls(show, model, picture):
     for i in range(controls.count()):
         name = "node => node.getAttribute('aria-label') || node.textContent || node.labels?.[0].textContent"
         assert controls.nth(i).evaluate(name).strip()
+
+
+def test_what_is_on_the_screen(view, model, picture):
+    """A white page, and on it the map with sharp squares, not only in the memory of the drawing."""
+    pixels = np.asarray(Image.open(io.BytesIO(view.page.screenshot())).convert("RGB")).astype(int)
+    assert (pixels.min(2) > 250).mean() > 0.5
+    box, expected = view.map.bounding_box(), view.squares(9, 6)
+    for x, y in ((0, 0), (8, 5), (3, 4)):
+        for part in (0.1, 0.5, 0.9):
+            column = int(box["x"] + box["width"] * (x + part) / 9)
+            row = int(box["y"] + box["height"] * (y + part) / 6)
+            assert np.abs(pixels[row, column] - expected[y, x]).max() <= 1
+
+
+def test_without_scripts(browser, tmp_path, model, picture):
+    """The picture and the map of the most likely class, in words and pictures."""
+    path = tmp_path / "page.html"
+    path.write_text(report.render(model, [picture.image], [picture.name], methods=[]), encoding="utf-8")
+    with browser.new_context(java_script_enabled=False) as context:
+        page = context.new_page()
+        page.goto(path.as_uri())
+        assert page.locator("h2").inner_text().startswith("a.png: ")
+        assert page.locator("canvas").count() == 0
+        images = page.locator("noscript img")
+        assert images.count() == 2
+        for i in range(2):
+            assert images.nth(i).bounding_box()["height"] >= 160

@@ -69,12 +69,12 @@ def describe(
         probability of each class that is listed, the most likely first; levels: the image and then layers,
         each with its label, height, width, scale (the end of its colour scale, in logits), count (how many
         classes have a map, from the first) and maps [count, height, width]; methods: the same for one map,
-        without count. errors of a level are completeness errors in logits. PNG and maps are base64, the latter
-        of little-endian float32.
+        without count. errors of a level are completeness errors in logits. PNG and maps are base64, the
+        latter of little-endian float32.
 
     Raises:
-        ValueError: the number of classes or a method is not valid, the model cannot take the image, its logits
-            are not finite, or the explanation does not fit in memory.
+        ValueError: the number of classes or a method is not valid, the model cannot take the image, its
+            logits are not finite, or the explanation does not fit in memory.
         ImportError: captum is missing, and ``methods`` names some that need it.
     """
     model = need_network(model)
@@ -83,7 +83,8 @@ def describe(
     attributions = {title: baselines.create(name, model) for title, name in columns(methods).items()}
     name, image = printable(picture.name), picture.image
     listed = min(MOST_CLASSES, model.num_classes) if classes is None else classes
-    check_explainable(model, *image.shape[-2:], name, listed)
+    height, width = image.shape[-2:]
+    check_explainable(model, height, width, name, listed)
     batch = image[None].to(next(model.parameters()))
     with torch.no_grad():
         logits = model(batch)[0]
@@ -91,7 +92,6 @@ def describe(
         raise ValueError(f"{name}: the network gives logits that are not finite")
     order = logits.topk(max(listed, min(MOST_CLASSES, model.num_classes))).indices
     target, best = order[None, :listed], order[None, :1]
-    height, width = image.shape[-2:]
     levels = [_level(f"image, {width} x {height}", model.explain(batch, target))]
     if layers:
         levels += _layers(model, batch, target)
