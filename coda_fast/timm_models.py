@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from coda_fast import pretrained as shipped
 from coda_fast import registry
 from coda_fast.data.preprocessing import Preprocessing
 from coda_fast.models import CoDANet, create_model, model_config
@@ -39,6 +40,8 @@ def _default_cfg(name):
         names, sizes = list(layers), network.layer_sizes(*size[1:])
         last = names.index(network.classifier) if network.classifier else len(names)
         cfg["pool_size"] = sizes[names[last - 1]][1:] if last else size[1:]
+    if name in shipped.names():
+        cfg["file"] = str(shipped.FOLDER / f"{name}.safetensors")
     return cfg | dict(
         num_classes=network.num_classes, first_conv=next(iter(layers)), classifier=network.classifier
     )
@@ -114,6 +117,8 @@ def _entrypoint(name):
     def create(pretrained: bool = False, **options) -> nn.Module:
         if options.get("features_only") and not issubclass(registry.model(name).network, CoDANet):
             raise ValueError(f"features_only: expected a network with a sequence of stages, got {name}")
+        if pretrained and name in shipped.names():
+            shipped.path(name)  # compares the checksum
         names = options.get("class_names")
         if pretrained and names is not None and options.get("num_classes", len(names)) != len(names):
             del options["class_names"]  # timm read them from a folder, but other classes are asked for

@@ -1,5 +1,5 @@
-"""Example photographs, and the figure that ``coda-fast demo`` draws of them with a network that the package
-contains: what speaks for a class, for the next one, and for the one rather than the other.
+"""The figure that ``coda-fast demo`` draws of example photographs with a network that the package contains:
+what speaks for a class, for the next one, and for the one rather than the other.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,7 @@ from coda_fast import baselines, plot, pretrained, safety
 from coda_fast._classes import class_name, fits_no_class
 from coda_fast.data import decode
 from coda_fast.data.decode import picture_size
+from coda_fast.data.photographs import Photograph, example_photographs
 from coda_fast.explanation import Explanation
 from coda_fast.network import Network
 from coda_fast.viewer import verdict
@@ -26,35 +27,6 @@ if TYPE_CHECKING:
 
 # Beside the network's own maps; both are captum's.
 METHODS = ("GCam", "IntGrad")
-
-
-class Photograph(NamedTuple):
-    """A photograph that an installed package ships: its file, and who made it under which licence."""
-
-    path: Path
-    credit: str
-
-
-# (package, file below its folder, credit)
-_SHIPPED = (
-    ("skimage", "data/chelsea.png", "cat Chelsea, Stéfan van der Walt, CC0"),
-    ("sklearn", "datasets/images/china.jpg", "pavilion, danielbuechele, CC BY 2.0"),
-    ("skimage", "data/rocket.jpg", "Falcon 9, SpaceX, CC0"),
-    ("sklearn", "datasets/images/flower.jpg", "flower, vultilion, CC BY 2.0"),
-    ("skimage", "data/coffee.png", "coffee, Rachel Michetti, CC0"),
-    ("skimage", "data/astronaut.png", "Eileen Collins, NASA, public domain"),
-)
-
-
-def example_photographs() -> list[Photograph]:
-    """The photographs of scikit-learn and scikit-image, as far as these packages are installed."""
-    found = []
-    for package, file, credit in _SHIPPED:
-        spec = importlib.util.find_spec(package)
-        path = Path(spec.origin).parent / file if spec is not None and spec.origin else None
-        if path is not None and path.is_file():
-            found.append(Photograph(path, credit))
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +138,8 @@ def run(folder: str | os.PathLike, progress: Callable[[Iterable, str], Iterable]
     """
     folder, networks, rows, lines = Path(folder), {}, [], []
     plot.new_figure(1, 1)  # a missing package fails before the work
-    methods, note = METHODS, ""
+    methods: tuple[str, ...] = METHODS
+    note = ""
     if importlib.util.find_spec("captum") is None:
         methods, note = (), "no other methods are drawn: pip install 'coda-fast[evaluation]'"
     photographs = example_photographs()
