@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from coda_fast import registry
+from coda_fast import _arguments, registry
 from coda_fast._description import DTYPES, describe, tensors_of
 from coda_fast._files import (
     CheckpointError,
@@ -91,7 +91,14 @@ def save(model: Network, path: str | os.PathLike, metadata: Mapping[str, object]
         os.fsync(file.fileno())
 
 
-def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overrides: Any) -> Network:
+def load(
+    path: str | os.PathLike,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    num_classes: int | None = None,
+    **overrides: Any,
+) -> Network:
     """Read what ``save`` wrote. The shapes of the tensors are checked against the configuration before any
     tensor is read.
 
@@ -99,22 +106,35 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
     the preprocessing of its training recipe, or else resizes and crops to ``image_size``.
 
     Args:
+        device: of the network. On "meta" no tensor is read: the network has shapes and no weights.
+        dtype: of the weights, float32, float16, bfloat16 or float64; None: as stored.
+        num_classes: the number of classes; None: as stored. If it is another number, the layer that the
+            network names as its ``classifier`` is new, with weights drawn as by the constructor, and the
+            stored class names are dropped. All other weights are the stored ones.
         overrides: arguments of ``CoDANet`` (or of the class that the file names) that replace the stored
-            ones (``backend="reference"``, ``temperature=...``).
+            ones (``backend="reference"``, ``temperature=...``). ``class_names`` are those of ``num_classes``
+            classes.
 
     Raises:
         FileNotFoundError: there is no such file. CheckpointError: the file is not a checkpoint of coda_fast,
             holds a network that is not registered, is not a regular file (a folder, a pipe, a device), is
             damaged, or its weights do not fit. OSError: reading it is not permitted.
+        ValueError: ``dtype`` or ``num_classes`` is not such a value, or the number of classes is another one
+            and the network names no ``classifier``, or has other weights that depend on this number.
     """
-    with opened(path, device) as file:
+    if num_classes is not None:
+        num_classes = _arguments.positive_integer(num_classes, "num_classes")
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype: expected {' or '.join(map(str, DTYPES.values()))}, got {dtype}")
+    is_meta = str(device) == "meta"
+    with opened(path, "cpu" if is_meta else device) as file:
         header = _header(path, file)
         network = registry.classes()[header["format"].removeprefix(_PREFIX)]
         config = _config(path, header, network, overrides)
         found = {name: file.get_slice(name) for name in list(file.keys())}
         shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
         dtypes = {part.get_dtype() for part in found.values()}
-        if len(dtypes) != 1 or (dtype := DTYPES.get(next(iter(dtypes)))) is None:
+        if len(dtypes) != 1 or (stored_dtype := DTYPES.get(next(iter(dtypes)))) is None:
             raise CheckpointError(
                 f"{path}: expected tensors of one dtype, {' or '.join(DTYPES)}, got {some(sorted(dtypes))}"
             )
@@ -124,22 +144,75 @@ def load(path: str | os.PathLike, *, device: torch.device | str = "cpu", **overr
             raise CheckpointError(
                 f"{path}: expected at least 2 tensors for each of {len(layers)} layers, got {len(found)}"
             )
-        try:  # on the meta device: nothing is allocated for a configuration that does not fit the tensors
-            model = network(**(config | overrides), device="meta", dtype=dtype)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path}: the configuration does not give a network: {one_line(error)}"
-            ) from None
-        _check_keys(str(path), shapes, {name: tuple(t.shape) for name, t in model.state_dict().items()})
-        need_memory(f"{path}: weights", sum(p.nbytes for p in model.parameters()), device)
+        dtype = dtype or stored_dtype
+        # on the meta device: nothing is allocated for a configuration that does not fit the tensors
+        stored = config | overrides
+        if num_classes is not None and "class_names" in overrides:  # these are not for the stored classes
+            stored["class_names"] = config.get("class_names")
+        model = _made(path, network, stored, device="meta", dtype=dtype)
+        _check_keys(str(path), shapes, _shapes(model))
+        new: set[str] = set()  # the tensors that are not read
+        if num_classes is not None:
+            if num_classes != model.num_classes:
+                config = network.adapted(config, num_classes) | {"class_names": None}
+            wanted = _made(path, network, config | overrides, device="meta", dtype=dtype)
+            new = _new_tensors(path, model, wanted, num_classes)
+            model = wanted
+        size = sum(p.nbytes for p in model.parameters())
+        need_memory(f"{path}: weights", size * (2 if new else 1), device)
+        if is_meta:
+            return model
         try:
             # Copies, because the file may change, and because libraries round differently if a tensor is not
             # aligned in memory as torch aligns it.
-            tensors = {name: file.get_tensor(name).clone() for name in found}
+            tensors = {name: file.get_tensor(name).to(dtype, copy=True) for name in found if name not in new}
         except Exception as error:  # safetensors raises bare exceptions of its own
             raise CheckpointError(f"{path}: cannot read the tensors: {one_line(error)}") from None
+    if new:  # a whole network is made, because only its constructor knows how weights are drawn
+        drawn = _made(path, network, config | overrides, device=device, dtype=dtype).state_dict()
+        tensors |= {name: drawn[name] for name in new}
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+def _made(path, network, config, **where):
+    try:
+        return network(**config, **where)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: the configuration does not give a network: {one_line(error)}"
+        ) from None
+
+
+def _shapes(model):
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _new_tensors(path, stored, wanted, num_classes):
+    """The tensors of ``wanted`` that the network ``stored`` in the file does not have: none, or those of the
+    classifier.
+    """
+    before, after = _shapes(stored), _shapes(wanted)
+    if num_classes == stored.num_classes == wanted.num_classes and before == after:
+        return set()
+    why, kind = "", registry.class_of(stored).__name__
+    if stored.classifier is None:
+        why = f"a {kind} names no classifier that could be replaced"
+    elif wanted.num_classes != num_classes:
+        why = f"the other arguments give {wanted.num_classes}"
+    else:
+        own = f"{stored.classifier}."
+        new = {name for name in after if name.startswith(own)}
+        kept = [
+            {name: shape for name, shape in shapes.items() if not name.startswith(own)}
+            for shapes in (before, after)
+        ]
+        if kept[0] == kept[1]:
+            return new
+        why = f"in a {kind} other weights than those of {stored.classifier} depend on it"
+    raise ValueError(
+        f"num_classes: expected {stored.num_classes}, as in {path}, because {why}, got {num_classes}"
+    )
 
 
 def _config(path, header, network, overrides):

@@ -45,7 +45,8 @@ class Network(DynamicLinear):
         transform: ``coda_fast.data.Preprocessing``: ``model(model.transform("photo.jpg")[None])``. Stored
             with the weights.
         classifier: name of the DAU layer that turns features into evidence, if there is one that all paths
-            go through and that nothing follows; timm's interface needs it. The subclass sets it.
+            go through and that nothing follows; timm's interface needs it, and ``coda_fast.load`` with
+            another number of classes. The subclass sets it.
 
     Raises:
         ValueError, TypeError: an argument is not valid.

@@ -41,7 +41,9 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "bad": dict,
     "seconds": (int, float),
     "sums": (torch.Tensor, type(None)),
+    "origin": (dict, type(None)),
 }
+_ORIGIN = {"name": str, "sha256": str, "network": str, "config": dict}  # made by weights.Weights.origin
 
 
 def save(setup: Setup, state: State, is_best: bool = False) -> None:
@@ -81,6 +83,7 @@ def save(setup: Setup, state: State, is_best: bool = False) -> None:
             "sums": state.sums if state.step else None,
             "seconds": state.seconds,
             "bad": dict(state.unreadable),
+            "origin": setup.origin,
         }
         _write(path, content, state)
         state.last_good = path
@@ -150,6 +153,7 @@ def read(path: str | os.PathLike) -> dict:
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise TrainingError(f"{path}: expected a checkpoint of coda-fast train, got {_what(content)}")
+    content.setdefault("origin", None)  # of a release whose runs could not start from weights
     if missing := sorted(_KEYS.keys() - content.keys()):
         raise TrainingError(
             f"{path}: a checkpoint of coda-fast train {content.get('version')} without {', '.join(missing)}"
@@ -162,6 +166,9 @@ def read(path: str | os.PathLike) -> dict:
             )
     if not all(isinstance(row, dict) for row in content["history"]):
         raise TrainingError(f"{path}: not a readable checkpoint: history: expected rows")
+    origin = content["origin"]
+    if origin is not None and any(not isinstance(origin.get(key), kind) for key, kind in _ORIGIN.items()):
+        raise TrainingError(f"{path}: not a readable checkpoint: origin: expected {', '.join(_ORIGIN)}")
     return content
 
 

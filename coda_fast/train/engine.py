@@ -65,7 +65,7 @@ def _run(recipe, output, resume_from, progress, state):
         # All checks come before the first write into the folder.
         agreement.on_rank_zero(lambda: folder.check(recipe))
         start = resume.find(folder, resume_from, agreement)
-        setup = set_up(recipe, output, agreement, logger)
+        setup = set_up(recipe, output, agreement, logger, start)
         # Models may use the global generators, which get a different seed in each process.
         random_state.seed_all(seeded(recipe.seed, 1, agreement.process.rank))
         if start is not None:

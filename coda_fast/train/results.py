@@ -35,5 +35,7 @@ def _write(setup, content, weights, name):
     """
     path = setup.output / name
     metadata = {"recipe": setup.recipe.model_dump(mode="json"), **content["history"][-1], "weights": weights}
+    if setup.origin is not None:
+        metadata["origin"] = {key: setup.origin[key] for key in ("name", "sha256")}
     model_files.save(checkpoints.load_whole_model(setup, content[weights]), path, metadata)
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coda_fast.data.decode import RULES
-from coda_fast.train import checkpoints, random_state
+from coda_fast.train import checkpoints, random_state, weights
 from coda_fast.train.agreement import Agreement
 from coda_fast.train.errors import MODELS, TrainingError
 from coda_fast.train.recipes import make_recipe
@@ -107,11 +107,16 @@ def restore(setup: Setup, state: State, path: Path, content: dict) -> None:
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise TrainingError(f"{path}: random states that cannot be: {_first_line(error)}") from None
     setup.logger.say(f"going on from {path}: epoch {state.epoch + 1}, step {state.step}")
+    if (origin := content["origin"]) is not None:
+        setup.logger.say(f"the run began with weights: {origin['name']} (sha256 {origin['sha256'][:12]})")
 
 
 def _check_same_run(setup, path, content, stored):
     recipe = setup.recipe
-    if changed := recipe.differences(stored):
+    changed = recipe.differences(stored)
+    if "model.weights" in changed and _are_moved(recipe, content):
+        changed.remove("model.weights")
+    if changed:
         values = ", ".join(
             f"{key} (was {_value(stored, key)!r}, now {_value(recipe, key)!r})" for key in changed
         )
@@ -133,6 +138,12 @@ def _check_same_run(setup, path, content, stored):
         raise TrainingError(
             f"{path}: epochs: expected at least {least}, where the run stands, got {recipe.epochs}"
         )
+
+
+def _are_moved(recipe, content):
+    """Whether ``model.weights`` names, by another name, the file from which the run began."""
+    origin, name = content["origin"], recipe.model.weights
+    return origin is not None and name is not None and weights.is_same(name, origin)
 
 
 def _load_weights(setup, path, content):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from coda_fast import safety
 from coda_fast._files import atomic_path
+from coda_fast.train import weights
 from coda_fast.train.errors import FILES, TrainingError
 from coda_fast.train.schema import Recipe
 
@@ -28,9 +29,11 @@ class RunFolder(contextlib.ExitStack):
         self.path, self.checkpoints, self.say, self.is_locked = path, path / "checkpoints", say, False
 
     def check(self, recipe: Recipe) -> None:
-        """Raise a TrainingError if the run would write into its own data."""
+        """Raise a TrainingError if the run would write into its own data, or over its weights."""
         data = recipe.data
-        read = [path for path in (data.path, data.val_path) if path is not None]
+        read: list[str | Path] = [path for path in (data.path, data.val_path) if path is not None]
+        if recipe.model.weights is not None:
+            read.append(weights.find(recipe.model.weights))
         classes = []
         if data.kind == "folder" and data.path is not None:
             classes = [os.path.join(data.path, "train"), data.val_path or os.path.join(data.path, "val")]

@@ -10,7 +10,7 @@ from coda_fast.functional import NORMS
 from coda_fast.train.errors import need
 
 need("pydantic")
-from pydantic import BaseModel, ConfigDict, Field, model_validator  # noqa: E402
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator  # noqa: E402
 
 # Bounds, so that absurd values are refused before anything is allocated.
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -21,6 +21,13 @@ Layers = Annotated[list[Positive], Field(min_length=1, max_length=256)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1, max_length=4096)]
+# one name needs no brackets
+Names = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=200)]],
+    Field(max_length=256),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
 
 
 class _Section(BaseModel):
@@ -30,9 +37,16 @@ class _Section(BaseModel):
 class Model(_Section):
     """The network: a name in ``coda_fast.list_models()``, and arguments of ``coda_fast.create_model`` that
     replace those of the named network (null: not replaced).
+
+    With ``weights`` the network is that of the file instead, with a new last layer if the data has another
+    number of classes; ``temperature`` replaces the stored one, and arguments that ask for other layers are
+    refused.
     """
 
     name: str
+    weights: Name | None = None  # a file of coda_fast.save, such as a run's model.safetensors
+    # layers that are not trained: names, or patterns such as layers.[0-3]
+    freeze: Names = []
     temperature: Rate | None = None
     rank: Positive | None = None
     norm: Literal[NORMS] | None = None  # type: ignore[valid-type]
@@ -46,7 +60,8 @@ class Model(_Section):
 
     def arguments(self) -> dict:
         """The arguments that are given, for ``create_model``."""
-        return {key: value for key, value in self.model_dump().items() if value is not None and key != "name"}
+        given = self.model_dump(exclude={"name", "weights", "freeze"})
+        return {key: value for key, value in given.items() if value is not None}
 
 
 class RandAugment(_Section):

@@ -14,7 +14,7 @@ from coda_fast import safety
 from coda_fast.data.shards import Shards
 from coda_fast.data.sources import Arrays, Process, seeded
 from coda_fast.models import CoDANet, create_model
-from coda_fast.train import processes
+from coda_fast.train import processes, weights
 from coda_fast.train.agreement import Agreement
 from coda_fast.train.data import Source, open_data
 from coda_fast.train.errors import TrainingError, need
@@ -52,6 +52,8 @@ class Setup:
         schedule: of the learning rate.
         whole_model: in rank zero, a model with all weights of the last checkpoint, for maps and files; None
             in other processes.
+        origin: the weights from which the run began and its network (``weights.Weights.origin``); None: the
+            run began with fresh weights.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
     whole_model: CoDANet | None
+    origin: dict | None
 
     @property
     def checkpoints(self) -> Path:
@@ -101,16 +104,40 @@ class Setup:
         return processes.is_sharded(self.agreement.fabric)
 
 
-def set_up(recipe: Recipe, output: Path, agreement: Agreement, logger: Logger) -> Setup:
+def set_up(
+    recipe: Recipe,
+    output: Path,
+    agreement: Agreement,
+    logger: Logger,
+    resumed: tuple[Path, dict] | None = None,
+) -> Setup:
     """Model, images, optimiser and schedule of a recipe, on the device and shared over the processes. No file
     is written.
+
+    Args:
+        recipe: of the run.
+        output: the folder of the run.
+        agreement: communication with the other processes.
+        logger: shows messages.
+        resumed: the checkpoint from which the run is resumed, and its content. The file ``model.weights`` is
+            not read then.
 
     Raises:
         TrainingError: values of the recipe do not fit each other, the data, or this machine.
     """
     fabric, process = agreement.fabric, agreement.process
     local_batch, micro_batch = split_batch(recipe, process)
-    model, source = _model_and_source(recipe, fabric.device, logger, local_batch, micro_batch)
+    start = None
+    if resumed is None and recipe.model.weights is not None:
+        start = weights.Weights(recipe.model)
+    _check_same_weights(recipe, agreement.gather(None if start is None else start.sha256))
+    make = _maker(recipe, start, resumed)
+    model, source = _model_and_source(recipe, make, fabric.device, logger, local_batch, micro_batch)
+    frozen = weights.frozen_layers(model, recipe.model.freeze)
+    weights.freeze(model, frozen)
+    origin = None if resumed is None else resumed[1]["origin"]
+    if start is not None:
+        origin = start.origin(model)
     facts = source.facts()
     _check_same_data(agreement.gather(facts))
     if isinstance(source.train, Shards):
@@ -130,11 +157,16 @@ def set_up(recipe: Recipe, output: Path, agreement: Agreement, logger: Logger) -
             f"micro_batch: {recipe.micro_batch} does not divide the {local_batch} images of a process, "
             f"{micro_batch} does"
         )
+    for line in start.in_words(model) if start is not None else ():
+        logger.say(line)
+    if start is not None or frozen:
+        logger.say(weights.trained_in_words(model, frozen))
     objective, whole_model, ema = _objective(recipe, model, agreement)
     if recipe.compile:
         objective.compile()
     module = fabric.setup_module(objective)
-    optimizer = make_optimizer(recipe, module.parameters())
+    # Without the frozen parameters, which some optimisers would change although they have no gradient.
+    optimizer = make_optimizer(recipe, (p for p in module.parameters() if p.requires_grad))
     schedule = make_schedule(recipe, optimizer, steps)
     return Setup(
         recipe=recipe,
@@ -152,6 +184,7 @@ def set_up(recipe: Recipe, output: Path, agreement: Agreement, logger: Logger) -
         optimizer=fabric.setup_optimizers(optimizer),
         schedule=schedule,
         whole_model=whole_model,
+        origin=origin,
     )
 
 
@@ -178,6 +211,16 @@ def differences(before: dict, after: dict, first: str, second: str) -> str:
     )
 
 
+def _check_same_weights(recipe, gathered):
+    """Raise a TrainingError, in every process, unless all found the same file of weights."""
+    for rank, sha256 in enumerate(gathered):
+        if sha256 != gathered[0]:
+            raise TrainingError(
+                f"model.weights: expected the same file in every process, got {recipe.model.weights} with "
+                f"SHA-256 {gathered[0][:12]} in process 0, {sha256[:12]} in process {rank}"
+            )
+
+
 def _check_same_data(gathered):
     """Raise a TrainingError, in every process, unless all have the same images. Processes with different
     images could make different numbers of steps, and wait for each other without end.
@@ -197,8 +240,21 @@ def _amounts(facts, num_classes):
     return ", ".join([*parts, f"{num_classes} classes"])
 
 
-def _model_and_source(recipe, device, logger, local_batch, micro_batch):
-    probe = _create_model(recipe, {}, device="meta")  # nothing is allocated
+def _maker(recipe, start, resumed):
+    """A function of options and a device that makes the network of the run: with the weights ``start``, as
+    the checkpoint ``resumed`` describes it, or fresh.
+    """
+    spec, dtype = recipe.model, DTYPES[recipe.precision]
+    if start is not None:
+        return lambda options, device="cpu": start.network(**options, device=device)
+    if resumed is not None and resumed[1]["origin"] is not None:
+        return lambda options, device="cpu": weights.again(resumed, spec.backend, dtype, device)
+    return lambda options, device="cpu": _create_model(recipe, options, device)
+
+
+def _model_and_source(recipe, make, device, logger, local_batch, micro_batch):
+    probe = make({}, "meta")  # nothing is allocated
+    weights.frozen_layers(probe, recipe.model.freeze)  # checked before images are read
     source = open_data(recipe.data, probe.image_channels, device, logger.reading)
     options = {
         "class_names": source.class_names,
@@ -207,26 +263,22 @@ def _model_and_source(recipe, device, logger, local_batch, micro_batch):
     }
     if source.preprocessing.crop is not None:
         options["image_size"] = source.preprocessing.crop
+    options["num_classes"] = source.num_classes
     channels = recipe.model.out_channels
-    if channels is None:
-        options["num_classes"] = source.num_classes
-    elif (
-        channels[-1] != source.num_classes
-    ):  # in a network of its own layers the last of them are the classes
+    # in a network of its own layers the last of them are the classes
+    if channels is not None and channels[-1] != source.num_classes:
         raise TrainingError(
             f"model.out_channels: expected {source.num_classes} classes at the end, got {channels}"
         )
-    _check_memory(
-        recipe, _create_model(recipe, options, device="meta"), source, device, local_batch, micro_batch
-    )
+    _check_memory(recipe, make(options, "meta"), source, device, local_batch, micro_batch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded(recipe.seed))  # the same weights in every process
-        return _create_model(recipe, options), source
+        return make(options), source
 
 
-def _create_model(recipe, options, **more):
+def _create_model(recipe, options, device):
     try:
-        return create_model(recipe.model.name, **options | recipe.model.arguments(), **more)
+        return create_model(recipe.model.name, **options | recipe.model.arguments(), device=device)
     except (ValueError, TypeError) as error:
         raise TrainingError(f"model: {str(error).removeprefix('model: ')}") from None
     # torch raises these for sizes that do not fit in 64 bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coda_fast import plot
@@ -30,6 +31,8 @@ def curve(history: list[dict], recipe: Recipe) -> Figure:
         axes.legend(fontsize=8)
     own = recipe.model.out_channels  # a network with layers of its own is not the one that the recipe names
     network = recipe.model.name if own is None else f"layers of {', '.join(map(str, own))} channels"
+    if recipe.model.weights is not None:
+        network = f"started from {Path(recipe.model.weights).name}"
     title, families = plot.drawable(f"{recipe.name}: {network}, batch {recipe.batch_size}")
     figure.suptitle(title, fontsize=10, fontfamily=families, parse_math=False)  # names may contain dollars
     return figure
