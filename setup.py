@@ -72,7 +72,7 @@ setup(
     ],
     package_dir={"coda_kernels": "kernels/coda_kernels"},
     package_data={
-        "coda_fast": ["py.typed", "recipes/*.yaml", "viewer/viewer.css", "viewer/viewer.js"],
+        "coda_fast": ["py.typed", "recipes/*.yaml", "weights/*", "viewer/viewer.css", "viewer/viewer.js"],
         "coda_kernels": ["py.typed", "tables/*.json"],
     },
     install_requires=["torch>=2.11", "numpy"],

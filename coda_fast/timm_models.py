@@ -117,8 +117,9 @@ def _entrypoint(name):
     def create(pretrained: bool = False, **options) -> nn.Module:
         if options.get("features_only") and not issubclass(registry.model(name).network, CoDANet):
             raise ValueError(f"features_only: expected a network with a sequence of stages, got {name}")
-        if pretrained and name in shipped.names():
-            shipped.path(name)  # compares the checksum
+        known = None
+        if pretrained and name in shipped.names():  # this also compares the checksum of the file
+            known = shipped.create(name, device="meta").class_names
         names = options.get("class_names")
         if pretrained and names is not None and options.get("num_classes", len(names)) != len(names):
             del options["class_names"]  # timm read them from a folder, but other classes are asked for
@@ -138,7 +139,7 @@ def _entrypoint(name):
                 }
             else:
                 model.transform = _transform_of(model.pretrained_cfg, model.transform)
-            names = model.pretrained_cfg.get("label_names")  # timm's name for them
+            names = model.pretrained_cfg.get("label_names", known)  # timm's name for them
             if model.class_names is not None:
                 model.pretrained_cfg = model.default_cfg = {
                     **model.pretrained_cfg,

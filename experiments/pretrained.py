@@ -1,5 +1,5 @@
-"""The networks that the package contains: from a finished run to the file, its checksum and the numbers of its
-model card.
+"""The networks that the package contains: from a finished run to the file, its checksum and the numbers of
+its model card.
 
 python -m experiments.pretrained ship NAME --run FOLDER
     coda_fast/weights/NAME.safetensors in half precision, its line in SHA256SUMS, and the curve of the run of
@@ -26,6 +26,7 @@ import torch
 import coda_fast
 from bench import results
 from coda_fast import checkpoints, demo, pretrained
+from coda_fast.data.photographs import example_photographs
 
 # WordNet's names of the synsets that Imagenette takes from ImageNet, in the order of its folders
 IMAGENETTE = [
@@ -59,10 +60,22 @@ def ship(name: str, model: coda_fast.CoDANet, facts: dict) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "temperature": model.temperature,
         "bytes": file.stat().st_size,
+        "logits": logits(name),
         **results.environment(torch.device("cpu")),
         **facts,
     }
     rows(name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def logits(name: str) -> dict[str, list[float]]:
+    """The logits of the shipped weights for example photographs, computed in float64 by the definition."""
+    model = pretrained.load(name, backend="reference").double().eval()
+    found = {}
+    for photograph in example_photographs():
+        with torch.no_grad():
+            values = model(model.transform(photograph.path)[None].double())[0]
+        found[photograph.path.name] = [round(float(value), 6) for value in values]
+    return found
 
 
 def of_run(folder: Path) -> tuple[coda_fast.CoDANet, dict]:
@@ -116,8 +129,8 @@ def amount(row: dict) -> int:
 
 
 def standard_errors(table: Path) -> dict[str, float]:
-    """The standard error of the mean of each method. Cells of one grid share its images, so that a grid counts
-    as one value, and so does the area of an image's removal curve.
+    """The standard error of the mean of each method. Cells of one grid share its images, so that a grid
+    counts as one value, and so does the area of an image's removal curve.
     """
     values: dict[str, dict[str, list[float]]] = {}
     with open(table, newline="", encoding="utf-8") as file:
@@ -131,21 +144,25 @@ def standard_errors(table: Path) -> dict[str, float]:
     return {method: float(mean.std() / len(mean) ** 0.5) for method, mean in means.items()}
 
 
-def table(name: str) -> str:
-    """Markdown: every method's localisation and removal, with the 95 % confidence interval of the mean."""
+def card(name: str) -> str:
+    """Markdown for the model card: every method's localisation and removal, with the 95 % confidence interval
+    of the mean, and what was measured, on what and with what.
+    """
     found = json.loads(rows(name).read_text(encoding="utf-8"))
-    lines = [
-        "| method | localisation, mean | 25 % | median | 75 % | grids | removal, area | images |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
     localised, removed = found.get("localisation", {}), found.get("removal", {})
+    lines = []
+    if localised:
+        lines = [
+            "| method | localisation, mean | 25 % | median | 75 % | grids | removal, area | images |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
     for method, row in sorted(localised.items(), key=lambda item: -item[1]["mean"]):
         other = removed.get(method)
         lines.append(
             f"| {method} | {_mean(row)} | {row['q25']:.3f} | {row['median']:.3f} | {row['q75']:.3f} | "
             f"{row['grids']} | " + (f"{_mean(other)} | {other['images']} |" if other else "| |")
         )
-    return "\n".join([*lines, "", summary(found)])
+    return "\n".join([*lines, *([""] if lines else []), summary(found)])
 
 
 def _mean(row):
@@ -153,21 +170,33 @@ def _mean(row):
 
 
 def summary(found: dict) -> str:
-    """The sentence below the table: what was measured, on what and with what."""
-    parts = [f"{found['name']}, {found['parameters']:,} parameters, T = {found['temperature']:g}"]
+    """What was measured, on what and with what, in sentences."""
+    parts = [f"{found['parameters']:,} parameters, T = {found['temperature']:g}, {found['bytes'] / 1e6:.1f} MB"]
     if accuracy := found.get("accuracy"):
-        parts.append(
-            f"accuracy {accuracy['top1']:.2%} on the {accuracy['images']:,} test images of {found['data']}"
-        )
+        parts.append(f"accuracy {accuracy['top1']:.2%} of {accuracy['images']:,} test images")
     if error := found.get("completeness_error"):
-        parts.append(
-            f"completeness error at most {error['worst']:.0e}, relative, on {error['images']} images"
+        parts.append(f"completeness error at most {error['worst']:.0e}, relative, over {error['images']} images")
+    if measured := found.get("demo"):
+        row = measured["results"][-1]
+        parts += [
+            f"accuracy {row['accuracy']:.1%} of {measured['test_images']} test images",
+            f"completeness error at most {row['relative_completeness_error']:.0e}, relative",
+            f"localisation in {measured['grid']} grids {row['localisation']:.3f} (chance "
+            f"{measured['chance_localisation']})",
+        ]
+    if history := found.get("history"):
+        images = history[-1]["updates"] / len(history) * found["recipe"]["batch_size"]  # of an epoch
+        hours = sum(images / row["images_per_second"] for row in history) / 3600
+        parts.append(f"{len(history)} epochs, trained in {hours:.1f} hours of a core that other work shared")
+    method = ""
+    if found.get("localisation"):
+        method = (
+            f" Mean ± half of the 95 % confidence interval; 3 x 3 grids, chance {1 / 9:.3f}; removal: least "
+            "important first, mean probability over 0 to 25 %."
         )
     return (
-        "; ".join(parts)
-        + ". Mean ± half of the 95 % confidence interval. 3 x 3 grids, chance 0.111; removal: "
-        f"least important first, mean probability over 0 to 25 %. {found['device']}, torch {found['torch']}; "
-        f"commit {found['commit']}, {found['date']}."
+        "; ".join(parts) + f".{method} {found['device']}, torch {found['torch']}; commit {found['commit']}, "
+        f"{found['date']}."
     )
 
 

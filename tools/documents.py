@@ -8,6 +8,7 @@ python -m tools.documents --check    exit status 1 if a document does not match 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from bench.tables import MIB, PUBLISHED, everything, fastest, footer, others, su
 from bench.yardsticks import YARDSTICKS
 from coda_fast import baselines
 from coda_fast.baselines._registry import ENTRIES
-from experiments import evaluate_digits, evaluation_speed, golden, matrix_regulariser, training
+from experiments import evaluate_digits, evaluation_speed, golden, matrix_regulariser, pretrained, training
 from tools import aot_tables, launches
 
 
@@ -135,6 +136,10 @@ BLOCKS = {
         "digits": evaluate_digits.table,
         "matrix": matrix_regulariser.table,
         "speed": evaluation_speed.table,
+    },
+    **{
+        ROOT / "coda_fast" / "weights" / f"{name}.md": {"card": functools.partial(pretrained.card, name)}
+        for name in pretrained.DATA
     },
     ROOT / "docs" / "training.md": {"training": training.table, "run": training.run_table},
     ROOT / "docs" / "kernels.md": {"aot": aot_tables.tables, "launches": launches.tables},
