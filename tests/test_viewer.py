@@ -505,6 +505,9 @@ def test_what_is_on_the_screen(view, model, picture):
             column = int(box["x"] + box["width"] * (x + part) / 9)
             row = int(box["y"] + box["height"] * (y + part) / 6)
             assert np.abs(pixels[row, column] - expected[y, x]).max() <= 1
+    inside = [int(box[side]) for side in ("y", "x", "height", "width")]
+    shown = pixels[inside[0] + 1 :, inside[1] + 1 :][: inside[2] - 2, : inside[3] - 2]
+    assert len(np.unique(shown.reshape(-1, 3), axis=0)) <= 9 * 6  # no colours between those of two squares
 
 
 def test_without_scripts(browser, tmp_path, model, picture):

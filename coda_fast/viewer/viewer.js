@@ -2,11 +2,11 @@
 // from the JSON inside it, also those that are added later. It asks for nothing outside the page.
 (() => {
   "use strict";
-  if (window.codaViewer) return; // a page may hold the script twice
-  window.codaViewer = true;
 
   const PERCENTILE = 99.5; // of coda_fast.plot.symmetric_scale
-  const SIDE = 640; // the longer side of a drawing, about, in its own pixels
+  // The longer side of drawings, about, in their own pixels. The map has finer ones, for the lines of a box;
+  // the page enlarges the others in sharp squares, which takes less memory.
+  const MAP_SIDE = 640, SIDE = 320;
   const DECADES = 2; // the temperature goes from T / 100 to 100 T
 
   // -- numbers
@@ -77,10 +77,10 @@
   }
 
   // Where things lie on a drawing: its size, and the box of what the network saw, of whole pixels each.
-  function geometry(data) {
+  function geometry(data, side) {
     const [left, top, right, bottom] = data.surroundings ? data.surroundings.box : [0, 0, 1, 1];
     const width = data.width / (right - left), height = data.height / (bottom - top);
-    const pixel = Math.max(1, Math.round(SIDE / Math.max(width, height)));
+    const pixel = Math.max(1, Math.ceil(side / Math.max(width, height)));
     return {
       width: Math.max(1, Math.round(width * pixel)),
       height: Math.max(1, Math.round(height * pixel)),
@@ -88,6 +88,7 @@
       y: Math.round(top * height * pixel),
       w: data.width * pixel,
       h: data.height * pixel,
+      pixel,
     };
   }
 
@@ -96,6 +97,8 @@
     Object.assign(canvas, { width: place.width, height: place.height }); // which also clears it
     const context = canvas.getContext("2d"), box = [place.x, place.y, place.w, place.h];
     context.imageSmoothingEnabled = false;
+    // The page shows pixels as sharp squares, but of a large picture, which it has no room for, averages.
+    canvas.style.imageRendering = place.pixel < 4 ? "auto" : "pixelated";
     const draw = (image, ...where) => image.naturalWidth && context.drawImage(image, ...where);
     if (images.surroundings) draw(images.surroundings, 0, 0, place.width, place.height);
     draw(images.picture, ...box);
@@ -186,7 +189,7 @@
     const source = root.querySelector('script[type="application/json"]');
     if (!source) return;
     root.dataset.started = "yes";
-    const data = JSON.parse(source.textContent), place = geometry(data);
+    const data = JSON.parse(source.textContent), place = geometry(data, MAP_SIDE);
     const state = initial(), maps = [], parts = build(data);
     const load = (png) => make("img", { src: `data:image/png;base64,${png}` });
     const images = { picture: load(data.picture) };
@@ -213,10 +216,11 @@
       parts.reading.textContent = reading(state, shown);
     }
     function drawOthers() {
-      paint(parts.picture, place, images);
+      const small = geometry(data, SIDE);
+      paint(parts.picture, small, images);
       data.methods.forEach((m, i) => {
         const map = coloured(decode(m.maps, 1)[0], m.width, m.height, m.scale);
-        paint(parts.methods[i], place, images, map, 1);
+        paint(parts.methods[i], small, images, map, 1);
       });
     }
 
