@@ -1,6 +1,6 @@
 """coda_fast: Convolutional Dynamic Alignment Networks, exact and fast."""
 
-from coda_fast import data, functional
+from coda_fast import data, functional, pretrained
 from coda_fast._modes import explanation_mode
 from coda_fast._version import __version__
 from coda_fast._wrappers import unwrap
@@ -35,6 +35,7 @@ __all__ = [
     "functional",
     "list_models",
     "load",
+    "pretrained",
     "register_model",
     "save",
     "unwrap",

@@ -77,7 +77,8 @@ def load(name_or_path: str | os.PathLike, **options: Any) -> Network:
         return checkpoints.load(name_or_path, **options)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"checkpoint: expected a file or one of {', '.join(names())}, got {os.fspath(name_or_path)}"
+            f"{os.fspath(name_or_path)}: no such checkpoint, and no network of the package "
+            f"({', '.join(names())})"
         ) from None
 
 

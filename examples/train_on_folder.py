@@ -20,12 +20,10 @@ def main() -> None:
     parser.add_argument("changes", nargs="*", help="further keys of the recipe, such as optimizer.lr=1e-3")
     options = parser.parse_intermixed_args()
 
-    classes = sorted(path.name for path in (options.folder / "train").iterdir() if path.is_dir())
     recipe = train.load_recipe(
-        "cifar10-xs",  # a narrow network that a CPU can train; "coda-fast train" lists the others
+        "cifar10-xs",  # a small network that a CPU can train; "coda-fast train" lists the others
         [
             "name=mine",
-            f"model.out_channels=[16, 16, 32, 32, {len(classes)}]",
             "data.kind=folder",
             f"data.path={options.folder}",
             f"data.resize={options.size}",

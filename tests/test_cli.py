@@ -14,7 +14,9 @@ from PIL import Image
 
 import coda_fast
 from coda_fast import cli, explain_files, plot
+from coda_fast.data.photographs import example_photographs
 from coda_fast.demo import TEMPERATURES
+from coda_fast.viewer import verdict
 
 
 def run(*arguments):
@@ -47,8 +49,36 @@ def test_explain(checkpoint, image, tmp_path, capsys):
     assert [p.name for p in output.iterdir()] == ["scan_explained.png"]
     Image.open(output / "scan_explained.png").verify()
     printed = capsys.readouterr().out
-    assert "scan.png: digit" in printed
+    # an untrained network gives every class a probability of about 10 %
+    assert "scan.png: fits none of the 10 classes: the most likely, digit " in printed
+    assert "explained by" not in printed
     assert "completeness error" in printed
+
+
+def test_explain_with_the_networks_of_the_package(tmp_path, capsys):
+    """Without a checkpoint the size of a picture decides, and the line says which network it was. A name is
+    as good as a file.
+    """
+    small, large = tmp_path / "small.png", example_photographs()[0].path
+    with Image.open(large) as photograph:
+        photograph.resize((32, 32)).save(small)
+    assert run("explain", small, large, "--output", tmp_path) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition("explained by ")[2].partition(",")[0] for line in printed] == [
+        "coda_xs_cifar10",
+        "coda_xs_imagenette",
+    ]
+    for line, path, name in zip(printed, (small, large), ("coda_xs_cifar10", "coda_xs_imagenette"), strict=True):
+        model = coda_fast.create_model(name, pretrained=True).eval()
+        with torch.no_grad():
+            logits = model(model.transform(path)[None])[0]
+        assert f": {verdict(logits, model.class_names)}, explained by" in line
+    named = "--checkpoint", "coda_xs_cifar10", "--target", "cat"
+    assert run("explain", large, *named, "--output", tmp_path / "cat") == 0
+    assert "explained by" not in capsys.readouterr().out
+    assert run("explain", large, "--target", "dog", "--output", tmp_path / "dog") == 2
+    _one_line(capsys, "--target: expected a class (tench, English springer, ")
+    assert not (tmp_path / "dog").exists()
 
 
 def test_explain_several_with_targets(checkpoint, image, tmp_path, capsys):
@@ -305,7 +335,7 @@ def test_demo(tmp_path, capsys):
     """After two epochs every file exists, the numbers are those that were printed, and the checkpoint can
     explain.
     """
-    assert run("demo", "--epochs", 2, "--output", tmp_path / "demo") == 0
+    assert run("demo", "--train", "--epochs", 2, "--output", tmp_path / "demo") == 0
     files = {p.name for p in (tmp_path / "demo").iterdir()}
     assert files == {"coda_demo.png", "coda_demo.safetensors", "coda_demo.json"}
     numbers = json.loads((tmp_path / "demo" / "coda_demo.json").read_text())
@@ -325,9 +355,24 @@ def test_demo(tmp_path, capsys):
         assert min(figure.size) > 1000
 
 
+def test_demo_of_photographs(tmp_path, capsys):
+    """Without --train nothing is trained: a line about each example photograph, and the figure."""
+    assert run("demo", "--output", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for photograph, line in zip(example_photographs(), lines, strict=False):
+        assert line.startswith(f"{photograph.path.name}: ")
+        assert "explained by coda_xs_imagenette, completeness error " in line
+    assert [path.name for path in tmp_path.iterdir()] == ["coda_demo.png"]
+    with Image.open(tmp_path / "coda_demo.png") as figure:
+        assert min(figure.size) > 1000
+    assert run("demo", "--epochs", 3, "--output", tmp_path / "other") == 2
+    _one_line(capsys, "--epochs: expected --train beside it")
+    assert not (tmp_path / "other").exists()
+
+
 def test_demo_without_data(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert run("demo", "--output", tmp_path / "demo") == 2
+    assert run("demo", "--train", "--output", tmp_path / "demo") == 2
     _one_line(capsys, "scikit-learn: pip install 'coda-fast[cli]'")
     assert not (tmp_path / "demo").exists()
 

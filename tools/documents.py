@@ -141,6 +141,9 @@ BLOCKS = {
         ROOT / "coda_fast" / "weights" / f"{name}.md": {"card": functools.partial(pretrained.card, name)}
         for name in pretrained.DATA
     },
+    ROOT / "docs" / "pretrained.md": {
+        name.rpartition("_")[2]: functools.partial(pretrained.card, name) for name in pretrained.DATA
+    },
     ROOT / "docs" / "training.md": {"training": training.table, "run": training.run_table},
     ROOT / "docs" / "kernels.md": {"aot": aot_tables.tables, "launches": launches.tables},
 }
