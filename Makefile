@@ -35,7 +35,7 @@ help: ## list the verbs
 	@echo 'The first run downloads PyTorch. The build for CPUs only is far smaller: PIP_ARGS="--extra-index-url URL", with the URL that'
 	@echo 'the installation page of PyTorch names for it.'
 
-demo: $(READY) ## train small networks on digits, draw their explanations into ./coda_demo (about a minute)
+demo: $(READY) ## explain example photographs with a network of the package, draw the figure into ./coda_demo
 	$(VENV)/bin/coda-fast demo $(DEMO_ARGS)
 
 test: $(READY) ## all tests and doctests, every bench once

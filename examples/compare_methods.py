@@ -1,7 +1,6 @@
 """Compare the network's own explanation with other attribution methods on the same images:
 
-    coda-fast demo
-    python examples/compare_methods.py --checkpoint coda_demo/coda_demo.safetensors
+    python examples/compare_methods.py                 # or --checkpoint FILE, of another network for digits
 
 There are two measures, and higher is better in both. Localisation: the share of a map's positive
 contributions on the scan of the explained class, in an image of four scans (chance is 0.25). Removal: the
@@ -10,7 +9,6 @@ captum's.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -23,12 +21,12 @@ METHODS = ("Ours", "IxG", "IntGrad", "GCam", "Grad")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, default="coda_demo/coda_demo.safetensors")
+    parser.add_argument("--checkpoint", default="coda_xs_digits")
     parser.add_argument("--grids", type=int, default=50, help="how many images of four scans are drawn")
     parser.add_argument("--images", type=int, default=50, help="how many images lose their pixels")
     options = parser.parse_args()
 
-    model, data = coda_fast.load(options.checkpoint).eval(), demo.digits()
+    model, data = coda_fast.pretrained.load(options.checkpoint).eval(), demo.digits()
     images, labels = data.test_images, data.test_labels
     with torch.no_grad():
         logits = model(images)

@@ -1,7 +1,7 @@
 """Show which pixels of a picture speak for and against a class, and that no contribution is missing:
 
-    coda-fast demo                               # trains a network on digits; or use your own
-    python examples/explain_picture.py digit.png --checkpoint coda_demo/coda_demo.safetensors
+    python examples/explain_picture.py photo.jpg
+    python examples/explain_picture.py digit.png --checkpoint coda_xs_digits    # or a file of your own
 
 This prints the two most likely classes with their logits, the sums of their maps, and the most important
 pixel of each, and writes the figure to ``--output``. ``coda-fast explain`` makes the same calls.
@@ -17,11 +17,11 @@ from coda_fast import plot
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--checkpoint", type=Path, default="coda_demo/coda_demo.safetensors")
+    parser.add_argument("--checkpoint", default="coda_xs_imagenette")
     parser.add_argument("--output", type=Path, default="why.png")
     options = parser.parse_args()
 
-    model = coda_fast.load(options.checkpoint).eval()
+    model = coda_fast.pretrained.load(options.checkpoint).eval()
     # Upright, resized and cropped as in training, in [0, 1]: [1, C, H, W]. Images are never normalised.
     image = model.transform(options.picture)[None]
     classes = model(image).topk(2).indices

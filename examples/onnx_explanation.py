@@ -1,7 +1,7 @@
 """The exact explanation of a picture in onnxruntime, without PyTorch and without coda_fast:
 
-coda-fast export coda_demo/coda_demo.safetensors --explain       # writes coda_demo.onnx
-python examples/onnx_explanation.py coda_demo.onnx picture.png   # writes picture_contributions.png
+coda-fast export coda_xs_digits --explain                           # writes coda_xs_digits.onnx
+python examples/onnx_explanation.py coda_xs_digits.onnx digit.png   # writes digit_contributions.png
 """
 
 import json

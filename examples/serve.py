@@ -1,6 +1,6 @@
-"""Explanations over HTTP: ``python examples/serve.py --checkpoint coda_demo/coda_demo.safetensors``, then
+"""Explanations over HTTP: ``python examples/serve.py``, then
 
-    curl --data-binary @digit.png http://127.0.0.1:8000
+    curl --data-binary @photo.jpg http://127.0.0.1:8000
 
 returns JSON: the class, its probability and logit, the bias, and the map. The sum of map and bias is the
 logit. One network serves all threads, because explanation mode belongs to a call and not to the module.
@@ -29,10 +29,10 @@ def explained(model: coda_fast.CoDANet, picture: bytes) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint", default="coda_demo/coda_demo.safetensors")
+    parser.add_argument("--checkpoint", default="coda_xs_imagenette")
     parser.add_argument("--port", type=int, default=8000)  # 0: any free port
     options = parser.parse_args()
-    model = coda_fast.load(options.checkpoint).eval()
+    model = coda_fast.pretrained.load(options.checkpoint).eval()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
