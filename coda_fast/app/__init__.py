@@ -6,6 +6,7 @@ The page asks for nothing outside this computer, and what it is given is deleted
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -81,8 +82,7 @@ def running(
         try:
             yield address
         finally:
-            page.server.force_exit = True  # open pages hold connections that do not end
-            page.close(verbose=False)
+            _close(page)
 
 
 def serve(
@@ -143,6 +143,17 @@ def _launch(page, host, port):
             raise
         raise OSError(f"port: expected a free one, got {port}, which is taken or not permitted") from None
     return address
+
+
+def _close(page):
+    """Stop the server. Open pages hold connections that do not end: they are cut, without a word in the log."""
+    log = logging.getLogger("uvicorn.error")
+    before, log.disabled = log.disabled, True
+    page.server.config.timeout_graceful_shutdown = 1  # seconds
+    try:
+        page.close(verbose=False)
+    finally:
+        log.disabled = before
 
 
 @contextlib.contextmanager

@@ -36,11 +36,11 @@ Each score of this network is exactly a sum of contributions of pixels. Give a p
 which pixels speak for it (red) and against it (blue)."""
 _EMPTY = '<p class="coda-empty">The picture that you give appears here, with what the network sees in it.</p>'
 CSS = """
-.gradio-container { max-width: 90rem !important; }
-.coda-empty { color: #555; border: 1px dashed #bbb; border-radius: 6px; padding: 4rem 1rem; text-align: center; }
+.gradio-container > main { max-width: 90rem; margin: auto; padding: 1rem !important; }
+.coda-empty { color: #555; border: 1px dashed #bbb; background: #fff; border-radius: 6px; padding: 4rem 1rem; text-align: center; }
 #coda-view { background: #fff; border-radius: 6px; padding: .8rem; overflow: visible; }
 #coda-view video { max-width: 100%; border: 1px solid #ccc; }
-#coda-credits, #coda-credits * { font-size: .78rem !important; color: #555; }
+#coda-credits, #coda-credits * { font-size: .78rem !important; color: var(--neutral-500); }
 """
 # The report goes straight into a file of the browser, so that the server keeps none.
 _SAVE = """(page) => {
@@ -151,18 +151,9 @@ def _chosen(methods, known):
 
 def _held(name, data):
     """A value of gradio's Image that has all of the picture in it, instead of the address of a file."""
-    url = f"data:image/{_format(data)};base64,{base64.b64encode(data).decode()}"
+    # Browsers recognise the format of a picture by its content, whatever is written here.
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     return {"path": None, "url": url, "orig_name": name, "size": len(data), "meta": {"_type": "gradio.FileData"}}
-
-
-def _format(data):
-    """The name by which a browser knows the format of a picture; any other name for those it does not know."""
-    import io
-
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:  # it has been decoded before
-        return (image.format or "octet-stream").lower()
 
 
 def _without(path, message):
@@ -200,9 +191,9 @@ def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> A
     answers, photographs = Answers(networks, uploads), example_photographs()
     captum, video = (importlib.util.find_spec(name) is not None for name in ("captum", "av"))
     # With preprocess and postprocess off, no file meets a decoder of gradio.
-    plain: dict[str, Any] = dict(preprocess=False, postprocess=False, show_progress_on=None)
+    plain: dict[str, Any] = dict(preprocess=False, postprocess=False)
     plain |= dict(concurrency_limit=1, concurrency_id="networks", trigger_mode="multiple")
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(_INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -259,19 +250,23 @@ def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> A
                 save = gr.Button("Save the report of this picture", elem_id="coda-report")
                 saved = gr.Textbox(visible="hidden")
             with gr.Column(scale=3, min_width=300):
-                view = gr.HTML(_EMPTY, js_on_load=None, elem_id="coda-view")
+                view = gr.HTML(_EMPTY, js_on_load=None, apply_default_css=False, elem_id="coda-view")
         inputs, outputs = [picture, network, methods], [picture, view]
         answer = _in_words(answers.picture)
-        picture.input(answer, inputs, outputs, api_name="explain", **plain)
+        # A file that cannot be explained has been deleted.
+        picture.input(answer, inputs, outputs, api_name="explain", **plain).failure(
+            None, None, picture, js="() => null"
+        )
         for choice in (network, methods):
             choice.input(answer, inputs, outputs, api_visibility="private", **plain)
         picture.clear(None, None, view, js=f"() => {_EMPTY!r}")
         if photographs:
-            examples.click(
-                _in_words(answers.example), [examples, network, methods], outputs, api_name="example", **plain
-            )
+            chosen = [examples, network, methods]
+            examples.click(_in_words(answers.example), chosen, outputs, api_name="example", **plain)
         if video:
-            film.input(_in_words(answers.video), [film, network], [film, view], api_name="video", **plain)
+            film.input(
+                _in_words(answers.video), [film, network], [film, view], api_name="video", **plain
+            ).failure(None, None, film, js="() => null")
         save.click(_in_words(answers.report), inputs, saved, api_name="report", **plain).success(
             None, saved, None, js=_SAVE
         )
