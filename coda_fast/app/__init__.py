@@ -36,11 +36,6 @@ def build(networks: Mapping[str, Network], default: str | None = None) -> Any:
         ValueError: there are no networks, or ``default`` is none of them.
         TypeError: one of them is not a network.
     """
-    try:
-        with _environment(""):
-            import gradio  # noqa: F401
-    except ImportError:
-        raise ImportError("the app needs gradio: pip install 'coda-fast[app]'") from None
     from coda_fast.app import page
     from coda_fast.app.uploads import Uploads
 
@@ -54,9 +49,13 @@ def build(networks: Mapping[str, Network], default: str | None = None) -> Any:
             raise TypeError(f"networks: {name}: expected a coda_fast.Network, got a {type(model).__name__}")
         model.eval()
     folder = tempfile.TemporaryDirectory(prefix="coda_fast_app_")
-    uploads = Uploads(Path(folder.name) / "uploads")
-    with _environment(folder.name):
-        found = page.blocks(networks, default, uploads)
+    try:
+        uploads = Uploads(Path(folder.name) / "uploads")
+        with _environment(folder.name):
+            found = page.blocks(networks, default, uploads)
+    except BaseException:
+        folder.cleanup()
+        raise
     found.folder, found.uploads = folder, uploads
     return found
 

@@ -39,6 +39,10 @@ CSS = """
 .gradio-container > main { max-width: 90rem; margin: auto; padding: 1rem !important; }
 .coda-empty { color: #555; border: 1px dashed #bbb; background: #fff; border-radius: 6px; padding: 4rem 1rem; text-align: center; }
 #coda-view { background: #fff; border-radius: 6px; padding: .8rem; overflow: visible; }
+@media (max-width: 40rem) {
+  .gradio-container, .gradio-container > main { padding: .3rem !important; }
+  #coda-view { padding: .8rem 0; }
+}
 #coda-view video { max-width: 100%; border: 1px solid #ccc; }
 #coda-credits, #coda-credits * { font-size: .78rem !important; color: var(--neutral-500); }
 """
@@ -64,13 +68,19 @@ class Answers:
         self.networks, self.uploads = networks, uploads
         self._one = threading.Lock()
 
-    def picture(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict, str]:
-        """The picture as the browser is to hold it, and its view."""
+    def picture(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict | None, str]:
+        """The picture as the browser is to hold it, and its view; a hint if it was taken away."""
+        if not sent:
+            return None, _EMPTY
         with self._one, self.uploads.opened(sent) as (name, source):
             data = source if isinstance(source, bytes) else source.read_bytes()
             model = self._network(network)
             view = self._view(model, _picture(model, name, data), methods)
             return _held(name, data), view
+
+    def again(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict | None, str | dict]:
+        """The same for another choice. Without a picture, what is shown stays."""
+        return self.picture(sent, network, methods) if sent else (None, {"__type__": "update"})
 
     def example(self, index: int, network: str, methods: list[str]) -> tuple[dict, str]:
         """The same for one of the example photographs."""
@@ -94,6 +104,8 @@ class Answers:
 
     def video(self, sent: dict | None, network: str) -> tuple[None, str]:
         """Nothing for the input, whose file is deleted, and the frames beside their maps."""
+        if not sent:
+            return None, _EMPTY
         with self._one, self.uploads.opened(sent) as (name, source):
             if not isinstance(source, Path):
                 raise ValueError(f"{name}: expected a video, got other data; send it again")
@@ -139,12 +151,18 @@ class Answers:
 def _picture(model, name, data):
     image = decode(data, name=name)
     return viewer.Picture(
-        name, model.transform(decode(data, model.image_channels, name=name)), plot.View.of(image, model.transform)
+        name,
+        model.transform(decode(data, model.image_channels, name=name)),
+        plot.View.of(image, model.transform),
     )
 
 
 def _chosen(methods, known):
-    if not isinstance(methods, list) or not set(map(str, methods)) <= set(known) or len(methods) > MOST_METHODS:
+    if (
+        not isinstance(methods, list)
+        or not set(map(str, methods)) <= set(known)
+        or len(methods) > MOST_METHODS
+    ):
         raise ValueError(f"methods: expected at most {MOST_METHODS} of {', '.join(known)}, got {methods}")
     return methods
 
@@ -153,7 +171,13 @@ def _held(name, data):
     """A value of gradio's Image that has all of the picture in it, instead of the address of a file."""
     # Browsers recognise the format of a picture by its content, whatever is written here.
     url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    return {"path": None, "url": url, "orig_name": name, "size": len(data), "meta": {"_type": "gradio.FileData"}}
+    return {
+        "path": None,
+        "url": url,
+        "orig_name": name,
+        "size": len(data),
+        "meta": {"_type": "gradio.FileData"},
+    }
 
 
 def _without(path, message):
@@ -179,14 +203,23 @@ def _in_words(function: Callable) -> Callable:
             if "allocate memory" not in str(error):  # torch's message on a CPU
                 raise
             message = "not enough memory for this picture"
-        raise gradio.Error(html.escape(" ".join(message.split())), print_exception=False, title="Not explained")
+        raise gradio.Error(
+            html.escape(" ".join(message.split())), print_exception=False, title="Not explained"
+        )
 
     return answer
 
 
 def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> Any:
-    """The page as a ``gradio.Blocks``; files that are sent to it must lie in ``uploads``."""
-    import gradio as gr
+    """The page as a ``gradio.Blocks``; files that are sent to it must lie in ``uploads``.
+
+    Raises:
+        ImportError: gradio is missing.
+    """
+    try:
+        import gradio as gr
+    except ImportError:
+        raise ImportError("the app needs gradio: pip install 'coda-fast[app]'") from None
 
     answers, photographs = Answers(networks, uploads), example_photographs()
     captum, video = (importlib.util.find_spec(name) is not None for name in ("captum", "av"))
@@ -251,15 +284,14 @@ def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> A
                 saved = gr.Textbox(visible="hidden")
             with gr.Column(scale=3, min_width=300):
                 view = gr.HTML(_EMPTY, js_on_load=None, apply_default_css=False, elem_id="coda-view")
+        plain["show_progress_on"] = view
         inputs, outputs = [picture, network, methods], [picture, view]
-        answer = _in_words(answers.picture)
         # A file that cannot be explained has been deleted.
-        picture.input(answer, inputs, outputs, api_name="explain", **plain).failure(
+        picture.input(_in_words(answers.picture), inputs, outputs, api_name="explain", **plain).failure(
             None, None, picture, js="() => null"
         )
         for choice in (network, methods):
-            choice.input(answer, inputs, outputs, api_visibility="private", **plain)
-        picture.clear(None, None, view, js=f"() => {_EMPTY!r}")
+            choice.input(_in_words(answers.again), inputs, outputs, api_visibility="private", **plain)
         if photographs:
             chosen = [examples, network, methods]
             examples.click(_in_words(answers.example), chosen, outputs, api_name="example", **plain)
@@ -272,5 +304,3 @@ def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> A
         )
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return page
-
-

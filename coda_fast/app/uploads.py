@@ -127,7 +127,9 @@ class Guard:
                 answer = PlainTextResponse(f"expected at most {MOST_BYTES >> 20} MiB", 413)
             elif path == _UPLOAD:
                 status, content = await self._receive(scope, receive)
-                answer = JSONResponse(content, status) if status == 200 else PlainTextResponse(content, status)
+                answer = (
+                    JSONResponse(content, status) if status == 200 else PlainTextResponse(content, status)
+                )
             else:
                 answer = self.app
         else:
