@@ -162,8 +162,13 @@ def rows(page):
     }
 
 
+def logits_of(model, data):
+    with torch.no_grad():
+        return model(model.transform(data)[None])[0]
+
+
 def check_rows(found, model, data):
-    logits = model(model.transform(data)[None])[0].detach()
+    logits = logits_of(model, data)
     assert list(found) == [CLASSES[int(c)] for c in logits.argsort(descending=True)]
     for name, (probability, logit) in found.items():
         expected = float(logits[CLASSES.index(name)])
@@ -223,7 +228,7 @@ def test_another_network_and_methods(opened, networks, waiting):
     give(page, data)
     drawn(page, "a.png: ")
     check_rows(rows(page), networks["first"], data)
-    logits = networks["second"](networks["second"].transform(data)[None])[0]
+    logits = logits_of(networks["second"], data)
     choose(page, "#coda-network", "second")
     drawn(page, f"a.png: {viewer.verdict(logits, CLASSES)}")
     check_rows(rows(page), networks["second"], data)
@@ -278,7 +283,7 @@ def test_an_example_and_its_report(opened, networks, tmp_path):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>")
     assert credit in text
-    assert viewer.verdict(networks["first"](networks["first"].transform(path)[None])[0], CLASSES) in text
+    assert viewer.verdict(logits_of(networks["first"], path), CLASSES) in text
 
 
 @needs_browser
@@ -297,6 +302,7 @@ def test_clipboard_and_webcam(opened, networks, waiting):
     page.wait_for_selector("#coda-view .coda-empty")
     page.click("#coda-picture button[aria-label='Capture from camera']")
     page.click("#coda-picture button:has-text('Access Webcam')")
+    page.wait_for_function("document.querySelector('#coda-picture video')?.readyState > 2")
     page.click("#coda-picture button[aria-label='capture photo']")
     drawn(page, "")
     assert len(rows(page)) == 10

@@ -46,6 +46,7 @@ CSS = """
 #coda-view video { max-width: 100%; border: 1px solid #ccc; }
 #coda-credits, #coda-credits * { font-size: .78rem !important; color: var(--neutral-500); }
 """
+_UNCHANGED = {"__type__": "update"}  # gradio's word for a component that stays as it is
 # The report goes straight into a file of the browser, so that the server keeps none.
 _SAVE = """(page) => {
   if (!page) return;
@@ -68,19 +69,19 @@ class Answers:
         self.networks, self.uploads = networks, uploads
         self._one = threading.Lock()
 
-    def picture(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict | None, str]:
+    def picture(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict, str]:
         """The picture as the browser is to hold it, and its view; a hint if it was taken away."""
-        if not sent:
-            return None, _EMPTY
+        if not sent:  # the browser may be sending another one already, which must stay
+            return _UNCHANGED, _EMPTY
         with self._one, self.uploads.opened(sent) as (name, source):
             data = source if isinstance(source, bytes) else source.read_bytes()
             model = self._network(network)
             view = self._view(model, _picture(model, name, data), methods)
             return _held(name, data), view
 
-    def again(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict | None, str | dict]:
+    def again(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict, str | dict]:
         """The same for another choice. Without a picture, what is shown stays."""
-        return self.picture(sent, network, methods) if sent else (None, {"__type__": "update"})
+        return self.picture(sent, network, methods) if sent else (_UNCHANGED, _UNCHANGED)
 
     def example(self, index: int, network: str, methods: list[str]) -> tuple[dict, str]:
         """The same for one of the example photographs."""
@@ -102,10 +103,10 @@ class Answers:
                 report.stream(model, [_picture(model, name, data)], methods=_chosen(methods, CHEAP))
             )
 
-    def video(self, sent: dict | None, network: str) -> tuple[None, str]:
+    def video(self, sent: dict | None, network: str) -> tuple[dict | None, str]:
         """Nothing for the input, whose file is deleted, and the frames beside their maps."""
         if not sent:
-            return None, _EMPTY
+            return _UNCHANGED, _EMPTY
         with self._one, self.uploads.opened(sent) as (name, source):
             if not isinstance(source, Path):
                 raise ValueError(f"{name}: expected a video, got other data; send it again")
