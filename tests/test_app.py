@@ -97,7 +97,7 @@ def waiting(server, built):
 
     def files():
         end = time.monotonic() + 5
-        while (found := [p for p in built[0].uploads.folder.rglob("*")]) and time.monotonic() < end:
+        while (found := list(built[0].uploads.folder.rglob("*"))) and time.monotonic() < end:
             time.sleep(0.02)
         return found
 
@@ -116,8 +116,8 @@ def browser():
 
 @pytest.fixture
 def opened(browser, server):
-    """A function that opens the page for another user. No page may ask for anything outside this computer, and
-    none may end with an error in its script.
+    """A function that opens the page for another user. No page may ask for anything outside this computer,
+    and none may end with an error in its script.
     """
     contexts, asked, errors = [], [], []
 
@@ -351,13 +351,14 @@ class User:
             json={"data": data, "fn_index": self.functions[function], "session_hash": session},
         )
         assert joined.status_code == 200, joined.text
+        answers = []
         with self.client.stream("GET", f"/gradio_api/queue/data?session_hash={session}") as stream:
             for line in stream.iter_lines():
                 message = json.loads(line.removeprefix("data: ")) if line else {}
                 if message.get("msg") == "process_completed":
-                    output = message["output"]
-                    return output["data"] if message["success"] else output["error"]
-        raise AssertionError("no answer")
+                    answers.append(message)
+        (message,) = answers
+        return message["output"]["data" if message["success"] else "error"]
 
 
 @pytest.fixture(scope="module")
@@ -459,8 +460,8 @@ def test_other_choices(user, waiting, arguments, message):
 
 
 def test_many_at_once(networks, server, waiting, monkeypatch):
-    """Users who ask at the same time, some of them with the same file, get the answers to their own questions;
-    the networks work for one at a time.
+    """Users who ask at the same time, some of them with the same file, get the answers to their own
+    questions; the networks work for one at a time.
     """
     describe, inside, most = viewer.describe, [], []
 
@@ -515,10 +516,29 @@ def test_bounds(user, server, built, waiting, monkeypatch):
     path = Path(user.upload(b"y")["path"])
     assert [p for p in built[0].uploads.folder.rglob("*") if p.is_file()] == [path]
     shutil.rmtree(path.parent)
-    for other in ("docs", "gradio_api/process_recording", "gradio_api/component_server", "monitoring",
-                  "gradio_api/proxy=http://127.0.0.1/", "gradio_api/deep_link", "gradio_api/stream/a"):  # fmt: skip
-        assert user.client.get(f"/{other}").status_code == 404
-        assert post(f"/{other}", json={}).status_code == 404
+    for other in ("process_recording", "component_server", "proxy=http://127.0.0.1/", "deep_link", "call/a"):
+        assert user.client.get(f"/gradio_api/{other}").status_code == 404
+        assert post(f"/gradio_api/{other}", json={}).status_code == 404
+    for file in ("/etc/hostname", __file__, "setup.py"):
+        assert user.client.get(f"/gradio_api/file={file}").status_code == 403
+
+
+def test_a_full_queue(user, server, waiting, monkeypatch):
+    """One question is answered and as many as the queue holds wait; the next one is refused."""
+    go = threading.Event()
+    monkeypatch.setattr(viewer, "describe", lambda *arguments, **options: go.wait(30) and {})
+    monkeypatch.setattr(viewer, "element", lambda payload: "done")
+
+    def join(session):
+        sent = {"data": [user.upload(b"", "a"), "first", []], "fn_index": user.functions["explain"]}
+        sent["data"][0] = {"path": None, "url": f"data:image/png;base64,{data}", "meta": {"_type": ""}}
+        return user.client.post("/gradio_api/queue/join", json=sent | {"session_hash": session})
+
+    data = base64.b64encode(encoded()).decode()
+    answers = [join(f"full-{i}").status_code for i in range(pages.WAITING + 3)]
+    go.set()
+    assert answers[: pages.WAITING] == [200] * pages.WAITING
+    assert answers[-1] == 503
 
 
 def test_an_unexpected_error_says_nothing(user, waiting, monkeypatch, capfd):
@@ -713,4 +733,5 @@ def test_memory_stays_flat(checkpoint, tmp_path):
     print("MiB after each 100 requests:", [round(size, 1) for size in sizes])
     assert program.end(signal.SIGTERM) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+    # gradio keeps an empty queue of about 4 KB for each of the last 2,000 pages
     assert sizes[-1] - sizes[1] < 20, sizes

@@ -92,8 +92,8 @@ def serve(
     port: int = PORT,
     ready: Callable[[str], object] = print,
 ) -> None:
-    """Serve the page until the program is interrupted (Ctrl-C). ``ready`` is called with its address. The other
-    arguments and the errors are those of ``running``.
+    """Serve the page until the program is interrupted (Ctrl-C). ``ready`` is called with its address. The
+    other arguments and the errors are those of ``running``.
     """
     with running(networks, default, host=host, port=port) as address, contextlib.suppress(KeyboardInterrupt):
         ready(address)
@@ -145,7 +145,7 @@ def _launch(page, host, port):
 
 
 def _close(page):
-    """Stop the server. Open pages hold connections that do not end: they are cut, without a word in the log."""
+    """Stop the server. Open pages hold connections that do not end: they are cut, with no word in the log."""
     log = logging.getLogger("uvicorn.error")
     before, log.disabled = log.disabled, True
     page.server.config.timeout_graceful_shutdown = 1  # seconds
@@ -157,8 +157,8 @@ def _close(page):
 
 @contextlib.contextmanager
 def _environment(folder):
-    """Within it, gradio takes no settings from the environment but these. It reads some of them when it makes a
-    page, others at each request.
+    """Within it, gradio takes no settings from the environment but these. It reads some of them when it makes
+    a page, others at each request.
     """
     settings = {
         "GRADIO_ANALYTICS_ENABLED": "False",

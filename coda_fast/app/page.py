@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import importlib.util
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from coda_fast.app.uploads import Uploads
 from coda_fast.data import decode
 from coda_fast.data.photographs import example_photographs
 from coda_fast.network import Network
-from coda_fast.safety import TooLarge
 from coda_fast.video import VideoError, explain_video
 
 METHODS = ("IxG", "GCam")  # the default choice
@@ -32,12 +31,13 @@ WAITING = 16  # requests in the queue; the next one is refused
 
 TITLE = "Why does the network see this?"
 _INTRODUCTION = """# Why does the network see this?
-Each score of this network is exactly a sum of contributions of pixels. Give a picture, and choose a class to see
-which pixels speak for it (red) and against it (blue)."""
-_EMPTY = '<p class="coda-empty">The picture that you give appears here, with what the network sees in it.</p>'
+Each score of this network is exactly a sum of contributions of pixels. Give a picture, and choose a class to
+see which pixels speak for it (red) and against it (blue)."""
+_EMPTY = '<p class="coda-empty">The picture that you give appears here, with what the network sees.</p>'
 CSS = """
 .gradio-container > main { max-width: 90rem; margin: auto; padding: 1rem !important; }
-.coda-empty { color: #555; border: 1px dashed #bbb; background: #fff; border-radius: 6px; padding: 4rem 1rem; text-align: center; }
+.coda-empty { color: #555; border: 1px dashed #bbb; background: #fff; border-radius: 6px; padding: 4rem 1rem;
+  text-align: center; }
 #coda-view { background: #fff; border-radius: 6px; padding: .8rem; overflow: visible; }
 @media (max-width: 40rem) {
   .gradio-container, .gradio-container > main { padding: .3rem !important; }
@@ -120,24 +120,18 @@ class Answers:
                     raise VideoError(f"expected a video of at most {MOST_FRAMES} frames, got more")
 
             try:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
-                    found = explain_video(model, source, target, end=MOST_SECONDS, progress=count)
+                found = explain_video(model, source, target, end=MOST_SECONDS, progress=count)
             except ValueError as error:
                 raise ValueError(f"{name}: {_without(source, error)}") from None
-            notes = "".join(
-                f"<p>{html.escape(_without(source, w.message))}.</p>"
-                for w in caught
-                if issubclass(w.category, UserWarning)
-            )
             seen = html.escape(class_name(model.class_names, found.target))
             data = base64.b64encode(target.read_bytes()).decode()
             return None, (
                 f"<h2>{html.escape(name)}: {seen}</h2>"
-                f'<video controls autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
-                f"<p>{found.frames} frames, at most the first {MOST_SECONDS:g} seconds, beside the contributions "
-                f"of their pixels to {seen}. Colours end at {found.scale:.3g} logits a pixel; largest "
-                f"completeness error {found.completeness_error:.1e} logits.</p>{notes}"
+                "<video controls autoplay loop muted playsinline "
+                f'src="data:video/mp4;base64,{data}"></video>'
+                f"<p>{found.frames} frames, at most the first {MOST_SECONDS:g} seconds, beside the "
+                f"contributions of their pixels to {seen}. Colours end at {found.scale:.3g} logits a pixel; "
+                f"largest completeness error {found.completeness_error:.1e} logits.</p>"
             )
 
     def _network(self, name):
@@ -186,14 +180,15 @@ def _without(path, message):
     return str(message).replace(f"{path}: ", "").replace(str(path), "the file")
 
 
-def _in_words(function: Callable) -> Callable:
-    """``function``, whose expected errors become messages of the page; others are logged."""
-    import functools
-
+def _in_words(function: Callable, source: Any) -> Callable:
+    """``function``, whose expected errors become messages of the page; others are logged. ``source`` is the
+    component that its first argument comes from.
+    """
     import gradio
 
     @functools.wraps(function)
     def answer(*arguments):
+        source.temp_files.clear()  # gradio remembers the name of every file for as long as it runs
         try:
             return function(*arguments)
         except (ValueError, ImportError) as error:
@@ -261,7 +256,8 @@ def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> A
                                 elem_id="coda-video",
                             )
                             gr.Markdown(
-                                f"The first {MOST_SECONDS:g} seconds, at most {MOST_FRAMES} frames, without sound."
+                                f"Its first {MOST_SECONDS:g} seconds are explained, at most {MOST_FRAMES} "
+                                "frames."
                             )
                         else:
                             gr.Markdown("Videos need PyAV: pip install 'coda-fast[video]'")
@@ -288,19 +284,21 @@ def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> A
         plain["show_progress_on"] = view
         inputs, outputs = [picture, network, methods], [picture, view]
         # A file that cannot be explained has been deleted.
-        picture.input(_in_words(answers.picture), inputs, outputs, api_name="explain", **plain).failure(
-            None, None, picture, js="() => null"
-        )
+        picture.input(
+            _in_words(answers.picture, picture), inputs, outputs, api_name="explain", **plain
+        ).failure(None, None, picture, js="() => null")
         for choice in (network, methods):
-            choice.input(_in_words(answers.again), inputs, outputs, api_visibility="private", **plain)
+            choice.input(
+                _in_words(answers.again, picture), inputs, outputs, api_visibility="private", **plain
+            )
         if photographs:
             chosen = [examples, network, methods]
-            examples.click(_in_words(answers.example), chosen, outputs, api_name="example", **plain)
+            examples.click(_in_words(answers.example, examples), chosen, outputs, api_name="example", **plain)
         if video:
             film.input(
-                _in_words(answers.video), [film, network], [film, view], api_name="video", **plain
+                _in_words(answers.video, film), [film, network], [film, view], api_name="video", **plain
             ).failure(None, None, film, js="() => null")
-        save.click(_in_words(answers.report), inputs, saved, api_name="report", **plain).success(
+        save.click(_in_words(answers.report, picture), inputs, saved, api_name="report", **plain).success(
             None, saved, None, js=_SAVE
         )
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)

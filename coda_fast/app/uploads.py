@@ -1,4 +1,6 @@
-"""What browsers send: files that wait for their answer in a private folder, and the requests that are accepted."""
+"""What browsers send: files that wait for their answer in a private folder, and the requests that are
+accepted.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,8 @@ class Uploads:
 
     @contextlib.contextmanager
     def opened(self, sent: dict[str, Any] | None) -> Iterator[tuple[str, Path | bytes]]:
-        """The name and content of what a component of the page sent: an uploaded file, which is deleted at the
-        end, or the picture that it has shown since, which it holds as a data URL.
+        """The name and content of what a component of the page sent: an uploaded file, which is deleted at
+        the end, or the picture that it has shown since, which it holds as a data URL.
 
         Raises:
             ValueError: nothing was sent, the upload is no longer there, or it is damaged.
@@ -86,7 +88,7 @@ def _decoded(url, name):
         raise ImageError("expected a picture, got other data; send it again", name) from None
 
 
-# All that the page asks for; gradio serves much more. Its other ways to send files run other decoders on them.
+# All that the page asks for; gradio serves much more. Its other ways to send files run other decoders.
 _READ = re.compile(
     r"/(|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.*"
     r"|gradio_api/(info|startup-events|queue/data|heartbeat/[^/]+|file=.*))"

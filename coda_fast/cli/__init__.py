@@ -1,5 +1,5 @@
-"""The command line: ``coda-fast demo|train|explain|evaluate|report|app|compile|export|info``, with a module for
-each command. Bad input gives a one-line message and exit code 2, and writes no file.
+"""The command line: ``coda-fast demo|train|explain|evaluate|report|app|compile|export|info``, with a module
+for each command. Bad input gives a one-line message and exit code 2, and writes no file.
 """
 
 from __future__ import annotations
