@@ -529,13 +529,13 @@ def test_a_full_queue(user, server, waiting, monkeypatch):
     monkeypatch.setattr(viewer, "describe", lambda *arguments, **options: go.wait(30) and {})
     monkeypatch.setattr(viewer, "element", lambda payload: "done")
 
-    def join(session):
-        sent = {"data": [user.upload(b"", "a"), "first", []], "fn_index": user.functions["explain"]}
-        sent["data"][0] = {"path": None, "url": f"data:image/png;base64,{data}", "meta": {"_type": ""}}
-        return user.client.post("/gradio_api/queue/join", json=sent | {"session_hash": session})
-
-    data = base64.b64encode(encoded()).decode()
-    answers = [join(f"full-{i}").status_code for i in range(pages.WAITING + 3)]
+    url = f"data:image/png;base64,{base64.b64encode(encoded()).decode()}"
+    picture = {"path": None, "url": url, "meta": {"_type": "gradio.FileData"}}
+    question = {"data": [picture, "first", []], "fn_index": user.functions["explain"]}
+    answers = [
+        user.client.post("/gradio_api/queue/join", json=question | {"session_hash": f"full-{i}"}).status_code
+        for i in range(pages.WAITING + 3)
+    ]
     go.set()
     assert answers[: pages.WAITING] == [200] * pages.WAITING
     assert answers[-1] == 503
