@@ -27,6 +27,7 @@ CLI = [
 ]
 VIDEO = [*CLI, "av"]  # brings its own ffmpeg
 EVALUATION = [*CLI, "captum>=0.9", "scikit-image>=0.21"]  # the methods of attribution that others made
+APP = [*EVALUATION, "av", "gradio>=6.31,<7"]  # a web page to look at explanations
 TIMM = ["timm>=1.0.31"]
 HUB = ["huggingface_hub", "safetensors", "jinja2"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
@@ -54,7 +55,7 @@ TOOLS = [
     SETUPTOOLS,
 ]
 FONTS = ["matplotlib-fontja"]  # Japanese and many Chinese characters, for names of classes
-TEST = list(dict.fromkeys([*EVALUATION, *VIDEO, *TRAIN, *HUB, *ONNX, *FONTS, *TOOLS]))
+TEST = list(dict.fromkeys([*EVALUATION, *VIDEO, *APP, *TRAIN, *HUB, *ONNX, *FONTS, *TOOLS]))
 DEV = [*TEST, *BENCH, *DOCS, "ruff==0.17.6", "mypy==2.4.*"]
 
 setup(
@@ -80,6 +81,7 @@ setup(
         "cli": CLI,
         "video": VIDEO,
         "evaluation": EVALUATION,
+        "app": APP,
         "quantus": [*EVALUATION, "quantus"],
         "train": TRAIN,
         "timm": TIMM,

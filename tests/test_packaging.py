@@ -198,6 +198,7 @@ def test_extras(metadata):
         "bench",
         "cli",
         "evaluation",
+        "app",
         "quantus",
         "train",
         "timm",
@@ -220,6 +221,7 @@ def test_extras(metadata):
         "jinja2",
     }
     assert set(extras["evaluation"]) == {*extras["cli"], "captum", "scikit-image"}
+    assert set(extras["app"]) == {*extras["evaluation"], *extras["video"], "gradio"}
     assert set(extras["video"]) == {*extras["cli"], "av"}
     assert set(extras["timm"]) == {"timm"}
     assert set(extras["hub"]) == {"huggingface_hub", "safetensors", "jinja2"}
@@ -231,6 +233,7 @@ def test_extras(metadata):
         *extras["train"],
         *extras["evaluation"],
         *extras["video"],
+        *extras["app"],
         *extras["hub"],
         *extras["onnx"],
         *extras["fonts"],

@@ -21,9 +21,9 @@ class Photograph(NamedTuple):
     credit: str
 
 
-# Package, file in it, and credit. The licences are stated in skimage.data (the docstrings of its functions) and in
-# sklearn/datasets/images/README.txt. That file names one author for both photographs, but its links lead to
-# two; the links are right.
+# Package, file in it, and credit. The licences are stated in skimage.data (the docstrings of its functions)
+# and in sklearn/datasets/images/README.txt. That file names one author for both photographs, but its links
+# lead to two authors; the credits follow the links.
 _FILES = (
     ("skimage", "data/chelsea.png", "Cat: Stéfan van der Walt, CC0"),
     ("skimage", "data/coffee.png", "Cup of coffee: Rachel Michetti, CC0"),
@@ -35,8 +35,8 @@ _FILES = (
 
 
 def example_photographs() -> list[Photograph]:
-    """Those of the photographs that are here: two come with scikit-learn (``coda-fast[cli]``), the others with
-    scikit-image (``coda-fast[evaluation]``). Neither package is imported.
+    """Those of the photographs that are here: two come with scikit-learn (``coda-fast[cli]``), the others
+    with scikit-image (``coda-fast[evaluation]``). Neither package is imported.
     """
     found = []
     for package, file, credit in _FILES:

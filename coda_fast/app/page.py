@@ -1,0 +1,305 @@
+"""The page and what it answers: a column for the input, and one for the view of ``coda_fast.viewer``."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import importlib.util
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coda_fast import baselines, plot, report, viewer
+from coda_fast._classes import class_name
+from coda_fast.app.uploads import Uploads
+from coda_fast.data import decode
+from coda_fast.data.photographs import example_photographs
+from coda_fast.network import Network
+from coda_fast.video import VideoError, explain_video
+
+METHODS = ("IxG", "GCam")  # the default choice
+MOST_METHODS = 2
+# Those that take a few passes of the network; the others take hundreds or thousands.
+CHEAP = ("IxG", "GCam", "IntGrad", "Grad", "GB", "DeepLIFT")
+MOST_SECONDS = 10.0  # of a video; what follows is not explained
+MOST_FRAMES = 300
+WAITING = 16  # requests in the queue; the next one is refused
+
+TITLE = "Why does the network see this?"
+_INTRODUCTION = """# Why does the network see this?
+Each score of this network is exactly a sum of contributions of pixels. Give a picture, and choose a class to
+see which pixels speak for it (red) and against it (blue)."""
+_EMPTY = '<p class="coda-empty">The picture that you give appears here, with what the network sees.</p>'
+CSS = """
+.gradio-container > main { max-width: 90rem; margin: auto; padding: 1rem !important; }
+.coda-empty { color: #555; border: 1px dashed #bbb; background: #fff; border-radius: 6px; padding: 4rem 1rem;
+  text-align: center; }
+#coda-view { background: #fff; border-radius: 6px; padding: .8rem; overflow: visible; }
+@media (max-width: 40rem) {
+  .gradio-container, .gradio-container > main { padding: .3rem !important; }
+  #coda-view { padding: .8rem 0; }
+}
+#coda-view video { max-width: 100%; border: 1px solid #ccc; }
+#coda-credits, #coda-credits * { font-size: .78rem !important; color: var(--neutral-500); }
+"""
+_UNCHANGED = {"__type__": "update"}  # gradio's word for a component that stays as it is
+# The report goes straight into a file of the browser, so that the server keeps none.
+_SAVE = """(page) => {
+  if (!page) return;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([page], {type: "text/html"}));
+  link.download = "coda_report.html";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}"""
+
+
+class Answers:
+    """What the page asks of the networks, one request at a time, whoever asks: the networks are shared.
+
+    Nothing of a request is kept. A picture that is shown is held by the browser, which sends it again when
+    another network or other methods are chosen.
+    """
+
+    def __init__(self, networks: Mapping[str, Network], uploads: Uploads):
+        self.networks, self.uploads = networks, uploads
+        self._one = threading.Lock()
+
+    def picture(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict, str]:
+        """The picture as the browser is to hold it, and its view; a hint if it was taken away."""
+        if not sent:  # the browser may be sending another one already, which must stay
+            return _UNCHANGED, _EMPTY
+        with self._one, self.uploads.opened(sent) as (name, source):
+            data = source if isinstance(source, bytes) else source.read_bytes()
+            model = self._network(network)
+            view = self._view(model, _picture(model, name, data), methods)
+            return _held(name, data), view
+
+    def again(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict, str | dict]:
+        """The same for another choice. Without a picture, what is shown stays."""
+        return self.picture(sent, network, methods) if sent else (_UNCHANGED, _UNCHANGED)
+
+    def example(self, index: int, network: str, methods: list[str]) -> tuple[dict, str]:
+        """The same for one of the example photographs."""
+        photographs = example_photographs()
+        if not isinstance(index, int) or not 0 <= index < len(photographs):
+            raise ValueError(f"example: expected a number below {len(photographs)}, got {index!r}")
+        path, credit = photographs[index]
+        with self._one:
+            data, model = path.read_bytes(), self._network(network)
+            view = self._view(model, _picture(model, credit, data), methods)
+            return _held(credit, data), view
+
+    def report(self, sent: dict | None, network: str, methods: list[str]) -> str:
+        """The page of ``coda_fast.report`` for the picture."""
+        with self._one, self.uploads.opened(sent) as (name, source):
+            data = source if isinstance(source, bytes) else source.read_bytes()
+            model = self._network(network)
+            return "".join(
+                report.stream(model, [_picture(model, name, data)], methods=_chosen(methods, CHEAP))
+            )
+
+    def video(self, sent: dict | None, network: str) -> tuple[dict | None, str]:
+        """Nothing for the input, whose file is deleted, and the frames beside their maps."""
+        if not sent:
+            return _UNCHANGED, _EMPTY
+        with self._one, self.uploads.opened(sent) as (name, source):
+            if not isinstance(source, Path):
+                raise ValueError(f"{name}: expected a video, got other data; send it again")
+            model, target = self._network(network), source.parent / "explained.mp4"
+            left = 3 * MOST_FRAMES  # explain_video reads a video three times
+
+            def count(frames: int, total: int | None) -> None:
+                nonlocal left
+                left -= frames
+                if left < 0 or (total or 0) > 3 * MOST_FRAMES:
+                    raise VideoError(f"expected a video of at most {MOST_FRAMES} frames, got more")
+
+            try:
+                found = explain_video(model, source, target, end=MOST_SECONDS, progress=count)
+            except ValueError as error:
+                raise ValueError(f"{name}: {_without(source, error)}") from None
+            seen = html.escape(class_name(model.class_names, found.target))
+            data = base64.b64encode(target.read_bytes()).decode()
+            return None, (
+                f"<h2>{html.escape(name)}: {seen}</h2>"
+                "<video controls autoplay loop muted playsinline "
+                f'src="data:video/mp4;base64,{data}"></video>'
+                f"<p>{found.frames} frames, at most the first {MOST_SECONDS:g} seconds, beside the "
+                f"contributions of their pixels to {seen}. Colours end at {found.scale:.3g} logits a pixel; "
+                f"largest completeness error {found.completeness_error:.1e} logits.</p>"
+            )
+
+    def _network(self, name):
+        if name not in self.networks:
+            raise ValueError(f"network: expected one of {', '.join(self.networks)}, got {str(name)[:50]!r}")
+        return self.networks[name]
+
+    def _view(self, model, picture, methods):
+        return viewer.element(viewer.describe(model, picture, methods=_chosen(methods, CHEAP)))
+
+
+def _picture(model, name, data):
+    image = decode(data, name=name)
+    return viewer.Picture(
+        name,
+        model.transform(decode(data, model.image_channels, name=name)),
+        plot.View.of(image, model.transform),
+    )
+
+
+def _chosen(methods, known):
+    if (
+        not isinstance(methods, list)
+        or not set(map(str, methods)) <= set(known)
+        or len(methods) > MOST_METHODS
+    ):
+        raise ValueError(f"methods: expected at most {MOST_METHODS} of {', '.join(known)}, got {methods}")
+    return methods
+
+
+def _held(name, data):
+    """A value of gradio's Image that has all of the picture in it, instead of the address of a file."""
+    # Browsers recognise the format of a picture by its content, whatever is written here.
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return {
+        "path": None,
+        "url": url,
+        "orig_name": name,
+        "size": len(data),
+        "meta": {"_type": "gradio.FileData"},
+    }
+
+
+def _without(path, message):
+    """The message without the path of a temporary file."""
+    return str(message).replace(f"{path}: ", "").replace(str(path), "the file")
+
+
+def _in_words(function: Callable, source: Any) -> Callable:
+    """``function``, whose expected errors become messages of the page; others are logged. ``source`` is the
+    component that its first argument comes from.
+    """
+    import gradio
+
+    @functools.wraps(function)
+    def answer(*arguments):
+        source.temp_files.clear()  # gradio remembers the name of every file for as long as it runs
+        try:
+            return function(*arguments)
+        except (ValueError, ImportError) as error:
+            message = str(error)
+        except (MemoryError, torch.OutOfMemoryError):
+            message = "not enough memory for this picture"
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):  # torch's message on a CPU
+                raise
+            message = "not enough memory for this picture"
+        raise gradio.Error(
+            html.escape(" ".join(message.split())), print_exception=False, title="Not explained"
+        )
+
+    return answer
+
+
+def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> Any:
+    """The page as a ``gradio.Blocks``; files that are sent to it must lie in ``uploads``.
+
+    Raises:
+        ImportError: gradio is missing.
+    """
+    try:
+        import gradio as gr
+    except ImportError:
+        raise ImportError("the app needs gradio: pip install 'coda-fast[app]'") from None
+
+    answers, photographs = Answers(networks, uploads), example_photographs()
+    captum, video = (importlib.util.find_spec(name) is not None for name in ("captum", "av"))
+    # With preprocess and postprocess off, no file meets a decoder of gradio.
+    plain: dict[str, Any] = dict(preprocess=False, postprocess=False)
+    plain |= dict(concurrency_limit=1, concurrency_id="networks", trigger_mode="multiple")
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown(_INTRODUCTION)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                with gr.Tabs():
+                    with gr.Tab("Picture"):
+                        picture = gr.Image(
+                            sources=["upload", "clipboard", "webcam"],
+                            type="filepath",
+                            image_mode=None,
+                            show_label=False,
+                            height=280,
+                            buttons=[],
+                            elem_id="coda-picture",
+                        )
+                        if photographs:
+                            examples = gr.Dataset(
+                                components=[gr.Image(render=False)],
+                                samples=[[str(path)] for path, _ in photographs],
+                                type="index",
+                                label="Examples",
+                                elem_id="coda-examples",
+                            )
+                            gr.Markdown("; ".join(c for _, c in photographs) + ".", elem_id="coda-credits")
+                    with gr.Tab("Video"):
+                        if video:
+                            film = gr.Video(
+                                sources=["upload", "webcam"],
+                                show_label=False,
+                                height=280,
+                                buttons=[],
+                                elem_id="coda-video",
+                            )
+                            gr.Markdown(
+                                f"Its first {MOST_SECONDS:g} seconds are explained, at most {MOST_FRAMES} "
+                                "frames."
+                            )
+                        else:
+                            gr.Markdown("Videos need PyAV: pip install 'coda-fast[video]'")
+                network = gr.Dropdown(
+                    list(networks), value=default, label="Network", visible=len(networks) > 1 or "hidden",
+                    elem_id="coda-network",
+                )  # fmt: skip
+                methods = gr.Dropdown(
+                    [name for name in CHEAP if name in baselines.METHODS] if captum else [],
+                    value=list(METHODS) if captum else [],
+                    multiselect=True,
+                    max_choices=MOST_METHODS,
+                    interactive=captum,
+                    label="Other methods, for comparison",
+                    info=f"At most {MOST_METHODS}."
+                    if captum
+                    else "They need captum: pip install 'coda-fast[evaluation]'",
+                    elem_id="coda-methods",
+                )
+                save = gr.Button("Save the report of this picture", elem_id="coda-report")
+                saved = gr.Textbox(visible="hidden")
+            with gr.Column(scale=3, min_width=300):
+                view = gr.HTML(_EMPTY, js_on_load=None, apply_default_css=False, elem_id="coda-view")
+        plain["show_progress_on"] = view
+        inputs, outputs = [picture, network, methods], [picture, view]
+        # A file that cannot be explained has been deleted.
+        picture.input(
+            _in_words(answers.picture, picture), inputs, outputs, api_name="explain", **plain
+        ).failure(None, None, picture, js="() => null")
+        for choice in (network, methods):
+            choice.input(
+                _in_words(answers.again, picture), inputs, outputs, api_visibility="private", **plain
+            )
+        if photographs:
+            chosen = [examples, network, methods]
+            examples.click(_in_words(answers.example, examples), chosen, outputs, api_name="example", **plain)
+        if video:
+            film.input(
+                _in_words(answers.video, film), [film, network], [film, view], api_name="video", **plain
+            ).failure(None, None, film, js="() => null")
+        save.click(_in_words(answers.report, picture), inputs, saved, api_name="report", **plain).success(
+            None, saved, None, js=_SAVE
+        )
+    page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
+    return page

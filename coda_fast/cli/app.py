@@ -1,0 +1,46 @@
+"""``coda-fast app``."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import click
+
+from coda_fast import checkpoints
+from coda_fast.cli import _options
+
+
+@click.command("app")
+@click.option(
+    "--checkpoint",
+    "files",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A model file: of coda_fast.save, train or demo. May be repeated; the page then has a choice.",
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="The address of this computer at which the page is served. With 0.0.0.0, other computers reach it.",
+)
+@click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True)
+@_options.DEVICE
+def command(files, host, port, device) -> None:
+    """Serve a web page to look at explanations of pictures and short videos, until Ctrl-C.
+
+    The page asks for nothing outside this computer. Pictures are deleted with their answer.
+    """
+    from coda_fast import app
+
+    device = _options.usable_device(device)
+    networks = {}
+    for file in files:
+        name = file.stem if file.stem not in networks else str(file)
+        networks[name] = checkpoints.load(file, device=device)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which deletes the temporary folder, too
+    app.serve(
+        networks, host=host, port=port, ready=lambda address: click.echo(f"{address}   (Ctrl-C ends it)")
+    )
