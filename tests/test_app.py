@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import coda_fast
-from coda_fast import app, cli, viewer
+from coda_fast import app, cli, pretrained, viewer
 from coda_fast.app import page as pages
 from coda_fast.app import uploads
 from coda_fast.data.photographs import example_photographs
@@ -274,7 +274,8 @@ def test_an_example_and_its_report(opened, networks, tmp_path):
     path, credit = example_photographs()[0]
     page = opened()
     page.locator("#coda-examples button").first.click()
-    drawn(page, credit)
+    heading = credit.replace(": ", " (") + "): "
+    drawn(page, heading)
     check_rows(rows(page), networks["first"], path.read_bytes())
     with page.expect_download() as download:
         page.click("#coda-report")
@@ -282,7 +283,7 @@ def test_an_example_and_its_report(opened, networks, tmp_path):
     assert download.value.suggested_filename == "coda_report.html"
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>")
-    assert credit in text
+    assert heading in text
     assert viewer.verdict(logits_of(networks["first"], path), CLASSES) in text
 
 
@@ -321,6 +322,7 @@ def test_on_a_phone(browser, server):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.locator("#coda-view").bounding_box()["y"] > page.locator("#coda-report").bounding_box()["y"]
     assert page.locator(".coda-main canvas").bounding_box()["width"] > 300
+    page.wait_for_function("Math.abs(document.querySelector('#coda-view').getBoundingClientRect().y) < 5")
     context.close()
 
 
@@ -441,7 +443,14 @@ def test_no_other_file_is_read(user, server, built, waiting):
     assert "expected an upload, got another file" in user.ask("explain", inside, "first", [])
     assert Path(inside["path"]).exists()
     sent = user.upload(encoded())
+    shown = user.client.get(f"/gradio_api/file={sent['path']}")  # as the input of the page does
+    assert shown.content == encoded()
+    assert "html" not in shown.headers.get("content-type", "")
     assert isinstance(user.ask("explain", sent, "first", []), list)
+    assert user.client.get(f"/gradio_api/file={sent['path']}").status_code == 404
+    outwards = f"{built[0].uploads.folder}/../../../../etc/hostname"
+    for path in (outwards, outwards.replace("..", "%2e%2e")):
+        assert user.client.get(f"/gradio_api/file={path}").status_code in (403, 404)
     assert "send it again" in user.ask("explain", sent, "first", [])
 
 
@@ -478,8 +487,9 @@ def test_many_at_once(networks, server, waiting, monkeypatch):
 
     def question(i):
         user, name, data = User(server), ("first", "second")[i % 2], encoded(i // 3)
-        held, view = user.ask("explain", user.upload(data, f"{i}.png"), name, [])
-        again = user.ask("explain", held, name, [])
+        with user.client:
+            held, view = user.ask("explain", user.upload(data, f"{i}.png"), name, [])
+            again = user.ask("explain", held, name, [])
         assert again[1] == view
         return view_of(view), networks[name], data, f"{i}.png"
 
@@ -687,11 +697,11 @@ def test_example_photographs():
 class Program:
     """The command in a process of its own."""
 
-    def __init__(self, checkpoint, temporary):
+    def __init__(self, temporary, *options):
         port = free_port()
         environment = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "coda_fast.cli", "app", "--checkpoint", checkpoint, "--port", str(port)],
+            [sys.executable, "-m", "coda_fast.cli", "app", "--port", str(port), *options],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         watch = threading.Timer(120, self.process.kill)
@@ -706,13 +716,16 @@ class Program:
         return self.process.returncode, output, errors
 
 
-def test_the_command(checkpoint, tmp_path):
-    """One line with the address; an interruption ends it quietly and leaves nothing behind."""
-    program = Program(checkpoint, tmp_path)
+def test_the_command(tmp_path):
+    """One line with the address; an interruption ends it quietly and leaves nothing behind. By default the
+    page has the networks of the package.
+    """
+    program = Program(tmp_path)
     assert program.line == f"{program.address}   (Ctrl-C ends it)\n"
     user = User(program.address)
     with user.client.stream("GET", "/gradio_api/heartbeat/open"):  # as an open page does
-        assert "digit" in user.ask("explain", user.upload(encoded()), "net", [])[1]
+        for name in pretrained.names():
+            assert "a.png: " in user.ask("explain", user.upload(encoded()), name, [])[1]
         user.upload(encoded())
         assert program.end(signal.SIGINT) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
@@ -722,7 +735,7 @@ def test_the_command(checkpoint, tmp_path):
 def test_memory_stays_flat(checkpoint, tmp_path):
     """1,000 requests of as many users, with pictures, errors and reports among them."""
     psutil = pytest.importorskip("psutil")
-    program = Program(checkpoint, tmp_path)
+    program = Program(tmp_path, "--checkpoint", str(checkpoint))
     process, user, sizes = psutil.Process(program.process.pid), User(program.address), []
     for i in range(1000):
         data = encoded(i) if i % 10 else b"nothing"

@@ -111,7 +111,7 @@ def _launch(page, host, port):
     theme = gr.themes.Default(
         primary_hue="blue",
         neutral_hue="gray",
-        font=["system-ui", "sans-serif"],  # the default font comes from another server
+        font=["system-ui", "sans-serif"],  # many themes take theirs from another server
         font_mono=["ui-monospace", "monospace"],
     )
     try:

@@ -6,7 +6,6 @@ import base64
 import functools
 import html
 import importlib.util
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,15 @@ CSS = """
   .gradio-container, .gradio-container > main { padding: .3rem !important; }
   #coda-view { padding: .8rem 0; }
 }
+#coda-view { color: #1a1a1a; }
+#coda-view h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
 #coda-view video { max-width: 100%; border: 1px solid #ccc; }
 #coda-credits, #coda-credits * { font-size: .78rem !important; color: var(--neutral-500); }
 """
+# On a phone, the answer is below the input.
+_SHOW = """() => {
+  if (innerWidth < 700) document.getElementById("coda-view").scrollIntoView({behavior: "smooth"});
+}"""
 _UNCHANGED = {"__type__": "update"}  # gradio's word for a component that stays as it is
 # The report goes straight into a file of the browser, so that the server keeps none.
 _SAVE = """(page) => {
@@ -59,21 +64,18 @@ _SAVE = """(page) => {
 
 
 class Answers:
-    """What the page asks of the networks, one request at a time, whoever asks: the networks are shared.
-
-    Nothing of a request is kept. A picture that is shown is held by the browser, which sends it again when
-    another network or other methods are chosen.
+    """What the page asks of the networks. Nothing of a request is kept: the browser holds the picture that is
+    shown, and sends it again when another network or other methods are chosen.
     """
 
     def __init__(self, networks: Mapping[str, Network], uploads: Uploads):
         self.networks, self.uploads = networks, uploads
-        self._one = threading.Lock()
 
     def picture(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict, str]:
         """The picture as the browser is to hold it, and its view; a hint if it was taken away."""
         if not sent:  # the browser may be sending another one already, which must stay
             return _UNCHANGED, _EMPTY
-        with self._one, self.uploads.opened(sent) as (name, source):
+        with self.uploads.opened(sent) as (name, source):
             data = source if isinstance(source, bytes) else source.read_bytes()
             model = self._network(network)
             view = self._view(model, _picture(model, name, data), methods)
@@ -89,14 +91,13 @@ class Answers:
         if not isinstance(index, int) or not 0 <= index < len(photographs):
             raise ValueError(f"example: expected a number below {len(photographs)}, got {index!r}")
         path, credit = photographs[index]
-        with self._one:
-            data, model = path.read_bytes(), self._network(network)
-            view = self._view(model, _picture(model, credit, data), methods)
-            return _held(credit, data), view
+        shown, _, author = credit.partition(": ")
+        name, data, model = f"{shown} ({author})", path.read_bytes(), self._network(network)
+        return _held(name, data), self._view(model, _picture(model, name, data), methods)
 
     def report(self, sent: dict | None, network: str, methods: list[str]) -> str:
         """The page of ``coda_fast.report`` for the picture."""
-        with self._one, self.uploads.opened(sent) as (name, source):
+        with self.uploads.opened(sent) as (name, source):
             data = source if isinstance(source, bytes) else source.read_bytes()
             model = self._network(network)
             return "".join(
@@ -107,7 +108,7 @@ class Answers:
         """Nothing for the input, whose file is deleted, and the frames beside their maps."""
         if not sent:
             return _UNCHANGED, _EMPTY
-        with self._one, self.uploads.opened(sent) as (name, source):
+        with self.uploads.opened(sent) as (name, source):
             if not isinstance(source, Path):
                 raise ValueError(f"{name}: expected a video, got other data; send it again")
             model, target = self._network(network), source.parent / "explained.mp4"
@@ -219,7 +220,9 @@ def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> A
 
     answers, photographs = Answers(networks, uploads), example_photographs()
     captum, video = (importlib.util.find_spec(name) is not None for name in ("captum", "av"))
-    # With preprocess and postprocess off, no file meets a decoder of gradio.
+    # With preprocess and postprocess off, no file meets a decoder of gradio. The networks are shared, and
+    # work for one request at a time, whoever asks. A request that comes while another of the same page is
+    # answered is not dropped.
     plain: dict[str, Any] = dict(preprocess=False, postprocess=False)
     plain |= dict(concurrency_limit=1, concurrency_id="networks", trigger_mode="multiple")
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
@@ -283,23 +286,23 @@ def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> A
                 view = gr.HTML(_EMPTY, js_on_load=None, apply_default_css=False, elem_id="coda-view")
         plain["show_progress_on"] = view
         inputs, outputs = [picture, network, methods], [picture, view]
-        # A file that cannot be explained has been deleted.
-        picture.input(
-            _in_words(answers.picture, picture), inputs, outputs, api_name="explain", **plain
-        ).failure(None, None, picture, js="() => null")
+        explain = _in_words(answers.picture, picture)
+        given = picture.input(explain, inputs, outputs, api_name="explain", **plain)
+        given.success(None, js=_SHOW)
+        given.failure(None, None, picture, js="() => null")  # the file has been deleted
         for choice in (network, methods):
-            choice.input(
-                _in_words(answers.again, picture), inputs, outputs, api_visibility="private", **plain
-            )
+            again = _in_words(answers.again, picture)
+            choice.input(again, inputs, outputs, api_visibility="private", **plain)
         if photographs:
             chosen = [examples, network, methods]
-            examples.click(_in_words(answers.example, examples), chosen, outputs, api_name="example", **plain)
+            example = _in_words(answers.example, examples)
+            examples.click(example, chosen, outputs, api_name="example", **plain).success(None, js=_SHOW)
         if video:
-            film.input(
-                _in_words(answers.video, film), [film, network], [film, view], api_name="video", **plain
-            ).failure(None, None, film, js="() => null")
-        save.click(_in_words(answers.report, picture), inputs, saved, api_name="report", **plain).success(
-            None, saved, None, js=_SAVE
-        )
+            shown = _in_words(answers.video, film)
+            given = film.input(shown, [film, network], [film, view], api_name="video", **plain)
+            given.success(None, js=_SHOW)
+            given.failure(None, None, film, js="() => null")
+        report_of = _in_words(answers.report, picture)
+        save.click(report_of, inputs, saved, api_name="report", **plain).success(None, saved, None, js=_SAVE)
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return page

@@ -51,6 +51,14 @@ class Uploads:
         ending = re.sub(r"[^A-Za-z0-9.]", "", Path(name).suffix)[:10]
         return place / f"upload{ending}"
 
+    def content(self, name: str) -> bytes | None:
+        """The bytes of an upload by its path below the folder; None if it is no longer there."""
+        path = (self.folder / name).resolve()
+        try:
+            return path.read_bytes() if path.parent.parent == self.folder else None
+        except OSError:
+            return None
+
     @contextlib.contextmanager
     def opened(self, sent: dict[str, Any] | None) -> Iterator[tuple[str, Path | bytes]]:
         """The name and content of what a component of the page sent: an uploaded file, which is deleted at
@@ -104,10 +112,11 @@ class Guard:
 
     def __init__(self, app: Callable, uploads: Uploads):
         self.app, self.uploads = app, uploads
+        self._files = f"/gradio_api/file={uploads.folder}/"
 
     async def __call__(self, scope: Any, receive: Callable, send: Callable) -> None:
         """Answer one request, or pass it on."""
-        from starlette.responses import JSONResponse, PlainTextResponse
+        from starlette.responses import JSONResponse, PlainTextResponse, Response
 
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
@@ -115,7 +124,12 @@ class Guard:
             return await send({"type": "websocket.close"})
         method, path = scope["method"], scope["path"]
         answer: Any
-        if method in ("GET", "HEAD") and _READ.fullmatch(path):
+        if method == "GET" and path.startswith(self._files):
+            # The page shows an upload until it is answered, which may be at this moment. A browser recognises
+            # pictures and videos by their content; anything else it does not open.
+            content = self.uploads.content(path.removeprefix(self._files))
+            answer = PlainTextResponse("not here", 404) if content is None else Response(content)
+        elif method in ("GET", "HEAD") and _READ.fullmatch(path):
             answer = self.app
         elif method == "GET" and path == f"{_UPLOAD}_progress":  # an upload to this computer takes no time
             answer = PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from coda_fast import checkpoints
+from coda_fast import pretrained
 from coda_fast.cli import _options
+from coda_fast.network import Network
 
 
 @click.command("app")
@@ -16,9 +17,8 @@ from coda_fast.cli import _options
     "--checkpoint",
     "files",
     multiple=True,
-    required=True,
     type=click.Path(path_type=Path),
-    help="A model file: of coda_fast.save, train or demo. May be repeated; the page then has a choice.",
+    help=f"{_options.MODEL_FILE} May be repeated: the page has a choice. Default: all of these.",
 )
 @click.option(
     "--host",
@@ -36,11 +36,16 @@ def command(files, host, port, device) -> None:
     from coda_fast import app
 
     device = _options.usable_device(device)
-    networks = {}
-    for file in files:
-        name = file.stem if file.stem not in networks else str(file)
-        networks[name] = checkpoints.load(file, device=device)
+    networks: dict[str, Network] = {}
+    for file in files or map(Path, pretrained.names()):
+        name = str(file) if file.stem in networks else file.stem
+        networks[name] = pretrained.load(file, device=device)
+    photographs = None if files else pretrained.for_picture(480, 640)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which deletes the temporary folder, too
     app.serve(
-        networks, host=host, port=port, ready=lambda address: click.echo(f"{address}   (Ctrl-C ends it)")
+        networks,
+        photographs,
+        host=host,
+        port=port,
+        ready=lambda address: click.echo(f"{address}   (Ctrl-C ends it)"),
     )
