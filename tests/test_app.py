@@ -270,6 +270,25 @@ def test_two_users(opened, networks):
 
 
 @needs_browser
+def test_the_last_choice_is_shown(opened, networks, monkeypatch):
+    """Also if it was made while the answer to an earlier one was awaited."""
+    describe, page, data = viewer.describe, opened(), encoded(8)
+
+    def slow(*arguments, **options):
+        time.sleep(0.5)
+        return describe(*arguments, **options)
+
+    give(page, data)
+    drawn(page, "a.png: ")
+    monkeypatch.setattr(viewer, "describe", slow)
+    choose(page, "#coda-network", "second")
+    choose(page, "#coda-network", "first")
+    drawn(page, viewer.verdict(logits_of(networks["second"], data), CLASSES))
+    drawn(page, viewer.verdict(logits_of(networks["first"], data), CLASSES))
+    check_rows(rows(page), networks["first"], data)
+
+
+@needs_browser
 def test_an_example_and_its_report(opened, networks, tmp_path):
     path, credit = example_photographs()[0]
     page = opened()
@@ -723,10 +742,13 @@ def test_the_command(tmp_path):
     program = Program(tmp_path)
     assert program.line == f"{program.address}   (Ctrl-C ends it)\n"
     user = User(program.address)
-    with user.client.stream("GET", "/gradio_api/heartbeat/open"):  # as an open page does
-        for name in pretrained.names():
-            assert "a.png: " in user.ask("explain", user.upload(encoded()), name, [])[1]
-        user.upload(encoded())
+    for name in pretrained.names():
+        assert "a.png: " in user.ask("explain", user.upload(encoded()), name, [])[1]
+    question = {"fn_index": user.functions["explain"], "session_hash": "open"}
+    for _ in range(9):
+        data = [user.upload(encoded()), "coda_xs_imagenette", ["IntGrad", "GCam"]]
+        assert user.client.post("/gradio_api/queue/join", json=question | {"data": data}).status_code == 200
+    with user.client.stream("GET", "/gradio_api/queue/data?session_hash=open"):  # a page that still waits
         assert program.end(signal.SIGINT) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
