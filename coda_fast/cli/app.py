@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from coda_fast import checkpoints
+from coda_fast import pretrained
 from coda_fast.cli import _options
 
 
@@ -16,9 +16,9 @@ from coda_fast.cli import _options
     "--checkpoint",
     "files",
     multiple=True,
-    required=True,
     type=click.Path(path_type=Path),
-    help="A model file: of coda_fast.save, train or demo. May be repeated; the page then has a choice.",
+    help="A model file (of coda_fast.save, train or demo), or the name of a network that the package "
+    "contains. May be repeated; the page then has a choice. Default: all networks of the package.",
 )
 @click.option(
     "--host",
@@ -37,9 +37,9 @@ def command(files, host, port, device) -> None:
 
     device = _options.usable_device(device)
     networks = {}
-    for file in files:
+    for file in files or map(Path, reversed(pretrained.names())):  # that for photographs comes first
         name = file.stem if file.stem not in networks else str(file)
-        networks[name] = checkpoints.load(file, device=device)
+        networks[name] = pretrained.load(file, device=device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which deletes the temporary folder, too
     app.serve(
         networks, host=host, port=port, ready=lambda address: click.echo(f"{address}   (Ctrl-C ends it)")
