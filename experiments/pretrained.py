@@ -171,11 +171,15 @@ def _mean(row):
 
 def summary(found: dict) -> str:
     """What was measured, on what and with what, in sentences."""
-    parts = [f"{found['parameters']:,} parameters, T = {found['temperature']:g}, {found['bytes'] / 1e6:.1f} MB"]
+    parts = [
+        f"{found['parameters']:,} parameters, T = {found['temperature']:g}, {found['bytes'] / 1e6:.1f} MB"
+    ]
     if accuracy := found.get("accuracy"):
         parts.append(f"accuracy {accuracy['top1']:.2%} of {accuracy['images']:,} test images")
     if error := found.get("completeness_error"):
-        parts.append(f"completeness error at most {error['worst']:.0e}, relative, over {error['images']} images")
+        parts.append(
+            f"completeness error at most {error['worst']:.0e}, relative, over {error['images']} images"
+        )
     if measured := found.get("demo"):
         row = measured["results"][-1]
         parts += [

@@ -68,7 +68,9 @@ def test_explain_with_the_networks_of_the_package(tmp_path, capsys):
         "coda_xs_cifar10",
         "coda_xs_imagenette",
     ]
-    for line, path, name in zip(printed, (small, large), ("coda_xs_cifar10", "coda_xs_imagenette"), strict=True):
+    for line, path, name in zip(
+        printed, (small, large), ("coda_xs_cifar10", "coda_xs_imagenette"), strict=True
+    ):
         model = coda_fast.create_model(name, pretrained=True).eval()
         with torch.no_grad():
             logits = model(model.transform(path)[None])[0]

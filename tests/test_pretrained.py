@@ -108,7 +108,9 @@ def test_other_arguments():
         ValueError, match="pretrained: expected one of coda_xs_cifar10, .*, got 'coda_s_cifar10'"
     ):
         coda_fast.create_model("coda_s_cifar10", pretrained=True)
-    with pytest.raises(FileNotFoundError, match=r"nothing: no such checkpoint, and no network of the package \(coda_xs_ci"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing: no such checkpoint, and no network of the package \(coda_xs_ci"
+    ):
         pretrained.load("nothing")
 
 

@@ -13,15 +13,15 @@ from coda_fast import pretrained
 from coda_fast.data.decode import picture_size
 from coda_fast.network import Network
 
-MODEL_FILE = (
+_MODEL_FILE = (
     "A model file (of coda_fast.save, train or demo), or the name of a network that the package contains: "
     f"{', '.join(pretrained.names())}."
 )
-CHECKPOINT = click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help=MODEL_FILE)
+CHECKPOINT = click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help=_MODEL_FILE)
 ANY_CHECKPOINT = click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help=f"{MODEL_FILE} Default: one of these, by the size of the picture.",
+    help=f"{_MODEL_FILE} Default: one of these, by the size of the picture.",
 )
 DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 SIZE = click.option(

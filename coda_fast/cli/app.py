@@ -18,7 +18,8 @@ from coda_fast.network import Network
     "files",
     multiple=True,
     type=click.Path(path_type=Path),
-    help=f"{_options.MODEL_FILE} May be repeated: the page has a choice. Default: all of these.",
+    help="A model file (of coda_fast.save, train or demo), or the name of a network that the package "
+    "contains. May be repeated; the page then has a choice. Default: all networks of the package.",
 )
 @click.option(
     "--host",
@@ -37,15 +38,10 @@ def command(files, host, port, device) -> None:
 
     device = _options.usable_device(device)
     networks: dict[str, Network] = {}
-    for file in files or map(Path, pretrained.names()):
-        name = str(file) if file.stem in networks else file.stem
+    for file in files or map(Path, reversed(pretrained.names())):  # that for photographs comes first
+        name = file.stem if file.stem not in networks else str(file)
         networks[name] = pretrained.load(file, device=device)
-    photographs = None if files else pretrained.for_picture(480, 640)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which deletes the temporary folder, too
     app.serve(
-        networks,
-        photographs,
-        host=host,
-        port=port,
-        ready=lambda address: click.echo(f"{address}   (Ctrl-C ends it)"),
+        networks, host=host, port=port, ready=lambda address: click.echo(f"{address}   (Ctrl-C ends it)")
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from coda_fast import registry
+from coda_fast import pretrained, registry
 from coda_fast._files import CheckpointError, one_line, regular_file, some
 from coda_fast.checkpoints import load
 from coda_fast.network import Network
@@ -30,8 +30,8 @@ _REPLACING = ("temperature", "logit_bias", "backend", "image_size")
 
 
 def find(name: str) -> Path:
-    """The file that ``model.weights`` names."""
-    return Path(name)  # names of pretrained networks are resolved here
+    """The file that ``model.weights`` names: a path, or a network of the package."""
+    return pretrained.find(name)
 
 
 def checksum(name: str) -> str:
