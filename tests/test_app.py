@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import io
 import json
 import os
@@ -506,7 +507,7 @@ def test_many_at_once(networks, server, waiting, monkeypatch):
 
     def question(i):
         user, name, data = User(server), ("first", "second")[i % 2], encoded(i // 3)
-        with user.client:
+        with contextlib.closing(user.client):
             held, view = user.ask("explain", user.upload(data, f"{i}.png"), name, [])
             again = user.ask("explain", held, name, [])
         assert again[1] == view
