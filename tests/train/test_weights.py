@@ -441,6 +441,10 @@ def test_two_processes_are_as_one(tmp_path, folder, strategy):
         launcher = ("--standalone", "--nproc-per-node=2")
         finished(command(two, *more, f"strategy={strategy}", launcher=launcher))
         assert_same(checkpoint_at(one), checkpoint_at(two), 1e-12)
+        first = ("--quiet", "--resume", two / "checkpoints" / "epoch_0001_step_0000000.pt")
+        again = tmp_path / f"again_{frozen}"
+        finished(command(again, *more, f"strategy={strategy}", launcher=launcher, options=first))
+        assert_same(checkpoint_at(two), checkpoint_at(again), 1e-12 if strategy == "fsdp2" else 0.0)
         stored = coda_fast.load(folder / "model.safetensors", dtype=torch.float64).state_dict()
         for part in ("model", "ema"):
             for name, tensor in checkpoint_at(two)[part].items():
