@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_every_public_name_is_on_a_page():
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     described = {line.removeprefix("::: ") for line in pages.splitlines() if line.startswith("::: ")}
-    modules = {"data", "functional", "pretrained", "__version__"}  # the functions of these modules are described one by one
+    # the functions of these modules are described one by one
+    modules = {"data", "functional", "pretrained", "__version__"}
     assert {f"coda_fast.{name}" for name in set(coda_fast.__all__) - modules} <= described
 
 

@@ -165,7 +165,7 @@ def set_up(
     if recipe.compile:
         objective.compile()
     module = fabric.setup_module(objective)
-    # Without the frozen parameters, which some optimisers would change although they have no gradient.
+    # Frozen parameters are kept from it altogether, whatever it does with those that have no gradient.
     optimizer = make_optimizer(recipe, (p for p in module.parameters() if p.requires_grad))
     schedule = make_schedule(recipe, optimizer, steps)
     return Setup(

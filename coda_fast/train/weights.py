@@ -76,16 +76,17 @@ class Weights:
         _check_layers(spec, self.stored)
 
     def network(self, num_classes: int | None = None, device: str = "cpu", **options: Any) -> Network:
-        """The network with these weights, and with a new last layer if ``num_classes`` is another number.
+        """The network with these weights, and with a new last layer if ``num_classes`` is another number
+        (None: that of the file).
         ``options`` are arguments of ``coda_fast.load``; values that the recipe gives take precedence.
 
         Raises:
             TrainingError: the network cannot have so many classes, or a value of the recipe does not fit.
         """
-        bias = self.spec.logit_bias
-        if bias is not None and bias != self.stored.logit_bias and not self.new_layers(num_classes):
+        bias, stored = self.spec.logit_bias, self.stored
+        if num_classes == stored.num_classes and bias not in (None, stored.logit_bias):
             raise TrainingError(
-                f"model.logit_bias: expected {self.stored.logit_bias:g} as in {self.name}, whose last layer "
+                f"model.logit_bias: expected {stored.logit_bias:g} as in {self.name}, whose last layer "
                 f"is kept, got {bias:g}"
             )
         replaced = {key: value for key in _REPLACING if (value := getattr(self.spec, key)) is not None}
@@ -96,11 +97,6 @@ class Weights:
                     f"model.weights: expected finite numbers in {self.name}, got others in {key}"
                 )
         return model
-
-    def new_layers(self, num_classes: int | None) -> list[str]:
-        """The layers that are not taken from the file for this number of classes."""
-        same = num_classes in (None, self.stored.num_classes)
-        return [] if same or self.stored.classifier is None else [self.stored.classifier]
 
     def origin(self, model: Network) -> dict:
         """What a checkpoint of the run stores, as plain values: name and checksum of the file, and the
@@ -115,8 +111,8 @@ class Weights:
         channels = model.config().get("out_channels")
         layers = f" with layers of {', '.join(map(str, channels))} channels" if channels else ""
         yield f"weights: {self.name} (sha256 {self.sha256[:12]}), a {kind}{layers}"
-        if new := self.new_layers(model.num_classes):
-            yield f"new: {', '.join(new)}, for {model.num_classes} classes instead of {stored.num_classes}"
+        if model.num_classes != stored.num_classes:
+            yield f"new: {model.classifier}, for {model.num_classes} classes instead of {stored.num_classes}"
         elif stored.class_names != model.class_names:
             yield (
                 f"the last layer is kept: its {stored.num_classes} classes were "
