@@ -39,6 +39,7 @@ def test_every_model_is_what_its_name_says(name):
     classes = {
         "cifar10": 10,
         "imagenet100": 100,
+        "imagenette": 10,
         "imagenet1k": 1000,
         "tinyimagenet": 200,
         "digits": 10,

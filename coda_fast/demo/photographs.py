@@ -16,7 +16,6 @@ import torch
 from coda_fast import baselines, plot, pretrained, safety
 from coda_fast._classes import class_name, fits_no_class
 from coda_fast.data import decode
-from coda_fast.data.decode import picture_size
 from coda_fast.data.photographs import Photograph, example_photographs
 from coda_fast.explanation import Explanation
 from coda_fast.network import Network
@@ -27,6 +26,14 @@ if TYPE_CHECKING:
 
 # Beside the network's own maps; both are captum's.
 METHODS = ("GCam", "IntGrad")
+# The photographs that are drawn, by file, and the networks that explain them: two whose subject is one of the
+# network's classes, and two whose subject is not.
+SHOWN = {
+    "chelsea.png": "coda_xs_cifar10",
+    "china.jpg": "coda_xs_imagenette",
+    "rocket.jpg": "coda_xs_imagenette",
+    "coffee.png": "coda_xs_imagenette",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +100,16 @@ def _draw(axes, row, methods):
     difference = maps[0] - maps[1]
     scale = plot.symmetric_scale(torch.stack((*maps, difference)))
     sigmoid = e.logits[0].sigmoid()
-    plot.show_view(axes[0], row.view, row.credit)
+    subject, _, by = row.credit.partition(": ")
+    plot.show_view(axes[0], row.view, subject)
     fits = f"fits none of the {row.model.num_classes} classes\n" if fits_no_class(e.logits[0]) else ""
-    axes[0].set_xlabel(f"{fits}explained by {row.network}", fontsize=7)
+    axes[0].set_xlabel(f"{fits}explained by {row.network}\n{by}", fontsize=7)
     for k in range(2):
         title = f"why {names[k]}: " if k == 0 else f"why {names[k]}? "
         sure = plot.probability(float(sigmoid[e.target[0, k]]))
         artist = plot.show_map(axes[1 + k], maps[k], scale, title + sure, row.view)
         axes[1 + k].set_xlabel(plot.proof(e, 0, k, row.model.logit_bias), fontsize=7)
-    plot.show_map(axes[3], difference, scale, f"why {names[0]}, not {names[1]}", row.view)
+    plot.show_map(axes[3], difference, scale, f"{names[0]}, not {names[1]}", row.view)
     logits = e.logits[0, e.target[0]].double()
     total = float(difference.double().sum())
     axes[3].set_xlabel(
@@ -126,8 +134,7 @@ class Result:
 
 
 def run(folder: str | os.PathLike, progress: Callable[[Iterable, str], Iterable] | None = None) -> Result:
-    """Explain the example photographs, each with the network of the package for pictures of its size, and
-    write the figure into ``folder``.
+    """Explain the example photographs ``SHOWN`` that are installed, and write the figure into ``folder``.
 
     Args:
         folder: is made if it is missing.
@@ -142,9 +149,10 @@ def run(folder: str | os.PathLike, progress: Callable[[Iterable, str], Iterable]
     note = ""
     if importlib.util.find_spec("captum") is None:
         methods, note = (), "no other methods are drawn: pip install 'coda-fast[evaluation]'"
-    photographs = example_photographs()
+    found = {photograph.path.name: photograph for photograph in example_photographs()}
+    photographs = [found[file] for file in SHOWN if file in found]
     for photograph in progress(photographs, "photographs") if progress else photographs:
-        name = pretrained.for_picture(*(picture_size(photograph.path) or (0, 0)))
+        name = SHOWN[photograph.path.name]
         if name not in networks:
             networks[name] = pretrained.load(name).eval()
         rows.append(explain_photograph(photograph, name, networks[name], methods))
