@@ -191,7 +191,9 @@ def summary(found: dict) -> str:
     if history := found.get("history"):
         images = history[-1]["updates"] / len(history) * found["recipe"]["batch_size"]  # of an epoch
         hours = sum(images / row["images_per_second"] for row in history) / 3600
-        parts.append(f"{len(history)} epochs, trained in {hours:.1f} hours of a core that other work shared")
+        whole = found["recipe"]["epochs"]
+        of = f" of {whole}" if len(history) < whole else ""
+        parts.append(f"{len(history)}{of} epochs, {hours:.1f} hours on a core that other work shared")
     method = ""
     if found.get("localisation"):
         method = (
