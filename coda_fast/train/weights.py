@@ -77,8 +77,8 @@ class Weights:
 
     def network(self, num_classes: int | None = None, device: str = "cpu", **options: Any) -> Network:
         """The network with these weights, and with a new last layer if ``num_classes`` is another number
-        (None: that of the file).
-        ``options`` are arguments of ``coda_fast.load``; values that the recipe gives take precedence.
+        (None: that of the file). ``options`` are arguments of ``coda_fast.load``; values that the recipe
+        gives take precedence.
 
         Raises:
             TrainingError: the network cannot have so many classes, or a value of the recipe does not fit.
