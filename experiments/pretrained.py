@@ -28,6 +28,7 @@ from bench import results
 from coda_fast import checkpoints, demo, pretrained
 from coda_fast.data.photographs import example_photographs
 
+ROWS = results.FOLDER
 # WordNet's names of the synsets that Imagenette takes from ImageNet, in the order of its folders
 IMAGENETTE = [
     "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck",
@@ -42,7 +43,7 @@ DATA = {
 
 def rows(name: str) -> Path:
     """The file with the measured results of a network."""
-    return results.FOLDER / f"pretrained_{name}.json"
+    return ROWS / f"pretrained_{name}.json"
 
 
 def ship(name: str, model: coda_fast.CoDANet, facts: dict) -> None:

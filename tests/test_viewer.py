@@ -158,7 +158,7 @@ def page(browser):
     """An empty page. At the end, nothing may have been asked of a network, and no script have failed."""
     with browser.new_context(viewport={"width": 1200, "height": 1000}) as context:
         found, asked, failed = context.new_page(), [], []
-        found.set_default_timeout(10_000)
+        found.set_default_timeout(60_000)
         context.route(re.compile("^(?!file:|data:|blob:)"), lambda route: route.abort())
         found.on("request", lambda request: asked.append(request.url))
         found.on("pageerror", lambda error: failed.append(str(error)))

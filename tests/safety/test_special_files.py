@@ -152,8 +152,8 @@ def test_names_that_move_the_cursor_or_are_no_text(inputs, tmp_path, capsys):
         cli.main([str(a) for a in ("explain", *(tmp_path / n for n in names), *options, tmp_path / "out")])
     assert not stop.value.code
     printed = capsys.readouterr().out
-    assert "\\udcff.png: class" in printed
-    assert "\\x1b[2Jx.png: class" in printed
+    assert "\\udcff.png: fits none of the " in printed
+    assert "\\x1b[2Jx.png: fits none of the " in printed
     assert run(capsys, "report", inputs, "--methods", "none", *options, tmp_path / "page.html")[0] == 0
     assert "\\udcff.png: not an image" in (text := (tmp_path / "page.html").read_text())
     assert "\x1b" not in text
