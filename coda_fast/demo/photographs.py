@@ -151,6 +151,8 @@ def run(folder: str | os.PathLike, progress: Callable[[Iterable, str], Iterable]
         methods, note = (), "no other methods are drawn: pip install 'coda-fast[evaluation]'"
     found = {photograph.path.name: photograph for photograph in example_photographs()}
     photographs = [found[file] for file in SHOWN if file in found]
+    if not photographs:
+        raise ImportError("the demo needs the photographs of scikit-learn: pip install 'coda-fast[cli]'")
     for photograph in progress(photographs, "photographs") if progress else photographs:
         name = SHOWN[photograph.path.name]
         if name not in networks:
