@@ -2,7 +2,7 @@
 high temperature, with every attribution method, localisation and pixel removal (some minutes on two cores).
 
     python -m experiments.evaluate_digits
-        bench/results/evaluation_digits.json, docs/localisation-digits.png, docs/removal-digits.png
+        bench/results/evaluation_digits.json
 
 DeepLIFT and GB are left out: on a CoDA-Net they are IxG and Grad (tests/test_baselines.py).
 """
@@ -10,7 +10,6 @@ DeepLIFT and GB are left out: on a CoDA-Net they are IxG and Grad (tests/test_ba
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from bench import results
 from coda_fast import baselines, create_model, demo
 from coda_fast.evaluation.runner import Evaluation, Settings, summary
 
-RESULTS, DOCS = results.FOLDER / "evaluation_digits.json", results.ROOT / "docs"
+RESULTS = results.FOLDER / "evaluation_digits.json"
 TEMPERATURES, SEEDS, EPOCHS = (1.0, 40.0), (0, 1, 2), 30
 # A digit has 8 x 8 pixels, and the published windows of 5 and 9 of 32 pixels would cover most of it, so that
 # Occ5 and Occ9 use 2 and 3 pixels
@@ -38,28 +37,22 @@ def methods() -> list[str]:
     return [name for name in baselines.METHODS if name not in baselines.TWINS]
 
 
-def evaluate(model, data, folder: Path, seed: int) -> dict:
-    """{metric: {method: summary}}. The figures of the first seed are kept in docs/."""
+def evaluate(model, data, folder: Path) -> dict:
+    """{metric: {method: summary}}."""
     found = {}
     for metric, settings in METRICS.items():
         images, labels = data.test_images[: IMAGES[metric]], data.test_labels[: IMAGES[metric]]
         evaluation = Evaluation(model, images, labels, settings, folder / metric)
-        measured, used = {}, {}
+        measured = {}
         for name in methods():
             start = time.perf_counter()
             attribution = baselines.create(name, model, **SETTINGS.get(name, {}))
-            measured[name], used[name] = (
-                evaluation.measure(name, attribution, attribution.settings),
-                attribution.settings,
-            )
+            measured[name] = evaluation.measure(name, attribution, attribution.settings)
             print(
                 f"  {metric} {name}: {summary(measured[name])['mean']:.4f} "
                 f"({time.perf_counter() - start:.0f} s)",
                 flush=True,
             )
-        paths = evaluation.write(measured, used)
-        if seed == SEEDS[0] and model.temperature == TEMPERATURES[-1]:
-            shutil.copyfile(paths[2], DOCS / f"{metric}-digits.png")
         found[metric] = {
             name: {k: round(v, 5) for k, v in summary(value).items()} for name, value in measured.items()
         }
@@ -83,7 +76,7 @@ def measure() -> dict:
                         "seed": seed,
                         "temperature": temperature,
                         "accuracy": accuracy,
-                        **evaluate(model, data, Path(folder), seed),
+                        **evaluate(model, data, Path(folder)),
                     }
                 )
     stamp = results.environment(torch.device("cpu"))

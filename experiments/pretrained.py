@@ -2,13 +2,14 @@
 its model card.
 
 python -m experiments.pretrained ship NAME --run FOLDER
-    coda_fast/weights/NAME.safetensors in half precision, its line in SHA256SUMS, and the curve of the run of
-    ``coda-fast train``, in bench/results/pretrained_NAME.json
+    from a run of ``coda-fast train``: coda_fast/weights/NAME.safetensors in half precision, its line in
+    SHA256SUMS, recipe and history in bench/results/pretrained_NAME.json, and docs/training-NAME.png
 python -m experiments.pretrained digits
     the same for coda_xs_digits: the demo's network, trained here (half a minute)
 python -m experiments.pretrained collect NAME --results FOLDER [FOLDER ...]
-    adds the results of ``coda-fast evaluate --checkpoint NAME --output FOLDER`` to these rows, and their
-    figures to docs/; of a method that several folders hold, the one with the most grids or images
+    adds the results of ``coda-fast evaluate --checkpoint NAME --output FOLDER`` to these rows, and draws
+    docs/localisation-NAME.png and docs/removal-NAME.png; of a method that several folders hold, the one with
+    the most grids or images
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ import coda_fast
 from bench import results
 from coda_fast import checkpoints, demo, pretrained
 from coda_fast.data.photographs import example_photographs
+from coda_fast.evaluation import Localisation, Removal, figures
+from coda_fast.evaluation.runner import summary
 
-ROWS = results.FOLDER
+ROWS, DOCS = results.FOLDER, results.ROOT / "docs"
 # WordNet's names of the synsets that Imagenette takes from ImageNet, in the order of its folders
 IMAGENETTE = [
     "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck",
@@ -103,80 +106,139 @@ def of_demo() -> tuple[coda_fast.CoDANet, dict]:
 
 
 def collect(name: str, folders: list[Path]) -> None:
-    """Add the results of evaluations to the rows of a network, and copy their figures."""
+    """Replace the measurements in the rows of a network by those of evaluations, and draw their figures."""
     found = json.loads(rows(name).read_text(encoding="utf-8"))
+    accuracies, measured = [], {}
     for folder in folders:
         stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         metric = stored["settings"]["metric"]
         if metric == "accuracy":
-            found["accuracy"] = stored["accuracy"]
+            accuracies.append(stored["accuracy"])
             continue
         found["completeness_error"] = stored["completeness_error"]
-        errors = standard_errors(folder / "results.csv")
-        measured = found.setdefault(metric, {})
-        for method, row in stored["methods"].items():
-            row["standard_error"] = errors[method]
-            if method not in measured or amount(row) >= amount(measured[method]):
-                measured[method] = row
-        figure = folder / f"{metric}.png"
-        if len(stored["methods"]) == max(map(len, (measured, stored["methods"]))):
-            shutil.copyfile(figure, results.ROOT / "docs" / f"{metric}-{name.rpartition('_')[2]}.png")
+        best = measured.setdefault(metric, {})
+        for method, result in of_evaluation(folder / "results.csv").items():
+            settings = stored["methods"][method]["settings"]
+            label = f"Occ{settings['size']}" if "size" in settings else method  # the window that was used
+            if label not in best or len(group_means(result)) > len(group_means(best[label])):
+                best[label] = result
+                found.setdefault(metric, {})[label] = {"settings": settings}
+    accuracies.sort(key=lambda accuracy: -accuracy["images"])  # of all images, and of the first (--limit)
+    for key, accuracy in zip(("accuracy", "accuracy_of_first"), accuracies, strict=False):
+        found[key] = accuracy
+    for metric, best in measured.items():
+        found[metric] = {
+            label: {
+                **found[metric][label],
+                **summary(result),
+                "standard_error": standard_error(group_means(result)),
+            }
+            for label, result in best.items()
+        }
+        figure = figures.boxes(best) if metric == "localisation" else figures.curves(best, "least")
+        figure.savefig(DOCS / f"{metric}-{short(name)}.png", dpi=200)
     rows(name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def amount(row: dict) -> int:
-    """How many grids or images a method was measured on."""
-    return row.get("grids") or row["images"]
-
-
-def standard_errors(table: Path) -> dict[str, float]:
-    """The standard error of the mean of each method. Cells of one grid share its images, so that a grid
-    counts as one value, and so does the area of an image's removal curve.
-    """
-    values: dict[str, dict[str, list[float]]] = {}
+def of_evaluation(table: Path) -> dict[str, Localisation | Removal]:
+    """The results of each method, from results.csv."""
     with open(table, newline="", encoding="utf-8") as file:
-        for method, group, *cells in list(csv.reader(file))[1:]:
-            numbers = cells[-1:] if len(cells) == 4 else cells  # a score, or a curve
-            values.setdefault(method, {}).setdefault(group, []).extend(map(float, numbers))
-    means = {
-        method: torch.tensor([sum(v) / len(v) for v in groups.values()], dtype=torch.float64)
-        for method, groups in values.items()
-    }
-    return {method: float(mean.std() / len(mean) ** 0.5) for method, mean in means.items()}
+        header, *lines = csv.reader(file)
+    found: dict[str, Localisation | Removal] = {}
+    for method in dict.fromkeys(line[0] for line in lines):
+        numbers = torch.tensor(
+            [list(map(float, line[1:])) for line in lines if line[0] == method], dtype=torch.float64
+        )
+        if header[1] == "grid":  # grid, cell, image, class, score
+            _, _, images, targets, scores = numbers.reshape(int(numbers[-1, 0]) + 1, -1, 5).unbind(2)
+            found[method] = Localisation(scores, images.long(), targets.long())
+        else:  # image, and the probability at each fraction
+            fractions = torch.tensor(list(map(float, header[2:])), dtype=torch.float64)
+            found[method] = Removal(fractions, numbers[:, 1:])
+    return found
+
+
+def group_means(result: Localisation | Removal) -> torch.Tensor:
+    """The values that are independent of each other: cells of a grid share its images, so that a grid is one
+    value, its mean; of removal, the area of an image's curve.
+    """
+    return result.scores.mean(1) if isinstance(result, Localisation) else result.area()
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """The standard error of the mean."""
+    return float(values.std() / len(values) ** 0.5)
+
+
+def short(name: str) -> str:
+    """The name of a network's data, in names of figures."""
+    return name.rpartition("_")[2]
 
 
 def card(name: str) -> str:
-    """Markdown for the model card: every method's localisation and removal, with the 95 % confidence interval
-    of the mean, and what was measured, on what and with what.
+    """Markdown for the model card and docs/evaluation.md: every method's localisation and removal, and what
+    was measured, on what and with what.
     """
     found = json.loads(rows(name).read_text(encoding="utf-8"))
+    return "\n".join([*methods_table(found), facts(found)])
+
+
+def brief(name: str) -> str:
+    """The last lines of the card, without the methods, for docs/pretrained.md."""
+    return facts(json.loads(rows(name).read_text(encoding="utf-8")))
+
+
+def methods_table(found: dict) -> list[str]:
+    """Lines of Markdown: each method's localisation and removal, the best first, with the 95 % confidence
+    interval of the mean. Empty if they were not measured.
+    """
     localised, removed = found.get("localisation", {}), found.get("removal", {})
-    lines = []
-    if localised:
-        lines = [
-            "| method | localisation, mean | 25 % | median | 75 % | grids | removal, area | images |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+    if not localised:
+        return []
+    lines = [
+        "| method | localisation, mean | 25 % | median | 75 % | grids | removal, area | images |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for method, row in sorted(localised.items(), key=lambda item: -item[1]["mean"]):
         other = removed.get(method)
         lines.append(
             f"| {method} | {_mean(row)} | {row['q25']:.3f} | {row['median']:.3f} | {row['q75']:.3f} | "
             f"{row['grids']} | " + (f"{_mean(other)} | {other['images']} |" if other else "| |")
         )
-    return "\n".join([*lines, *([""] if lines else []), summary(found)])
+    return [*lines, ""]
+
+
+def history(name: str) -> str:
+    """Markdown for docs/training.md: the curve of a run, at the epochs that were evaluated."""
+    found = json.loads(rows(name).read_text(encoding="utf-8"))
+    lines = [
+        "| epoch | training loss | training accuracy | test accuracy | of the moving average |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['epoch']:.0f} | {row['train_loss']:.4f} | {row['train_accuracy']:.1%} | "
+        f"{row['val_accuracy']:.2%} | {row['ema_val_accuracy']:.2%} |"
+        for row in found["history"]
+        if "val_accuracy" in row
+    ]
+    lines += ["", f"{found['data']}, batch {found['recipe']['batch_size']}; {facts(found)}"]
+    return "\n".join(lines)
 
 
 def _mean(row):
     return f"{row['mean']:.3f} ± {1.96 * row['standard_error']:.3f}"
 
 
-def summary(found: dict) -> str:
+def facts(found: dict) -> str:
     """What was measured, on what and with what, in sentences."""
     parts = [
         f"{found['parameters']:,} parameters, T = {found['temperature']:g}, {found['bytes'] / 1e6:.1f} MB"
     ]
     if accuracy := found.get("accuracy"):
-        parts.append(f"accuracy {accuracy['top1']:.2%} of {accuracy['images']:,} test images")
+        part = f"accuracy {accuracy['top1']:.2%} of {accuracy['images']:,} test images"
+        if first := found.get("accuracy_of_first"):
+            part += f" ({first['top1']:.2%} of the first {first['images']:,})"
+        parts.append(part)
     if error := found.get("completeness_error"):
         parts.append(
             f"completeness error at most {error['worst']:.0e}, relative, over {error['images']} images"
@@ -222,6 +284,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "ship":
         ship(options.name, *of_run(options.run))
+        shutil.copyfile(options.run / "curve.png", DOCS / f"training-{short(options.name)}.png")
     elif options.command == "digits":
         ship("coda_xs_digits", *of_demo())
     else:

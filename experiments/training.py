@@ -1,24 +1,16 @@
-"""The cost and the result of training on this machine: decoding compared with the network that consumes the
-images, a training step compared with the peers, and a real run.
+"""The cost of training on this machine: decoding compared with the network that consumes the images, and a
+training step compared with the peers.
 
 python -m experiments.training
-    bench/results/training.json: decoding and training steps, measured now (a minute)
-python -m experiments.training --run FOLDER
-    bench/results/cifar10_xs.json and docs/cifar10_xs.png: a run of the recipe cifar10-xs
-          [--localisation FOLDER]
-              with the results of ``coda-fast evaluate --metric localisation --output FOLDER``
+    bench/results/training.json (a minute)
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import functools
 import io
 import json
-import shutil
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,8 +19,7 @@ import torch.nn.functional as F
 from bench import measure, peers, results
 from coda_fast import create_model
 
-RESULTS, RUN = results.FOLDER / "training.json", results.FOLDER / "cifar10_xs.json"
-CURVE = results.ROOT / "docs" / "cifar10_xs.png"
+RESULTS = results.FOLDER / "training.json"
 BATCH = 64
 PROVIDERS = {"coda_fast": None, "materialising": peers.materialising, "algebraic": peers.algebraic}
 
@@ -171,89 +162,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-# -- a real run
-# ------------------------------------------------------------------------------------------------------------
-
-
-def collect(folder: Path, localisation: Path | None) -> dict:
-    """Store the results of a finished run in the repository."""
-    import yaml
-
-    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-        history = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe["data"]["path"] = None
-    found = {
-        "data": "CIFAR-10 (JPEG)",
-        "recipe": recipe,
-        **results.environment(torch.device("cpu")),
-        "history": history,
-    }
-    if localisation is not None:
-        stored = json.loads((localisation / "results.json").read_text(encoding="utf-8"))
-        found["localisation"] = {
-            key: stored[key] for key in ("settings", "methods", "results") if key in stored
-        }
-    return found
-
-
-def run_table() -> str:
-    """Markdown of the stored run."""
-    stored = json.loads(RUN.read_text(encoding="utf-8"))
-    lines = [
-        "| epoch | training loss | training accuracy | test loss | test accuracy | images/s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in stored["history"]:
-        lines.append(
-            f"| {row['epoch']:.0f} | {row['train_loss']:.4f} | {row['train_accuracy']:.1%} | "
-            f"{row['val_loss']:.4f} | "
-            f"{row['val_accuracy']:.2%} | {row['images_per_second']:.0f} |"
-        )
-    run, last = stored["recipe"], stored["history"][-1]
-    lines += [
-        "",
-        f"{stored['data']}, recipe {run['name']}, T = {run['model']['temperature']:g}, {last['epoch']:.0f} "
-        "epochs of batch "
-        f"{run['batch_size']}, float32, one thread of a shared {stored['device']}: test accuracy "
-        f"{last['val_accuracy']:.2%} on all "
-        f"{last['val_images']:.0f} images"
-        + (
-            f", {stored['lossless_accuracy']:.2%} on the 1,017 that are stored without loss"
-            if "lossless_accuracy" in stored
-            else ""
-        )
-        + (f"; {stored['minutes']} minutes" if "minutes" in stored else "")
-        + f". torch {stored['torch']}, commit {stored['commit']}, {stored['date']}.",
-    ]
-    if found := stored.get("localisation"):
-        side, grids = found["settings"]["side"], found["settings"]["grids"]
-        lines += [
-            "",
-            f"| localisation, {grids} grids of {side} x {side}, chance {1 / side**2:.3f} | mean | 25 % | "
-            "median | 75 % |",
-        ]
-        lines.append("|---|---|---|---|---|")
-        for name, row in sorted(found["methods"].items(), key=lambda item: -item[1]["mean"]):
-            lines.append(
-                f"| {name} | {row['mean']:.3f} | {row['q25']:.3f} | {row['median']:.3f} | {row['q75']:.3f} |"
-            )
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, help="folder of coda-fast train")
-    parser.add_argument("--localisation", type=Path, help="folder of coda-fast evaluate")
-    options = parser.parse_args()
-    if options.run is None:
-        RESULTS.write_text(json.dumps(run(), indent=1) + "\n", encoding="utf-8")
-        print(table())
-    else:
-        RUN.write_text(
-            json.dumps(collect(options.run, options.localisation), indent=1) + "\n", encoding="utf-8"
-        )
-        shutil.copyfile(options.run / "curve.png", CURVE)
-        print(run_table())
+    RESULTS.write_text(json.dumps(run(), indent=1) + "\n", encoding="utf-8")
+    print(table())

@@ -13,6 +13,7 @@ import coda_fast
 from coda_fast import demo, pretrained
 from coda_fast.data.photographs import example_photographs
 from coda_fast.evaluation import completeness_error
+from experiments import pretrained as measured
 from experiments.pretrained import rows
 
 NAMES = pretrained.names()
@@ -153,3 +154,63 @@ def test_card(name):
     assert card.startswith(f"# {name}\n")
     for part in ("## Data", "## Intended use", "## Licence"):
         assert part in card
+
+
+# -- the measurements of the cards
+
+
+def evaluation(folder, metric, images, methods, lines):
+    """A folder as ``coda-fast evaluate`` writes it."""
+    folder.mkdir()
+    stored = {
+        "settings": {"metric": metric},
+        "accuracy": {"top1": 0.5, "images": images},
+        "completeness_error": {"worst": 1e-7, "images": 4},
+        "methods": {name: {"settings": settings} for name, settings in methods.items()},
+    }
+    (folder / "results.json").write_text(json.dumps(stored))
+    (folder / "results.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_collect(tmp_path, monkeypatch):
+    """Of each method the evaluation with the most grids counts; a grid is one value of the standard error."""
+    monkeypatch.setattr(measured, "ROWS", tmp_path)
+    monkeypatch.setattr(measured, "DOCS", tmp_path)
+    (tmp_path / "pretrained_net_small.json").write_text(json.dumps({"name": "net_small"}))
+    header = "method,grid,cell,image,class,score"
+    grids = [[[0.1, 0.3], [0.5, 0.9], [0.2, 0.4]], [[1.0, 1.0], [0.0, 1.0]]]  # of each folder
+    folders = [
+        evaluation(
+            tmp_path / str(i),
+            "localisation",
+            10,
+            {"Ours": {}, "Occ5": {"size": 9}},
+            [header]
+            + [
+                f"{method},{g},{cell},{cell},{cell},{score}"
+                for method in ("Ours", "Occ5")
+                for g, scores in enumerate(found)
+                for cell, score in enumerate(scores)
+            ],
+        )
+        for i, found in enumerate(grids)
+    ]
+    curves = ["method,image,0,0.125,0.25", "Ours,0,1,0.5,0.5", "Ours,1,0.5,0.5,0.5"]
+    folders.append(evaluation(tmp_path / "removal", "removal", 10, {"Ours": {}}, curves))
+    folders += [evaluation(tmp_path / f"accuracy_{n}", "accuracy", n, {}, []) for n in (4, 10)]
+    measured.collect("net_small", folders[::-1])
+    found = json.loads((tmp_path / "pretrained_net_small.json").read_text())
+    assert set(found["localisation"]) == {"Ours", "Occ9"}  # named after the window
+    row = found["localisation"]["Ours"]
+    assert row["grids"] == 3
+    assert row["mean"] == pytest.approx(0.4)
+    # the grids' means are 0.2, 0.7 and 0.3: variance (0.04 + 0.09 + 0.01) / 2 = 0.07
+    assert row["standard_error"] == pytest.approx((0.07 / 3) ** 0.5)
+    # the areas are (0.75 + 0.5) / 2 and 0.5: their variance is 2 * 0.0625^2
+    area = found["removal"]["Ours"]
+    assert area["mean"] == pytest.approx(0.5625)
+    assert area["standard_error"] == pytest.approx(0.0625)
+    assert (found["accuracy"]["images"], found["accuracy_of_first"]["images"]) == (10, 4)
+    for metric in ("localisation", "removal"):
+        assert (tmp_path / f"{metric}-small.png").stat().st_size > 5000

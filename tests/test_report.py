@@ -216,6 +216,20 @@ def test_command(tmp_path, checkpoint):
     assert "c.png: not an image that Pillow can read" in text
 
 
+def test_command_names_the_network(tmp_path):
+    """Without --checkpoint, the network is chosen by the size of the first picture."""
+    for name, side in (("a.png", 32), ("b.png", 300)):
+        Image.new("RGB", (side, side)).save(tmp_path / name)
+    done = invoke(tmp_path, "--output", tmp_path / "page.html", "--methods", "none", "--classes", 1)
+    assert done.exit_code == 0, done.output
+    sentence = f"Explained by coda_xs_cifar10, which was chosen by the size of {tmp_path / 'a.png'}."
+    assert sentence in done.output
+    page = Page((tmp_path / "page.html").read_text())
+    assert sentence in " ".join(page.words)
+    classes = set(coda_fast.create_model("coda_xs_cifar10", pretrained=True).class_names)
+    assert [{c["name"] for c in view["classes"]} <= classes for view in page.views] == [True, True]
+
+
 def test_pictures_are_asked_for_one_by_one(model):
     """A page of any length holds one image in memory at a time. Unreadable images are listed at its end."""
     asked, skipped = [], []

@@ -125,6 +125,9 @@ def peers() -> str:
     return "\n".join([*lines, *(f"| {name} | {each.description} |" for name, each in found.items())])
 
 
+# the networks of the package that were trained on photographs, by the names of their blocks and figures
+PHOTOGRAPHS = {"cifar10": "coda_xs_cifar10", "imagenette": "coda_xs_imagenette"}
+
 # {document: {name of a block: function that returns its text}}; functions of measured results take the folder
 # of the rows
 BLOCKS = {
@@ -132,6 +135,7 @@ BLOCKS = {
     ROOT / "docs" / "numbers.md": {"bench": short_tables, "golden": golden.table},
     ROOT / "docs" / "benchmark.md": {"peers": peers, "bench": full_tables},
     ROOT / "docs" / "evaluation.md": {
+        **{short: functools.partial(pretrained.card, name) for short, name in PHOTOGRAPHS.items()},
         "methods": methods,
         "digits": evaluate_digits.table,
         "matrix": matrix_regulariser.table,
@@ -142,9 +146,12 @@ BLOCKS = {
         for name in pretrained.DATA
     },
     ROOT / "docs" / "pretrained.md": {
-        name.rpartition("_")[2]: functools.partial(pretrained.card, name) for name in pretrained.DATA
+        pretrained.short(name): functools.partial(pretrained.brief, name) for name in pretrained.DATA
     },
-    ROOT / "docs" / "training.md": {"training": training.table, "run": training.run_table},
+    ROOT / "docs" / "training.md": {
+        "training": training.table,
+        **{short: functools.partial(pretrained.history, name) for short, name in PHOTOGRAPHS.items()},
+    },
     ROOT / "docs" / "kernels.md": {"aot": aot_tables.tables, "launches": launches.tables},
 }
 OF_ROWS = (headline, short_tables, full_tables)

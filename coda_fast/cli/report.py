@@ -70,11 +70,13 @@ def command(images, checkpoint, output, classes, methods, limit, size, device) -
         if methods is None
         else [name for name in map(str.strip, methods.split(",")) if name and name.lower() != "none"]
     )
-    notes = (
-        [f"Folders hold {found} image files: {limit} of them are taken, evenly; --limit sets how many."]
-        if found > limit
-        else []
-    )
+    notes = []
+    if checkpoint is None:
+        notes.append(f"Explained by {name}, which was chosen by the size of {safety.printable(files[0][0])}.")
+    if found > limit:
+        notes.append(
+            f"Folders hold {found} image files: {limit} of them are taken, evenly; --limit sets how many."
+        )
     text = page.stream(
         model,
         page.read_pictures(model, files, preprocessing, count, skipped),
