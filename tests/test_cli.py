@@ -16,6 +16,7 @@ import coda_fast
 from coda_fast import cli, explain_files, plot
 from coda_fast.data.photographs import example_photographs
 from coda_fast.demo import TEMPERATURES
+from coda_fast.demo import photographs
 from coda_fast.demo.photographs import SHOWN
 from coda_fast.viewer import verdict
 
@@ -372,6 +373,13 @@ def test_demo_of_photographs(tmp_path, capsys):
     assert run("demo", "--epochs", 3, "--output", tmp_path / "other") == 2
     _one_line(capsys, "--epochs: expected --train beside it")
     assert not (tmp_path / "other").exists()
+
+
+def test_demo_without_photographs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(photographs, "example_photographs", list)
+    assert run("demo", "--output", tmp_path / "demo") == 2
+    _one_line(capsys, "the demo needs the photographs of scikit-learn: pip install 'coda-fast[cli]'")
+    assert not (tmp_path / "demo").exists()
 
 
 def test_demo_without_data(tmp_path, capsys, monkeypatch):
