@@ -15,8 +15,7 @@ from PIL import Image
 import coda_fast
 from coda_fast import cli, explain_files, plot
 from coda_fast.data.photographs import example_photographs
-from coda_fast.demo import TEMPERATURES
-from coda_fast.demo import photographs
+from coda_fast.demo import TEMPERATURES, photographs
 from coda_fast.demo.photographs import SHOWN
 from coda_fast.viewer import verdict
 
