@@ -51,6 +51,7 @@ def rows(name: str) -> Path:
 
 def ship(name: str, model: coda_fast.CoDANet, facts: dict) -> None:
     """Write a network into the package, and the facts about it to its rows."""
+    stamp = results.environment(torch.device("cpu"))  # before the working tree changes
     if name == "coda_xs_imagenette":
         model.class_names = IMAGENETTE
     file = pretrained.FOLDER / f"{name}.safetensors"
@@ -65,7 +66,7 @@ def ship(name: str, model: coda_fast.CoDANet, facts: dict) -> None:
         "temperature": model.temperature,
         "bytes": file.stat().st_size,
         "logits": logits(name),
-        **results.environment(torch.device("cpu")),
+        **stamp,
         **facts,
     }
     rows(name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
