@@ -18,14 +18,14 @@ from playwright.sync_api import sync_playwright
 from coda_fast import app, pretrained
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "app.png"
-WIDTH, HEIGHT = 1200, 1000
+WIDTH, HEIGHT = 1200, 1090
 
 
 def main() -> None:
     """Take the picture."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--network", default="coda_xs_cifar10", choices=pretrained.names())
-    parser.add_argument("--example", type=int, default=0, help="the number of the photograph, from 0")
+    parser.add_argument("--network", default="coda_xs_imagenette", choices=pretrained.names())
+    parser.add_argument("--example", type=int, default=3, help="the number of the photograph, from 0")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     networks = {name: pretrained.load(name) for name in pretrained.names()}

@@ -125,6 +125,7 @@ def verdict(logits: torch.Tensor, class_names: Sequence[str] | None = None) -> s
     """What the network says of an image with ``logits`` [classes], in words: the most likely class and its
     probability, or that the image fits none (``fits_no_class``).
     """
+    logits = logits.detach()
     best = int(logits.argmax())
     name = printable(class_name(None if class_names is None else list(class_names), best))
     sure = plot.probability(float(logits[best].sigmoid()))

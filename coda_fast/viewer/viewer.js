@@ -111,12 +111,15 @@
     return context;
   }
 
-  // A line around a box, of several colours side by side, to be seen on any ground.
+  // A line around a box, of several colours side by side, to be seen on any ground. A page may show the drawing
+  // at a fraction of its size, without averaging, and must not lose the line.
   function frame(context, [x, y, w, h], colours = ["#fff", "#000"]) {
-    context.lineWidth = 2;
+    const line = 2 * Math.ceil(context.canvas.width / 400);
+    context.lineWidth = line;
     colours.forEach((colour, i) => {
+      const away = line * (i + 0.5);
       context.strokeStyle = colour;
-      context.strokeRect(x - 1 - 2 * i, y - 1 - 2 * i, w + 2 + 4 * i, h + 2 + 4 * i);
+      context.strokeRect(x - away, y - away, w + 2 * away, h + 2 * away);
     });
   }
 
@@ -285,7 +288,7 @@
     const scale = make("div", { className: "coda-scale" }, make("div", { className: "coda-colours" }),
       make("div", { className: "coda-ends" }, ...parts.ends));
     const head = make("div", { className: "coda-row coda-titles", "aria-hidden": "true" },
-      ...["class", "", "p", "logit"].map((title) => make("span", {}, title)));
+      ...["class", "p", "logit"].map((title) => make("span", {}, title)));
     const list = make("ul", { "aria-label": "classes" }, ...rows.map((row) => make("li", {}, row.button)));
     const classes = make("div", { className: "coda-classes" }, head, list,
       ...notes.map((note) => make("p", { className: "coda-note" }, note)));
