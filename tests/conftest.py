@@ -11,6 +11,9 @@ import pytest
 import quick_interpreter
 import torch
 
+# Files of this name in several folders would be one module for --doctest-modules; they hold no doctests.
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
+
 if not torch.cuda.is_available():
     # set before the kernels are imported, so that they run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
