@@ -109,14 +109,14 @@ def of_demo() -> tuple[coda_fast.CoDANet, dict]:
 def collect(name: str, folders: list[Path]) -> None:
     """Replace the measurements in the rows of a network by those of evaluations, and draw their figures."""
     found = json.loads(rows(name).read_text(encoding="utf-8"))
-    accuracies, measured = [], {}
+    accuracies, errors, measured = [], [], {}
     for folder in folders:
         stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         metric = stored["settings"]["metric"]
         if metric == "accuracy":
             accuracies.append(stored["accuracy"])
             continue
-        found["completeness_error"] = stored["completeness_error"]
+        errors.append(stored["completeness_error"])
         best = measured.setdefault(metric, {})
         for method, result in of_evaluation(folder / "results.csv").items():
             settings = stored["methods"][method]["settings"]
@@ -127,6 +127,8 @@ def collect(name: str, folders: list[Path]) -> None:
     accuracies.sort(key=lambda accuracy: -accuracy["images"])  # of all images, and of the first (--limit)
     for key, accuracy in zip(("accuracy", "accuracy_of_first"), accuracies, strict=False):
         found[key] = accuracy
+    if errors:
+        found["completeness_error"] = max(errors, key=lambda error: error["images"])
     for metric, best in measured.items():
         found[metric] = {
             label: {
