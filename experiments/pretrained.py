@@ -7,9 +7,9 @@ python -m experiments.pretrained ship NAME --run FOLDER
 python -m experiments.pretrained digits
     the same for coda_xs_digits: the demo's network, trained here (half a minute)
 python -m experiments.pretrained collect NAME --results FOLDER [FOLDER ...]
-    adds the results of ``coda-fast evaluate --checkpoint NAME --output FOLDER`` to these rows, and draws
-    docs/localisation-NAME.png and docs/removal-NAME.png; of a method that several folders hold, the one with
-    the most grids or images
+    replaces the measurements in these rows by the results of ``coda-fast evaluate --checkpoint NAME --output
+    FOLDER``, and draws docs/localisation-NAME.png and docs/removal-NAME.png; of a method that several folders
+    hold, the one with the most grids or images
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def of_demo() -> tuple[coda_fast.CoDANet, dict]:
 def collect(name: str, folders: list[Path]) -> None:
     """Replace the measurements in the rows of a network by those of evaluations, and draw their figures."""
     found = json.loads(rows(name).read_text(encoding="utf-8"))
-    accuracies, errors, measured = [], [], {}
+    accuracies, errors = [], []
+    measured: dict[str, dict[str, list[Localisation | Removal]]] = {}
+    settings: dict[str, dict] = {}
     for folder in folders:
         stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         metric = stored["settings"]["metric"]
@@ -117,30 +119,56 @@ def collect(name: str, folders: list[Path]) -> None:
             accuracies.append(stored["accuracy"])
             continue
         errors.append(stored["completeness_error"])
-        best = measured.setdefault(metric, {})
         for method, result in of_evaluation(folder / "results.csv").items():
-            settings = stored["methods"][method]["settings"]
-            label = f"Occ{settings['size']}" if "size" in settings else method  # the window that was used
-            if label not in best or len(group_means(result)) > len(group_means(best[label])):
-                best[label] = result
-                found.setdefault(metric, {})[label] = {"settings": settings}
+            used = stored["methods"][method]["settings"]
+            label = f"Occ{used['size']}" if "size" in used else method  # the window that was used
+            settings[label] = used
+            measured.setdefault(metric, {}).setdefault(label, []).append(result)
     accuracies.sort(key=lambda accuracy: -accuracy["images"])  # of all images, and of the first (--limit)
     for key, accuracy in zip(("accuracy", "accuracy_of_first"), accuracies, strict=False):
         found[key] = accuracy
     if errors:
         found["completeness_error"] = max(errors, key=lambda error: error["images"])
-    for metric, best in measured.items():
-        found[metric] = {
-            label: {
-                **found[metric][label],
-                **summary(result),
-                "standard_error": standard_error(group_means(result)),
-            }
-            for label, result in best.items()
-        }
-        figure = figures.boxes(best) if metric == "localisation" else figures.curves(best, "least")
-        figure.savefig(DOCS / f"{metric}-{short(name)}.png", dpi=200)
+    for metric, every in measured.items():
+        found[metric] = {}
+        for label, candidates in every.items():
+            result = max(candidates, key=lambda candidate: len(group_means(candidate)))
+            row = {"settings": settings[label], **summary(result)}
+            row["standard_error"] = standard_error(group_means(result))
+            if label != "Ours":
+                lead = group_means(same(every["Ours"], result)) - group_means(result)
+                row["lead_of_ours"] = {"mean": float(lead.mean()), "standard_error": standard_error(lead)}
+            found[metric][label] = row
+        draw(metric, every, DOCS / f"{metric}-{short(name)}.png")
     rows(name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def draw(metric: str, measured: dict[str, list[Localisation | Removal]], path: Path) -> None:
+    """The figure of all methods on the grids or images that were given to every one of them."""
+    fewest = min((max(found, key=lambda one: len(group_means(one))) for found in measured.values()),
+                 key=lambda one: len(group_means(one)))  # fmt: skip
+    common = {label: same(candidates, fewest) for label, candidates in measured.items()}
+    figure = figures.boxes(common) if metric == "localisation" else figures.curves(common, "least")
+    figure.savefig(path, dpi=200)
+
+
+def same(candidates: list, wanted: Localisation | Removal) -> Localisation | Removal:
+    """The results of one method on the grids or images of ``wanted``: the first ones of a larger evaluation.
+    Methods are compared on the same ones, since the first grids have the most confident images, which every
+    method finds more easily. ValueError: there are none.
+    """
+    count = len(group_means(wanted))
+    for found in candidates:
+        if isinstance(found, Localisation):
+            part = Localisation(found.scores[:count], found.images[:count], found.targets[:count])
+            fits = torch.equal(part.images, wanted.images)
+        else:
+            part = Removal(found.fractions, found.probabilities[:count])
+            starts = part.probabilities[:, 0], wanted.probabilities[:, 0]
+            fits = starts[0].shape == starts[1].shape and torch.allclose(*starts, rtol=0, atol=1e-4)
+        if fits:
+            return part
+    raise ValueError(f"expected an evaluation of the same {count} grids or images, got none")
 
 
 def of_evaluation(table: Path) -> dict[str, Localisation | Removal]:
@@ -192,21 +220,27 @@ def brief(name: str) -> str:
 
 
 def methods_table(found: dict) -> list[str]:
-    """Lines of Markdown: each method's localisation and removal, the best first, with the 95 % confidence
-    interval of the mean. Empty if they were not measured.
+    """Lines of Markdown: each method's localisation and removal, with the 95 % confidence interval of the
+    mean, in the order of how far Ours is ahead on the same grids. Empty if they were not measured.
     """
     localised, removed = found.get("localisation", {}), found.get("removal", {})
     if not localised:
         return []
     lines = [
-        "| method | localisation, mean | 25 % | median | 75 % | grids | removal, area | images |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | localisation, mean | 25 % | median | 75 % | grids | Ours is ahead by | removal, area | "
+        "images | Ours is ahead by |",
+        "|---" * 10 + "|",
     ]
-    for method, row in sorted(localised.items(), key=lambda item: -item[1]["mean"]):
-        other = removed.get(method)
+    for method in sorted(localised, key=lambda method: _lead(localised[method])):
+        row, other = localised[method], removed.get(method)
         lines.append(
             f"| {method} | {_mean(row)} | {row['q25']:.3f} | {row['median']:.3f} | {row['q75']:.3f} | "
-            f"{row['grids']} | " + (f"{_mean(other)} | {other['images']} |" if other else "| |")
+            f"{row['grids']} | {_mean(row.get('lead_of_ours'))} | "
+            + (
+                f"{_mean(other)} | {other['images']} | {_mean(other.get('lead_of_ours'))} |"
+                if other
+                else "| | |"
+            )
         )
     return [*lines, ""]
 
@@ -228,7 +262,13 @@ def history(name: str) -> str:
     return "\n".join(lines)
 
 
+def _lead(row):
+    return row["lead_of_ours"]["mean"] if "lead_of_ours" in row else 0.0
+
+
 def _mean(row):
+    if row is None:
+        return ""
     return f"{row['mean']:.3f} ± {1.96 * row['standard_error']:.3f}"
 
 
@@ -263,8 +303,9 @@ def facts(found: dict) -> str:
     method = ""
     if found.get("localisation"):
         method = (
-            f" Mean ± half of the 95 % confidence interval; 3 x 3 grids, chance {1 / 9:.3f}; removal: least "
-            "important first, mean probability over 0 to 25 %."
+            " Mean ± half of the 95 % confidence interval, and by how much Ours is ahead on the same grids "
+            "or images (the first grids have the most confident images); 3 x 3 grids, chance "
+            f"{1 / 9:.3f}; removal: least important first, mean probability over 0 to 25 %."
         )
     return (
         "; ".join(parts) + f".{method} {found['device']}, torch {found['torch']}; commit {found['commit']}, "

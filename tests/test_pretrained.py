@@ -174,27 +174,29 @@ def evaluation(folder, metric, images, methods, lines):
 
 
 def test_collect(tmp_path, monkeypatch):
-    """Of each method the evaluation with the most grids counts; a grid is one value of the standard error."""
+    """Of each method the evaluation with the most grids counts; a grid is one value of the standard error.
+    Methods are compared with the network's own maps on the same grids.
+    """
     monkeypatch.setattr(measured, "ROWS", tmp_path)
     monkeypatch.setattr(measured, "DOCS", tmp_path)
     (tmp_path / "pretrained_net_small.json").write_text(json.dumps({"name": "net_small"}))
     header = "method,grid,cell,image,class,score"
-    grids = [[[0.1, 0.3], [0.5, 0.9], [0.2, 0.4]], [[1.0, 1.0], [0.0, 1.0]]]  # of each folder
+    grids = [[0.1, 0.3], [0.5, 0.9], [0.2, 0.4]]
+
+    def lines(method, scores):
+        return [
+            f"{method},{g},{cell},{2 * g + cell},{cell},{score}"
+            for g, cells in enumerate(scores)
+            for cell, score in enumerate(cells)
+        ]
+
+    localised = [
+        ({"Ours": {}}, [header, *lines("Ours", grids)]),
+        ({"Ours": {}}, [header, *lines("Ours", grids[:1])]),
+        ({"Occ5": {"size": 9}}, [header, *lines("Occ5", [[0.1, 0.1], [0.1, 0.5]])]),
+    ]
     folders = [
-        evaluation(
-            tmp_path / str(i),
-            "localisation",
-            10,
-            {"Ours": {}, "Occ5": {"size": 9}},
-            [header]
-            + [
-                f"{method},{g},{cell},{cell},{cell},{score}"
-                for method in ("Ours", "Occ5")
-                for g, scores in enumerate(found)
-                for cell, score in enumerate(scores)
-            ],
-        )
-        for i, found in enumerate(grids)
+        evaluation(tmp_path / str(i), "localisation", 10, *content) for i, content in enumerate(localised)
     ]
     curves = ["method,image,0,0.125,0.25", "Ours,0,1,0.5,0.5", "Ours,1,0.5,0.5,0.5"]
     folders.append(evaluation(tmp_path / "removal", "removal", 10, {"Ours": {}}, curves))
@@ -207,6 +209,10 @@ def test_collect(tmp_path, monkeypatch):
     assert row["mean"] == pytest.approx(0.4)
     # the grids' means are 0.2, 0.7 and 0.3: variance (0.04 + 0.09 + 0.01) / 2 = 0.07
     assert row["standard_error"] == pytest.approx((0.07 / 3) ** 0.5)
+    # on the first two grids: 0.2 - 0.1 and 0.7 - 0.3
+    lead = found["localisation"]["Occ9"]["lead_of_ours"]
+    assert lead["mean"] == pytest.approx(0.25)
+    assert lead["standard_error"] == pytest.approx(0.15)
     # the areas are (0.75 + 0.5) / 2 and 0.5: their variance is 2 * 0.0625^2
     area = found["removal"]["Ours"]
     assert area["mean"] == pytest.approx(0.5625)
@@ -214,3 +220,14 @@ def test_collect(tmp_path, monkeypatch):
     assert (found["accuracy"]["images"], found["accuracy_of_first"]["images"]) == (10, 4)
     for metric in ("localisation", "removal"):
         assert (tmp_path / f"{metric}-small.png").stat().st_size > 5000
+
+
+def test_collect_compares_the_same_grids(tmp_path, monkeypatch):
+    """A method that was measured on other images has nothing to be compared with."""
+    monkeypatch.setattr(measured, "ROWS", tmp_path)
+    (tmp_path / "pretrained_net_small.json").write_text("{}")
+    header = "method,grid,cell,image,class,score"
+    ours = evaluation(tmp_path / "a", "localisation", 10, {"Ours": {}}, [header, "Ours,0,0,7,0,0.5"])
+    other = evaluation(tmp_path / "b", "localisation", 10, {"IxG": {}}, [header, "IxG,0,0,8,0,0.5"])
+    with pytest.raises(ValueError, match="expected an evaluation of the same 1 grids or images, got none"):
+        measured.collect("net_small", [ours, other])
