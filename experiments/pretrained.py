@@ -132,7 +132,7 @@ def collect(name: str, folders: list[Path]) -> None:
     for metric, every in measured.items():
         found[metric] = {}
         for label, candidates in every.items():
-            result = max(candidates, key=lambda candidate: len(group_means(candidate)))
+            result = max(candidates, key=amount)
             row = {"settings": settings[label], **summary(result)}
             row["standard_error"] = standard_error(group_means(result))
             if label != "Ours":
@@ -145,8 +145,7 @@ def collect(name: str, folders: list[Path]) -> None:
 
 def draw(metric: str, measured: dict[str, list[Localisation | Removal]], path: Path) -> None:
     """The figure of all methods on the grids or images that were given to every one of them."""
-    fewest = min((max(found, key=lambda one: len(group_means(one))) for found in measured.values()),
-                 key=lambda one: len(group_means(one)))  # fmt: skip
+    fewest = min((max(candidates, key=amount) for candidates in measured.values()), key=amount)
     common = {label: same(candidates, fewest) for label, candidates in measured.items()}
     figure = figures.boxes(common) if metric == "localisation" else figures.curves(common, "least")
     figure.savefig(path, dpi=200)
@@ -154,15 +153,15 @@ def draw(metric: str, measured: dict[str, list[Localisation | Removal]], path: P
 
 def same(candidates: list, wanted: Localisation | Removal) -> Localisation | Removal:
     """The results of one method on the grids or images of ``wanted``: the first ones of a larger evaluation.
-    Methods are compared on the same ones, since the first grids have the most confident images, which every
-    method finds more easily. ValueError: there are none.
+    Methods are compared on the same ones, since the first grids have the most confident images, in which most
+    methods locate the class better. ValueError: there are none.
     """
-    count = len(group_means(wanted))
+    count = amount(wanted)
     for found in candidates:
         if isinstance(found, Localisation):
             part = Localisation(found.scores[:count], found.images[:count], found.targets[:count])
             fits = torch.equal(part.images, wanted.images)
-        else:
+        else:  # results.csv does not name the images, but they begin with the same probabilities
             part = Removal(found.fractions, found.probabilities[:count])
             starts = part.probabilities[:, 0], wanted.probabilities[:, 0]
             fits = starts[0].shape == starts[1].shape and torch.allclose(*starts, rtol=0, atol=1e-4)
@@ -194,6 +193,11 @@ def group_means(result: Localisation | Removal) -> torch.Tensor:
     value, its mean; of removal, the area of an image's curve.
     """
     return result.scores.mean(1) if isinstance(result, Localisation) else result.area()
+
+
+def amount(result: Localisation | Removal) -> int:
+    """The number of grids or images."""
+    return len(group_means(result))
 
 
 def standard_error(values: torch.Tensor) -> float:
@@ -242,7 +246,14 @@ def methods_table(found: dict) -> list[str]:
                 else "| | |"
             )
         )
-    return [*lines, ""]
+    lines += [
+        "",
+        "Mean ± half of the 95 % confidence interval, and by how much Ours is ahead on the same grids or "
+        "images (the first grids have the most confident images); 3 x 3 grids, chance "
+        f"{1 / 9:.3f}; removal: least important first, mean probability over 0 to 25 %.",
+        "",
+    ]
+    return lines
 
 
 def history(name: str) -> str:
@@ -300,17 +311,8 @@ def facts(found: dict) -> str:
         whole = found["recipe"]["epochs"]
         of = f" of {whole}" if len(history) < whole else ""
         parts.append(f"{len(history)}{of} epochs, {hours:.1f} hours on a core that other work shared")
-    method = ""
-    if found.get("localisation"):
-        method = (
-            " Mean ± half of the 95 % confidence interval, and by how much Ours is ahead on the same grids "
-            "or images (the first grids have the most confident images); 3 x 3 grids, chance "
-            f"{1 / 9:.3f}; removal: least important first, mean probability over 0 to 25 %."
-        )
-    return (
-        "; ".join(parts) + f".{method} {found['device']}, torch {found['torch']}; commit {found['commit']}, "
-        f"{found['date']}."
-    )
+    where = f"{found['device']}, torch {found['torch']}; commit {found['commit']}, {found['date']}"
+    return f"{'; '.join(parts)}. {where}."
 
 
 def main() -> None:

@@ -227,7 +227,15 @@ def test_collect_compares_the_same_grids(tmp_path, monkeypatch):
     monkeypatch.setattr(measured, "ROWS", tmp_path)
     (tmp_path / "pretrained_net_small.json").write_text("{}")
     header = "method,grid,cell,image,class,score"
-    ours = evaluation(tmp_path / "a", "localisation", 10, {"Ours": {}}, [header, "Ours,0,0,7,0,0.5"])
-    other = evaluation(tmp_path / "b", "localisation", 10, {"IxG": {}}, [header, "IxG,0,0,8,0,0.5"])
-    with pytest.raises(ValueError, match="expected an evaluation of the same 1 grids or images, got none"):
+    ours, other = (
+        evaluation(
+            tmp_path / name,
+            "localisation",
+            10,
+            {name: {}},
+            [header, *(f"{name},{grid},0,{first + grid},0,0.5" for grid in range(2))],
+        )
+        for name, first in (("Ours", 7), ("IxG", 8))
+    )
+    with pytest.raises(ValueError, match="expected an evaluation of the same 2 grids or images, got none"):
         measured.collect("net_small", [ours, other])

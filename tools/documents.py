@@ -125,8 +125,8 @@ def peers() -> str:
     return "\n".join([*lines, *(f"| {name} | {each.description} |" for name, each in found.items())])
 
 
-# the networks of the package that were trained on photographs, by the names of their blocks and figures
-PHOTOGRAPHS = {"cifar10": "coda_xs_cifar10", "imagenette": "coda_xs_imagenette"}
+# {name of a block: network} of the networks that a run of ``coda-fast train`` on photographs made
+PHOTOGRAPHS = {pretrained.short(name): name for name in pretrained.DATA if name != "coda_xs_digits"}
 
 # {document: {name of a block: function that returns its text}}; functions of measured results take the folder
 # of the rows
