@@ -42,6 +42,8 @@ DATA = {
     "coda_xs_cifar10": "CIFAR-10 (JPEG)",
     "coda_xs_imagenette": "Imagenette",
 }
+# what the images are called that a network has not seen, where they are not the test images
+HELD_OUT = {"Imagenette": "validation"}
 
 
 def rows(name: str) -> Path:
@@ -109,6 +111,7 @@ def of_demo() -> tuple[coda_fast.CoDANet, dict]:
 def collect(name: str, folders: list[Path]) -> None:
     """Replace the measurements in the rows of a network by those of evaluations, and draw their figures."""
     found = json.loads(rows(name).read_text(encoding="utf-8"))
+    found["collected"] = results.environment(torch.device("cpu"))  # before the working tree changes
     accuracies, errors = [], []
     measured: dict[str, dict[str, list[Localisation | Removal]]] = {}
     settings: dict[str, dict] = {}
@@ -260,7 +263,8 @@ def history(name: str) -> str:
     """Markdown for docs/training.md: the curve of a run, at the epochs that were evaluated."""
     found = json.loads(rows(name).read_text(encoding="utf-8"))
     lines = [
-        "| epoch | training loss | training accuracy | test accuracy | of the moving average |",
+        "| epoch | training loss | training accuracy | "
+        f"{_held_out(found)} accuracy | of the moving average |",
         "|---|---|---|---|---|",
     ]
     lines += [
@@ -271,6 +275,10 @@ def history(name: str) -> str:
     ]
     lines += ["", f"{found['data']}, batch {found['recipe']['batch_size']}; {facts(found)}"]
     return "\n".join(lines)
+
+
+def _held_out(found):
+    return HELD_OUT.get(found["data"], "test")
 
 
 def _lead(row):
@@ -289,7 +297,7 @@ def facts(found: dict) -> str:
         f"{found['parameters']:,} parameters, T = {found['temperature']:g}, {found['bytes'] / 1e6:.1f} MB"
     ]
     if accuracy := found.get("accuracy"):
-        part = f"accuracy {accuracy['top1']:.2%} of {accuracy['images']:,} test images"
+        part = f"accuracy {accuracy['top1']:.2%} of {accuracy['images']:,} {_held_out(found)} images"
         if first := found.get("accuracy_of_first"):
             part += f" ({first['top1']:.2%} of the first {first['images']:,})"
         parts.append(part)
@@ -312,6 +320,8 @@ def facts(found: dict) -> str:
         of = f" of {whole}" if len(history) < whole else ""
         parts.append(f"{len(history)}{of} epochs, {hours:.1f} hours on a core that other work shared")
     where = f"{found['device']}, torch {found['torch']}; commit {found['commit']}, {found['date']}"
+    if collected := found.get("collected"):
+        where += f"; measurements collected at commit {collected['commit']}, {collected['date']}"
     return f"{'; '.join(parts)}. {where}."
 
 
