@@ -8,6 +8,8 @@ import subprocess
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as transforms
 
 import coda_fast
 from coda_fast import demo, pretrained
@@ -87,6 +89,24 @@ def test_accuracy_on_digits():
     assert accuracy == pytest.approx(
         stored["accuracy"], abs=0.0045
     )  # weights are in half precision: 2 of 450
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "expected"),
+    [("coda_xs_cifar10", "chelsea.png", "cat"), ("coda_xs_imagenette", "china.jpg", "church")],
+)
+def test_accuracy_on_photographs(name, picture, expected):
+    """The photographs of classes that the network knows, at several sizes of the crop, and mirrored. No
+    images of CIFAR-10 or Imagenette are stored here, because their licences do not say that one may.
+    """
+    model = _model(name)
+    photograph = Image.open(PHOTOGRAPHS[picture]).convert("RGB")
+    side = min(photograph.size)
+    crops = [transforms.center_crop(photograph, round(side * part)) for part in (1, 0.95, 0.9, 0.85)]
+    crops += [transforms.hflip(crop) for crop in crops]
+    with torch.no_grad():
+        found = model(torch.stack([model.transform(crop) for crop in crops])).argmax(1)
+    assert [model.class_names[index] for index in found] == [expected] * 8
 
 
 def test_new_classes():
