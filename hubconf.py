@@ -22,7 +22,10 @@ def _entry_point(name):
         return coda_fast.create_model(name, **options)
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"A CoDANet with fresh weights: ``coda_fast.create_model({name!r}, **options)``."
+    create.__doc__ = (
+        f"``coda_fast.create_model({name!r}, **options)``: fresh weights, or those of the package with "
+        "``pretrained=True``."
+    )
     return create
 
 

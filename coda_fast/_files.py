@@ -32,7 +32,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(mode := path.stat().st_mode):
             raise OSError(errno.EEXIST, f"expected a file or nothing, got {kind_of(mode)}", str(path))
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=path.suffix)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=path.suffix)
+    except OSError as error:  # users know the file, not the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     temporary = Path(name)
     try:

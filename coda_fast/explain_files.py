@@ -91,13 +91,14 @@ def as_network_sees(
 
 @dataclasses.dataclass(frozen=True)
 class Means:
-    """What explains a picture: a network, the preprocessing of the picture, and the classes to explain
-    (empty: the two most likely).
+    """What explains a picture: a network, the preprocessing of the picture, the classes to explain (empty:
+    the two most likely), and the network's name, if figures are to show it.
     """
 
     model: Network
     preprocessing: Preprocessing
     classes: Sequence[int] = ()
+    name: str | None = None
 
     @property
     def count(self) -> int:
@@ -160,7 +161,9 @@ def explain_picture(means: Means, source: Path, target_path: Path) -> Explanatio
     explanation = model.explain(batch, chosen)
     views = [plot.View.of(decode(source), means.preprocessing)]
     drawn = plot.render(
-        plot.explanation_figure(batch, explanation, model.logit_bias, model.class_names, views=views)
+        plot.explanation_figure(
+            batch, explanation, model.logit_bias, model.class_names, views=views, networks=[means.name]
+        )
     )
     target_path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target_path) as temporary:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coda_fast._classes import class_name
+from coda_fast._classes import class_name, fits_no_class
 from coda_fast._files import atomic_path
 from coda_fast.data.preprocessing import middle
 from coda_fast.explanation import Explanation
@@ -256,6 +256,14 @@ def proof(explanation: Explanation, i: int, k: int, logit_bias: float) -> str:
     return f"sum {total:+.2f}, bias {logit_bias:+.2f}: logit {logit:+.2f}\nerror {error:.0e}"
 
 
+def explained_by(logits: torch.Tensor, network: str | None) -> str:
+    """Text for below a picture with ``logits`` [classes]: that it fits no class, if so, and the name of the
+    network, if it is given.
+    """
+    fits = [f"fits none of the {len(logits)} classes"] if fits_no_class(logits) else []
+    return "\n".join([*fits, *([] if network is None else [f"explained by {_shortened(network, 28)}"])])
+
+
 def probability(p: float) -> str:
     """A probability as text for a title, never as "0.000" or "1.000"."""
     return "p < 0.001" if p < 0.001 else "p > 0.999" if p > 0.999 else f"p = {p:.3f}"
@@ -268,6 +276,7 @@ def explanation_figure(
     class_names: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
     views: Sequence[View] | None = None,
+    networks: Sequence[str | None] | None = None,
 ) -> Figure:
     """A figure with a row for each image: the image, a contribution map for each explained class, and the
     dynamic weight of the first class if that applies to the encoded image (``layer=None``).
@@ -282,6 +291,8 @@ def explanation_figure(
         labels: the true class of each image, written above it.
         views: the original pictures, which are drawn instead of ``images``, with all maps over them, in
             their places.
+        networks: the name of the network that explains each image. With it, ``explained_by`` is written below
+            each image.
 
     Raises:
         ValueError: images and explanation do not belong together. ImportError: matplotlib is not installed.
@@ -313,6 +324,10 @@ def explanation_figure(
             show_image(axes[i, 0], images[i], title)
         else:
             show_view(axes[i, 0], view, title)
+        if networks is not None:
+            network, families = drawable(networks[i] or "")
+            below = explained_by(explanation.logits[i], network or None)
+            axes[i, 0].set_xlabel(below, fontsize=7, fontfamily=families, parse_math=False)
         for k in range(classes):
             target = int(explanation.target[i, k])
             title = f"{name(target)}: {probability(float(sigmoid[i, target]))}"

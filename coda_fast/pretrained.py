@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from coda_fast import checkpoints
+from coda_fast.data.decode import picture_size
 from coda_fast.network import Network
 
 FOLDER = Path(__file__).resolve().parent / "weights"
@@ -108,6 +109,14 @@ def for_picture(height: int, width: int) -> str:
     """
     side = min(height, width)
     return next((name for most, name in _BY_SIDE if side <= most), _OTHERWISE)
+
+
+def for_file(source: str | os.PathLike | bytes) -> str:
+    """``for_picture`` by the header of a picture's file, or of its content; of a file that is no picture, the
+    network for photographs.
+    """
+    size = picture_size(source)
+    return _OTHERWISE if size is None else for_picture(*size)
 
 
 def card(name: str) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 
 from coda_fast import __version__, baselines, plot, viewer
 from coda_fast._files import atomic_path
-from coda_fast.data import Preprocessing, decode, listing
+from coda_fast.data import decode, listing
 from coda_fast.dynamic_linear import DynamicLinear, need_network
 from coda_fast.explain import check_explainable
+from coda_fast.explain_files import Means
 from coda_fast.network import Network
 from coda_fast.safety import printable
 from coda_fast.viewer import METHODS, Picture
@@ -48,9 +49,9 @@ _PAGE = """<!doctype html>
 <body>
 <h1>{{ title }}</h1>
 <p class="note">{{ subtitle }}</p>
-<p>Every logit is the bias {{ bias }} plus the sum of the contributions of all pixels, exactly; the error
+<p>Every logit is the bias{{ bias }} plus the sum of the contributions of all pixels, exactly; the error
 below each map is what rounding leaves of that. Red speaks for the class, blue against it. Choose a class to
-see its map, and a second one to see why the first and not the second. Another temperature T rescales this
+see its map, and a second one to see why the first and not the second. Another temperature T rescales the
 network; a network that is trained at that T gives other maps.</p>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}
 {% for item in items %}
@@ -85,7 +86,7 @@ def render(model: Network, images: Sequence[torch.Tensor], names: Sequence[str],
 
 
 def stream(
-    model: Network,
+    model: Network | Mapping[str, Network],
     pictures: Iterable[Picture],
     *,
     classes: int | None = None,
@@ -100,6 +101,7 @@ def stream(
     its piece is.
 
     Args:
+        model: the network, or several, by the names that the pictures give (``Picture.network``).
         classes: how many of the most likely classes get a map; None: ``default_classes`` of each picture.
         methods: names of ``coda_fast.baselines`` to show beside the network's own maps, none if empty; two
             that are equal on a CoDA-Net share a column. None: ``METHODS``, or none if captum is missing,
@@ -117,30 +119,36 @@ def stream(
         import markupsafe
     except ImportError:
         raise ImportError("the report needs jinja2: pip install jinja2") from None
-    model = need_network(model)
-    if classes is not None and not 1 <= classes <= model.num_classes:
-        raise ValueError(f"classes: expected 1 to {model.num_classes}, got {classes}")
+    several = isinstance(model, Mapping)
+    given = dict(model) if isinstance(model, Mapping) else {None: model}
+    networks = {name: need_network(network) for name, network in given.items()}
+    most = min(network.num_classes for network in networks.values())
+    if classes is not None and not 1 <= classes <= most:
+        raise ValueError(f"classes: expected 1 to {most}, got {classes}")
     chosen = METHODS if methods is None else tuple(methods)
     try:  # before the first picture
         for name in viewer.columns(chosen).values():
-            baselines.create(name, model)
+            for network in networks.values():
+                baselines.create(name, network)
     except ImportError as error:
         if methods is not None:
             raise
         chosen, notes = (), [*notes, f"No other methods are shown: {error}."]
     items = (
-        _item(model, picture, classes, chosen)
+        _item(networks[picture.network if several else None], picture, classes, chosen)
         for picture in (progress(pictures, "report") if progress else pictures)
     )
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.filters["printable"] = printable
     page = environment.from_string(_FIGURE + _PAGE)
-    subtitle = (
-        subtitle
-        or f"{sum(p.numel() for p in model.parameters()):,} parameters, T = {model.temperature:g}; "
-        f"coda_fast {__version__}"
+    described = (
+        f"{'' if name is None else f'{name}: '}{sum(p.numel() for p in network.parameters()):,} parameters, "
+        f"T = {network.temperature:g}"
+        for name, network in networks.items()
     )
-    bias = f"{model.logit_bias:.3f}"
+    subtitle = subtitle or f"{'; '.join(described)}; coda_fast {__version__}"
+    biases = {f" {network.logit_bias:.3f}" for network in networks.values()}
+    bias = biases.pop() if len(biases) == 1 else ""
     pieces = page.generate(
         title=title,
         subtitle=subtitle,
@@ -185,14 +193,14 @@ def find_images(paths: Iterable[Path], limit: int) -> tuple[list[tuple[Path, str
 
 
 def read_pictures(
-    model: Network,
+    means: Callable[[Path], Means],
     files: Iterable[tuple[Path, str, bool]],
-    preprocessing: Preprocessing,
     classes: int | None,
     skipped: list[str],
 ) -> Iterator[Picture]:
-    """The pictures of ``find_images``, each read when it is needed. The error of one in a folder that cannot
-    be read, or explained for this number of ``classes``, is added to ``skipped``.
+    """The pictures of ``find_images``, each read when it is needed, by what ``means`` gives for its path. The
+    error of one in a folder that cannot be read, or explained for this number of ``classes``, is added to
+    ``skipped``.
 
     Raises:
         ValueError: a picture that the user named cannot be read, or none can.
@@ -201,18 +209,19 @@ def read_pictures(
     for path, name, in_folder in files:
         count += 1
         try:
-            image = preprocessing(path)
+            by = means(path)
+            image = by.preprocessing(path)
             height, width = image.shape[1:]
-            most = classes or default_classes(model, height, width)
-            check_explainable(model, height, width, str(path), most)
-            view = plot.View.of(decode(path), preprocessing)
+            most = classes or default_classes(by.model, height, width)
+            check_explainable(by.model, height, width, str(path), most)
+            view = plot.View.of(decode(path), by.preprocessing)
         except ValueError as error:
             if not in_folder:
                 raise
             skipped.append(str(error))
             continue
         shown += 1
-        yield Picture(name, image, view)
+        yield Picture(name, image, view, by.name)
     if not shown:
         raise ValueError(
             f"IMAGES: expected at least one image that can be read, got {count} files"

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
 
 from coda_fast import plot
-from coda_fast._classes import class_name
+from coda_fast._classes import class_name, fits_no_class
 from coda_fast._files import atomic_path
 from coda_fast._video_frames import SIDE, side_by_side
 from coda_fast.data import Preprocessing
@@ -20,6 +20,7 @@ from coda_fast.data.errors import ImageError
 from coda_fast.dynamic_linear import need_network
 from coda_fast.explain import batch_within, check_explainable
 from coda_fast.network import Network
+from coda_fast.safety import printable
 from coda_fast.video_files import VideoError, Writer, count_frames, frame_rate, is_video, read_frames
 
 __all__ = ["PERCENTILE", "SIDE", "ExplainedVideo", "VideoError", "explain_video", "is_video"]
@@ -30,14 +31,33 @@ _BINS, _LOW, _HIGH = 36_000, -12.0, 6.0  # histogram of contributions: range in 
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedVideo:
-    """What ``explain_video`` wrote: the number of frames, the class, the end of the colour scale and the
-    largest completeness error (both in logits).
+    """What ``explain_video`` wrote.
+
+    Attributes:
+        frames: their number.
+        target: the class.
+        scale: the end of the colour scale, in logits.
+        completeness_error: the largest, in logits.
+        probabilities: the least and the greatest of the class in a frame.
+        fit_none: the number of frames that fit none of the classes.
     """
 
     frames: int
     target: int
     scale: float
     completeness_error: float
+    probabilities: tuple[float, float]
+    fit_none: int
+
+    def verdict(self, class_names: Sequence[str] | None = None, network: str | None = None) -> str:
+        """The class and its probabilities in words, how many frames fit no class, and the name of the
+        network, if it is given.
+        """
+        name = printable(class_name(None if class_names is None else list(class_names), self.target))
+        low, high = map(plot.probability, self.probabilities)
+        none = f", {self.fit_none} of them fit none of the classes" if self.fit_none else ""
+        by = "" if network is None else f", explained by {printable(network)}"
+        return f"{name} ({low}{'' if low == high else ' to ' + high.removeprefix('p = ')}){none}{by}"
 
 
 def explain_video(
@@ -193,11 +213,14 @@ def _write(clip, writer, target, scale):
     """Write every frame beside its map."""
     from PIL import Image
 
-    name, count, worst = class_name(clip.model.class_names, target), 0, 0.0
+    name, count, worst, fit_none = class_name(clip.model.class_names, target), 0, 0.0, 0
+    low, high = 1.0, 0.0
     for frames in clip.batches():
         explanation = clip.explained(frames, target)
         sure = explanation.logits[:, target].sigmoid().tolist()
         worst = max(worst, float(explanation.completeness_error.max()))
+        low, high = min(low, *sure), max(high, *sure)
+        fit_none += sum(map(fits_no_class, explanation.logits))
         for (image, time, pixels), contribution, p in zip(
             frames, explanation.contribution_map[:, 0].cpu(), sure, strict=True
         ):
@@ -206,4 +229,4 @@ def _write(clip, writer, target, scale):
         count += len(frames)
     if not count:
         raise clip.empty()
-    return ExplainedVideo(count, target, scale, worst)
+    return ExplainedVideo(count, target, scale, worst, (low, high), fit_none)

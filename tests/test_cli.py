@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_explain(checkpoint, image, tmp_path, capsys):
     printed = capsys.readouterr().out
     # an untrained network gives every class a probability of about 10 %
     assert "scan.png: fits none of the 10 classes: the most likely, digit " in printed
-    assert "explained by" not in printed
+    assert ", explained by " + checkpoint.name in printed
     assert "completeness error" in printed
 
 
@@ -75,10 +76,10 @@ def test_explain_with_the_networks_of_the_package(tmp_path, capsys):
         model = coda_fast.create_model(name, pretrained=True).eval()
         with torch.no_grad():
             logits = model(model.transform(path)[None])[0]
-        assert f": {verdict(logits, model.class_names)}, explained by" in line
+        assert f": {verdict(logits, model.class_names, name)}, completeness" in line
     named = "--checkpoint", "coda_xs_cifar10", "--target", "cat"
     assert run("explain", large, *named, "--output", tmp_path / "cat") == 0
-    assert "explained by" not in capsys.readouterr().out
+    assert "explained by coda_xs_cifar10" in capsys.readouterr().out
     assert run("explain", large, "--target", "dog", "--output", tmp_path / "dog") == 2
     _one_line(capsys, "--target: expected a class (tench, English springer, ")
     assert not (tmp_path / "dog").exists()
@@ -372,6 +373,27 @@ def test_demo_of_photographs(tmp_path, capsys):
     assert run("demo", "--epochs", 3, "--output", tmp_path / "other") == 2
     _one_line(capsys, "--epochs: expected --train beside it")
     assert not (tmp_path / "other").exists()
+
+
+def test_demo_needs_a_folder(tmp_path, capsys):
+    """Said before anything is computed."""
+    (tmp_path / "file").write_text("mine")
+    for train in ([], ["--train", "--epochs", 1]):
+        assert run("demo", *train, "--output", tmp_path / "file") == 2
+        _one_line(capsys, f"output: expected a folder at {tmp_path / 'file'}, got a file: ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_error_names_the_file_that_was_asked_for(checkpoint, image, tmp_path, capsys, monkeypatch):
+    """Not the temporary one beside it, which it will replace."""
+
+    def refused(dir, prefix, suffix):
+        raise PermissionError(13, "Permission denied", str(dir / f"{prefix}abc{suffix}"))
+
+    monkeypatch.setattr(tempfile, "mkstemp", refused)
+    output = tmp_path / "page.html"
+    assert run("report", image, "--checkpoint", checkpoint, "--output", output, "--methods", "none") == 2
+    _one_line(capsys, f"coda-fast: {output}: Permission denied")
 
 
 def test_demo_without_photographs(tmp_path, capsys, monkeypatch):

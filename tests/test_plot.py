@@ -1,5 +1,6 @@
 """Figures whose pixels are known."""
 
+import dataclasses
 import importlib.util
 import io
 import warnings
@@ -176,6 +177,20 @@ def test_explanation_figure_names_the_true_class():
     plot.render(figure)  # must not be parsed as a formula
     with pytest.raises(ValueError, match="labels: expected 2, one for each image, got 3"):
         plot.explanation_figure(images, explanation, 0.0, None, [1, 2, 3])
+
+
+def test_explanation_figure_names_the_network():
+    """Below each image, with a word about one that fits no class."""
+    images, model = torch.rand(2, 1, 8, 8), create_model("coda_xs_digits")
+    explanation = model.explain(images, [[0], [1]])
+    logits = torch.full_like(explanation.logits, -1.0)
+    logits[1, 3] = 0.5
+    explanation = dataclasses.replace(explanation, logits=logits)
+    figure = plot.explanation_figure(images, explanation, model.logit_bias, networks=["$a\n$", "n" * 60])
+    first = [axes.get_xlabel() for axes in figure.axes if axes.get_title() == "image"]
+    assert first == ["fits none of the 10 classes\nexplained by $a $", f"explained by {'n' * 27}\u2026"]
+    plot.render(figure)  # must not be parsed as a formula
+    assert plot.explained_by(logits[0], None) == "fits none of the 10 classes"
 
 
 def test_explanation_figure_refuses_strangers():

@@ -210,24 +210,36 @@ def test_command(tmp_path, checkpoint):
     output = tmp_path / "new" / "page.html"
     done = invoke(folder, "--checkpoint", checkpoint, "--output", output)
     assert done.exit_code == 0, done.output
-    assert f"2 images, 1 that could not be read -> {output}" in done.output
+    assert f"2 images, 1 that could not be read, explained by {checkpoint.name} -> {output}" in done.output
     text = " ".join(Page(output.read_text()).words)
     assert text.index("a.png: ") < text.index("b.png: ")
     assert "c.png: not an image that Pillow can read" in text
 
 
-def test_command_names_the_network(tmp_path):
-    """Without --checkpoint, the network is chosen by the size of the first picture."""
+def test_command_chooses_networks(tmp_path):
+    """Without --checkpoint, the network is chosen for each picture by its size, and the page names it."""
     for name, side in (("a.png", 32), ("b.png", 300)):
         Image.new("RGB", (side, side)).save(tmp_path / name)
-    done = invoke(tmp_path, "--output", tmp_path / "page.html", "--methods", "none", "--classes", 1)
+    done = invoke(tmp_path, "--output", tmp_path / "page.html", "--methods", "IxG", "--classes", 1)
     assert done.exit_code == 0, done.output
-    sentence = f"Explained by coda_xs_cifar10, which was chosen by the size of {tmp_path / 'a.png'}."
-    assert sentence in done.output
+    names = ["coda_xs_cifar10", "coda_xs_imagenette"]
+    assert f"2 images, explained by {', '.join(names)} ->" in done.output
     page = Page((tmp_path / "page.html").read_text())
-    assert sentence in " ".join(page.words)
-    classes = set(coda_fast.create_model("coda_xs_cifar10", pretrained=True).class_names)
-    assert [{c["name"] for c in view["classes"]} <= classes for view in page.views] == [True, True]
+    text = " ".join(page.words)
+    for view, name in zip(page.views, names, strict=True):
+        model = coda_fast.create_model(name, pretrained=True)
+        assert {c["name"] for c in view["classes"]} <= set(model.class_names)
+        assert (view["height"], view["verdict"].rpartition(" ")[2]) == (model.image_size, name)
+        assert f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, T = 400" in text
+
+
+def test_networks_with_different_biases(model):
+    """The page then leaves the number to the views."""
+    other = create_model("coda_xs_digits", logit_bias=-1.0).eval()
+    shown = [report.Picture(n, torch.rand(1, 8, 8), network=n) for n in ("first", "second")]
+    page = Page("".join(report.stream({"first": model, "second": other}, shown, methods=[])))
+    assert "Every logit is the bias plus the sum" in " ".join(page.words)
+    assert [view["logit_bias"] for view in page.views] == [model.logit_bias, -1.0]
 
 
 def test_pictures_are_asked_for_one_by_one(model):
@@ -300,14 +312,14 @@ def test_command_on_a_folder_of_classes(tmp_path, checkpoint):
     common = ("--checkpoint", checkpoint, "--output", output, "--methods", "none", "--classes", 1)
     done = invoke(root.parent, *common)
     assert done.exit_code == 0, done.output
-    assert done.output.endswith(f"40 images -> {output}\n")
+    assert done.output.endswith(f"40 images, explained by {checkpoint.name} -> {output}\n")
     assert "Folders hold" not in done.output
     titles = lambda: re.findall("<h2>(.*?):", output.read_text())
     assert titles() == [f"val/class_{c}/{i}.png" for c in range(4) for i in range(10)]
     done = invoke(root / "class_3" / "9.png", root, "--limit", 8, *common)
     note = "Folders hold 40 image files: 8 of them are taken, evenly; --limit sets how many."
     assert note in done.output
-    assert f"9 images -> {output}" in done.output
+    assert f"9 images, explained by {checkpoint.name} -> {output}" in done.output
     assert note in Page(output.read_text()).words
     assert titles() == ["9.png"] + [f"class_{c}/{i}.png" for c in range(4) for i in (0, 5)]
 
@@ -326,7 +338,7 @@ def test_limit_by_default(tmp_path, checkpoint):
         1,
     )
     assert "Folders hold 52 image files: 50 of them are taken" in done.output
-    assert "50 images ->" in done.output
+    assert "50 images, explained by" in done.output
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def main() -> None:
     if unknown := set(arguments.names) - set(takers):
         parser.error(f"names: expected {', '.join(takers)}, got {', '.join(sorted(unknown))}")
     for name in arguments.names or takers:
+        arguments.output.mkdir(parents=True, exist_ok=True)
         path = arguments.output / f"{name}.png"
         takers[name](path)
         print(path)
@@ -59,7 +60,7 @@ def of_app(path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with app.running(networks, "coda_xs_imagenette", port=port) as address, chromium(1200, 1090) as page:
+    with app.running(networks, port=port) as address, chromium(1200, 1090) as page:
         page.goto(address)
         page.locator("#coda-examples button").nth(PHOTOGRAPH).click()
         page.wait_for_selector(STARTED, timeout=60_000)
@@ -69,10 +70,9 @@ def of_app(path: Path) -> None:
 
 def of_report(path: Path) -> None:
     """A report on a digit: why it is a 3 and not an 8, and what the pixels in a box give."""
-    image = digits.digit_tensors().test_images[DIGIT]
-    text = report.render(
-        pretrained.load("coda_xs_digits"), [image], ["3.png"], notes=["Explained by coda_xs_digits."]
-    )
+    name, image = "coda_xs_digits", digits.digit_tensors().test_images[DIGIT]
+    shown = report.Picture("3.png", image, network=name)
+    text = "".join(report.stream({name: pretrained.load(name)}, [shown]))
     with tempfile.TemporaryDirectory() as folder, chromium(1200, 1150) as page:
         file = Path(folder, "report.html")
         file.write_text(text, encoding="utf-8")

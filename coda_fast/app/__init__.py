@@ -27,7 +27,8 @@ def build(networks: Mapping[str, Network], default: str | None = None) -> Any:
 
     Args:
         networks: name: network, at least one. They are set to evaluation mode.
-        default: the name of the network that is chosen at first; None: the first.
+        default: the name of the network that is chosen at first; None: the first, or, if all networks of the
+            package are there, the one for the size of the picture.
 
     Its attribute ``folder`` is a private temporary folder for what is sent; it is deleted with the page.
 
@@ -41,9 +42,10 @@ def build(networks: Mapping[str, Network], default: str | None = None) -> Any:
 
     if not networks:
         raise ValueError("networks: expected at least one, got none")
-    default = next(iter(networks)) if default is None else default
-    if default not in networks:
-        raise ValueError(f"default: expected one of {', '.join(networks)}, got {default!r}")
+    known = page.choices(networks)
+    default = known[0] if default is None else default
+    if default not in known:
+        raise ValueError(f"default: expected one of {', '.join(known)}, got {default!r}")
     for name, model in networks.items():
         if not isinstance(model, Network):
             raise TypeError(f"networks: {name}: expected a coda_fast.Network, got a {type(model).__name__}")
@@ -151,6 +153,7 @@ def _close(page):
     page.server.config.timeout_graceful_shutdown = 1  # seconds
     try:
         page.close(verbose=False)
+        page.answers.end()
     finally:
         log.disabled = before
 

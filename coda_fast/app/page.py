@@ -6,13 +6,15 @@ import base64
 import functools
 import html
 import importlib.util
+import json
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coda_fast import baselines, plot, report, viewer
+from coda_fast import baselines, plot, pretrained, report, viewer
 from coda_fast._classes import class_name
 from coda_fast.app.uploads import Uploads
 from coda_fast.data import decode
@@ -27,6 +29,8 @@ CHEAP = ("IxG", "GCam", "IntGrad", "Grad", "GB", "DeepLIFT")
 MOST_SECONDS = 10.0  # of a video; what follows is not explained
 MOST_FRAMES = 300
 WAITING = 16  # requests in the queue; the next one is refused
+
+BY_SIZE = "by the size of the picture"  # a choice beside the networks, if all of the package are there
 
 TITLE = "Why does the network see this?"
 _INTRODUCTION = """# Why does the network see this?
@@ -43,6 +47,7 @@ CSS = """
   #coda-view { padding: .8rem 0; }
 }
 #coda-view { color: #1a1a1a; }
+#coda-methods .icon-wrap { min-width: 1.1rem; }
 #coda-view h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
 #coda-view video { max-width: 100%; border: 1px solid #ccc; }
 #coda-credits, #coda-credits * { font-size: .78rem !important; color: var(--neutral-500); }
@@ -70,6 +75,49 @@ class Answers:
 
     def __init__(self, networks: Mapping[str, Network], uploads: Uploads):
         self.networks, self.uploads = networks, uploads
+        self._busy, self._ended = threading.Lock(), False
+
+    def end(self) -> None:
+        """Wait for the answer under way; there is none after it. If the program ended while a thread of the
+        server still computes, PyTorch would abort it.
+        """
+        self._ended = True
+        with self._busy:
+            pass
+
+    def in_words(self, function: Callable, source: Any) -> Callable:
+        """``function``, whose expected errors become messages of the page; others are logged. ``source`` is
+        the component that its first argument comes from.
+        """
+        import gradio
+
+        @functools.wraps(function)
+        def answer(*arguments):
+            source.temp_files.clear()  # gradio remembers the name of every file for as long as it runs
+            try:
+                with self._busy:
+                    self._check_open()
+                    return function(*arguments)
+            except (ValueError, ImportError) as error:
+                message = str(error)
+            except (MemoryError, torch.OutOfMemoryError):
+                message = "not enough memory for this picture"
+            except RuntimeError as error:
+                if "allocate memory" not in str(error):  # torch's message on a CPU
+                    raise
+                message = "not enough memory for this picture"
+            raise gradio.Error(
+                html.escape(" ".join(message.split())),
+                duration=None,  # until it is closed
+                print_exception=False,
+                title="Not explained",
+            )
+
+        return answer
+
+    def _check_open(self):
+        if self._ended:
+            raise ValueError("the page is being closed")
 
     def picture(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict, str]:
         """The picture as the browser is to hold it, and its view; a hint if it was taken away."""
@@ -77,9 +125,7 @@ class Answers:
             return _UNCHANGED, _EMPTY
         with self.uploads.opened(sent) as (name, source):
             data = source if isinstance(source, bytes) else source.read_bytes()
-            model = self._network(network)
-            view = self._view(model, _picture(model, name, data), methods)
-            return _held(name, data), view
+            return _held(name, data), self._view(network, name, data, methods)
 
     def again(self, sent: dict | None, network: str, methods: list[str]) -> tuple[dict, str | dict]:
         """The same for another choice. Without a picture, what is shown stays."""
@@ -92,15 +138,15 @@ class Answers:
             raise ValueError(f"example: expected a number below {len(photographs)}, got {index!r}")
         path, credit = photographs[index]
         shown, _, author = credit.partition(": ")
-        name, data, model = f"{shown} ({author})", path.read_bytes(), self._network(network)
-        return _held(name, data), self._view(model, _picture(model, name, data), methods)
+        name, data = f"{shown} ({author})", path.read_bytes()
+        return _held(name, data), self._view(network, name, data, methods)
 
     def report(self, sent: dict | None, network: str, methods: list[str]) -> str:
         """The page of ``coda_fast.report`` for the picture."""
         with self.uploads.opened(sent) as (name, source):
             data = source if isinstance(source, bytes) else source.read_bytes()
-            model = self._network(network)
-            return "".join(report.stream(model, [_picture(model, name, data)], methods=_chosen(methods)))
+            model, picture = self._picture(network, name, data)
+            return "".join(report.stream(model, [picture], methods=_chosen(methods)))
 
     def video(self, sent: dict | None, network: str) -> tuple[dict | None, str]:
         """Nothing for the input, whose file is deleted, and the frames beside their maps."""
@@ -109,11 +155,13 @@ class Answers:
         with self.uploads.opened(sent) as (name, source):
             if not isinstance(source, Path):
                 raise ValueError(f"{name}: expected a video, got other data; send it again")
-            model, target = self._network(network), source.parent / "explained.mp4"
+            network = self._named(network, source)
+            model, target = self.networks[network], source.parent / "explained.mp4"
             left = 3 * MOST_FRAMES  # explain_video reads a video three times
 
             def count(frames: int, total: int | None) -> None:
                 nonlocal left
+                self._check_open()
                 left -= frames
                 if left < 0 or (total or 0) > 3 * MOST_FRAMES:
                     raise VideoError(f"expected a video of at most {MOST_FRAMES} frames, got more")
@@ -123,9 +171,10 @@ class Answers:
             except ValueError as error:
                 raise ValueError(f"{name}: {_without(source, error)}") from None
             seen = html.escape(class_name(model.class_names, found.target))
+            verdict = html.escape(found.verdict(model.class_names, network))
             data = base64.b64encode(target.read_bytes()).decode()
             return None, (
-                f"<h2>{html.escape(name)}: {seen}</h2>"
+                f"<h2>{html.escape(name)}: {verdict}</h2>"
                 "<video controls autoplay loop muted playsinline "
                 f'src="data:video/mp4;base64,{data}"></video>'
                 f"<p>{found.frames} frames, at most the first {MOST_SECONDS:g} seconds, beside the "
@@ -133,22 +182,30 @@ class Answers:
                 f"largest completeness error {found.completeness_error:.1e} logits.</p>"
             )
 
-    def _network(self, name):
-        if not isinstance(name, str) or name not in self.networks:
-            raise ValueError(f"network: expected one of {', '.join(self.networks)}, got {str(name)[:50]!r}")
-        return self.networks[name]
+    def _named(self, choice, source):
+        """The name of the network for a file or its content: the choice, or by the size of the picture."""
+        known = choices(self.networks)
+        if not isinstance(choice, str) or choice not in known:
+            raise ValueError(f"network: expected one of {', '.join(known)}, got {str(choice)[:50]!r}")
+        return pretrained.for_file(source) if choice == BY_SIZE else choice
 
-    def _view(self, model, picture, methods):
+    def _view(self, network, name, data, methods):
+        model, picture = self._picture(network, name, data)
         return viewer.element(viewer.describe(model, picture, methods=_chosen(methods)))
 
+    def _picture(self, network, name, data):
+        """The network for a picture, and the picture as it is to be shown."""
+        network = self._named(network, data)
+        model, image = self.networks[network], decode(data, name=name)
+        seen = model.transform(decode(data, model.image_channels, name=name))
+        return model, viewer.Picture(name, seen, plot.View.of(image, model.transform), network)
 
-def _picture(model, name, data):
-    image = decode(data, name=name)
-    return viewer.Picture(
-        name,
-        model.transform(decode(data, model.image_channels, name=name)),
-        plot.View.of(image, model.transform),
-    )
+
+def choices(networks: Mapping[str, Network]) -> list[str]:
+    """What one chooses from: the networks, and first, if all of the package are among them, the one for the
+    size of the picture.
+    """
+    return [*([BY_SIZE] if set(pretrained.names()) <= set(networks) else []), *networks]
 
 
 def _chosen(methods):
@@ -176,32 +233,6 @@ def _held(name, data):
 def _without(path, message):
     """The message without the path of a temporary file."""
     return str(message).replace(f"{path}: ", "").replace(str(path), "the file")
-
-
-def _in_words(function: Callable, source: Any) -> Callable:
-    """``function``, whose expected errors become messages of the page; others are logged. ``source`` is the
-    component that its first argument comes from.
-    """
-    import gradio
-
-    @functools.wraps(function)
-    def answer(*arguments):
-        source.temp_files.clear()  # gradio remembers the name of every file for as long as it runs
-        try:
-            return function(*arguments)
-        except (ValueError, ImportError) as error:
-            message = str(error)
-        except (MemoryError, torch.OutOfMemoryError):
-            message = "not enough memory for this picture"
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):  # torch's message on a CPU
-                raise
-            message = "not enough memory for this picture"
-        raise gradio.Error(
-            html.escape(" ".join(message.split())), print_exception=False, title="Not explained"
-        )
-
-    return answer
 
 
 def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> Any:
@@ -262,7 +293,7 @@ def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> A
                         else:
                             gr.Markdown("Videos need PyAV: pip install 'coda-fast[video]'")
                 network = gr.Dropdown(
-                    list(networks), value=default, label="Network", visible=len(networks) > 1 or "hidden",
+                    choices(networks), value=default, label="Network", visible=len(networks) > 1 or "hidden",
                     elem_id="coda-network",
                 )  # fmt: skip
                 methods = gr.Dropdown(
@@ -283,23 +314,25 @@ def blocks(networks: Mapping[str, Network], default: str, uploads: Uploads) -> A
                 view = gr.HTML(_EMPTY, js_on_load=None, apply_default_css=False, elem_id="coda-view")
         plain["show_progress_on"] = view
         inputs, outputs = [picture, network, methods], [picture, view]
-        explain = _in_words(answers.picture, picture)
+        forget = f"() => [null, {json.dumps(_EMPTY)}]"  # what was shown before is of another picture
+        explain = answers.in_words(answers.picture, picture)
         given = picture.input(explain, inputs, outputs, api_name="explain", **plain)
         given.success(None, js=_SHOW)
-        given.failure(None, None, picture, js="() => null")  # the file has been deleted
+        given.failure(None, None, outputs, js=forget)  # the file has been deleted
         for choice in (network, methods):
-            again = _in_words(answers.again, picture)
+            again = answers.in_words(answers.again, picture)
             choice.input(again, inputs, outputs, api_visibility="private", **plain)
         if photographs:
             chosen = [examples, network, methods]
-            example = _in_words(answers.example, examples)
+            example = answers.in_words(answers.example, examples)
             examples.click(example, chosen, outputs, api_name="example", **plain).success(None, js=_SHOW)
         if video:
-            shown = _in_words(answers.video, film)
+            shown = answers.in_words(answers.video, film)
             given = film.input(shown, [film, network], [film, view], api_name="video", **plain)
             given.success(None, js=_SHOW)
-            given.failure(None, None, film, js="() => null")
-        report_of = _in_words(answers.report, picture)
+            given.failure(None, None, [film, view], js=forget)
+        report_of = answers.in_words(answers.report, picture)
         save.click(report_of, inputs, saved, api_name="report", **plain).success(None, saved, None, js=_SAVE)
+    page.answers = answers
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return page

@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, ImportError, OSError, backends.BackendUnavailable) as error:
         # The library raises these for bad input, with a clear one-line message. Anything else is a bug and
         # keeps its traceback.
+        if isinstance(error, OSError) and error.filename is not None:  # of the system, with a number
+            _fail(f"{error.filename}: {error.strerror}")
         _fail(str(error))
     except (MemoryError, torch.OutOfMemoryError) as error:
         _fail(f"not enough memory: {error or 'of this machine'}")

@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from coda_fast import pretrained
-from coda_fast.data.decode import picture_size
 from coda_fast.network import Network
 
 _MODEL_FILE = (
@@ -78,7 +77,11 @@ class Networks:
 
     def name(self, path: Path) -> str:
         """What explains this file: the checkpoint as it was given, or a name of ``pretrained.names()``."""
-        return self.given or pretrained.for_picture(*(picture_size(path) or (10**4, 10**4)))
+        return self.given or pretrained.for_file(path)
+
+    def title(self, path: Path) -> str:
+        """``name`` for people: of a checkpoint's path, its last part."""
+        return Path(self.name(path)).name
 
     def load(self, name: str) -> Network:
         """The network of that name."""

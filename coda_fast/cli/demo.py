@@ -36,6 +36,7 @@ def command(output: Path, train: bool, epochs: int | None, seed: int | None) -> 
     With --train: train on scans of digits and draw why the networks decide as they do; writes a figure, a
     checkpoint and the numbers.
     """
+    safety.check_output_folder(output)
     if train:
         _train(output, epochs or 30, seed or 0)
         return

@@ -10,7 +10,6 @@ import click
 from tqdm import tqdm
 
 from coda_fast import explain_files, safety
-from coda_fast._classes import class_name
 from coda_fast.cli import _options
 from coda_fast.video import explain_video
 from coda_fast.viewer import verdict
@@ -79,7 +78,8 @@ def command(images, checkpoint, targets, output, size, device, start, end, crop,
     def means(path):
         name = networks.name(path)
         model = networks.load(name)
-        return explain_files.Means(model, model.transform.at(size, crop=False), classes(name))
+        preprocessing = model.transform.at(size, crop=False)
+        return explain_files.Means(model, preprocessing, classes(name), networks.title(path))
 
     jobs = explain_files.plan(images, output, ending)
     videos = [job for job in jobs if job.video]
@@ -108,7 +108,7 @@ def command(images, checkpoint, targets, output, size, device, start, end, crop,
             name = networks.name(job.source)
             target = next(iter(classes(name)), None)
             options = dict(start=start or 0.0, end=end, crop=crop, scale=scale, size=size, target=target)
-            _explain_clip(networks.load(name), job, **options)
+            _explain_clip(networks.load(name), job, networks.title(job.source), **options)
         for job in pictures:
             try:
                 found = explain_files.explain_picture(means(job.source), job.source, job.result)
@@ -117,10 +117,10 @@ def command(images, checkpoint, targets, output, size, device, start, end, crop,
                     raise
                 skip(error)
             else:
-                _say(job, means(job.source), found, None if checkpoint else networks.name(job.source))
+                _say(job, means(job.source), found)
 
 
-def _explain_clip(model, job, **options):
+def _explain_clip(model, job, network, **options):
     with (
         warnings.catch_warnings(record=True) as caught,
         tqdm(desc=job.source.name, unit=" frames", disable=None) as bar,
@@ -136,16 +136,16 @@ def _explain_clip(model, job, **options):
         click.echo(f"coda-fast: warning: {message}", err=True)
     click.echo(
         f"{safety.printable(job.source)}: {result.frames} frames, "
-        f"{class_name(model.class_names, result.target)}, colours to {result.scale:.3g} logits, "
+        f"{result.verdict(model.class_names, network)}, colours to {result.scale:.3g} logits, "
         f"completeness error {result.completeness_error:.1e} logits -> {safety.printable(job.result)}"
     )
 
 
-def _say(job, means, explanation, network):
-    """One line about a picture; ``network`` is the name of the network if it was chosen by the picture."""
+def _say(job, means, explanation):
+    """One line about a picture."""
     error = float(explanation.completeness_error.max())
-    by = f", explained by {network}" if network else ""
+    says = verdict(explanation.logits[0], means.model.class_names, means.name)
     click.echo(
-        f"{safety.printable(job.source)}: {verdict(explanation.logits[0], means.model.class_names)}{by}, "
-        f"completeness error {error:.1e} logits -> {safety.printable(job.result)}"
+        f"{safety.printable(job.source)}: {says}, completeness error {error:.1e} logits -> "
+        f"{safety.printable(job.result)}"
     )

@@ -48,9 +48,11 @@ def command(images, checkpoint, output, classes, methods, limit, size, device) -
     them and of such folders.
 
     On the page, one chooses classes, reads contributions of pixels, and compares maps. It loads nothing from
-    elsewhere. Files that cannot be read are named on it.
+    elsewhere. Files of a folder that cannot be read are named on it; of those that are given by name, all
+    must be readable.
     """
     from coda_fast import report as page
+    from coda_fast.explain_files import Means
 
     networks = _options.Networks(checkpoint, _options.usable_device(device))
     if output.exists():
@@ -60,10 +62,8 @@ def command(images, checkpoint, output, classes, methods, limit, size, device) -
     files, found = page.find_images(images, limit)
     if not files:
         raise click.UsageError("IMAGES: expected at least one image that can be read, got 0 files")
-    name = networks.name(files[0][0])
-    model = networks.load(name)
-    count = None if classes is None else min(classes, model.num_classes)
-    preprocessing = model.transform.at(size, crop=False)
+    chosen = {networks.title(path): networks(path) for path, *_ in files}
+    count = None if classes is None else min(classes, *(model.num_classes for model in chosen.values()))
     skipped: list[str] = []
     others = (
         None
@@ -71,15 +71,18 @@ def command(images, checkpoint, output, classes, methods, limit, size, device) -
         else [name for name in map(str.strip, methods.split(",")) if name and name.lower() != "none"]
     )
     notes = []
-    if checkpoint is None:
-        notes.append(f"Explained by {name}, which was chosen by the size of {safety.printable(files[0][0])}.")
     if found > limit:
         notes.append(
             f"Folders hold {found} image files: {limit} of them are taken, evenly; --limit sets how many."
         )
+
+    def means(path):
+        model = networks(path)
+        return Means(model, model.transform.at(size, crop=False), name=networks.title(path))
+
     text = page.stream(
-        model,
-        page.read_pictures(model, files, preprocessing, count, skipped),
+        chosen,
+        page.read_pictures(means, files, count, skipped),
         classes=count,
         methods=others,
         notes=notes,
@@ -91,4 +94,5 @@ def command(images, checkpoint, output, classes, methods, limit, size, device) -
     for note in notes:
         click.echo(note)
     lost = f", {len(skipped)} that could not be read" if skipped else ""
-    click.echo(f"{len(files) - len(skipped)} images{lost} -> {safety.printable(output)}")
+    by = safety.printable(", ".join(chosen))
+    click.echo(f"{len(files) - len(skipped)} images{lost}, explained by {by} -> {safety.printable(output)}")

@@ -74,9 +74,9 @@ def decode(
         raise ImageError(f"damaged or truncated image: {reason or type(error).__name__}", name) from None
 
 
-def picture_size(source: str | os.PathLike) -> tuple[int, int] | None:
-    """(height, width) that the header of a picture gives, before its orientation is applied; None if it is
-    not a file that Pillow recognises. No pixel is decoded.
+def picture_size(source: str | os.PathLike | bytes) -> tuple[int, int] | None:
+    """(height, width) that the header of a picture gives, before its orientation is applied; None if the file
+    or its content is nothing that Pillow recognises. No pixel is decoded.
     """
     from PIL import Image
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coda_fast import baselines, plot, pretrained, safety
-from coda_fast._classes import class_name, fits_no_class
+from coda_fast._classes import class_name
 from coda_fast.data import decode
 from coda_fast.data.photographs import Photograph, example_photographs
 from coda_fast.explanation import Explanation
@@ -102,8 +102,7 @@ def _draw(axes, row, methods):
     sigmoid = e.logits[0].sigmoid()
     subject, _, by = row.credit.partition(": ")
     plot.show_view(axes[0], row.view, subject)
-    fits = f"fits none of the {row.model.num_classes} classes\n" if fits_no_class(e.logits[0]) else ""
-    axes[0].set_xlabel(f"{fits}explained by {row.network}\n{by}", fontsize=7)
+    axes[0].set_xlabel(f"{plot.explained_by(e.logits[0], row.network)}\n{by}", fontsize=7)
     for k in range(2):
         title = f"why {names[k]}: " if k == 0 else f"why {names[k]}? "
         sure = plot.probability(float(sigmoid[e.target[0, k]]))
@@ -169,5 +168,5 @@ def sentence(found: Explained) -> str:
     """What the network says of a photograph, and how complete its explanation is."""
     e = found.explanation
     error = float(e.completeness_error.max())
-    says = verdict(e.logits[0], found.model.class_names)
-    return f"{says}, explained by {found.network}, completeness error {error:.0e} logits"
+    says = verdict(e.logits[0], found.model.class_names, found.network)
+    return f"{says}, completeness error {error:.0e} logits"

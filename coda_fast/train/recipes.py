@@ -37,6 +37,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             raise TrainingError(f"override: expected key=value, got {text!r}")
         if key not in known:
             raise TrainingError(_unknown(key, known))
+        if not value.strip():  # as of a variable of a shell that is not set
+            raise TrainingError(f"{key}: expected a value after the sign, null for none, got nothing")
         *sections, field = key.split(".")
         node = values
         for section in sections:
@@ -161,7 +163,8 @@ def _parse(text, what):
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise TrainingError(f"{what}: not YAML: {' '.join(str(error).split())[:1000]}") from None
+        hint = "; text that begins with such a sign needs quotes" if text[:1] in set("*&!%@`|>") else ""
+        raise TrainingError(f"{what}: not YAML: {' '.join(str(error).split())[:1000]}{hint}") from None
     except RecursionError:
         raise TrainingError(f"{what}: expected values at most {DEEPEST} deep, got deeper ones") from None
     except (ValueError, TypeError, OverflowError) as error:  # numbers and dates that Python cannot represent

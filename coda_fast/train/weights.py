@@ -247,7 +247,10 @@ def _in_words(name):
     try:
         yield
     except FileNotFoundError:
-        raise TrainingError(f"model.weights: no such file: {name}") from None
+        raise TrainingError(
+            f"model.weights: no such file: {name}, and no network of the package "
+            f"({', '.join(pretrained.names())})"
+        ) from None
     except OSError as error:
         raise TrainingError(f"model.weights: cannot read {name}: {error.strerror or error}") from None
     except TrainingError:

@@ -35,13 +35,14 @@ _SURROUNDINGS = 256  # the shorter side of the picture around a crop, in pixels
 
 
 class Picture(NamedTuple):
-    """A picture to show: its caption, the network's input [C, H, W] in [0, 1], and the original picture if
-    that differs.
+    """A picture to show: its caption, the network's input [C, H, W] in [0, 1], the original picture if that
+    differs, and the name of the network that explains it, if the page is to say it.
     """
 
     name: str
     image: torch.Tensor
     view: plot.View | None = None
+    network: str | None = None
 
 
 def describe(
@@ -64,13 +65,13 @@ def describe(
             those of all would take long.
 
     Returns:
-        name, verdict, height, width (of the network's input, in pixels), picture (PNG), surroundings (the
-        picture around a crop, or None), class_count, logit_bias, temperature; classes: name, logit and
-        probability of each class that is listed, the most likely first; levels: the image and then layers,
-        each with its label, height, width, scale (the end of its colour scale, in logits), count (how many
-        classes have a map, from the first) and maps [count, height, width]; methods: the same for one map,
-        without count. errors of a level are completeness errors in logits. PNG and maps are base64, the
-        latter of little-endian float32.
+        name, verdict (with the name of the network), height, width (of the network's input, in pixels),
+        picture (PNG), surroundings (the picture around a crop, or None), class_count, logit_bias,
+        temperature; classes: name, logit and probability of each class that is listed, the most likely first;
+        levels: the image and then layers, each with its label, height, width, scale (the end of its colour
+        scale, in logits), count (how many classes have a map, from the first) and maps
+        [count, height, width]; methods: the same for one map, without count. errors of a level are
+        completeness errors in logits. PNG and maps are base64, the latter of little-endian float32.
 
     Raises:
         ValueError: the number of classes or a method is not valid, the model cannot take the image, its
@@ -97,7 +98,7 @@ def describe(
         levels += _layers(model, batch, target)
     return {
         "name": name,
-        "verdict": verdict(logits, model.class_names),
+        "verdict": verdict(logits, model.class_names, picture.network),
         "height": height,
         "width": width,
         "picture": _png(_pixels(image)),
@@ -121,19 +122,22 @@ def describe(
     }
 
 
-def verdict(logits: torch.Tensor, class_names: Sequence[str] | None = None) -> str:
+def verdict(
+    logits: torch.Tensor, class_names: Sequence[str] | None = None, network: str | None = None
+) -> str:
     """What the network says of an image with ``logits`` [classes], in words: the most likely class and its
-    probability, or that the image fits none (``fits_no_class``).
+    probability, or that the image fits none (``fits_no_class``); and the name of the network, if it is given.
     """
+    by = "" if network is None else f", explained by {printable(network)}"
     logits = logits.detach()
     best = int(logits.argmax())
     name = printable(class_name(None if class_names is None else list(class_names), best))
     sure = plot.probability(float(logits[best].sigmoid()))
     if not fits_no_class(logits):
-        return f"{name} ({sure})"
+        return f"{name} ({sure}){by}"
     if len(logits) == 1:
-        return f"does not fit the only class, {name} ({sure})"
-    return f"fits none of the {len(logits)} classes: the most likely, {name}, has {sure}"
+        return f"does not fit the only class, {name} ({sure}){by}"
+    return f"fits none of the {len(logits)} classes: the most likely, {name}, has {sure}{by}"
 
 
 def columns(methods: Sequence[str]) -> dict[str, str]:

@@ -305,8 +305,9 @@
       field("picture \u2194 map", parts.opacity, "opacity of the map, in percent"),
       field(parts.t, parts.temperature, "temperature"),
       make("div", { className: "coda-field" }, parts.reset, parts.save)));
-    parts.all = [make("div", { className: "coda-panels" }, pictures, main, classes)];
-    if (methods.length) parts.all.push(make("div", { className: "coda-methods" }, ...methods));
+    const panels = make("div", { className: "coda-panels" }, pictures, main, classes);
+    if (methods.length) panels.append(make("div", { className: "coda-methods" }, ...methods));
+    parts.all = [panels];
     return parts;
   }
 

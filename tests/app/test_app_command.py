@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from coda_fast.data.photographs import example_photographs
 
 # Once is enough: a release of torch changes nothing in the browser.
 pytestmark = pytest.mark.slow
+
+
+NAMES = pretrained.names()
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,22 @@ def test_gradio_is_missing(checkpoint, capsys, monkeypatch):
 def test_build_refuses(networks_, default, error, message):
     with pytest.raises(error, match=re.escape(message)):
         app.build(networks_, default)
+
+
+@pytest.mark.parametrize(
+    ("networks_", "default"),
+    [
+        (dict.fromkeys(NAMES, network(0)), pages.BY_SIZE),
+        (dict.fromkeys(reversed(NAMES[1:]), network(0)), NAMES[-1]),
+    ],
+)
+def test_the_first_choice(networks_, default):
+    """By the size of the picture, if the networks for all sizes are there; else the first network."""
+    page = app.build(networks_)
+    with page.folder:
+        components = page.get_config_file()["components"]
+    (props,) = [c["props"] for c in components if c["props"].get("elem_id") == "coda-network"]
+    assert props["value"] == props["choices"][0][0] == default
 
 
 def test_without_captum_and_av(networks, monkeypatch):
@@ -121,8 +141,12 @@ def test_the_command(tmp_path):
     program = Program(tmp_path)
     assert program.line == f"{program.address}   (Ctrl-C ends it)\n"
     user = User(program.address)
-    for name in pretrained.names():
-        assert "a.png: " in user.ask("explain", user.upload(encoded()), name, [])[1]
+    for name in NAMES:
+        view = user.ask("explain", user.upload(encoded()), name, [])[1]
+        assert re.search(f"<h2>a.png: .*, explained by {name}</h2>", view)
+    for size, name in (((12, 40), "coda_xs_digits"), ((40, 33), "coda_xs_cifar10"), ((60, 90), NAMES[-1])):
+        view = user.ask("explain", user.upload(encoded(size=size)), pages.BY_SIZE, [])[1]
+        assert re.search(f"<h2>a.png: .*, explained by {name}</h2>", view)
     question = {"fn_index": user.functions["explain"], "session_hash": "open"}
     for _ in range(9):
         data = [user.upload(encoded()), "coda_xs_imagenette", ["IntGrad", "GCam"]]
@@ -130,6 +154,43 @@ def test_the_command(tmp_path):
     with user.client.stream("GET", "/gradio_api/queue/data?session_hash=open"):  # a page that still waits
         assert program.end(signal.SIGINT) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+COMPUTES = """
+import threading, time
+import torch
+from support_app import User, encoded, free_port, network
+from coda_fast import app, viewer
+
+started = threading.Event()
+
+def slow(*arguments, **options):
+    started.set()
+    model, end = torch.nn.Conv2d(3, 3, 3), time.monotonic() + 3
+    while time.monotonic() < end:
+        model(torch.rand(1, 3, 64, 64)).sum().backward()
+    return {}
+
+viewer.describe = slow
+with app.running({"a": network(0)}, port=free_port()) as address:
+    user = User(address)
+    threading.Thread(target=user.ask, args=("explain", user.upload(encoded()), "a", []), daemon=True).start()
+    started.wait(60)
+"""
+
+
+def test_the_end_of_a_program_that_computes():
+    """It waits for the answer under way: PyTorch aborts a program that ends while a thread differentiates."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPUTES],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (".", *sys.path) if p)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE / 1000,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "terminate" not in done.stderr
 
 
 @pytest.mark.slow

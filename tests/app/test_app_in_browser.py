@@ -103,7 +103,7 @@ def test_another_network_and_methods(opened, networks, waiting):
     check_rows(rows(page), networks["first"], data)
     logits = logits_of(networks["second"], data)
     choose(page, "#coda-network", "second")
-    drawn(page, f"a.png: {viewer.verdict(logits, CLASSES)}")
+    drawn(page, f"a.png: {viewer.verdict(logits, CLASSES, 'second')}")
     check_rows(rows(page), networks["second"], data)
     page.keyboard.press("Escape")
     page.click("#coda-methods button[aria-label*=GCam], #coda-methods .token:has-text('GCam') .token-remove")
@@ -114,8 +114,12 @@ def test_another_network_and_methods(opened, networks, waiting):
 
 @needs_browser
 def test_a_broken_file(opened, networks, waiting):
-    """One clear sentence, without the path of a temporary file; the next picture is explained."""
+    """One clear sentence, without the path of a temporary file, that stays until it is closed. The picture
+    before it is not shown as if it were this one; the next picture is explained.
+    """
     page = opened()
+    give(page, encoded(9), "before.png")
+    drawn(page, "before.png: ")
     give(page, b"<b>nothing</b>", "<b>broken</b>.png")
     toast = page.locator(".toast-body")
     toast.wait_for()
@@ -123,6 +127,9 @@ def test_a_broken_file(opened, networks, waiting):
     assert "/" not in toast.inner_text().replace("</b>", "")
     assert waiting() == []
     page.wait_for_selector("#coda-picture img", state="detached")
+    page.wait_for_selector("#coda-view .coda-empty")
+    assert page.locator(".coda-viewer").count() == 0
+    assert toast.locator(".timer").count() == 0
     data = encoded(4)
     give(page, data)
     drawn(page, "a.png: ")
@@ -176,7 +183,7 @@ def test_an_example_and_its_report(opened, networks, tmp_path):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>")
     assert heading in text
-    assert viewer.verdict(logits_of(networks["first"], path), CLASSES) in text
+    assert viewer.verdict(logits_of(networks["first"], path), CLASSES, "first") in text
 
 
 @needs_browser
@@ -227,7 +234,7 @@ def test_a_video(opened, waiting, tmp_path):
         "#coda-video input[type=file]", {"name": "a.mp4", "mimeType": "video/mp4", "buffer": data}
     )
     page.wait_for_selector("#coda-view video", timeout=PATIENCE)
-    assert re.match(r"a\.mp4: digit \d", page.inner_text("#coda-view h2"))
+    assert re.match(r"a\.mp4: digit \d \(p .*, explained by first", page.inner_text("#coda-view h2"))
     assert "30 frames, at most the first 10 seconds" in page.inner_text("#coda-view")
     page.wait_for_function("document.querySelector('#coda-view video').readyState > 1")
     size = page.eval_on_selector("#coda-view video", "video => [video.videoWidth, video.videoHeight]")

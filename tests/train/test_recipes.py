@@ -156,6 +156,8 @@ def test_overrides_are_typed(tmp_path):
         ("data.zoom=1", "unknown key 'data.zoom'"),
         ("data={kind: digits, zoom: 1}", "unknown key 'data.zoom'"),
         ("model=[", "model: not YAML"),
+        ("model.freeze=*", "text that begins with such a sign needs quotes"),
+        ("model.weights=", "model.weights: expected a value after the sign, null for none, got nothing"),
     ],
 )
 def test_what_a_recipe_refuses(override, message):

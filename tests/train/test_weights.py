@@ -621,5 +621,7 @@ def test_the_commands(tmp_path, folder, capsys):
     assert code("digits-s", *options(folder, "epochs=1"), "--output", tmp_path / "out") == 0
     assert "weights: " in capsys.readouterr().err
     assert code("digits-s", *options(tmp_path), "--output", tmp_path / "new") == 2
-    assert "coda-fast: model.weights: no such file: " in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "coda-fast: model.weights: no such file: " in message
+    assert "and no network of the package (coda_xs_cifar10, " in message
     assert code(tmp_path / "out" / "recipe.yaml", "--output", tmp_path / "out", "--resume", "auto") == 0
