@@ -119,6 +119,7 @@ def load(
         FileNotFoundError: there is no such file. CheckpointError: the file is not a checkpoint of coda_fast,
             holds a network that is not registered, is not a regular file (a folder, a pipe, a device), is
             damaged, or its weights do not fit. OSError: reading it is not permitted.
+        TypeError: the network takes no argument of the name of an override.
         ValueError: ``dtype`` or ``num_classes`` is not such a value, or the number of classes is another one
             and the network names no ``classifier``, or has other weights that depend on this number.
     """
@@ -227,6 +228,8 @@ def _config(path, header, network, overrides):
     known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     if unknown := set(config) - (known - {"device", "dtype", "backend", "save_contraction"}):
         raise CheckpointError(f"{path}: unknown entries {some(sorted(unknown))} in the stored configuration")
+    if wrong := set(overrides) - known:
+        raise TypeError(f"{network.__name__}: expected arguments that it takes, got {some(sorted(wrong))}")
     return config
 
 

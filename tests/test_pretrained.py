@@ -123,6 +123,8 @@ def test_new_classes():
 def test_other_arguments():
     hot = coda_fast.create_model("coda_xs_digits", pretrained=True, temperature=20.0)
     assert hot.temperature == 20
+    with pytest.raises(TypeError, match="CoDANet: expected arguments that it takes, got .'in_channels'."):
+        coda_fast.create_model("coda_xs_digits", pretrained=True, in_channels=1)
     with pytest.raises(ValueError, match="rank: expected none beside pretrained weights"):
         coda_fast.create_model("coda_xs_digits", pretrained=True, rank=4)
     with pytest.raises(
