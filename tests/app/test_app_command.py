@@ -121,6 +121,8 @@ class Program:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "coda_fast.cli", "app", "--port", str(port), *options],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # a shell lets what it runs in the background, such as these tests, ignore Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         watch = threading.Timer(120, self.process.kill)
         watch.start()
