@@ -10,20 +10,26 @@ from coda_fast.compile import compile_kernels
 from coda_fast.convert import Conversion, convert_conv2d
 from coda_fast.explanation import Explanation
 from coda_fast.export import Explainer
+from coda_fast.hybrid import CAMNet, CoDAHead, HybridCoDANet
 from coda_fast.models import CoDANet, create_model, list_models, register_model
 from coda_fast.network import Network
-from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d
+from coda_fast.nn import AddInverse, DAUConv2d, SplitSigns, SumPool2d
+from coda_fast.stems import register_stem
 
 __all__ = [
     "AddInverse",
     "BackendUnavailable",
+    "CAMNet",
     "CheckpointError",
+    "CoDAHead",
     "CoDANet",
     "Conversion",
     "DAUConv2d",
     "Explainer",
     "Explanation",
+    "HybridCoDANet",
     "Network",
+    "SplitSigns",
     "SumPool2d",
     "__version__",
     "backend_info",
@@ -37,6 +43,7 @@ __all__ = [
     "load",
     "pretrained",
     "register_model",
+    "register_stem",
     "save",
     "unwrap",
 ]

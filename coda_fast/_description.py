@@ -81,8 +81,10 @@ def _check_options(name, module, same):
 
 
 def _check_tensors(state, expected):
-    """Raise a ValueError unless the tensors are dense, have the expected shapes and share one dtype."""
-    first = next(iter(state.values())).dtype
+    """Raise a ValueError unless the tensors are dense, have the expected shapes and share one floating-point
+    dtype; counters of batch normalisation are integers.
+    """
+    first = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     owner = next(iter(state)).rpartition(".")[0]
     for name, tensor in state.items():
         if not is_dense(tensor):
@@ -92,9 +94,11 @@ def _check_tensors(state, expected):
                 else type(tensor).__name__
             )
             raise ValueError(f"{name}: expected a dense tensor, got {kind}")
-        if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{name}: expected {' or '.join(map(str, DTYPES.values()))}, got {tensor.dtype}")
-        if tensor.dtype != first:
+        counts = expected[name].dtype == torch.int64
+        if tensor.dtype not in ((torch.int64,) if counts else tuple(DTYPES.values())):
+            wanted = "torch.int64" if counts else " or ".join(map(str, DTYPES.values()))
+            raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}")
+        if tensor.dtype != first and not counts:
             raise ValueError(f"{name}: expected {first}, as in {owner}, got {tensor.dtype}")
         if tensor.shape != expected[name].shape:
             raise ValueError(

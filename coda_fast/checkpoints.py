@@ -27,6 +27,7 @@ from coda_fast.models import CoDANet
 from coda_fast.network import Network
 from coda_fast.published import from_published, read_state_dict, to_published
 from coda_fast.safety import need_memory
+from coda_fast.stems import PREFIX, PRETRAINED, checksum
 
 __all__ = [
     "CheckpointError",
@@ -44,7 +45,13 @@ __all__ = [
 _PREFIX = "coda_fast."  # a file's format is this and the name of the network's class
 
 
-def save(model: Network, path: str | os.PathLike, metadata: Mapping[str, object] | None = None) -> None:
+def save(
+    model: Network,
+    path: str | os.PathLike,
+    metadata: Mapping[str, object] | None = None,
+    *,
+    stem: str = "weights",
+) -> None:
     """Write weights and configuration to one safetensors file, all or nothing.
 
     The network that ``load`` reads from the file gives the same outputs, bit for bit: the options of every
@@ -54,6 +61,8 @@ def save(model: Network, path: str | os.PathLike, metadata: Mapping[str, object]
         model: a CoDANet or another registered network, or a wrapper of one (``coda_fast.unwrap``). If FSDP2
             shards it, it is gathered: every process must call this, and rank zero writes.
         metadata: anything JSON can hold (accuracy, recipe ...); ``read_metadata`` returns it.
+        stem: what the file holds of the conventional stem of a hybrid network: its "weights", or only their
+            "checksum" and its name. ``load`` then needs the weights from elsewhere, and compares them.
 
     Raises:
         ImportError: safetensors is not installed. OSError: the file cannot be written; an older one stays as
@@ -65,8 +74,12 @@ def save(model: Network, path: str | os.PathLike, metadata: Mapping[str, object]
             them), further parameters or buffers, a forward pass of its own, class names that do not fit.
             Hooks and functions put on an instance go unnoticed.
     """
+    if stem not in ("weights", "checksum"):
+        raise ValueError(f"stem: expected 'weights' or 'checksum', got {stem!r}")
     safetensors = require_safetensors()
     model = need_network(model)
+    if stem == "checksum" and getattr(model, "stem", None) is None:
+        raise ValueError(f"stem: expected 'weights' for a network without a stem, got {stem!r}")
     config, state = describe(model)
     sharded, tensors = any(hasattr(tensor, "full_tensor") for tensor in state.values()), tensors_of(state)
     try:
@@ -82,6 +95,11 @@ def save(model: Network, path: str | os.PathLike, metadata: Mapping[str, object]
         "config": json.dumps(config),
         "metadata": stored,
     }
+    if stem == "checksum":
+        whole = {
+            name.removeprefix(PREFIX): tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)
+        }
+        header["stem_sha256"] = checksum(whole)
     if sharded and torch.distributed.get_rank():
         return
     data = safetensors.torch.save(tensors, header)
@@ -113,7 +131,8 @@ def load(
             stored class names are dropped. All other weights are the stored ones.
         overrides: arguments of ``CoDANet`` (or of the class that the file names) that replace the stored
             ones (``backend="reference"``, ``temperature=...``). ``class_names`` are those of ``num_classes``
-            classes.
+            classes. ``stem_weights``: where the weights of a stem come from of which the file holds the
+            checksum alone (None: timm's pretrained ones).
 
     Raises:
         FileNotFoundError: there is no such file. CheckpointError: the file is not a checkpoint of coda_fast,
@@ -134,7 +153,12 @@ def load(
         config = _config(path, header, network, overrides)
         found = {name: file.get_slice(name) for name in list(file.keys())}
         shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
-        dtypes = {part.get_dtype() for part in found.values()}
+        dtypes = {part.get_dtype() for part in found.values()} - {"I64"}  # counters of batch normalisation
+        elsewhere, stem_weights = header.get("stem_sha256"), overrides.pop("stem_weights", None)
+        if stem_weights is not None and elsewhere is None:
+            raise ValueError(
+                f"stem_weights: expected none, because {path} holds all weights, got {stem_weights!r}"
+            )
         if len(dtypes) != 1 or (stored_dtype := DTYPES.get(next(iter(dtypes)))) is None:
             raise CheckpointError(
                 f"{path}: expected tensors of one dtype, {' or '.join(DTYPES)}, got {some(sorted(dtypes))}"
@@ -151,7 +175,7 @@ def load(
         if num_classes is not None and "class_names" in overrides:  # these are not for the stored classes
             stored["class_names"] = config.get("class_names")
         model = _made(path, network, stored, device="meta", dtype=dtype)
-        _check_keys(str(path), shapes, _shapes(model))
+        _check_keys(str(path), shapes, _shapes(model, elsewhere is not None))
         new: set[str] = set()  # the tensors that are not read
         if num_classes is not None:
             if num_classes != model.num_classes:
@@ -166,14 +190,35 @@ def load(
         try:
             # Copies, because the file may change, and because libraries round differently if a tensor is not
             # aligned in memory as torch aligns it.
-            tensors = {name: file.get_tensor(name).to(dtype, copy=True) for name in found if name not in new}
+            tensors = {name: _copied(file.get_tensor(name), dtype) for name in found if name not in new}
         except Exception as error:  # safetensors raises bare exceptions of its own
             raise CheckpointError(f"{path}: cannot read the tensors: {one_line(error)}") from None
     if new:  # a whole network is made, because only its constructor knows how weights are drawn
         drawn = _made(path, network, config | overrides, device=device, dtype=dtype).state_dict()
         tensors |= {name: drawn[name] for name in new}
+    if elsewhere is not None:
+        options = config | overrides | {"stem_weights": stem_weights or PRETRAINED}
+        tensors |= _stem_tensors(path, network, options, elsewhere, stored_dtype, dtype, device)
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+def _copied(tensor, dtype):
+    """A copy of a tensor from a file, in ``dtype`` if it is floating point."""
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _stem_tensors(path, network, options, sha256, stored_dtype, dtype, device):
+    """The tensors of a stem of which the file holds only the checksum."""
+    stem = _made(path, network, options, device="cpu", dtype=stored_dtype).stem
+    if (found := checksum(stem.network.state_dict())) != sha256:
+        raise CheckpointError(
+            f"{path}: stem_weights: expected weights of {stem.name} with SHA-256 {str(sha256)[:12]}, got "
+            f"{found[:12]} from {options['stem_weights']}"
+        )
+    return {
+        PREFIX + name: _copied(tensor, dtype).to(device) for name, tensor in stem.network.state_dict().items()
+    }
 
 
 def _made(path, network, config, **where):
@@ -185,8 +230,12 @@ def _made(path, network, config, **where):
         ) from None
 
 
-def _shapes(model):
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _shapes(model, without_stem=False):
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not (without_stem and name.startswith(PREFIX))
+    }
 
 
 def _new_tensors(path, stored, wanted, num_classes):

@@ -21,6 +21,7 @@ from coda_fast._autocast import autocasting, wide
 from coda_fast._modes import calls_replaced, explanation_mode
 from coda_fast._wrappers import plain_name, unwrap, whole
 from coda_fast.nn import AddInverse, DAUConv2d, SumPool2d
+from coda_fast.placement import Placement
 
 
 class NoCut(ValueError):
@@ -37,9 +38,13 @@ class DynamicLinear(nn.Module):
         image_channels: C of the images: 3 for colour, 1 for grey.
         temperature: T, a positive number.
         logit_bias: added to every logit.
+        encoder: turns images into the input of ``evidence``; None: ``AddInverse``. A subclass with another
+            one overrides ``encoded_channels`` and ``encoded_size``. Explanations are exact from the encoded
+            image to the logits, whatever the encoder computes.
 
     Attributes:
-        encoder: ``[x, 1 - x]``: images [N, C, H, W] -> encoded images [N, 2 C, H, W].
+        encoder: images [N, C, H, W] -> encoded images [N, C', H', W'], by default ``[x, 1 - x]``.
+        value_range: the smallest and largest number that an image should hold; None: any.
         num_classes: the number of logits.
         class_names: one for each class, or None.
 
@@ -62,16 +67,52 @@ class DynamicLinear(nn.Module):
 
     num_classes: int
     class_names: list[str] | None = None
+    value_range: tuple[float, float] | None = (0.0, 1.0)
 
-    def __init__(self, *, image_channels: int, temperature: float, logit_bias: float = 0.0):
+    def __init__(
+        self,
+        *,
+        image_channels: int,
+        temperature: float,
+        logit_bias: float = 0.0,
+        encoder: nn.Module | None = None,
+    ):
         super().__init__()
         self.image_channels = _arguments.positive_integer(image_channels, "image_channels")
         self.temperature = _arguments.temperature(temperature)
         self.logit_bias = _arguments.number(logit_bias, "logit_bias")
-        self.encoder, self.pool = AddInverse(), SumPool2d()
+        self.encoder = AddInverse() if encoder is None else encoder
+        self.pool = SumPool2d()
+
+    @property
+    def encoded_channels(self) -> int:
+        """The number of channels of an encoded image."""
+        return 2 * self.image_channels
+
+    def encoded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of an encoded image of ``height x width`` pixels. Nothing is computed."""
+        return height, width
+
+    def placement(self, layer: int | str, height: int, width: int) -> Placement | None:
+        """Where the entries of the input of a layer (a result of ``find_layer``) lie in an image of ``height
+        x width`` pixels; None: each at the pixel with its own indices, or it is not known.
+        """
+        return None
+
+    @property
+    def stem_name(self) -> str | None:
+        """The conventional network through which the encoded image is computed, in words; None: there is
+        none, and contributions are those of pixels.
+        """
+        return None
+
+    def check_mode(self) -> None:
+        """Raise a ValueError if the network is in a mode in which its logits depend on other images of the
+        batch, or on chance, so that they have no explanation.
+        """
 
     def evidence(self, encoded: torch.Tensor) -> torch.Tensor:
-        """Class evidence maps [N, classes, H', W'] of encoded images [N, 2 C, H, W], dynamic linear in each
+        """Class evidence maps [N, classes, H', W'] of encoded images [N, C', H, W], dynamic linear in each
         image independently of the others.
         """
         raise NotImplementedError(f"{type(self).__name__}: expected a method evidence, got none")
@@ -227,9 +268,8 @@ class DynamicLinear(nn.Module):
             return input.new_empty(len(input), *size)
 
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), calls_replaced(stand_in):
-            shape = (1, self.image_channels, height, width)
-            images = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-            self.evidence(self.encoder(images))
+            shape = (1, self.encoded_channels, *self.encoded_size(height, width))
+            self.evidence(torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
         return found
 
 

@@ -33,7 +33,8 @@ def explain(
 ) -> Explanation:
     """Decompose logits of ``model`` exactly into contributions; also available as ``model.explain``.
 
-    ``contribution_map = sum_channels [W_{0->L}(x)]_c * x`` (arXiv:2104.00032, eq. 11), including 1/T.
+    ``contribution_map = sum_channels [W_{0->L}(x)]_c * x`` (arXiv:2104.00032, eq. 11), including 1/T. In a
+    network with a stem (``coda_fast.HybridCoDANet``), x are the encoded features at the joint.
 
     Args:
         model: a CoDANet or another ``DynamicLinear``, or a wrapper of one (``coda_fast.unwrap``). One sharded
@@ -51,7 +52,8 @@ def explain(
 
     Raises:
         ValueError, TypeError: images have the wrong shape or NaN or infinite values, targets or the layer do
-            not exist, some paths from image to logits bypass the layer, or logits are not finite.
+            not exist, some paths from image to logits bypass the layer, logits are not finite, or a stem is
+            in a mode in which its features depend on the other images.
 
     Issues a ``PixelRangeWarning``, once, if pixels leave [0, 1] by more than rounding.
 
@@ -63,7 +65,8 @@ def explain(
     """
     model = need_network(model)
     model.check_images(images)
-    largest = _check_pixels(images)
+    model.check_mode()
+    largest = _check_pixels(images, model.value_range)
     index, chosen = model.find_layer(layer)
     names, model = model.class_names, gathered(model)
     if chosen is not None:
@@ -99,9 +102,11 @@ def explain(
         contribution_map=maps,
         completeness_error=error,
         layer=index,
-        images=images.detach(),
+        images=None if model.value_range is None else images.detach(),
         logit_bias=model.logit_bias,
         class_names=None if names is None else tuple(names),
+        placement=model.placement(index, *images.shape[2:]),
+        stem=model.stem_name,
     )
 
 
@@ -112,15 +117,17 @@ class PixelRangeWarning(UserWarning):
 _WARNED = threading.Event()
 
 
-def _check_pixels(images) -> float:
-    """The largest absolute pixel; ValueError for NaN and infinity, one warning if pixels leave [0, 1]."""
+def _check_pixels(images, value_range) -> float:
+    """The largest absolute pixel; ValueError for NaN and infinity, one warning if pixels leave [0, 1], unless
+    they may.
+    """
     if not images.numel():
         return 0.0
     low, high = torch.stack(images.detach().aminmax()).tolist()  # one transfer from the device
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("images: expected finite values, got NaN or infinity")
     slack = max(1e-4, 2 * torch.finfo(images.dtype).eps)
-    if (low < -slack or high > 1 + slack) and not _WARNED.is_set():
+    if value_range is not None and (low < -slack or high > 1 + slack) and not _WARNED.is_set():
         if -0.5 < low and high < 1.5:
             cause = "did resizing or added noise overshoot? Clamp them, if that is not meant"
         elif low < -slack:
@@ -201,7 +208,8 @@ def explanation_memory(model: DynamicLinear, height: int, width: int, classes: i
     fixed, each = _bytes_per_image(
         model, torch.empty(1, model.image_channels, height, width, dtype=parameter.dtype, device="meta")
     )
-    results = 3 * 2 * model.image_channels * height * width * max(4, parameter.element_size())
+    size = model.encoded_channels * math.prod(model.encoded_size(height, width))
+    results = 3 * size * max(4, parameter.element_size())
     return fixed + each + (classes - 1) * results  # backward passes run one class after the other
 
 
@@ -234,7 +242,7 @@ def _bytes_per_image(model, images) -> tuple[int, int]:
     results and the largest pair of a layer's input and output gradients.
     """
     height, width = images.shape[2:]
-    entering = 2 * images.shape[1] * height * width
+    entering = model.encoded_channels * math.prod(model.encoded_size(height, width))
     kept, results, largest = entering, 3 * entering, 0
     for units, rows, columns in model.layer_sizes(height, width).values():
         leaving = units * rows * columns

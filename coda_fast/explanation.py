@@ -16,6 +16,7 @@ import torch
 from coda_fast import _files
 from coda_fast._classes import as_classes, check_range, class_name
 from coda_fast._geometry import integer
+from coda_fast.placement import Placement
 from coda_fast.safety import printable
 
 if TYPE_CHECKING:
@@ -30,7 +31,13 @@ class Explanation:
     """Why a network gave its logits: N images, K explained classes each, all tensors on the images' device.
 
     With ``layer=None`` (or 0), C = 6 for colour images: red, green, blue, then 1 - red, 1 - green, 1 - blue.
-    With ``layer=l``, C, H and W are those of the input of layer l.
+    With ``layer=l``, C, H and W are those of the input of layer l. With a stem they are those of the encoded
+    features at the joint: the positive parts of all features, then the negative parts.
+
+    What is exact: the contributions add up to the logit less its bias. In a network with a stem this holds
+    from the features at the joint up. How the stem computes a feature from the image is not explained;
+    ``pixel_map`` places its contribution around the centre of its receptive field, which only says where the
+    feature is in the image.
 
     Attributes:
         logits: [N, classes], in the dtype of the network; the rest is in float32 or wider.
@@ -38,7 +45,8 @@ class Explanation:
         dynamic_weight: ``[W(x)]_c / T``: the row of the global linear map that gives each logit, [N, K, C, H,
             W].
         contributions: ``dynamic_weight * activations``, in logits, [N, K, C, H, W].
-        contribution_map: contributions summed over channels, [N, K, H, W].
+        contribution_map: contributions summed over channels, [N, K, H, W]; with a stem or ``layer=l`` it is
+            smaller than the image, ``pixel_map`` is not.
         completeness_error: ``|sum of contributions + logit bias - logit|``, in logits, [N, K]: rounding,
             below 1e-6 (float32), 1e-14 (float64) or 2e-2 (bfloat16) of the logit plus the sum of absolute
             contributions.
@@ -47,6 +55,9 @@ class Explanation:
         images: the explained images, [N, C, H, W]: the given tensor, without its graph.
         logit_bias: the constant in every logit, to which no pixel contributes.
         class_names: those of the network, or None.
+        placement: where the entries of the map lie in the image; None: the map has the size of the image, or
+            it is not known.
+        stem: the conventional network up to the joint, in words; None: there is none.
 
     ``len(e)`` is N; ``e[i]``, ``e[1:3]``, ``e[[0, 2]]`` and iteration give explanations of these images. A
     notebook shows an explanation as a figure and a table.
@@ -69,6 +80,40 @@ class Explanation:
     images: torch.Tensor | None = None
     logit_bias: float = 0.0
     class_names: tuple[str, ...] | None = None
+    placement: Placement | None = None
+    stem: str | None = None
+
+    @property
+    def pixel_map(self) -> torch.Tensor:
+        """The contribution map in the size of the image, [N, K, H, W]: each entry is shared among the pixels
+        around its place, so that the sum is that of ``contribution_map``. Without a stem, and for the encoded
+        image, it is ``contribution_map``.
+
+        Raises:
+            ValueError: where the entries lie is not known.
+        """
+        if self.placement is not None and self.images is not None:
+            return self.placement.spread(self.contribution_map, tuple(self.images.shape[2:]))
+        if self.layer == 0 and (
+            self.images is None or self.images.shape[2:] == self.contribution_map.shape[2:]
+        ):
+            return self.contribution_map
+        raise ValueError(
+            f"pixel_map: expected a map whose place in the image is known, got that of layer {self.layer}"
+            + " without images" * (self.images is None)
+        )
+
+    @property
+    def channel_contributions(self) -> torch.Tensor:
+        """The contributions of each channel of the image or of the features at the joint, summed over pixels
+        and over the two halves of the encoding, [N, K, C / 2]; of each channel of the input of a further
+        layer, [N, K, C].
+        """
+        total = self.contributions.sum((-2, -1))
+        if self.layer != 0:
+            return total
+        first, second = total.chunk(2, -1)
+        return first + second
 
     def __len__(self) -> int:
         return len(self.target)
@@ -140,7 +185,16 @@ class Explanation:
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         names = None if self.class_names is None else list(self.class_names)
         layer = {"name": self.layer} if isinstance(self.layer, str) else self.layer
-        facts = json.dumps({"layer": layer, "logit_bias": self.logit_bias, "class_names": names})
+        placement = None if self.placement is None else self.placement.config()
+        facts = json.dumps(
+            {
+                "layer": layer,
+                "logit_bias": self.logit_bias,
+                "class_names": names,
+                "placement": placement,
+                "stem": self.stem,
+            }
+        )
         data = safetensors.torch.save(tensors, {"format": _FORMAT, "facts": facts})
         with _files.atomic_path(path) as temporary:
             temporary.write_bytes(data)
@@ -273,9 +327,16 @@ def _count(number: int, one: str, several: str | None = None) -> str:
 
 def _facts(facts):
     """The fields stored beside the tensors, checked; ValueError if they are wrong."""
-    if not isinstance(facts, dict) or set(facts) != {"layer", "logit_bias", "class_names"}:
-        raise ValueError(f"expected layer, logit_bias and class_names, got {str(facts)[:100]}")
+    known = ("layer", "logit_bias", "class_names", "placement", "stem")
+    if isinstance(facts, dict):  # of a release without stems
+        facts = {"placement": None, "stem": None, **facts}
+    if not isinstance(facts, dict) or set(facts) != set(known):
+        raise ValueError(f"expected {', '.join(known)}, got {str(facts)[:100]}")
     layer, bias, names = facts["layer"], facts["logit_bias"], facts["class_names"]
+    if not isinstance(facts["stem"], str | None):
+        raise ValueError(f"expected the name of a stem, got {str(facts['stem'])[:100]}")
+    if facts["placement"] is not None:
+        facts = facts | {"placement": Placement.of(facts["placement"])}
     if isinstance(layer, dict) and list(layer) == ["name"] and isinstance(layer["name"], str):
         facts = facts | {"layer": layer["name"]}
     elif integer(layer) < 0:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from coda_fast import checkpoints
+from coda_fast import checkpoints, registry
 from coda_fast.dynamic_linear import need_network
+from coda_fast.hybrid import HybridCoDANet
 from coda_fast.models import CoDANet
 
 try:
@@ -31,13 +32,54 @@ except ImportError as error:
     ) from error
 
 
-class HubCoDANet(
-    CoDANet,
-    PyTorchModelHubMixin,
-    library_name="coda_fast",
-    pipeline_tag="image-classification",
-    paper_url="https://arxiv.org/abs/2104.00032",
-):
+class _Hub(CoDANet, PyTorchModelHubMixin):
+    """What networks for the hub share. List this class before that of the network among the bases."""
+
+    _network: type[CoDANet]
+
+    def __init__(self, *args: Any, dtype: torch.dtype | str | None = None, **options: Any):
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not (found is None and dtype is None) and not isinstance(found, torch.dtype):
+            raise ValueError(f"dtype: expected a floating-point dtype, by name or not, got {dtype!r}")
+        super().__init__(*args, dtype=found, **options)
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> Any:
+        """``model`` (such a network, or a wrapper of one) with these methods; the two share their parameters.
+
+        Raises:
+            TypeError, ValueError: as ``coda_fast.save``.
+        """
+        model = need_network(model, kind=cls._network)
+        if registry.class_of(model) is not cls._network:
+            raise TypeError(
+                f"model: expected a {cls._network.__name__} for {cls.__name__}, got a {type(model).__name__}"
+            )
+        config, state = checkpoints.describe(model)
+        twin = cls(**config, device="meta")
+        twin.load_state_dict(state, assign=True)
+        return twin.train(model.training)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        checkpoints.save(self, save_directory / "model.safetensors")
+        config = self.config() | {"dtype": str(self.layers[0].weight.dtype).removeprefix("torch.")}
+        with checkpoints.atomic_path(save_directory / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> Any:
+        if "out_channels" not in options or ("stem" in options) != (cls._network is HybridCoDANet):
+            raise checkpoints.CheckpointError(
+                f"{model_id}: expected a config.json with the arguments of {cls._network.__name__}, got "
+                f"{sorted(options)}"
+            )
+        return super()._from_pretrained(model_id=model_id, strict=strict, **options)
+
+
+_ABOUT = dict(library_name="coda_fast", pipeline_tag="image-classification")
+
+
+class HubCoDANet(_Hub, paper_url="https://arxiv.org/abs/2104.00032", **_ABOUT):
     """A CoDANet with the methods of ``huggingface_hub.PyTorchModelHubMixin``.
 
     A folder holds ``config.json`` (the arguments of ``CoDANet`` and the dtype) and ``model.safetensors``,
@@ -54,35 +96,12 @@ class HubCoDANet(
         CheckpointError: the folder has no configuration of a CoDANet.
     """
 
-    def __init__(self, *args: Any, dtype: torch.dtype | str | None = None, **options: Any):
-        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if not (found is None and dtype is None) and not isinstance(found, torch.dtype):
-            raise ValueError(f"dtype: expected a floating-point dtype, by name or not, got {dtype!r}")
-        super().__init__(*args, dtype=found, **options)
+    _network = CoDANet
 
-    @classmethod
-    def from_model(cls, model: nn.Module) -> HubCoDANet:
-        """``model`` (a CoDANet, or a wrapper of one) with these methods; the two share their parameters.
 
-        Raises:
-            TypeError, ValueError: as ``coda_fast.save``.
-        """
-        model = need_network(model, kind=CoDANet)
-        config, state = checkpoints.describe(model)
-        twin = cls(**config, device="meta")
-        twin.load_state_dict(state, assign=True)
-        return twin.train(model.training)
+class HubHybridCoDANet(_Hub, HybridCoDANet, paper_url="https://arxiv.org/abs/2109.13004", **_ABOUT):
+    """A HybridCoDANet with the same methods, arguments and errors as ``HubCoDANet``. The folder holds the
+    weights of the stem, too.
+    """
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        checkpoints.save(self, save_directory / "model.safetensors")
-        config = self.config() | {"dtype": str(self.layers[0].weight.dtype).removeprefix("torch.")}
-        with checkpoints.atomic_path(save_directory / "config.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> HubCoDANet:
-        if "out_channels" not in options:
-            raise checkpoints.CheckpointError(
-                f"{model_id}: expected a config.json with the arguments of CoDANet, got {sorted(options)}"
-            )
-        return super()._from_pretrained(model_id=model_id, strict=strict, **options)
+    _network = HybridCoDANet

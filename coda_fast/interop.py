@@ -107,7 +107,11 @@ class CoDAAttribution(_Attribution):
         explained = self.forward_func.explain(inputs, target)
         if explained.target.shape[1] != 1:
             raise ValueError(f"target: expected one class for each image, got {explained.target.shape[1]}")
-        found = _in_colours(explained.contributions[:, 0])
+        if explained.stem is None:
+            found = _in_colours(explained.contributions[:, 0])
+        else:  # contributions of features, placed on the image, in equal parts for each colour
+            channels = self.forward_func.image_channels
+            found = explained.pixel_map.expand(-1, channels, -1, -1) / channels
         result = (found,) if several else found
         if not return_convergence_delta:
             return result
@@ -140,7 +144,7 @@ def quantus_explain_func(
         np.asarray(inputs), dtype=parameter.dtype, device=next(network.parameters()).device
     )
     classes = one_each(torch.as_tensor(np.asarray(targets)), len(images), "targets")
-    return network.explain(images, classes).contribution_map.detach().float().cpu().numpy()
+    return network.explain(images, classes).pixel_map.detach().float().cpu().numpy()
 
 
 def _in_colours(contributions):

@@ -20,6 +20,7 @@ from coda_fast.functional import EPS
 from coda_fast.named_models import MODELS
 from coda_fast.network import LOGIT_BIAS, Network
 from coda_fast.nn import DAUConv2d, check_size
+from coda_fast.placement import PIXELS, Placement
 
 
 class CoDANet(Network):
@@ -44,6 +45,7 @@ class CoDANet(Network):
             dict of its resize, crop and interpolation; None: resize and crop to ``image_size``, if that is
             given.
         class_names: one for each class, as a hint for tools.
+        encoder: as in ``Network``, for subclasses; None: ``[x, 1 - x]``.
 
     Attributes:
         transform: ``coda_fast.data.Preprocessing``: ``model(model.transform("photo.jpg")[None])``. Stored
@@ -77,6 +79,7 @@ class CoDANet(Network):
         image_size: int | None = None,
         preprocessing: Preprocessing | Mapping | None = None,
         class_names: Sequence[str] | None = None,
+        encoder: nn.Module | None = None,
         backend: str = "auto",
         save_contraction: bool | str = "auto",
         device: torch.device | str | None = None,
@@ -93,8 +96,9 @@ class CoDANet(Network):
             image_size=image_size,
             preprocessing=preprocessing,
             class_names=class_names,
+            encoder=encoder,
         )
-        widths = [2 * self.image_channels, *(layer["out_channels"] for layer in layers)]
+        widths = [self.encoded_channels, *(layer["out_channels"] for layer in layers)]
         numbers = (
             channels * math.prod(o["kernel_size"]) * (o["rank"] + o["out_channels"] * (o["rank"] + o["bias"]))
             for channels, o in zip(widths, layers, strict=False)
@@ -235,9 +239,28 @@ class CoDANet(Network):
         evidence = activations.pop()
         return evidence, lambda value: self.send_back(activations, value)
 
+    def placement(self, layer: int | str, height: int, width: int) -> Placement | None:
+        """See ``DynamicLinear.placement``."""
+        found = self.encoded_placement(height, width)
+        for each in self.layers[: int(layer)]:
+            g = unwrap(each).geometry
+            left, _, top, _ = g.padding
+            found = (found or PIXELS).then(g.kernel, g.stride, (top, left), g.dilation)
+        return found
+
+    def encoded_stride(self) -> int:
+        """Pixels from one entry of an encoded image to the next one."""
+        return 1
+
+    def encoded_placement(self, height: int, width: int) -> Placement | None:
+        """Where the entries of an encoded image lie in an image of ``height x width`` pixels; None: each at
+        the pixel with its own indices.
+        """
+        return None
+
     def layer_sizes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
         """See ``Network.layer_sizes``; nothing is run."""
-        found = {}
+        found, (height, width) = {}, self.encoded_size(height, width)
         for index, layer in enumerate(self.layers):
             height, width = layer.geometry.output_size(height, width)
             found[f"layers.{index}"] = layer.out_channels, height, width

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 from coda_fast import _arguments
 from coda_fast._modes import explanation_mode
@@ -40,6 +41,7 @@ class Network(DynamicLinear):
             dict of its resize, crop and interpolation; None: resize and crop to ``image_size``, if that is
             given.
         class_names: one for each class, as a hint for tools.
+        encoder: as in ``DynamicLinear``; not a part of ``config``.
 
     Attributes:
         transform: ``coda_fast.data.Preprocessing``: ``model(model.transform("photo.jpg")[None])``. Stored
@@ -64,8 +66,11 @@ class Network(DynamicLinear):
         image_size: int | None = None,
         preprocessing: Preprocessing | Mapping | None = None,
         class_names: Sequence[str] | None = None,
+        encoder: nn.Module | None = None,
     ):
-        super().__init__(image_channels=image_channels, temperature=temperature, logit_bias=logit_bias)
+        super().__init__(
+            image_channels=image_channels, temperature=temperature, logit_bias=logit_bias, encoder=encoder
+        )
         self._num_classes = _arguments.positive_integer(num_classes, "num_classes")
         self.image_size = (
             None

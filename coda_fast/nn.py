@@ -245,6 +245,23 @@ class AddInverse(nn.Module):
         return torch.cat((images, 1 - images), -3)
 
 
+class SplitSigns(nn.Module):
+    """``f -> [max(f, 0), max(-f, 0)]`` along the channels, [N, C, H, W] -> [N, 2 C, H, W]: the encoding of
+    features, which may have both signs.
+
+    A DAU aligns its weight with its input, and the opposite of an input is the input to which it responds
+    least. Without the split it could not respond to a feature and to its opposite independently; with it the
+    two have directions of their own, as a colour and its inverse have in ``AddInverse``. A feature that is
+    absent is zero in both halves and contributes nothing, whereas ``[f, 1 - f]`` would need features in
+    [0, 1] and let absent ones contribute. ``f`` is the difference of the halves, so nothing is lost, and a
+    sum of contributions of the halves is an exact sum of contributions of the features.
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> [N, 2 C, H, W]."""
+        return torch.cat((features.clamp(min=0), (-features).clamp(min=0)), -3)
+
+
 class SumPool2d(nn.Module):
     """Sum over the pixels, [N, C, H, W] -> [N, C]."""
 

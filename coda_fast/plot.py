@@ -281,7 +281,8 @@ def explanation_figure(
     """A figure with a row for each image: the image, a contribution map for each explained class, and the
     dynamic weight of the first class if that applies to the encoded image (``layer=None``).
 
-    All maps share one symmetric scale; below each is the proof that it is complete.
+    All maps share one symmetric scale; below each is the proof that it is complete. Contributions of the
+    features of a stem are drawn as ``explanation.pixel_map``, and a line says what is exact.
 
     Args:
         images: [N, C, H, W], as given to ``model.explain``.
@@ -299,6 +300,9 @@ def explanation_figure(
     """
     _check_together(images, explanation, labels)
     encoded, (count, classes) = explanation.layer == 0, explanation.target.shape
+    maps = explanation.contribution_map
+    if placed := explanation.stem is not None and explanation.placement is not None:
+        maps, encoded = explanation.placement.spread(maps, tuple(images.shape[2:])), True
 
     def name(number):
         text = " ".join(str(class_name(class_names, number)).split())
@@ -307,13 +311,14 @@ def explanation_figure(
     shape = images.shape[2:] if not views else views[0].picture.shape
     # bounded, so that a very long image is drawn small, not on a page of metres
     aspect = min(4.0, max(0.25, shape[0] / shape[1]))
-    weighted = encoded and explanation.dynamic_weight.shape[2] in (2, 6)  # other weights have no picture
+    # other weights have no picture
+    weighted = encoded and not placed and explanation.dynamic_weight.shape[2] in (2, 6)
     columns = classes + 1 + weighted
     figure = new_figure(width=2.3 * columns + 0.7, height=count * (2.3 * aspect + 0.65) + 0.1)
     axes: Any = figure.subplots(max(1, count), columns, squeeze=False)
     named = {*explanation.target.flatten().tolist(), *([] if labels is None else map(int, labels))}
     drawable(" ".join(map(name, sorted(named))))  # one warning for all names
-    scale = symmetric_scale(explanation.contribution_map)
+    scale = symmetric_scale(maps)
     sigmoid = explanation.logits.sigmoid()
     for i in range(count):
         view, title = (
@@ -331,9 +336,7 @@ def explanation_figure(
         for k in range(classes):
             target = int(explanation.target[i, k])
             title = f"{name(target)}: {probability(float(sigmoid[i, target]))}"
-            artist = show_map(
-                axes[i, k + 1], explanation.contribution_map[i, k], scale, title, view if encoded else None
-            )
+            artist = show_map(axes[i, k + 1], maps[i, k], scale, title, view if encoded else None)
             axes[i, k + 1].set_xlabel(proof(explanation, i, k, logit_bias), fontsize=7)
         if weighted:
             title = f"weight of {name(int(explanation.target[i, 0]))}"
@@ -345,13 +348,25 @@ def explanation_figure(
         colour_bar(
             figure, artist, axes, "logit, per pixel" if low else "contribution to the logit, per pixel"
         )
+    if placed:
+        figure.supxlabel(exactness(explanation), fontsize=7)
     return figure
+
+
+def exactness(explanation: Explanation) -> str:
+    """A text for figures that says what the maps of a network with a stem are."""
+    what = "features" if explanation.layer == 0 else f"the input of layer {explanation.layer}"
+    return (
+        f"Exact: the sum over {what} ({explanation.stem}).\n"
+        "Not exact: where in the image; drawn around the centres of the receptive fields."
+    )
 
 
 def _check_together(images, explanation, labels):
     """Raise a ValueError unless explanation and labels belong to these images."""
     count, _, *size = explanation.contribution_map.shape
-    if count != len(images) or (explanation.layer == 0 and size != list(images.shape[2:])):
+    whole = explanation.layer == 0 and explanation.stem is None  # as large as the image
+    if count != len(images) or (whole and size != list(images.shape[2:])):
         raise ValueError(
             f"explanation: expected maps of these images ({list(images.shape)}), got "
             f"{list(explanation.contribution_map.shape)}, layer {explanation.layer}"

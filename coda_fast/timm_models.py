@@ -37,13 +37,16 @@ def _default_cfg(name):
     network = create_model(name, device="meta")
     cfg, layers = _data_cfg(network.transform), network.dau_layers()
     if size := cfg.get("input_size"):
-        names, sizes = list(layers), network.layer_sizes(*size[1:])
+        sizes = network.layer_sizes(*size[1:])
+        names = list(sizes)
         last = names.index(network.classifier) if network.classifier else len(names)
-        cfg["pool_size"] = sizes[names[last - 1]][1:] if last else size[1:]
+        cfg["pool_size"] = sizes[names[last - 1]][1:] if last else network.encoded_size(*size[1:])
     if name in shipped.names():
         cfg["file"] = str(shipped.FOLDER / f"{name}.safetensors")
     return cfg | dict(
-        num_classes=network.num_classes, first_conv=next(iter(layers)), classifier=network.classifier
+        num_classes=network.num_classes,
+        first_conv=next(iter(layers), network.classifier),
+        classifier=network.classifier,
     )
 
 
@@ -86,7 +89,7 @@ def _transform_of(cfg, transform):
 def _network(name, *, num_classes, in_chans, global_pool="sum", drop_rate=0.0, **overrides):
     config = model_config(name, num_classes=num_classes or None, image_channels=in_chans, **overrides)
     kind = timm_class(registry.model(name).network)
-    if kind is TimmCoDANet:
+    if issubclass(kind, TimmCoDANet):
         return kind(**config, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
     if drop_rate:
         raise ValueError(f"drop_rate: expected 0 for {name}, whose features have no dropout, got {drop_rate}")
@@ -101,7 +104,7 @@ def _fit_state_dict(state_dict, model):
     Weights for other image channels are refused.
     """
     first = state_dict.get("layers.0.reduction_weight") if isinstance(model, TimmCoDANet) else None
-    if first is not None and first.shape[1] != 2 * model.in_chans:
+    if first is not None and first.shape[1] != model.encoded_channels and model.stem_name is None:
         # timm would sum the weights over colours; here that keeps z, but the dynamic weights would have
         # another norm
         raise ValueError(

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from coda_fast import registry
 from coda_fast._modes import calls_replaced
 from coda_fast.explanation import Explanation
+from coda_fast.hybrid import CAMNet
 from coda_fast.models import CoDANet
 from coda_fast.network import Network
 from coda_fast.nn import DAUConv2d, SumPool2d
@@ -111,6 +112,8 @@ class TimmNetwork(_Classifying):
         """The classifier's input, [N, num_features, H', W'], for images [N, in_chans, H, W] in [0, 1]."""
         self.check_images(images)
         classifier = self.get_classifier()
+        if isinstance(self, CAMNet) and self.num_classes:
+            return self.features(self.encoder(images))
         skip = lambda layer, input: input if layer is classifier else layer.forward(input)
         with calls_replaced(skip):
             return self.evidence(self.encoder(images))
@@ -128,9 +131,10 @@ class TimmNetwork(_Classifying):
 @functools.cache
 def timm_class(network: type[Network]) -> type[Network]:
     """The class for timm that belongs to a class of networks."""
-    if issubclass(network, CoDANet):
+    if network is CoDANet:
         return TimmCoDANet
-    return type(f"Timm{network.__name__}", (TimmNetwork, network), {"__module__": __name__})
+    base = TimmCoDANet if issubclass(network, CoDANet) else TimmNetwork
+    return type(f"Timm{network.__name__}", (base, network), {"__module__": __name__})
 
 
 def __getattr__(name):
@@ -197,7 +201,7 @@ class TimmCoDANet(_Classifying, CoDANet):
     @property
     def num_features(self) -> int:  # type: ignore[override]
         """The number of channels that enter the classifier."""
-        return self.layers[self.depth - 1].out_channels if self.depth else 2 * self.image_channels
+        return self.layers[self.depth - 1].out_channels if self.depth else self.encoded_channels
 
     @property
     def classifier(self) -> str:  # type: ignore[override]
@@ -206,7 +210,7 @@ class TimmCoDANet(_Classifying, CoDANet):
 
     def _set_features(self, depth):
         """Make the first ``depth`` layers the features."""
-        self.depth, self.feature_info, reduction = depth, [], 1
+        self.depth, self.feature_info, reduction = depth, [], self.encoded_stride()
         for index, layer in enumerate(self.layers[:depth]):
             reduction *= max(layer.stride)
             info = {"num_chs": layer.out_channels, "reduction": reduction, "module": f"layers.{index}"}

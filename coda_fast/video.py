@@ -201,7 +201,7 @@ def _scale(clip, target):
     """The ``PERCENTILE`` of absolute contributions, from a histogram of their logarithms."""
     histogram = torch.zeros(_BINS, dtype=torch.float64)
     for frames in clip.batches():
-        maps = clip.explained(frames, target).contribution_map.abs().double().cpu()
+        maps = clip.explained(frames, target).pixel_map.abs().double().cpu()
         histogram += torch.histc(maps.clamp(10**_LOW, 10**_HIGH * 0.999).log10(), _BINS, _LOW, _HIGH)
     index = int(torch.searchsorted(histogram.cumsum(0), histogram.sum() * PERCENTILE / 100))
     # If most contributions are zero, the percentile is in the lowest bin; then the maximum replaces it.
@@ -222,7 +222,7 @@ def _write(clip, writer, target, scale):
         low, high = min(low, *sure), max(high, *sure)
         fit_none += sum(map(fits_no_class, explanation.logits))
         for (image, time, pixels), contribution, p in zip(
-            frames, explanation.contribution_map[:, 0].cpu(), sure, strict=True
+            frames, explanation.pixel_map[:, 0].cpu(), sure, strict=True
         ):
             view = None if pixels is None else plot.View.of(Image.fromarray(pixels), clip.preprocessing)
             writer.write(side_by_side(image, contribution, scale, name, plot.probability(p), view), time)

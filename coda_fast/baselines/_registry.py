@@ -95,6 +95,13 @@ def captum(model: nn.Module | None = None):
     return captum.attr
 
 
+def twins_on(model: object) -> dict[str, str]:
+    """{method: the method that it equals on ``model``, up to rounding}: ``TWINS``, but none on a network with
+    a stem, whose non-linearities they treat differently.
+    """
+    return {} if getattr(model, "stem_name", None) is not None else dict(TWINS)
+
+
 def missing(package: str) -> ImportError:
     return ImportError(f"the baselines need {package}: pip install 'coda-fast[evaluation]'")
 

@@ -80,7 +80,7 @@ def _separate_activations(model):
     separate module for each call. If torch.fx cannot trace the model, the copy only has no in-place
     activations, and captum decides whether it can explain that.
     """
-    if isinstance(model, CoDANet):
+    if isinstance(model, CoDANet) and model.stem_name is None:
         return model  # it has no activations
     copied = copy.deepcopy(model)
     with contextlib.suppress(Exception):  # tracing runs the model's own code: anything can be raised

@@ -17,5 +17,7 @@ def _dau_layers(model: nn.Module) -> None:
 
 @baseline("Ours", needs=_dau_layers)
 def contribution_map(method: Attribution, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The contribution map of a CoDA-Net itself, which sums to the logit less its constant bias."""
-    return method.model.explain(images, targets).contribution_map
+    """The contribution map of a CoDA-Net itself, which sums to the logit less its constant bias. Of a hybrid
+    network it is the map of its features, placed on the image.
+    """
+    return method.model.explain(images, targets).pixel_map

@@ -198,7 +198,7 @@ def _attributions(model, methods, changes):
         if methods == "all"
         else list(dict.fromkeys(name.strip() for name in methods.split(",")))
     )
-    for name, twin in baselines.TWINS.items():
+    for name, twin in baselines.twins_on(model).items():
         if name in names and (methods == "all" or twin in names):
             names.remove(name)
             click.echo(f"{name} is left out: on a CoDA-Net it is {twin}, to rounding", err=True)

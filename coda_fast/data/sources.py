@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -192,12 +192,12 @@ class Arrays:
         """This process' slice of every global batch of the epoch, from step ``start`` on. An incomplete last
         batch is left out.
         """
-        for index in _plan(len(self), seed, epoch, start, batch_size, process):
+        for index in plan(len(self), seed, epoch, start, batch_size, process):
             yield self.some(index)
 
     def evaluation(self, batch_size: int, process: Process = Process()) -> Generator[Batch, None, None]:
         """Batches that contain every image once, over all processes."""
-        for index in _once(len(self), batch_size, process):
+        for index in once(len(self), batch_size, process):
             yield self.some(index)
 
     def sample(self, count: int) -> Batch:
@@ -255,11 +255,11 @@ class Folder:
     ) -> Generator[Batch, None, None]:
         """As ``Arrays.training``; the augmentation of an image depends on (seed, epoch, image)."""
         randomness = None if self.augmentation is None else (seed, epoch)
-        yield from self._batches(_plan(len(self), seed, epoch, start, batch_size, process), randomness)
+        yield from self._batches(plan(len(self), seed, epoch, start, batch_size, process), randomness)
 
     def evaluation(self, batch_size: int, process: Process = Process()) -> Generator[Batch, None, None]:
         """As ``Arrays.evaluation``."""
-        yield from self._batches(_once(len(self), batch_size, process), None)
+        yield from self._batches(once(len(self), batch_size, process), None)
 
     def sample(self, count: int) -> Batch:
         """As ``Arrays.sample``."""
@@ -303,8 +303,8 @@ class Folder:
         of_one_size({tuple(some.shape[1:]) for some in images})
         return Arrays(torch.cat(images), torch.cat(labels), self.device, RULES), failures
 
-    def _batches(self, plan, randomness):
-        plan = [np.asarray(index).tolist() for index in plan]
+    def _batches(self, batches, randomness):
+        batches = [np.asarray(index).tolist() for index in batches]
         dataset = _Files(
             self.files,
             self.preprocessing if randomness is None else self.augmentation,
@@ -312,11 +312,11 @@ class Folder:
             self.shape,
         )
         pinned = torch.device(self.device).type == "cuda"
-        for decoded in workers.read(dataset, self.workers, batch_sampler=plan, pin_memory=pinned):
+        for decoded in workers.read(dataset, self.workers, batch_sampler=batches, pin_memory=pinned):
             yield batch_of(decoded, self.device)
 
 
-def _once(count, batch_size, process):
+def once(count: int, batch_size: int, process: Process) -> list[np.ndarray]:
     """The indices of a process' share of a data set, in batches."""
     own = np.arange(process.rank, count, process.world_size)
     return [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
@@ -326,7 +326,10 @@ def _spread(count, wanted):
     return np.linspace(0, count - 1, min(wanted, count)).astype(int)
 
 
-def _plan(count, seed, epoch, start, batch_size, process):
+def plan(
+    count: int, seed: int, epoch: int, start: int, batch_size: int, process: Process
+) -> Iterator[np.ndarray]:
+    """The indices of this process' slice of every global batch of an epoch, from step ``start`` on."""
     permutation = order(count, seed, epoch)
     for step in range(start, count // batch_size):
         yield permutation[step * batch_size : (step + 1) * batch_size][process.slice(batch_size)]

@@ -40,7 +40,7 @@ def attribution_of(model: nn.Module, attribution: Attribution | AttributionMetho
                 f"attribution: expected a function for a {type(model).__name__}, which cannot explain "
                 "itself, got None"
             )
-        return lambda images, targets: model.explain(images, targets).contribution_map
+        return lambda images, targets: model.explain(images, targets).pixel_map
     attribute = getattr(attribution, "attribute", attribution)
     if not callable(attribute):
         raise TypeError(

@@ -67,7 +67,8 @@ def pixel_removal(
     CoDA-Net it is the sigmoid of the logit, for other classifiers the softmax.
 
     A removed pixel is zero in all channels of the encoded image (all six of a CoDA-Net, which no real pixel
-    is), so that it contributes nothing. For other models the image itself is masked. The defaults are the
+    is), so that it contributes nothing. For other models, and networks with a stem, the image itself is
+    masked. The defaults are the
     published settings: for 32 x 32 images 0 to 256 pixels in steps of 2. The published numbers are for the
     first 1,024 test images and their true classes.
 
@@ -127,10 +128,17 @@ def _turns(maps, order):
     return turns.view(maps.shape)
 
 
+def _encodes_pixels(model):
+    """Whether the model encodes pixels, so that a pixel can be removed from the encoded image. In a network
+    with a stem, as in other models, it is removed from the image.
+    """
+    return isinstance(model, DynamicLinear) and model.stem_name is None
+
+
 def _curves(model, images, classes, turns, counts, insert, batch_size):
     """The probabilities [N, P] of the targets at the points ``counts``, computed from whole masked images."""
     with torch.no_grad():
-        encoded = model.encoder(images) if isinstance(model, DynamicLinear) else images
+        encoded = model.encoder(images) if _encodes_pixels(model) else images
         found = []
         pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(counts))).to(images.device)
         for image, point in (pair.unbind(1) for pair in pairs.split(batch_size)):
@@ -150,7 +158,12 @@ def _by_changes(model, images):
     def plain(layer):
         return type(layer) is DAUConv2d and not layer._forward_hooks and not layer._forward_pre_hooks
 
-    return isinstance(model, CoDANet) and images.device.type == "cpu" and all(map(plain, model.layers))
+    return (
+        isinstance(model, CoDANet)
+        and _encodes_pixels(model)
+        and images.device.type == "cpu"
+        and all(map(plain, model.layers))
+    )
 
 
 def _curves_by_changes(model, images, classes, turns, counts, insert, batch_size):
@@ -225,4 +238,4 @@ def _update(layer, input, output, where):
 
 
 def _logits(model, encoded):
-    return model.head(model.evidence(encoded)) if isinstance(model, DynamicLinear) else model(encoded)
+    return model.head(model.evidence(encoded)) if _encodes_pixels(model) else model(encoded)

@@ -128,6 +128,11 @@ def _posterize(operation, image, bits, **options):
     return operation(image, max(1, bits), **options)
 
 
+def draw_flips(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Which images of a global batch are flipped, [count]."""
+    return torch.rand(count, generator=generator) < 0.5
+
+
 def augment(images: torch.Tensor, spec: Data, generator: torch.Generator, process: Process) -> torch.Tensor:
     """Flips and padded crops of uint8 images [N, C, H, W], on their device. The numbers are drawn for the
     global batch, of which these images are the slice of this process.
@@ -147,6 +152,6 @@ def augment(images: torch.Tensor, spec: Data, generator: torch.Generator, proces
             n[:, None, None, None], c[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]
         ]
     if spec.flip:
-        flipped = (torch.rand(total, generator=generator) < 0.5)[own].to(images.device, non_blocking=True)
+        flipped = draw_flips(total, generator)[own].to(images.device, non_blocking=True)
         images = torch.where(flipped[:, None, None, None], images.flip(3), images)
     return images

@@ -8,6 +8,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +21,9 @@ from coda_fast.data.sources import Arrays, Folder
 from coda_fast.train.augmentation import Augmentation
 from coda_fast.train.errors import TrainingError, need
 from coda_fast.train.schema import Data
+
+if TYPE_CHECKING:
+    from coda_fast.train.features import Features
 
 
 @dataclasses.dataclass
@@ -35,8 +39,8 @@ class Source:
         failures: (name, reason) of the images that could not be read while the data was opened.
     """
 
-    train: Arrays | Folder | Shards
-    val: Arrays | Folder | Shards
+    train: Arrays | Folder | Shards | Features
+    val: Arrays | Folder | Shards | Features
     class_names: list[str] | None
     num_classes: int
     preprocessing: Preprocessing

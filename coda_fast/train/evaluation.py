@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from coda_fast.data.sources import Batch, to_float
+from coda_fast.data.sources import Batch
 from coda_fast.train import checkpoints
 from coda_fast.train.errors import Stopped, TrainingError
 from coda_fast.train.setup import Setup
@@ -69,7 +69,7 @@ def _sums(setup, state, signals, batches, modules):
             batch = _no_images(setup)  # with sharded weights, all processes must run every forward pass
         batch = batch.to(setup.device)
         failures += batch.failures
-        images = to_float(batch.images, setup.dtype, setup.recipe.channels_last)
+        images = setup.inputs(batch.images)
         for row, module in zip(sums, modules, strict=True):
             logits, losses, _ = module(images, batch.labels)
             row += _batch_sums(logits, losses, batch)
@@ -84,6 +84,6 @@ def _batch_sums(logits, losses, batch):
 
 
 def _no_images(setup):
-    side, channels = setup.recipe.data.size or 32, setup.objective.model.image_channels
+    side, channels = setup.recipe.data.size or 32, setup.objective.network.image_channels
     images = torch.zeros(1, channels, side, side, dtype=torch.uint8)
     return Batch(images, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))

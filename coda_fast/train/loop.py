@@ -21,7 +21,7 @@ from coda_fast.compile import compile_for
 from coda_fast.data.sources import Batch, seeded, to_float
 from coda_fast.train import checkpoints, evaluation, results
 from coda_fast.train.agreement import Heartbeat
-from coda_fast.train.augmentation import augment
+from coda_fast.train.augmentation import augment, draw_flips
 from coda_fast.train.errors import Stopped, TrainingError
 from coda_fast.train.logger import STEP_FIELDS
 from coda_fast.train.optimization import set_rate
@@ -192,8 +192,12 @@ class Trainer:
         setup, state, recipe = self.setup, self.state, self.setup.recipe
         batch = batch.to(setup.device)
         generator = torch.Generator().manual_seed(seeded(recipe.seed, state.epoch, state.step))
-        images = augment(batch.images, recipe.data, generator, setup.process)
-        images = to_float(images, setup.dtype, recipe.channels_last)
+        if recipe.data.cache is None:
+            images = setup.inputs(augment(batch.images, recipe.data, generator, setup.process))
+        else:
+            images = setup.inputs(batch.images)
+            if recipe.data.flip:  # drawn already, but the generator must go on behind them
+                draw_flips(recipe.batch_size, generator)
         if not self.is_compiled:
             self.compile_ahead(images)
         rows = setup.objective.draw_rows(batch.labels, generator, setup.process)
@@ -234,7 +238,7 @@ class Trainer:
             objective, begun = self.setup.objective, time.perf_counter()
             dtype = torch.bfloat16 if objective.autocast else self.setup.dtype
             try:
-                if count := compile_for(objective.model, images, dtype, ("training", "inference")):
+                if count := compile_for(objective.network, images, dtype, ("training", "inference")):
                     seconds = time.perf_counter() - begun
                     self.setup.logger.say(f"{count} fused kernels compiled in {seconds:.0f} s")
             except RuntimeError as error:  # a step tries smaller tiles instead

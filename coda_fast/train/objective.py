@@ -15,6 +15,7 @@ from coda_fast._autocast import wide
 from coda_fast.data.sources import Process
 from coda_fast.losses import DynamicMatrixLoss, random_rows
 from coda_fast.models import CoDANet
+from coda_fast.network import Network
 from coda_fast.train.schema import Recipe
 
 
@@ -25,6 +26,8 @@ class Objective(nn.Module):
         super().__init__()
         loss = recipe.loss
         self.model, self.smoothing = model, loss.label_smoothing
+        # In a tuple, so that it is no part of the state: it shares its layers with the model.
+        self._head = (model.head_network(),) if recipe.data.cache is not None else ()
         self.autocast = recipe.precision == "bfloat16"
         self.matrix = None
         if loss.matrix_weight:
@@ -41,7 +44,7 @@ class Objective(nn.Module):
         training).
 
         Args:
-            images: [N, C, H, W] in [0, 1].
+            images: [N, C, H, W] in [0, 1]; with ``data.cache`` the features of the stem instead.
             labels: [N].
             rows: the classes [N, K] of the regulariser; None: there is no regulariser.
             valid: the images that the regulariser counts, [N]; None: all.
@@ -49,12 +52,17 @@ class Objective(nn.Module):
         kind = images.device.type
         with torch.autocast(kind, torch.bfloat16) if self.autocast else contextlib.nullcontext():
             if self.matrix is not None and self.training:
-                logits, penalty = self.matrix.logits_and_penalty(self.model, images, labels, rows, valid)
+                logits, penalty = self.matrix.logits_and_penalty(self.network, images, labels, rows, valid)
                 penalty = self.matrix.weight * penalty
             else:
-                logits = self.model(images)
+                logits = self.network(images)
                 penalty = logits.new_zeros(())
         return logits, self._cross_entropy(logits, labels), penalty
+
+    @property
+    def network(self) -> Network:
+        """What images go through: the model, or with ``data.cache`` the part above its stem."""
+        return self._head[0] if self._head else self.model
 
     def _cross_entropy(self, logits, labels):
         """The loss of each image, averaged over classes. Label smoothing moves all targets towards 1/2."""

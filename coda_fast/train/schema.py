@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from coda_fast.data.preprocessing import INTERPOLATIONS
 from coda_fast.functional import NORMS
@@ -57,6 +57,13 @@ class Model(_Section):
     kernel_sizes: Layers | None = None
     strides: Layers | None = None
     image_size: Side | None = None
+    # the conventional stem of a hybrid network: its name, the stage after which it is cut, whether it is not
+    # trained, and its weights: pretrained (timm's), or a file of coda_fast.save
+    stem: Name | None = None
+    at: Annotated[int, Field(ge=-64, le=64)] | Name | None = None
+    frozen: bool | None = None
+    stem_weights: Name | None = None
+    stem_options: dict[Name, Any] | None = None
 
     def arguments(self) -> dict:
         """The arguments that are given, for ``create_model``."""
@@ -91,6 +98,8 @@ class Data(_Section):
     # ``size`` pixels from a picture resized to ``resize``
     scale: tuple[Share, float] | None = None
     randaugment: RandAugment | None = None
+    # a folder for the features of a frozen stem, which are then computed once, not in every epoch
+    cache: Name | None = None
     in_memory: bool = False  # folder: decode all images once and store them on the device
     workers: Annotated[int, Field(ge=0, le=256)] = 4  # decoding processes of each training process
     max_corrupt: Count = 100  # the most unreadable images that are skipped; one more ends the run
@@ -317,6 +326,7 @@ _FREE = (
     "data.path",
     "data.val_path",
     "data.workers",
+    "data.cache",
     "data.max_corrupt",
     "accelerator",
     "devices",

@@ -12,9 +12,9 @@ import torch
 
 from coda_fast import safety
 from coda_fast.data.shards import Shards
-from coda_fast.data.sources import Arrays, Process, seeded
+from coda_fast.data.sources import Arrays, Process, seeded, to_float
 from coda_fast.models import CoDANet, create_model
-from coda_fast.train import processes, weights
+from coda_fast.train import features, processes, weights
 from coda_fast.train.agreement import Agreement
 from coda_fast.train.data import Source, open_data
 from coda_fast.train.errors import TrainingError, need
@@ -93,6 +93,12 @@ class Setup:
         """The dtype of the weights."""
         return DTYPES[self.recipe.precision]
 
+    def inputs(self, images: torch.Tensor) -> torch.Tensor:
+        """What the objective takes, of the images of a batch: pixels in [0, 1], or features as they are."""
+        if self.recipe.data.cache is not None:
+            return images.to(self.dtype)
+        return to_float(images, self.dtype, self.recipe.channels_last)
+
     @property
     def sum_dtype(self) -> torch.dtype:
         """The dtype for sums of metrics: float64, except on Apple's GPUs, which do not have it."""
@@ -159,8 +165,10 @@ def set_up(
         )
     for line in start.in_words(model) if start is not None else ():
         logger.say(line)
-    if start is not None or frozen:
+    if start is not None or frozen or getattr(model, "stem_name", None) is not None:
         logger.say(weights.trained_in_words(model, frozen))
+    if recipe.data.cache is not None:
+        source = features.cached(recipe, source, model.stem, agreement, logger.reading, logger.say)
     objective, whole_model, ema = _objective(recipe, model, agreement)
     if recipe.compile:
         objective.compile()
@@ -249,12 +257,15 @@ def _maker(recipe, start, resumed):
         return lambda options, device="cpu": start.network(**options, device=device)
     if resumed is not None and resumed[1]["origin"] is not None:
         return lambda options, device="cpu": weights.again(resumed, spec.backend, dtype, device)
-    return lambda options, device="cpu": _create_model(recipe, options, device)
+    # a resumed run gets the weights of its stem from the checkpoint
+    stem = {"stem_weights": None} if resumed is not None and recipe.model.stem is not None else {}
+    return lambda options, device="cpu": _create_model(recipe, options, stem, device)
 
 
 def _model_and_source(recipe, make, device, logger, local_batch, micro_batch):
     probe = make({}, "meta")  # nothing is allocated
     weights.frozen_layers(probe, recipe.model.freeze)  # checked before images are read
+    features.check(recipe, getattr(probe, "stem", None))
     source = open_data(recipe.data, probe.image_channels, device, logger.reading)
     options = {
         "class_names": source.class_names,
@@ -276,9 +287,11 @@ def _model_and_source(recipe, make, device, logger, local_batch, micro_batch):
         return make(options), source
 
 
-def _create_model(recipe, options, device):
+def _create_model(recipe, options, stem, device):
     try:
-        return create_model(recipe.model.name, **options | recipe.model.arguments(), device=device)
+        return create_model(recipe.model.name, **options | recipe.model.arguments() | stem, device=device)
+    except (OSError, ImportError) as error:
+        raise TrainingError(f"model.stem_weights: {error}") from None
     except (ValueError, TypeError) as error:
         raise TrainingError(f"model: {str(error).removeprefix('model: ')}") from None
     # torch raises these for sizes that do not fit in 64 bits
@@ -317,7 +330,7 @@ def _objective(recipe, model, agreement):
     objective = Objective(model.to(agreement.fabric.device), recipe)
     whole_model = ema = None
     if agreement.is_rank_zero:
-        whole_model = copy.deepcopy(objective.model).requires_grad_(False)
+        whole_model = copy.deepcopy(objective.model).requires_grad_(False).eval()
     if recipe.ema.decay:
         need("timm")
         from timm.utils import ModelEmaV3

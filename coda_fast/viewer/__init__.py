@@ -81,7 +81,7 @@ def describe(
     model = need_network(model)
     if classes is not None and not 1 <= classes <= model.num_classes:
         raise ValueError(f"classes: expected 1 to {model.num_classes}, got {classes}")
-    attributions = {title: baselines.create(name, model) for title, name in columns(methods).items()}
+    attributions = {title: baselines.create(name, model) for title, name in columns(methods, model).items()}
     name, image = printable(picture.name), picture.image
     listed = min(MOST_CLASSES, model.num_classes) if classes is None else classes
     height, width = image.shape[-2:]
@@ -93,7 +93,8 @@ def describe(
         raise ValueError(f"{name}: the network gives logits that are not finite")
     order = logits.topk(max(listed, min(MOST_CLASSES, model.num_classes))).indices
     target, best = order[None, :listed], order[None, :1]
-    levels = [_level(f"image, {width} x {height}", model.explain(batch, target))]
+    label = f"image, {width} x {height}" if model.stem_name is None else f"features of {model.stem_name}"
+    levels = [_level(printable(label), model.explain(batch, target))]
     if layers:
         levels += _layers(model, batch, target)
     return {
@@ -140,11 +141,11 @@ def verdict(
     return f"fits none of the {len(logits)} classes: the most likely, {name}, has {sure}{by}"
 
 
-def columns(methods: Sequence[str]) -> dict[str, str]:
+def columns(methods: Sequence[str], model: DynamicLinear | None = None) -> dict[str, str]:
     """{title of a map: method}, in order, without duplicates, and without the network's own maps, which are
-    always shown.
+    always shown. Methods that are equal on ``model`` (None: a CoDA-Net without a stem) share a map.
     """
-    found, pairs = {}, [(method, twin) for twin, method in baselines.TWINS.items()]
+    found, pairs = {}, [(method, twin) for twin, method in baselines.twins_on(model).items()]
     for method in methods:
         pair = next((pair for pair in pairs if set(pair) <= set(methods) and method in pair), (method,))
         found[" = ".join(pair)] = pair[0]
@@ -192,7 +193,7 @@ def _layers(model, batch, target):
 
 
 def _level(label, e):
-    maps = e.contribution_map[0]
+    maps = e.pixel_map[0] if e.layer == 0 else e.contribution_map[0]
     return {"label": label, "count": len(maps), "errors": e.completeness_error[0].tolist(), **_map(maps)}
 
 

@@ -1,0 +1,457 @@
+"""Stems: the first stages of conventional networks, whose features a hybrid CoDA-Net classifies and explains.
+
+A stem is a timm model by name, a module registered by ``register_stem``, or any module that turns images into
+feature maps.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from coda_fast import _arguments
+from coda_fast._files import CheckpointError, one_line, opened, some
+from coda_fast.data.preprocessing import Preprocessing
+from coda_fast.placement import Placement, placement_of
+
+PRETRAINED = "pretrained"
+PREFIX = "encoder.stem.network."  # of the tensors of a stem in the files of networks
+_STEMS: dict[str, Callable[..., nn.Sequential]] = {}
+
+
+def register_stem(name: str, make: Callable[..., nn.Sequential]) -> None:
+    """Make a network known as a stem, so that files can name it. Call this in the module that defines it.
+
+    Args:
+        name: of the stem, one that timm has no model of.
+        make: called with the image channels and with the options of the stem (``stem_options``), returns an
+            ``nn.Sequential``: its entries are the stages, after each of which it can be cut.
+
+    Raises:
+        ValueError: the name is taken, or contains what names of files use. TypeError: ``make`` is no
+        function.
+    """
+    if not isinstance(name, str) or not name.isidentifier() or _STEMS.get(name, make) is not make:
+        raise ValueError(f"name: expected an identifier that no other stem has, got {name!r}")
+    if not callable(make):
+        raise TypeError(f"make: expected a function that makes an nn.Sequential, got {make!r}")
+    _STEMS[name] = make
+
+
+def convolutions(channels: int, widths=(24, 48, 96, 192), strides=(1, 2, 2, 2)) -> nn.Sequential:
+    """A small conventional network, the stem ``convolutions``: for each entry of ``widths`` a stage of two
+    3 x 3 convolutions, each followed by batch normalisation and ReLU; ``strides`` are those of the first.
+    """
+    stages: list[nn.Module] = []
+    for width, stride in zip(widths, strides, strict=True):
+        layers: list[nn.Module] = []
+        for step in (stride, 1):
+            layers += [
+                nn.Conv2d(channels, width, 3, step, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+            channels = width
+        stages.append(nn.Sequential(*layers))
+    return nn.Sequential(*stages)
+
+
+register_stem("convolutions", convolutions)
+
+
+def checksum(state: Mapping[str, torch.Tensor]) -> str:
+    """The SHA-256 of the names, dtypes, shapes and numbers of tensors, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Stem(nn.Module):
+    """The first stages of a conventional network: images in [0, 1] -> features [N, C, h, w].
+
+    The network's own normalisation by mean and standard deviation is applied inside. A frozen stem is always
+    in evaluation mode and its parameters are not trained.
+
+    Args:
+        network: the name of a timm model ("resnet18.a1_in1k"; timm must be installed), the name of a
+            registered stem, or a module. Files can only hold stems that have names.
+        at: the stage after which the network is cut: its index (0 is the first, -1 the last), or its name as
+            in timm's ``feature_info`` ("layer2") or in the ``nn.Sequential``; of other modules -1 only.
+        frozen: whether the stem is not trained.
+        weights: "pretrained": those of timm, which are downloaded if they are not cached; a file: of
+            ``coda_fast.save`` with a network that has such a stem, cut at the same stage or a later one, or
+            of safetensors with the state dict of the timm model; None: fresh ones, or those of the module.
+        image_channels: 3 for colour, 1 for grey images.
+        options: arguments of ``timm.create_model``, or of the function that makes the registered stem.
+        mean, std: for each image channel; None: those of timm's configuration, else 0 and 1.
+        device, dtype: of the parameters; of a module None keeps its own.
+
+    Attributes:
+        channels: the number of channels of the features.
+        name: of the network; None for a module.
+        stages: the names of all stages of the network.
+        preprocessing: how timm prepares images for the network; None if timm does not say.
+
+    Raises:
+        ValueError: the name, the stage or the weights are not known, the options do not fit, or the module's
+            output is not [N, C, h, w]. TypeError: ``network`` is neither a name nor a module. ImportError:
+            timm is not installed. CheckpointError: the file of the weights is not usable. OSError: it cannot
+            be read, or the weights cannot be downloaded.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        at: int | str = -1,
+        *,
+        frozen: bool = True,
+        weights: str | os.PathLike | None = None,
+        image_channels: int = 3,
+        options: Mapping[str, Any] | None = None,
+        mean: Any = None,
+        std: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.image_channels, self.options = image_channels, dict(options or {})
+        self.frozen = _flag(frozen, "frozen")
+        self.name = network if isinstance(network, str) else None
+        self.preprocessing: Preprocessing | None = None
+        self._size = 64  # of the images with which the shape of the features is found
+        configured: Mapping[str, Any] = {}
+        if not isinstance(network, str | nn.Module):
+            raise TypeError(f"stem: expected the name of a network or a module, got {type(network).__name__}")
+        if isinstance(network, nn.Module):
+            self.stages, made = _cut(network, at)
+        elif network in _STEMS:
+            self.stages, made = _registered(network, at, image_channels, self.options, device)
+        else:
+            pretrained = weights == PRETRAINED
+            self.stages, made, configured = _timm(
+                network, at, image_channels, self.options, device, pretrained
+            )
+            self.preprocessing = _preprocessing(configured, image_channels)
+            self._size = max(self._size, *(configured.get("input_size") or (0,))[1:])
+        self.at = _stage(at, self.stages)
+        self.network = made if device is None and dtype is None else made.to(device, dtype)
+        like = next(self.network.parameters(), torch.empty(0, device=device, dtype=dtype))
+        self._normalisation = {}
+        for name, value, default in (("mean", mean, 0.0), ("std", std, 1.0)):
+            numbers = _per_channel(configured.get(name, default) if value is None else value, name, self)
+            self._normalisation[name] = numbers
+            self.register_buffer(name, torch.tensor(numbers, dtype=like.dtype, device=like.device))
+        if weights is not None and weights != PRETRAINED:
+            self.load(weights)
+        elif weights == PRETRAINED and not configured:
+            raise ValueError(
+                f"stem_weights: expected a file or none for {self.name or type(network).__name__}, which is "
+                f"no timm model, got {PRETRAINED!r}"
+            )
+        self.requires_grad_(not self.frozen)
+        # in a tuple, so that it is no part of the network
+        self._skeleton = (_skeleton(self.network),)
+        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
+        self._placements: dict[tuple[int, int], Placement] = {}
+        self.channels = self._probe()
+        self.register_load_state_dict_post_hook(_complete)
+        self.train()
+
+    def train(self, mode: bool = True) -> Stem:
+        """As ``nn.Module.train``; the network of a frozen stem stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.network.train(False)
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features [N, C, h, w] of images [N, image_channels, H, W] in [0, 1]."""
+        shape = (1, -1, 1, 1)
+        return _features(self.network((images - self.mean.view(shape)) / self.std.view(shape)))
+
+    def random(self) -> list[str]:
+        """The modules that, in their present mode, make features depend on other images of the batch or on
+        chance: batch normalisation and dropout in training mode.
+        """
+        kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+        return [
+            name
+            for name, module in self.network.named_modules()
+            if module.training and (isinstance(module, kinds) or type(module).__name__ == "DropPath")
+        ]
+
+    def in_words(self) -> str:
+        """The name and the stage, such as "resnet18.a1_in1k, layer2"."""
+        return ", ".join(dict.fromkeys([self.name or type(self.network).__name__, self.stages[self.at]]))
+
+    def placement(self, height: int, width: int) -> Placement:
+        """Where features lie in an image of ``height x width`` pixels."""
+        if (found := self._placements.get((height, width))) is None:
+            found = placement_of(self._skeleton[0], self.image_channels, height, width)
+            self._placements[height, width] = found
+        return found
+
+    def stride(self) -> int:
+        """Pixels from one feature to the next one, the larger of rows and columns."""
+        return round(max(self.placement(self._size, self._size).stride))
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the features of an image of ``height x width`` pixels; nothing is computed.
+
+        Raises:
+            ValueError: the network does not take images of this size.
+        """
+        if (found := self._sizes.get((height, width))) is None:
+            found = self._sizes[height, width] = self._shape(1, height, width)[2:]
+        return found
+
+    def config(self) -> dict:
+        """The arguments as JSON values, without weights, device and dtype.
+
+        Raises:
+            ValueError: the stem is a module without a name.
+        """
+        if self.name is None:
+            raise ValueError(
+                f"stem: expected a stem with a name, which files can hold, got a "
+                f"{type(self.network).__name__}: make it known with coda_fast.register_stem"
+            )
+        return {
+            "stem": self.name,
+            "at": self.at,
+            "frozen": self.frozen,
+            "stem_options": self.options,
+            **self._normalisation,
+        }
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Read weights from a file, as described for ``weights`` above."""
+        own = self.network.state_dict()
+        with opened(path) as file:
+            names = list(file.keys())
+            prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+            if missing := [name for name in own if prefix + name not in names]:
+                raise CheckpointError(
+                    f"{path}: expected the weights of a stem {self.name!r} cut at {self.stages[self.at]}, "
+                    f"found no {some(missing)}"
+                )
+            found = {name: file.get_tensor(prefix + name) for name in own}
+        if wrong := [name for name in own if found[name].shape != own[name].shape]:
+            raise CheckpointError(
+                f"{path}: {wrong[0]}: expected {list(own[wrong[0]].shape)}, got {list(found[wrong[0]].shape)}"
+            )
+        if not self.mean.is_meta:
+            self.network.load_state_dict(found)
+
+    def extra_repr(self) -> str:
+        """The name, the stage and whether it is frozen."""
+        return f"{self.name!r}, at={self.stages[self.at]!r}, frozen={self.frozen}"
+
+    def _probe(self):
+        """The number of channels; ValueError unless the features of two images are those of one, twice."""
+        one, two = (self._shape(count, self._size, self._size) for count in (1, 2))
+        if two != (2, *one[1:]):
+            raise ValueError(
+                f"stem: expected features whose shape does not depend on the batch, got {list(one)} for one "
+                f"image and {list(two)} for two"
+            )
+        return one[1]
+
+    def _shape(self, count, height, width):
+        try:
+            with torch.no_grad():
+                images = torch.empty(count, self.image_channels, height, width, device="meta")
+                return tuple(self._skeleton[0](images).shape)
+        except Exception as error:  # the network may raise anything
+            raise ValueError(
+                f"stem: expected a network of images [N, {self.image_channels}, {height}, {width}], got "
+                f"{one_line(error).removeprefix('stem: ')}"
+            ) from None
+
+
+def _complete(stem, _):
+    """Give a stem that was made on the meta device the buffers that are no part of its state dict, such as
+    tables of relative positions, once its weights are loaded.
+    """
+    own, device = stem.network.state_dict(), stem.mean.device
+    missing = [name for name, b in stem.network.named_buffers() if b.is_meta and name not in own]
+    if not missing or stem.mean.is_meta:
+        return
+    whole = Stem(stem.name, stem.at, image_channels=stem.image_channels, options=stem.options)
+    for name in missing:
+        owner, _, key = name.rpartition(".")
+        setattr(stem.network.get_submodule(owner), key, whole.network.get_buffer(name).to(device))
+
+
+def _skeleton(network):
+    """A copy in evaluation mode and float32 without numbers, which computes shapes in no time. It is used in
+    place of the network, whose mode other threads may rely on.
+    """
+    memo = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty_like(tensor, device="meta", dtype=dtype)
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=False)
+        memo[id(tensor)] = empty
+    return nn.Sequential(copy.deepcopy(network, memo), _Last()).eval()
+
+
+class _Last(nn.Module):
+    def forward(self, found):
+        return _features(found)
+
+
+def _features(found):
+    """The features that a network returned, alone or as the last of a list."""
+    if isinstance(found, list | tuple) and found:
+        found = found[-1]
+    if not isinstance(found, torch.Tensor) or found.dim() != 4:
+        got = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ValueError(f"stem: expected features [N, C, H, W], got {got}")
+    return found
+
+
+def _cut(network, at):
+    """The names of the stages of a module, and the module up to the stage ``at``."""
+    if not isinstance(network, nn.Sequential):
+        if at != -1:
+            raise ValueError(
+                f"at: expected -1, the whole of a {type(network).__name__}, or an nn.Sequential of stages, "
+                f"got {at!r}"
+            )
+        return [type(network).__name__], network
+    stages = [name for name, _ in network.named_children()]
+    return stages, network[: _stage(at, stages) + 1]
+
+
+def _registered(name, at, channels, options, device):
+    _check_options(options)
+    try:
+        with torch.device("cpu" if device is None else device):
+            whole = _STEMS[name](channels, **options)
+    except TypeError as error:
+        raise ValueError(f"stem_options: expected those of {name!r}, got {options}: {error}") from None
+    if not isinstance(whole, nn.Sequential):
+        raise ValueError(f"stem: expected {name!r} to be an nn.Sequential, got a {type(whole).__name__}")
+    return _cut(whole, at)
+
+
+def _timm(name, at, channels, options, device, pretrained):
+    """The stages of a timm model, the model up to the stage ``at``, and timm's configuration of it."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"the stem {name!r} needs timm: pip install 'coda-fast[timm]' ({error})") from None
+    base, _, tag = name.partition(".")
+    # a name such as hf-hub:user/model would be fetched, and a file must not make anything be fetched
+    if not timm.is_model(base):
+        known = [*_STEMS, *timm.list_models(f"*{base}*")[:3]]
+        raise ValueError(
+            f"stem: expected a model of timm or a registered stem ({', '.join(known)}, ...), got {name!r}"
+        )
+    if tag and name not in (tags := timm.list_pretrained(f"{base}.*")):
+        raise ValueError(f"stem: expected weights of {base} that timm has ({', '.join(tags)}), got {name!r}")
+    _check_options(options)
+    options = {"features_only": True, "in_chans": channels, **options}
+    try:
+        with torch.device("meta"):
+            whole = timm.create_model(name, pretrained=False, **options)
+        stages = [info["module"] for info in whole.feature_info.info]
+        stage = _stage(at, stages)
+        with torch.device("cpu" if device is None else device):
+            made = timm.create_model(
+                name, pretrained=pretrained and str(device) != "meta", out_indices=(stage,), **options
+            )
+    except (TypeError, RuntimeError, AssertionError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"stem: timm makes no feature extractor of {name!r} with {options}: {one_line(error)}"
+        ) from None
+    configured = timm.models.get_pretrained_cfg(name)
+    fmt = getattr(made, "output_fmt", None)
+    if str(getattr(fmt, "value", fmt)) == "NHWC":
+        made = nn.Sequential(made, ChannelsFirst())
+    return stages, made, {} if configured is None else configured.to_dict()
+
+
+class ChannelsFirst(nn.Module):
+    """[N, H, W, C] -> [N, C, H, W]; a list of such features has one entry."""
+
+    def forward(self, features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        """[N, H, W, C] -> [N, C, H, W]."""
+        if not isinstance(features, torch.Tensor):
+            features = features[-1]
+        return features.permute(0, 3, 1, 2)
+
+
+# arguments of timm.create_model that read files or networks, or that the stem decides
+_REFUSED = {"checkpoint_path", "cache_dir", "features_only", "out_indices", "in_chans", "num_classes"}
+_MOST = 1 << 14  # a file that asks for larger numbers or longer lists is damaged or hostile
+
+
+def _check_options(options):
+    """Raise a ValueError unless options are plain values that only describe layers."""
+    for name, value in options.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if name in _REFUSED or name.startswith("pretrained"):
+            raise ValueError(f"stem_options: expected arguments that describe layers, got {name!r}")
+        plain = all(isinstance(each, bool | int | float | str | None) for each in values)
+        if not plain or len(values) > 64 or any(each > _MOST for each in values if isinstance(each, int)):
+            raise ValueError(
+                f"stem_options: {name}: expected a number up to {_MOST}, a text, or at most 64 of these, got "
+                f"{_arguments.short(value)}"
+            )
+
+
+def _preprocessing(configured, channels):
+    """The preprocessing that timm's configuration describes; None if it describes none that fits."""
+    size, share = configured.get("input_size"), configured.get("crop_pct") or 1.0
+    if not size or size[1] != size[2]:
+        return None
+    try:
+        interpolation = configured.get("interpolation") or "bicubic"
+        return Preprocessing(channels, int(size[1] / share), size[1], interpolation)
+    except ValueError:
+        return None
+
+
+def _stage(at, stages):
+    """The index of a stage; ValueError if there is none."""
+    if isinstance(at, str) and at in stages:
+        return stages.index(at)
+    if isinstance(at, int) and not isinstance(at, bool) and -len(stages) <= at < len(stages):
+        return at % len(stages)
+    raise ValueError(
+        f"at: expected a stage, 0 to {len(stages) - 1} or one of {', '.join(stages)}, got "
+        f"{_arguments.short(at)}"
+    )
+
+
+def _flag(value, name):
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {_arguments.short(value)}")
+    return value
+
+
+def _per_channel(value, name, stem):
+    numbers = list(value) if isinstance(value, list | tuple) else [value]
+    numbers = [_arguments.number(number, name) for number in numbers]
+    if len(numbers) == 3 and stem.image_channels == 1:
+        numbers = [sum(numbers) / 3]  # timm sums the weights of the first convolution over colours
+    if len(numbers) == 1:
+        numbers *= stem.image_channels
+    if len(numbers) != stem.image_channels or (name == "std" and min(numbers) <= 0):
+        raise ValueError(
+            f"{name}: expected {stem.image_channels} numbers{' above 0' * (name == 'std')}, got "
+            f"{_arguments.short(value)}"
+        )
+    return numbers
