@@ -431,4 +431,4 @@ registry.add(
     ),
     "coda_fast",
 )
-registry.add("cam", CAMNet, dict(stem="resnet18.a1_in1k", num_classes=1000, temperature=49.0), "coda_fast")
+registry.add("coda_cam", CAMNet, dict(stem="resnet18.a1_in1k", num_classes=1000, temperature=49.0), "coda_fast")

@@ -66,7 +66,13 @@ class Placement:
         for name, value in (("stride", stride), ("first", first), ("field", field)):
             object.__setattr__(self, name, value)
 
-    def then(self, kernel, stride, padding, dilation) -> Placement:
+    def then(
+        self,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+    ) -> Placement:
         """The placement of the output of a convolution, or of a DAU layer, of features placed like this.
 
         Args:
@@ -137,10 +143,11 @@ class Placement:
         for index, side, step, start, extent in zip(
             (row, column), pair(size, "size"), self.stride, self.first, self.field or self.stride, strict=True
         ):
-            # rounding errors of the centre must not add a row of pixels
-            before = round(start + index * step - (extent - 1) / 2, 6)
-            low = min(max(math.floor(before), 0), side - 1)
-            found.append((low, max(min(math.ceil(before + extent), side), low + 1)))
+            before = start + index * step - (extent - 1) / 2
+            # an edge between two pixels must not include either of them by an error of rounding
+            low, high = math.floor(round(before, 6)), math.ceil(round(before + extent, 6))
+            low = min(max(low, 0), side - 1)
+            found.append((low, max(min(high, side), low + 1)))
         return found[0][0], found[1][0], found[0][1], found[1][1]
 
     def config(self) -> dict:
@@ -320,16 +327,15 @@ class _Tracer(TorchDispatchMode):
         if func.namespace != "aten":
             return None
         plain = getattr(getattr(torch.ops.aten, name, None), func._overloadname, func)
-        if torch.Tag.pointwise in plain.tags or name in _ELEMENTWISE:
+        if torch.Tag.pointwise in plain.tags or name in _ELEMENTWISE or name == "cat":
             return self._united(sources, output)
-        if name in ("cat", "stack"):
-            dim = given["dim"] - output.dim() * (given["dim"] >= 0)
+        if name == "stack":  # adds a dimension, which must come before the rows and columns
             axes = self._united(sources, output)
-            kept = dim not in _dims(axes) if name == "cat" else dim < min(_dims(axes), default=0)
-            return axes if kept else None
+            dim = given["dim"] - output.dim() * (given["dim"] >= 0)
+            return axes if dim < min(_dims(axes), default=0) else None
         source = given.get("self", given.get("input"))
         axes = self.axes(source) if isinstance(source, torch.Tensor) else None
-        if axes is None or inplace:
+        if axes is None or inplace:  # the shape of the source may be another one already
             return None
         if name in _CONVOLUTIONS | _POOLS:
             return _of_windows(given, axes)

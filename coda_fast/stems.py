@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,9 @@ def register_stem(name: str, make: Callable[..., nn.Sequential]) -> None:
     _STEMS[name] = make
 
 
-def convolutions(channels: int, widths=(24, 48, 96, 192), strides=(1, 2, 2, 2)) -> nn.Sequential:
+def convolutions(
+    channels: int, widths: Sequence[int] = (24, 48, 96, 192), strides: Sequence[int] = (1, 2, 2, 2)
+) -> nn.Sequential:
     """A small conventional network, the stem ``convolutions``: for each entry of ``widths`` a stage of two
     3 x 3 convolutions, each followed by batch normalisation and ReLU; ``strides`` are those of the first.
     """

@@ -31,7 +31,8 @@ def test_published_sizes(name, options, parameters):
     assert _count(create_model(name, device="meta", **options)) == parameters
 
 
-@pytest.mark.parametrize("name", coda_fast.list_models())
+# those of networks with a stem do not name a data set
+@pytest.mark.parametrize("name", sorted(set(coda_fast.list_models()) - {"coda_hybrid", "coda_cam"}))
 def test_every_model_is_what_its_name_says(name):
     model = create_model(name, device="meta")
     size = model.image_size

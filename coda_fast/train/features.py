@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ class Features:
         """As ``Arrays.sample``: pictures, not their features."""
         return self.split.sample(count)
 
-    def some(self, indices) -> Batch:
+    def some(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """As ``Arrays.some``: pictures, not their features."""
         return self.split.some(indices)
 
