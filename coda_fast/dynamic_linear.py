@@ -89,6 +89,13 @@ class DynamicLinear(nn.Module):
         """The number of channels of an encoded image."""
         return 2 * self.image_channels
 
+    @property
+    def signed(self) -> bool:
+        """Whether an encoded image has two halves, so that channel c of the image or of the features is
+        encoded in channels c and C + c.
+        """
+        return True
+
     def encoded_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of an encoded image of ``height x width`` pixels. Nothing is computed."""
         return height, width

@@ -107,6 +107,7 @@ def explain(
         class_names=None if names is None else tuple(names),
         placement=model.placement(index, *images.shape[2:]),
         stem=model.stem_name,
+        signed=model.signed,
     )
 
 

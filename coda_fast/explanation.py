@@ -32,7 +32,8 @@ class Explanation:
 
     With ``layer=None`` (or 0), C = 6 for colour images: red, green, blue, then 1 - red, 1 - green, 1 - blue.
     With ``layer=l``, C, H and W are those of the input of layer l. With a stem they are those of the encoded
-    features at the joint: the positive parts of all features, then the negative parts.
+    features at the joint: the positive parts of all features, then the negative parts, unless features are
+    never negative (``signed`` is False).
 
     What is exact: the contributions add up to the logit less its bias. In a network with a stem this holds
     from the features at the joint up. How the stem computes a feature from the image is not explained;
@@ -58,6 +59,7 @@ class Explanation:
         placement: where the entries of the map lie in the image; None: the map has the size of the image, or
             it is not known.
         stem: the conventional network up to the joint, in words; None: there is none.
+        signed: whether the encoded image has two halves of channels.
 
     ``len(e)`` is N; ``e[i]``, ``e[1:3]``, ``e[[0, 2]]`` and iteration give explanations of these images. A
     notebook shows an explanation as a figure and a table.
@@ -82,6 +84,7 @@ class Explanation:
     class_names: tuple[str, ...] | None = None
     placement: Placement | None = None
     stem: str | None = None
+    signed: bool = True
 
     @property
     def pixel_map(self) -> torch.Tensor:
@@ -106,11 +109,11 @@ class Explanation:
     @property
     def channel_contributions(self) -> torch.Tensor:
         """The contributions of each channel of the image or of the features at the joint, summed over pixels
-        and over the two halves of the encoding, [N, K, C / 2]; of each channel of the input of a further
+        and over the two halves of a signed encoding, [N, K, C / 2]; of each channel of the input of a further
         layer, [N, K, C].
         """
         total = self.contributions.sum((-2, -1))
-        if self.layer != 0:
+        if self.layer != 0 or not self.signed:
             return total
         first, second = total.chunk(2, -1)
         return first + second
@@ -193,6 +196,7 @@ class Explanation:
                 "class_names": names,
                 "placement": placement,
                 "stem": self.stem,
+                "signed": self.signed,
             }
         )
         data = safetensors.torch.save(tensors, {"format": _FORMAT, "facts": facts})
@@ -327,14 +331,15 @@ def _count(number: int, one: str, several: str | None = None) -> str:
 
 def _facts(facts):
     """The fields stored beside the tensors, checked; ValueError if they are wrong."""
-    known = ("layer", "logit_bias", "class_names", "placement", "stem")
+    known = ("layer", "logit_bias", "class_names", "placement", "stem", "signed")
     if isinstance(facts, dict):  # of a release without stems
-        facts = {"placement": None, "stem": None, **facts}
+        facts = {"placement": None, "stem": None, "signed": True, **facts}
     if not isinstance(facts, dict) or set(facts) != set(known):
         raise ValueError(f"expected {', '.join(known)}, got {str(facts)[:100]}")
     layer, bias, names = facts["layer"], facts["logit_bias"], facts["class_names"]
-    if not isinstance(facts["stem"], str | None):
-        raise ValueError(f"expected the name of a stem, got {str(facts['stem'])[:100]}")
+    if not isinstance(facts["stem"], str | None) or not isinstance(facts["signed"], bool):
+        got = str((facts["stem"], facts["signed"]))[:100]
+        raise ValueError(f"expected a stem and whether its features have signs, got {got}")
     if facts["placement"] is not None:
         facts = facts | {"placement": Placement.of(facts["placement"])}
     if isinstance(layer, dict) and list(layer) == ["name"] and isinstance(layer["name"], str):

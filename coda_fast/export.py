@@ -25,6 +25,8 @@ from coda_fast._files import atomic_path
 from coda_fast._geometry import pair
 from coda_fast._version import __version__
 from coda_fast.dynamic_linear import DynamicLinear, need_network
+from coda_fast.hybrid import CAMNet
+from coda_fast.models import CoDANet
 
 # the most bytes of weights: protobuf limits a file to 2 GiB, and the graph needs some of it
 ONNX_LIMIT = 2**31 - 2**24
@@ -41,7 +43,7 @@ class Explainer(nn.Module):
     It needs no automatic differentiation: it multiplies the one-hot vector of the class by the transposed
     layers, with the weights that the image generates, and the result by the encoded image. So it can be
     exported like any other module, and is itself differentiable. The map is that of
-    ``model.explain(images, target)``: ``contribution_map.sum((1, 2)) + logit_bias`` is the logit, up to
+    ``model.explain(images, target)``, of a network with a stem at the resolution of the joint: ``contribution_map.sum((1, 2)) + logit_bias`` is the logit, up to
     rounding.
 
     Args:
@@ -50,7 +52,7 @@ class Explainer(nn.Module):
             not even in training mode.
 
     Shapes: images [N, C, H, W] in [0, 1], integer target [N]; logits [N, classes], contribution map [N, H, W]
-    in logits (float32, or float64 for a network in float64).
+    (with a stem [N, h, w]) in logits (float32, or float64 for a network in float64).
 
     Raises:
         TypeError: the model is no ``Network``, or the target does not hold integers. ValueError: the network
@@ -137,8 +139,9 @@ def export_onnx(
     there are also the input ``target`` [N], int64, and the output ``contribution_map`` [N, H, W]: see
     ``Explainer``. The file's metadata hold ``class_names`` (JSON) and ``image_size`` if the model has them,
     ``preprocessing`` (JSON: how a picture becomes an input, see ``coda_fast.data.Preprocessing``),
-    ``image_channels``, ``logit_bias``, ``temperature``, ``coda_fast_version`` and ``torch_version``. The
-    model is not changed.
+    ``image_channels``, ``logit_bias``, ``temperature``, ``coda_fast_version`` and ``torch_version``; with a
+    stem also ``stem`` and ``placement`` (JSON: where the entries of the map lie in the image, see
+    ``coda_fast.placement.Placement``). The model is not changed.
 
     Args:
         model: a CoDANet with a classifier, or a wrapper of one.
@@ -298,6 +301,10 @@ def _metadata(model):
         "temperature": repr(float(model.temperature)),
     }
     found["preprocessing"] = json.dumps(model.transform.config() | {"channels": model.image_channels})
+    if isinstance(model, CoDANet | CAMNet) and model.stem_name is not None:
+        size = _example_size(model) if model.image_size is None else (model.image_size,) * 2
+        found["stem"] = model.stem_name
+        found["placement"] = json.dumps(model.placement(0, *size).config())
     if model.image_size is not None:
         found["image_size"] = str(model.image_size)
     if model.class_names is not None:

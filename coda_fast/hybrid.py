@@ -28,15 +28,21 @@ TEMPERATURE = 100.0
 
 
 class FeatureEncoder(nn.Module):
-    """Images [N, C, H, W] -> encoded features [N, 2 C', h, w] of a stem; see ``coda_fast.nn.SplitSigns``."""
+    """Images [N, C, H, W] -> encoded features of a stem: [N, 2 C', h, w] if they have both signs (see
+    ``coda_fast.nn.SplitSigns``), else the features themselves, [N, C', h, w].
+    """
 
     def __init__(self, stem: Stem):
         super().__init__()
-        self.stem, self.signs = stem, SplitSigns()
+        self.stem, self.signs = stem, _encoding(stem.signed)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[N, C, H, W] -> [N, 2 C', h, w]."""
+        """[N, C, H, W] -> [N, 2 C', h, w] or [N, C', h, w]."""
         return self.signs(self.stem(images))
+
+
+def _encoding(signed):
+    return SplitSigns() if signed else nn.ReLU()
 
 
 class _WithStem(Network):
@@ -56,8 +62,13 @@ class _WithStem(Network):
 
     @property
     def encoded_channels(self) -> int:
-        """See ``DynamicLinear.encoded_channels``: two for each channel of the features."""
-        return super().encoded_channels if self.stem is None else 2 * self.stem.channels
+        """See ``DynamicLinear.encoded_channels``: two for each channel of signed features."""
+        return super().encoded_channels if self.stem is None else (1 + self.stem.signed) * self.stem.channels
+
+    @property
+    def signed(self) -> bool:
+        """See ``DynamicLinear.signed``."""
+        return self.stem is None or self.stem.signed
 
     def encoded_size(self, height: int, width: int) -> tuple[int, int]:
         """See ``DynamicLinear.encoded_size``."""
@@ -89,7 +100,7 @@ class _WithStem(Network):
         return {**stem, "stem_weights": None, **super().config()}
 
 
-def _made_stem(stem, at, frozen, weights, options, mean, std, *, channels, device, dtype):
+def _made_stem(stem, at, frozen, weights, options, mean, std, signed, *, channels, device, dtype):
     if stem is None or isinstance(stem, Stem):
         return stem
     if weights == "auto":
@@ -104,6 +115,7 @@ def _made_stem(stem, at, frozen, weights, options, mean, std, *, channels, devic
         options=options,
         mean=mean,
         std=std,
+        signed=signed,
         device=device,
         dtype=dtype,
     )
@@ -120,8 +132,9 @@ class HybridCoDANet(_WithStem, CoDANet):
     """A CoDA-Net on the features of a conventional network (arXiv:2109.13004): ``logits =
     sum_pixels(DAU_L(... DAU_1([f+, f-]))) / T + logit_bias`` with the features ``f = stem(images)``.
 
-    The logits are an exact linear map of ``[f+, f-]``, the positive and the negative parts of the features:
-    ``explain`` gives the contribution of every feature, ``explain(...).pixel_map`` places them on the image.
+    The logits are an exact linear map of ``[f+, f-]``, the positive and the negative parts of the features
+    (of features after a ReLU, ``f`` alone): ``explain`` gives the contribution of every feature, and
+    ``explain(...).pixel_map`` places them on the image.
     With ``stem=None`` it is a CoDANet, to the last bit.
 
     Args:
@@ -134,6 +147,7 @@ class HybridCoDANet(_WithStem, CoDANet):
             "pretrained", a file, or None (fresh ones, or those of the module): see ``Stem``.
         stem_options: arguments of ``timm.create_model``, such as ``img_size``, or of the registered stem.
         mean, std: with which the stem normalises images in [0, 1]; None: timm's for this model.
+        signed: whether features have both signs; None: they do, unless the stem ends with a ReLU.
         options: as in ``CoDANet``. Without ``image_size`` and ``preprocessing``, those of timm are taken.
 
     Raises:
@@ -160,6 +174,7 @@ class HybridCoDANet(_WithStem, CoDANet):
         stem_options: Mapping[str, Any] | None = None,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
+        signed: bool | None = None,
         image_channels: int = 3,
         image_size: int | None = None,
         preprocessing: Preprocessing | Mapping | None = None,
@@ -175,6 +190,7 @@ class HybridCoDANet(_WithStem, CoDANet):
             stem_options,
             mean,
             std,
+            signed,
             channels=image_channels,
             device=device,
             dtype=dtype,
@@ -204,7 +220,8 @@ class HybridCoDANet(_WithStem, CoDANet):
         """The network of a stem and a head, with which it shares parameters: see ``CoDAHead.on``."""
         config = head.config()
         widths = [*config.pop("channels"), config.pop("num_classes")]
-        del config["in_channels"]
+        for name in ("in_channels", "signed"):
+            del config[name]
         made = cls(stem, widths, image_channels=stem.image_channels, **config, device="meta")
         made.layers = head.layers
         return made
@@ -224,6 +241,8 @@ class CoDAHead(CoDANet):
         ranks: of the DAU layers; their number is that of the layers.
         channels: of the output of each layer but the last; None: 64.
         kernel_sizes, strides: of the layers; None: 3, and 1 for the last one; stride 1.
+        signed: whether features have both signs; False, as after a ReLU, halves the first layer, and makes
+            negative features zero.
         temperature, options: as in ``CoDANet``.
 
     Raises:
@@ -247,6 +266,7 @@ class CoDAHead(CoDANet):
         strides: Sequence[int | Sequence[int]] | None = None,
         paddings: Sequence[int | Sequence[int]] | None = None,
         *,
+        signed: bool = True,
         temperature: float = TEMPERATURE,
         **options: Any,
     ):
@@ -258,7 +278,7 @@ class CoDAHead(CoDANet):
             [1] * count if strides is None else strides,
             paddings,
             temperature=temperature,
-            encoder=SplitSigns(),
+            encoder=_encoding(signed),
             image_channels=in_channels,
             **options,
         )
@@ -274,7 +294,18 @@ class CoDAHead(CoDANet):
             "num_classes": num_classes,
             "channels": channels,
             **config,
+            "signed": self.signed,
         }
+
+    @property
+    def signed(self) -> bool:
+        """See ``DynamicLinear.signed``."""
+        return isinstance(self.encoder, SplitSigns)
+
+    @property
+    def encoded_channels(self) -> int:
+        """See ``DynamicLinear.encoded_channels``."""
+        return (1 + self.signed) * self.image_channels
 
     @classmethod
     def adapted(cls, config: dict, num_classes: int | None = None, rank: int | None = None) -> dict:
@@ -290,7 +321,10 @@ class CoDAHead(CoDANet):
         *channels, num_classes = config.pop("out_channels")
         for name in ("image_channels", "image_size", "preprocessing"):
             del config[name]
-        head = cls(model.encoded_channels // 2, num_classes, channels=channels, **config, device="meta")
+        signed, encoded = model.signed, model.encoded_channels
+        head = cls(
+            encoded // (1 + signed), num_classes, channels=channels, signed=signed, **config, device="meta"
+        )
         head.layers = model.layers
         return head.train(model.training)
 
@@ -302,7 +336,7 @@ class CoDAHead(CoDANet):
         Raises:
             ValueError, TypeError: as ``Stem``, or the features do not have the head's channels.
         """
-        stem = Stem(backbone, **options)
+        stem = Stem(backbone, **{"signed": self.signed, **options})
         if stem.channels != self.image_channels:
             raise ValueError(
                 f"backbone: expected features of {self.image_channels} channels, got {stem.channels}"
@@ -318,7 +352,7 @@ class CAMNet(_WithStem, Network):
     arXiv:1512.04150, the exact contributions of the last features, times 1/T.
 
     Args:
-        stem, at, stem_weights, stem_options, mean, std: as in ``HybridCoDANet``; None is no stem here.
+        stem, at, stem_weights, stem_options, mean, std, signed: as in ``HybridCoDANet``, but None is no stem.
         frozen: whether only the linear map is trained.
         options: as in ``Network``.
 
@@ -342,6 +376,7 @@ class CAMNet(_WithStem, Network):
         stem_options: Mapping[str, Any] | None = None,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
+        signed: bool | None = None,
         image_channels: int = 3,
         image_size: int | None = None,
         preprocessing: Preprocessing | Mapping | None = None,
@@ -360,6 +395,7 @@ class CAMNet(_WithStem, Network):
             stem_options,
             mean,
             std,
+            signed,
             channels=image_channels,
             device=device,
             dtype=dtype,
@@ -385,7 +421,9 @@ class CAMNet(_WithStem, Network):
         return self.linear(self.features(encoded))
 
     def features(self, encoded: torch.Tensor) -> torch.Tensor:
-        """The features [N, C', h, w] of which ``encoded`` [N, 2 C', h, w] holds the two parts."""
+        """The features [N, C', h, w] that ``encoded`` encodes."""
+        if not self.signed:
+            return encoded
         positive, negative = encoded.chunk(2, 1)
         return positive - negative
 
@@ -404,7 +442,7 @@ class CAMNet(_WithStem, Network):
 
         def pull_back(value):
             sent = F.conv_transpose2d(value, self.linear.weight)
-            return torch.cat((sent, -sent), 1)
+            return torch.cat((sent, -sent), 1) if self.signed else sent
 
         return self.evidence(encoded), pull_back
 
@@ -431,4 +469,6 @@ registry.add(
     ),
     "coda_fast",
 )
-registry.add("coda_cam", CAMNet, dict(stem="resnet18.a1_in1k", num_classes=1000, temperature=49.0), "coda_fast")
+registry.add(
+    "coda_cam", CAMNet, dict(stem="resnet18.a1_in1k", num_classes=1000, temperature=49.0), "coda_fast"
+)

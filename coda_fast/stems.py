@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coda_fast import _arguments
 from coda_fast._files import CheckpointError, one_line, opened, some
@@ -95,6 +96,8 @@ class Stem(nn.Module):
         image_channels: 3 for colour, 1 for grey images.
         options: arguments of ``timm.create_model``, or of the function that makes the registered stem.
         mean, std: for each image channel; None: those of timm's configuration, else 0 and 1.
+        signed: whether features have both signs; None: they do, unless a ReLU is the last that is done to
+            them.
         device, dtype: of the parameters; of a module None keeps its own.
 
     Attributes:
@@ -121,6 +124,7 @@ class Stem(nn.Module):
         options: Mapping[str, Any] | None = None,
         mean: Any = None,
         std: Any = None,
+        signed: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -165,6 +169,9 @@ class Stem(nn.Module):
         self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
         self._placements: dict[tuple[int, int], Placement] = {}
         self.channels = self._probe()
+        if signed is None:
+            signed = not _ends_with_relu(self._skeleton[0], image_channels, self._size)
+        self.signed = _flag(signed, "signed")
         self.register_load_state_dict_post_hook(_complete)
         self.train()
 
@@ -233,6 +240,7 @@ class Stem(nn.Module):
             "frozen": self.frozen,
             "stem_options": self.options,
             **self._normalisation,
+            "signed": self.signed,
         }
 
     def load(self, path: str | os.PathLike) -> None:
@@ -306,6 +314,25 @@ def _skeleton(network):
             empty = nn.Parameter(empty, requires_grad=False)
         memo[id(tensor)] = empty
     return nn.Sequential(copy.deepcopy(network, memo), _Last()).eval()
+
+
+class _LastOperation(TorchDispatchMode):
+    """Records the names of the operations, in the order in which they are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.name = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.name = func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def _ends_with_relu(skeleton, channels, size):
+    """Whether the last operation of a network on the meta device is a ReLU."""
+    with torch.no_grad(), _LastOperation() as last:
+        skeleton(torch.empty(1, channels, size, size, device="meta"))
+    return last.name in ("aten::relu", "aten::relu_")
 
 
 class _Last(nn.Module):
