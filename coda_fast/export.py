@@ -43,8 +43,8 @@ class Explainer(nn.Module):
     It needs no automatic differentiation: it multiplies the one-hot vector of the class by the transposed
     layers, with the weights that the image generates, and the result by the encoded image. So it can be
     exported like any other module, and is itself differentiable. The map is that of
-    ``model.explain(images, target)``, of a network with a stem at the resolution of the joint: ``contribution_map.sum((1, 2)) + logit_bias`` is the logit, up to
-    rounding.
+    ``model.explain(images, target)``, of a network with a stem at the resolution of the joint:
+    ``contribution_map.sum((1, 2)) + logit_bias`` is the logit, up to rounding.
 
     Args:
         model: a CoDANet with a classifier, from timm too, or a wrapper of one (``coda_fast.unwrap``). It is

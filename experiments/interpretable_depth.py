@@ -30,7 +30,7 @@ SETS = ("cifar10", "imagenette")
 TITLES = {"cifar10": "CIFAR-10", "imagenette": "Imagenette, 64 x 64 pixels"}
 GRIDS = 100
 # methods beside the own maps: of a conventional network and of every hybrid
-METHODS = ("Ours", "GCam", "IxG", "IntGrad")
+METHODS = ("Ours", "GCam", "IxG")
 CONVENTIONAL = "conventional"
 
 
@@ -53,7 +53,7 @@ def layers(strides: list[int], at: int) -> list[str]:
     channels = [*(32 * 2 ** min(1, i) for i in range(len(further))), 64, 10]
     return [
         f"model.out_channels={channels}",
-        f"model.ranks={[16] * len(channels)}",
+        f"model.ranks={[8] * len(channels)}",
         f"model.kernel_sizes={[3] * (len(channels) - 1) + [1]}",
         f"model.strides={[*further, 1, 1]}",
     ]
@@ -158,9 +158,9 @@ def table(name: str) -> str:
         f"**{found['data']}**: {found[CONVENTIONAL]['images']} images, localisation on "
         f"{found[CONVENTIONAL]['localisation']['Ours']['grids']} grids of 3 x 3 (chance 0.111)",
         "",
-        "| joint after stage | pixels per feature | DAU layers | accuracy | own map | Grad-CAM | IxG | IntGrad | "
-        "images/s in training |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| joint after stage | pixels per feature | DAU layers | accuracy | own map | Grad-CAM | "
+        "Input x Gradient | images/s in training |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     stride, strides = 1, []
     for step in found["strides"]:
@@ -203,7 +203,7 @@ def draw(name: str, path: Path) -> None:
     )
     left.set_ylabel("accuracy (%)")
     styles = {"Ours": ("own map", "o-", "C3"), "GCam": ("Grad-CAM", "s--", "C0")}
-    styles |= {"IxG": ("Input x Gradient", "^:", "C7"), "IntGrad": ("Integrated Gradients", "v:", "C8")}
+    styles |= {"IxG": ("Input x Gradient", "^:", "C7")}
     for method, (label, style, colour) in styles.items():
         measured = [row["localisation"].get(method) for _, row in joints]
         if not all(measured):

@@ -38,9 +38,9 @@ class Model(_Section):
     """The network: a name in ``coda_fast.list_models()``, and arguments of ``coda_fast.create_model`` that
     replace those of the named network (null: not replaced).
 
-    With ``weights`` the network is that of the file instead, with a new last layer if the data has another
-    number of classes; ``temperature`` replaces the stored one, and arguments that ask for other layers are
-    refused.
+    With ``weights`` the network is that of the file instead, its stem included, with a new last layer if the
+    data has another number of classes; ``temperature`` and ``frozen`` replace the stored values, and
+    arguments that ask for other layers are refused.
     """
 
     name: str

@@ -24,9 +24,9 @@ from coda_fast.train.errors import TrainingError
 from coda_fast.train.schema import Model
 
 # The keys of a recipe that the layers in a file decide.
-_LAYERS = ("out_channels", "ranks", "kernel_sizes", "strides", "norm")
+_LAYERS = ("out_channels", "ranks", "kernel_sizes", "strides", "norm", "stem", "at", "stem_options")
 # The keys of a recipe that replace what a file says.
-_REPLACING = ("temperature", "logit_bias", "backend", "image_size")
+_REPLACING = ("temperature", "logit_bias", "backend", "image_size", "frozen")
 
 
 def find(name: str) -> Path:
@@ -217,6 +217,8 @@ def _check_layers(spec, stored):
         wanted, found = getattr(spec, key), config.get(key)
         if wanted is None:
             continue
+        if key == "at" and key in config:
+            wanted = _stage(wanted, stored.stem.stages)
         if key not in config:
             raise TrainingError(
                 f"model.{key}: expected none, because {spec.weights} holds a {kind}, got {wanted}"
@@ -237,6 +239,13 @@ def _check_layers(spec, stored):
                 )
 
 
+def _stage(at, stages):
+    """The index of a stage that a recipe gives by name or by its number from the end, as files have it."""
+    if isinstance(at, str) and at in stages:
+        return stages.index(at)
+    return at % len(stages) if isinstance(at, int) and -len(stages) <= at < 0 else at
+
+
 def _names(names):
     return "not named" if names is None else some(names)
 
@@ -255,5 +264,5 @@ def _in_words(name):
         raise TrainingError(f"model.weights: cannot read {name}: {error.strerror or error}") from None
     except TrainingError:
         raise
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ValueError, TypeError) as error:
         raise TrainingError(f"model.weights: {error}") from None
