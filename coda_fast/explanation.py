@@ -88,15 +88,16 @@ class Explanation:
 
     @property
     def pixel_map(self) -> torch.Tensor:
-        """The contribution map in the size of the image, [N, K, H, W]: each entry is shared among the pixels
-        around its place, so that the sum is that of ``contribution_map``. Without a stem, and for the encoded
-        image, it is ``contribution_map``.
+        """The contribution map in the size of the image, [N, K, H, W]: interpolated linearly between the
+        places of its entries, in logits per pixel (``coda_fast.placement.Placement.interpolate``). It adds up
+        to about the same; what adds up exactly is ``contribution_map``. Without a stem, and for the encoded
+        image, the two are the same.
 
         Raises:
             ValueError: where the entries lie is not known.
         """
         if self.placement is not None and self.images is not None:
-            return self.placement.spread(self.contribution_map, tuple(self.images.shape[2:]))
+            return self.placement.interpolate(self.contribution_map, tuple(self.images.shape[2:]))
         if self.layer == 0 and (
             self.images is None or self.images.shape[2:] == self.contribution_map.shape[2:]
         ):

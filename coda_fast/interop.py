@@ -109,9 +109,10 @@ class CoDAAttribution(_Attribution):
             raise ValueError(f"target: expected one class for each image, got {explained.target.shape[1]}")
         if explained.stem is None:
             found = _in_colours(explained.contributions[:, 0])
-        else:  # contributions of features, placed on the image, in equal parts for each colour
-            channels = self.forward_func.image_channels
-            found = explained.pixel_map.expand(-1, channels, -1, -1) / channels
+        else:  # contributions of features, shared among pixels and, in equal parts, colours
+            channels, size = self.forward_func.image_channels, tuple(explained.images.shape[2:])
+            found = explained.placement.spread(explained.contribution_map, size)
+            found = found.expand(-1, channels, -1, -1) / channels
         result = (found,) if several else found
         if not return_convergence_delta:
             return result

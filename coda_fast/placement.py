@@ -94,12 +94,27 @@ class Placement:
         field = (extents[0], extents[1]) if extents else None
         return Placement((strides[0], strides[1]), (starts[0], starts[1]), field, self.assumed)
 
+    def interpolate(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Maps of cells [..., h, w] as maps of pixels [..., H, W], for the eye and for ranking pixels: linear
+        interpolation between the centres, constant beyond the outermost ones, times h w / (H W), so that
+        values are per pixel.
+
+        A constant map stays constant. The sum is about that of the cells, but not exactly, because a cell at
+        the border may stand for fewer or more pixels than others: see ``spread``. Arguments, result and
+        errors are those of ``spread``.
+        """
+        rows, columns = self._weights(maps, size)
+        share = maps.shape[-2] * maps.shape[-1] / (rows.shape[0] * columns.shape[0])
+        with without_autocast(maps.device.type):
+            return rows.to(maps) @ maps @ columns.T.to(maps) * share
+
     def spread(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Maps of cells [..., h, w] as maps of pixels [..., H, W], with the same sums.
 
         The value of each cell is shared among the pixels around its centre, in proportion to the weights of
         linear interpolation between the centres, which is constant beyond the outermost ones. A cell that has
-        no pixel near its centre gives all of its value to the nearest pixel.
+        no pixel near its centre gives all of its value to the nearest pixel. At the border a cell may have
+        fewer or more pixels than elsewhere, which get more or less of it: see ``interpolate``.
 
         Args:
             maps: floating point, float32 or wider.
@@ -112,18 +127,20 @@ class Placement:
             TypeError: ``maps`` is not floating point, or ``size`` not a pair of ints.
             ValueError: ``maps`` has fewer than two dimensions or no cells, or a side is not positive.
         """
+        weights = self._weights(maps, size)
+        centres = zip(weights, self.stride, self.first, strict=True)
+        rows, columns = (_shares(each, step, start).to(maps) for each, step, start in centres)
+        with without_autocast(maps.device.type):
+            return rows @ maps @ columns.T
+
+    def _weights(self, maps, size):
+        """[H, h] and [W, w], float64: the weights of interpolation; those of each pixel sum to 1."""
         if not maps.dtype.is_floating_point:
             raise TypeError(f"maps: expected floating point, got {maps.dtype}")
         if maps.dim() < 2 or 0 in maps.shape[-2:]:
             raise ValueError(f"maps: expected [..., h, w] with cells, got shape {list(maps.shape)}")
-        rows, columns = (
-            _shares(cells, pixels, step, start).to(maps)
-            for cells, pixels, step, start in zip(
-                maps.shape[-2:], pair(size, "size"), self.stride, self.first, strict=True
-            )
-        )
-        with without_autocast(maps.device.type):
-            return rows @ maps @ columns.T
+        axes = zip(maps.shape[-2:], pair(size, "size"), self.stride, self.first, strict=True)
+        return [_interpolation(*axis) for axis in axes]
 
     def box(self, row: int, column: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """The pixels of a picture that the receptive field of a cell covers.
@@ -431,12 +448,19 @@ def _tensors(tree) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
-def _shares(cells, pixels, step, start):
-    """[pixels, cells], float64: the part of each cell's value that each pixel gets; columns sum to 1."""
-    numbers = torch.arange(cells, dtype=torch.float64)
+def _interpolation(cells, pixels, step, start):
+    """[pixels, cells], float64: the weights of linear interpolation between the centres of cells."""
     position = ((torch.arange(pixels, dtype=torch.float64) - start) / step).clamp(0, cells - 1)
-    shares = (1 - (position[:, None] - numbers).abs()).clamp(min=0)
+    distance = position[:, None] - torch.arange(cells, dtype=torch.float64)
+    return (1 - distance.abs()).clamp(min=0)
+
+
+def _shares(weights, step, start):
+    """[pixels, cells], float64: the part of each cell's value that each pixel gets; columns sum to 1."""
+    pixels, cells = weights.shape
+    shares = weights.clone()
     alone = shares.sum(0) < 1e-9  # no pixel lies between the centres next to it, up to rounding
+    numbers = torch.arange(cells, dtype=torch.float64)
     nearest = (start + step * numbers).round().clamp(0, pixels - 1).long()
     shares[:, alone] = (torch.arange(pixels)[:, None] == nearest[alone]).double()
     return shares / shares.sum(0)

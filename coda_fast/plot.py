@@ -302,7 +302,7 @@ def explanation_figure(
     encoded, (count, classes) = explanation.layer == 0, explanation.target.shape
     maps = explanation.contribution_map
     if placed := explanation.stem is not None and explanation.placement is not None:
-        maps, encoded = explanation.placement.spread(maps, tuple(images.shape[2:])), True
+        maps, encoded = explanation.placement.interpolate(maps, tuple(images.shape[2:])), True
 
     def name(number):
         text = " ".join(str(class_name(class_names, number)).split())

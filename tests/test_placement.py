@@ -558,3 +558,21 @@ def test_records_that_are_refused(change, message):
 def test_other_values_are_no_records(value):
     with pytest.raises(ValueError, match="^placement: expected assumed, field, first, stride, got"):
         Placement.of(value)
+
+
+def test_interpolation_keeps_a_constant_map_constant():
+    """Also at the border, where cells stand for fewer or more pixels than elsewhere."""
+    placement = Placement((8.0, 8.0), (0.0, 0.0), (31, 31), False)
+    found = placement.interpolate(torch.full((2, 4, 4), 3.0, dtype=torch.float64), (32, 32))
+    assert torch.allclose(found, torch.full_like(found, 3 * 16 / 32**2))
+    # inside, both share a cell among the same pixels
+    maps = torch.zeros(8, 8, dtype=torch.float64)
+    maps[3, 4] = 2.0
+    found = placement.interpolate(maps, (64, 64))
+    assert torch.allclose(found, placement.spread(maps, (64, 64)))
+    assert found.argmax() == 64 * 24 + 32
+    # at a corner, the maximum is at its place, too, but the sum is not that of the cell
+    maps = torch.zeros(8, 8, dtype=torch.float64)
+    maps[0, 0] = 2.0
+    assert placement.interpolate(maps, (64, 64)).argmax() == 0
+    assert placement.interpolate(maps, (64, 64)).sum() < 1 < placement.spread(maps, (64, 64)).sum()

@@ -1,5 +1,5 @@
-"""The command line: ``coda-fast demo|train|explain|evaluate|report|app|compile|export|info``, with a module
-for each command. Bad input gives a one-line message and exit code 2, and writes no file.
+"""The command line: ``coda-fast demo|train|explain|channels|evaluate|report|app|compile|export|info``, with a
+module for each command. Bad input gives a one-line message and exit code 2, and writes no file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ except ImportError as error:
         f"coda-fast: the command line needs {error.name}: pip install 'coda-fast[cli]'"
     ) from None
 
-from coda_fast.cli import app, compile, demo, evaluate, explain, export, info, report, train
+from coda_fast.cli import app, channels, compile, demo, evaluate, explain, export, info, report, train
 
 BAD_INPUT = 2
 
@@ -77,7 +77,7 @@ def cli(modules: tuple[str, ...]) -> None:
             raise click.BadParameter(f"{module!r}: {error}", param_hint="--import") from error
 
 
-for _module in (demo, train, explain, evaluate, report, app, compile, export, info):
+for _module in (demo, train, explain, channels, evaluate, report, app, compile, export, info):
     cli.add_command(_module.command)
 
 
