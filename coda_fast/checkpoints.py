@@ -153,7 +153,8 @@ def load(
         config = _config(path, header, network, overrides)
         found = {name: file.get_slice(name) for name in list(file.keys())}
         shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
-        dtypes = {part.get_dtype() for part in found.values()} - {"I64"}  # counters of batch normalisation
+        counters = {name for name, part in found.items() if part.get_dtype() == "I64"}
+        dtypes = {part.get_dtype() for name, part in found.items() if name not in counters}
         elsewhere, stem_weights = header.get("stem_sha256"), overrides.pop("stem_weights", None)
         if stem_weights is not None and elsewhere is None:
             raise ValueError(
@@ -176,6 +177,13 @@ def load(
             stored["class_names"] = config.get("class_names")
         model = _made(path, network, stored, device="meta", dtype=dtype)
         _check_keys(str(path), shapes, _shapes(model, elsewhere is not None))
+        # batch normalisation counts its batches; all other tensors are floating point
+        wrong = counters ^ {n for n, t in model.state_dict().items() if n in found and t.dtype == torch.int64}
+        if wrong:
+            raise CheckpointError(
+                f"{path}: {some(sorted(wrong))}: expected floating point for weights and integers for "
+                "counters, got the other"
+            )
         new: set[str] = set()  # the tensors that are not read
         if num_classes is not None:
             if num_classes != model.num_classes:
@@ -210,7 +218,10 @@ def _copied(tensor, dtype):
 
 def _stem_tensors(path, network, options, sha256, stored_dtype, dtype, device):
     """The tensors of a stem of which the file holds only the checksum."""
-    stem = _made(path, network, options, device="cpu", dtype=stored_dtype).stem
+    try:
+        stem = _made(path, network, options, device="cpu", dtype=stored_dtype).stem
+    except OSError as error:  # of the network connection, or of the file of weights
+        raise CheckpointError(f"{path}: stem_weights: {one_line(error)}") from None
     if (found := checksum(stem.network.state_dict())) != sha256:
         raise CheckpointError(
             f"{path}: stem_weights: expected weights of {stem.name} with SHA-256 {str(sha256)[:12]}, got "
@@ -275,8 +286,14 @@ def _config(path, header, network, overrides):
         config["preprocessing"] = implied
     parameters = [p for c in network.__mro__ for p in inspect.signature(c).parameters.values()]
     known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    if unknown := set(config) - (known - {"device", "dtype", "backend", "save_contraction"}):
+    # a file must not name other files, or weights to be fetched
+    if config.get("stem_weights") is None:
+        config.pop("stem_weights", None)
+    known_in_files = known - {"device", "dtype", "backend", "save_contraction", "encoder", "stem_weights"}
+    if unknown := set(config) - known_in_files:
         raise CheckpointError(f"{path}: unknown entries {some(sorted(unknown))} in the stored configuration")
+    if "stem" in config:
+        config["stem_weights"] = None
     if wrong := set(overrides) - known:
         raise TypeError(f"{network.__name__}: expected arguments that it takes, got {some(sorted(wrong))}")
     return config

@@ -25,6 +25,7 @@ from coda_fast.placement import Placement
 from coda_fast.stems import PRETRAINED, Stem
 
 TEMPERATURE = 100.0
+FRESH = "fresh"
 
 
 class FeatureEncoder(nn.Module):
@@ -104,8 +105,9 @@ def _made_stem(stem, at, frozen, weights, options, mean, std, signed, *, channel
     if stem is None or isinstance(stem, Stem):
         return stem
     if weights == "auto":
-        known = isinstance(stem, str) and "." in stem and str(device) != "meta"
-        weights = PRETRAINED if known else None
+        weights = PRETRAINED if isinstance(stem, str) and "." in stem else None
+    if weights == FRESH:
+        weights = None
     return Stem(
         stem,
         at,
@@ -144,7 +146,7 @@ class HybridCoDANet(_WithStem, CoDANet):
         at: the stage after which the stem is cut, by index or name (``coda_fast.stems.Stem``).
         frozen: whether the stem is not trained; it is then always in evaluation mode.
         stem_weights: "auto": timm's weights if the name has a tag such as ".a1_in1k", else fresh ones;
-            "pretrained", a file, or None (fresh ones, or those of the module): see ``Stem``.
+            "pretrained", a file, or None or "fresh" (fresh ones, or those of the module): see ``Stem``.
         stem_options: arguments of ``timm.create_model``, such as ``img_size``, or of the registered stem.
         mean, std: with which the stem normalises images in [0, 1]; None: timm's for this model.
         signed: whether features have both signs; None: they do, unless the stem ends with a ReLU.
@@ -212,7 +214,13 @@ class HybridCoDANet(_WithStem, CoDANet):
         )
 
     def head_network(self) -> CoDAHead:
-        """The DAU layers as a network of features, with which they share their parameters."""
+        """The DAU layers as a network of features, with which they share their parameters.
+
+        Raises:
+            ValueError: there is no stem.
+        """
+        if self.stem is None:
+            raise ValueError("head_network: expected a network with a stem, got one without")
         return CoDAHead.of(self)
 
     @classmethod
@@ -331,7 +339,8 @@ class CoDAHead(CoDANet):
     def on(self, backbone: nn.Module, **options: Any) -> HybridCoDANet:
         """The network of images that feeds this head with the features of ``backbone``, a module of images
         in [0, 1]; both are shared, not copied. ``options`` are those of ``coda_fast.stems.Stem``, such as
-        ``mean`` and ``std``, by which the network normalises its input.
+        ``mean`` and ``std``, by which the network normalises its input, and ``frozen=False``, without which
+        the backbone's parameters do not require a gradient any more.
 
         Raises:
             ValueError, TypeError: as ``Stem``, or the features do not have the head's channels.
@@ -455,6 +464,7 @@ class CAMNet(_WithStem, Network):
         return {"linear": (self.num_classes, *self.encoded_size(height, width))}
 
 
+registry.add_class(CoDAHead)
 registry.add(
     "coda_hybrid",
     HybridCoDANet,

@@ -373,8 +373,8 @@ def register_model(name: str, network: type[Network], config: Mapping, origin: s
         )
     if network.evidence is DynamicLinear.evidence or not made.dau_layers():
         raise ValueError(f"network: expected evidence made of DAU layers, got none in {network.__name__}")
-    if made.classifier is not None:
-        made.find_layer(made.classifier)
+    if made.classifier is not None and made.classifier not in (known := made.dau_layers()):
+        raise ValueError(f"layer: expected one of {', '.join(known)}, got {made.classifier!r}")
     registry.add(name, network, config, origin)
 
 

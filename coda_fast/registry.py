@@ -41,6 +41,11 @@ def add(name: str, network: type[Any], config: Mapping, origin: str) -> None:
         listener(name)
 
 
+def add_class(network: type[Any]) -> None:
+    """Register a class of networks of which there is no named model, so that files can name it."""
+    _CLASSES[network.__name__] = network
+
+
 def listen(listener: Callable[[str], None]) -> None:
     """Call ``listener`` with the name of every model, including those that are registered later."""
     _LISTENERS.append(listener)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coda_fast import _arguments
-from coda_fast._files import CheckpointError, one_line, opened, some
+from coda_fast._files import CheckpointError, one_line, opened, regular_file, some
 from coda_fast.data.preprocessing import Preprocessing
 from coda_fast.placement import Placement, placement_of
 
@@ -30,7 +32,7 @@ def register_stem(name: str, make: Callable[..., nn.Sequential]) -> None:
     """Make a network known as a stem, so that files can name it. Call this in the module that defines it.
 
     Args:
-        name: of the stem, one that timm has no model of.
+        name: of the stem; it hides a model of timm that has the same name.
         make: called with the image channels and with the options of the stem (``stem_options``), returns an
             ``nn.Sequential``: its entries are the stages, after each of which it can be cut.
 
@@ -45,12 +47,22 @@ def register_stem(name: str, make: Callable[..., nn.Sequential]) -> None:
     _STEMS[name] = make
 
 
+def stem_names() -> list[str]:
+    """The names of the registered stems."""
+    return list(_STEMS)
+
+
 def convolutions(
     channels: int, widths: Sequence[int] = (24, 48, 96, 192), strides: Sequence[int] = (1, 2, 2, 2)
 ) -> nn.Sequential:
     """A small conventional network, the stem ``convolutions``: for each entry of ``widths`` a stage of two
     3 x 3 convolutions, each followed by batch normalisation and ReLU; ``strides`` are those of the first.
     """
+    widths, strides = list(widths), list(strides)
+    if len(widths) != len(strides) or not widths or min(*widths, *strides) < 1:
+        raise ValueError(
+            f"widths, strides: expected as many positive ints in both, got {widths} and {strides}"
+        )
     stages: list[nn.Module] = []
     for width, stride in zip(widths, strides, strict=True):
         layers: list[nn.Module] = []
@@ -92,7 +104,7 @@ class Stem(nn.Module):
         frozen: whether the stem is not trained.
         weights: "pretrained": those of timm, which are downloaded if they are not cached; a file: of
             ``coda_fast.save`` with a network that has such a stem, cut at the same stage or a later one, or
-            of safetensors with the state dict of the timm model; None: fresh ones, or those of the module.
+            of timm with the whole model (.safetensors, .pth, .bin); None: fresh ones, or those of the module.
         image_channels: 3 for colour, 1 for grey images.
         options: arguments of ``timm.create_model``, or of the function that makes the registered stem.
         mean, std: for each image channel; None: those of timm's configuration, else 0 and 1.
@@ -129,11 +141,14 @@ class Stem(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.image_channels, self.options = image_channels, dict(options or {})
+        self.image_channels = _arguments.positive_integer(image_channels, "image_channels")
+        if not isinstance(options, Mapping | None):
+            raise TypeError(f"stem_options: expected names and values, got {_arguments.short(options)}")
+        self.options = dict(options or {})
         self.frozen = _flag(frozen, "frozen")
         self.name = network if isinstance(network, str) else None
         self.preprocessing: Preprocessing | None = None
-        self._size = 64  # of the images with which the shape of the features is found
+        self._size = (64, 64)  # of the images with which the shape of the features is found
         configured: Mapping[str, Any] = {}
         if not isinstance(network, str | nn.Module):
             raise TypeError(f"stem: expected the name of a network or a module, got {type(network).__name__}")
@@ -142,12 +157,13 @@ class Stem(nn.Module):
         elif network in _STEMS:
             self.stages, made = _registered(network, at, image_channels, self.options, device)
         else:
-            pretrained = weights == PRETRAINED
+            of_timm = weights == PRETRAINED or (weights is not None and not _is_ours(weights))
             self.stages, made, configured = _timm(
-                network, at, image_channels, self.options, device, pretrained
+                network, at, image_channels, self.options, device, weights if of_timm else None
             )
-            self.preprocessing = _preprocessing(configured, image_channels)
-            self._size = max(self._size, *(configured.get("input_size") or (0,))[1:])
+            weights = None if of_timm else weights
+            self._size = _native_size(configured, self.options)
+            self.preprocessing = _preprocessing(configured, self._size, image_channels)
         self.at = _stage(at, self.stages)
         self.network = made if device is None and dtype is None else made.to(device, dtype)
         like = next(self.network.parameters(), torch.empty(0, device=device, dtype=dtype))
@@ -156,13 +172,13 @@ class Stem(nn.Module):
             numbers = _per_channel(configured.get(name, default) if value is None else value, name, self)
             self._normalisation[name] = numbers
             self.register_buffer(name, torch.tensor(numbers, dtype=like.dtype, device=like.device))
-        if weights is not None and weights != PRETRAINED:
-            self.load(weights)
-        elif weights == PRETRAINED and not configured:
+        if weights == PRETRAINED:
             raise ValueError(
-                f"stem_weights: expected a file or none for {self.name or type(network).__name__}, which is "
-                f"no timm model, got {PRETRAINED!r}"
+                f"stem_weights: expected a file for {self.name or type(network).__name__}, which is no timm "
+                f"model, got {PRETRAINED!r}"
             )
+        if weights is not None:
+            self.load(weights)
         self.requires_grad_(not self.frozen)
         # in a tuple, so that it is no part of the network
         self._skeleton = (_skeleton(self.network),)
@@ -170,7 +186,7 @@ class Stem(nn.Module):
         self._placements: dict[tuple[int, int], Placement] = {}
         self.channels = self._probe()
         if signed is None:
-            signed = not _ends_with_relu(self._skeleton[0], image_channels, self._size)
+            signed = not _ends_with_relu(self._skeleton[0], image_channels, *self._size)
         self.signed = _flag(signed, "signed")
         self.register_load_state_dict_post_hook(_complete)
         self.train()
@@ -189,14 +205,21 @@ class Stem(nn.Module):
 
     def random(self) -> list[str]:
         """The modules that, in their present mode, make features depend on other images of the batch or on
-        chance: batch normalisation and dropout in training mode.
+        chance: batch normalisation without running statistics, and in training mode; dropout in training
+        mode.
         """
-        kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-        return [
-            name
-            for name, module in self.network.named_modules()
-            if module.training and (isinstance(module, kinds) or type(module).__name__ == "DropPath")
-        ]
+        found = []
+        for name, module in self.network.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                varies = module.training or module.running_mean is None
+            else:
+                kinds = (nn.modules.dropout._DropoutNd, nn.RReLU)
+                varies = module.training and (
+                    isinstance(module, kinds) or type(module).__name__ == "DropPath"
+                )
+            if varies:
+                found.append(name)
+        return found
 
     def in_words(self) -> str:
         """The name and the stage, such as "resnet18.a1_in1k, layer2"."""
@@ -211,7 +234,7 @@ class Stem(nn.Module):
 
     def stride(self) -> int:
         """Pixels from one feature to the next one, the larger of rows and columns."""
-        return round(max(self.placement(self._size, self._size).stride))
+        return round(max(self.placement(*self._size).stride))
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the features of an image of ``height x width`` pixels; nothing is computed.
@@ -244,17 +267,16 @@ class Stem(nn.Module):
         }
 
     def load(self, path: str | os.PathLike) -> None:
-        """Read weights from a file, as described for ``weights`` above."""
+        """Read weights from a file of ``coda_fast.save``, as described for ``weights`` above."""
         own = self.network.state_dict()
         with opened(path) as file:
             names = list(file.keys())
-            prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
-            if missing := [name for name in own if prefix + name not in names]:
+            if missing := [name for name in own if PREFIX + name not in names]:
                 raise CheckpointError(
                     f"{path}: expected the weights of a stem {self.name!r} cut at {self.stages[self.at]}, "
                     f"found no {some(missing)}"
                 )
-            found = {name: file.get_tensor(prefix + name) for name in own}
+            found = {name: file.get_tensor(PREFIX + name) for name in own}
         if wrong := [name for name in own if found[name].shape != own[name].shape]:
             raise CheckpointError(
                 f"{path}: {wrong[0]}: expected {list(own[wrong[0]].shape)}, got {list(found[wrong[0]].shape)}"
@@ -268,7 +290,7 @@ class Stem(nn.Module):
 
     def _probe(self):
         """The number of channels; ValueError unless the features of two images are those of one, twice."""
-        one, two = (self._shape(count, self._size, self._size) for count in (1, 2))
+        one, two = (self._shape(count, *self._size) for count in (1, 2))
         if two != (2, *one[1:]):
             raise ValueError(
                 f"stem: expected features whose shape does not depend on the batch, got {list(one)} for one "
@@ -296,10 +318,13 @@ def _complete(stem, _):
     missing = [name for name, b in stem.network.named_buffers() if b.is_meta and name not in own]
     if not missing or stem.mean.is_meta:
         return
-    whole = Stem(stem.name, stem.at, image_channels=stem.image_channels, options=stem.options)
+    with torch.random.fork_rng(devices=[]):
+        whole = Stem(stem.name, stem.at, image_channels=stem.image_channels, options=stem.options)
     for name in missing:
         owner, _, key = name.rpartition(".")
-        setattr(stem.network.get_submodule(owner), key, whole.network.get_buffer(name).to(device))
+        buffer = whole.network.get_buffer(name)
+        dtype = stem.mean.dtype if buffer.is_floating_point() else buffer.dtype
+        setattr(stem.network.get_submodule(owner), key, buffer.to(device, dtype))
 
 
 def _skeleton(network):
@@ -317,22 +342,25 @@ def _skeleton(network):
 
 
 class _LastOperation(TorchDispatchMode):
-    """Records the names of the operations, in the order in which they are called."""
+    """Records the name of the last operation that wrote to each storage."""
 
     def __init__(self):
         super().__init__()
-        self.name = ""
+        self.names, self.kept = {}, []  # storages are kept, so that none is in the place of an earlier one
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.name = func.name()
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.kept.append(found)
+            self.names[found.untyped_storage()._cdata] = func.name()
+        return found
 
 
-def _ends_with_relu(skeleton, channels, size):
-    """Whether the last operation of a network on the meta device is a ReLU."""
+def _ends_with_relu(skeleton, channels, height, width):
+    """Whether the last operation on the features of a network on the meta device is a ReLU."""
     with torch.no_grad(), _LastOperation() as last:
-        skeleton(torch.empty(1, channels, size, size, device="meta"))
-    return last.name in ("aten::relu", "aten::relu_")
+        features = skeleton(torch.empty(1, channels, height, width, device="meta"))
+    return last.names.get(features.untyped_storage()._cdata) in ("aten::relu", "aten::relu_")
 
 
 class _Last(nn.Module):
@@ -344,6 +372,8 @@ def _features(found):
     """The features that a network returned, alone or as the last of a list."""
     if isinstance(found, list | tuple) and found:
         found = found[-1]
+    if isinstance(found, torch.fx.Proxy):
+        return found  # traced by torch.fx: its shape is not known
     if not isinstance(found, torch.Tensor) or found.dim() != 4:
         got = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
         raise ValueError(f"stem: expected features [N, C, H, W], got {got}")
@@ -352,15 +382,19 @@ def _features(found):
 
 def _cut(network, at):
     """The names of the stages of a module, and the module up to the stage ``at``."""
-    if not isinstance(network, nn.Sequential):
+    if not isinstance(network, nn.Sequential) or type(network).forward is not nn.Sequential.forward:
         if at != -1:
             raise ValueError(
                 f"at: expected -1, the whole of a {type(network).__name__}, or an nn.Sequential of stages, "
                 f"got {at!r}"
             )
         return [type(network).__name__], network
-    stages = [name for name, _ in network.named_children()]
-    return stages, network[: _stage(at, stages) + 1]
+    children = list(network.named_children())
+    if not children:
+        raise ValueError("stem: expected an nn.Sequential of stages, got an empty one")
+    stages = [name for name, _ in children]
+    last = _stage(at, stages) + 1
+    return stages, network if last == len(children) else nn.Sequential(OrderedDict(children[:last]))
 
 
 def _registered(name, at, channels, options, device):
@@ -368,15 +402,19 @@ def _registered(name, at, channels, options, device):
     try:
         with torch.device("cpu" if device is None else device):
             whole = _STEMS[name](channels, **options)
-    except TypeError as error:
-        raise ValueError(f"stem_options: expected those of {name!r}, got {options}: {error}") from None
+    except Exception as error:  # the function may raise anything
+        raise ValueError(
+            f"stem_options: expected those of {name!r}, got {options}: {one_line(error)}"
+        ) from None
     if not isinstance(whole, nn.Sequential):
         raise ValueError(f"stem: expected {name!r} to be an nn.Sequential, got a {type(whole).__name__}")
     return _cut(whole, at)
 
 
-def _timm(name, at, channels, options, device, pretrained):
-    """The stages of a timm model, the model up to the stage ``at``, and timm's configuration of it."""
+def _timm(name, at, channels, options, device, weights):
+    """The stages of a timm model, the model up to the stage ``at``, and timm's configuration of it.
+    ``weights``: "pretrained", or a file with the state dict of the whole model; None: fresh ones.
+    """
     try:
         import timm
     except ImportError as error:
@@ -396,20 +434,53 @@ def _timm(name, at, channels, options, device, pretrained):
         with torch.device("meta"):
             whole = timm.create_model(name, pretrained=False, **options)
         stages = [info["module"] for info in whole.feature_info.info]
-        stage = _stage(at, stages)
+        options["out_indices"] = (_stage(at, stages),)
         with torch.device("cpu" if device is None else device):
-            made = timm.create_model(
-                name, pretrained=pretrained and str(device) != "meta", out_indices=(stage,), **options
-            )
-    except (TypeError, RuntimeError, AssertionError, KeyError, AttributeError) as error:
+            made = timm.create_model(name, pretrained=False, **options)
+    except Exception as error:  # timm's models raise errors of any class for arguments that do not fit
+        if isinstance(error, ValueError) and str(error).startswith("at: "):
+            raise
         raise ValueError(
             f"stem: timm makes no feature extractor of {name!r} with {options}: {one_line(error)}"
         ) from None
+    if weights is not None and str(device) != "meta":
+        made = _with_weights(name, options, weights, device)
     configured = timm.models.get_pretrained_cfg(name)
     fmt = getattr(made, "output_fmt", None)
     if str(getattr(fmt, "value", fmt)) == "NHWC":
         made = nn.Sequential(made, ChannelsFirst())
     return stages, made, {} if configured is None else configured.to_dict()
+
+
+def _with_weights(name, options, weights, device):
+    """A timm model with pretrained weights, or with those of a file of timm."""
+    import timm
+
+    overlay = None if weights == PRETRAINED else {"file": os.fspath(weights), "hf_hub_id": None}
+    try:
+        with torch.device("cpu" if device is None else device):
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except Exception as error:  # of the network connection, or of a file that is not as expected
+        text = f"stem_weights: cannot get weights of {name}: {one_line(error)}"
+        if weights == PRETRAINED:
+            raise OSError(f"{text}; give a file of weights, or None for fresh ones") from None
+        raise CheckpointError(f"{weights}: {text}") from None
+
+
+def _is_ours(path):
+    """Whether a file holds a network of this package with a stem."""
+    with regular_file(path) as file:
+        if Path(path).suffix != ".safetensors" and file.read(9)[8:] != b"{":  # as safetensors files begin
+            return False
+    with opened(path) as file:
+        return any(name.startswith(PREFIX) for name in file.keys())  # noqa: SIM118
+
+
+def _native_size(configured, options):
+    """Height and width of the images that a timm model is made for, at least 64 if it takes any."""
+    size = options.get("img_size") or (configured.get("input_size") or (3, 64, 64))[1:]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return max(64, height), max(64, width)
 
 
 class ChannelsFirst(nn.Module):
@@ -423,8 +494,18 @@ class ChannelsFirst(nn.Module):
 
 
 # arguments of timm.create_model that read files or networks, or that the stem decides
-_REFUSED = {"checkpoint_path", "cache_dir", "features_only", "out_indices", "in_chans", "num_classes"}
-_MOST = 1 << 14  # a file that asks for larger numbers or longer lists is damaged or hostile
+_REFUSED = {
+    "cache_dir",
+    "checkpoint_path",
+    "device",
+    "dtype",
+    "features_only",
+    "in_chans",
+    "num_classes",
+    "out_indices",
+}
+# a file that asks for larger numbers or longer lists is damaged or hostile
+_MOST, _MOST_LAYERS = 1 << 13, 512
 
 
 def _check_options(options):
@@ -434,21 +515,23 @@ def _check_options(options):
         if name in _REFUSED or name.startswith("pretrained"):
             raise ValueError(f"stem_options: expected arguments that describe layers, got {name!r}")
         plain = all(isinstance(each, bool | int | float | str | None) for each in values)
-        if not plain or len(values) > 64 or any(each > _MOST for each in values if isinstance(each, int)):
+        large = any(each > _MOST for each in values if isinstance(each, int))
+        layers = name in ("depth", "depths", "layers") and sum(v for v in values if isinstance(v, int))
+        if not plain or len(values) > 64 or large or layers > _MOST_LAYERS:
             raise ValueError(
                 f"stem_options: {name}: expected a number up to {_MOST}, a text, or at most 64 of these, got "
                 f"{_arguments.short(value)}"
             )
 
 
-def _preprocessing(configured, channels):
+def _preprocessing(configured, size, channels):
     """The preprocessing that timm's configuration describes; None if it describes none that fits."""
-    size, share = configured.get("input_size"), configured.get("crop_pct") or 1.0
-    if not size or size[1] != size[2]:
+    share = configured.get("crop_pct") or 1.0
+    if not configured.get("input_size") or size[0] != size[1]:
         return None
     try:
         interpolation = configured.get("interpolation") or "bicubic"
-        return Preprocessing(channels, int(size[1] / share), size[1], interpolation)
+        return Preprocessing(channels, int(size[0] / share), size[0], interpolation)
     except ValueError:
         return None
 

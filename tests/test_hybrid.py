@@ -537,7 +537,6 @@ def test_an_onnx_file_of_a_hybrid(tmp_path, make):
         torch.testing.assert_close(total, logits.gather(1, target[:, None])[:, 0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(reason="the check of the features meets a proxy; a CoDANet can be traced")
 def test_a_hybrid_is_traced_by_fx():
     model, images = hybrid(), torch.rand(2, 3, 12, 12)
     assert torch.equal(torch.fx.symbolic_trace(model)(images), model(images))
@@ -589,7 +588,6 @@ class Functional(Signed):
         return last(F.relu(norm(first(images))))
 
 
-@pytest.mark.xfail(reason="torch.fx cannot trace a hybrid, so captum does not see functional activations")
 @pytest.mark.parametrize("method", ["GB", "DeepLIFT"])
 def test_methods_see_activations_that_are_functions(method):
     pytest.importorskip("captum", reason="pip install 'coda-fast[evaluation]'")

@@ -55,6 +55,14 @@ class Agreement:
         """Whether the flag is set in any process."""
         return float(self.sum(torch.tensor(float(flag), device=self.fabric.device))) > 0
 
+    def share_buffers(self, module: torch.nn.Module) -> None:
+        """Give every process the buffers of rank zero: in training, each process has statistics of batch
+        normalisation of its own images alone, and checkpoints hold those of rank zero.
+        """
+        if self.process.world_size > 1:
+            for buffer in module.buffers():
+                distributed.broadcast(buffer, 0)
+
     def gather(self, value: Any) -> list:
         """The value of each process, in the order of ranks. Fabric itself gathers tensors only."""
         if self.process.world_size == 1:

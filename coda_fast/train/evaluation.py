@@ -29,6 +29,8 @@ def evaluate(setup: Setup, state: State, signals: Signals) -> dict:
     modules = {"": setup.objective}
     if setup.ema is not None:
         modules["ema_"] = setup.ema.module
+    for module in modules.values():
+        setup.agreement.share_buffers(module)
     batches = setup.source.val.evaluation(setup.recipe.evaluation.batch_size, setup.process)
     with contextlib.closing(batches):
         sums, failures = _sums(setup, state, signals, batches, list(modules.values()))

@@ -15,14 +15,18 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from coda_fast._files import atomic_path, one_line
 from coda_fast.data.decode import RULES
 from coda_fast.data.sources import Arrays, Batch, Folder, Process, once, plan, seeded, to_float
+from coda_fast.hybrid import HybridCoDANet
+from coda_fast.network import Network
 from coda_fast.stems import Stem, checksum
 from coda_fast.train.agreement import Agreement
 from coda_fast.train.augmentation import draw_flips
@@ -30,7 +34,7 @@ from coda_fast.train.data import Source
 from coda_fast.train.errors import TrainingError
 from coda_fast.train.schema import Recipe
 
-VERSION = 1  # increased when the files change
+VERSION = 2  # increased when the files change
 BATCH = 64  # images that go through the stem at once
 DTYPE = np.float16  # of the stored features
 
@@ -43,12 +47,12 @@ class Features:
 
     Args:
         stored: float16 [V, N, C, h, w], with V = 2 if the second are those of the mirror images.
-        valid: which pictures could be read, [N].
+        unreadable: the reason for each picture that could not be read, by index.
         split: the pictures.
     """
 
-    def __init__(self, stored: np.ndarray, valid: np.ndarray, split: Arrays | Folder):
-        self.stored, self.valid, self.split = stored, valid, split
+    def __init__(self, stored: np.ndarray, unreadable: dict[int, str], split: Arrays | Folder):
+        self.stored, self.unreadable, self.split = stored, unreadable, split
         labels = split.labels if isinstance(split, Arrays) else [label for _, label in split.files]
         self.labels = torch.as_tensor(labels).cpu()
 
@@ -90,15 +94,21 @@ class Features:
         return self.split.name(index)
 
     def _batch(self, index, mirrored):
-        valid = torch.from_numpy(self.valid[index])
         features = torch.from_numpy(np.ascontiguousarray(self.stored[mirrored, index]))
-        return Batch(features, self.labels[index], None if bool(valid.all()) else valid)
+        failed = [i for i in index.tolist() if i in self.unreadable]
+        valid = None if not failed else torch.tensor([i not in self.unreadable for i in index.tolist()])
+        failures = [(self.name(i), self.unreadable[i]) for i in failed]
+        return Batch(features, self.labels[index], valid, failures)
 
 
-def check(recipe: Recipe, stem: Stem | None) -> None:
+def check(recipe: Recipe, model: Network) -> None:
     """Raise a TrainingError unless the features of the recipe's images can be computed once."""
     if recipe.data.cache is None:
         return
+    if not isinstance(model, HybridCoDANet):
+        kind = type(model).__name__
+        raise TrainingError(f"data.cache: expected none but for a HybridCoDANet with a stem, got a {kind}")
+    stem = model.stem
     if stem is None or not stem.frozen:
         got = "a network without a stem" if stem is None else "model.frozen=false"
         raise TrainingError(
@@ -107,6 +117,12 @@ def check(recipe: Recipe, stem: Stem | None) -> None:
         )
     if recipe.data.kind == "webdataset":
         raise TrainingError("data.cache: expected none for data.kind=webdataset, whose images have no order")
+    if recipe.data.resize is not None and recipe.data.resize > (recipe.data.size or 0):
+        raise TrainingError(
+            f"data.cache: expected none where data.resize is above data.size ({recipe.data.resize}, "
+            f"{recipe.data.size}), as random crops give other features in every epoch, got "
+            f"{recipe.data.cache!r}"
+        )
     for key in ("pad", "scale", "randaugment"):
         if value := getattr(recipe.data, key):
             raise TrainingError(
@@ -157,19 +173,29 @@ def cached(
         there = agreement.on_rank_zero(path.is_file)
         if not there:
             _compute(path, split, stem, mirrored, recipe, agreement, reading, name)
-        stored = np.load(path, mmap_mode="r")
-        valid = np.load(_valid_path(path))
+        stored, unreadable = _read(path)
         say(
             f"features: {'read from' if there else 'written to'} {path}, {stored.nbytes / 2**20:.0f} MiB, "
             f"{' x '.join(map(str, stored.shape[2:]))} for each image"
         )
-        found.append(Features(stored, valid, split))
+        found.append(Features(stored, unreadable, split))
     train, val = found
     return dataclasses.replace(source, train=train, val=val)
 
 
-def _valid_path(path):
-    return path.with_suffix(".valid.npy")
+def _unreadable_path(path):
+    return path.with_suffix(".json")
+
+
+def _read(path):
+    """The features in a file, and the pictures that could not be read."""
+    try:
+        with open(_unreadable_path(path), encoding="utf-8") as file:
+            return np.load(path, mmap_mode="r"), {int(i): str(why) for i, why in json.load(file).items()}
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        raise TrainingError(
+            f"data.cache: expected features in {path}, got a damaged file ({one_line(error)}); delete it"
+        ) from None
 
 
 def _digest(split):
@@ -188,11 +214,9 @@ def _digest(split):
 
 
 def _compute(path, split, stem, mirrored, recipe, agreement, reading, name):
-    """Write the file of a split, and that of the pictures that could be read."""
+    """Write the file of a split, and that of the pictures that could not be read."""
     process, first = agreement.process, split.some([0]).images
-    height, width = stem.size(*first.shape[2:])
-    shape = (1 + mirrored, len(split), stem.channels, height, width)
-    files = [_temporary(path), _temporary(_valid_path(path))]
+    shape = (1 + mirrored, len(split), stem.channels, *stem.size(*first.shape[2:]))
 
     def begin():
         size, free = math.prod(shape) * np.dtype(DTYPE).itemsize, shutil.disk_usage(path.parent).free
@@ -201,23 +225,22 @@ def _compute(path, split, stem, mirrored, recipe, agreement, reading, name):
                 f"data.cache: expected {size / 2**30:.1f} GiB on the disk of {path.parent}, got "
                 f"{free / 2**30:.1f}"
             )
-        np.lib.format.open_memmap(files[0], "w+", DTYPE, shape).flush()
-        np.lib.format.open_memmap(files[1], "w+", bool, shape[1:2]).flush()
+        # a name of its own, because another run may be computing the same features
+        handle, temporary = tempfile.mkstemp(".npy", ".writing-", path.parent)
+        os.close(handle)
+        np.lib.format.open_memmap(temporary, "w+", DTYPE, shape).flush()
+        return temporary
 
-    def end():
-        os.replace(files[1], _valid_path(path))
-        os.replace(files[0], path)
-
+    temporary = Path(agreement.on_rank_zero(begin))
     try:
-        agreement.on_rank_zero(begin)
-        stored, valid = (np.lib.format.open_memmap(file, "r+") for file in files)
-        total = len(once(len(split), BATCH, process))
-        pictures = split.evaluation(BATCH, process)
-        batches = zip(once(len(split), BATCH, process), pictures, strict=True)
+        stored, unreadable = np.lib.format.open_memmap(temporary, "r+"), {}
+        batches, pictures = once(len(split), BATCH, process), split.evaluation(BATCH, process)
         with contextlib.closing(pictures):
-            for index, batch in reading(batches, f"features of {name}", total=total):
+            both = zip(batches, pictures, strict=True)
+            for index, batch in reading(both, f"features of {name}", total=len(batches)):
                 ok = np.ones(len(index), bool) if batch.valid is None else batch.valid.cpu().numpy()
-                valid[index] = ok
+                reasons = (reason for _, reason in batch.failures)
+                unreadable |= dict(zip(index[~ok].tolist(), reasons, strict=True))
                 for i, features in enumerate(_features(stem, batch, mirrored, recipe, agreement)):
                     if not np.isfinite(features[ok]).all():
                         raise TrainingError(
@@ -225,13 +248,24 @@ def _compute(path, split, stem, mirrored, recipe, agreement, reading, name):
                             "train without data.cache, or with a stem whose features are smaller"
                         )
                     stored[i, index] = features
-        stored.flush(), valid.flush()
-        agreement.fabric.barrier()
-        agreement.on_rank_zero(end)
+        stored.flush()
+        gathered = agreement.gather(unreadable)
+        agreement.on_rank_zero(lambda: _finish(path, temporary, gathered))
     finally:
         if agreement.is_rank_zero:
-            for file in files:
-                file.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+
+
+def _finish(path, temporary, gathered):
+    """Give the file its name, after the one of unreadable pictures, when both are on the disk."""
+    with atomic_path(_unreadable_path(path)) as beside, open(beside, "w", encoding="utf-8") as file:
+        json.dump({i: why for each in gathered for i, why in each.items()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    with atomic_path(path) as beside:  # for its permissions
+        os.replace(temporary, beside)
 
 
 def _features(stem, batch, mirrored, recipe, agreement):
@@ -242,7 +276,3 @@ def _features(stem, batch, mirrored, recipe, agreement):
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16) if cast else contextlib.nullcontext():
         for each in (images, images.flip(3))[: 1 + mirrored]:
             yield stem(each).to(torch.float16).cpu().numpy()
-
-
-def _temporary(path):
-    return path.with_name(f".writing-{path.name}")

@@ -57,6 +57,7 @@ class Model(_Section):
     kernel_sizes: Layers | None = None
     strides: Layers | None = None
     image_size: Side | None = None
+    image_channels: Literal[1, 3] | None = None
     # the conventional stem of a hybrid network: its name, the stage after which it is cut, whether it is not
     # trained, and its weights: pretrained (timm's), or a file of coda_fast.save
     stem: Name | None = None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from coda_fast import safety
+from coda_fast import registry, safety
 from coda_fast.data.shards import Shards
 from coda_fast.data.sources import Arrays, Process, seeded, to_float
 from coda_fast.models import CoDANet, create_model
+from coda_fast.stems import stem_names
 from coda_fast.train import features, processes, weights
 from coda_fast.train.agreement import Agreement
 from coda_fast.train.data import Source, open_data
@@ -138,7 +140,8 @@ def set_up(
         start = weights.Weights(recipe.model)
     _check_same_weights(recipe, agreement.gather(None if start is None else start.sha256))
     make = _maker(recipe, start, resumed)
-    model, source = _model_and_source(recipe, make, fabric.device, logger, local_batch, micro_batch)
+    is_new = start is None and resumed is None
+    model, source = _model_and_source(recipe, make, is_new, fabric.device, logger, local_batch, micro_batch)
     frozen = weights.frozen_layers(model, recipe.model.freeze)
     weights.freeze(model, frozen)
     origin = None if resumed is None else resumed[1]["origin"]
@@ -168,6 +171,9 @@ def set_up(
     if start is not None or frozen or getattr(model, "stem_name", None) is not None:
         logger.say(weights.trained_in_words(model, frozen))
     if recipe.data.cache is not None:
+        if resumed is not None:  # the weights of the stem are in the checkpoint
+            stored = resumed[1]["model"].items()
+            model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in stored})
         source = features.cached(recipe, source, model.stem, agreement, logger.reading, logger.say)
     objective, whole_model, ema = _objective(recipe, model, agreement)
     if recipe.compile:
@@ -258,14 +264,33 @@ def _maker(recipe, start, resumed):
     if resumed is not None and resumed[1]["origin"] is not None:
         return lambda options, device="cpu": weights.again(resumed, spec.backend, dtype, device)
     # a resumed run gets the weights of its stem from the checkpoint
-    stem = {"stem_weights": None} if resumed is not None and recipe.model.stem is not None else {}
+    known = [p for c in registry.model(spec.name).network.__mro__ for p in inspect.signature(c).parameters]
+    stem = {"stem_weights": None} if resumed is not None and "stem_weights" in known else {}
     return lambda options, device="cpu": _create_model(recipe, options, stem, device)
 
 
-def _model_and_source(recipe, make, device, logger, local_batch, micro_batch):
+def _check_stem_weights(recipe, stem):
+    """Raise a TrainingError if a stem would stay as it was drawn, unless the recipe says so."""
+    if stem is None or not stem.frozen or recipe.model.stem_weights is not None:
+        return
+    if stem.name in stem_names():
+        raise TrainingError(
+            f"model.stem_weights: expected a file with weights of the frozen stem {stem.name}, or fresh for "
+            "those that are drawn, got none"
+        )
+    if "." not in stem.name:
+        raise TrainingError(
+            f"model.stem_weights: expected pretrained, a file or fresh for the frozen stem {stem.name}, "
+            "whose name has no tag of pretrained weights, got none"
+        )
+
+
+def _model_and_source(recipe, make, is_new, device, logger, local_batch, micro_batch):
     probe = make({}, "meta")  # nothing is allocated
     weights.frozen_layers(probe, recipe.model.freeze)  # checked before images are read
-    features.check(recipe, getattr(probe, "stem", None))
+    features.check(recipe, probe)
+    if is_new:
+        _check_stem_weights(recipe, getattr(probe, "stem", None))
     source = open_data(recipe.data, probe.image_channels, device, logger.reading)
     options = {
         "class_names": source.class_names,

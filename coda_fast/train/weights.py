@@ -71,6 +71,11 @@ class Weights:
 
     def __init__(self, spec: Model):
         assert spec.weights is not None, "the caller checks this"
+        if spec.stem_weights is not None:
+            raise TrainingError(
+                "model.stem_weights: expected none (null) beside model.weights, which has those of the stem, "
+                f"got {spec.stem_weights}"
+            )
         self.name, self.spec, self.sha256 = spec.weights, spec, checksum(spec.weights)
         self.stored = self._load(device="meta")
         _check_layers(spec, self.stored)
@@ -182,7 +187,12 @@ def frozen_layers(model: Network, patterns: list[str]) -> list[str]:
             f"model.freeze: expected names or patterns of layers ({', '.join(layers)}), got {some(unknown)}"
         )
     found = [name for name in layers if frozen[name]]
-    if found and len(found) == len(layers):
+    trained = [
+        name
+        for name in layers
+        if name not in found and any(p.requires_grad for p in model.get_submodule(name).parameters(False))
+    ]
+    if found and not trained:
         raise TrainingError(
             f"model.freeze: expected a layer that is trained, got {some(patterns)}, which is all layers "
             f"({', '.join(layers)})"

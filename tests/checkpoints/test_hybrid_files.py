@@ -136,7 +136,6 @@ def test_buffers_that_are_not_stored(tmp_path, swin):
     assert again.explain(images).completeness_error.max() < 1e-5
 
 
-@pytest.mark.xfail(reason="buffers that are not stored are made in float32")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_buffers_that_are_not_stored_in_another_dtype(tmp_path, swin, dtype):
     model, images = copy.deepcopy(swin).to(dtype), torch.rand(1, 3, 224, 224, dtype=dtype)
@@ -146,7 +145,6 @@ def test_buffers_that_are_not_stored_in_another_dtype(tmp_path, swin, dtype):
     assert same(coda_fast.load(tmp_path / "net", dtype=dtype).eval(), model, images)
 
 
-@pytest.mark.xfail(reason="a whole stem is made for its buffers, which draws numbers")
 def test_loading_draws_no_numbers(tmp_path, swin):
     coda_fast.save(swin, tmp_path / "net")
     state = torch.get_rng_state()
@@ -236,7 +234,6 @@ def test_other_weights_than_those_of_the_checksum(tmp_path):
         coda_fast.save(coda_fast.create_model("coda_xs_digits"), tmp_path / "x", stem="checksum")
 
 
-@pytest.mark.xfail(reason="the error is huggingface_hub's, a FileNotFoundError that names no file")
 def test_a_checksum_without_a_network_connection(tmp_path, offline):
     model = hybrid(stem="resnet18.a1_in1k", stem_options=None, stem_weights=None)
     coda_fast.save(model, tmp_path / "small", stem="checksum")
@@ -259,22 +256,13 @@ def test_the_stem_of_a_network_that_was_cut_later(tmp_path):
         hybrid(at=0, stem_options={"widths": [8, 6], "strides": [1, 2]}, stem_weights=tmp_path / "cam")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "test_resnet",
-        *(
-            pytest.param(name, marks=pytest.mark.xfail(reason="timm renames the parts of extractors"))
-            for name in ("test_convnext", "test_vit", "swin_tiny_patch4_window7_224")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_vit", "swin_tiny_patch4_window7_224"])
 def test_weights_of_a_whole_timm_model(tmp_path, name):
     """A file with the state dict of the timm model, as its authors publish it."""
     torch.manual_seed(4)
     model = timm.create_model(name, num_classes=2)
-    save_file({key: t.contiguous() for key, t in model.state_dict().items()}, tmp_path / "timm")
-    stem = stems.Stem(name, 0, weights=tmp_path / "timm")
+    save_file({key: t.contiguous() for key, t in model.state_dict().items()}, tmp_path / "timm.safetensors")
+    stem = stems.Stem(name, 0, weights=tmp_path / "timm.safetensors")
     stored = [t.flatten() for t in model.state_dict().values()]
     for tensor in stem.network.parameters():
         assert any(t.shape == (tensor.numel(),) and torch.equal(t, tensor.flatten()) for t in stored)
@@ -317,7 +305,7 @@ def refused(path, message=": ", **options):
         ({"stem_options": {"widths": [10**9]}}, "stem_options: widths: expected a number up to"),
         ({"stem_options": {"widths": 10**400}}, "stem_options: widths: expected a number up to"),
         ({"stem_options": {"widths": [4] * 10**5}}, "stem_options: widths: .*at most 64 of these"),
-        ({"stem_options": {"widths": [1 << 14] * 2, "strides": [1, 1]}}, "expected .16384, 3, 3, 3., got"),
+        ({"stem_options": {"widths": [1 << 13] * 2, "strides": [1, 1]}}, "expected .8192, 3, 3, 3., got"),
         ({"stem_options": [1]}, "the configuration does not give a network"),
         ({"at": 10**400}, "at: expected a stage, 0 to 1 or one of 0, 1, got about"),
         ({"at": [0]}, "at: expected a stage"),
@@ -327,7 +315,7 @@ def refused(path, message=": ", **options):
         ({"std": [1, 1, 0]}, "std: expected 3 numbers above 0"),
         ({"std": [1.0] * 10**4}, "std: expected 3 numbers above 0"),
         ({"mean": "0"}, "mean: expected a number"),
-        ({"encoder": None}, "the configuration does not give a network: .*encoder"),
+        ({"encoder": None}, "unknown entries .'encoder'. in the stored configuration"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -346,12 +334,10 @@ def test_hostile_configurations(tmp_path, config, message):
     ],
     ids=str,
 )
-@pytest.mark.xfail(reason="other errors than CheckpointErrors")
 def test_hostile_configurations_whose_errors_escape(tmp_path, config):
     refused(written(tmp_path / "net", config=config))
 
 
-@pytest.mark.xfail(reason="stem_weights in the configuration of a file is used")
 @pytest.mark.parametrize("weights", ["pretrained", "auto"])
 def test_a_file_does_not_make_anything_be_fetched(tmp_path, monkeypatch, weights):
     model = hybrid(stem="resnet18.a1_in1k", at=0, stem_options=None, stem_weights=None)
@@ -368,14 +354,12 @@ def test_a_file_does_not_make_anything_be_fetched(tmp_path, monkeypatch, weights
     assert not fetched
 
 
-@pytest.mark.xfail(reason="the option device makes timm allocate what should have no numbers")
 def test_options_do_not_choose_the_device(tmp_path):
     options = {"stem": "vit_tiny_patch16_224", "stem_options": {"device": "cpu"}}
     path = written(tmp_path / "net", config=options)
     refused(path, "stem_options: expected arguments that describe layers, got 'device'")
 
 
-@pytest.mark.xfail(reason="there is no bound on the number of layers that options ask for")
 def test_options_that_ask_for_many_layers(tmp_path, monkeypatch):
     """A file with few tensors does not make thousands of layers, which would take minutes."""
     made, plain = [], nn.Linear.__init__
@@ -418,20 +402,17 @@ def test_damaged_tensors(tmp_path, tensors, message):
 @pytest.mark.parametrize(
     "name", ["layers.0.weight", PART + "weight", PART + "running_mean", "encoder.stem.mean"]
 )
-@pytest.mark.xfail(reason="integers in place of weights are taken for counters")
 def test_integers_in_place_of_weights(tmp_path, name):
     tensor = hybrid().state_dict()[name]
     refused(written(tmp_path / "net", tensors={name: tensor.long()}), name)
 
 
-@pytest.mark.xfail(reason="integers in place of weights are taken for counters")
 def test_integers_in_place_of_weights_without_a_stem(tmp_path):
     model = coda_fast.create_model("coda_xs_digits")
     tensors = {"layers.0.weight": model.layers[0].weight.detach().long()}
     refused(written(tmp_path / "net", model, tensors=tensors), "layers.0.weight")
 
 
-@pytest.mark.xfail(reason="numbers in place of counters are taken as they are")
 def test_numbers_in_place_of_counters(tmp_path):
     name = PART + "num_batches_tracked"
     refused(written(tmp_path / "net", tensors={name: torch.tensor(0.5)}), name)
