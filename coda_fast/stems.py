@@ -223,7 +223,8 @@ class Stem(nn.Module):
 
     def in_words(self) -> str:
         """The name and the stage, such as "resnet18.a1_in1k, layer2"."""
-        return ", ".join(dict.fromkeys([self.name or type(self.network).__name__, self.stages[self.at]]))
+        name, stage = self.name or type(self.network).__name__, self.stages[self.at]
+        return ", ".join(dict.fromkeys([name, f"stage {stage}" if stage.isdigit() else stage]))
 
     def placement(self, height: int, width: int) -> Placement:
         """Where features lie in an image of ``height x width`` pixels."""

@@ -6,23 +6,29 @@ python -m experiments.interpretable_depth run imagenette --data FOLDER_OF_IMAGEN
     trains the conventional network by its recipe, then a hybrid for each of its stages on the frozen stem,
     and measures all of them; what is in the output folder already is not done again. Hours on a CPU.
 python -m experiments.interpretable_depth collect cifar10 --output FOLDER
-    writes the rows to bench/results/depth_cifar10.json, and draws docs/depth-cifar10.png
+    writes the rows to bench/results/depth_cifar10.json, and draws docs/depth-cifar10.png; of imagenette, also
+    example photographs and channels (docs/hybrid.png, docs/channels.png)
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import coda_fast
 from bench import results
-from coda_fast import plot
+from coda_fast import channels, plot
+from coda_fast.data.decode import decode
+from coda_fast.data.photographs import example_photographs
+from coda_fast.data.sources import Arrays
 from experiments import pretrained
 
 ROWS, DOCS = results.FOLDER, results.ROOT / "docs"
@@ -32,6 +38,7 @@ GRIDS = 100
 # methods beside the own maps: of a conventional network and of every hybrid
 METHODS = ("Ours", "GCam", "IxG")
 CONVENTIONAL = "conventional"
+EXAMPLES = 2  # the joint of the network that explains example photographs
 
 
 def stem(name: str) -> tuple[list[str], list[int], list[int]]:
@@ -114,6 +121,8 @@ def collect(name: str, output: Path) -> None:
     }
     rows(name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(name, DOCS / f"depth-{name}.png")
+    if name == "imagenette":
+        draw_examples(model_file(output / f"at_{EXAMPLES}"))
 
 
 def of_run(folder: Path) -> dict:
@@ -224,6 +233,34 @@ def draw(name: str, path: Path) -> None:
     figure.savefig(path, dpi=200)
 
 
+def draw_examples(path: Path) -> None:
+    """Example photographs with their maps, and the channels that decide about one of them with the tiles of
+    all photographs that excite these most. (The licence of Imagenette's pictures does not allow to show
+    them.)
+    """
+    model = coda_fast.load(path, class_names=pretrained.IMAGENETTE).eval()
+    photographs = {p.path.stem: p.path for p in example_photographs()}
+    shown = [photographs[stem] for stem in ("china", "rocket")]
+    images = torch.stack([model.transform(photograph) for photograph in shown])
+    views = [plot.View.of(decode(photograph), model.transform) for photograph in shown]
+    explained = model.explain(images, model(images).topk(2).indices)
+    figure = plot.explanation_figure(images, explained, model.logit_bias, pretrained.IMAGENETTE, views=views)
+    figure.savefig(DOCS / "hybrid.png", dpi=110)
+    tiles = Arrays(torch.cat([_tiles(p, model.transform) for p in photographs.values()]), torch.tensor(0))
+    tiles.labels = torch.full((len(tiles.images),), -1)
+    found = channels.strongest(model, tiles)
+    figure = channels.channel_figure(model, explained, found, tiles, count=4, view=views[0])
+    figure.savefig(DOCS / "channels.png", dpi=110)
+
+
+def _tiles(path, preprocessing, side=128):
+    """Overlapping squares of a photograph as inputs of a network, uint8 [N, C, H, W]."""
+    picture = np.asarray(decode(path))
+    places = itertools.product(*(range(0, length - side + 1, side // 2) for length in picture.shape[:2]))
+    squares = (picture[top : top + side, left : left + side] for top, left in places)
+    return torch.from_numpy(np.stack([preprocessing.pixels(square) for square in squares]))
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -235,7 +272,9 @@ def main(argv: list[str] | None = None) -> None:
         verb.add_argument("name", choices=SETS)
         verb.add_argument("--output", type=Path, required=True)
     running.add_argument("--data", required=True)
-    running.add_argument("overrides", nargs="*", help="key=value for the hybrids, such as epochs=2")
+    running.add_argument(
+        "--set", dest="overrides", action="append", default=[], help="key=value for the hybrids (epochs=2)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.verb == "run":
         run(arguments.name, arguments.data, arguments.output, arguments.overrides)

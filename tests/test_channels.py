@@ -428,7 +428,7 @@ def test_figure_refuses():
     found, e = strongest(model, [images]), model.explain(images[:1])
     with pytest.raises(ValueError, match="strongest: expected strongest pictures of the stem"):
         channel_figure(signed(), e, found, images)
-    with pytest.raises(ValueError, match="explanation: expected one by convolutions, 1"):
+    with pytest.raises(ValueError, match="explanation: expected one by convolutions, stage 1"):
         channel_figure(model, signed().explain(images[:1]), found, images)
     with pytest.raises(ValueError, match="of channels that strongest has"):
         channel_figure(model, e, strongest(model, [images], channels=[0]), images)

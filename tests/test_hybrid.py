@@ -135,7 +135,7 @@ def test_contributions_add_up(make, dtype, bound):
         found, expected = e.pixel_map[..., ::step, ::step], e.contribution_map * cells / 130
         torch.testing.assert_close(found, expected, rtol=max(1e-6, bound), atol=1e-9)
         assert (e.completeness_error <= size).all()
-        assert e.stem == model.stem_name == "convolutions, 1"
+        assert e.stem == model.stem_name == "convolutions, stage 1"
 
 
 def test_contributions_of_the_channels_of_a_stem():
@@ -286,9 +286,9 @@ def texts(figure):
 def test_figures_say_what_is_exact():
     model, images = hybrid(), torch.rand(2, 3, 12, 12)
     found = texts(model.explain(images).plot())
-    assert "Exact: the sum over features (convolutions, 1)." in found
+    assert "Exact: the sum over features (convolutions, stage 1)." in found
     assert "Not exact: where in the image" in found
-    assert "the input of layer 2 (convolutions, 1)" in texts(model.explain(images, layer=2).plot())
+    assert "the input of layer 2 (convolutions, stage 1)" in texts(model.explain(images, layer=2).plot())
     assert "xact:" not in texts(CoDANet(**LAYERS).explain(images).plot())
     shown = model.explain(images)._repr_html_()
     assert "data:image/png;base64," in shown

@@ -85,8 +85,10 @@ def channel_figure(
     others = f"{found.others} other channels" if found.others else "rounding"
     page.text(x, 0.28, e.name(target), 9, 1.7)
     page.text(x, 0.46, plot.probability(float(e.logits[0, target].sigmoid())), 7)
-    page.text(x, 0.7, "\n".join(["bias", *(f"channel {c}" for c in channels), others, "logit"]), 7)
-    page.text(x + 1.6, 0.7, "\n".join(amounts), 7, ha="right")
+    labels = ["bias", *(f"channel {c}" for c in channels), others, "logit"]
+    for line, (label, amount) in enumerate(zip(labels, amounts, strict=True)):
+        page.text(x, 0.7 + 0.12 * line, label, 7)
+        page.text(x + 1.6, 0.7 + 0.12 * line, amount, 7, ha="right")
     columns = (1.15, "its map"), (here, "here"), (most, f"pictures that excite it most, of {strongest.seen}")
     for x, words in columns:
         page.text(x, top - 0.17, words, 7)
