@@ -49,7 +49,7 @@ _PAGE = """<!doctype html>
 <body>
 <h1>{{ title }}</h1>
 <p class="note">{{ subtitle }}</p>
-<p>Every logit is the bias{{ bias }} plus the sum of the contributions of all pixels, exactly; the error
+<p>Every logit is the bias{{ bias }} plus the sum of the contributions of all {{ terms }}, exactly; the error
 below each map is what rounding leaves of that. Red speaks for the class, blue against it. Choose a class to
 see its map, and a second one to see why the first and not the second. Another temperature T rescales the
 network; a network that is trained at that T gives other maps.</p>
@@ -149,10 +149,17 @@ def stream(
     subtitle = subtitle or f"{'; '.join(described)}; coda_fast {__version__}"
     biases = {f" {network.logit_bias:.3f}" for network in networks.values()}
     bias = biases.pop() if len(biases) == 1 else ""
+    terms = (
+        "pixels"
+        if network.stem_name is None
+        else f"features ({network.stem_name}; where they are drawn is not exact)"
+        for network in networks.values()
+    )
     pieces = page.generate(
         title=title,
         subtitle=subtitle,
         bias=bias,
+        terms=printable(" or ".join(dict.fromkeys(terms))),
         items=items,
         notes=list(notes),
         skipped=skipped,

@@ -22,7 +22,15 @@ from bench.tables import MIB, PUBLISHED, everything, fastest, footer, others, su
 from bench.yardsticks import YARDSTICKS
 from coda_fast import baselines
 from coda_fast.baselines._registry import ENTRIES
-from experiments import evaluate_digits, evaluation_speed, golden, matrix_regulariser, pretrained, training
+from experiments import (
+    evaluate_digits,
+    evaluation_speed,
+    golden,
+    interpretable_depth,
+    matrix_regulariser,
+    pretrained,
+    training,
+)
 from tools import aot_tables, launches
 
 
@@ -147,6 +155,10 @@ BLOCKS = {
     },
     ROOT / "docs" / "pretrained.md": {
         pretrained.short(name): functools.partial(pretrained.brief, name) for name in pretrained.DATA
+    },
+    ROOT / "docs" / "hybrid.md": {
+        f"depth-{name}": functools.partial(interpretable_depth.table, name)
+        for name in interpretable_depth.SETS
     },
     ROOT / "docs" / "training.md": {
         "training": training.table,

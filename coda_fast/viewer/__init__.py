@@ -93,8 +93,10 @@ def describe(
         raise ValueError(f"{name}: the network gives logits that are not finite")
     order = logits.topk(max(listed, min(MOST_CLASSES, model.num_classes))).indices
     target, best = order[None, :listed], order[None, :1]
-    label = f"image, {width} x {height}" if model.stem_name is None else f"features of {model.stem_name}"
-    levels = [_level(printable(label), model.explain(batch, target))]
+    e = model.explain(batch, target)
+    terms = "image" if e.stem is None else f"features of {e.stem}"
+    size = f"{e.contribution_map.shape[3]} x {e.contribution_map.shape[2]}"
+    levels = [_level(printable(f"{terms}, {size}"), e)]
     if layers:
         levels += _layers(model, batch, target)
     return {
@@ -193,7 +195,7 @@ def _layers(model, batch, target):
 
 
 def _level(label, e):
-    maps = e.pixel_map[0] if e.layer == 0 else e.contribution_map[0]
+    maps = e.contribution_map[0]
     return {"label": label, "count": len(maps), "errors": e.completeness_error[0].tolist(), **_map(maps)}
 
 

@@ -166,9 +166,9 @@
     ];
   }
 
-  function reading(state, { level, values }) {
+  function reading(data, state, { level, values }) {
     const at = (x, y) => values[y * level.width + x] * rescaling(state);
-    const unit = state.level ? "place" : "pixel";
+    const unit = state.level || level.width !== data.width || level.height !== data.height ? "place" : "pixel";
     if (state.box) {
       const [[x0, y0], [x1, y1]] = ordered(state.box);
       let total = 0;
@@ -216,7 +216,7 @@
         const [[x0, y0], [x1, y1]] = state.box ? ordered(state.box) : [state.cursor, state.cursor];
         frame(context, [place.x + x0 * w, place.y + y0 * h, (x1 - x0 + 1) * w, (y1 - y0 + 1) * h]);
       }
-      parts.reading.textContent = reading(state, shown);
+      parts.reading.textContent = reading(data, state, shown);
     }
     function drawOthers() {
       const small = geometry(data, SIDE);

@@ -131,7 +131,7 @@ def test_what_a_run_changes(tmp_path, data, frozen, capsys):
         assert torch.equal(tensor, before[name]) == stays, name
     assert any(".stem." in name for name in content["optimizer"]["state"]) != frozen
     model = coda_fast.load(tmp_path / "model.safetensors")
-    assert (model.stem.frozen, model.stem_name) == (frozen, "convolutions, 0")
+    assert (model.stem.frozen, model.stem_name) == (frozen, "convolutions, stage 0")
     trained, total = (sum(p.numel() for p in part.parameters()) for part in (model.layers, model))
     said = f"parameters: {trained if frozen else total:,} of {total:,} are trained"
     assert said in capsys.readouterr().err
@@ -265,7 +265,7 @@ def test_a_network_from_a_file_keeps_its_stem(tmp_path, data):
     weights = f"model.weights={tmp_path / 'start' / 'model.safetensors'}"
     run(tmp_path / "out", "model.name=coda_hybrid", *NONE, *data, "batch_size=32", "epochs=1", weights)
     model = coda_fast.load(tmp_path / "out" / "model.safetensors")
-    assert (model.stem_name, model.stem.frozen) == ("convolutions, 0", False)
+    assert (model.stem_name, model.stem.frozen) == ("convolutions, stage 0", False)
 
 
 @pytest.mark.parametrize(
