@@ -38,7 +38,7 @@ GRIDS = 100
 # methods beside the own maps: of a conventional network and of every hybrid
 METHODS = ("Ours", "GCam", "IxG")
 CONVENTIONAL = "conventional"
-EXAMPLES = 2  # the joint of the network that explains example photographs
+EXAMPLES = 1  # the joint of the network that explains example photographs
 
 
 def stem(name: str) -> tuple[list[str], list[int], list[int]]:
@@ -253,10 +253,10 @@ def draw_examples(path: Path) -> None:
     figure.savefig(DOCS / "channels.png", dpi=110)
 
 
-def _tiles(path, preprocessing, side=128):
-    """Overlapping squares of a photograph as inputs of a network, uint8 [N, C, H, W]."""
+def _tiles(path, preprocessing, side=96):
+    """The squares of a photograph as inputs of a network, uint8 [N, C, H, W]."""
     picture = np.asarray(decode(path))
-    places = itertools.product(*(range(0, length - side + 1, side // 2) for length in picture.shape[:2]))
+    places = itertools.product(*(range(0, length - side + 1, side) for length in picture.shape[:2]))
     squares = (picture[top : top + side, left : left + side] for top, left in places)
     return torch.from_numpy(np.stack([preprocessing.pixels(square) for square in squares]))
 

@@ -23,7 +23,7 @@ class _Oracle:
             for k in range(targets.shape[1]):
                 # the pixels of each image are its class
                 maps[i, k][canvases[i, 0] == targets[i, k]] = self.inside
-        return dataclasses.make_dataclass("E", ["contribution_map"])(maps)
+        return dataclasses.make_dataclass("E", ["pixel_map"])(maps)
 
 
 LABELS = torch.arange(6).repeat(3)

@@ -442,7 +442,7 @@ def test_files_that_are_no_explanation(tmp_path):
         ({}, {"class_names": ["a"]}, "expected 5 names of classes, got 1"),
         ({}, {"class_names": "abcde"}, "expected names of classes"),
         ({}, {"class_names": [1] * 5}, "expected names of classes"),
-        ({}, {"more": 1}, "expected layer, logit_bias and class_names"),
+        ({}, {"more": 1}, "expected layer, logit_bias, class_names, placement, stem, signed"),
         ({}, None, "damaged one"),
     ],
     ids=str,

@@ -209,7 +209,7 @@ def test_a_registered_stem(registering):
     registering("two_stages", make)
     registering("two_stages", make)  # the same again
     stem = Stem("two_stages", 0, options={"width": 7}, image_channels=1)
-    assert (stem.channels, stem.in_words()) == (7, "two_stages, 0")
+    assert (stem.channels, stem.in_words()) == (7, "two_stages, stage 0")
     with pytest.raises(ValueError, match="name: expected an identifier that no other stem has"):
         registering("two_stages", lambda channels: make(channels))
     with pytest.raises(ValueError, match="stem_options: expected those of 'two_stages', got {'depth': 3}"):

@@ -263,9 +263,11 @@ def _maker(recipe, start, resumed):
         return lambda options, device="cpu": start.network(**options, device=device)
     if resumed is not None and resumed[1]["origin"] is not None:
         return lambda options, device="cpu": weights.again(resumed, spec.backend, dtype, device)
-    # a resumed run gets the weights of its stem from the checkpoint
-    known = [p for c in registry.model(spec.name).network.__mro__ for p in inspect.signature(c).parameters]
-    stem = {"stem_weights": None} if resumed is not None and "stem_weights" in known else {}
+    stem = {}
+    if resumed is not None:  # it gets the weights of its stem from the checkpoint
+        bases = registry.model(spec.name).network.__mro__
+        if any("stem_weights" in inspect.signature(base).parameters for base in bases):
+            stem = {"stem_weights": None}
     return lambda options, device="cpu": _create_model(recipe, options, stem, device)
 
 
