@@ -337,11 +337,11 @@ def test_figure_shows_what_it_says():
         amount = sums.amounts()[1 + place]
         words = f"channel {term.channel} ({'+-'[half]})\n{amount} logits\n{term.share:.1%} of all"
         assert words in texts
-    assert [text for text in texts if text in sums.amounts()] == sums.amounts()
-    assert (
-        f"bias\nchannel {sums.terms[0].channel}\nchannel {sums.terms[1].channel}\n2 other channels\nlogit"
-        in texts
-    )
+    first, second = (f"channel {term.channel}" for term in sums.terms)
+    names = ["bias", first, second, "2 other channels", "logit"]
+    pairs = [text for pair in zip(names, sums.amounts(), strict=True) for text in pair]
+    start = texts.index("bias")
+    assert texts[start : start + len(pairs)] == pairs
     told = " ".join(texts)
     assert "Exact: the contributions of all channels and the bias add up to the logit" in told
     assert "pictures only show what excites it" in told

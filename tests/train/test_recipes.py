@@ -244,9 +244,8 @@ def test_a_recipe_that_is_no_text(tmp_path):
 
 
 def test_an_unknown_recipe_names_those_there_are():
-    with pytest.raises(
-        TrainingError, match=r"expected one of cifar10-cnn, .*cifar10-s, .*digits-s.* or a .yaml file, got 'cifar'"
-    ):
+    known = r"expected one of cifar10-cnn, .*cifar10-s, .*digits-s.* or a .yaml file, got 'cifar'"
+    with pytest.raises(TrainingError, match=known):
         load_recipe("cifar")
     with pytest.raises(TrainingError, match="recipe: no such file: mine.yaml"):
         load_recipe("mine.yaml")
