@@ -116,7 +116,9 @@ def collect(name: str, output: Path) -> None:
         "strides": strides,
         CONVENTIONAL: of_run(output / CONVENTIONAL),
         "joints": {
-            at: of_run(output / f"at_{at}") for at in range(len(stages)) if (output / f"at_{at}").exists()
+            at: of_run(output / f"at_{at}")
+            for at in range(len(stages))
+            if (output / f"at_{at}" / "localisation" / "results.json").exists()  # not, if it was stopped
         },
     }
     rows(name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -167,7 +169,7 @@ def table(name: str) -> str:
         f"**{found['data']}**: {found[CONVENTIONAL]['images']} images, localisation on "
         f"{found[CONVENTIONAL]['localisation']['Ours']['grids']} grids of 3 x 3 (chance 0.111)",
         "",
-        "| joint after stage | pixels per feature | DAU layers | accuracy | own map | Grad-CAM | "
+        "| joint after | pixels per feature | DAU layers | accuracy | own map | Grad-CAM | "
         "Input x Gradient | images/s in training |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -176,14 +178,15 @@ def table(name: str) -> str:
         stride *= step
         strides.append(stride)
     for at, row in sorted(found["joints"].items(), key=lambda pair: int(pair[0])):
-        lines.append(_line(found["stages"][int(at)], strides[int(at)], row))
-    lines.append(_line("last (no DAU layers)", strides[-1], found[CONVENTIONAL]))
+        lines.append(_line(f"stage {found['stages'][int(at)]}", strides[int(at)], row))
+    lines.append(_line("none: conventional", strides[-1], found[CONVENTIONAL]))
     own = reference["localisation"]["Ours"]
     lines += [
         "",
         f"For comparison, without a stem: `coda_xs_{name}` of the package has "
         f"{reference['accuracy']['top1']:.1%} and {own['mean']:.3f} ± {own['standard_error']:.3f}. "
-        f"{found['device']}, torch {found['torch']}, commit {found['commit'][:7]}.",
+        f"{found['device']}, which other work shared (speeds are lower limits), torch {found['torch']}, commit "
+        f"{found['commit'][:7]}.",
     ]
     return "\n".join(lines)
 
