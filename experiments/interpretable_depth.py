@@ -185,8 +185,8 @@ def table(name: str) -> str:
         "",
         f"For comparison, without a stem: `coda_xs_{name}` of the package has "
         f"{reference['accuracy']['top1']:.1%} and {own['mean']:.3f} ± {own['standard_error']:.3f}. "
-        f"{found['device']}, which other work shared (speeds are lower limits), torch {found['torch']}, commit "
-        f"{found['commit'][:7]}.",
+        f"{found['device']}, which other work shared (speeds are lower limits), torch {found['torch']}, "
+        f"commit {found['commit'][:7]}.",
     ]
     return "\n".join(lines)
 
