@@ -225,7 +225,7 @@ def draw(name: str, path: Path) -> None:
         )
         right.errorbar(places, means, errors, fmt=style, color=colour, label=label, markersize=4)
     right.axhline(1 / 9, color="0.8", linewidth=0.8)
-    right.text(0, 1 / 9 + 0.01, "chance", fontsize=7, color="0.5")
+    right.text(0, 1 / 9 - 0.02, "chance", fontsize=7, color="0.5", va="top")
     right.set(ylabel="localisation", ylim=(0, 1))
     for axes in (left, right):
         axes.set_xticks(list(places), [f"stage {found['stages'][int(at)]}" for at, _ in joints])
