@@ -88,7 +88,7 @@ class _WithStem(Network):
         if self.stem is not None and (names := self.stem.random()):
             raise ValueError(
                 f"model: expected evaluation mode (model.eval()), in which features do not depend on other "
-                f"images, got {names[0]} of the stem in training mode"
+                f"images, got {names[0]} of the stem, which uses them or chance as it is now"
             )
 
     def config(self) -> dict:
@@ -101,26 +101,13 @@ class _WithStem(Network):
         return {**stem, "stem_weights": None, **super().config()}
 
 
-def _made_stem(stem, at, frozen, weights, options, mean, std, signed, *, channels, device, dtype):
+def _made_stem(stem, weights, **options):
+    """A stem of these arguments of ``Stem``; None if there is none."""
     if stem is None or isinstance(stem, Stem):
         return stem
     if weights == "auto":
         weights = PRETRAINED if isinstance(stem, str) and "." in stem else None
-    if weights == FRESH:
-        weights = None
-    return Stem(
-        stem,
-        at,
-        frozen=frozen,
-        weights=weights,
-        image_channels=channels,
-        options=options,
-        mean=mean,
-        std=std,
-        signed=signed,
-        device=device,
-        dtype=dtype,
-    )
+    return Stem(stem, weights=None if weights == FRESH else weights, **options)
 
 
 def _defaults(stem, preprocessing, image_size):
@@ -136,8 +123,7 @@ class HybridCoDANet(_WithStem, CoDANet):
 
     The logits are an exact linear map of ``[f+, f-]``, the positive and the negative parts of the features
     (of features after a ReLU, ``f`` alone): ``explain`` gives the contribution of every feature, and
-    ``explain(...).pixel_map`` places them on the image.
-    With ``stem=None`` it is a CoDANet, to the last bit.
+    ``explain(...).pixel_map`` places them on the image. With ``stem=None`` it is a CoDANet, to the last bit.
 
     Args:
         stem: a timm model by name ("resnet18.a1_in1k"), a stem registered by ``coda_fast.register_stem``, a
@@ -186,14 +172,14 @@ class HybridCoDANet(_WithStem, CoDANet):
     ):
         made = _made_stem(
             stem,
-            at,
-            frozen,
             stem_weights,
-            stem_options,
-            mean,
-            std,
-            signed,
-            channels=image_channels,
+            at=at,
+            frozen=frozen,
+            options=stem_options,
+            mean=mean,
+            std=std,
+            signed=signed,
+            image_channels=image_channels,
             device=device,
             dtype=dtype,
         )
@@ -398,14 +384,14 @@ class CAMNet(_WithStem, Network):
     ):
         made = _made_stem(
             stem,
-            at,
-            frozen,
             stem_weights,
-            stem_options,
-            mean,
-            std,
-            signed,
-            channels=image_channels,
+            at=at,
+            frozen=frozen,
+            options=stem_options,
+            mean=mean,
+            std=std,
+            signed=signed,
+            image_channels=image_channels,
             device=device,
             dtype=dtype,
         )

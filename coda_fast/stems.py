@@ -436,15 +436,17 @@ def _timm(name, at, channels, options, device, weights):
             whole = timm.create_model(name, pretrained=False, **options)
         stages = [info["module"] for info in whole.feature_info.info]
         options["out_indices"] = (_stage(at, stages),)
-        with torch.device("cpu" if device is None else device):
-            made = timm.create_model(name, pretrained=False, **options)
+        made = None
+        if weights is None or str(device) == "meta":
+            with torch.device("cpu" if device is None else device):
+                made = timm.create_model(name, pretrained=False, **options)
     except Exception as error:  # timm's models raise errors of any class for arguments that do not fit
         if isinstance(error, ValueError) and str(error).startswith("at: "):
             raise
         raise ValueError(
             f"stem: timm makes no feature extractor of {name!r} with {options}: {one_line(error)}"
         ) from None
-    if weights is not None and str(device) != "meta":
+    if made is None:
         made = _with_weights(name, options, weights, device)
     configured = timm.models.get_pretrained_cfg(name)
     fmt = getattr(made, "output_fmt", None)
