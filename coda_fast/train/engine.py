@@ -5,7 +5,6 @@ ends a run becomes a single message.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from pathlib import Path
 
@@ -45,15 +44,8 @@ def run(recipe: Recipe, output: str | os.PathLike, resume: str | None = None, pr
         ImportError: packages of the extra "train" are missing.
     """
     state = State()
-    try:
-        with _failures_in_words(state):
-            return _run(recipe, Path(output), resume, progress, state)
-    finally:
-        if distributed.is_available() and distributed.is_initialized():
-            # Sharded modules refer to the process groups. They are freed before the groups are destroyed,
-            # because the threads of groups that still exist when the process ends abort it.
-            gc.collect()
-            distributed.destroy_process_group()
+    with processes.left_as_found(), _failures_in_words(state):
+        return _run(recipe, Path(output), resume, progress, state)
 
 
 def _run(recipe, output, resume_from, progress, state):

@@ -4,10 +4,14 @@ the parameter groups of FSDP2, and errors caused by the end of other processes.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import distributed
 
 from coda_fast.train import rendezvous
 from coda_fast.train.errors import TrainingError, need
@@ -18,6 +22,32 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from coda_fast.train.objective import Objective
+
+
+# Environment variables by which Lightning tells the processes that it starts about each other.
+_SET_BY_LIGHTNING = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@contextlib.contextmanager
+def left_as_found() -> Iterator[None]:
+    """A context at whose end process groups are destroyed and Lightning's environment variables are as they
+    were before. Another run by the same program, or by a process that it starts, would otherwise take itself
+    for a part of this one: it would wait for processes that nobody starts, at a port that is in use.
+    """
+    before = {name: os.environ.get(name) for name in _SET_BY_LIGHTNING}
+    try:
+        yield
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            # Sharded modules refer to the process groups. They are freed before the groups are destroyed,
+            # because the threads of groups that still exist when the process ends abort it.
+            gc.collect()
+            distributed.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def make_fabric(recipe: Recipe) -> Fabric:

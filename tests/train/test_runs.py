@@ -371,6 +371,28 @@ def test_what_nccl_says_is_not_lost(tmp_path, monkeypatch):
         run(tmp_path)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_leaves_the_environment_as_it_was(tmp_path, monkeypatch, strategy):
+    """Otherwise the next run of this program, or of a process it starts, would wait at this run's port."""
+    monkeypatch.setenv("NODE_RANK", "0")  # what was set before stays
+    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+    found, step = [], loop.Trainer.step
+
+    def looking(self, batch):
+        found.append({name: os.environ.get(name) for name in names})
+        if len(found) == 3:
+            raise TrainingError("stopped here")
+        return step(self, batch)
+
+    monkeypatch.setattr(loop.Trainer, "step", looking)
+    before = {name: os.environ.get(name) for name in names}
+    with pytest.raises(TrainingError, match="stopped here"):
+        run(tmp_path, f"strategy={strategy}")
+    assert found[0] != before  # Lightning has set some of them
+    assert {name: os.environ.get(name) for name in names} == before
+    assert not torch.distributed.is_initialized()
+
+
 def test_a_port_in_use_is_no_lost_process(tmp_path):
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
