@@ -82,7 +82,7 @@ aot: $(READY) ## compile all kernels for all architectures, without a GPU (20 to
 	$(VENV)/bin/python -m tools.aot $(AOT_ARGS)
 	$(VENV)/bin/python -m tools.documents
 
-gpu-gather: ## into one folder (gpu_run) what both runs on a GPU need on a machine without a network; GPU_ARGS="--data FILE"
+gpu-gather: ## into one folder (gpu_run) what the tree lacks for both runs on a GPU without a network; GPU_ARGS="--data FILE"
 	$(PYTHON) -m tools.gather $(GPU_ARGS)
 
 clean: ## remove build products and caches; the environments and results stay

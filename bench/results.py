@@ -93,16 +93,16 @@ def path_of(device: str, folder: Path) -> Path:
 
 
 @functools.cache
-def tree() -> str:
+def tree(root: Path = ROOT) -> str:
     """Digest of the code that runs: package, kernels and tests, regardless of git."""
     digest = hashlib.sha256()
     for path in sorted(
         p
         for folder in ("coda_fast", "kernels", "tests")
-        for p in (ROOT / folder).rglob("*")
+        for p in (root / folder).rglob("*")
         if p.suffix in (".py", ".json")
     ):
-        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -5,10 +5,11 @@
     python -m tools.gather --data cifar10.npz --no-wheels --output FOLDER
     bash gpu_run/run.sh smoke RESULTS                             on that machine; then the same with report
 
-The folder gets the tracked tree including uncommitted changes, the file of the images, and wheels for Python
-3.12 on Linux of packages that a machine with torch, Triton and pytest may lack. The runs need none of these
-wheels, but the other commands of the package do: WITH_WHEELS=1 installs them for a run. Exit status 1 if the
-folder is too large.
+The folder gets the file of the images, and wheels for Python 3.12 on Linux of packages that a machine with
+torch, Triton and pytest may lack. The runs need none of these wheels, but the other commands of the package
+do: WITH_WHEELS=1 installs them for a run. The tree travels once: it is the one around the folder, or, if the
+folder is elsewhere, a copy in it of the tracked files including uncommitted changes. Exit status 1 if all
+that travels is too large.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ RUN = """#!/usr/bin/env bash
 # RESULTS, in few files
 set -euo pipefail
 here=$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)
+tree=$here/{tree}
 which=${{1:?expected smoke or report}}
 results=$(mkdir -p "${{2:?expected a folder for the results}}" && cd "$2" && pwd)
 shift 2
@@ -46,7 +48,11 @@ if test -n "${{WITH_WHEELS:-}}"; then
         "$here"/wheels/*.whl
     export PYTHONPATH="$scratch/site:$PYTHONPATH"
 fi
-cd "$here/tree"
+cd "$tree"
+if test "$("$python" -c "from bench import results; print(results.tree())")" != {digest}; then
+    echo "run.sh: the tree has changed since it was gathered; results would name a wrong commit" >&2
+    exit 2
+fi
 case $which in
     smoke) "$python" -m tools.gpu_smoke --output "$scratch/smoke" --pack "$results" "$@" ;;
     report) "$python" -m tools.gpu_report {data}--output "$scratch/report" --pack "$results" "$@" ;;
@@ -97,21 +103,30 @@ def size(folder: Path) -> int:
 
 
 def gather(output: Path, data: Path | None, with_wheels: bool) -> dict[str, int]:
-    """Fill the folder, and return {part: bytes}."""
+    """Fill the folder, and return {part of what travels: bytes}."""
     if output.exists():
         shutil.rmtree(output)
     output.mkdir(parents=True)
     (output / MARK).touch()
-    copy_tree(output / "tree")
+    around = results.ROOT in output.parents
+    tree = results.ROOT if around else output / "tree"
+    if not around:
+        copy_tree(tree)
     if data is not None:
         shutil.copyfile(data, output / "images.npz")
     if with_wheels:
         wheels(output / "wheels")
-    named = '--data "$here/images.npz" ' if data is not None else ""
-    (output / "run.sh").write_text(RUN.format(commit=results.commit(), data=named), encoding="utf-8")
-    return {
-        path.name: size(path) if path.is_dir() else path.stat().st_size for path in sorted(output.iterdir())
-    }
+    script = RUN.format(
+        commit=results.commit(),
+        tree=os.path.relpath(tree, output),
+        digest=results.tree(tree),
+        data='--data "$here/images.npz" ' if data is not None else "",
+    )
+    (output / "run.sh").write_text(script, encoding="utf-8")
+    parts = {path.name: size(path) if path.is_dir() else path.stat().st_size for path in output.iterdir()}
+    if around:
+        parts["the tree around it"] = sum((tree / name).stat().st_size for name in tracked())
+    return dict(sorted(parts.items()))
 
 
 def main(argv=None) -> int:
@@ -130,9 +145,7 @@ def main(argv=None) -> int:
         help="folder, replaced if this program made it (gpu_run)",
     )
     parser.add_argument("--no-wheels", action="store_true", help="only what is here")
-    parser.add_argument(
-        "--limit", type=float, default=LIMIT, help="MiB, together with the tree around it (64)"
-    )
+    parser.add_argument("--limit", type=float, default=LIMIT, help="MiB in all (64)")
     options = parser.parse_args(argv)
     output = options.output.resolve()
     if options.data is not None and not options.data.is_file():
@@ -144,8 +157,6 @@ def main(argv=None) -> int:
     except (RuntimeError, OSError) as error:
         print(f"gather: {error}", file=sys.stderr)
         return 2
-    if results.ROOT in output.parents:  # it would be part of the copied tree
-        parts["the tree around it"] = sum((results.ROOT / name).stat().st_size for name in tracked())
     total = sum(parts.values())
     if results.commit().endswith("-dirty"):
         print("gather: the tree has changes that are not committed; its results will say so", file=sys.stderr)

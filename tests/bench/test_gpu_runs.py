@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -320,9 +321,15 @@ def test_packed(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def script_of(folder, *arguments):
+    command = ["bash", str(folder / "run.sh"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
 def test_gathered(tmp_path):
     """``gather`` copies the tracked tree, the images and a script, and replaces an earlier copy. It refuses
-    to copy too much.
+    to copy too much, and a tree that has changed since is not run.
     """
     data, output = tmp_path / "images.npz", tmp_path / "out"
     data.write_bytes(b"0" * 1000)
@@ -331,16 +338,31 @@ def test_gathered(tmp_path):
     assert sorted(path.name for path in output.iterdir()) == ["gathered", "images.npz", "run.sh", "tree"]
     assert (output / "tree" / "tools" / "gpu_report.py").exists()
     assert not (output / "tree" / ".git").exists()
+    (output / "tree" / "kernels" / "new.py").write_text("")
     for arguments, message in (
         ([], "expected smoke or report"),
-        (["dance", str(tmp_path / "r")], "got dance"),
+        (["smoke", tmp_path / "r"], "run.sh: the tree has changed since it was gathered"),
     ):
-        done = subprocess.run(
-            ["bash", str(output / "run.sh"), *arguments], capture_output=True, text=True, check=False
-        )
+        done = script_of(output, *arguments)
         assert done.returncode
         assert message in done.stderr
+    (output / "tree" / "kernels" / "new.py").unlink()
+    done = script_of(output, "dance", tmp_path / "r")
+    assert (done.returncode, done.stderr) == (2, "run.sh: expected smoke or report, got dance\n")
     assert gather.main([*command, "--limit", "0.5"]) == 1
+
+
+def test_a_folder_inside_the_tree_has_no_copy_of_it(tmp_path, capsys):
+    """The tree travels once, and leaves room for images and wheels: 45.5 MiB."""
+    output = ROOT / "gpu_run" / tmp_path.name
+    try:
+        assert gather.main(["--no-wheels", "--output", str(output), "--limit", "18"]) == 0
+        assert "MiB  the tree around it" in capsys.readouterr().out
+        assert sorted(path.name for path in output.iterdir()) == ["gathered", "run.sh"]
+        done = script_of(output, "smoke", tmp_path / "r", "--jobs", "0")
+        assert "--jobs: expected a positive number, got 0" in done.stderr  # the tool of the tree has been run
+    finally:
+        shutil.rmtree(output)
 
 
 def test_gathering_replaces_only_its_own(tmp_path, capsys):
