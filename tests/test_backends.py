@@ -78,3 +78,18 @@ def test_an_old_triton_is_refused(monkeypatch):
 
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     assert "3.5.1 is too old: 3.6 or newer" in coda_kernels.unavailable("cuda")
+
+
+def test_a_triton_that_does_not_compile_for_amd_is_refused_there(monkeypatch):
+    import triton
+
+    import coda_kernels
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(triton, "__version__", "3.6.0+rocm6.4")
+    message = "Triton 3.6.0+rocm6.4 is too old: 3.8 or newer is needed for AMD GPUs"
+    assert coda_kernels.unavailable("cuda") == message
+    assert coda_kernels.unavailable("cpu") is None
+    monkeypatch.setattr(triton, "__version__", "3.8.0")
+    assert coda_kernels.unavailable("cuda") is None

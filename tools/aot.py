@@ -9,8 +9,8 @@ machine code.
 
 Nothing is simulated: launches are recorded from the launchers themselves (shapes, constants, alignment) and
 compiled by the installed Triton. Registers, stack, shared memory and instructions are read from the result.
-Exit status 1 if a kernel spills, exceeds the device, lacks tensor-core instructions, has its wgmma serialised
-by the assembler, or writes over what a wgmma still reads.
+Exit status 1 if a kernel does not compile, spills, exceeds the device, lacks tensor-core instructions, has
+its wgmma serialised by the assembler, or writes over what a wgmma still reads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-from bench import cases, results
+from bench import cases, measure, results
 from tools import aot_tables
 
 ARCHITECTURES = (80, 90, 100, "gfx942")
@@ -41,8 +41,8 @@ BATCH = {"S": 256, "L": 64}
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The machine code of one kernel. ``loop_ratio``: instructions that a warp issues per tensor-core clock
-    in the main loop; above 1, the kernel is limited by issuing instructions.
+    """The machine code of one kernel, empty if it does not compile. ``loop_ratio``: instructions that a warp
+    issues per tensor-core clock in the main loop; above 1, the kernel is limited by issuing instructions.
     """
 
     kernel: str
@@ -52,14 +52,14 @@ class Report:
     warps: int
     stages: int
     blocks: str
-    registers: int
-    spills: int  # instructions to or from local memory (NVIDIA), spilled registers (AMD)
-    stack_bytes: int
-    shared_bytes: int
-    occupancy: int  # programs per processor
-    mma: str
-    loop_ratio: float | None
-    serialised: str  # the warning of the assembler, if any
+    registers: int = 0
+    spills: int = 0  # instructions to or from local memory (NVIDIA), spilled registers (AMD)
+    stack_bytes: int = 0
+    shared_bytes: int = 0
+    occupancy: int = 0  # programs per processor
+    mma: str = ""
+    loop_ratio: float | None = None
+    serialised: str = ""  # the warning of the assembler, if any
     overwritten: int = 0  # writes to registers that a running wgmma may still read, see `_overwritten`
     faults: tuple[str, ...] = ()
 
@@ -128,11 +128,8 @@ def compile_launch(launch: Launch, layers: str) -> Report:
     """Compile one launch and read the result."""
     from coda_kernels import config
 
-    compiled = launch.what.compile(launch.arch)
     function, _, options = launch.what.specialised(launch.arch)
     constants = {p.name: options[p.name] for p in function.params if p.is_constexpr}
-    read = _read_amd if isinstance(launch.arch, str) else _read_nvidia
-    found = read(compiled, options["num_warps"], launch.arch)
     blocks = {name: value for name, value in constants.items() if re.fullmatch("B[A-Z]", name)}
     report = Report(
         kernel=launch.kernel,
@@ -142,9 +139,14 @@ def compile_launch(launch: Launch, layers: str) -> Report:
         warps=options["num_warps"],
         stages=options["num_stages"],
         blocks=" ".join(f"{k}{v}" for k, v in blocks.items()),
-        shared_bytes=compiled.metadata.shared,
-        **found,
     )
+    try:
+        compiled = launch.what.compile(launch.arch)
+    except Exception as error:  # errors of Triton and of the assembler have no common class
+        return dataclasses.replace(report, faults=(f"does not compile: {measure.reason(error)}",))
+    read = _read_amd if isinstance(launch.arch, str) else _read_nvidia
+    found = read(compiled, options["num_warps"], launch.arch)
+    report = dataclasses.replace(report, shared_bytes=compiled.metadata.shared, **found)
     # some launches of `prepare` pad an image or sum squares only
     products = launch.kernel != "prepare" or constants["Z"] or constants["BETA"]
     return dataclasses.replace(report, faults=tuple(_faults(report, config, products)))

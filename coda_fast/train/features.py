@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from coda_fast.train.schema import Recipe
 VERSION = 2  # increased when the files change
 BATCH = 64  # images that go through the stem at once
 DTYPE = np.float16  # of the stored features
+_COMPUTING = ".computing-"  # the name of a file that is being written begins so
 
 
 _ALONE = Process()
@@ -218,21 +219,21 @@ def _compute(path, split, stem, mirrored, recipe, agreement, reading, name):
     process, first = agreement.process, split.some([0]).images
     shape = (1 + mirrored, len(split), stem.channels, *stem.size(*first.shape[2:]))
 
+    own = contextlib.ExitStack()  # of rank zero
+
     def begin():
+        temporary = own.enter_context(_temporary(path.parent))
         size, free = math.prod(shape) * np.dtype(DTYPE).itemsize, shutil.disk_usage(path.parent).free
         if size > free:
             raise TrainingError(
                 f"data.cache: expected {size / 2**30:.1f} GiB on the disk of {path.parent}, got "
                 f"{free / 2**30:.1f}"
             )
-        # a name of its own, because another run may be computing the same features
-        handle, temporary = tempfile.mkstemp(".npy", ".writing-", path.parent)
-        os.close(handle)
         np.lib.format.open_memmap(temporary, "w+", DTYPE, shape).flush()
         return temporary
 
-    temporary = Path(agreement.on_rank_zero(begin))
-    try:
+    with own:
+        temporary = agreement.on_rank_zero(begin)
         stored, unreadable = np.lib.format.open_memmap(temporary, "r+"), {}
         batches, pictures = once(len(split), BATCH, process), split.evaluation(BATCH, process)
         with contextlib.closing(pictures):
@@ -251,9 +252,44 @@ def _compute(path, split, stem, mirrored, recipe, agreement, reading, name):
         stored.flush()
         gathered = agreement.gather(unreadable)
         agreement.on_rank_zero(lambda: _finish(path, temporary, gathered))
-    finally:
-        if agreement.is_rank_zero:
+
+
+@contextlib.contextmanager
+def _temporary(folder):
+    """A name for a file that is written in this context, and deleted at its end if it is still there. Each
+    run has its own, because another one may be computing the same features. Files of runs that were killed,
+    which are as large as features, are deleted first: their locks ended with them.
+    """
+    for left in folder.glob(f"{_COMPUTING}*.npy"):
+        with _locked(left) as is_ours:
+            if is_ours:
+                left.unlink(missing_ok=True)
+    temporary = folder / f"{_COMPUTING}{uuid.uuid4().hex}.npy"
+    with _locked(temporary):
+        try:
+            yield temporary
+        finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path):
+    """Lock a temporary file, and say whether that was possible: not if a run that is going on has locked it,
+    nor on a file system without locks.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, NotImplementedError, OSError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _finish(path, temporary, gathered):

@@ -42,16 +42,24 @@ import importlib.util
 import os
 
 MINIMUM = (3, 6)
+# For AMD GPUs, Triton 3.6 and 3.7 fail to compile a choice between two pointers, which `prepare` makes.
+MINIMUM_AMD = (3, 8)
 
 
 def unavailable(device_type: str = "cuda") -> str | None:
     """Why the kernels cannot serve tensors on such a device; None if they can. Does not initialise a GPU."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (it comes with torch on Linux)"
+    import torch
     import triton
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MINIMUM:
-        return f"Triton {triton.__version__} is too old: {'.'.join(map(str, MINIMUM))} or newer is needed"
+    amd = device_type == "cuda" and torch.version.hip is not None
+    needed = MINIMUM_AMD if amd else MINIMUM
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < needed:
+        return (
+            f"Triton {triton.__version__} is too old: {'.'.join(map(str, needed))} or newer is needed"
+            f"{' for AMD GPUs' * amd}"
+        )
     from coda_kernels.compile import recorded_device
 
     if device_type != "cuda" and not interpreted() and recorded_device() is None:

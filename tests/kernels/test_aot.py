@@ -76,6 +76,16 @@ def test_nothing_compiled_is_not_a_pass():
     assert "--kernel: expected one that these layers launch, got generated" in done.stderr
 
 
+def test_what_does_not_compile_is_a_fault():
+    """The other kernels are compiled all the same."""
+    broken = COMPILE.replace("print(", "launch.what.__class__.compile = lambda *_: 1 // 0\nprint(")
+    done = python("-c", broken, "contracted", "S7", "{}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["faults"] == ["does not compile: ZeroDivisionError: integer division or modulo by zero"]
+    assert (found["kernel"], found["arch"], found["registers"]) == ("contracted", 90, 0)
+
+
 def test_the_forward_loop():
     """The main loop of the most important kernel uses wgmma 64 x 256, does not spill, and is not limited by
     issuing instructions.

@@ -453,14 +453,32 @@ def test_an_interruption_leaves_nothing_that_is_used(tmp_path, data, monkeypatch
         with pytest.raises((Interrupted, KeyboardInterrupt, OSError, TrainingError)):
             run(tmp_path / "broken", *options)
     assert not list((tmp_path / "cache").iterdir())
-    # what a process that was killed leaves
     computed.clear()
-    run(tmp_path / "one", *options)
-    for path in list((tmp_path / "cache").iterdir()):
-        path.rename(path.with_name(f".writing-{path.name}"))
-    run(tmp_path / "two", *options)
-    assert computed == ["train", "val"] * 2
-    assert_same(checkpoint_at(tmp_path / "one", 1), checkpoint_at(tmp_path / "two", 1))
+    run(tmp_path / "again", *options)
+    assert computed == ["train", "val"]
+
+
+KILLED = """
+import os, signal, sys
+from coda_fast.cli import main
+from coda_fast.train import features
+
+features._features = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+main(["train", *sys.argv[1:]])
+"""
+
+
+def test_what_a_killed_run_leaves_is_deleted(tmp_path, data, computed):
+    """It is as large as features, and nobody else would delete it."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    cache = tmp_path / "cache"
+    options = (*HYBRID, *data, f"data.cache={cache}", "epochs=1")
+    finished(command(tmp_path / "killed", *options, program=(tmp_path / "killed.py",)), code=-9)
+    assert sum(path.stat().st_size for path in cache.glob(".computing-*.npy")) > 160 * 4 * 64 * 2
+    run(tmp_path / "out", *options)
+    assert computed == ["train", "val"]
+    names = sorted(path.name.partition("-")[0] + path.suffix for path in cache.iterdir())
+    assert names == ["train.json", "train.npy", "val.json", "val.npy"]
 
 
 def test_two_runs_compute_at_the_same_time(tmp_path, data, monkeypatch):
