@@ -103,6 +103,12 @@ def _devices_and_nodes(recipe, accelerator):
         raise TrainingError(
             f"devices: expected at most {most} processes on this machine's processors, got {devices}"
         )
+    # Lightning starts a further process by starting the program again, from its first run.
+    if (rank := int(environment.get("LOCAL_RANK", 0))) >= devices:
+        raise TrainingError(
+            f"LOCAL_RANK: expected a number below that of the processes, {devices}, got {rank}; give "
+            "each run a program of its own, as every process begins with the first run of its program"
+        )
     return devices, nodes
 
 

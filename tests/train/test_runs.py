@@ -393,6 +393,14 @@ def test_a_run_leaves_the_environment_as_it_was(tmp_path, monkeypatch, strategy)
     assert not torch.distributed.is_initialized()
 
 
+def test_a_process_that_this_run_does_not_have(tmp_path, monkeypatch):
+    """A program with two runs, of which the second has two processes, is started again from its beginning."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(TrainingError, match="^LOCAL_RANK: expected a number below .*, 1, got 1; give"):
+        run(tmp_path / "out", "strategy=ddp")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_port_in_use_is_no_lost_process(tmp_path):
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
