@@ -275,7 +275,7 @@ def _temporary(folder):
 @contextlib.contextmanager
 def _locked(path):
     """Lock a temporary file, and say whether that was possible: not if a run that is going on has locked it,
-    nor on a file system without locks.
+    nor on a file system for which filelock has no lock.
     """
     from filelock import FileLock, Timeout
 
